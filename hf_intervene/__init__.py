@@ -1,0 +1,35 @@
+"""hf-intervene: teach a pretrained generative model to be intervened on, concept by concept, and compose the interventions.
+
+The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled representations", arXiv:2507.04754.
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from .bases import Base, LightVAE, register_base, wrap_base
+from .configuration_intervention import InterventionConfig
+from .contexts import OBS, context_name, parse_interventions
+from .model import InterventionModel, InterventionModelOutput
+from .modeling_intervention import InterventionHead, InterventionHeadOutput
+from .pipeline import InterventionPipeline
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
+AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
+
+__all__ = [
+    "OBS",
+    "Base",
+    "InterventionConfig",
+    "InterventionHead",
+    "InterventionHeadOutput",
+    "InterventionModel",
+    "InterventionModelOutput",
+    "InterventionPipeline",
+    "LightVAE",
+    "context_name",
+    "parse_interventions",
+    "register_base",
+    "wrap_base",
+]

@@ -1,0 +1,111 @@
+"""How a head meets a pretrained model: the protocol every base family implements, and the registry that finds the family.
+
+    pixels (B, C, H, W) in [0, 1] --encode--> features (B, feature_width)
+    embedding (B, *embedding_shape) --decode--> decoded --to_pixels--> pixels (B, C, H, W) in [0, 1]
+
+A third party adds a family without touching this package:
+
+    @register_base(MyAutoencoder)
+    class MyBase(Base):
+        ...
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class Base(nn.Module):
+    """A pretrained model as a head sees it. Sub-classes set `feature_width` and `embedding_shape` and implement the five methods.
+
+    Args:
+        model: the pretrained diffusers model; it is used and trained in place.
+    """
+
+    feature_width: int  # width of the encoder features the head's posterior reads
+    embedding_shape: tuple[int, ...]  # what `decode` takes, without the batch dimension
+    image_shape: tuple[int, int, int]  # (C, H, W)
+
+    def __init__(self, model: ModelMixin):
+        super().__init__()
+        self.model = model
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features (B, feature_width) of images (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's own q(z | x), for the ablations without a head: mean and log-variance, each (B, *embedding_shape)."""
+        raise NotImplementedError
+
+    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Parameters of p(x | e), (B, C, H, W), from an embedding (B, *embedding_shape)."""
+        raise NotImplementedError
+
+    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """-log p(x | e) of each image in nats, shape (B,)."""
+        raise NotImplementedError
+
+    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
+        """The mean image of p(x | e), (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    def encoder_modules(self) -> Iterable[nn.Module]:
+        """The modules of the encoder, which no sample from the prior passes."""
+        return ()
+
+    def freeze_unused(self) -> None:
+        """Take the weights that a head replaces (the base's own posterior) out of training."""
+
+    def trainable(self, flag: bool) -> None:
+        """Make the weights that a head uses trainable, or freeze all of the base."""
+        self.requires_grad_(flag)
+        self.freeze_unused()
+
+
+_REGISTRY: dict[type[ModelMixin], type[Base]] = {}
+
+
+def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[Base]]:
+    """Class decorator: use the decorated `Base` for `model_class` and its sub-classes."""
+
+    def register(base_class: type[Base]) -> type[Base]:
+        _REGISTRY[model_class] = base_class
+        return base_class
+
+    return register
+
+
+def wrap_base(model: ModelMixin | Base) -> Base:
+    """Wrap a pretrained model in the base family registered for its class (the nearest in its method resolution order).
+
+    Raises:
+        TypeError: no family is registered for the class; the message names the registered ones.
+    """
+    if isinstance(model, Base):
+        return model
+    for model_class in type(model).__mro__:
+        if model_class in _REGISTRY:
+            return _REGISTRY[model_class](model)
+    raise TypeError(
+        f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. "
+        "Register another one with hf_intervene.bases.register_base."
+    )
+
+
+def model_class_named(name: str) -> type[ModelMixin]:
+    """The registered model class of a name, as stored in a saved base's `_class_name`.
+
+    Raises:
+        ValueError: no registered class has that name. Nothing is imported by name, so a checkpoint cannot choose what code runs.
+    """
+    for model_class in _REGISTRY:
+        if model_class.__name__ == name:
+            return model_class
+    raise ValueError(f"the base is a {name!r}, which is not registered; the supported classes are {_names()}.")
+
+
+def _names() -> str:
+    return ", ".join(sorted(model_class.__name__ for model_class in _REGISTRY))

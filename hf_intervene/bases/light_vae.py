@@ -1,0 +1,142 @@
+"""The light VAE of the paper as a diffusers model (METHOD section 3; arXiv:2507.04754).
+
+    pixels (B, C, S, S) --strided convolutions--> (B, 256, S/16, S/16) --linear--> features (B, hidden_width)
+    latent (B, latent_width, 1, 1) --linear, GELU, linear--> (B, 256, S/16, S/16) --transposed convolutions--> logits (B, C, S, S)
+
+Pixels are Bernoulli: the reconstruction term is the binary cross-entropy, in nats.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .base import Base, register_base
+
+
+class LightVAE(ModelMixin, ConfigMixin):
+    r"""
+    Strided 4x4 convolutions, one per entry of `block_out_channels`, each halving the image, and their mirror image as decoder.
+
+    Args:
+        in_channels: channels of an image.
+        sample_size: side of an image in pixels; any that survives the halvings (28, 32 and 64 with the default four).
+        block_out_channels: channels after each convolution.
+        hidden_width: width of the features and of the decoder's hidden layer.
+        latent_width: width of the latent, shape (B, latent_width, 1, 1).
+        norm: `"group"`, `"batch"` (the paper's) or `"none"`. Batch norm's running statistics are gathered on posterior samples and do
+            not fit samples from the prior; see `InterventionModel.reestimate_batch_norm`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        sample_size: int = 64,
+        block_out_channels: tuple[int, ...] = (32, 64, 128, 256),
+        hidden_width: int = 128,
+        latent_width: int = 128,
+        norm: str = "group",
+    ):
+        super().__init__()
+        if sample_size >> len(block_out_channels) < 1:
+            raise ValueError(
+                f"images of {sample_size} pixels cannot be halved {len(block_out_channels)} times: "
+                "use larger images or fewer block_out_channels."
+            )
+        channels = [in_channels, *block_out_channels]
+        sizes = [sample_size]  # sizes[k]: side after k convolutions
+        for _ in block_out_channels:
+            sizes.append(sizes[-1] // 2)
+        smallest = (channels[-1], sizes[-1], sizes[-1])
+        flat = smallest[0] * smallest[1] * smallest[2]
+
+        down = []
+        for before, after in zip(channels[:-1], channels[1:]):
+            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(norm, after), nn.GELU()]
+        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden_width), nn.GELU())
+        self.quant = nn.Linear(hidden_width, 2 * latent_width)
+
+        up = []
+        for level in range(len(block_out_channels), 0, -1):
+            # An odd side loses its last row when halved; output_padding gives it back (28 -> 14 -> 7 -> 3 -> 1 and up again).
+            odd = sizes[level - 1] - 2 * sizes[level]
+            up += [nn.ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd)]
+            if level > 1:
+                up += [_norm(norm, channels[level - 1]), nn.GELU()]
+        self.decoder = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(latent_width, hidden_width),
+            nn.GELU(),
+            nn.Linear(hidden_width, flat),
+            nn.Unflatten(1, smallest),
+            _norm(norm, channels[-1]),
+            nn.GELU(),
+            *up,
+        )
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Posterior over latents (B, latent_width, 1, 1) of images x (B, C, S, S) in [0, 1]."""
+        distribution = DiagonalGaussianDistribution(self.quant(self.encoder(x))[..., None, None])
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Bernoulli logits (B, C, S, S) of latents z (B, latent_width, 1, 1); their sigmoid is the image."""
+        sample = self.decoder(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple:
+        """Logits of the reconstruction of images (B, C, S, S) from one posterior sample each."""
+        return self.decode(self.encode(sample).latent_dist.sample(generator), return_dict=return_dict)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "group":
+        return nn.GroupNorm(min(8, channels), channels)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "none":
+        return nn.Identity()
+    raise ValueError(f"norm must be one of group, batch, none, not {kind!r}.")
+
+
+@register_base(LightVAE)
+class LightVAEBase(Base):
+    """A `LightVAE` under a head: the head's embedding takes the place of its latent."""
+
+    def __init__(self, model: LightVAE):
+        super().__init__(model)
+        config = model.config
+        self.feature_width = config.hidden_width
+        self.embedding_shape = (config.latent_width, 1, 1)
+        self.image_shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder(pixel_values)
+
+    def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.model.quant(features)[..., None, None].chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(embedding).sample
+
+    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        # In float32: at bf16 the rounding of each pixel's term is of the size of the differences that matter.
+        loss = nn.functional.binary_cross_entropy_with_logits(decoded.float(), pixel_values.float(), reduction="none")
+        return loss.flatten(1).sum(1)
+
+    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
+        return decoded.float().sigmoid()
+
+    def encoder_modules(self) -> Iterable[nn.Module]:
+        return self.model.encoder.modules()
+
+    def freeze_unused(self) -> None:
+        self.model.quant.requires_grad_(False)

@@ -1,0 +1,83 @@
+"""Configuration of the intervention head (METHOD section 2; arXiv:2507.04754)."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .contexts import validate_concepts
+
+
+INTERVENTIONS = ("perfect", "soft")
+NORMS = ("layer", "batch", "none")
+POSTERIORS = ("conditional", "unconditional")
+ABLATIONS = (None, "base", "base-pooled", "head-pooled")
+
+
+@strict
+class InterventionConfig(PreTrainedConfig):
+    r"""
+    Args:
+        concepts: names of the `d` concepts, in block order. Each had a context of its own in the training data.
+        free_blocks: `f`, number of further blocks that are never intervened on, for nuisance factors. D = d + f.
+        noise_width: width of each block of the exogenous noise `z`, shape (batch, D, noise_width).
+        concept_width: width of each block of the concepts `c`, shape (batch, D, concept_width).
+        depth: number of (linear, norm, GELU) layers of each block's expressive MLP.
+        norm: normalisation inside the expressive layers: `"layer"` (over each block's own units), `"batch"` (the paper's) or `"none"`.
+        intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
+        propagation_steps: how often effects are passed on along the edges. 1 is the reduced form of the paper; k > 1 follows directed
+            paths of up to k edges, so that cutting a concept's incoming edges also cuts the paths through it.
+        posterior: `"conditional"`: q(z | x, s), the encoder is told the targets; `"unconditional"`: q(z | x), the paper's.
+        feature_width: width of the encoder features, shape (batch, feature_width), that the posterior reads.
+        embedding_shape: shape of one sample's representation `e`: what the decoder takes.
+        initializer_range: standard deviation of the initial W_obs and W_int.
+        ablation: `None`, or what a model that embeds the head leaves out (METHOD section 3): `"base"` and `"base-pooled"` have no head,
+            `"head-pooled"` ignores the context.
+    """
+
+    model_type = "intervention"
+
+    concepts: list[str] | tuple[str, ...] = ("concept",)
+    free_blocks: int = 0
+    noise_width: int = 32
+    concept_width: int = 8
+    depth: int = 2
+    norm: str = "layer"
+    intervention: str = "perfect"
+    propagation_steps: int = 1
+    posterior: str = "conditional"
+    feature_width: int = 128
+    embedding_shape: list[int] | tuple[int, ...] = (128,)
+    initializer_range: float = 0.02
+    ablation: str | None = None
+
+    def __post_init__(self, **kwargs):
+        self.concepts = list(validate_concepts(self.concepts))
+        self.embedding_shape = list(self.embedding_shape)
+        for name, least in (
+            ("free_blocks", 0),
+            ("noise_width", 1),
+            ("concept_width", 1),
+            ("depth", 1),
+            ("propagation_steps", 1),
+            ("feature_width", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if not self.embedding_shape or min(self.embedding_shape) < 1:
+            raise ValueError(f"embedding_shape must hold positive sizes, not {self.embedding_shape}.")
+        for name, choices in (
+            ("norm", NORMS),
+            ("intervention", INTERVENTIONS),
+            ("posterior", POSTERIORS),
+            ("ablation", ABLATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_blocks(self) -> int:
+        """D = d + f."""
+        return len(self.concepts) + self.free_blocks
+
+
+__all__ = ["InterventionConfig"]

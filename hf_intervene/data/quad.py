@@ -1,0 +1,168 @@
+"""quad: a simulated set of images whose concepts form a linear Gaussian causal model (METHOD section 4; arXiv:2507.04754).
+
+Four coloured quadrants and a coloured shape at the centre. Eight latent variables, in the order of `LATENTS`, follow a linear
+Gaussian structural causal model (`variant="dependent"`) or are independent (`variant="independent"`). Six of them are concepts, each
+with a context in which it alone was intervened on.
+
+    latents (n, 8) --standardise, normal CDF--> levels in [0, 1] (n, 8) --render--> uint8 images (n, resolution, resolution, 3)
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.special import ndtr
+
+from ..contexts import OBS, context_name, parse_context
+
+
+LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
+CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
+VARIANTS = ("dependent", "independent")
+# The pairs no training image ever carries.
+HELD_OUT = tuple(f"quad1+{c}" for c in ("quad2", "quad3", "quad4", "size", "orientation")) + tuple(
+    f"quad2+{c}" for c in ("quad3", "quad4", "size", "orientation")
+)
+TRAIN_CONTEXTS = (OBS, *CONCEPTS)
+
+_EDGES = {  # (from, to): weight
+    ("quad2", "quad1"): -1.23,
+    ("quad3", "quad2"): 1.56,
+    ("quad4", "quad1"): 1.34,
+    ("quad4", "quad3"): -0.72,
+    ("color", "quad1"): -0.95,
+    ("color", "size"): 1.67,
+    ("shape", "quad2"): 0.58,
+    ("shape", "color"): -1.34,
+    ("orientation", "quad1"): 1.12,
+    ("orientation", "size"): -0.81,
+    ("orientation", "shape"): 1.45,
+}
+_NOISE_VARIANCE = np.array([1.3855493, 1.16426732, 1.00502177, 1.95646855, 1.27482347, 1.42, 1.31, 1.18])
+_INTERVENED_MEAN = np.array([1.16920556, 1.47496736, -1.60596209, -1.96578519, 1.0117071, -0.85, 1.23, -0.67])
+_INTERVENED_VARIANCE = np.array([1.94878138, 1.35886756, 1.57343313, 1.1021785, 1.30511067, 1.52, 1.41, 1.26])
+
+_PALETTE = np.array(  # red, yellow, green, cyan, blue, magenta
+    [[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]], dtype=np.float32
+)
+_CHUNK = 128  # images rendered at once: the working set stays in the cache
+
+
+def weights(variant: str = "dependent") -> np.ndarray:
+    """Edge weights of the causal model, shape (8, 8): `weights[i, j]` is the effect of latent j on latent i."""
+    if variant not in VARIANTS:
+        raise ValueError(f"quad has no variant {variant!r}; choose one of {', '.join(VARIANTS)}.")
+    matrix = np.zeros((len(LATENTS), len(LATENTS)))
+    if variant == "dependent":
+        for (source, effect), weight in _EDGES.items():
+            matrix[LATENTS.index(effect), LATENTS.index(source)] = weight
+    return matrix
+
+
+def sample_latents(
+    context: str | Sequence[str] | Mapping[str, float], size: int, variant: str = "dependent", seed: int = 0
+) -> np.ndarray:
+    """Draw the latents of `size` images of one context.
+
+    An intervened latent is drawn from its own N(mean, variance), its incoming edges cut; the others follow the causal model. All are
+    divided by the standard deviation that the observational distribution has by its weights (its mean is 0), so that every
+    context and every split share one scale whatever their sizes.
+
+    Args:
+        context: `"obs"`, a concept, or several (`"quad1+size"`, `["quad1", "size"]`). Every concept of `LATENTS` may be named.
+        size: number of images.
+        variant: `"dependent"` or `"independent"`.
+        seed: the draw is a function of (seed, context, variant) and, row by row, independent of `size` up to truncation.
+
+    Returns:
+        float64 array of shape (size, 8), columns in the order of `LATENTS`.
+    """
+    matrix = weights(variant)
+    intervened = np.array([parse_context(context, LATENTS).get(name, 0.0) for name in LATENTS])
+    if not np.isin(intervened, (0.0, 1.0)).all():
+        raise ValueError("quad simulates full interventions only: give concept names without a strength.")
+    cut = intervened.astype(bool)
+    identity = np.eye(len(LATENTS))
+    observational = np.linalg.inv(identity - matrix)
+    scale = np.sqrt((observational**2) @ _NOISE_VARIANCE)
+
+    key = f"{seed}/{context_name(context, LATENTS)}/{variant}"
+    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32))
+    noise = rng.standard_normal((size, len(LATENTS)))
+    noise = np.where(cut, _INTERVENED_MEAN + np.sqrt(_INTERVENED_VARIANCE) * noise, np.sqrt(_NOISE_VARIANCE) * noise)
+    total_effect = np.linalg.inv(identity - np.where(cut[:, None], 0.0, matrix))
+    return noise @ total_effect.T / scale
+
+
+def palette(levels: np.ndarray) -> np.ndarray:
+    """Piecewise-linear colours: levels in [0, 1], shape (...), to uint8 RGB of shape (..., 3)."""
+    position = np.clip(levels, 0.0, 1.0) * (len(_PALETTE) - 1)
+    lower = np.minimum(position.astype(int), len(_PALETTE) - 2)
+    fraction = (position - lower)[..., None].astype(np.float32)
+    return np.rint(_PALETTE[lower] * (1 - fraction) + _PALETTE[lower + 1] * fraction).astype(np.uint8)
+
+
+def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
+    """Draw the images of given latents.
+
+    Args:
+        latents: standardised latents, shape (n, 8), as `sample_latents` returns them.
+        resolution: side of the image in pixels; even, at least 8.
+
+    Returns:
+        uint8 array of shape (n, resolution, resolution, 3).
+    """
+    if resolution < 8 or resolution % 2:
+        raise ValueError(f"quad images need an even resolution of at least 8 pixels, not {resolution}.")
+    levels = ndtr(np.asarray(latents))
+    images = np.empty((len(levels), resolution, resolution, 3), dtype=np.uint8)
+    for start in range(0, len(levels), _CHUNK):
+        _render_chunk(levels[start : start + _CHUNK], images[start : start + _CHUNK])
+    return images
+
+
+def _render_chunk(levels: np.ndarray, out: np.ndarray) -> None:
+    resolution = out.shape[1]
+    half = resolution // 2
+    colours = palette(levels[:, [0, 1, 2, 3, 5]])
+    out[:, half:, :half] = colours[:, None, None, 0]
+    out[:, half:, half:] = colours[:, None, None, 1]
+    out[:, :half, :half] = colours[:, None, None, 2]
+    out[:, :half, half:] = colours[:, None, None, 3]
+
+    # Pixel centres relative to the centre of the image, in units of the image's side.
+    axis = ((np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5).astype(np.float32)
+    x, y = axis[None, None, :], axis[None, :, None]
+    radius = (0.75 * (0.2 + 0.8 * levels[:, 4]) / 2).astype(np.float32)  # half of side 48 * size, of 64
+    angle = (2 * np.pi * levels[:, 7]).astype(np.float32)
+    kind = np.rint(3 * levels[:, 6]).astype(int)
+    for shape, inside in enumerate((_circle, _square, _triangle, _ellipse)):
+        rows = np.flatnonzero(kind == shape)
+        if len(rows):
+            r, a = radius[rows, None, None], angle[rows, None, None]
+            mask = inside(x, y, r, np.cos(a), np.sin(a))
+            n, i, j = np.nonzero(mask)
+            out[rows[n], i, j] = colours[rows[n], 4]
+
+
+def _circle(x, y, r, cos, sin):
+    return x * x + y * y <= r * r
+
+
+def _square(x, y, r, cos, sin):
+    return (np.abs(x * cos + y * sin) <= r) & (np.abs(y * cos - x * sin) <= r)
+
+
+def _triangle(x, y, r, cos, sin):
+    # Three half-planes at distance r/2 from the centre of the circumscribed circle of radius r.
+    u, v = x * cos + y * sin, y * cos - x * sin
+    slant = np.float32(np.sqrt(3) / 2) * u
+    return (v <= r / 2) & (slant - v / 2 <= r / 2) & (-slant - v / 2 <= r / 2)
+
+
+def _ellipse(x, y, r, cos, sin):
+    u, v = x * cos + y * sin, y * cos - x * sin
+    return u * u + 4 * v * v <= r * r

@@ -1,0 +1,292 @@
+"""The intervention head: the method of METHOD section 2 (Markham et al., arXiv:2507.04754).
+
+    z (B, D, n) --exogenous--> u (B, D, n) --expressive--> eps (B, D, w) --intervention--> c (B, D, w) --unpool--> e (B, *embedding_shape)
+
+Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width. Inside, block layers hold their activations as
+(D, B, width), so that every block-diagonal product is one batched matrix product, whatever contexts the batch mixes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_intervention import InterventionConfig
+from .contexts import Interventions, parse_interventions
+
+
+@dataclass
+class InterventionHeadOutput(ModelOutput):
+    """
+    Args:
+        embedding: representation `e`, shape (B, *embedding_shape): the decoder's input.
+        concepts: `c`, shape (B, D, concept_width).
+    """
+
+    embedding: torch.Tensor | None = None
+    concepts: torch.Tensor | None = None
+
+
+class BlockLinear(nn.Module):
+    """One linear map per block: a block-diagonal product, cost linear in the number of blocks.
+
+    Shapes: (D, B, in_width) -> (D, B, out_width).
+    """
+
+    def __init__(self, blocks: int, in_width: int, out_width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, in_width, out_width))
+        self.bias = nn.Parameter(torch.empty(blocks, 1, out_width))
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])  # as nn.Linear
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)  # (D, B, out)
+
+
+class BlockLayerNorm(nn.Module):
+    """Layer norm of each block by itself, with a scale and a shift per unit. Shapes: (D, B, width) -> (D, B, width)."""
+
+    def __init__(self, blocks: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, 1, width))
+        self.bias = nn.Parameter(torch.empty(blocks, 1, width))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+
+
+class BlockBatchNorm(nn.BatchNorm1d):
+    """Batch norm over every unit of every block, the paper's. Shapes: (D, B, width) -> (D, B, width)."""
+
+    def __init__(self, blocks: int, width: int):
+        super().__init__(blocks * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks, batch, width = x.shape
+        flat = x.transpose(0, 1).reshape(batch, blocks * width)
+        return super().forward(flat).view(batch, blocks, width).transpose(0, 1)
+
+
+_NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "layer": BlockLayerNorm,
+    "batch": BlockBatchNorm,
+    "none": lambda blocks, width: nn.Identity(),
+}
+
+
+class ExogenousLayer(nn.Module):
+    """Exogenous intervention layer (METHOD section 2, step 1), block-diagonal, two slices:
+
+    u_j = GELU((1 - s_j) (A_obs[j] z_j + b_obs[j]) + s_j (A_int[j] z_j + b_int[j])).
+
+    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets.
+    Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
+    """
+
+    def __init__(self, blocks: int, width: int):
+        super().__init__()
+        self.slices = BlockLinear(blocks, width, 2 * width)
+
+    def forward(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
+        s = s.to(obs.dtype)
+        return nn.functional.gelu((1 - s) * obs + s * intervened)
+
+
+class ExpressiveLayers(nn.Sequential):
+    """Expressive layers (METHOD section 2, step 2): eps_j = MLP_j(u_j), `depth` times (linear, norm, GELU) in every block.
+
+    Shapes: (D, B, in_width) -> (D, B, out_width), widths interpolated linearly.
+    """
+
+    def __init__(self, blocks: int, in_width: int, out_width: int, depth: int, norm: str):
+        widths = [round(in_width + (out_width - in_width) * layer / depth) for layer in range(depth + 1)]
+        layers = []
+        for before, after in zip(widths[:-1], widths[1:]):
+            layers += [BlockLinear(blocks, before, after), _NORMS[norm](blocks, after), nn.GELU()]
+        super().__init__(*layers)
+
+
+class InterventionLayer(nn.Module):
+    """Intervention layer (METHOD section 2, step 3): the reduced form of a linear SEM whose structure the context selects.
+
+    c_i = eps_i + (1 - s_i) sum_{j != i} ((1 - s_j) W_obs[i, j] + s_j W_int[i, j]) eps_j + bias_i
+
+    with `perfect=True`; a soft intervention keeps its incoming edges (no factor 1 - s_i). The two sums are one product of
+    (W_obs | W_int) with ((1 - s) eps, s eps) stacked. `steps` > 1 feeds the sum's result back in place of eps_j, so that effects
+    follow directed paths of up to `steps` edges.
+    Shapes: eps (B, D, w), s (B, D, 1) -> c (B, D, w).
+    """
+
+    def __init__(self, blocks: int, width: int, perfect: bool, steps: int):
+        super().__init__()
+        self.perfect, self.steps = perfect, steps
+        # weight[i, :, 0, j, :] is the block W_obs[i, j], weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
+        self.weight = nn.Parameter(torch.empty(blocks, width, 2, blocks, width))
+        self.bias = nn.Parameter(torch.empty(blocks, width))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def off_diagonal(self) -> torch.Tensor:
+        """The weight with its blocks i = j set to zero, (D, w, 2, D, w)."""
+        blocks = self.weight.shape[0]
+        mask = 1 - torch.eye(blocks, dtype=self.weight.dtype, device=self.weight.device)
+        return self.weight * mask[:, None, None, :, None]
+
+    def forward(self, eps: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        s = s.to(eps.dtype)
+        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w)
+        c = eps
+        for _ in range(self.steps):
+            outgoing = torch.stack([(1 - s) * c, s * c], dim=1).flatten(1)  # (B, 2 D w)
+            heard = nn.functional.linear(outgoing, weight).view_as(eps)  # (B, D, w)
+            c = eps + ((1 - s) * heard if self.perfect else heard)
+        return c + self.bias
+
+
+class InterventionHead(PreTrainedModel):
+    r"""
+    Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
+    posterior over the noise.
+
+    Example:
+
+    ```python
+    head = InterventionHead(InterventionConfig(concepts=["quad1", "size"], embedding_shape=[128]))
+    z = torch.randn(2, head.config.num_blocks, head.config.noise_width)
+    embedding = head(z, head.targets([["quad1", "size"], "obs"])).embedding  # (2, 128)
+    ```
+    """
+
+    config: InterventionConfig
+    config_class = InterventionConfig
+    base_model_prefix = "head"
+    main_input_name = "z"
+
+    def __init__(self, config: InterventionConfig):
+        super().__init__(config)
+        blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
+        self.exogenous = ExogenousLayer(blocks, noise_width)
+        self.expressive = ExpressiveLayers(blocks, noise_width, width, config.depth, config.norm)
+        self.intervention = InterventionLayer(
+            blocks, width, config.intervention == "perfect", config.propagation_steps
+        )
+        self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
+
+        posterior_width = 2 * blocks * noise_width  # mean and log-variance
+        if config.posterior == "conditional":
+            hidden = config.feature_width
+            self.encoder_readout = nn.Sequential(
+                nn.Linear(config.feature_width + len(config.concepts), hidden),
+                nn.GELU(),
+                nn.Linear(hidden, posterior_width),
+            )
+        else:
+            self.encoder_readout = nn.Linear(config.feature_width, posterior_width)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, InterventionLayer):
+            module.reset_parameters(self.config.initializer_range)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def forward(
+        self, z: torch.Tensor, targets: torch.Tensor, return_dict: bool | None = None
+    ) -> InterventionHeadOutput | tuple:
+        """Embedding of exogenous noise under interventions.
+
+        Args:
+            z: exogenous noise, (B, D, noise_width); standard normal under the prior.
+            targets: (B, D), entries in [0, 1]; each row its own context.
+            return_dict: whether to return an `InterventionHeadOutput` (default) or a tuple.
+        """
+        blocks = self.config.num_blocks
+        if z.ndim != 3 or z.shape[1] != blocks or z.shape[2] != self.config.noise_width:
+            raise ValueError(f"z must have shape (batch, {blocks}, {self.config.noise_width}), not {tuple(z.shape)}.")
+        if targets.ndim != 2 or targets.shape[1] != blocks:
+            raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
+        s = targets[..., None]  # (B, D, 1)
+        u = self.exogenous(z.transpose(0, 1), s.transpose(0, 1))  # (D, B, n)
+        eps = self.expressive(u).transpose(0, 1)  # (B, D, w)
+        c = self.intervention(eps, s)  # (B, D, w)
+        e = self.unpool(c.flatten(1)).unflatten(1, self.config.embedding_shape)  # (B, *embedding_shape)
+        output = InterventionHeadOutput(embedding=e, concepts=c)
+        return output if return_dict is not False else output.to_tuple()
+
+    def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`), float32, each (B, D, noise_width).
+
+        Args:
+            features: encoder features, (B, feature_width).
+            targets: (B, D).
+        """
+        if self.config.posterior == "conditional":
+            features = torch.cat([features, targets[:, : len(self.config.concepts)].to(features.dtype)], dim=1)
+        moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
+        mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
+        return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
+
+    def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
+        """Targets (num_samples, D) of any form of `contexts.py`, on the head's device."""
+        config = self.config
+        return parse_interventions(interventions, config.concepts, num_samples, config.free_blocks).to(self.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, and strict: missing, unexpected or ill-shaped weights and truncated files are one-sentence errors."""
+        if kwargs.pop("output_loading_info", False):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        return check_loaded(
+            lambda: super(InterventionHead, cls).from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            ),
+            f"the head of {pretrained_model_name_or_path}",
+        )
+
+
+def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str) -> nn.Module:
+    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
+    try:
+        model, info = load()
+    except (SafetensorError, OSError) as error:
+        # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
+        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
+            raise
+        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise ValueError(f"the weights of {what} do not fit its configuration: sizes differ ({_first(error)}).") from error
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        listing = "; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:3])}" for key, names in wrong.items())
+        raise ValueError(f"the weights of {what} do not fit its configuration ({listing}).")
+    return model
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "mismatch" in line]
+    return lines[0] if lines else str(error)
+
+
+def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)

@@ -1,0 +1,91 @@
+"""`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers users know."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+from .contexts import Interventions
+from .model import ImageInput, InterventionModel
+from .modeling_intervention import InterventionHead
+
+
+class InterventionPipeline(DiffusionPipeline):
+    r"""
+    Sample images under interventions, and edit images by them.
+
+    Args:
+        base: the pretrained model under the head.
+        head: the intervention head.
+
+    Example:
+
+    ```python
+    pipe = InterventionPipeline.from_pretrained("my-pipeline")
+    images = pipe(interventions=["quad1", "size"], num_images=8, generator=torch.Generator().manual_seed(0)).images
+    edited = pipe.edit(images[0], {"quad1": 0.5}).images
+    ```
+    """
+
+    model_cpu_offload_seq = "head->base"
+
+    def __init__(self, base: ModelMixin, head: InterventionHead):
+        super().__init__()
+        self.register_modules(base=base, head=head)
+
+    @classmethod
+    def from_model(cls, model: InterventionModel) -> "InterventionPipeline":
+        """The pipeline of a model; the weights are shared, not copied.
+
+        Raises:
+            ValueError: the model is an ablation without a head.
+        """
+        if model.head is None:
+            raise ValueError(f"a model with ablation={model.config.ablation!r} has no head to intervene with.")
+        return cls(base=model.base.model, head=model.head)
+
+    @property
+    def model(self) -> InterventionModel:
+        """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
+        return InterventionModel(self.head.config, self.base, self.head).eval()
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return tuple(self.head.config.concepts)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        interventions: Interventions = None,
+        num_images: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images; see `InterventionModel.sample`.
+
+        Args:
+            interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`, `"obs"`, or a list of those, one per image.
+            num_images: number of images; `None`: one for each context given.
+            generator: makes the draw reproducible.
+            noise: exogenous noise to use, (num_images, D, noise_width).
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            return_dict: whether to return an `ImagePipelineOutput` or a tuple.
+        """
+        images = self.model.sample(interventions, num_images, generator, noise, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: ImageInput | Sequence,
+        interventions: Interventions,
+        context: Interventions = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Edit images: keep their exogenous noise, replace the interventions; see `InterventionModel.edit`."""
+        edited = self.model.edit(images, interventions, context, output_type)
+        return ImagePipelineOutput(images=edited) if return_dict else (edited,)

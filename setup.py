@@ -1,0 +1,55 @@
+"""Package metadata. `training/` is installed as `hf_intervene.training`, so that the recipes work without a checkout too."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_intervene" / "__init__.py").read_text())[1]
+
+EXTRAS = {
+    "eval": ["POT>=0.9.4", "scikit-learn>=1.4"],
+    "app": ["gradio>=5"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "POT>=0.9.4", "scikit-learn>=1.4"],
+}
+
+setup(
+    name="hf-intervene",
+    version=VERSION,
+    description="Concept interventions, and their unseen compositions, for pretrained diffusers and transformers models",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training"],
+    package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training"},
+    package_data={"hf_intervene.training": ["configs/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.10,<6",
+        "diffusers>=0.36,<1",
+        "accelerate>=1.2,<2",
+        "peft>=0.17,<1",
+        "datasets>=4.0,<6",
+        "huggingface_hub>=1.0,<3",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "safetensors>=0.4.3",
+        "pillow>=10",
+        "matplotlib>=3.8",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "tensorboard>=2.16",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hf-intervene=hf_intervene.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,54 @@
+"""The pipeline: diffusers' own save and load, sampling and editing."""
+
+import pytest
+import torch
+
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE
+
+
+@pytest.fixture
+def pipe():
+    torch.manual_seed(0)
+    base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
+    model = InterventionModel.build(base, ["quad1", "size"], noise_width=4, initializer_range=0.5)
+    return InterventionPipeline.from_model(model)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_round_trip(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = InterventionPipeline.from_pretrained(tmp_path)
+    assert loaded.concepts == ("quad1", "size")
+    call = {"interventions": ["quad1", "size"], "num_images": 8, "output_type": "pt"}
+    images = pipe(generator=generator(), **call).images
+    assert images.shape == (8, 3, 16, 16)
+    assert torch.equal(images, loaded(generator=generator(), **call).images)
+    assert all(path.suffix in (".json", ".safetensors") for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_output_types(pipe):
+    pil = pipe("quad1", num_images=2, generator=generator()).images
+    array = pipe("quad1", num_images=2, generator=generator(), output_type="np").images
+    assert pil[0].size == (16, 16) and array.shape == (2, 16, 16, 3)
+    assert pipe("quad1", num_images=2, generator=generator(), return_dict=False)[0][0].tobytes() == pil[0].tobytes()
+
+
+def test_edit_of_pil_images(pipe):
+    images = pipe("obs", num_images=2, generator=generator()).images
+    edited = pipe.edit(images, [["quad1"], {"size": 0.5}]).images
+    assert [image.size for image in edited] == [(16, 16)] * 2
+    assert edited[0].tobytes() != pipe.edit(images[0], "obs").images[0].tobytes()
+
+
+def test_unknown_concept(pipe):
+    with pytest.raises(ValueError, match="known ones are obs, quad1, size"):
+        pipe(["quad1", "quad7"], num_images=1)
+
+
+def test_a_model_without_a_head_is_no_pipeline():
+    base = LightVAE(3, 16, block_out_channels=(8, 8))
+    with pytest.raises(ValueError, match="no head"):
+        InterventionPipeline.from_model(InterventionModel.build(base, ["a"], ablation="base"))
