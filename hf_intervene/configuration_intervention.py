@@ -8,7 +8,7 @@ from .contexts import validate_concepts
 
 INTERVENTIONS = ("perfect", "soft")
 NORMS = ("layer", "batch", "none")
-POSTERIORS = ("conditional", "unconditional")
+POSTERIORS = ("centered", "conditional", "unconditional")
 ABLATIONS = (None, "base", "base-pooled", "head-pooled")
 
 
@@ -25,7 +25,8 @@ class InterventionConfig(PreTrainedConfig):
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
         propagation_steps: how often effects are passed on along the edges. 1 is the reduced form of the paper; k > 1 follows directed
             paths of up to k edges, so that cutting a concept's incoming edges also cuts the paths through it.
-        posterior: `"conditional"`: q(z | x, s), the encoder is told the targets; `"unconditional"`: q(z | x), the paper's.
+        posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
+            (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
         feature_width: width of the encoder features, shape (batch, feature_width), that the posterior reads.
         embedding_shape: shape of one sample's representation `e`: what the decoder takes.
         initializer_range: standard deviation of the initial W_obs and W_int.
@@ -43,7 +44,7 @@ class InterventionConfig(PreTrainedConfig):
     norm: str = "layer"
     intervention: str = "perfect"
     propagation_steps: int = 1
-    posterior: str = "conditional"
+    posterior: str = "centered"
     feature_width: int = 128
     embedding_shape: list[int] | tuple[int, ...] = (128,)
     initializer_range: float = 0.02

@@ -361,11 +361,13 @@ class InterventionModel(PreTrainedModel):
 def _load_base(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
     try:
         base_config = LightVAE.load_config(name_or_path, subfolder=BASE_FOLDER, **kwargs)
-    except OSError as error:
+    except OSError:
+        base_config = {}
+    if "_class_name" not in base_config:  # without base/config.json diffusers falls back on the head's own
         raise OSError(
             f"{name_or_path} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on."
-        ) from error
-    model_class = model_class_named(base_config.get("_class_name", "unknown"))
+        )
+    model_class = model_class_named(base_config["_class_name"])
     return check_loaded(
         lambda: model_class.from_pretrained(
             name_or_path, subfolder=BASE_FOLDER, output_loading_info=True, low_cpu_mem_usage=False, **kwargs

@@ -190,15 +190,18 @@ class InterventionHead(PreTrainedModel):
         self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
-        if config.posterior == "conditional":
+        if config.posterior == "unconditional":
+            self.encoder_readout = nn.Linear(config.feature_width, posterior_width)
+        else:
             hidden = config.feature_width
             self.encoder_readout = nn.Sequential(
                 nn.Linear(config.feature_width + len(config.concepts), hidden),
                 nn.GELU(),
                 nn.Linear(hidden, posterior_width),
             )
-        else:
-            self.encoder_readout = nn.Linear(config.feature_width, posterior_width)
+        if config.posterior == "centered":
+            # Row 0: the mean of the posterior means over the observational context; row 1 + j: over the context of concept j.
+            self.register_buffer("posterior_offset", torch.zeros(1 + len(config.concepts), blocks, noise_width))
         self.post_init()
 
     @torch.no_grad()
@@ -238,11 +241,43 @@ class InterventionHead(PreTrainedModel):
             features: encoder features, (B, feature_width).
             targets: (B, D).
         """
-        if self.config.posterior == "conditional":
-            features = torch.cat([features, targets[:, : len(self.config.concepts)].to(features.dtype)], dim=1)
+        s = targets[:, : len(self.config.concepts)]  # (B, d)
+        if self.config.posterior != "unconditional":
+            features = torch.cat([features, s.to(features.dtype)], dim=1)
         moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
         mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
+        if self.config.posterior == "centered":
+            # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
+            weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
+            mean = mean - torch.einsum("bk,kdn->bdn", weights, self.posterior_offset.float())
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
+
+    @torch.no_grad()
+    def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
+        """Move the offsets of a centred posterior towards the mean of each context in a batch; no effect on other posteriors.
+
+        The prior of z is N(0, I) in every context. An encoder is quick to tell contexts apart by shifting z instead, and then samples
+        from the prior miss what A_int and W_int should carry. Taking the context's mean out leaves that work to the head.
+
+        Args:
+            mean: posterior means of the batch, (B, D, noise_width), as `posterior` returned them (already centred so far).
+            targets: (B, D); only rows with nothing or one whole concept intervened on count.
+            momentum: weight of this batch in the running mean.
+        """
+        if self.config.posterior != "centered":
+            return
+        s = targets[:, : len(self.config.concepts)].float()
+        membership = torch.cat([(s == 0).all(1, keepdim=True), (s == 1) & (s.sum(1, keepdim=True) == 1)], dim=1).float()
+        counts = membership.sum(0)[:, None, None]  # (1 + d, 1, 1)
+        shift = torch.einsum("bk,bdn->kdn", membership, mean.float()) / counts.clamp(min=1)
+        self.posterior_offset += momentum * shift
+
+    def penalty(self, group_lasso: float = 0.0, l2: float = 0.0) -> torch.Tensor:
+        """Group-lasso and L2 penalty on the off-diagonal blocks of W_obs and W_int (METHOD section 2), a scalar in nats."""
+        blocks = self.intervention.off_diagonal().float().transpose(1, 2).transpose(2, 3)  # (D, 2, D, w, w)
+        squares = blocks.square().sum((-2, -1))  # (D, 2, D)
+        norms = (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
+        return group_lasso * norms.sum() + l2 * squares.sum()
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) of any form of `contexts.py`, on the head's device."""

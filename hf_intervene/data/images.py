@@ -1,0 +1,189 @@
+"""`ContextImages`: images from several contexts as one resident uint8 tensor, checked once, so that a step needs no per-sample Python."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from ..contexts import OBS, context_name, parse_context, parse_interventions, validate_concepts
+
+
+MIN_IMAGES = 8  # below this a context can neither be learnt nor split
+
+
+@dataclass
+class ContextImages:
+    """
+    Args:
+        pixels: images, uint8, (N, C, H, W).
+        context_ids: context of each image, int64, (N,).
+        contexts: canonical names of the contexts; `contexts[context_ids[n]]` is that of image n.
+        concepts: names of the concepts.
+    """
+
+    pixels: torch.Tensor
+    context_ids: torch.Tensor
+    contexts: list[str]
+    concepts: tuple[str, ...] = field(default_factory=tuple)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def targets(self, free_blocks: int = 0) -> torch.Tensor:
+        """Targets of each context, (contexts, D): those of image n are row `context_ids[n]`."""
+        return torch.cat([parse_interventions(name, self.concepts, free_blocks=free_blocks) for name in self.contexts])
+
+    def select(self, contexts: Sequence[str]) -> "ContextImages":
+        """The images of some contexts, in the order given."""
+        for name in contexts:
+            if name not in self.contexts:
+                raise ValueError(f"there is no context {name!r}; the data have {', '.join(self.contexts)}.")
+        keep = [torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in contexts]
+        ids = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(keep)])
+        return ContextImages(self.pixels[torch.cat(keep)], ids, list(contexts), self.concepts)
+
+    def split(self, validation_fraction: float, seed: int = 0) -> tuple["ContextImages", "ContextImages"]:
+        """Training and validation images, the fraction taken from every context alike."""
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
+        rng = np.random.default_rng(seed)
+        parts: tuple[list, list] = ([], [])
+        for number in range(len(self.contexts)):
+            rows = rng.permutation(torch.nonzero(self.context_ids == number)[:, 0].numpy())
+            held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
+            parts[0].append(np.sort(rows[held_out:]))
+            parts[1].append(np.sort(rows[:held_out]))
+        return tuple(
+            ContextImages(self.pixels[rows], self.context_ids[rows], self.contexts, self.concepts)
+            for rows in (torch.from_numpy(np.concatenate(part)) for part in parts)
+        )
+
+    def by_context(self) -> dict[str, np.ndarray]:
+        """uint8 images (n, H, W, C) of each context."""
+        return {
+            name: self.pixels[self.context_ids == number].permute(0, 2, 3, 1).numpy()
+            for number, name in enumerate(self.contexts)
+        }
+
+    @classmethod
+    def from_arrays(cls, images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> "ContextImages":
+        """From uint8 images (n, H, W, C) of each context. See `from_dataset` for the checks."""
+        names = [context_name(name, concepts) for name in images]
+        pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in images.values()])
+        ids = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(a) for a in images.values()]))
+        return cls(pixels, ids, names, validate_concepts(concepts))._checked()
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset,
+        concepts: Sequence[str] | None = None,
+        resolution: int | None = None,
+        channels: int = 3,
+    ) -> "ContextImages":
+        """Decode and check a data set with an `image` and a `context` column.
+
+        Args:
+            dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
+                list of concept names, or a class label.
+            concepts: the concepts; `None`: those that have a context of their own, in alphabetical order.
+            resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
+            channels: 3 (RGB) or 1 (grey).
+
+        Raises:
+            ValueError: one sentence: a missing column, no observational context, an unknown concept, a concept without a context of its
+                own, an unreadable image, images of several sizes, too few images in a context.
+        """
+        for column in ("image", "context"):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"the data set has no column {column!r}, only {', '.join(dataset.column_names)}: rename or add it."
+                )
+        raw = [_as_context(value, dataset.features["context"]) for value in dataset["context"]]
+        if concepts is None:
+            concepts = sorted({name for value in raw for name in _names(value)} - {OBS})
+            if not concepts:
+                raise ValueError(
+                    "the data set has no context but the observational one: nothing was intervened on, nothing can be learnt."
+                )
+        concepts = validate_concepts(concepts)
+        cache: dict[str, str] = {}
+        names = []
+        for value in raw:
+            key = repr(value)
+            if key not in cache:
+                cache[key] = context_name(value, concepts)
+            names.append(cache[key])
+        contexts = sorted(set(names), key=lambda name: _order(name, concepts))
+
+        if not isinstance(dataset.features["image"], ImageFeature):
+            dataset = dataset.cast_column("image", ImageFeature())
+        column = dataset.cast_column("image", ImageFeature(decode=False))["image"]
+        pixels = _decode(column, names, resolution, channels)
+        ids = torch.tensor([contexts.index(name) for name in names])
+        return cls(pixels, ids, contexts, concepts)._checked()
+
+    def _checked(self) -> "ContextImages":
+        if OBS not in self.contexts:
+            raise ValueError(
+                f"there are no observational images: add images whose context is {OBS!r} (the contexts are {', '.join(self.contexts)})."
+            )
+        single = {name for name in self.contexts if len(parse_context(name, self.concepts)) == 1}
+        for concept in self.concepts:
+            if concept not in single:
+                raise ValueError(
+                    f"concept {concept!r} has no context in which it alone was intervened on: add such images, or leave the concept out."
+                )
+        counts = torch.bincount(self.context_ids, minlength=len(self.contexts)).tolist()
+        for name, count in zip(self.contexts, counts):
+            if count < MIN_IMAGES:
+                raise ValueError(f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed.")
+        return self
+
+
+def _as_context(value, feature):
+    return feature.int2str(value) if isinstance(feature, ClassLabel) else value
+
+
+def _names(value) -> list[str]:
+    parts = [value] if isinstance(value, str) else (value or [])
+    return [name.split("=")[0].strip() for part in parts for name in part.split("+")]
+
+
+def _order(name: str, concepts: Sequence[str]) -> tuple:
+    positions = [concepts.index(concept) for concept in parse_context(name, concepts)]
+    return len(positions), positions
+
+
+def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int) -> torch.Tensor:
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
+    pixels = None
+    for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
+        where = f"image {row}{' (' + item['path'] + ')' if item and item.get('path') else ''} of context {context!r}"
+        try:
+            image = ImageFeature().decode_example(item).convert(mode)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+            raise ValueError(f"{where} cannot be read: replace or remove it.") from error
+        if resolution is not None:
+            if image.size != (resolution, resolution):
+                image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+        elif image.width != image.height or (pixels is not None and image.size != (pixels.shape[2], pixels.shape[1])):
+            expected = "square" if pixels is None else f"{pixels.shape[2]}x{pixels.shape[1]} like the others"
+            raise ValueError(
+                f"{where} is {image.width}x{image.height}, not {expected}: give a resolution to crop and resize all images to."
+            )
+        array = np.asarray(image)
+        if pixels is None:
+            pixels = np.empty((len(column), *array.shape[:2], channels), dtype=np.uint8)
+        pixels[row] = array.reshape(*array.shape[:2], channels)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+__all__ = ["MIN_IMAGES", "ContextImages"]

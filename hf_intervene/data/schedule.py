@@ -1,0 +1,180 @@
+"""Context schedules: which samples a training step sees (METHOD section 3).
+
+A schedule draws the *global* batch of a step: the same in every process, which then trains on its own slice (`shard`). So what is
+learnt does not depend on the number of processes. Its whole state is a few counters, kept in a checkpoint as JSON.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+SCHEDULES = ("balanced", "single", "proportional", "adaptive")
+_FLOOR = 0.5  # adaptive: share of the probability that stays uniform, so that no context starves
+_DECAY = 0.95  # adaptive: decay of the running loss, per step in which the context occurs
+
+
+class ContextSchedule(Sampler[torch.Tensor]):
+    r"""
+    Infinite stream of global batches of sample indices.
+
+    Within a context, samples are drawn without replacement and reshuffled after each pass. Contexts are drawn by `kind`:
+
+    - `"balanced"`: uniform over contexts, mixed within the batch; counts in one batch differ by at most 1.
+    - `"single"`: one context a batch, every context once in each random round (the paper's).
+    - `"proportional"`: all samples pooled, each once per pass.
+    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess*: its running loss minus the lowest
+      it has had. Contexts differ in the loss that cannot be avoided, so the loss itself would not say where there is something to gain.
+
+    Args:
+        context_ids: context of every sample, (N,) integers from 0.
+        kind: one of `SCHEDULES`.
+        batch_size: samples per optimiser step, over all processes.
+        seed: the stream is a function of it.
+    """
+
+    def __init__(self, context_ids: torch.Tensor, kind: str = "balanced", batch_size: int = 64, seed: int = 0):
+        if kind not in SCHEDULES:
+            raise ValueError(f"unknown context schedule {kind!r}; choose one of {', '.join(SCHEDULES)}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        ids = np.asarray(context_ids)
+        if not len(ids):
+            raise ValueError("there are no samples to draw batches from.")
+        self.kind, self.batch_size, self.seed = kind, batch_size, seed
+        if kind == "proportional":  # one pool
+            self._members = [np.arange(len(ids))]
+        else:
+            self._members = [np.flatnonzero(ids == context) for context in range(ids.max() + 1)]
+            if not all(len(members) for members in self._members):
+                raise ValueError("every context from 0 to the highest must have samples.")
+        self._steps = 0
+        self._drawn = np.zeros(len(self._members), dtype=np.int64)  # samples drawn so far, of each context
+        contexts = 1 if kind == "proportional" else len(self._members)
+        self._running = np.zeros(contexts)  # adaptive: running loss, 0 before the first
+        self._lowest = np.full(contexts, np.inf)
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        """Steps in which as many samples are drawn as there are."""
+        return max(1, round(sum(map(len, self._members)) / self.batch_size))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield self.next_batch()
+
+    def next_batch(self) -> torch.Tensor:
+        """Indices of the next global batch, (batch_size,) int64, in random order."""
+        rng = self._rng(0, self._steps)
+        counts = self._counts(rng)
+        indices = np.concatenate([self._draw(context, count) for context, count in enumerate(counts) if count])
+        self._steps += 1
+        # In a random order, so that every process's slice mixes the contexts.
+        return torch.from_numpy(rng.permutation(indices))
+
+    def update(self, context_ids: torch.Tensor, losses: torch.Tensor) -> None:
+        """Tell the adaptive schedule the losses of a global batch (the same ones in every process); others ignore it.
+
+        Args:
+            context_ids: context of each sample, (batch,).
+            losses: loss of each sample, (batch,).
+        """
+        if self.kind != "adaptive":
+            return
+        ids, losses = np.asarray(context_ids.cpu()), np.asarray(losses.detach().float().cpu(), dtype=np.float64)
+        counts = np.bincount(ids, minlength=len(self._running))
+        means = np.bincount(ids, weights=losses, minlength=len(self._running)) / np.maximum(counts, 1)
+        first = (counts > 0) & np.isinf(self._lowest)
+        later = (counts > 0) & ~first
+        self._running[first] = means[first]
+        self._running[later] = _DECAY * self._running[later] + (1 - _DECAY) * means[later]
+        self._lowest = np.where(counts > 0, np.minimum(self._lowest, self._running), self._lowest)
+
+    def probabilities(self) -> np.ndarray:
+        """Probability of each context in the next batch, (contexts,); uniform unless adaptive."""
+        contexts = len(self._members)
+        uniform = np.full(contexts, 1 / contexts)
+        if self.kind != "adaptive" or np.isinf(self._lowest).any():
+            return uniform
+        excess = self._running - self._lowest
+        return uniform if excess.sum() <= 0 else _FLOOR * uniform + (1 - _FLOOR) * excess / excess.sum()
+
+    def _counts(self, rng: np.random.Generator) -> np.ndarray:
+        contexts = len(self._members)
+        if self.kind == "single":
+            round_number, position = divmod(self._steps, contexts)
+            counts = np.zeros(contexts, dtype=np.int64)
+            counts[self._rng(1, round_number).permutation(contexts)[position]] = self.batch_size
+            return counts
+        # Whole shares first, then one more for as many contexts as are left over, drawn by systematic sampling:
+        # the expectation is exact and a count is never off its share by more than 1.
+        share = self.probabilities() * self.batch_size
+        counts = np.floor(share + 1e-9).astype(np.int64)
+        left = self.batch_size - counts.sum()
+        if left:
+            order = rng.permutation(contexts)
+            edges = np.cumsum((share - counts).clip(min=0)[order])
+            points = (rng.random() + np.arange(left)) * edges[-1] / left
+            counts[order[np.searchsorted(edges, points, side="right").clip(max=contexts - 1)]] += 1
+        return counts
+
+    def _draw(self, context: int, count: int) -> np.ndarray:
+        members, drawn = self._members[context], []
+        while count:
+            pass_number, position = divmod(int(self._drawn[context]), len(members))
+            piece = self._permutation(context, pass_number)[position : position + count]
+            drawn.append(members[piece])
+            self._drawn[context] += len(piece)
+            count -= len(piece)
+        return np.concatenate(drawn)
+
+    def _permutation(self, context: int, pass_number: int) -> np.ndarray:
+        cached = self._permutations.get(context)
+        if cached is None or cached[0] != pass_number:
+            order = self._rng(2, context, pass_number).permutation(len(self._members[context]))
+            cached = self._permutations[context] = (pass_number, order)
+        return cached[1]
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+    def state_dict(self) -> dict:
+        """All that is needed to go on: numbers and lists, JSON as it is."""
+        lowest = [None if np.isinf(value) else float(value) for value in self._lowest]
+        return {
+            "kind": self.kind,
+            "steps": self._steps,
+            "drawn": self._drawn.tolist(),
+            "running": self._running.tolist(),
+            "lowest": lowest,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another kind of schedule or of other data.
+        """
+        if state["kind"] != self.kind or len(state["drawn"]) != len(self._drawn):
+            raise ValueError(
+                f"the saved schedule is {state['kind']!r} over {len(state['drawn'])} contexts, this one is {self.kind!r} over "
+                f"{len(self._drawn)}: resume with the settings and data of the interrupted run."
+            )
+        self._steps = state["steps"]
+        self._drawn = np.array(state["drawn"], dtype=np.int64)
+        self._running = np.array(state["running"], dtype=np.float64)
+        self._lowest = np.array([np.inf if value is None else value for value in state["lowest"]])
+
+
+def shard(batch: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """The slice of a global batch that process `rank` of `world` trains on; the slices in order make up the batch.
+
+    Raises:
+        ValueError: the batch does not divide by the number of processes.
+    """
+    if len(batch) % world:
+        raise ValueError(f"a batch of {len(batch)} does not divide over {world} processes: choose a multiple of {world}.")
+    size = len(batch) // world
+    return batch[rank * size : (rank + 1) * size]

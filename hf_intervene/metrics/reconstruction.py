@@ -1,0 +1,23 @@
+"""Reconstruction: the negative ELBO in bits per pixel (METHOD section 5)."""
+
+import math
+from typing import TypeVar
+
+import numpy as np
+
+
+Array = TypeVar("Array")
+
+
+def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
+    """Negative ELBO in nats, summed over channels and pixels, to bits per pixel: nats / (H W ln 2). Any array or float, any shape."""
+    return nats / (height * width * math.log(2))
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Mean of values (n,) and its percentile bootstrap interval."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
+    tail = 50 * (1 - level)
+    return float(values.mean()), (float(np.percentile(means, tail)), float(np.percentile(means, 100 - tail)))

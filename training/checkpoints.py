@@ -1,0 +1,141 @@
+"""Training checkpoints: written whole or not at all, pruned, safetensors and JSON only.
+
+    checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+STATE_FILE = "state.json"
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a folder whole or not at all: the body fills a temporary sibling, which then takes the place of `path`.
+
+    Raises:
+        OSError: one sentence: the folder cannot be written or the disk is full. What was there before is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.writing")
+    previous = path.with_name(f".{path.name}.previous")
+    try:
+        if previous.exists() and not path.exists():  # a crash between the two renames below
+            previous.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
+        temporary.rename(path)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write {path}: {_reason(error)}; earlier checkpoints are untouched.") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Make the folder and try to write in it, before hours are spent on what could not be saved.
+
+    Raises:
+        OSError: one sentence: it cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = Path(folder, ".writable")
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict,
+    keep: int,
+) -> Path:
+    """Save a checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: optimiser steps done.
+        tensors: for each file name (without ending) its tensors by name.
+        state: JSON-able state.
+        keep: checkpoints to keep.
+    """
+    path = Path(folder, f"step-{step:08d}")
+    with atomic_folder(path) as temporary:
+        for name, values in tensors.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
+        (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*") if (path / STATE_FILE).exists())
+
+
+def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """Tensors and state as given to `save_checkpoint`.
+
+    Raises:
+        OSError: one sentence: no checkpoint, or truncated or corrupt.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {path}.")
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.") from error
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:
+    """The newest checkpoint that can be read, passing over broken ones; `None` if there is none."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return path, *load_checkpoint(path)
+        except OSError:
+            continue
+    return None
+
+
+def flatten_optimizer(state: dict) -> dict[str, torch.Tensor]:
+    """The tensors of an Adam optimiser's `state_dict`, by `parameter.entry`."""
+    return {f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of `flatten_optimizer`, into an optimiser over the same parameters."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

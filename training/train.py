@@ -1,0 +1,579 @@
+"""Train an intervention head (METHOD section 3; arXiv:2507.04754).
+
+    accelerate launch training/train.py --config training/configs/quad.yaml --output_dir outputs/quad
+
+The settings are the fields of `TrainArguments`: a YAML file gives some, the command line overrides them. Nothing depends on the state
+of a global random generator after initialisation: the batch of a step and its noise are functions of the seed and the step. So the
+number of processes and of accumulation steps does not change the result, and a resumed run goes on as if never stopped.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from hf_intervene.bases import LightVAE
+from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
+from hf_intervene.data.schedule import SCHEDULES
+from hf_intervene.metrics.reconstruction import bits_per_pixel
+from hf_intervene.model import InterventionModel
+from hf_intervene.training.checkpoints import (
+    atomic_folder,
+    check_writable,
+    checkpoints,
+    flatten_optimizer,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+REGIMES = ("end-to-end", "fine-tune", "frozen")
+ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
+FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
+STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
+
+
+@dataclass
+class TrainArguments:
+    """Settings of a run. Batch sizes are totals over all processes."""
+
+    output_dir: str = field(default="outputs/run", metadata={"help": "Folder of the run."})
+    # Data
+    dataset: str = field(default="quad", metadata={"help": "`quad`, an image folder, a saved data set or a Hub name."})
+    variant: str = field(default="dependent", metadata={"help": "quad: `dependent` or `independent`."})
+    images_per_context: int = field(default=4000, metadata={"help": "quad: training images of each context."})
+    validation_images: int = field(default=400, metadata={"help": "quad: validation images of each context."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Own data: share held out for validation."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the data (quad) or of the split (own data)."})
+    resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
+    channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
+    concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
+    # Base
+    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or a folder with a saved LightVAE."})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
+    hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
+    latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
+    base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
+    # Head: fields of InterventionConfig
+    free_blocks: int = field(default=0)
+    noise_width: int = field(default=32)
+    concept_width: int = field(default=8)
+    depth: int = field(default=2)
+    norm: str = field(default="layer")
+    intervention: str = field(default="perfect")
+    propagation_steps: int = field(default=1)
+    posterior: str = field(default="centered")
+    # Objective and regime
+    regime: str = field(default="end-to-end", metadata={"help": "`end-to-end`, `fine-tune` or `frozen`."})
+    ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
+    schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the KL."})
+    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
+    group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
+    l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
+    # Optimisation
+    epochs: float = field(default=12.0, metadata={"help": "Passes over the training images."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps; overrides epochs."})
+    batch_size: int = field(default=64, metadata={"help": "Images per optimiser step, over all processes."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches a process makes of its share."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of Adam."})
+    warmup_steps: int = field(default=200)
+    final_learning_rate: float = field(default=0.01, metadata={"help": "Share of the peak at the end of the cosine."})
+    weight_decay: float = field(default=0.0)
+    max_grad_norm: float = field(default=1000.0, metadata={"help": "Gradient norms above are clipped."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
+    mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    seed: int = field(default=0)
+    # Running
+    eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
+    patience: int = field(default=20, metadata={"help": "Validations without improvement before stopping."})
+    log_every: int = field(default=50)
+    sample_every: int | None = field(default=None, metadata={"help": "Steps between sample grids; default: eval_every."})
+    checkpoint_every: int | None = field(default=None, metadata={"help": "Steps between checkpoints; default: eval_every."})
+    keep_checkpoints: int = field(default=2)
+    resume: str = field(default="none", metadata={"help": "`none`, `auto` (newest checkpoint of output_dir) or a checkpoint."})
+    tracker: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or `none`."})
+
+    def __post_init__(self):
+        for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("learning_rate", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+
+    @property
+    def head_options(self) -> dict:
+        names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
+        return {name: getattr(self, name) for name in names}
+
+
+# Settings that may change between an interrupted run and its resumption.
+_RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
+_RUNNING |= {"gradient_accumulation_steps"}
+
+
+@dataclass
+class TrainResult:
+    """
+    Args:
+        model_dir: folder of the trained model, or `None` when the run was interrupted.
+        step: optimiser steps done.
+        validation: lowest validation ELBO, bits per pixel.
+        interrupted: whether the run was stopped before its end.
+    """
+
+    model_dir: Path | None
+    step: int
+    validation: float
+    interrupted: bool = False
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Settings from `--config FILE.yaml` overridden by the other options."""
+    argv, config = list(argv), None
+    for position, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
+            del argv[position : position + (1 if "=" in word else 2)]
+            break
+    parser = HfArgumentParser(TrainArguments, description=__doc__.splitlines()[0])
+    if config is not None:
+        parser.set_defaults(**read_config(config))
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def read_config(path: str) -> dict:
+    """Settings of a YAML file, its keys and types checked."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `setting: value` lines.")
+    known = {f.name: f.type for f in fields(TrainArguments)}
+    for name, value in settings.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the settings are {', '.join(known)}."
+            raise ValueError(f"{path} has an unknown setting {name!r}: {hint}")
+        kind = known[name]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as a string
+                settings[name] = float(value)
+            except ValueError:
+                pass
+        if kind in (int, float, str, bool) and type(settings[name]) is not kind:
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}.")
+    return settings
+
+
+def load_data(arguments: TrainArguments) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images."""
+    a = arguments
+    if a.dataset == "quad":
+        def load(size, seed):
+            images = quad.images_by_context(quad.TRAIN_CONTEXTS, size, a.resolution, a.variant, seed)
+            return ContextImages.from_arrays(images, quad.CONCEPTS)
+
+        # Validation images have a seed of their own; the seeds of evaluation start far above (training/evaluate.py).
+        train, validation = load(a.images_per_context, 2 * a.data_seed), load(a.validation_images, 2 * a.data_seed + 1)
+    else:
+        data = ContextImages.from_dataset(load_contexts(a.dataset), a.concepts, a.resolution, a.channels)
+        train, validation = data.split(a.validation_fraction, a.data_seed)
+    if a.ablation == "base":
+        return train.select(["obs"]), validation.select(["obs"])
+    return train, validation
+
+
+def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionModel:
+    """A new head on a new or a saved base."""
+    a = arguments
+    if a.base == "light-vae":
+        base = LightVAE(
+            in_channels=data.pixels.shape[1],
+            sample_size=data.pixels.shape[-1],
+            block_out_channels=tuple(a.block_out_channels),
+            hidden_width=a.hidden_width,
+            latent_width=a.latent_width,
+            norm=a.base_norm,
+        )
+    elif os.path.isdir(a.base):
+        base = LightVAE.from_pretrained(a.base)
+    else:
+        raise FileNotFoundError(f"there is no saved base {a.base!r}: give `light-vae` or the folder of a saved LightVAE.")
+    ablation = None if a.ablation == "none" else a.ablation
+    return InterventionModel.build(base, data.concepts, ablation=ablation, **a.head_options)
+
+
+def fast_bf16() -> bool:
+    """Whether this machine computes bf16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def learning_rate(arguments: TrainArguments, step: int, total: int) -> float:
+    """Linear warm-up, then cosine down to `final_learning_rate` of the peak."""
+    warmup = min(1.0, (step + 1) / max(1, arguments.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+    floor = arguments.final_learning_rate
+    return arguments.learning_rate * warmup * (floor + (1 - floor) * cosine)
+
+
+def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> torch.Tensor:
+    """Posterior noise of the whole global batch of a step, (batch_size, *noise_shape): the same in every process."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randn(batch_size, *model.noise_shape, generator=generator)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        try:
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: the caller handles signals
+            self._previous = {}
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+    """Train a model and save it under `output_dir/model`.
+
+    Args:
+        arguments: the settings.
+        on_log: called with each logged row, for progress displays.
+
+    Raises:
+        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, unwritable folder, a loss that is not finite.
+    """
+    a = arguments
+    out = Path(a.output_dir)
+    check_writable(out)
+    precision = ("bf16" if fast_bf16() else "no") if a.mixed_precision == "auto" else a.mixed_precision
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if a.tracker == "none" else a.tracker,
+        project_dir=str(out / "logs"),
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if a.batch_size % (world * a.gradient_accumulation_steps):
+        raise ValueError(
+            f"batch_size {a.batch_size} does not divide by {world} processes x {a.gradient_accumulation_steps} accumulation steps."
+        )
+
+    data, validation = load_data(a)
+    torch.manual_seed(a.seed)
+    model = build_model(a, data)
+    model.to(accelerator.device)
+    targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
+    validation_targets = validation.targets(model.config.free_blocks).to(accelerator.device)
+    schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
+    per_epoch = len(schedule)
+    total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
+    eval_every = a.eval_every or per_epoch
+    sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
+    frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total}[a.regime]
+
+    parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and _of_base(model, p))]
+    optimizer = torch.optim.AdamW(parameters, a.learning_rate, weight_decay=a.weight_decay, fused=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True)
+    if ema is not None:
+        ema.to(accelerator.device)
+
+    step, best, waited = 0, math.inf, 0
+    settings = json.loads(json.dumps(asdict(a)))
+    restored = _resume(a, out)
+    if restored is not None:
+        path, tensors, state = restored
+        _check_same(settings, state["settings"], path)
+        step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
+        model.load_state_dict(tensors["model"])
+        restore_optimizer(optimizer, tensors["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if ema is not None:
+            ema.shadow_params = [tensors["ema"][str(i)].to(accelerator.device) for i in range(len(parameters))]
+            ema.optimization_step = step
+        accelerator.print(f"resuming from {path}, step {step}")
+    elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
+        raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (out / "training_arguments.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    if a.tracker != "none":
+        accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
+
+    def wrapped(frozen: bool):
+        """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
+        if a.regime != "end-to-end":
+            model.base.trainable(not frozen)
+        module = torch.compile(model) if a.compile else model
+        return accelerator.prepare_model(module) if world > 1 else module
+
+    def evaluate() -> float:
+        """Validation ELBO in bits per pixel, with noise fixed by the seed."""
+        model.eval()
+        sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+        indices = torch.arange(len(validation))
+        for number, rows in enumerate(indices.split(256)):
+            noise = step_noise(model, a.seed + 1, number, len(rows))
+            mine = rows[rank::world]
+            x = validation.pixels[mine].to(accelerator.device).float() / 255
+            s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
+            with torch.no_grad(), accelerator.autocast():
+                output = model(x, s, noise=noise[rank::world].to(accelerator.device))
+            sums[0] += (output.reconstruction_loss + output.kl).double().sum()
+            sums[1] += len(mine)
+        sums = reduce(sums, "sum")
+        return bits_per_pixel(sums[0] / sums[1], *data.pixels.shape[-2:]).item()
+
+    def save(kind: str) -> Path | None:
+        """A checkpoint; a failure to write one leaves the run going."""
+        state = {"best": None if math.isinf(best) else best, "waited": waited, "schedule": schedule.state_dict()}
+        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer.state_dict())}
+        if ema is not None:
+            tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
+        if not accelerator.is_main_process:
+            return None
+        try:
+            return save_checkpoint(out / "checkpoints", step, tensors, state | {"settings": settings}, a.keep_checkpoints)
+        except OSError as error:
+            if kind == "last":
+                raise
+            accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
+            return None
+
+    def log(row: dict) -> None:
+        if accelerator.is_main_process:
+            with open(out / "history.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+            if on_log is not None:
+                on_log({"step": step, "total": total, **row})
+        if a.tracker != "none":
+            accelerator.log(row, step=step)
+
+    frozen = step < frozen_steps
+    runner = wrapped(frozen)
+    sums, unlogged = torch.zeros(2, device=accelerator.device), 0
+    bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
+    bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
+    with Stop() as stop:
+        while step < total and waited < a.patience:
+            if frozen and step >= frozen_steps:
+                frozen = False
+                runner = wrapped(frozen)
+            model.train()
+            if frozen:
+                model.base.eval()
+            indices = schedule.next_batch()
+            noise = shard(step_noise(model, a.seed, step, a.batch_size), rank, world)
+            mine = shard(indices, rank, world)
+            beta = a.beta * (min(1.0, step / (a.beta_warmup * total)) if a.beta_warmup > 0 else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(a, step, total)
+            seen = []
+            size = len(mine) // a.gradient_accumulation_steps
+            for number, (rows, z) in enumerate(zip(mine.split(size), noise.split(size))):
+                x = data.pixels[rows].to(accelerator.device, non_blocking=True).float() / 255  # (b, C, H, W)
+                s = targets[data.context_ids[rows].to(accelerator.device)]  # (b, D)
+                last = number + 1 == a.gradient_accumulation_steps
+                with _no_sync(accelerator, runner, not last), accelerator.autocast():
+                    output = runner(x, s, beta=beta, noise=z.to(accelerator.device))
+                    loss = output.loss
+                    if last and model.head is not None and (a.group_lasso or a.l2):
+                        loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
+                    accelerator.backward(loss / a.gradient_accumulation_steps)
+                seen.append((output.reconstruction_loss.detach(), output.kl.detach(), output.posterior_mean.detach(), s))
+            accelerator.clip_grad_norm_(parameters, a.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(parameters)
+
+            reconstruction, kl, mean, s = (torch.cat(parts) for parts in zip(*seen))
+            elbo = reconstruction + kl
+            if world > 1 and (a.schedule == "adaptive" or a.posterior == "centered"):
+                elbo, mean, s = (accelerator.gather(value) for value in (elbo, mean, s))
+            if model.head is not None:
+                model.head.center_posterior(mean, s)
+            if a.schedule == "adaptive":
+                schedule.update(data.context_ids[indices], elbo)
+            sums += torch.stack([reconstruction.sum(), kl.sum()]).float()  # on the device: fetched when logged
+            unlogged += 1
+            bad_step = torch.where(torch.isfinite(reconstruction + kl).all(), bad_step, bad_step.clamp(max=step))
+            step += 1
+            bar.update()
+
+            finished = step == total
+            if step % a.log_every == 0 or step % eval_every == 0 or step % checkpoint_every == 0 or finished:
+                first_bad = accelerator.gather(bad_step[None]).min().item()
+                if math.isfinite(first_bad):
+                    newest = checkpoints(out / "checkpoints")
+                    raise FloatingPointError(
+                        f"the loss of step {int(first_bad)} is not finite: lower the learning rate or use mixed_precision=no; "
+                        f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
+                    )
+                means = reduce(sums, "sum") / (unlogged * a.batch_size)
+                reconstruction, kl = bits_per_pixel(means, *data.pixels.shape[-2:]).tolist()
+                row = {"reconstruction": reconstruction, "kl": kl, "learning_rate": optimizer.param_groups[0]["lr"]}
+                sums.zero_()
+                unlogged = 0
+                bar.set_postfix(bpp=f"{row['reconstruction'] + row['kl']:.4f}", kl=f"{row['kl']:.4f}")
+                log(row)
+            if step % eval_every == 0 or finished:
+                with _averaged(ema, parameters):
+                    score = evaluate()
+                    improved = score < best
+                    if improved and accelerator.is_main_process:
+                        try:
+                            with atomic_folder(out / "best") as folder:
+                                _save_model(model, folder, data)
+                        except OSError as error:
+                            accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
+                best, waited = (score, 0) if improved else (best, waited + 1)
+                log({"validation": score})
+            if (step % sample_every == 0 or finished) and accelerator.is_main_process:
+                with _averaged(ema, parameters):
+                    _sample_grid(model, data, a, out, step, accelerator)
+            if step % checkpoint_every == 0 or finished:
+                save("periodic")
+            if _agreed_stop(stop, accelerator, step) and not finished:
+                path = save("last")
+                bar.close()
+                accelerator.end_training()
+                accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
+                return TrainResult(None, step, best, interrupted=True)
+    bar.close()
+    model_dir = out / "model"
+    if accelerator.is_main_process:
+        trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else model
+        with atomic_folder(model_dir) as folder:
+            trained.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return TrainResult(model_dir, step, best)
+
+
+def _resume(arguments: TrainArguments, out: Path):
+    if arguments.resume == "none":
+        return None
+    if arguments.resume == "auto":
+        return newest_checkpoint(out / "checkpoints")
+    return Path(arguments.resume), *load_checkpoint(arguments.resume)
+
+
+def _check_same(now: dict, before: dict, path: Path) -> None:
+    changed = [name for name in now if name not in _RUNNING and now[name] != before.get(name)]
+    if changed:
+        listing = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed[:3])
+        raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+
+
+def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
+    return any(parameter is p for p in model.base.parameters())
+
+
+def _no_sync(accelerator: Accelerator, runner: torch.nn.Module, skip: bool):
+    return accelerator.no_sync(runner) if skip and accelerator.num_processes > 1 else nullcontext()
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
+    """Inside, the model has the averaged weights."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
+    if accelerator.num_processes == 1:
+        return stop.asked
+    if step % STOP_CHECK_STEPS:
+        return False
+    return bool(reduce(torch.tensor(float(stop.asked), device=accelerator.device), "sum") > 0)
+
+
+def _save_model(model: InterventionModel, folder: Path, data: ContextImages) -> None:
+    """Save the model for sampling: batch-norm statistics, if there are any, are gathered anew on a copy."""
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        model = copy.deepcopy(model).eval()
+        model.reestimate_batch_norm(data.contexts)
+    model.save_pretrained(folder)
+
+
+def _sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
+    """A row of samples for each context, held-out pairs of quad included, always of the same noise."""
+    model.eval()
+    contexts = [*data.contexts, *(quad.HELD_OUT if a.dataset == "quad" and len(data.contexts) > 1 else ())]
+    noise = step_noise(model, a.seed, 0, 8).to(accelerator.device)
+    with accelerator.autocast():
+        images = [image for name in contexts for image in model.sample(name, noise=noise, output_type="pil")]
+    grid = make_image_grid([image.convert("RGB") for image in images], len(contexts), 8)
+    path = out / "samples" / f"step-{step:08d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        result = train(parse_arguments(sys.argv[1:] if argv is None else argv))
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if result.interrupted:
+        return 130
+    print(f"trained {result.step} steps; lowest validation ELBO {result.validation:.4f} bits per pixel; model in {result.model_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
