@@ -1,0 +1,204 @@
+"""Evaluate a trained model: concept learning, composition and reconstruction (METHOD section 5; arXiv:2507.04754).
+
+    python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+
+Held-out real images of every context against generated ones: sliced 2-Wasserstein distance with floor, ratio and interval, and the
+negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_intervene.contexts import parse_context
+from hf_intervene.data import ContextImages, load_contexts, quad
+from hf_intervene.metrics import bits_per_pixel, compare, mean_interval
+from hf_intervene.metrics.transport import PROTOCOLS
+from hf_intervene.model import InterventionModel
+from hf_intervene.pipeline import InterventionPipeline
+from hf_intervene.training.checkpoints import check_writable
+
+
+# Training data use the seeds from 0 on (training/train.py); held-out data start here.
+HELD_OUT_SEED = 1_000_000
+
+
+@torch.no_grad()
+def evaluate(
+    model: InterventionModel,
+    real: Mapping[str, np.ndarray],
+    other_real: Mapping[str, np.ndarray],
+    protocols: Sequence[str] = PROTOCOLS,
+    num_projections: int = 500,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict:
+    """Measure a model on held-out images.
+
+    Args:
+        model: the model.
+        real: held-out uint8 images (n, H, W, C) of each context, by canonical name; several concepts in a name make it a composition.
+        other_real: as many further ones, for the floor.
+        protocols: see `hf_intervene.metrics.transport`.
+        num_projections: random directions of the distance.
+        seed: of noise, directions and resampling.
+        batch_size: images at once.
+
+    Returns:
+        `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
+        with its interval; `means`: the same averaged over each kind.
+    """
+    model.eval()
+    contexts: dict[str, dict] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name in tqdm(real, desc="evaluating", disable=None):
+        images = real[name]
+        noise = torch.randn(len(images), *model.noise_shape, generator=generator)
+        generated = model.sample(name, noise=noise, batch_size=batch_size)
+        generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
+        nats = _negative_elbo(model, images, name, generator, batch_size)
+        bits, interval = mean_interval(bits_per_pixel(nats, *images.shape[1:3]), seed=seed)
+        contexts[name] = {
+            "kind": "composition" if len(parse_context(name, model.concepts)) > 1 else "concept",
+            "images": len(images),
+            "bits_per_pixel": bits,
+            "bits_per_pixel_interval": interval,
+        } | {
+            protocol: compare(images, other_real[name], generated, protocol, num_projections, seed=seed).to_dict()
+            for protocol in protocols
+        }
+    return {"contexts": contexts, "means": _means(contexts, protocols)}
+
+
+def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
+    pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
+    nats = []
+    for batch in pixel_values.split(batch_size):
+        noise = torch.randn(len(batch), *model.noise_shape, generator=generator).to(model.device)
+        x = batch.to(model.device).float() / 255
+        output = model(x, model.targets(context, len(batch)), noise=noise)
+        nats.append((output.reconstruction_loss + output.kl).double().cpu())
+    return torch.cat(nats).numpy()
+
+
+def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
+    means = {}
+    for kind in ("concept", "composition"):
+        rows = [row for row in contexts.values() if row["kind"] == kind]
+        if not rows:
+            continue
+        means[kind] = {"contexts": len(rows), "bits_per_pixel": float(np.mean([row["bits_per_pixel"] for row in rows]))}
+        for protocol in protocols:
+            distance, floor = (float(np.mean([row[protocol][key] for row in rows])) for key in ("distance", "floor"))
+            # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
+            margins = [(row[protocol]["interval"][1] - row[protocol]["distance"]) for row in rows]
+            margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
+            means[kind][protocol] = {
+                "distance": distance,
+                "interval": (distance - margin, distance + margin),
+                "floor": floor,
+                "ratio": distance / floor,
+            }
+    return means
+
+
+def table(metrics: dict) -> str:
+    """Readable Markdown table of what `evaluate` returns, one for each protocol."""
+    lines = []
+    first = next(iter(metrics["contexts"].values()))
+    for protocol in (name for name in PROTOCOLS if name in first):
+        lines += [f"Sliced 2-Wasserstein distance, {protocol} protocol", ""]
+        lines += ["| context | distance [95 %] | floor | ratio | bits per pixel |", "| --- | --- | --- | --- | --- |"]
+        rows = list(metrics["contexts"].items())
+        rows += [(f"**mean {kind}**", row) for kind, row in metrics["means"].items()]
+        for name, row in rows:
+            low, high = row[protocol]["interval"]
+            lines.append(
+                f"| {name} | {row[protocol]['distance']:.3f} [{low:.3f}, {high:.3f}] | {row[protocol]['floor']:.3f} "
+                f"| {row[protocol]['ratio']:.1f} | {row['bits_per_pixel']:.3f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def held_out_images(
+    dataset: str, concepts: Sequence[str], images: int, seed: int, resolution: int, channels: int, variant: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Held-out real images of each context, and as many further ones for the floor.
+
+    quad: fresh draws, held-out pairs included. Own data: each context's images split in halves (at most `images` each).
+    """
+    if dataset == "quad":
+        contexts = quad.TRAIN_CONTEXTS + quad.HELD_OUT
+        draws = [
+            quad.images_by_context(contexts, images, resolution, variant, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1)
+        ]
+        return draws[0], draws[1]
+    data = ContextImages.from_dataset(load_contexts(dataset), None, resolution, channels)
+    missing = [concept for concept in concepts if concept not in data.concepts]
+    if missing:
+        raise ValueError(f"{dataset} has no context for {', '.join(missing)}; the model's concepts are {', '.join(concepts)}.")
+    return tuple({name: a[k::2][:images] for name, a in data.by_context().items()} for k in (0, 1))
+
+
+def load_model(folder: str) -> InterventionModel:
+    """A model saved by `InterventionModel.save_pretrained`, or the one of a saved pipeline."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}.")
+    if (path / "model_index.json").exists():
+        return InterventionPipeline.from_pretrained(path).model
+    return InterventionModel.from_pretrained(path)
+
+
+def write(metrics: dict, folder: str | Path) -> None:
+    """Write `metrics.json` and `metrics.md`, each whole or not at all."""
+    for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
+        temporary = Path(folder, f".{name}.writing")
+        temporary.write_text(text)
+        temporary.replace(Path(folder, name))
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
+    parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
+    parser.add_argument("--dataset", default="quad", help="quad, an image folder, a saved data set or a Hub name")
+    parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad only")
+    parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
+    parser.add_argument("--projections", type=int, default=500)
+    parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"])
+    parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        check_writable(arguments.output)
+        model = load_model(arguments.model)
+        channels, height, _ = model.base.image_shape
+        real, other_real = held_out_images(
+            arguments.dataset, model.concepts, arguments.images, arguments.seed, height, channels, arguments.variant
+        )
+        protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
+        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed)
+        metrics["settings"] = vars(arguments)
+        metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+        write(metrics, arguments.output)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
