@@ -1,0 +1,65 @@
+"""Pictures: contexts with real images above generated ones, and edits."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def _show(axis: matplotlib.axes.Axes, images: np.ndarray) -> None:
+    """Images (n, H, W, C) side by side, a pixel of white between them."""
+    padded = np.pad(np.asarray(images), ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
+    strip = np.concatenate(list(padded), axis=1)
+    axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=255)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def contexts_grid(
+    real: Mapping[str, np.ndarray],
+    generated: Mapping[str, np.ndarray],
+    unseen: Sequence[str] = (),
+    columns: int = 2,
+    images: int = 8,
+) -> Figure:
+    """For each context a strip of real images above a strip of generated ones; unseen compositions are marked.
+
+    Args:
+        real: uint8 images (n, H, W, C) of each context.
+        generated: likewise.
+        unseen: contexts that no training image came from.
+        columns: contexts side by side.
+        images: images in a strip.
+    """
+    names = list(real)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(columns * (images * 0.55 + 0.9), rows * 1.55), layout="constrained")
+    outer = figure.subfigures(rows, columns, squeeze=False)
+    for position, (row, column) in enumerate(np.ndindex(rows, columns)):
+        if position >= len(names):
+            continue
+        name = names[position]
+        axes = outer[row, column].subplots(2, 1)
+        outer[row, column].suptitle(f"{name}  (never seen)" if name in unseen else name, fontsize=9)
+        for axis, label, source in zip(axes, ("real", "generated"), (real, generated)):
+            _show(axis, source[name][:images])
+            axis.set_ylabel(label, fontsize=7)
+    return figure
+
+
+def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray]) -> Figure:
+    """Original images, and below them the same images under each edit.
+
+    Args:
+        originals: uint8 images (n, H, W, C).
+        edits: for each label, uint8 images of the same shape.
+    """
+    strips = {"original": originals} | dict(edits)
+    figure = Figure(figsize=(len(originals) * 0.75 + 1.2, len(strips) * 0.8), layout="constrained")
+    for axis, (label, images) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items()):
+        _show(axis, images)
+        axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
+    return figure
