@@ -1,0 +1,45 @@
+"""One thread and no network for every test."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+
+torch.set_num_threads(1)
+
+
+TINY = {
+    "resolution": 16,
+    "images_per_context": 32,
+    "validation_images": 8,
+    "block_out_channels": [8, 8],
+    "hidden_width": 16,
+    "latent_width": 16,
+    "noise_width": 4,
+    "batch_size": 16,
+    "max_steps": 8,
+    "eval_every": 4,
+    "warmup_steps": 3,
+    "log_every": 2,
+    "mixed_precision": "no",
+    "tracker": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the precision of a process's first run; every test is a first run."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Settings of a training run of seconds."""
+    return TINY | {"output_dir": str(tmp_path / "run")}

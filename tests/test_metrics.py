@@ -1,0 +1,104 @@
+"""Measures against POT, closed forms and hand computation."""
+
+import sys
+
+import numpy as np
+import ot
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_intervene.metrics import bits_per_pixel, compare, mean_interval, sliced_wasserstein
+from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, sliced_w2
+
+
+def images(n, seed=0, shift=0.0, side=4):
+    rng = np.random.default_rng(seed)
+    return (0.5 + 0.1 * rng.standard_normal((n, side, side, 3)) + shift).clip(0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 60), (60, 45), (17, 64)])
+def test_distance_is_pots(n, m):
+    a, b = images(n, 1), images(m, 2, 0.05)
+    expected = ot.sliced_wasserstein_distance(a.reshape(n, -1), b.reshape(m, -1), n_projections=70, seed=3, p=2)
+    assert sliced_wasserstein(a, b, 70, seed=3) == pytest.approx(expected, rel=1e-4)
+
+
+def test_distance_of_a_shift_is_its_root_mean_square():
+    a = images(50)
+    shift = np.random.default_rng(1).uniform(-0.05, 0.05, (4, 4, 3)).astype(np.float32)
+    axes = directions(48, 4000)
+    projected = [x.reshape(50, -1) @ axes for x in (a, a + shift)]
+    assert sliced_w2(*projected) == pytest.approx(np.sqrt((shift**2).mean()), rel=0.05)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_distance_is_a_distance(n, m, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((n, 5)), rng.standard_normal((m, 5))
+    assert sliced_w2(a, b) == pytest.approx(sliced_w2(b, a)) and sliced_w2(a, b) >= 0
+    assert sliced_w2(a, rng.permutation(a)) == 0
+    assert sliced_w2(a, np.repeat(a, 3, axis=0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_bytes_and_fractions_are_the_same_image():
+    a = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    b = images(20)
+    assert sliced_wasserstein(a, b) == pytest.approx(sliced_wasserstein(a.astype(np.float32) / 255, b), rel=1e-5)
+
+
+def test_paper_protocol_is_the_explicit_repeat():
+    real, other, generated = images(1280, 1), images(1280, 2), images(1280, 3, 0.03)
+    repeat = lambda x: np.repeat(x[:PAPER_DISTINCT], PAPER_REPEATS, axis=0)  # noqa: E731
+    result = compare(real, other, generated, "paper", 50)
+    assert result.distance == pytest.approx(sliced_wasserstein(real, repeat(generated), 50), rel=1e-5)
+    assert result.floor == pytest.approx(sliced_wasserstein(real, repeat(other), 50), rel=1e-5)
+    assert result.ratio == pytest.approx(result.distance / result.floor)
+    independent = compare(real, other, generated, "independent", 50)
+    assert independent.floor < result.floor / 2, "64 distinct images are a far higher floor than 1,280"
+
+
+def test_interval_covers_what_repeated_draws_give():
+    """Fresh draws of both sides scatter as wide as one draw's interval says."""
+    fresh = [compare(images(200, 3 * k), images(200, 3 * k + 1), images(200, 3 * k + 2, 0.03), num_projections=40) for k in range(40)]
+    distances = np.array([r.distance for r in fresh])
+    widths = np.array([r.interval[1] - r.interval[0] for r in fresh])
+    assert all(r.interval[0] <= r.distance <= r.interval[1] for r in fresh)
+    covered = np.mean([r.interval[0] <= distances.mean() <= r.interval[1] for r in fresh])
+    assert covered >= 0.8
+    assert widths.mean() / 2 < 3 * 1.96 * distances.std(), "not wide for the sake of covering"
+
+
+def test_floor_is_blind_to_the_generated_images():
+    real, other = images(100, 1), images(100, 2)
+    floors = {compare(real, other, images(100, 5, shift), num_projections=20).floor for shift in (0.0, 0.2)}
+    assert len(floors) == 1
+
+
+def test_bad_input(monkeypatch):
+    a = images(100)
+    with pytest.raises(ValueError, match="unknown protocol"):
+        compare(a, a, a, "published")
+    with pytest.raises(ValueError, match="as many further real images"):
+        compare(a, a[:50], a)
+    with pytest.raises(ValueError, match="at least 64 images"):
+        compare(a, a[:50], a[:50], "paper")
+    for bad in (a + 1, np.where(a > 0.5, np.nan, a)):
+        with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+            sliced_wasserstein(a, bad)
+    monkeypatch.setitem(sys.modules, "ot.sliced", None)
+    with pytest.raises(ImportError, match="hf-intervene\\[eval\\]"):
+        sliced_wasserstein(a, a)
+
+
+def test_bits_per_pixel():
+    # A pixel of three channels whose nats are ln 2 each has 3 bits.
+    assert bits_per_pixel(4 * 6 * 3 * np.log(2), 4, 6) == pytest.approx(3.0)
+
+
+def test_mean_interval():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    mean, (low, high) = mean_interval(values)
+    assert mean == pytest.approx(values.mean()) and low < mean < high
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.15)

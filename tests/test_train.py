@@ -1,0 +1,267 @@
+"""The trainer: resume, processes, accumulation, regimes, stopping, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_intervene import InterventionModel
+from hf_intervene.training import checkpoints, train
+from hf_intervene.training.train import TrainArguments, main, parse_arguments
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(settings, **overrides):
+    return train.train(TrainArguments(**settings | overrides))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors") | {
+        f"base.{k}": v for k, v in load_file(Path(folder) / "base" / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def last_state(settings):
+    folder = checkpoints.checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
+    return checkpoints.load_checkpoint(folder)
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        if tolerance:
+            torch.testing.assert_close(a[key], b[key], msg=key, **tolerance)
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
+def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatch):
+    settings = tiny | {"ema_decay": 0.9, "schedule": schedule}
+    run(settings)
+    stopped = settings | {"output_dir": str(tmp_path / "stopped")}
+
+    def stop_at_five(self):  # as if Ctrl-C came in the fifth step
+        stop_at_five.calls += 1
+        return stop_at_five.calls >= 5
+
+    stop_at_five.calls = 0
+    monkeypatch.setattr(train.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False)
+    result = run(stopped)
+    assert result.interrupted and result.step == 5
+    monkeypatch.undo()
+    assert run(stopped, resume="auto").step == 8
+    (a, state_a), (b, state_b) = last_state(settings), last_state(stopped)
+    for name in ("model", "ema", "optimizer"):
+        assert_same(a[name], b[name])
+    assert state_a["schedule"] == state_b["schedule"] and state_a["best"] == state_b["best"]
+    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "stopped" / "model"))
+
+
+def test_accumulation_does_not_change_the_result(tiny, tmp_path):
+    # No norm in the base: a bias before a norm has no gradient but rounding, which Adam blows up to whole steps.
+    settings = tiny | {"l2": 0.1, "group_lasso": 0.1, "base_norm": "none"}
+    run(settings)
+    run(settings, output_dir=str(tmp_path / "b"), gradient_accumulation_steps=4)
+    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"), rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
+def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule):
+    settings = tiny | {"schedule": schedule, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
+    run(settings)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / "two")}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, "training/train.py", "--config", str(config)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (_, state_a), (_, state_b) = last_state(settings), last_state({"output_dir": str(tmp_path / "two")})
+    assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]
+    assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)
+    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-2, atol=2e-4)
+
+
+def test_script_options_override_the_configuration(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 1e-4\nbatch_size: 32\nconcepts: [a, b]\n")
+    arguments = parse_arguments(["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"])
+    assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (1e-4, 8, ["a", "b"])
+    assert arguments.block_out_channels == [4, 6]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_are_read(path):
+    parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.parametrize("regime", ["frozen", "fine-tune"])
+def test_regimes_train_what_they_should(tiny, tmp_path, regime):
+    torch.manual_seed(3)
+    base = train.build_model(TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]).base.model
+    base.save_pretrained(tmp_path / "base")
+    before = base.state_dict()
+    seen = []
+    original = train.InterventionModel.forward
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            seen.append(all(torch.equal(v, before[k]) for k, v in self.base.model.state_dict().items()))
+        return original(self, *args, **kwargs)
+
+    train.InterventionModel.forward = forward
+    try:
+        run(tiny, base=str(tmp_path / "base"), regime=regime, max_steps=10)
+    finally:
+        train.InterventionModel.forward = original
+    # fine-tune: steps 0 and 1 of 10 are frozen, so the base first differs in step 3.
+    assert seen == ([True] * 10 if regime == "frozen" else [True] * 3 + [False] * 7)
+
+
+@pytest.mark.parametrize("ablation", ["base", "base-pooled", "head-pooled"])
+def test_ablations_train_and_save(tiny, tmp_path, ablation):
+    result = run(tiny, ablation=ablation)
+    model = InterventionModel.from_pretrained(result.model_dir)
+    assert model.config.ablation == ablation and (model.head is None) == (ablation != "head-pooled")
+    assert model.sample("quad1", 2).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("options", [{"mixed_precision": "bf16"}, {"base_norm": "batch", "norm": "batch"}, {"tracker": "tensorboard"}])
+def test_options_train(tiny, tmp_path, options):
+    result = run(tiny, **options, beta_warmup=0.5)
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert result.validation == min(row["validation"] for row in history if "validation" in row)
+    assert (tmp_path / "run" / "samples" / "step-00000008.png").exists()
+
+
+def test_training_learns(tiny):
+    result = run(tiny, max_steps=300, eval_every=100, images_per_context=64, learning_rate=5e-3)
+    assert result.validation < 2.5  # an untrained model has 3 bits per pixel, one per channel
+
+
+def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):
+    scores = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    monkeypatch.setattr(train, "bits_per_pixel", lambda nats, h, w: next(scores) * torch.ones(()) if nats.ndim == 0 else nats)
+    saved = []
+    original = train._save_model
+    monkeypatch.setattr(train, "_save_model", lambda model, folder, data: (saved.append(model), original(model, folder, data)))
+    result = run(tiny, max_steps=12, eval_every=2, patience=2)
+    assert result.step == 8 and result.validation == 2.0 and len(saved) == 2
+
+
+def test_own_images(tiny, tmp_path):
+    from PIL import Image
+
+    for context in ("obs", "hat"):
+        (tmp_path / "images" / context).mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (20, 16), 10 * number).save(tmp_path / "images" / context / f"{number}.png")
+    result = run(tiny, dataset=str(tmp_path / "images"), channels=1)
+    assert InterventionModel.from_pretrained(result.model_dir).concepts == ("hat",)
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tiny | {"max_steps": 100_000, "log_every": 1}))
+    process = subprocess.Popen(
+        [sys.executable, "training/train.py", "--config", str(config)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    history = tmp_path / "run" / "history.jsonl"
+    for _ in range(600):
+        if history.exists() and len(history.read_text().splitlines()) > 5:
+            break
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume auto" in out and "Traceback" not in err
+    path, _, state = checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state["step"] > 5 and path.name == f"step-{state['step']:08d}"
+
+
+def error_of(capsys, argv):
+    assert main(argv) == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(err) == 1
+    return err[0]
+
+
+def options(settings):
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
+        ({"batch_size": 15, "gradient_accumulation_steps": 2}, "does not divide"),
+        ({"regime": "lora2"}, "regime must be one of"),
+        ({"base": "nowhere"}, "no saved base 'nowhere'"),
+        ({"dataset": "./nowhere"}, "no folder ./nowhere"),
+        ({"resume": "nowhere"}, "no checkpoint nowhere"),
+        ({"block_out_channels": [8] * 6}, "cannot be halved"),
+        ({"norm": "group"}, "norm must be one of"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
+    assert message in error_of(capsys, options(tiny | changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown setting 'learning_rat': did you mean learning_rate"),
+        ("batch_size: many", "batch_size must be of type int"),
+        ("- a", "must hold"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_configurations_are_one_sentence(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert message in error_of(capsys, ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_output_that_cannot_be_written(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in error_of(capsys, options(tiny | {"output_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_a_folder_with_another_run(tiny, capsys):
+    run(tiny)
+    assert "already holds a run" in error_of(capsys, options(tiny))
+    assert "other settings (beta was 1.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
+    original = checkpoints.save_file
+
+    def full(tensors, path):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    result = run(tiny)
+    assert "No space left on device" in capsys.readouterr().err
+    assert result.step == 8 and InterventionModel.from_pretrained(result.model_dir)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000008"]
