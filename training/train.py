@@ -34,6 +34,7 @@ from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, qua
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
+from hf_intervene.moments import MomentMatching
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -49,6 +50,7 @@ from hf_intervene.training.checkpoints import (
 REGIMES = ("end-to-end", "fine-tune", "frozen")
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
+_TRACKED = ("reconstruction_loss", "kl", "posterior_mean", "posterior_logvar")
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -88,6 +90,8 @@ class TrainArguments:
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=1.0, metadata={"help": "Weight of the KL."})
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
+    moment_matching: float = field(default=5.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
+    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
     # Optimisation
@@ -318,6 +322,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     if ema is not None:
         ema.to(accelerator.device)
 
+    moments = None
+    if a.moment_matching and model.head is not None:
+        moments = MomentMatching(
+            len(data.contexts), math.prod(model.noise_shape), a.moment_matching, device=accelerator.device
+        )
+
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
     restored = _resume(a, out)
@@ -331,6 +341,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         if ema is not None:
             ema.shadow_params = [tensors["ema"][str(i)].to(accelerator.device) for i in range(len(parameters))]
             ema.optimization_step = step
+        if moments is not None:
+            moments.excess = tensors["moments"]["excess"].to(accelerator.device)
         accelerator.print(f"resuming from {path}, step {step}")
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
@@ -370,6 +382,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer.state_dict())}
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
+        if moments is not None:
+            tensors["moments"] = {"excess": moments.excess}
         if not accelerator.is_main_process:
             return None
         try:
@@ -405,36 +419,41 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             indices = schedule.next_batch()
             noise = shard(step_noise(model, a.seed, step, a.batch_size), rank, world)
             mine = shard(indices, rank, world)
-            beta = a.beta * (min(1.0, step / (a.beta_warmup * total)) if a.beta_warmup > 0 else 1.0)
+            beta = a.beta * _ramp(step, a.beta_warmup * total)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(a, step, total)
             seen = []
             size = len(mine) // a.gradient_accumulation_steps
             for number, (rows, z) in enumerate(zip(mine.split(size), noise.split(size))):
                 x = data.pixels[rows].to(accelerator.device, non_blocking=True).float() / 255  # (b, C, H, W)
-                s = targets[data.context_ids[rows].to(accelerator.device)]  # (b, D)
+                ids = data.context_ids[rows].to(accelerator.device)  # (b,)
+                s = targets[ids]  # (b, D)
                 last = number + 1 == a.gradient_accumulation_steps
                 with _no_sync(accelerator, runner, not last), accelerator.autocast():
                     output = runner(x, s, beta=beta, noise=z.to(accelerator.device))
                     loss = output.loss
+                    if moments is not None:
+                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
+                        loss = loss + _ramp(step, a.moment_warmup * total) * penalty
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
-                seen.append((output.reconstruction_loss.detach(), output.kl.detach(), output.posterior_mean.detach(), s))
+                seen.append([output[key].detach() for key in _TRACKED] + [s, ids])
             accelerator.clip_grad_norm_(parameters, a.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(parameters)
 
-            reconstruction, kl, mean, s = (torch.cat(parts) for parts in zip(*seen))
+            reconstruction, kl, mean, logvar, s, ids = (torch.cat(parts) for parts in zip(*seen))
             elbo = reconstruction + kl
-            if world > 1 and (a.schedule == "adaptive" or a.posterior == "centered"):
-                elbo, mean, s = (accelerator.gather(value) for value in (elbo, mean, s))
+            if world > 1:
+                elbo, mean, logvar, s, ids = (accelerator.gather(value) for value in (elbo, mean, logvar, s, ids))
             if model.head is not None:
                 model.head.center_posterior(mean, s)
-            if a.schedule == "adaptive":
-                schedule.update(data.context_ids[indices], elbo)
+            if moments is not None:
+                moments.update(mean, logvar, ids)
+            schedule.update(ids, elbo)
             sums += torch.stack([reconstruction.sum(), kl.sum()]).float()  # on the device: fetched when logged
             unlogged += 1
             bad_step = torch.where(torch.isfinite(reconstruction + kl).all(), bad_step, bad_step.clamp(max=step))
@@ -504,6 +523,10 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
     if changed:
         listing = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+
+
+def _ramp(step: int, steps: float) -> float:
+    return min(1.0, step / steps) if steps > 0 else 1.0
 
 
 def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
