@@ -27,7 +27,8 @@ DEMO = dict(
     log_every=100,
     tracker="none",
 )
-_IMAGES = 8  # images in a strip of the demo's picture
+DEMO_IMAGES = 640  # images a side of the demo's distances
+_STRIP = 8  # images in a strip of its picture
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -50,15 +51,15 @@ def demo(arguments: argparse.Namespace) -> int:
     pipe = InterventionPipeline.from_model(model)
     pipe.save_pretrained(out / "pipeline")
 
-    real, other = evaluation.held_out_images("quad", model.concepts, 640, 0, settings.resolution, 3, settings.variant)
+    real, other = evaluation.held_out_images("quad", model.concepts, DEMO_IMAGES, 0, settings.resolution, 3, settings.variant)
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
     evaluation.write(metrics, out)
 
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(_IMAGES, *model.noise_shape, generator=generator)
+    noise = torch.randn(_STRIP, *model.noise_shape, generator=generator)
     generated = {name: _to_uint8(pipe(name, noise=noise, output_type="np").images) for name in real}
     contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130)
-    originals = real["obs"][:_IMAGES]
+    originals = real["obs"][:_STRIP]
     edits = {
         name: _to_uint8(pipe.edit(originals, name, output_type="np").images)
         for name in ("obs", "quad1", "quad2", "quad4", "size", "quad1+size", "quad2+quad4")
@@ -75,7 +76,7 @@ def demo(arguments: argparse.Namespace) -> int:
         "Try next:\n"
         f"  hf-intervene sample {out / 'pipeline'} --interventions quad1+size --num-images 8 --output pair.png\n"
         "  accelerate launch training/train.py --config training/configs/quad.yaml   (64x64, a better model)\n"
-        "  README.md, \"Your own images\""
+        '  README.md, "Your own images"'
     )
     return 0
 

@@ -75,9 +75,7 @@ class InterventionModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
 
-    def __init__(
-        self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None
-    ):
+    def __init__(self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None):
         super().__init__(config)
         self.base = wrap_base(base)
         if config.ablation in ("base", "base-pooled"):
@@ -218,9 +216,7 @@ class InterventionModel(PreTrainedModel):
             num_samples = noise.shape[0] if num_samples is None else num_samples
         targets = self.targets(interventions, num_samples)
         if noise is None:
-            noise = randn_tensor(
-                (len(targets), *self.noise_shape), generator=generator, device=self.device, dtype=torch.float32
-            )
+            noise = randn_tensor((len(targets), *self.noise_shape), generator=generator, device=self.device, dtype=torch.float32)
         elif len(noise) != len(targets):
             raise ValueError(f"noise has {len(noise)} rows for {len(targets)} samples: give one row per sample.")
         return self._decoded_images(noise, targets, output_type, batch_size)
@@ -253,9 +249,7 @@ class InterventionModel(PreTrainedModel):
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         after = self.targets(interventions, len(pixel_values))
-        noise = torch.cat(
-            [self.posterior(x, s)[0] for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
-        )
+        noise = torch.cat([self.posterior(x, s)[0] for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))])
         return self._decoded_images(noise.float(), after, output_type, batch_size)
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
@@ -289,9 +283,7 @@ class InterventionModel(PreTrainedModel):
                 for z, s in zip(noise.split(batch_size), targets.split(batch_size))
             ]
         )
-        return self.image_processor.postprocess(
-            images, output_type=output_type, do_denormalize=[False] * len(images)
-        )
+        return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(images))
 
     @torch.no_grad()
     def reestimate_batch_norm(self, contexts: Sequence[Interventions], num_batches: int = 50, batch_size: int = 256):
@@ -324,8 +316,8 @@ class InterventionModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save in the library's own format: the head as a transformers model, the base under `base/` as a diffusers model.
 
-            save_directory/config.json, model.safetensors               the head; `InterventionHead.from_pretrained` reads it alone
-            save_directory/base/config.json, diffusion_pytorch_model.safetensors   the base; plain diffusers reads it alone
+        save_directory/config.json, model.safetensors               the head; `InterventionHead.from_pretrained` reads it alone
+        save_directory/base/config.json, diffusion_pytorch_model.safetensors   the base; plain diffusers reads it alone
         """
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")

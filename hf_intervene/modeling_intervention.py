@@ -184,9 +184,7 @@ class InterventionHead(PreTrainedModel):
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         self.exogenous = ExogenousLayer(blocks, noise_width)
         self.expressive = ExpressiveLayers(blocks, noise_width, width, config.depth, config.norm)
-        self.intervention = InterventionLayer(
-            blocks, width, config.intervention == "perfect", config.propagation_steps
-        )
+        self.intervention = InterventionLayer(blocks, width, config.intervention == "perfect", config.propagation_steps)
         self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
@@ -211,9 +209,7 @@ class InterventionHead(PreTrainedModel):
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-    def forward(
-        self, z: torch.Tensor, targets: torch.Tensor, return_dict: bool | None = None
-    ) -> InterventionHeadOutput | tuple:
+    def forward(self, z: torch.Tensor, targets: torch.Tensor, return_dict: bool | None = None) -> InterventionHeadOutput | tuple:
         """Embedding of exogenous noise under interventions.
 
         Args:

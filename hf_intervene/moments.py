@@ -24,9 +24,7 @@ class MomentMatching:
         device: of the state.
     """
 
-    def __init__(
-        self, contexts: int, width: int, weight: float, momentum: float = 0.02, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, contexts: int, width: int, weight: float, momentum: float = 0.02, device: torch.device | str = "cpu"):
         self.weight, self.momentum = weight, momentum
         self.excess = torch.zeros(contexts, width, width, device=device)  # C_k - I
 

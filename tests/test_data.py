@@ -35,7 +35,12 @@ def check(data):
     assert data.pixels.shape == (35, 3, 12, 12) and data.pixels.dtype == torch.uint8
     assert data.targets(1).tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
     reds = {name: sorted(a[:, 0, 0, 0].tolist()) for name, a in data.by_context().items()}
-    assert reds == {"obs": [*range(10)], "smile": [*range(10, 19)], "glasses": [*range(19, 27)], "glasses+smile": [*range(27, 35)]}
+    assert reds == {
+        "obs": [*range(10)],
+        "smile": [*range(10, 19)],
+        "glasses": [*range(19, 27)],
+        "glasses+smile": [*range(27, 35)],
+    }
 
 
 def test_a_folder_of_contexts(folder):

@@ -61,9 +61,7 @@ def slow_head(head, z, targets):
 @pytest.mark.parametrize("norm", ["layer", "none"])
 @pytest.mark.parametrize(("depth", "steps", "free_blocks"), [(1, 1, 0), (2, 1, 1), (3, 3, 2)])
 def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks):
-    head = make_head(
-        intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks
-    )
+    head = make_head(intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks)
     targets = head.targets(["obs", ["a"], ["b", "c"], {"a": 0.3, "c": 0.8}, ["a", "b", "c"]]).double()
     z = torch.randn(5, head.config.num_blocks, 5, dtype=torch.float64)
     fast, slow = head(z, targets).embedding, slow_head(head, z, targets)
@@ -214,7 +212,14 @@ def test_a_truncated_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"depth": 0}, {"free_blocks": -1}, {"norm": "spectral"}, {"intervention": "hard"}, {"embedding_shape": []}, {"posterior": "x"}],
+    [
+        {"depth": 0},
+        {"free_blocks": -1},
+        {"norm": "spectral"},
+        {"intervention": "hard"},
+        {"embedding_shape": []},
+        {"posterior": "x"},
+    ],
 )
 def test_bad_configurations(options):
     with pytest.raises(ValueError, match=next(iter(options))):

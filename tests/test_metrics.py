@@ -61,7 +61,9 @@ def test_paper_protocol_is_the_explicit_repeat():
 
 def test_interval_covers_what_repeated_draws_give():
     """Fresh draws of both sides scatter as wide as one draw's interval says."""
-    fresh = [compare(images(200, 3 * k), images(200, 3 * k + 1), images(200, 3 * k + 2, 0.03), num_projections=40) for k in range(40)]
+    fresh = [
+        compare(images(200, 3 * k), images(200, 3 * k + 1), images(200, 3 * k + 2, 0.03), num_projections=40) for k in range(40)
+    ]
     distances = np.array([r.distance for r in fresh])
     widths = np.array([r.interval[1] - r.interval[0] for r in fresh])
     assert all(r.interval[0] <= r.distance <= r.interval[1] for r in fresh)

@@ -85,7 +85,10 @@ def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule):
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [*command, "training/train.py", "--config", str(config)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (_, state_a), (_, state_b) = last_state(settings), last_state({"output_dir": str(tmp_path / "two")})
@@ -138,7 +141,9 @@ def test_ablations_train_and_save(tiny, tmp_path, ablation):
     assert model.sample("quad1", 2).shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("options", [{"mixed_precision": "bf16"}, {"base_norm": "batch", "norm": "batch"}, {"tracker": "tensorboard"}])
+@pytest.mark.parametrize(
+    "options", [{"mixed_precision": "bf16"}, {"base_norm": "batch", "norm": "batch"}, {"tracker": "tensorboard"}]
+)
 def test_options_train(tiny, tmp_path, options):
     result = run(tiny, **options, beta_warmup=0.5)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
@@ -177,7 +182,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_pat
     config.write_text(yaml.safe_dump(tiny | {"max_steps": 100_000, "log_every": 1}))
     process = subprocess.Popen(
         [sys.executable, "training/train.py", "--config", str(config)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     history = tmp_path / "run" / "history.jsonl"
     for _ in range(600):

@@ -1,6 +1,6 @@
 """Training checkpoints: written whole or not at all, pruned, safetensors and JSON only.
 
-    checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensors, state.json
 """
 
 import json
@@ -89,7 +89,9 @@ def save_checkpoint(
     path = Path(folder, f"step-{step:08d}")
     with atomic_folder(path) as temporary:
         for name, values in tensors.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
+            )
         (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

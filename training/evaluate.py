@@ -137,9 +137,7 @@ def held_out_images(
     """
     if dataset == "quad":
         contexts = quad.TRAIN_CONTEXTS + quad.HELD_OUT
-        draws = [
-            quad.images_by_context(contexts, images, resolution, variant, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1)
-        ]
+        draws = [quad.images_by_context(contexts, images, resolution, variant, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1)]
         return draws[0], draws[1]
     data = ContextImages.from_dataset(load_contexts(dataset), None, resolution, channels)
     missing = [concept for concept in concepts if concept not in data.concepts]

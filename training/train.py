@@ -15,8 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,13 @@ from accelerate.utils import reduce
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from hf_intervene.bases import LightVAE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
-from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
+from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -47,97 +45,9 @@ from hf_intervene.training.checkpoints import (
 )
 
 
-REGIMES = ("end-to-end", "fine-tune", "frozen")
-ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 _TRACKED = ("reconstruction_loss", "kl", "posterior_mean", "posterior_logvar")
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
-
-
-@dataclass
-class TrainArguments:
-    """Settings of a run. Batch sizes are totals over all processes."""
-
-    output_dir: str = field(default="outputs/run", metadata={"help": "Folder of the run."})
-    # Data
-    dataset: str = field(default="quad", metadata={"help": "`quad`, an image folder, a saved data set or a Hub name."})
-    variant: str = field(default="dependent", metadata={"help": "quad: `dependent` or `independent`."})
-    images_per_context: int = field(default=4000, metadata={"help": "quad: training images of each context."})
-    validation_images: int = field(default=400, metadata={"help": "quad: validation images of each context."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Own data: share held out for validation."})
-    data_seed: int = field(default=0, metadata={"help": "Seed of the data (quad) or of the split (own data)."})
-    resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
-    channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
-    concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
-    # Base
-    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or a folder with a saved LightVAE."})
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
-    hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
-    latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
-    base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
-    # Head: fields of InterventionConfig
-    free_blocks: int = field(default=0)
-    noise_width: int = field(default=32)
-    concept_width: int = field(default=8)
-    depth: int = field(default=2)
-    norm: str = field(default="layer")
-    intervention: str = field(default="perfect")
-    propagation_steps: int = field(default=1)
-    posterior: str = field(default="centered")
-    # Objective and regime
-    regime: str = field(default="end-to-end", metadata={"help": "`end-to-end`, `fine-tune` or `frozen`."})
-    ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
-    schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the KL."})
-    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
-    moment_matching: float = field(default=5.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
-    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
-    group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
-    l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
-    # Optimisation
-    epochs: float = field(default=12.0, metadata={"help": "Passes over the training images."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps; overrides epochs."})
-    batch_size: int = field(default=64, metadata={"help": "Images per optimiser step, over all processes."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches a process makes of its share."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of Adam."})
-    warmup_steps: int = field(default=200)
-    final_learning_rate: float = field(default=0.01, metadata={"help": "Share of the peak at the end of the cosine."})
-    weight_decay: float = field(default=0.0)
-    max_grad_norm: float = field(default=1000.0, metadata={"help": "Gradient norms above are clipped."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
-    mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
-    seed: int = field(default=0)
-    # Running
-    eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
-    patience: int = field(default=20, metadata={"help": "Validations without improvement before stopping."})
-    log_every: int = field(default=50)
-    sample_every: int | None = field(default=None, metadata={"help": "Steps between sample grids; default: eval_every."})
-    checkpoint_every: int | None = field(default=None, metadata={"help": "Steps between checkpoints; default: eval_every."})
-    keep_checkpoints: int = field(default=2)
-    resume: str = field(default="none", metadata={"help": "`none`, `auto` (newest checkpoint of output_dir) or a checkpoint."})
-    tracker: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or `none`."})
-
-    def __post_init__(self):
-        for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
-
-    @property
-    def head_options(self) -> dict:
-        names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
-        return {name: getattr(self, name) for name in names}
-
-
-# Settings that may change between an interrupted run and its resumption.
-_RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
-_RUNNING |= {"gradient_accumulation_steps"}
 
 
 @dataclass
@@ -156,51 +66,11 @@ class TrainResult:
     interrupted: bool = False
 
 
-def parse_arguments(argv: Sequence[str]) -> TrainArguments:
-    """Settings from `--config FILE.yaml` overridden by the other options."""
-    argv, config = list(argv), None
-    for position, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
-            del argv[position : position + (1 if "=" in word else 2)]
-            break
-    parser = HfArgumentParser(TrainArguments, description=__doc__.splitlines()[0])
-    if config is not None:
-        parser.set_defaults(**read_config(config))
-    return parser.parse_args_into_dataclasses(argv)[0]
-
-
-def read_config(path: str) -> dict:
-    """Settings of a YAML file, its keys and types checked."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `setting: value` lines.")
-    known = {f.name: f.type for f in fields(TrainArguments)}
-    for name, value in settings.items():
-        if name not in known:
-            near = get_close_matches(str(name), known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the settings are {', '.join(known)}."
-            raise ValueError(f"{path} has an unknown setting {name!r}: {hint}")
-        kind = known[name]
-        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:  # YAML reads 1e-3 as a string
-                settings[name] = float(value)
-            except ValueError:
-                pass
-        if kind in (int, float, str, bool) and type(settings[name]) is not kind:
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}.")
-    return settings
-
-
 def load_data(arguments: TrainArguments) -> tuple[ContextImages, ContextImages]:
     """Training and validation images."""
     a = arguments
     if a.dataset == "quad":
+
         def load(size, seed):
             images = quad.images_by_context(quad.TRAIN_CONTEXTS, size, a.resolution, a.variant, seed)
             return ContextImages.from_arrays(images, quad.CONCEPTS)
@@ -324,9 +194,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     moments = None
     if a.moment_matching and model.head is not None:
-        moments = MomentMatching(
-            len(data.contexts), math.prod(model.noise_shape), a.moment_matching, device=accelerator.device
-        )
+        moments = MomentMatching(len(data.contexts), math.prod(model.noise_shape), a.moment_matching, device=accelerator.device)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
@@ -519,7 +387,7 @@ def _resume(arguments: TrainArguments, out: Path):
 
 
 def _check_same(now: dict, before: dict, path: Path) -> None:
-    changed = [name for name in now if name not in _RUNNING and now[name] != before.get(name)]
+    changed = [name for name in now if name not in RUNNING and now[name] != before.get(name)]
     if changed:
         listing = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
@@ -594,7 +462,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if result.interrupted:
         return 130
-    print(f"trained {result.step} steps; lowest validation ELBO {result.validation:.4f} bits per pixel; model in {result.model_dir}")
+    print(
+        f"trained {result.step} steps; lowest validation ELBO {result.validation:.4f} bits per pixel; model in {result.model_dir}"
+    )
     return 0
 
 

@@ -66,8 +66,7 @@ class ContextImages:
     def by_context(self) -> dict[str, np.ndarray]:
         """uint8 images (n, H, W, C) of each context."""
         return {
-            name: self.pixels[self.context_ids == number].permute(0, 2, 3, 1).numpy()
-            for number, name in enumerate(self.contexts)
+            name: self.pixels[self.context_ids == number].permute(0, 2, 3, 1).numpy() for number, name in enumerate(self.contexts)
         }
 
     @classmethod

@@ -182,9 +182,7 @@ def images_by_context(
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """uint8 images (n, resolution, resolution, 3) of each context, without the way through files."""
-    return {
-        context: render(sample_latents(context, images_per_context, variant, seed), resolution) for context in contexts
-    }
+    return {context: render(sample_latents(context, images_per_context, variant, seed), resolution) for context in contexts}
 
 
 def load_quad(
@@ -229,9 +227,7 @@ def load_quad(
     )
 
 
-def _rows(
-    contexts: list[str], images_per_context: int, resolution: int, variant: str, seed: int
-) -> Iterator[dict[str, object]]:
+def _rows(contexts: list[str], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:
     for context in contexts:
         latents = sample_latents(context, images_per_context, variant, seed)
         for start in range(0, images_per_context, 1024):

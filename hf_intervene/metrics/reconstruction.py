@@ -14,7 +14,9 @@ def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
     return nats / (height * width * math.log(2))
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, tuple[float, float]]:
+def mean_interval(
+    values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
     """Mean of values (n,) and its percentile bootstrap interval."""
     values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)

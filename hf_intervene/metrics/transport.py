@@ -135,11 +135,7 @@ def compare(
     # Repeating every image the same number of times leaves a distribution, and so W2, unchanged: nothing is repeated here.
     distance, floor = sliced_w2(a, c), sliced_w2(a, b)
     rng = np.random.default_rng(seed)
-    halves = [
-        sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c))) for _ in range(resamples)
-    ]
+    halves = [sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c))) for _ in range(resamples)]
     margin = 1.96 * float(np.std(halves, ddof=1))
     interval = (max(0.0, distance - margin), distance + margin)
-    return TransportResult(
-        distance, interval, floor, distance / floor, (interval[0] / floor, interval[1] / floor)
-    )
+    return TransportResult(distance, interval, floor, distance / floor, (interval[0] / floor, interval[1] / floor))

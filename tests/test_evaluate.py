@@ -1,0 +1,136 @@
+"""evaluate.py and the command line, end to end on tiny models."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
+from hf_intervene.data import quad
+from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
+from hf_intervene.training import ablation, evaluate
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
+    return InterventionModel.build(base, quad.CONCEPTS, noise_width=4, initializer_range=0.5).eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_evaluate_measures_what_it_says(model):
+    contexts = ("obs", "quad1", "quad1+quad2")
+    real, other = (quad.images_by_context(contexts, 24, 16, seed=seed) for seed in (1, 2))
+    metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=30)
+    assert [row["kind"] for row in metrics["contexts"].values()] == ["concept", "concept", "composition"]
+    for name, row in metrics["contexts"].items():
+        assert row["independent"]["floor"] == pytest.approx(sliced_wasserstein(real[name], other[name], 30), rel=1e-4)
+        x = torch.from_numpy(real[name]).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            output = model(x, model.targets(name, 24), noise=torch.zeros(24, *model.noise_shape))
+        near = bits_per_pixel((output.reconstruction_loss + output.kl).mean().item(), 16, 16)
+        assert row["bits_per_pixel"] == pytest.approx(near, rel=0.05)
+    distances = [metrics["contexts"][name]["independent"]["distance"] for name in ("obs", "quad1")]
+    assert metrics["means"]["concept"]["independent"]["distance"] == pytest.approx(np.mean(distances))
+    assert evaluate.evaluate(model, real, other, ("independent",), num_projections=30) == metrics
+
+
+def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypatch):
+    real, other, third = (quad.images_by_context(("quad1",), 200, 16, seed=seed) for seed in (1, 2, 3))
+    tensor = torch.from_numpy(third["quad1"]).permute(0, 3, 1, 2).float() / 255
+    monkeypatch.setattr(model, "sample", lambda *args, **kwargs: tensor)
+    row = evaluate.evaluate(model, real, other, num_projections=100)["contexts"]["quad1"]
+    assert row["independent"]["ratio"] == pytest.approx(1, abs=0.4)
+
+
+def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
+    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10"]
+    assert evaluate.main(argv) == 0
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
+    assert metrics["settings"]["images"] == 70 and metrics["versions"]["torch"] == torch.__version__
+    text = (tmp_path / "m" / "metrics.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
+
+
+def test_own_images(saved, model, tmp_path):
+    for name, images in quad.images_by_context(quad.TRAIN_CONTEXTS, 12, 16).items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / "images" / name / f"{number}.png")
+    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--dataset", str(tmp_path / "images")]
+    assert evaluate.main([*argv, "--protocol", "independent"]) == 0
+    rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
+    assert {row["images"] for row in rows.values()} == {6} and len(rows) == 7
+    for path in (tmp_path / "images" / "size").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="has no context for size"):
+        evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 5, 0, 16, 3, "dependent")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nowhere"}, "no model folder nowhere"),
+        ({"--output": "file/out"}, "cannot be written"),
+        ({"--dataset": "./nowhere"}, "no folder ./nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(saved, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    options = {"--model": str(saved), "--output": "out"} | change
+    assert evaluate.main([word for pair in options.items() for word in pair]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_sample_edit_and_concepts_commands(model, tmp_path, capsys):
+    InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipe")
+    pipe = str(tmp_path / "pipe")
+    argv = ["sample", pipe, "--interventions", "quad1+size=0.5", "--num-images", "3", "--output"]
+    assert cli.main([*argv, str(tmp_path / "row.png")]) == 0
+    assert Image.open(tmp_path / "row.png").size == (48, 16)
+    assert cli.main([*argv, str(tmp_path / "many")]) == 0
+    assert len(list((tmp_path / "many").glob("*.png"))) == 3
+    image = str(tmp_path / "many" / "0000.png")
+    assert cli.main(["edit", pipe, image, "--interventions", "quad1", "--output", str(tmp_path / "edited.png")]) == 0
+    capsys.readouterr()
+    assert cli.main(["concepts", pipe]) == 0
+    assert json.loads(capsys.readouterr().out)["concepts"] == list(quad.CONCEPTS)
+    assert cli.main(["sample", pipe, "--interventions", "quad9", "--output", image]) == 1
+    assert "unknown concept 'quad9'" in capsys.readouterr().err
+
+
+def test_demo_makes_everything_it_names(tiny, tmp_path, monkeypatch, capsys):
+    settings = {key: value for key, value in tiny.items() if key != "output_dir"}
+    monkeypatch.setattr(cli, "DEMO", settings | {"max_steps": 4})
+    monkeypatch.setattr(cli, "DEMO_IMAGES", 16)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    for name in ("contexts.png", "edits.png", "metrics.md", "metrics.json", "pipeline/model_index.json"):
+        assert (tmp_path / "demo" / name).stat().st_size > 100
+    out = capsys.readouterr().out
+    assert "mean composition" in out and "Try next" in out
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert "already holds a demo" in capsys.readouterr().err
+
+
+def test_ablation_table(tmp_path, monkeypatch):
+    folder = tmp_path / "default-seed0" / "metrics"
+    for seed, value in ((0, 0.1), (1, 0.2)):
+        folder = tmp_path / f"default-seed{seed}" / "metrics"
+        folder.mkdir(parents=True)
+        mean = {"bits_per_pixel": 1.0, "independent": {"distance": value, "floor": 0.025}}
+        (folder / "metrics.json").write_text(json.dumps({"means": {"concept": mean, "composition": mean}}))
+    assert ablation.main(["--output", str(tmp_path), "--seeds", "2", "--variants", "default"]) == 0
+    # Two values 0.1 apart: the t-interval's half width is 12.706 * 0.0707 / sqrt(2).
+    assert "| default | 0.150 ± 0.635 | 0.150 ± 0.635 | 1.000 ± 0.000 |" in (tmp_path / "ablation.md").read_text()

@@ -1,0 +1,142 @@
+"""Settings of a training run: a YAML file gives some, the command line overrides them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_intervene.data.schedule import SCHEDULES
+
+
+REGIMES = ("end-to-end", "fine-tune", "frozen")
+ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
+
+
+@dataclass
+class TrainArguments:
+    """Settings of a run. Batch sizes are totals over all processes."""
+
+    output_dir: str = field(default="outputs/run", metadata={"help": "Folder of the run."})
+    # Data
+    dataset: str = field(default="quad", metadata={"help": "`quad`, an image folder, a saved data set or a Hub name."})
+    variant: str = field(default="dependent", metadata={"help": "quad: `dependent` or `independent`."})
+    images_per_context: int = field(default=4000, metadata={"help": "quad: training images of each context."})
+    validation_images: int = field(default=400, metadata={"help": "quad: validation images of each context."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Own data: share held out for validation."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the data (quad) or of the split (own data)."})
+    resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
+    channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
+    concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
+    # Base
+    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or a folder with a saved LightVAE."})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
+    hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
+    latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
+    base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
+    # Head: fields of InterventionConfig
+    free_blocks: int = field(default=1)
+    noise_width: int = field(default=32)
+    concept_width: int = field(default=8)
+    depth: int = field(default=2)
+    norm: str = field(default="layer")
+    intervention: str = field(default="perfect")
+    propagation_steps: int = field(default=1)
+    posterior: str = field(default="centered")
+    # Objective and regime
+    regime: str = field(default="end-to-end", metadata={"help": "`end-to-end`, `fine-tune` or `frozen`."})
+    ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
+    schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
+    beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
+    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
+    moment_matching: float = field(default=5.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
+    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
+    group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
+    l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
+    # Optimisation
+    epochs: float = field(default=12.0, metadata={"help": "Passes over the training images."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps; overrides epochs."})
+    batch_size: int = field(default=64, metadata={"help": "Images per optimiser step, over all processes."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches a process makes of its share."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of Adam."})
+    warmup_steps: int = field(default=200)
+    final_learning_rate: float = field(default=0.01, metadata={"help": "Share of the peak at the end of the cosine."})
+    weight_decay: float = field(default=0.0)
+    max_grad_norm: float = field(default=1000.0, metadata={"help": "Gradient norms above are clipped."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
+    mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    seed: int = field(default=0)
+    # Running
+    eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
+    patience: int = field(default=20, metadata={"help": "Validations without improvement before stopping."})
+    log_every: int = field(default=50)
+    sample_every: int | None = field(default=None, metadata={"help": "Steps between sample grids; default: eval_every."})
+    checkpoint_every: int | None = field(default=None, metadata={"help": "Steps between checkpoints; default: eval_every."})
+    keep_checkpoints: int = field(default=2)
+    resume: str = field(default="none", metadata={"help": "`none`, `auto` (newest checkpoint of output_dir) or a checkpoint."})
+    tracker: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or `none`."})
+
+    def __post_init__(self):
+        for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("learning_rate", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+
+    @property
+    def head_options(self) -> dict:
+        names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
+        return {name: getattr(self, name) for name in names}
+
+
+# Settings that may change between an interrupted run and its resumption.
+RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
+RUNNING |= {"gradient_accumulation_steps"}
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Settings from `--config FILE.yaml` overridden by the other options."""
+    argv, config = list(argv), None
+    for position, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
+            del argv[position : position + (1 if "=" in word else 2)]
+            break
+    parser = HfArgumentParser(TrainArguments, description="Train an intervention head.")
+    if config is not None:
+        parser.set_defaults(**read_config(config))
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def read_config(path: str) -> dict:
+    """Settings of a YAML file, its keys and types checked."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `setting: value` lines.")
+    known = {f.name: f.type for f in fields(TrainArguments)}
+    for name, value in settings.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the settings are {', '.join(known)}."
+            raise ValueError(f"{path} has an unknown setting {name!r}: {hint}")
+        kind = known[name]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as a string
+                settings[name] = float(value)
+            except ValueError:
+                pass
+        if kind in (int, float, str, bool) and type(settings[name]) is not kind:
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}.")
+    return settings
