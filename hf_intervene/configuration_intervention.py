@@ -23,8 +23,8 @@ class InterventionConfig(PreTrainedConfig):
         depth: number of (linear, norm, GELU) layers of each block's expressive MLP.
         norm: normalisation inside the expressive layers: `"layer"` (over each block's own units), `"batch"` (the paper's) or `"none"`.
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
-        propagation_steps: how often effects are passed on along the edges. 1 is the reduced form of the paper; k > 1 follows directed
-            paths of up to k edges, so that cutting a concept's incoming edges also cuts the paths through it.
+        propagation_steps: 1: the reduced form of the paper; k > 1: the structural form, one W for all contexts, effects followed along
+            directed paths of up to k edges (see `InterventionLayer`).
         posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
             (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
         feature_width: width of the encoder features, shape (batch, feature_width), that the posterior reads.

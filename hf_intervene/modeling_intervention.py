@@ -122,21 +122,27 @@ class ExpressiveLayers(nn.Sequential):
 
 
 class InterventionLayer(nn.Module):
-    """Intervention layer (METHOD section 2, step 3): the reduced form of a linear SEM whose structure the context selects.
+    """Intervention layer (METHOD section 2, step 3): a linear SEM whose structure the context selects.
 
-    c_i = eps_i + (1 - s_i) sum_{j != i} ((1 - s_j) W_obs[i, j] + s_j W_int[i, j]) eps_j + bias_i
+    With `steps=1` its reduced form, the paper's, with effects of their own for intervened causes:
 
-    with `perfect=True`; a soft intervention keeps its incoming edges (no factor 1 - s_i). The two sums are one product of
-    (W_obs | W_int) with ((1 - s) eps, s eps) stacked. `steps` > 1 feeds the sum's result back in place of eps_j, so that effects
-    follow directed paths of up to `steps` edges.
+        c_i = eps_i + (1 - s_i) sum_{j != i} ((1 - s_j) W_obs[i, j] + s_j W_int[i, j]) eps_j + bias_i
+
+    The two sums are one product of (W_obs | W_int) with ((1 - s) eps, s eps) stacked. With `steps=k > 1` the structural form, one W for all
+    contexts (an intervention changes how a concept comes about, not what it does), followed along directed paths of up to k edges:
+
+        c_i = eps_i + (1 - s_i) sum_{j != i} W[i, j] c_j,  then  + bias_i
+
+    There, cutting the edges into a concept also cuts the paths through it, which the reduced form cannot know of concepts that were never
+    intervened on together. With `perfect=False` (soft interventions) there is no factor (1 - s_i).
     Shapes: eps (B, D, w), s (B, D, 1) -> c (B, D, w).
     """
 
     def __init__(self, blocks: int, width: int, perfect: bool, steps: int):
         super().__init__()
         self.perfect, self.steps = perfect, steps
-        # weight[i, :, 0, j, :] is the block W_obs[i, j], weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
-        self.weight = nn.Parameter(torch.empty(blocks, width, 2, blocks, width))
+        # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
+        self.weight = nn.Parameter(torch.empty(blocks, width, 2 if steps == 1 else 1, blocks, width))
         self.bias = nn.Parameter(torch.empty(blocks, width))
 
     def reset_parameters(self, std: float) -> None:
@@ -144,18 +150,18 @@ class InterventionLayer(nn.Module):
         nn.init.zeros_(self.bias)
 
     def off_diagonal(self) -> torch.Tensor:
-        """The weight with its blocks i = j set to zero, (D, w, 2, D, w)."""
+        """The weight with its blocks i = j set to zero, (D, w, 2 or 1, D, w)."""
         blocks = self.weight.shape[0]
         mask = 1 - torch.eye(blocks, dtype=self.weight.dtype, device=self.weight.device)
         return self.weight * mask[:, None, None, :, None]
 
     def forward(self, eps: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         s = s.to(eps.dtype)
-        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w)
+        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
         c = eps
         for _ in range(self.steps):
-            outgoing = torch.stack([(1 - s) * c, s * c], dim=1).flatten(1)  # (B, 2 D w)
-            heard = nn.functional.linear(outgoing, weight).view_as(eps)  # (B, D, w)
+            outgoing = torch.stack([(1 - s) * c, s * c], dim=1) if self.steps == 1 else c
+            heard = nn.functional.linear(outgoing.flatten(1), weight).view_as(eps)  # (B, D, w)
             c = eps + ((1 - s) * heard if self.perfect else heard)
         return c + self.bias
 
@@ -270,7 +276,7 @@ class InterventionHead(PreTrainedModel):
 
     def penalty(self, group_lasso: float = 0.0, l2: float = 0.0) -> torch.Tensor:
         """Group-lasso and L2 penalty on the off-diagonal blocks of W_obs and W_int (METHOD section 2), a scalar in nats."""
-        blocks = self.intervention.off_diagonal().float().transpose(1, 2).transpose(2, 3)  # (D, 2, D, w, w)
+        blocks = self.intervention.off_diagonal().float().transpose(1, 2).transpose(2, 3)  # (D, 2 or 1, D, w, w)
         squares = blocks.square().sum((-2, -1))  # (D, 2, D)
         norms = (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
         return group_lasso * norms.sum() + l2 * squares.sum()

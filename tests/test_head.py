@@ -48,7 +48,8 @@ def slow_head(head, z, targets):
                 heard = torch.zeros(w, dtype=z.dtype)
                 for j in range(D):
                     if i != j:
-                        W_obs, W_int = head.intervention.weight[i, :, 0, j], head.intervention.weight[i, :, 1, j]
+                        W = head.intervention.weight[i, :, :, j]  # (w, 2 or 1, w): the structural form has one W
+                        W_obs, W_int = W[:, 0], W[:, -1]
                         heard = heard + ((1 - s[j]) * W_obs + s[j] * W_int) @ c[j]
                 new.append(eps[i] + (heard if config.intervention == "soft" else (1 - s[i]) * heard))
             c = new
