@@ -26,12 +26,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "incoming edges kept (soft)": {"intervention": "soft"},
     "batch norm in the head": {"norm": "batch"},
     "batch norm in the base": {"base_norm": "batch"},
-    "no norm in the head": {"norm": "none"},
     "effects follow paths of 3 edges": {"propagation_steps": "3"},
     "posterior told the targets, not centred": {"posterior": "conditional"},
     "posterior not told the targets": {"posterior": "unconditional"},
     "no moment matching": {"moment_matching": "0"},
-    "beta = 1": {"beta": "1"},
 }
 MEASURES = ("concept", "composition", "bits per pixel")
 

@@ -109,7 +109,11 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
             config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
             del argv[position : position + (1 if "=" in word else 2)]
             break
-    parser = HfArgumentParser(TrainArguments, description="Train an intervention head.")
+    parser = HfArgumentParser(
+        TrainArguments,
+        description="Train an intervention head.",
+        epilog="--config FILE.yaml: settings; these options override it.",
+    )
     if config is not None:
         parser.set_defaults(**read_config(config))
     return parser.parse_args_into_dataclasses(argv)[0]

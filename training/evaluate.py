@@ -190,11 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+        print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen
         write(metrics, arguments.output)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(metrics))
     return 0
 
 

@@ -264,8 +264,11 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     def log(row: dict) -> None:
         if accelerator.is_main_process:
-            with open(out / "history.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+            try:
+                with open(out / "history.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+            except OSError as error:
+                accelerator.print(f"warning: cannot write {out / 'history.jsonl'}: {error.strerror}.", file=sys.stderr)
             if on_log is not None:
                 on_log({"step": step, "total": total, **row})
         if a.tracker != "none":
