@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "incoming edges kept (soft)": {"intervention": "soft"},
     "batch norm in the head": {"norm": "batch"},
     "batch norm in the base": {"base_norm": "batch"},
-    "effects follow paths of 3 edges": {"propagation_steps": "3"},
+    "reduced form of the paper": {"propagation_steps": "1"},
     "posterior told the targets, not centred": {"posterior": "conditional"},
     "posterior not told the targets": {"posterior": "unconditional"},
     "no moment matching": {"moment_matching": "0"},
