@@ -37,13 +37,13 @@ class InterventionConfig(PreTrainedConfig):
     model_type = "intervention"
 
     concepts: list[str] | tuple[str, ...] = ("concept",)
-    free_blocks: int = 0
+    free_blocks: int = 1
     noise_width: int = 32
     concept_width: int = 8
     depth: int = 2
     norm: str = "layer"
     intervention: str = "perfect"
-    propagation_steps: int = 1
+    propagation_steps: int = 3
     posterior: str = "centered"
     feature_width: int = 128
     embedding_shape: list[int] | tuple[int, ...] = (128,)

@@ -174,7 +174,7 @@ def test_bad_checkpoints(tmp_path):
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(OSError, match="holds no base model"):
         InterventionModel.from_pretrained(tmp_path)
-    assert InterventionModel.from_pretrained(tmp_path, base=tiny_vae()).num_blocks == 2
+    assert InterventionModel.from_pretrained(tmp_path, base=tiny_vae()).num_blocks == 3
     with pytest.raises(ValueError, match="the head was made for"):
         InterventionModel.from_pretrained(tmp_path, base=LightVAE(3, 16, (8, 8), hidden_width=16, latent_width=10))
     with pytest.raises(NotADirectoryError, match="it is a file"):
