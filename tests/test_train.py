@@ -257,7 +257,7 @@ def test_output_that_cannot_be_written(tiny, tmp_path, capsys):
 def test_a_folder_with_another_run(tiny, capsys):
     run(tiny)
     assert "already holds a run" in error_of(capsys, options(tiny))
-    assert "other settings (beta was 1.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
+    assert "other settings (beta was 4.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
