@@ -60,14 +60,14 @@ def demo(arguments: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=generator)
     generated = {name: _to_uint8(pipe(name, noise=noise, output_type="np").images) for name in real}
-    contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130)
+    contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130, bbox_inches="tight")
     originals = real["obs"][:_STRIP]
     edits = {
         name: _to_uint8(pipe.edit(originals, name, output_type="np").images)
         for name in ("obs", "quad1", "quad2", "quad4", "size", "quad1+size", "quad2+quad4")
     }
     edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
-    edit_strips(originals, edits).savefig(out / "edits.png", dpi=130)
+    edit_strips(originals, edits).savefig(out / "edits.png", dpi=130, bbox_inches="tight")
 
     print(f"\n{evaluation.table(metrics)}")
     print(
