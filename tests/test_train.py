@@ -81,17 +81,19 @@ def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule):
     run(settings)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / "two")}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # On a machine without accelerators `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun starts two.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "training/train.py", "--config", str(config)],
         cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (_, state_a), (_, state_b) = last_state(settings), last_state({"output_dir": str(tmp_path / "two")})
+    assert (state_a["processes"], state_b["processes"]) == (1, 2)
     assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]
     assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)
     assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-2, atol=2e-4)

@@ -246,7 +246,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
-        state = {"best": None if math.isinf(best) else best, "waited": waited, "schedule": schedule.state_dict()}
+        state = {
+            "best": None if math.isinf(best) else best,
+            "waited": waited,
+            "schedule": schedule.state_dict(),
+            "processes": world,
+        }
         tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer.state_dict())}
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
