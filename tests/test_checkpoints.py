@@ -18,7 +18,7 @@ def test_round_trip_and_pruning(tmp_path):
         save(tmp_path, step)
     assert [path.name for path in c.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
     path, tensors, state = c.newest_checkpoint(tmp_path)
-    assert path.name == "step-00000010" and state == {"step": 10, "best": 1.5}
+    assert path.name == "step-00000010" and state == {"step": 10, "files": ["model", "optimizer"], "best": 1.5}
     assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"])
     assert all(file.suffix in (".json", ".safetensors") for file in tmp_path.rglob("*") if file.is_file())
 
@@ -46,6 +46,8 @@ def test_broken_checkpoints_are_named_and_passed_over(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-3])
     with pytest.raises(OSError, match="step-00000002 is incomplete or corrupt"):
         c.load_checkpoint(tmp_path / "step-00000002")
+    assert c.newest_checkpoint(tmp_path)[0].name == "step-00000001"
+    (save(tmp_path, 3, keep=9) / "optimizer.safetensors").unlink()
     assert c.newest_checkpoint(tmp_path)[0].name == "step-00000001"
     (tmp_path / "step-00000001" / "state.json").write_text("{")
     assert c.newest_checkpoint(tmp_path) is None

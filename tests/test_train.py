@@ -75,9 +75,9 @@ def test_accumulation_does_not_change_the_result(tiny, tmp_path):
     assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"), rtol=1e-2, atol=2e-4)
 
 
-@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
-def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule):
-    settings = tiny | {"schedule": schedule, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
+@pytest.mark.parametrize(("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")])
+def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
+    settings = tiny | {"schedule": schedule, "regime": regime, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
     run(settings)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / "two")}))
@@ -226,6 +226,9 @@ def options(settings):
         ({"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
         ({"batch_size": 15, "gradient_accumulation_steps": 2}, "does not divide"),
         ({"regime": "lora2"}, "regime must be one of"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"ema_decay": 1.5}, "ema_decay must lie in"),
+        ({"beta": -1.0}, "beta must not be negative"),
         ({"base": "nowhere"}, "no saved base 'nowhere'"),
         ({"dataset": "./nowhere"}, "no folder ./nowhere"),
         ({"resume": "nowhere"}, "no checkpoint nowhere"),

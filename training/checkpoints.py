@@ -6,6 +6,7 @@ checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensor
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,7 @@ def save_checkpoint(
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
             )
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
+        (temporary / STATE_FILE).write_text(json.dumps({"step": step, "files": sorted(tensors), **state}, indent=1))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -114,8 +115,8 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
-    except (OSError, ValueError, SafetensorError) as error:
+        return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.") from error
 
 
@@ -124,8 +125,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
     for path in reversed(checkpoints(folder)):
         try:
             return path, *load_checkpoint(path)
-        except OSError:
-            continue
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr)
     return None
 
 

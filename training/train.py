@@ -259,6 +259,9 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             tensors["moments"] = {"excess": moments.excess}
         if not accelerator.is_main_process:
             return None
+        if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
+            accelerator.print(f"warning: weights of step {step} are not finite and are not saved.", file=sys.stderr)
+            return None
         try:
             return save_checkpoint(out / "checkpoints", step, tensors, state | {"settings": settings}, a.keep_checkpoints)
         except OSError as error:
@@ -390,7 +393,10 @@ def _resume(arguments: TrainArguments, out: Path):
     if arguments.resume == "none":
         return None
     if arguments.resume == "auto":
-        return newest_checkpoint(out / "checkpoints")
+        found = newest_checkpoint(out / "checkpoints")
+        if found is None and checkpoints(out / "checkpoints"):
+            raise OSError(f"no checkpoint in {out / 'checkpoints'} can be read: remove them, or choose another output_dir.")
+        return found
     return Path(arguments.resume), *load_checkpoint(arguments.resume)
 
 
