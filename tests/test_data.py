@@ -123,6 +123,12 @@ def test_missing_columns():
         ContextImages.from_dataset(datasets.Dataset.from_dict({"image": [image(0)]}))
 
 
+def test_a_row_without_a_context():
+    data = datasets.Dataset.from_dict({"image": [image(0)] * 2, "context": ["obs", None]})
+    with pytest.raises(ValueError, match="row 1 has no context"):
+        ContextImages.from_dataset(data)
+
+
 def test_nothing_but_observations(folder):
     for context in list(CONTEXTS)[1:]:
         remove(context)(folder)

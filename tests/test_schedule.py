@@ -95,6 +95,13 @@ def test_shards_make_up_the_batch():
         shard(batch, 0, 5)
 
 
+def test_losses_that_are_not_finite_are_no_news():
+    schedule = ContextSchedule(ids([4, 4]), "adaptive", 4)
+    schedule.update(torch.tensor([0, 1]), torch.tensor([1.0, 1.0]))
+    schedule.update(torch.tensor([0, 1]), torch.tensor([float("nan"), float("inf")]))
+    np.testing.assert_allclose(schedule.probabilities(), 0.5)
+
+
 def test_bad_arguments():
     for arguments, message in (
         ((ids([3]), "round-robin"), "unknown context schedule"),

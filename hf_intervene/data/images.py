@@ -104,6 +104,8 @@ class ContextImages:
                     f"the data set has no column {column!r}, only {', '.join(dataset.column_names)}: rename or add it."
                 )
         raw = [_as_context(value, dataset.features["context"]) for value in dataset["context"]]
+        if None in raw:
+            raise ValueError(f"row {raw.index(None)} has no context: give {OBS!r} where nothing was intervened on.")
         if concepts is None:
             concepts = sorted({name for value in raw for name in _names(value)} - {OBS})
             if not concepts:

@@ -84,6 +84,7 @@ class ContextSchedule(Sampler[torch.Tensor]):
         if self.kind != "adaptive":
             return
         ids, losses = np.asarray(context_ids.cpu()), np.asarray(losses.detach().float().cpu(), dtype=np.float64)
+        ids, losses = ids[np.isfinite(losses)], losses[np.isfinite(losses)]  # the trainer stops on others; until then: no news
         counts = np.bincount(ids, minlength=len(self._running))
         means = np.bincount(ids, weights=losses, minlength=len(self._running)) / np.maximum(counts, 1)
         first = (counts > 0) & np.isinf(self._lowest)
