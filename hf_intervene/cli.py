@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging as transformers_logging
 
-from .contexts import context_names
+from .contexts import OBS
 from .data import quad
 from .pipeline import InterventionPipeline
 from .plots import contexts_grid, edit_strips
@@ -103,8 +105,6 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def edit(arguments: argparse.Namespace) -> int:
     """Edit an image with a saved pipeline."""
-    from PIL import Image, UnidentifiedImageError
-
     pipe = InterventionPipeline.from_pretrained(arguments.pipeline)
     try:
         image = Image.open(arguments.image)
@@ -116,8 +116,6 @@ def edit(arguments: argparse.Namespace) -> int:
 
 def _save_images(images: list, path: Path) -> None:
     if path.suffix:
-        from diffusers.utils import make_image_grid
-
         path.parent.mkdir(parents=True, exist_ok=True)
         make_image_grid(images, 1, len(images)).save(path)
     else:
@@ -130,8 +128,7 @@ def _save_images(images: list, path: Path) -> None:
 def concepts(arguments: argparse.Namespace) -> int:
     """Print what a saved pipeline can be intervened on."""
     pipe = InterventionPipeline.from_pretrained(arguments.pipeline)
-    names = context_names(pipe.model.targets([[name] for name in pipe.concepts]), pipe.concepts)
-    print(json.dumps({"concepts": list(pipe.concepts), "contexts": ["obs", *names]}))
+    print(json.dumps({"concepts": list(pipe.concepts), "contexts": [OBS, *pipe.concepts]}))
     return 0
 
 

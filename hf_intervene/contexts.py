@@ -102,6 +102,12 @@ def _split_strength(text: str) -> tuple[str, float]:
         return name.strip(), math.nan
 
 
+def named_concepts(context: str | Sequence[str]) -> list[str]:
+    """The names in a context, `obs` included, before it is known which concepts there are: to collect them from data."""
+    parts = [context] if isinstance(context, str) else context
+    return [_split_strength(name)[0] for part in parts for name in part.split("+")]
+
+
 def context_name(context: Context, concepts: Sequence[str]) -> str:
     """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`; concepts in the order of `concepts`."""
     strengths = parse_context(context, concepts)

@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..contexts import OBS, context_name, parse_context, parse_interventions, validate_concepts
+from ..contexts import OBS, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
 
 
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
@@ -107,7 +107,7 @@ class ContextImages:
         if None in raw:
             raise ValueError(f"row {raw.index(None)} has no context: give {OBS!r} where nothing was intervened on.")
         if concepts is None:
-            concepts = sorted({name for value in raw for name in _names(value)} - {OBS})
+            concepts = sorted({name for value in raw for name in named_concepts(value)} - {OBS})
             if not concepts:
                 raise ValueError(
                     "the data set has no context but the observational one: nothing was intervened on, nothing can be learnt."
@@ -149,11 +149,6 @@ class ContextImages:
 
 def _as_context(value, feature):
     return feature.int2str(value) if isinstance(feature, ClassLabel) else value
-
-
-def _names(value) -> list[str]:
-    parts = [value] if isinstance(value, str) else (value or [])
-    return [name.split("=")[0].strip() for part in parts for name in part.split("+")]
 
 
 def _order(name: str, concepts: Sequence[str]) -> tuple:
