@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from hf_intervene.contexts import parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
-from hf_intervene.metrics import bits_per_pixel, compare, mean_interval
-from hf_intervene.metrics.transport import PROTOCOLS
+from hf_intervene.metrics import bits_per_pixel, mean_interval
+from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.checkpoints import check_writable
@@ -63,6 +63,8 @@ def evaluate(
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
         generated = model.sample(name, noise=noise, batch_size=batch_size)
         generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
+        axes = directions(generated[0].size, num_projections, seed)
+        projected = [project(x, axes) for x in (images, other_real[name], generated)]
         nats = _negative_elbo(model, images, name, generator, batch_size)
         bits, interval = mean_interval(bits_per_pixel(nats, *images.shape[1:3]), seed=seed)
         contexts[name] = {
@@ -70,10 +72,7 @@ def evaluate(
             "images": len(images),
             "bits_per_pixel": bits,
             "bits_per_pixel_interval": interval,
-        } | {
-            protocol: compare(images, other_real[name], generated, protocol, num_projections, seed=seed).to_dict()
-            for protocol in protocols
-        }
+        } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
     return {"contexts": contexts, "means": _means(contexts, protocols)}
 
 

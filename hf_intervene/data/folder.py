@@ -1,10 +1,16 @@
 """Your own images: a folder, a saved `datasets` data set or a Hub data set, brought to the columns `image` and `context`."""
 
+import logging
 import os
 from pathlib import Path
 
 from datasets import Dataset, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
+
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+logger = logging.getLogger(__name__)
 
 
 def load_contexts(
@@ -12,16 +18,19 @@ def load_contexts(
 ) -> Dataset:
     """Load images and the context each came from.
 
-    `source` is one of:
+    `source` is one of, looked for in this order:
 
-    - a folder with a sub-folder for each context, named like the context: `obs/`, `size/`, `quad1+size/`;
-    - a folder with a `metadata.csv` or `metadata.jsonl` that has a context column (the `imagefolder` format of `datasets`);
-    - a folder written by `Dataset.save_to_disk`;
-    - the name of a data set on the Hub.
+    1. a folder written by `save_to_disk` of a `Dataset` or `DatasetDict`;
+    2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the `imagefolder` format of `datasets`);
+    3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`, `quad1+size/`. Images may lie deeper in it;
+       hidden files and files that are no images are ignored, a sub-folder without images is reported and ignored;
+    4. a folder with the sub-folder `split`, which is one of 2 or 3;
+    5. the name of a data set on the Hub.
 
     Args:
-        source: see above. What exists as a path, or looks like one (absolute, or starting with `.` or `~`), is never looked up on the Hub.
-        split: split of a data set that has several.
+        source: see above. What is a path (an `os.PathLike`, or a string that is absolute, starts with `.` or `~`, ends with a slash, has
+            more than one, or goes through a folder that exists) is never looked up on the Hub.
+        split: split of a data set that has several; a folder or data set without splits is `"train"`.
         image_column: name of its image column.
         context_column: name of its context column.
 
@@ -29,25 +38,30 @@ def load_contexts(
         A data set with the columns `image` and `context`; `ContextImages.from_dataset` checks and decodes it.
 
     Raises:
-        FileNotFoundError, ValueError: one sentence: no such folder, no images in it, no such column or split.
+        OSError (FileNotFoundError, ...), ValueError: one sentence: no such folder, no images in it, no such column or split.
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1:
+        if _is_local(source):
             raise FileNotFoundError(f"there is no folder {source}: give an image folder, a saved data set or a Hub name.")
-        dataset = load_dataset(str(source), split=split)
+        try:
+            dataset = load_dataset(str(source), split=split)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise type(error)(
+                f"{source} is neither a folder here nor a data set that could be reached on the Hub ({error})."
+            ) from error
     elif path.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds the images.")
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        dataset = load_from_disk(str(path))
-        if isinstance(dataset, dict):
-            if split not in dataset:
-                raise ValueError(f"{source} has no split {split!r}, only {', '.join(dataset)}.")
-            dataset = dataset[split]
-    elif any((path / name).exists() for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet")):
-        dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+        dataset = _saved(path, split)
     else:
-        return _folder_of_contexts(path)
+        folder = _of_split(path, split)
+        if not any((folder / name).exists() for name in _METADATA):
+            return _folder_of_contexts(folder)
+        try:
+            dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        except (ValueError, OSError, DatasetGenerationError) as error:
+            raise ValueError(f"the metadata file of {folder} cannot be used: {error.__cause__ or error}.") from error
     for column, name in ((image_column, "image"), (context_column, "context")):
         if column not in dataset.column_names:
             raise ValueError(
@@ -57,11 +71,44 @@ def load_contexts(
     return dataset.rename_columns({a: b for a, b in ((image_column, "image"), (context_column, "context")) if a != b})
 
 
+def _is_local(source: str | os.PathLike) -> bool:
+    text = str(source)
+    if isinstance(source, os.PathLike) or text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text:
+        return True
+    return text.count("/") > 1 or ("/" in text and Path(text).parent.is_dir())
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OSError(f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again.") from error
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise ValueError(f"{path} has no split {split!r}, only {', '.join(dataset)}.")
+        return dataset[split]
+    if split != "train" and str(dataset.split) != split:
+        raise ValueError(f"{path} has no split {split!r}: it is a single data set; load it without a split.")
+    return dataset
+
+
+def _of_split(path: Path, split: str) -> Path:
+    if (path / split).is_dir():
+        return path / split
+    if split != "train":  # its training images must not pass for a test split that is not there
+        raise ValueError(f"{path} has no split {split!r}: there is no such sub-folder.")
+    return path
+
+
 def _folder_of_contexts(path: Path) -> Dataset:
-    extensions = PILImage.registered_extensions()
+    readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     images, contexts = [], []
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in extensions)
+        files = sorted(
+            f for f in folder.rglob("*") if f.suffix.lower() in readable and not f.name.startswith(".") and f.is_file()
+        )
+        if not files:
+            logger.warning("%s holds no images and is left out.", folder)
         images += map(str, files)
         contexts += [folder.name] * len(files)
     if not images:

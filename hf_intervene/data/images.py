@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from ..contexts import OBS, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
+from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
 
 
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
@@ -38,14 +38,24 @@ class ContextImages:
         """Targets of each context, (contexts, D): those of image n are row `context_ids[n]`."""
         return torch.cat([parse_interventions(name, self.concepts, free_blocks=free_blocks) for name in self.contexts])
 
-    def select(self, contexts: Sequence[str]) -> "ContextImages":
-        """The images of some contexts, in the order given."""
-        for name in contexts:
+    def select(self, contexts: Sequence[Context]) -> "ContextImages":
+        """The images of a list of contexts, in the order given, each in any form of `contexts.parse_context`."""
+        if isinstance(contexts, str):
+            raise ValueError(f"give a list of contexts, such as [{contexts!r}], not {contexts!r}.")
+        names: list[str] = []
+        for context in contexts:
+            try:
+                name = context_name(context, self.concepts)
+            except ValueError:
+                name = context  # of unknown concepts: the data have no such context either
             if name not in self.contexts:
                 raise ValueError(f"there is no context {name!r}; the data have {', '.join(self.contexts)}.")
-        keep = [torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in contexts]
+            if name in names:
+                raise ValueError(f"context {name!r} is selected twice.")
+            names.append(name)
+        keep = [torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names]
         ids = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(keep)])
-        return ContextImages(self.pixels[torch.cat(keep)], ids, list(contexts), self.concepts)
+        return ContextImages(self.pixels[torch.cat(keep)], ids, names, self.concepts)
 
     def split(self, validation_fraction: float, seed: int = 0) -> tuple["ContextImages", "ContextImages"]:
         """Training and validation images, the fraction taken from every context alike."""
@@ -71,11 +81,33 @@ class ContextImages:
 
     @classmethod
     def from_arrays(cls, images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> "ContextImages":
-        """From uint8 images (n, H, W, C) of each context. See `from_dataset` for the checks."""
+        """From arrays, without the way through files.
+
+        Args:
+            images: context (in any string form) to its images, uint8, (n, H, W, C) with one H, W and C for all.
+            concepts: the concepts.
+
+        Raises:
+            ValueError: one sentence: arrays of another kind, images of several sizes, or what `from_dataset` says of contexts.
+        """
+        concepts = validate_concepts(concepts)
+        if not images:
+            raise ValueError("there are no images: give arrays of at least the observational context and one for each concept.")
         names = [context_name(name, concepts) for name in images]
-        pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in images.values()])
-        ids = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(a) for a in images.values()]))
-        return cls(pixels, ids, names, validate_concepts(concepts))._checked()
+        arrays = [np.asarray(array) for array in images.values()]
+        for name, array in zip(names, arrays):
+            if names.count(name) > 1:
+                raise ValueError(f"context {name!r} is given twice: join its arrays.")
+            if array.ndim != 4 or array.dtype != np.uint8:
+                raise ValueError(f"images of context {name!r} must be uint8 (n, H, W, C), not {array.dtype} {array.shape}.")
+            if array.shape[1:] != arrays[0].shape[1:]:
+                raise ValueError(
+                    f"images of context {name!r} have the shape {array.shape[1:]}, those of {names[0]!r} {arrays[0].shape[1:]}: "
+                    "bring all to one size."
+                )
+        pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))) for array in arrays])
+        ids = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(array) for array in arrays]))
+        return cls(pixels, ids, names, concepts)._checked()
 
     @classmethod
     def from_dataset(
@@ -90,22 +122,22 @@ class ContextImages:
         Args:
             dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
                 list of concept names, or a class label.
-            concepts: the concepts; `None`: those that have a context of their own, in alphabetical order.
+            concepts: the concepts; `None`: all that the contexts name, in alphabetical order.
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
             channels: 3 (RGB) or 1 (grey).
 
         Raises:
-            ValueError: one sentence: a missing column, no observational context, an unknown concept, a concept without a context of its
-                own, an unreadable image, images of several sizes, too few images in a context.
+            ValueError: one sentence: a missing column, an image without a context, no observational context, an unknown concept, a
+                concept without a context of its own, an unreadable or 16-bit image, images of several sizes, too few in a context.
         """
         for column in ("image", "context"):
             if column not in dataset.column_names:
                 raise ValueError(
                     f"the data set has no column {column!r}, only {', '.join(dataset.column_names)}: rename or add it."
                 )
-        raw = [_as_context(value, dataset.features["context"]) for value in dataset["context"]]
-        if None in raw:
-            raise ValueError(f"row {raw.index(None)} has no context: give {OBS!r} where nothing was intervened on.")
+        if resolution is not None and resolution < 1:
+            raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
+        raw = [_as_context(row, value, dataset.features["context"]) for row, value in enumerate(dataset["context"])]
         if concepts is None:
             concepts = sorted({name for value in raw for name in named_concepts(value)} - {OBS})
             if not concepts:
@@ -123,7 +155,10 @@ class ContextImages:
         contexts = sorted(set(names), key=lambda name: _order(name, concepts))
 
         if not isinstance(dataset.features["image"], ImageFeature):
-            dataset = dataset.cast_column("image", ImageFeature())
+            try:
+                dataset = dataset.cast_column("image", ImageFeature())
+            except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
+                raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
         column = dataset.cast_column("image", ImageFeature(decode=False))["image"]
         pixels = _decode(column, names, resolution, channels)
         ids = torch.tensor([contexts.index(name) for name in names])
@@ -147,8 +182,20 @@ class ContextImages:
         return self
 
 
-def _as_context(value, feature):
-    return feature.int2str(value) if isinstance(feature, ClassLabel) else value
+def _as_context(row: int, value, feature) -> str | list[str]:
+    """A cell of the context column as a name or a list of names."""
+    inner = getattr(feature, "feature", None)  # of a list
+    if isinstance(feature, ClassLabel) and value is not None and value >= 0:  # -1: without a label
+        return feature.int2str(value)
+    if isinstance(inner, ClassLabel) and value is not None:
+        return [inner.int2str(label) for label in value]
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    # Not taken as observational: a gap in a table would quietly mix intervened images into that context.
+    kind = "no context" if value is None or value == -1 or not str(value).strip() else f"the context {value!r}"
+    raise ValueError(f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names or a class label.")
 
 
 def _order(name: str, concepts: Sequence[str]) -> tuple:
@@ -164,9 +211,13 @@ def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | N
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
         where = f"image {row}{' (' + item['path'] + ')' if item and item.get('path') else ''} of context {context!r}"
         try:
-            image = ImageFeature().decode_example(item).convert(mode)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+            image = ImageFeature().decode_example(item)
+            deep = image.mode.startswith(("I", "F"))
+            image = image if deep else image.convert(mode)
+        except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{where} cannot be read: replace or remove it.") from error
+        if deep:  # Pillow would clip all above 255 to white
+            raise ValueError(f"{where} has more than 8 bits a channel (mode {image.mode}): scale the images to 8 bits first.")
         if resolution is not None:
             if image.size != (resolution, resolution):
                 image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)

@@ -9,18 +9,32 @@ with a context in which it alone was intervened on.
 What each latent sets: quad1 to quad4 the colours of the quadrants (bottom left, bottom right, top left, top right); size, color, shape
 and orientation those of the shape at the centre. color and shape are never intervened on. Every image is a function of
 (variant, seed, context, its row), whatever the number of images; training and held-out sets differ by their seeds.
+
+Data card
+    Source: simulated here, after the description in arXiv:2507.04754; no photographs, no people, nothing downloaded.
+    Columns of `load_quad`: image (PNG, RGB), context (canonical name), latents (8 float32; known because the data are simulated, never
+    shown to a model in training).
+    Contexts: `TRAIN_CONTEXTS` (observational, and one for each of the 6 concepts); `HELD_OUT` (9 pairs, for testing composition). Any
+    other combination of the 8 latents can be drawn too.
+    Size: any number of images, any even resolution from 8 pixels on; 4,000 images of 64x64 a context by default (50,000 in the paper).
+    Scale: all contexts are divided by the standard deviation that the observational distribution has by its weights; the paper takes
+    that of its sample, which differs from it by the sampling error.
+    Meant for: measuring whether interventions are learnt, composed and identified where the truth is known.
+    Not meant for: claims about photographs. Edges are hard (no anti-aliasing), noise is absent, effects are linear before the normal CDF.
 """
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from scipy.special import ndtr
 
-from ..contexts import OBS, context_name, parse_context
+from ..contexts import OBS, Context, context_name, parse_context
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -67,9 +81,7 @@ def weights(variant: str = "dependent") -> np.ndarray:
     return matrix
 
 
-def sample_latents(
-    context: str | Sequence[str] | Mapping[str, float], size: int, variant: str = "dependent", seed: int = 0
-) -> np.ndarray:
+def sample_latents(context: Context, size: int, variant: str = "dependent", seed: int = 0) -> np.ndarray:
     """Draw the latents of `size` images of one context.
 
     An intervened latent is drawn from its own N(mean, variance), its incoming edges cut; the others follow the causal model. All are
@@ -80,7 +92,8 @@ def sample_latents(
         context: `"obs"`, a concept, or several (`"quad1+size"`, `["quad1", "size"]`). Every concept of `LATENTS` may be named.
         size: number of images.
         variant: `"dependent"` or `"independent"`.
-        seed: the draw is a function of (seed, context, variant) and, row by row, independent of `size` up to truncation.
+        seed: the draw is a function of (seed, context, variant) and, row by row, independent of `size` up to truncation: fewer rows are
+            the first of more.
 
     Returns:
         float64 array of shape (size, 8), columns in the order of `LATENTS`.
@@ -122,7 +135,12 @@ def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
     """
     if resolution < 8 or resolution % 2:
         raise ValueError(f"quad images need an even resolution of at least 8 pixels, not {resolution}.")
-    levels = ndtr(np.asarray(latents))
+    latents = np.asarray(latents)
+    if latents.ndim != 2 or latents.shape[1] != len(LATENTS):
+        raise ValueError(f"latents must have shape (n, {len(LATENTS)}), not {latents.shape}.")
+    if np.isnan(latents).any():
+        raise ValueError("latents hold NaN: there is no image to draw.")
+    levels = ndtr(latents)
     images = np.empty((len(levels), resolution, resolution, 3), dtype=np.uint8)
     for start in range(0, len(levels), _CHUNK):
         _render_chunk(levels[start : start + _CHUNK], images[start : start + _CHUNK])
@@ -175,18 +193,22 @@ def _ellipse(x, y, r, cos, sin):
 
 
 def images_by_context(
-    contexts: Sequence[str] = TRAIN_CONTEXTS,
+    contexts: Sequence[Context] = TRAIN_CONTEXTS,
     images_per_context: int = 4000,
     resolution: int = 64,
     variant: str = "dependent",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """uint8 images (n, resolution, resolution, 3) of each context, without the way through files."""
-    return {context: render(sample_latents(context, images_per_context, variant, seed), resolution) for context in contexts}
+    """uint8 images (n, resolution, resolution, 3) by canonical context name, without the way through files. Arguments: `load_quad`."""
+    a = _arguments(contexts, images_per_context, resolution, variant, seed)
+    return {
+        context: render(sample_latents(context, a["images_per_context"], variant, a["seed"]), a["resolution"])
+        for context in a["contexts"]
+    }
 
 
 def load_quad(
-    contexts: Sequence[str] = TRAIN_CONTEXTS,
+    contexts: Sequence[Context] = TRAIN_CONTEXTS,
     images_per_context: int = 4000,
     resolution: int = 64,
     variant: str = "dependent",
@@ -196,7 +218,7 @@ def load_quad(
     """The quad set as a `datasets.Dataset`, written in chunks to the `datasets` cache and found there the next time.
 
     Args:
-        contexts: canonical names of contexts; rows are grouped by them, in this order.
+        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
         images_per_context: rows of each context.
         resolution: side of the images in pixels.
         variant: `"dependent"` or `"independent"`.
@@ -205,26 +227,46 @@ def load_quad(
 
     Returns:
         Columns `image` (PNG), `context` (canonical name) and `latents` (8 standardised values in the order of `LATENTS`).
+
+    Raises:
+        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        OSError: the cache cannot be written.
     """
-    if images_per_context < 1:
-        raise ValueError(f"images_per_context must be at least 1, not {images_per_context}.")
-    arguments = {
-        "contexts": [context_name(context, LATENTS) for context in contexts],
-        "images_per_context": images_per_context,
-        "resolution": resolution,
-        "variant": variant,
-        "seed": seed,
-    }
-    for context in arguments["contexts"]:  # bad arguments fail here, in their own words, not inside the generator
-        render(sample_latents(context, 1, variant, seed), resolution)
+    arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
     key = hashlib.sha256(repr((_RENDERER, sorted(arguments.items()))).encode()).hexdigest()[:16]
-    return Dataset.from_generator(
-        _rows,
-        features=Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)}),
-        cache_dir=cache_dir,
-        gen_kwargs=arguments,
-        fingerprint=f"quad-{key}",
-    )
+    try:
+        return Dataset.from_generator(
+            _rows,
+            features=Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)}),
+            cache_dir=cache_dir,
+            gen_kwargs=arguments,
+            fingerprint=f"quad-{key}",
+        )
+    except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
+        where = f"in {cache_dir}" if cache_dir else "of the datasets library"
+        raise OSError(
+            f"quad could not be written to the cache {where} ({error.__cause__ or error}): free some space or give another cache_dir."
+        ) from error
+
+
+def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
+    """Checked and in one form, so that equal requests share a cache entry and bad ones fail before anything is drawn."""
+    if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
+        raise ValueError(f"contexts must be a list of at least one context, such as ['obs', 'quad1+size'], not {contexts!r}.")
+    numbers = {"images_per_context": images_per_context, "resolution": resolution, "seed": seed}
+    for name, value in numbers.items():
+        try:
+            numbers[name] = operator.index(value)
+        except TypeError as error:
+            raise TypeError(f"{name} must be a whole number, not {value!r}.") from error
+    if numbers["images_per_context"] < 1:
+        raise ValueError(f"images_per_context must be at least 1, not {images_per_context}.")
+    names = [context_name(context, LATENTS) for context in contexts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"context {name!r} is named twice; its images would be the same ones.")
+        render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])  # complains in its own words
+    return {"contexts": names, "variant": variant, **numbers}
 
 
 def _rows(contexts: list[str], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:

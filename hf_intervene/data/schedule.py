@@ -16,7 +16,7 @@ _FLOOR = 0.5  # adaptive: share of the probability that stays uniform, so that n
 _DECAY = 0.95  # adaptive: decay of the running loss, per step in which the context occurs
 
 
-class ContextSchedule(Sampler[torch.Tensor]):
+class ContextSchedule(Sampler[list[int]]):
     r"""
     Infinite stream of global batches of sample indices.
 
@@ -25,45 +25,62 @@ class ContextSchedule(Sampler[torch.Tensor]):
     - `"balanced"`: uniform over contexts, mixed within the batch; counts in one batch differ by at most 1.
     - `"single"`: one context a batch, every context once in each random round (the paper's).
     - `"proportional"`: all samples pooled, each once per pass.
-    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess*: its running loss minus the lowest
-      it has had. Contexts differ in the loss that cannot be avoided, so the loss itself would not say where there is something to gain.
+    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k: its running loss minus the lowest
+      it has had, in units of its step-to-step noise. p_k = 1/2 uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that
+      cannot be avoided, so the loss itself would not say where there is something to regain; and in its noise, which would otherwise
+      pass for an excess. No probability falls below half of uniform.
+
+    Iterating yields one epoch of index lists and goes on where it stopped the next time (a `batch_sampler` of `DataLoader`; one with
+    workers draws ahead, so take checkpoints with `next_batch`).
 
     Args:
         context_ids: context of every sample, (N,) integers from 0.
         kind: one of `SCHEDULES`.
         batch_size: samples per optimiser step, over all processes.
         seed: the stream is a function of it.
+        num_contexts: number of contexts; `None`: the highest of `context_ids` plus 1. Every one must have samples
+            (unless `proportional`).
     """
 
-    def __init__(self, context_ids: torch.Tensor, kind: str = "balanced", batch_size: int = 64, seed: int = 0):
+    def __init__(
+        self,
+        context_ids: torch.Tensor,
+        kind: str = "balanced",
+        batch_size: int = 64,
+        seed: int = 0,
+        num_contexts: int | None = None,
+    ):
         if kind not in SCHEDULES:
             raise ValueError(f"unknown context schedule {kind!r}; choose one of {', '.join(SCHEDULES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, not {seed}.")
         ids = np.asarray(context_ids)
         if not len(ids):
             raise ValueError("there are no samples to draw batches from.")
         self.kind, self.batch_size, self.seed = kind, batch_size, seed
-        if kind == "proportional":  # one pool
-            self._members = [np.arange(len(ids))]
-        else:
-            self._members = [np.flatnonzero(ids == context) for context in range(ids.max() + 1)]
-            if not all(len(members) for members in self._members):
-                raise ValueError("every context from 0 to the highest must have samples.")
+        counts = np.bincount(ids, minlength=num_contexts or 0)
+        if num_contexts is not None and len(counts) > num_contexts:
+            raise ValueError(f"context_ids go up to {ids.max()}, but there are only {num_contexts} contexts.")
+        if kind != "proportional" and not counts.all():
+            raise ValueError(f"every context from 0 to {len(counts) - 1} must have samples; {np.argmin(counts)} has none.")
+        pools = 1 if kind == "proportional" else len(counts)
+        self._members = [np.flatnonzero(ids == pool) for pool in range(pools)] if pools > 1 else [np.arange(len(ids))]
         self._steps = 0
         self._drawn = np.zeros(len(self._members), dtype=np.int64)  # samples drawn so far, of each context
-        contexts = 1 if kind == "proportional" else len(self._members)
-        self._running = np.zeros(contexts)  # adaptive: running loss, 0 before the first
-        self._lowest = np.full(contexts, np.inf)
+        # Adaptive, per context: running loss, its lowest so far (inf before the first), running square of its steps' deviations.
+        self._running, self._noise = np.zeros(pools), np.zeros(pools)
+        self._lowest = np.full(pools, np.inf)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Steps in which as many samples are drawn as there are."""
         return max(1, round(sum(map(len, self._members)) / self.batch_size))
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        while True:
-            yield self.next_batch()
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(len(self)):
+            yield self.next_batch().tolist()
 
     def next_batch(self) -> torch.Tensor:
         """Indices of the next global batch, (batch_size,) int64, in random order."""
@@ -87,11 +104,13 @@ class ContextSchedule(Sampler[torch.Tensor]):
         ids, losses = ids[np.isfinite(losses)], losses[np.isfinite(losses)]  # the trainer stops on others; until then: no news
         counts = np.bincount(ids, minlength=len(self._running))
         means = np.bincount(ids, weights=losses, minlength=len(self._running)) / np.maximum(counts, 1)
-        first = (counts > 0) & np.isinf(self._lowest)
-        later = (counts > 0) & ~first
+        seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
+        first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
+        deviation = means[later] - self._running[later]
         self._running[first] = means[first]
-        self._running[later] = _DECAY * self._running[later] + (1 - _DECAY) * means[later]
-        self._lowest = np.where(counts > 0, np.minimum(self._lowest, self._running), self._lowest)
+        self._running[later] += (1 - _DECAY) * deviation
+        self._noise[later] = _DECAY * self._noise[later] + (1 - _DECAY) * deviation**2
+        self._lowest[seen] = np.minimum(self._lowest, self._running)[seen]
 
     def probabilities(self) -> np.ndarray:
         """Probability of each context in the next batch, (contexts,); uniform unless adaptive."""
@@ -99,8 +118,9 @@ class ContextSchedule(Sampler[torch.Tensor]):
         uniform = np.full(contexts, 1 / contexts)
         if self.kind != "adaptive" or np.isinf(self._lowest).any():
             return uniform
-        excess = self._running - self._lowest
-        return uniform if excess.sum() <= 0 else _FLOOR * uniform + (1 - _FLOOR) * excess / excess.sum()
+        noise = np.sqrt(self._noise)  # 0 only where the loss never changed, and then there is no excess
+        weight = 1 + np.divide(self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0)
+        return _FLOOR * uniform + (1 - _FLOOR) * weight / weight.sum()
 
     def _counts(self, rng: np.random.Generator) -> np.ndarray:
         contexts = len(self._members)
@@ -143,14 +163,11 @@ class ContextSchedule(Sampler[torch.Tensor]):
 
     def state_dict(self) -> dict:
         """All that is needed to go on: numbers and lists, JSON as it is."""
-        lowest = [None if np.isinf(value) else float(value) for value in self._lowest]
-        return {
-            "kind": self.kind,
-            "steps": self._steps,
-            "drawn": self._drawn.tolist(),
-            "running": self._running.tolist(),
-            "lowest": lowest,
-        }
+        state = {"kind": self.kind, "steps": self._steps, "drawn": self._drawn.tolist(), "sizes": self._sizes()}
+        if self.kind == "adaptive":
+            state["running"], state["noise"] = self._running.tolist(), self._noise.tolist()
+            state["lowest"] = [None if np.isinf(value) else float(value) for value in self._lowest]
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken.
@@ -158,15 +175,21 @@ class ContextSchedule(Sampler[torch.Tensor]):
         Raises:
             ValueError: the state is of another kind of schedule or of other data.
         """
-        if state["kind"] != self.kind or len(state["drawn"]) != len(self._drawn):
+        sizes = state.get("sizes", self._sizes())  # the first checkpoints did not hold them
+        if state["kind"] != self.kind or len(state["drawn"]) != len(self._drawn) or sizes != self._sizes():
             raise ValueError(
-                f"the saved schedule is {state['kind']!r} over {len(state['drawn'])} contexts, this one is {self.kind!r} over "
-                f"{len(self._drawn)}: resume with the settings and data of the interrupted run."
+                f"the saved schedule is {state['kind']!r} over {sum(sizes)} images in {len(state['drawn'])} contexts, this one is "
+                f"{self.kind!r} over {sum(self._sizes())} in {len(self._drawn)}, or their shares differ: resume with the settings and "
+                "data of the interrupted run."
             )
         self._steps = state["steps"]
         self._drawn = np.array(state["drawn"], dtype=np.int64)
-        self._running = np.array(state["running"], dtype=np.float64)
-        self._lowest = np.array([np.inf if value is None else value for value in state["lowest"]])
+        if self.kind == "adaptive":
+            self._running, self._noise = np.array(state["running"], dtype=np.float64), np.array(state["noise"], dtype=np.float64)
+            self._lowest = np.array([np.inf if value is None else value for value in state["lowest"]])
+
+    def _sizes(self) -> list[int]:
+        return [len(members) for members in self._members]
 
 
 def shard(batch: torch.Tensor, rank: int, world: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ little without it.
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class TransportResult:
         return asdict(self)
 
 
+@lru_cache(maxsize=1)  # drawing them takes as long as a projection
 def directions(dimension: int, num_projections: int, seed: int = 0) -> np.ndarray:
     """Random unit directions, float32 of shape (dimension, num_projections), as POT draws them.
 
@@ -104,7 +106,30 @@ def compare(
     resamples: int = 50,
     seed: int = 0,
 ) -> TransportResult:
-    """Distance of generated images from real ones, with floor, ratio and interval.
+    """Distance of generated images from real ones, with floor, ratio and interval. See `compare_projected`.
+
+    Args:
+        real: real images of a context, uint8 or float in [0, 1], (n, ...).
+        other_real: further real images of that context, none in common with `real`, (m, ...), m >= the number of generated ones used.
+        generated: generated images, (m, ...).
+        protocol: see `compare_projected`.
+        num_projections: random directions.
+        resamples: random halves for the interval.
+        seed: of directions and halves.
+    """
+    axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
+    return compare_projected(*(project(images, axes) for images in (real, other_real, generated)), protocol, resamples, seed)
+
+
+def compare_projected(
+    real: np.ndarray,
+    other_real: np.ndarray,
+    generated: np.ndarray,
+    protocol: str = "independent",
+    resamples: int = 50,
+    seed: int = 0,
+) -> TransportResult:
+    """`compare` for images that are projected already, each (n, projections).
 
     The interval: resampling n of n images with replacement would shift a W2 upward (repeated points look like a coarser set), so a random
     half of each side is drawn without replacement instead, `resamples` times. To first order the variance over such halves is that of
@@ -112,19 +137,15 @@ def compare(
     +- 1.96 of these standard deviations. It covers the draw of images, for the given directions.
 
     Args:
-        real: real images of a context, uint8 or float in [0, 1], (n, ...).
-        other_real: further real images of that context, none in common with `real`, (m, ...), m >= the number of generated ones used.
-        generated: generated images, (m, ...).
+        real, other_real, generated: see `compare`.
         protocol: `"independent"`: as they are. `"paper"`: the first 64 of `generated` (and of `other_real`, for the floor), each 20
             times, against the first 1,280 of `real`, as in the published figures.
-        num_projections: random directions.
         resamples: random halves for the interval.
-        seed: of directions and halves.
+        seed: of the halves.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
-    axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
-    a, b, c = (project(images, axes) for images in (real, other_real, generated))
+    a, b, c = real, other_real, generated
     if protocol == "paper":
         if len(b) < PAPER_DISTINCT or len(c) < PAPER_DISTINCT:
             raise ValueError(f"the paper's protocol needs at least {PAPER_DISTINCT} images a side.")
