@@ -125,7 +125,7 @@ def test_missing_columns():
 
 def test_a_row_without_a_context():
     data = datasets.Dataset.from_dict({"image": [image(0)] * 2, "context": ["obs", None]})
-    with pytest.raises(ValueError, match="row 1 has no context"):
+    with pytest.raises(ValueError, match="image 1 has no context"):
         ContextImages.from_dataset(data)
 
 
