@@ -3,6 +3,7 @@
 The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled representations", arXiv:2507.04754.
 """
 
+import diffusers
 from transformers import AutoConfig, AutoModel
 
 from .bases import Base, LightVAE, register_base, wrap_base
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 
 AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
 AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
+# diffusers has no registry of pipelines: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module.
+diffusers.InterventionPipeline = InterventionPipeline
 
 __all__ = [
     "OBS",

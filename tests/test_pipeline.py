@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE
 
@@ -18,9 +19,11 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def test_round_trip(pipe, tmp_path):
+@pytest.mark.parametrize("pipeline_class", [InterventionPipeline, DiffusionPipeline])
+def test_round_trip(pipe, tmp_path, pipeline_class):
     pipe.save_pretrained(tmp_path)
-    loaded = InterventionPipeline.from_pretrained(tmp_path)
+    loaded = pipeline_class.from_pretrained(tmp_path)
+    assert type(loaded) is InterventionPipeline
     assert loaded.concepts == ("quad1", "size")
     call = {"interventions": ["quad1", "size"], "num_images": 8, "output_type": "pt"}
     images = pipe(generator=generator(), **call).images

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -143,12 +145,28 @@ def read_config(path: str) -> dict:
             near = get_close_matches(str(name), known, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the settings are {', '.join(known)}."
             raise ValueError(f"{path} has an unknown setting {name!r}: {hint}")
-        kind = known[name]
-        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:  # YAML reads 1e-3 as a string
-                settings[name] = float(value)
-            except ValueError:
-                pass
-        if kind in (int, float, str, bool) and type(settings[name]) is not kind:
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}.")
+        try:
+            settings[name] = _typed(value, known[name])
+        except TypeError:
+            kind = known[name].__name__ if isinstance(known[name], type) else known[name]
+            raise ValueError(f"{path}: {name} must be of type {kind}, not {value!r}.") from None
     return settings
+
+
+def _typed(value: object, kind: type) -> object:
+    """A YAML value as the type of its field (`int`, `float`, `str`, `bool`, a list of those, or optional), or a TypeError."""
+    if get_origin(kind) is UnionType:
+        kinds = [k for k in get_args(kind) if k is not type(None)]
+        return None if value is None else _typed(value, *kinds)
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise TypeError
+        return [_typed(entry, *get_args(kind)) for entry in value]
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            raise TypeError from None
+    if type(value) is not kind:
+        raise TypeError
+    return value
