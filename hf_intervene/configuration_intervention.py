@@ -32,6 +32,9 @@ class InterventionConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial W_obs and W_int.
         ablation: `None`, or what a model that embeds the head leaves out (METHOD section 3): `"base"` and `"base-pooled"` have no head,
             `"head-pooled"` ignores the context.
+        base_reference: the pretrained model that a head was added to: `class_name`, `name_or_path`, `subfolder`, `revision` and the
+            `sha256` of its weights (`bases.weight_hash`); `None` for a base that was made anew.
+        lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
     """
 
     model_type = "intervention"
@@ -49,6 +52,8 @@ class InterventionConfig(PreTrainedConfig):
     embedding_shape: list[int] | tuple[int, ...] = (128,)
     initializer_range: float = 0.02
     ablation: str | None = None
+    base_reference: dict[str, str | None] | None = None
+    lora_rank: int = 0
 
     def __post_init__(self, **kwargs):
         self.concepts = list(validate_concepts(self.concepts))
@@ -60,6 +65,7 @@ class InterventionConfig(PreTrainedConfig):
             ("depth", 1),
             ("propagation_steps", 1),
             ("feature_width", 1),
+            ("lora_rank", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")

@@ -19,14 +19,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .bases import Base, LightVAE, wrap_base
-from .bases.base import model_class_named
+from .bases import Base, wrap_base
+from .bases.base import base_family, load_model_config, model_class_named, weight_hash
+from .bases.lora import has_lora, load_lora, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .modeling_intervention import InterventionHead, check_loaded, gaussian_kl
 
 
-BASE_FOLDER = "base"
+BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 
@@ -99,7 +100,13 @@ class InterventionModel(PreTrainedModel):
 
     @classmethod
     def build(
-        cls, base: ModelMixin | Base, concepts: Sequence[str], ablation: str | None = None, **head_options
+        cls,
+        base: ModelMixin | Base,
+        concepts: Sequence[str],
+        ablation: str | None = None,
+        base_subfolder: str | None = None,
+        base_revision: str | None = None,
+        **head_options,
     ) -> "InterventionModel":
         """Add a new head to a base.
 
@@ -107,6 +114,7 @@ class InterventionModel(PreTrainedModel):
             base: a diffusers model of a registered class.
             concepts: names of the concepts.
             ablation: see `InterventionConfig`.
+            base_subfolder, base_revision: where the base was loaded from within its repository; diffusers does not keep them.
             **head_options: other fields of `InterventionConfig`; `feature_width` and `embedding_shape` come from the base.
         """
         base = wrap_base(base)
@@ -115,6 +123,7 @@ class InterventionModel(PreTrainedModel):
             ablation=ablation,
             feature_width=base.feature_width,
             embedding_shape=list(base.embedding_shape),
+            base_reference=_reference(base.model, base_subfolder, base_revision),
             **head_options,
         )
         return cls(config, base)
@@ -313,58 +322,112 @@ class InterventionModel(PreTrainedModel):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save in the library's own format: the head as a transformers model, the base under `base/` as a diffusers model.
+    def save_pretrained(self, save_directory: str | os.PathLike, save_base: bool | None = None, **kwargs) -> None:
+        """Save what was trained: the head as a transformers model, adapter and base as diffusers models.
 
-        save_directory/config.json, model.safetensors               the head; `InterventionHead.from_pretrained` reads it alone
-        save_directory/base/config.json, diffusion_pytorch_model.safetensors   the base; plain diffusers reads it alone
+        save_directory/config.json, model.safetensors    the head; `InterventionHead.from_pretrained` reads it alone
+        save_directory/adapter/                          the base family's adapter, where it has one
+        save_directory/lora/                             LoRA layers on the base, if it has any; plain PEFT reads them alone
+        save_directory/base/                             the base; plain diffusers reads it alone
+
+        Args:
+            save_directory: the folder.
+            save_base: whether to save the base too; `None`: unless it still is the pretrained one it was loaded as. Then the
+                configuration's `base_reference` says where to load it from, and by which hash to know it.
+            **kwargs: of the head's `save_pretrained`.
         """
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
+        reference = self.config.base_reference
+        if save_base is None:
+            save_base = reference is None or weight_hash(self.base.model) != reference["sha256"]
         if self.head is None:
             self.config.save_pretrained(save_directory, **kwargs)
         else:
             self.head.save_pretrained(save_directory, **kwargs)
-        self.base.model.save_pretrained(os.path.join(save_directory, BASE_FOLDER))
+        if self.base.adapter is not None:
+            self.base.adapter.save_pretrained(os.path.join(save_directory, ADAPTER_FOLDER))
+        if save_base:  # on its own, without LoRA layers: merged into the weights
+            merged(self.base.model).save_pretrained(os.path.join(save_directory, BASE_FOLDER))
+        elif has_lora(self.base.model):
+            save_lora(self.base.model, os.path.join(save_directory, LORA_FOLDER))
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, base: ModelMixin | Base | None = None, **kwargs
     ) -> "InterventionModel":
-        """Load a model saved by `save_pretrained`, from a folder or the Hub.
+        """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
 
         Args:
             pretrained_model_name_or_path: folder or repository.
-            base: the base to use instead of the saved one.
+            base: the base to use instead.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
         Raises:
-            OSError, ValueError: one sentence: not a saved model, truncated weights, weights that do not fit the configuration.
+            OSError, ValueError: one sentence: not a saved model, truncated weights, weights that do not fit the configuration, a base
+                that is not the one the head was trained on.
         """
-        config = InterventionConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        name = pretrained_model_name_or_path
+        config = InterventionConfig.from_pretrained(name, **kwargs)
         if base is None:
-            base = _load_base(pretrained_model_name_or_path, **kwargs)
+            base = _load_base(name, config, **kwargs)
+        elif load_model_config(name, BASE_FOLDER, **kwargs) is None:
+            _check_reference(base.model if isinstance(base, Base) else base, config)
+        model = base.model if isinstance(base, Base) else base
+        if config.lora_rank and load_model_config(name, BASE_FOLDER, **kwargs) is None:
+            load_lora(model, name, LORA_FOLDER, **kwargs)
+        adapter_class = base_family(model).adapter_class if not isinstance(base, Base) else base.adapter_class
+        if adapter_class is not None:
+            adapter = _load_part(adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
+            base = wrap_base(model, adapter=adapter)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            head = InterventionHead.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+            head = InterventionHead.from_pretrained(name, config=config, **kwargs)
         return cls(config, base, head).eval()
 
 
-def _load_base(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
-    try:
-        base_config = LightVAE.load_config(name_or_path, subfolder=BASE_FOLDER, **kwargs)
-    except OSError:
-        base_config = {}
-    if "_class_name" not in base_config:  # without base/config.json diffusers falls back on the head's own
-        raise OSError(
-            f"{name_or_path} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on."
+def _reference(model: ModelMixin, subfolder: str | None, revision: str | None) -> dict[str, str | None] | None:
+    """Where a pretrained model came from, and the hash of its weights; `None` for one that was not loaded."""
+    name = model.config.get("_name_or_path")
+    if not name:
+        return None
+    found = {"class_name": type(model).__name__, "name_or_path": str(name), "subfolder": subfolder, "revision": revision}
+    return found | {"sha256": weight_hash(model)}
+
+
+def _check_reference(model: ModelMixin, config: InterventionConfig) -> None:
+    reference = config.base_reference
+    if reference is not None and weight_hash(model) != reference["sha256"]:
+        raise ValueError(
+            f"this {type(model).__name__} is not the base that the head was trained on: its weights differ from those of "
+            f"{reference['class_name']} {reference['name_or_path']} at training time. Load that one, in the precision it had then."
         )
-    model_class = model_class_named(base_config["_class_name"])
+
+
+def _load_base(name: str | os.PathLike, config: InterventionConfig, **kwargs) -> ModelMixin:
+    base_config = load_model_config(name, BASE_FOLDER, **kwargs)
+    if base_config is not None:
+        model_class = model_class_named(base_config["_class_name"])
+        return _load_part(model_class, name, BASE_FOLDER, f"the base of {name}", **kwargs)
+    reference = config.base_reference
+    if reference is None:
+        raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
+    source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
+    kwargs["revision"] = reference["revision"]
+    try:
+        model = _load_part(model_class, source, reference["subfolder"], f"the base {source}", **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
+        ) from error
+    _check_reference(model, config)
+    return model
+
+
+def _load_part(model_class: type[ModelMixin], name: str | os.PathLike, folder: str | None, what: str, **kwargs) -> ModelMixin:
     return check_loaded(
-        lambda: model_class.from_pretrained(
-            name_or_path, subfolder=BASE_FOLDER, output_loading_info=True, low_cpu_mem_usage=False, **kwargs
-        ),
-        f"the base of {name_or_path}",
+        lambda: model_class.from_pretrained(name, subfolder=folder, output_loading_info=True, low_cpu_mem_usage=False, **kwargs),
+        what,
     )
 
 

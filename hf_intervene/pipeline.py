@@ -6,6 +6,8 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 
+from .bases import wrap_base
+from .bases.lora import merged
 from .contexts import Interventions
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
@@ -18,6 +20,7 @@ class InterventionPipeline(DiffusionPipeline):
     Args:
         base: the pretrained model under the head.
         head: the intervention head.
+        adapter: the network between them, for base families that have one.
 
     Example:
 
@@ -28,27 +31,29 @@ class InterventionPipeline(DiffusionPipeline):
     ```
     """
 
-    model_cpu_offload_seq = "head->base"
+    model_cpu_offload_seq = "head->adapter->base"
+    _optional_components = ["adapter"]
 
-    def __init__(self, base: ModelMixin, head: InterventionHead):
+    def __init__(self, base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None = None):
         super().__init__()
-        self.register_modules(base=base, head=head)
+        self.register_modules(base=base, head=head, adapter=adapter)
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":
-        """The pipeline of a model; the weights are shared, not copied.
+        """The pipeline of a model; the weights are shared, not copied, but for a base with LoRA layers: they are merged into a copy.
 
         Raises:
             ValueError: the model is an ablation without a head.
         """
         if model.head is None:
             raise ValueError(f"a model with ablation={model.config.ablation!r} has no head to intervene with.")
-        return cls(base=model.base.model, head=model.head)
+        return cls(base=merged(model.base.model), head=model.head, adapter=model.base.adapter)
 
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        return InterventionModel(self.head.config, self.base, self.head).eval()
+        options = {} if self.adapter is None else {"adapter": self.adapter}
+        return InterventionModel(self.head.config, wrap_base(self.base, **options), self.head).eval()
 
     @property
     def concepts(self) -> tuple[str, ...]:

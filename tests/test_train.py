@@ -229,7 +229,7 @@ def options(settings):
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"ema_decay": 1.5}, "ema_decay must lie in"),
         ({"beta": -1.0}, "beta must not be negative"),
-        ({"base": "nowhere"}, "no saved base 'nowhere'"),
+        ({"base": "nowhere"}, "no pretrained base 'nowhere'"),
         ({"dataset": "./nowhere"}, "no folder ./nowhere"),
         ({"resume": "nowhere"}, "no checkpoint nowhere"),
         ({"block_out_channels": [8] * 6}, "cannot be halved"),

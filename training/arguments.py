@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from hf_intervene.data.schedule import SCHEDULES
 
 
-REGIMES = ("end-to-end", "fine-tune", "frozen")
+REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 
 
@@ -33,7 +33,8 @@ class TrainArguments:
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
     # Base
-    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or a folder with a saved LightVAE."})
+    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or folder or Hub name of a pretrained model."})
+    base_subfolder: str | None = field(default=None, metadata={"help": "Its sub-folder there, such as `vae`."})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
     hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
     latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
@@ -48,7 +49,8 @@ class TrainArguments:
     propagation_steps: int = field(default=3)
     posterior: str = field(default="centered")
     # Objective and regime
-    regime: str = field(default="end-to-end", metadata={"help": "`end-to-end`, `fine-tune` or `frozen`."})
+    regime: str = field(default="end-to-end", metadata={"help": ", ".join(REGIMES)})
+    lora_rank: int = field(default=8, metadata={"help": "regime `lora`: rank of the layers on the base."})
     ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
@@ -82,6 +84,8 @@ class TrainArguments:
     tracker: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or `none`."})
 
     def __post_init__(self):
+        if self.regime == "lora" and (self.base == "light-vae" or self.lora_rank < 1):
+            raise ValueError("regime lora needs a pretrained base (--base) and a lora_rank of at least 1.")
         for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -103,7 +107,7 @@ class TrainArguments:
     @property
     def head_options(self) -> dict:
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
 
 # Settings that may change between an interrupted run and its resumption.

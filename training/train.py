@@ -10,7 +10,6 @@ number of processes and of accumulation steps does not change the result, and a 
 import copy
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,8 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from hf_intervene.bases import LightVAE
+from hf_intervene.bases import LightVAE, load_base
+from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
@@ -97,12 +97,13 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             latent_width=a.latent_width,
             norm=a.base_norm,
         )
-    elif os.path.isdir(a.base):
-        base = LightVAE.from_pretrained(a.base)
     else:
-        raise FileNotFoundError(f"there is no saved base {a.base!r}: give `light-vae` or the folder of a saved LightVAE.")
+        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder)
     ablation = None if a.ablation == "none" else a.ablation
-    return InterventionModel.build(base, data.concepts, ablation=ablation, **a.head_options)
+    model = InterventionModel.build(base, data.concepts, ablation, a.base_subfolder, **a.head_options)
+    if a.regime == "lora":
+        add_lora(model.base.model, a.lora_rank)
+    return model
 
 
 def fast_bf16() -> bool:
@@ -183,7 +184,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
     eval_every = a.eval_every or per_epoch
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
-    frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total}[a.regime]
+    frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
 
     parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and _of_base(model, p))]
     optimizer = torch.optim.AdamW(parameters, a.learning_rate, weight_decay=a.weight_decay, fused=True)
@@ -222,7 +223,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     def wrapped(frozen: bool):
         """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
-        if a.regime != "end-to-end":
+        if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
         module = torch.compile(model) if a.compile else model
         return accelerator.prepare_model(module) if world > 1 else module
@@ -294,7 +295,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 runner = wrapped(frozen)
             model.train()
             if frozen:
-                model.base.eval()
+                model.base.model.eval()
             indices = schedule.next_batch()
             noise = shard(step_noise(model, a.seed, step, a.batch_size), rank, world)
             mine = shard(indices, rank, world)
@@ -412,7 +413,7 @@ def _ramp(step: int, steps: float) -> float:
 
 
 def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
-    return any(parameter is p for p in model.base.parameters())
+    return any(parameter is p for p in model.base.model.parameters())
 
 
 def _no_sync(accelerator: Accelerator, runner: torch.nn.Module, skip: bool):

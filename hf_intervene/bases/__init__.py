@@ -1,7 +1,8 @@
 """Base families: how a head meets a pretrained model (see `base.py`)."""
 
-from .base import Base, register_base, wrap_base
+from .autoencoder import AutoencoderBase, LatentAdapter
+from .base import Base, load_base, register_base, wrap_base
 from .light_vae import LightVAE, LightVAEBase
 
 
-__all__ = ["Base", "LightVAE", "LightVAEBase", "register_base", "wrap_base"]
+__all__ = ["AutoencoderBase", "Base", "LatentAdapter", "LightVAE", "LightVAEBase", "load_base", "register_base", "wrap_base"]

@@ -10,9 +10,12 @@ A third party adds a family without touching this package:
         ...
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -27,10 +30,12 @@ class Base(nn.Module):
     feature_width: int  # width of the encoder features the head's posterior reads
     embedding_shape: tuple[int, ...]  # what `decode` takes, without the batch dimension
     image_shape: tuple[int, int, int]  # (C, H, W)
+    adapter: ModelMixin | None  # a network of the family's own between head and model, trained and saved with the head
+    adapter_class: type[ModelMixin] | None = None  # its class; the constructor then takes it as `adapter=`
 
     def __init__(self, model: ModelMixin):
         super().__init__()
-        self.model = model
+        self.model, self.adapter = model, None
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features (B, feature_width) of images (B, C, H, W) in [0, 1]."""
@@ -60,8 +65,8 @@ class Base(nn.Module):
         """Take the weights that a head replaces (the base's own posterior) out of training."""
 
     def trainable(self, flag: bool) -> None:
-        """Make the weights that a head uses trainable, or freeze all of the base."""
-        self.requires_grad_(flag)
+        """Make the weights of the pretrained model that a head uses trainable, or freeze them all. An adapter stays trainable."""
+        self.model.requires_grad_(flag)
         self.freeze_unused()
 
 
@@ -78,21 +83,69 @@ def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[
     return register
 
 
-def wrap_base(model: ModelMixin | Base) -> Base:
+def wrap_base(model: ModelMixin | Base, **options) -> Base:
     """Wrap a pretrained model in the base family registered for its class (the nearest in its method resolution order).
+
+    Args:
+        model: the model; a `Base` is returned as it is.
+        **options: of the family, such as `sample_size` and `adapter` of `AutoencoderBase`.
 
     Raises:
         TypeError: no family is registered for the class; the message names the registered ones.
     """
-    if isinstance(model, Base):
-        return model
+    return model if isinstance(model, Base) else base_family(model)(model, **options)
+
+
+def base_family(model: ModelMixin) -> type[Base]:
+    """The family registered for a model's class. Raises as `wrap_base`."""
     for model_class in type(model).__mro__:
         if model_class in _REGISTRY:
-            return _REGISTRY[model_class](model)
+            return _REGISTRY[model_class]
     raise TypeError(
         f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. "
         "Register another one with hf_intervene.bases.register_base."
     )
+
+
+class _AnyModel(ConfigMixin):
+    config_name = "config.json"
+
+
+def load_model_config(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs) -> dict | None:
+    """The configuration of a saved diffusers model of any class, or `None` if there is none."""
+    try:
+        found = _AnyModel.load_config(name_or_path, subfolder=subfolder, **kwargs)
+    except OSError:
+        return None
+    return found if "_class_name" in found else None  # without a sub-folder's, diffusers falls back on the parent's own
+
+
+def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None) -> Base:
+    """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
+
+    Raises:
+        OSError, ValueError: one sentence: nothing there, a class that is not registered, another image size.
+    """
+    config = load_model_config(name_or_path, subfolder)
+    if config is None:
+        raise FileNotFoundError(
+            f"there is no pretrained base {str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}: "
+            "give a folder saved by diffusers, or a Hub name."
+        )
+    model_class = model_class_named(config["_class_name"])
+    model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
+    family = base_family(model)
+    return family(model) if family.adapter_class is None else family(model, sample_size=sample_size)
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's weights: their names, types and bytes; LoRA layers on it are passed over."""
+    weights = {name.replace(".base_layer.", "."): v for name, v in model.state_dict().items() if ".lora_" not in name}
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_class_named(name: str) -> type[ModelMixin]:

@@ -1,0 +1,148 @@
+"""Spatial autoencoders of diffusers under a head: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel.
+
+    pixels (B, C, S, S) --model.encode--> latents (B, c, h, h) --adapter--> features (B, feature_width)
+    embedding (B, embedding_width, 1, 1) --adapter--> latents (B, c, h, h) --model.decode--> sample (B, C, S, S) in [-1, 1]
+
+The head speaks vectors, these models speak latents in two dimensions; the adapter, a small convolutional network of ours, translates.
+It is trained and saved with the head, whatever becomes of the pretrained model. Latents are scaled and shifted as the model's own
+configuration says. Pixels are Gaussian around the decoded image with one learnt variance for all (as in the training of the Stable
+Diffusion autoencoders), so the reconstruction term is a density and may be negative.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .base import Base, register_base
+from .light_vae import LightVAE
+
+
+class LatentAdapter(ModelMixin, ConfigMixin):
+    """Between the vectors of a head and the latents of an autoencoder: the light VAE's layers on latents, and the variance of a pixel.
+
+    Args:
+        sample_size: side S of the images in pixels.
+        in_channels: channels c of the latents.
+        latent_size: side h of the latents.
+        hidden_width: width of the features.
+        latent_width: width of the embedding.
+    """
+
+    @register_to_config
+    def __init__(self, sample_size: int, in_channels: int, latent_size: int, hidden_width: int = 128, latent_width: int = 128):
+        super().__init__()
+        halvings = max(1, round(math.log2(latent_size / 4)))  # down to about 4 x 4
+        channels = [64, *[128] * (halvings - 1)]
+        self.network = LightVAE(in_channels, latent_size, tuple(channels), hidden_width, latent_width)
+        self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
+
+
+@register_base(AutoencoderKL)
+@register_base(AsymmetricAutoencoderKL)
+@register_base(AutoencoderTiny)
+@register_base(AutoencoderDC)
+@register_base(VQModel)
+class AutoencoderBase(Base):
+    """An autoencoder under a head, with an adapter between them (see the module docstring).
+
+    A model whose configuration names another image size than yours (the Stable Diffusion autoencoders say 512 or 256) is wrapped first:
+    `InterventionModel.build(wrap_base(vae, sample_size=64), concepts)`.
+
+    Args:
+        model: the autoencoder.
+        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the model's configuration.
+        adapter: a trained adapter; `None` makes a new one.
+
+    Raises:
+        ValueError: no image size is known, the model's encoder cannot take it, or the adapter is for other latents.
+    """
+
+    adapter_class = LatentAdapter
+
+    def __init__(self, model: ModelMixin, sample_size: int | None = None, adapter: LatentAdapter | None = None):
+        super().__init__(model)
+        name = type(model).__name__
+        size = sample_size or (adapter.config.sample_size if adapter is not None else model.config.get("sample_size"))
+        if size is None:
+            raise ValueError(f"this {name} does not say what size of image it is for: give sample_size, in pixels.")
+        self.image_shape = (model.config.get("in_channels", 3), size, size)
+        shape = self._latent_shape()
+        if adapter is None:
+            adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1])
+        if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
+            raise ValueError(
+                f"the adapter is for {adapter.config.in_channels} x {adapter.config.latent_size}^2 latents, but this {name} makes "
+                f"{shape[0]} x {shape[-1]}^2 of {size}x{size} images: use the base it was trained on."
+            )
+        self.adapter = adapter
+        self.feature_width = adapter.config.hidden_width
+        self.embedding_shape = (adapter.config.latent_width, 1, 1)
+
+    def _latent_shape(self) -> torch.Size:
+        """Shape of one image's latents, from a pass without data or weights."""
+        known = inspect.signature(type(self.model).__init__).parameters
+        arguments = {key: value for key, value in self.model.config.items() if key in known}
+        with torch.device("meta"), torch.no_grad():
+            try:
+                latents = _latents(type(self.model)(**arguments), torch.empty(1, *self.image_shape))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"this {type(self.model).__name__} cannot encode images of {self.image_shape[1]} pixels: "
+                    "choose a multiple of its downsampling factor."
+                ) from error
+        return latents.shape[1:]
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        latents = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))  # (B, c, h, h)
+        scale, shift = _scale_and_shift(self.model)
+        return self.adapter.network.encoder(((latents - shift) * scale).to(self.adapter.dtype))
+
+    def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.adapter.network.quant(features)[..., None, None].chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1)."""
+        scale, shift = _scale_and_shift(self.model)
+        latents = self.adapter.network.decoder(embedding) / scale + shift  # (B, c, h, h)
+        return self.model.decode(latents.to(self.model.dtype)).sample
+
+    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        log_variance = self.adapter.log_variance.float()
+        squares = (self._unit(decoded) - pixel_values.float()).square().flatten(1)
+        return 0.5 * (squares / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(1)
+
+    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
+        return self._unit(decoded).clamp(0, 1)
+
+    @staticmethod
+    def _unit(decoded: torch.Tensor) -> torch.Tensor:
+        return decoded.float() / 2 + 0.5
+
+    def encoder_modules(self) -> Iterable[nn.Module]:
+        return [*self.model.encoder.modules(), *self.adapter.network.encoder.modules()]
+
+    def freeze_unused(self) -> None:
+        self.adapter.network.quant.requires_grad_(False)
+        if isinstance(self.model, VQModel):
+            self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
+        if isinstance(self.model, AsymmetricAutoencoderKL):
+            self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
+
+
+def _latents(model: ModelMixin, sample: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents (B, c, h, h) of images in [-1, 1]: the mean, where the model has a distribution."""
+    output = model.encode(sample)
+    if "latent_dist" in output:
+        return output.latent_dist.mode()
+    return output.latents if "latents" in output else output.latent
+
+
+def _scale_and_shift(model: ModelMixin) -> tuple[float, float]:
+    return model.config.get("scaling_factor") or 1.0, model.config.get("shift_factor") or 0.0

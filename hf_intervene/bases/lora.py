@@ -1,0 +1,55 @@
+"""LoRA adapters of PEFT on a base: added in place, saved in PEFT's own format, merged for those who want a plain model."""
+
+import copy
+import os
+
+from diffusers.models.modeling_utils import ModelMixin
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+
+_PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
+
+
+def add_lora(model: ModelMixin, rank: int) -> None:
+    """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
+
+    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none.
+    """
+    kinds = (nn.Linear, nn.Conv2d)
+    names = [name for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.requires_grad]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    inject_adapter_in_model(config, model)
+    model.peft_config = {"default": config}
+
+
+def has_lora(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
+    """Save the LoRA layers alone; `peft.PeftModel.from_pretrained(model, folder)` reads them."""
+    os.makedirs(folder, exist_ok=True)
+    weights = {_PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def load_lora(model: ModelMixin, folder: str | os.PathLike, subfolder: str, **kwargs) -> None:
+    """Add saved LoRA layers to a model, in place."""
+    model.peft_config = PeftModel.from_pretrained(model, folder, subfolder=subfolder, **kwargs).peft_config
+
+
+def merged(model: ModelMixin) -> ModelMixin:
+    """A copy of a model with its LoRA layers merged into the weights: a plain diffusers model; without LoRA, the model itself."""
+    if not has_lora(model):
+        return model
+    model = copy.deepcopy(model)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+    return model
