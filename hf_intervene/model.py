@@ -341,6 +341,10 @@ class InterventionModel(PreTrainedModel):
         reference = self.config.base_reference
         if save_base is None:
             save_base = reference is None or weight_hash(self.base.model) != reference["sha256"]
+        if not save_base and os.path.isdir(os.path.join(save_directory, BASE_FOLDER)):
+            raise FileExistsError(
+                f"{save_directory} holds the base of another model, which would be taken for this one's: empty it."
+            )
         if self.head is None:
             self.config.save_pretrained(save_directory, **kwargs)
         else:
@@ -369,17 +373,21 @@ class InterventionModel(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         config = InterventionConfig.from_pretrained(name, **kwargs)
+        saved_base = load_model_config(name, BASE_FOLDER, **kwargs)
         if base is None:
-            base = _load_base(name, config, **kwargs)
-        elif load_model_config(name, BASE_FOLDER, **kwargs) is None:
-            _check_reference(base.model if isinstance(base, Base) else base, config)
-        model = base.model if isinstance(base, Base) else base
-        if config.lora_rank and load_model_config(name, BASE_FOLDER, **kwargs) is None:
+            model = _load_base(name, config, saved_base, **kwargs)
+        else:
+            model = base.model if isinstance(base, Base) else base
+            if saved_base is None:
+                _check_reference(model, config)
+        if config.lora_rank and saved_base is None:
             load_lora(model, name, LORA_FOLDER, **kwargs)
-        adapter_class = base_family(model).adapter_class if not isinstance(base, Base) else base.adapter_class
-        if adapter_class is not None:
-            adapter = _load_part(adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
-            base = wrap_base(model, adapter=adapter)
+        family = type(base) if isinstance(base, Base) else base_family(model)
+        if family.adapter_class is not None:
+            adapter = _load_part(family.adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
+            base = family(model, adapter=adapter)
+        elif not isinstance(base, Base):
+            base = family(model)
         head = None
         if config.ablation not in ("base", "base-pooled"):
             head = InterventionHead.from_pretrained(name, config=config, **kwargs)
@@ -404,10 +412,10 @@ def _check_reference(model: ModelMixin, config: InterventionConfig) -> None:
         )
 
 
-def _load_base(name: str | os.PathLike, config: InterventionConfig, **kwargs) -> ModelMixin:
-    base_config = load_model_config(name, BASE_FOLDER, **kwargs)
-    if base_config is not None:
-        model_class = model_class_named(base_config["_class_name"])
+def _load_base(name: str | os.PathLike, config: InterventionConfig, saved_base: dict | None, **kwargs) -> ModelMixin:
+    """The base saved with a model, whose configuration is `saved_base`, or else the one that its head was trained on."""
+    if saved_base is not None:
+        model_class = model_class_named(saved_base["_class_name"])
         return _load_part(model_class, name, BASE_FOLDER, f"the base of {name}", **kwargs)
     reference = config.base_reference
     if reference is None:

@@ -132,6 +132,13 @@ def test_a_frozen_base_is_not_saved_but_known_by_its_hash(pretrained, tmp_path):
         InterventionModel.from_pretrained(tmp_path / "model")
 
 
+def test_no_other_base_is_taken_for_a_frozen_one(tmp_path):
+    model = build(saved("tiny", tmp_path))
+    model.save_pretrained(tmp_path / "model", save_base=True)
+    with pytest.raises(FileExistsError, match="holds the base of another model"):
+        model.save_pretrained(tmp_path / "model")
+
+
 def test_a_changed_base_is_saved_whole(pretrained, tmp_path):
     model = build(pretrained)
     model.base.trainable(True)
