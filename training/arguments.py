@@ -55,7 +55,7 @@ class TrainArguments:
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
-    moment_matching: float = field(default=60.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
+    moment_matching: float = field(default=100.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
     moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
