@@ -36,9 +36,10 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 class InterventionModelOutput(ModelOutput):
     """
     Args:
-        loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl.
+        loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl (+ residual_weight * residual_kl).
         reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,).
-        kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). reconstruction_loss + kl is the negative ELBO.
+        kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
+        residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
         posterior_mean: mean of q(z | x, s), shape (B, *noise_shape).
         posterior_logvar: log-variance of q(z | x, s), shape (B, *noise_shape).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
@@ -47,6 +48,7 @@ class InterventionModelOutput(ModelOutput):
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     kl: torch.Tensor | None = None
+    residual_kl: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
@@ -141,15 +143,22 @@ class InterventionModel(PreTrainedModel):
 
     def posterior(self, pixel_values: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of q(z | x, s), each (B, *noise_shape), of images (B, C, H, W) under targets (B, D)."""
-        features = self.base.encode(pixel_values)
+        return self._posterior_of(self.base.encode(pixel_values), targets)
+
+    def _posterior_of(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.head is None:
             return self.base.posterior(features)
         return self.head.posterior(features, self._seen(targets))
 
-    def decode(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D)."""
-        embedding = z if self.head is None else self.head(z, self._seen(targets)).embedding
-        return self.base.decode(embedding)
+    def embed(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D)."""
+        return z if self.head is None else self.head(z, self._seen(targets)).embedding
+
+    def decode(self, z: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
+        noise rho (B, *residual_shape)."""
+        embedding = self.embed(z, targets)
+        return self.base.decode(embedding) if residual is None else self.base.decode(embedding, residual)
 
     def _seen(self, targets: torch.Tensor) -> torch.Tensor:
         """The targets the head sees: none in the ablation that pools the contexts."""
@@ -161,16 +170,21 @@ class InterventionModel(PreTrainedModel):
         targets: torch.Tensor,
         beta: float = 1.0,
         noise: torch.Tensor | None = None,
+        residual_weight: float = 1.0,
+        residual_noise: torch.Tensor | None = None,
         return_reconstruction: bool = False,
         return_dict: bool | None = None,
     ) -> InterventionModelOutput | tuple:
-        """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD section 2), with one posterior sample.
+        """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD section 2), with one posterior sample; for
+        a base with residual latents, that of `bases/residual.py`.
 
         Args:
             pixel_values: images, (B, C, H, W), in [0, 1].
             targets: (B, D), entries in [0, 1].
             beta: weight of the KL.
             noise: standard normal draws for the posterior sample, (B, *noise_shape); `None` draws them.
+            residual_weight: weight of the term of the residual latents.
+            residual_noise: standard normal draws for theirs, (B, *residual_shape); `None` draws them.
             return_reconstruction: whether to return the reconstructed images.
         """
         if tuple(pixel_values.shape[1:]) != self.base.image_shape:
@@ -178,17 +192,29 @@ class InterventionModel(PreTrainedModel):
                 f"pixel_values must have shape (batch, {', '.join(map(str, self.base.image_shape))}), "
                 f"not {tuple(pixel_values.shape)}."
             )
-        mean, logvar = self.posterior(pixel_values, targets)  # (B, *noise_shape)
+        if self.base.residual_shape is None:
+            features = self.base.encode(pixel_values)
+        else:
+            if residual_noise is None:
+                residual_noise = torch.randn(len(pixel_values), *self.base.residual_shape, device=pixel_values.device)
+            features, latents, log_q = self.base.encode_latents(pixel_values, residual_noise)
+        mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
         if noise is None:
             noise = torch.randn_like(mean)
-        z = mean + (0.5 * logvar).exp() * noise
-        decoded = self.decode(z, targets)  # (B, C, H, W)
-        reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
+        embedding = self.embed(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar)  # (B,)
+        if self.base.residual_shape is None:
+            decoded = self.base.decode(embedding)  # (B, C, H, W)
+            residual_kl = torch.zeros_like(kl)
+        else:
+            decoded = self.base.decode_latents(latents)
+            residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
+        reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
         output = InterventionModelOutput(
-            loss=(reconstruction_loss + beta * kl).mean(),
+            loss=(reconstruction_loss + beta * kl + residual_weight * residual_kl).mean(),
             reconstruction_loss=reconstruction_loss,
             kl=kl,
+            residual_kl=residual_kl,
             posterior_mean=mean,
             posterior_logvar=logvar,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
@@ -206,6 +232,7 @@ class InterventionModel(PreTrainedModel):
         noise: torch.Tensor | None = None,
         output_type: str = "pt",
         batch_size: int = 256,
+        residual_scale: float = 1.0,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """Sample images from p(x | s), z from the prior.
 
@@ -216,6 +243,8 @@ class InterventionModel(PreTrainedModel):
             noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions under the same noise.
             output_type: `"pt"` (float tensor (N, C, H, W) in [0, 1]), `"np"` (N, H, W, C) or `"pil"`.
             batch_size: images decoded at once.
+            residual_scale: standard deviation of the residual noise, for a base with residual latents: 1 is the model's own, 0 leaves
+                the residual out (what the concepts decide, alone).
         """
         if noise is not None:
             if tuple(noise.shape[1:]) != self.noise_shape:
@@ -228,7 +257,11 @@ class InterventionModel(PreTrainedModel):
             noise = randn_tensor((len(targets), *self.noise_shape), generator=generator, device=self.device, dtype=torch.float32)
         elif len(noise) != len(targets):
             raise ValueError(f"noise has {len(noise)} rows for {len(targets)} samples: give one row per sample.")
-        return self._decoded_images(noise, targets, output_type, batch_size)
+        residual = None
+        if self.base.residual_shape is not None:
+            shape = (len(targets), *self.base.residual_shape)
+            residual = residual_scale * randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return self._decoded_images(noise, targets, output_type, batch_size, residual)
 
     @torch.no_grad()
     def reconstruct(
@@ -246,7 +279,8 @@ class InterventionModel(PreTrainedModel):
         output_type: str = "pt",
         batch_size: int = 256,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept, the targets are replaced.
+        """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of its residual latents too, where the
+        base has them), the targets are replaced.
 
         Args:
             images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1], of the base's own size.
@@ -258,8 +292,19 @@ class InterventionModel(PreTrainedModel):
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         after = self.targets(interventions, len(pixel_values))
-        noise = torch.cat([self.posterior(x, s)[0] for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))])
-        return self._decoded_images(noise.float(), after, output_type, batch_size)
+        abducted = [self.abduct(x, s) for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
+        noise, residual = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*abducted))
+        return self._decoded_images(noise, after, output_type, batch_size, residual)
+
+    def abduct(self, pixel_values: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The noise of images (B, C, H, W) under targets (B, D): the posterior mean of z, (B, *noise_shape), and the residual noise
+        (B, *residual_shape) that belongs to it, or `None` for a base without residual latents; float32."""
+        if self.base.residual_shape is None:
+            return self.posterior(pixel_values, targets)[0].float(), None
+        no_noise = torch.zeros(len(pixel_values), *self.base.residual_shape, device=pixel_values.device)
+        features, latents, _ = self.base.encode_latents(pixel_values, no_noise)
+        z = self._posterior_of(features, targets)[0].float()
+        return z, self.base.residual(latents, self.embed(z.to(self.dtype), targets))[0]
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
@@ -284,12 +329,13 @@ class InterventionModel(PreTrainedModel):
             raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
         return pixel_values
 
-    def _decoded_images(self, noise, targets, output_type, batch_size):
-        noise = noise.to(self.device, self.dtype)
+    def _decoded_images(self, noise, targets, output_type, batch_size, residual):
+        noise, targets = noise.to(self.device, self.dtype), targets.to(self.dtype)
+        residuals = [None] * len(noise) if residual is None else residual.split(batch_size)
         images = torch.cat(
             [
-                self.base.to_pixels(self.decode(z, s.to(self.dtype)))
-                for z, s in zip(noise.split(batch_size), targets.split(batch_size))
+                self.base.to_pixels(self.decode(z, s, rho))
+                for z, s, rho in zip(noise.split(batch_size), targets.split(batch_size), residuals)
             ]
         )
         return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(images))

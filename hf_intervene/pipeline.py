@@ -67,6 +67,7 @@ class InterventionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         output_type: str = "pil",
+        residual_scale: float = 1.0,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Sample images; see `InterventionModel.sample`.
@@ -77,9 +78,10 @@ class InterventionPipeline(DiffusionPipeline):
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_images, D, noise_width).
             output_type: `"pil"`, `"np"` or `"pt"`.
+            residual_scale: standard deviation of the residual noise, for a base with residual latents.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
         """
-        images = self.model.sample(interventions, num_images, generator, noise, output_type)
+        images = self.model.sample(interventions, num_images, generator, noise, output_type, residual_scale=residual_scale)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ class TrainArguments:
     hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
     latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
     base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
+    residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})
     # Head: fields of InterventionConfig
     free_blocks: int = field(default=1)
     noise_width: int = field(default=32)
@@ -55,6 +56,7 @@ class TrainArguments:
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
+    residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     moment_matching: float = field(default=100.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
     moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
@@ -86,6 +88,8 @@ class TrainArguments:
     def __post_init__(self):
         if self.regime == "lora" and (self.base == "light-vae" or self.lora_rank < 1):
             raise ValueError("regime lora needs a pretrained base (--base) and a lora_rank of at least 1.")
+        if self.residual_layers and self.base == "light-vae":
+            raise ValueError("residual latents need a pretrained autoencoder (--base).")
         for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -95,7 +99,7 @@ class TrainArguments:
         for name in ("max_steps", "eval_every", "sample_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("beta", "moment_matching", "group_lasso", "l2", "weight_decay"):
+        for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

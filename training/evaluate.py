@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_intervene.contexts import parse_context
+from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
-from hf_intervene.metrics import bits_per_pixel, mean_interval
-from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project
+from hf_intervene.metrics import bits_per_pixel, context_leakage, mean_interval, share_moved
+from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.checkpoints import check_writable
@@ -39,6 +39,7 @@ def evaluate(
     num_projections: int = 500,
     seed: int = 0,
     batch_size: int = 256,
+    edits: bool = False,
 ) -> dict:
     """Measure a model on held-out images.
 
@@ -50,18 +51,21 @@ def evaluate(
         num_projections: random directions of the distance.
         seed: of noise, directions and resampling.
         batch_size: images at once.
+        edits: whether to measure edits too: the real observational images, edited to each other context.
 
     Returns:
         `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
-        with its interval; `means`: the same averaged over each kind.
+        with its interval; with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the same
+        averaged over each kind; `leakage`: how well the context can be told from the residual noise, for a model that has it.
     """
     model.eval()
     contexts: dict[str, dict] = {}
+    residuals = {}
     generator = torch.Generator().manual_seed(seed)
     for name in tqdm(real, desc="evaluating", disable=None):
         images = real[name]
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
-        generated = model.sample(name, noise=noise, batch_size=batch_size)
+        generated = model.sample(name, noise=noise, generator=generator, batch_size=batch_size)
         generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
         axes = directions(generated[0].size, num_projections, seed)
         projected = [project(x, axes) for x in (images, other_real[name], generated)]
@@ -73,17 +77,39 @@ def evaluate(
             "bits_per_pixel": bits,
             "bits_per_pixel_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
-    return {"contexts": contexts, "means": _means(contexts, protocols)}
+        if edits and name != OBS:
+            edited = np.concatenate([model.edit(x, name, output_type="np") for x in _batches(real[OBS], batch_size)])
+            before, after, floor = (
+                sliced_w2(projected[0], p) for p in (project(real[OBS], axes), project(edited, axes), projected[1])
+            )
+            contexts[name]["edit"] = {"distance": after, "share_moved": share_moved(before, after, floor)}
+        if model.base.residual_shape is not None and contexts[name]["kind"] == "concept":
+            batches = (
+                torch.from_numpy(x).permute(0, 3, 1, 2).to(model.device).float() / 255 for x in _batches(images, batch_size)
+            )
+            rho = [model.abduct(x, model.targets(name, len(x)))[1].cpu().numpy() for x in batches]
+            residuals[name] = np.concatenate(rho)
+    metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
+    if residuals:
+        labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
+        metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
+    return metrics
+
+
+def _batches(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
 
 
 def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
     nats = []
     for batch in pixel_values.split(batch_size):
-        noise = torch.randn(len(batch), *model.noise_shape, generator=generator).to(model.device)
+        noise = {"noise": torch.randn(len(batch), *model.noise_shape, generator=generator).to(model.device)}
+        if model.base.residual_shape is not None:
+            noise["residual_noise"] = torch.randn(len(batch), *model.base.residual_shape, generator=generator).to(model.device)
         x = batch.to(model.device).float() / 255
-        output = model(x, model.targets(context, len(batch)), noise=noise)
-        nats.append((output.reconstruction_loss + output.kl).double().cpu())
+        output = model(x, model.targets(context, len(batch)), **noise)
+        nats.append((output.reconstruction_loss + output.kl + output.residual_kl).double().cpu())
     return torch.cat(nats).numpy()
 
 
@@ -105,6 +131,9 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
                 "floor": floor,
                 "ratio": distance / floor,
             }
+        edited = [row["edit"] for row in rows if "edit" in row]
+        if edited:
+            means[kind]["edit"] = {key: float(np.mean([row[key] for row in edited])) for key in edited[0]}
     return means
 
 
@@ -124,6 +153,19 @@ def table(metrics: dict) -> str:
                 f"| {row[protocol]['ratio']:.1f} | {row['bits_per_pixel']:.3f} |"
             )
         lines.append("")
+    edited = [(name, row) for name, row in rows if "edit" in row]
+    if edited:
+        lines += ["Observational images edited to each context (share moved: of the way there; 1 is all of it)", ""]
+        lines += ["| context | distance | share moved |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {row['edit']['distance']:.3f} | {row['edit']['share_moved']:.2f} |" for name, row in edited]
+        lines.append("")
+    if "leakage" in metrics:
+        leakage = metrics["leakage"]
+        lines += [
+            f"Leakage: the context is told from the residual noise with a balanced accuracy of {leakage['accuracy']:.3f} "
+            f"[{leakage['interval'][0]:.3f}, {leakage['interval'][1]:.3f}]; without leakage it would be {leakage['chance']:.3f}.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -172,6 +214,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
     parser.add_argument("--projections", type=int, default=500)
     parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"])
+    parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
     return parser.parse_args(argv)
 
@@ -186,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.dataset, model.concepts, arguments.images, arguments.seed, height, channels, arguments.variant
         )
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed)
+        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, edits=arguments.edits)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
         print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen

@@ -46,7 +46,7 @@ from hf_intervene.training.checkpoints import (
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
-_TRACKED = ("reconstruction_loss", "kl", "posterior_mean", "posterior_logvar")
+_TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -98,7 +98,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             norm=a.base_norm,
         )
     else:
-        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder)
+        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers)
     ablation = None if a.ablation == "none" else a.ablation
     model = InterventionModel.build(base, data.concepts, ablation, a.base_subfolder, **a.head_options)
     if a.regime == "lora":
@@ -121,10 +121,13 @@ def learning_rate(arguments: TrainArguments, step: int, total: int) -> float:
     return arguments.learning_rate * warmup * (floor + (1 - floor) * cosine)
 
 
-def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> torch.Tensor:
-    """Posterior noise of the whole global batch of a step, (batch_size, *noise_shape): the same in every process."""
+def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`: the same in every process."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return torch.randn(batch_size, *model.noise_shape, generator=generator)
+    shapes = {"noise": model.noise_shape}
+    if model.base.residual_shape is not None:
+        shapes["residual_noise"] = model.base.residual_shape
+    return {name: torch.randn(batch_size, *shape, generator=generator) for name, shape in shapes.items()}
 
 
 class Stop:
@@ -235,12 +238,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         indices = torch.arange(len(validation))
         for number, rows in enumerate(indices.split(256)):
             noise = step_noise(model, a.seed + 1, number, len(rows))
+            noise = {name: value[rank::world].to(accelerator.device) for name, value in noise.items()}
             mine = rows[rank::world]
             x = validation.pixels[mine].to(accelerator.device).float() / 255
             s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
             with torch.no_grad(), accelerator.autocast():
-                output = model(x, s, noise=noise[rank::world].to(accelerator.device))
-            sums[0] += (output.reconstruction_loss + output.kl).double().sum()
+                output = model(x, s, **noise)
+            sums[0] += sum(output[term] for term in _TERMS).double().sum()
             sums[1] += len(mine)
         sums = reduce(sums, "sum")
         return bits_per_pixel(sums[0] / sums[1], *data.pixels.shape[-2:]).item()
@@ -285,7 +289,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     frozen = step < frozen_steps
     runner = wrapped(frozen)
-    sums, unlogged = torch.zeros(2, device=accelerator.device), 0
+    sums, unlogged = torch.zeros(len(_TERMS), device=accelerator.device), 0
     bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
     bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
     with Stop() as stop:
@@ -297,20 +301,21 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if frozen:
                 model.base.model.eval()
             indices = schedule.next_batch()
-            noise = shard(step_noise(model, a.seed, step, a.batch_size), rank, world)
+            noise = {name: shard(value, rank, world) for name, value in step_noise(model, a.seed, step, a.batch_size).items()}
             mine = shard(indices, rank, world)
             beta = a.beta * _ramp(step, a.beta_warmup * total)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(a, step, total)
             seen = []
             size = len(mine) // a.gradient_accumulation_steps
-            for number, (rows, z) in enumerate(zip(mine.split(size), noise.split(size))):
+            for number, rows in enumerate(mine.split(size)):
+                draws = {name: value.split(size)[number].to(accelerator.device) for name, value in noise.items()}
                 x = data.pixels[rows].to(accelerator.device, non_blocking=True).float() / 255  # (b, C, H, W)
                 ids = data.context_ids[rows].to(accelerator.device)  # (b,)
                 s = targets[ids]  # (b, D)
                 last = number + 1 == a.gradient_accumulation_steps
                 with _no_sync(accelerator, runner, not last), accelerator.autocast():
-                    output = runner(x, s, beta=beta, noise=z.to(accelerator.device))
+                    output = runner(x, s, beta=beta, residual_weight=a.residual_weight, **draws)
                     loss = output.loss
                     if moments is not None:
                         penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
@@ -318,15 +323,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
-                seen.append([output[key].detach() for key in _TRACKED] + [s, ids])
+                terms = torch.stack([output[term].detach().float() for term in _TERMS], dim=1)  # (b, 3)
+                seen.append((terms, output.posterior_mean.detach(), output.posterior_logvar.detach(), s, ids))
             accelerator.clip_grad_norm_(parameters, a.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(parameters)
 
-            reconstruction, kl, mean, logvar, s, ids = (torch.cat(parts) for parts in zip(*seen))
-            elbo = reconstruction + kl
+            terms, mean, logvar, s, ids = (torch.cat(parts) for parts in zip(*seen))
+            elbo = terms.sum(1)
+            bad_step = torch.where(torch.isfinite(elbo).all(), bad_step, bad_step.clamp(max=step))
+            sums += terms.sum(0)  # on the device: fetched when logged
             if world > 1:
                 elbo, mean, logvar, s, ids = (accelerator.gather(value) for value in (elbo, mean, logvar, s, ids))
             if model.head is not None:
@@ -334,9 +342,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if moments is not None:
                 moments.update(mean, logvar, ids)
             schedule.update(ids, elbo)
-            sums += torch.stack([reconstruction.sum(), kl.sum()]).float()  # on the device: fetched when logged
             unlogged += 1
-            bad_step = torch.where(torch.isfinite(reconstruction + kl).all(), bad_step, bad_step.clamp(max=step))
             step += 1
             bar.update()
 
@@ -350,12 +356,14 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                         f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
                     )
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
-                reconstruction, kl = bits_per_pixel(means, *data.pixels.shape[-2:]).tolist()
-                row = {"reconstruction": reconstruction, "kl": kl, "learning_rate": optimizer.param_groups[0]["lr"]}
+                reconstruction, kl, residual_kl = bits_per_pixel(means, *data.pixels.shape[-2:]).tolist()
+                row = {"reconstruction": reconstruction, "kl": kl}
+                if model.base.residual_shape is not None:
+                    row["residual_kl"] = residual_kl
                 sums.zero_()
                 unlogged = 0
-                bar.set_postfix(bpp=f"{row['reconstruction'] + row['kl']:.4f}", kl=f"{row['kl']:.4f}")
-                log(row)
+                bar.set_postfix(bpp=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
+                log(row | {"learning_rate": optimizer.param_groups[0]["lr"]})
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
                     score = evaluate()
@@ -454,9 +462,13 @@ def _sample_grid(model: InterventionModel, data: ContextImages, a: TrainArgument
     """A row of samples for each context, held-out pairs of quad included, always of the same noise."""
     model.eval()
     contexts = [*data.contexts, *(quad.HELD_OUT if a.dataset == "quad" and len(data.contexts) > 1 else ())]
-    noise = step_noise(model, a.seed, 0, 8).to(accelerator.device)
+    noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
+
+    def samples(context: str) -> list:
+        return model.sample(context, noise=noise, generator=torch.Generator().manual_seed(a.seed), output_type="pil")
+
     with accelerator.autocast():
-        images = [image for name in contexts for image in model.sample(name, noise=noise, output_type="pil")]
+        images = [image for name in contexts for image in samples(name)]
     grid = make_image_grid([image.convert("RGB") for image in images], len(contexts), 8)
     path = out / "samples" / f"step-{step:08d}.png"
     try:

@@ -7,6 +7,8 @@ The head speaks vectors, these models speak latents in two dimensions; the adapt
 It is trained and saved with the head, whatever becomes of the pretrained model. Latents are scaled and shifted as the model's own
 configuration says. Pixels are Gaussian around the decoded image with one learnt variance for all (as in the training of the Stable
 Diffusion autoencoders), so the reconstruction term is a density and may be negative.
+
+With `residual_layers` the embedding decides the prior of the latents, not the latents themselves (see `residual.py`).
 """
 
 import inspect
@@ -21,6 +23,10 @@ from torch import nn
 
 from .base import Base, register_base
 from .light_vae import LightVAE
+from .residual import ResidualPrior
+
+
+_DEQUANTISATION = 0.05  # standard deviation of q(r | x), in scaled latents, for models that have no distribution of their own
 
 
 class LatentAdapter(ModelMixin, ConfigMixin):
@@ -32,15 +38,26 @@ class LatentAdapter(ModelMixin, ConfigMixin):
         latent_size: side h of the latents.
         hidden_width: width of the features.
         latent_width: width of the embedding.
+        residual_layers: couplings of the prior of residual latents; 0: no residual latents.
     """
 
     @register_to_config
-    def __init__(self, sample_size: int, in_channels: int, latent_size: int, hidden_width: int = 128, latent_width: int = 128):
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int,
+        latent_size: int,
+        hidden_width: int = 128,
+        latent_width: int = 128,
+        residual_layers: int = 0,
+    ):
         super().__init__()
         halvings = max(1, round(math.log2(latent_size / 4)))  # down to about 4 x 4
         channels = [64, *[128] * (halvings - 1)]
         self.network = LightVAE(in_channels, latent_size, tuple(channels), hidden_width, latent_width)
         self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
+        if residual_layers:
+            self.residual_prior = ResidualPrior(in_channels, residual_layers)
 
 
 @register_base(AutoencoderKL)
@@ -58,6 +75,7 @@ class AutoencoderBase(Base):
         model: the autoencoder.
         sample_size: side of the images in pixels; `None`: the adapter's, else the one of the model's configuration.
         adapter: a trained adapter; `None` makes a new one.
+        residual_layers: of a new adapter: couplings of the prior of residual latents; 0: no residual latents.
 
     Raises:
         ValueError: no image size is known, the model's encoder cannot take it, or the adapter is for other latents.
@@ -65,7 +83,9 @@ class AutoencoderBase(Base):
 
     adapter_class = LatentAdapter
 
-    def __init__(self, model: ModelMixin, sample_size: int | None = None, adapter: LatentAdapter | None = None):
+    def __init__(
+        self, model: ModelMixin, sample_size: int | None = None, adapter: LatentAdapter | None = None, residual_layers: int = 0
+    ):
         super().__init__(model)
         name = type(model).__name__
         size = sample_size or (adapter.config.sample_size if adapter is not None else model.config.get("sample_size"))
@@ -74,7 +94,7 @@ class AutoencoderBase(Base):
         self.image_shape = (model.config.get("in_channels", 3), size, size)
         shape = self._latent_shape()
         if adapter is None:
-            adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1])
+            adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1], residual_layers=residual_layers)
         if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
             raise ValueError(
                 f"the adapter is for {adapter.config.in_channels} x {adapter.config.latent_size}^2 latents, but this {name} makes "
@@ -83,6 +103,7 @@ class AutoencoderBase(Base):
         self.adapter = adapter
         self.feature_width = adapter.config.hidden_width
         self.embedding_shape = (adapter.config.latent_width, 1, 1)
+        self.residual_shape = tuple(shape) if adapter.config.residual_layers else None
 
     def _latent_shape(self) -> torch.Size:
         """Shape of one image's latents, from a pass without data or weights."""
@@ -90,7 +111,7 @@ class AutoencoderBase(Base):
         arguments = {key: value for key, value in self.model.config.items() if key in known}
         with torch.device("meta"), torch.no_grad():
             try:
-                latents = _latents(type(self.model)(**arguments), torch.empty(1, *self.image_shape))
+                latents, _ = _latents(type(self.model)(**arguments), torch.empty(1, *self.image_shape))
             except RuntimeError as error:
                 raise ValueError(
                     f"this {type(self.model).__name__} cannot encode images of {self.image_shape[1]} pixels: "
@@ -99,19 +120,40 @@ class AutoencoderBase(Base):
         return latents.shape[1:]
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        latents = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))  # (B, c, h, h)
-        scale, shift = _scale_and_shift(self.model)
-        return self.adapter.network.encoder(((latents - shift) * scale).to(self.adapter.dtype))
+        return self.adapter.network.encoder(self._latent_posterior(pixel_values)[0])
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = self.adapter.network.quant(features)[..., None, None].chunk(2, dim=1)
         return mean, logvar
 
-    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1)."""
+    def decode(self, embedding: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1), and of residual noise
+        (B, *residual_shape), standard normal under the prior, where the adapter has a prior for it; `None`: of none."""
+        latents = self.adapter.network.decoder(embedding)  # (B, c, h, h)
+        if residual is not None:
+            latents = self.adapter.residual_prior(residual, latents)
+        return self.decode_latents(latents)
+
+    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, std = self._latent_posterior(pixel_values)
+        r = mean + std * noise
+        log_density = -(0.5 * (noise.float().square() + math.log(2 * math.pi)) + std.float().log()).flatten(1).sum(1)
+        return self.adapter.network.encoder(mean), r, log_density
+
+    def residual(self, latents: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.adapter.residual_prior.inverse(latents, self.adapter.network.decoder(embedding))
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         scale, shift = _scale_and_shift(self.model)
-        latents = self.adapter.network.decoder(embedding) / scale + shift  # (B, c, h, h)
-        return self.model.decode(latents.to(self.model.dtype)).sample
+        return self.model.decode((latents / scale + shift).to(self.model.dtype)).sample
+
+    def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's dtype."""
+        mean, std = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))
+        scale, shift = _scale_and_shift(self.model)
+        mean = (mean - shift) * scale
+        std = torch.full_like(mean, _DEQUANTISATION) if std is None else std * scale
+        return mean.to(self.adapter.dtype), std.to(self.adapter.dtype)
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         log_variance = self.adapter.log_variance.float()
@@ -136,12 +178,12 @@ class AutoencoderBase(Base):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
 
 
-def _latents(model: ModelMixin, sample: torch.Tensor) -> torch.Tensor:
-    """Unscaled latents (B, c, h, h) of images in [-1, 1]: the mean, where the model has a distribution."""
+def _latents(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1]; `None` for models without one."""
     output = model.encode(sample)
     if "latent_dist" in output:
-        return output.latent_dist.mode()
-    return output.latents if "latents" in output else output.latent
+        return output.latent_dist.mean, output.latent_dist.std
+    return output.latents if "latents" in output else output.latent, None
 
 
 def _scale_and_shift(model: ModelMixin) -> tuple[float, float]:

@@ -32,6 +32,7 @@ class Base(nn.Module):
     image_shape: tuple[int, int, int]  # (C, H, W)
     adapter: ModelMixin | None  # a network of the family's own between head and model, trained and saved with the head
     adapter_class: type[ModelMixin] | None = None  # its class; the constructor then takes it as `adapter=`
+    residual_shape: tuple[int, ...] | None = None  # of one sample's residual latents (see residual.py), for bases that have them
 
     def __init__(self, model: ModelMixin):
         super().__init__()
@@ -55,6 +56,21 @@ class Base(nn.Module):
 
     def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
         """The mean image of p(x | e), (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    # Only of bases with residual latents; their `decode` takes residual noise, (B, *residual_shape), as a second argument.
+
+    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features (B, feature_width), latents r (B, *residual_shape) drawn from q(r | x) with standard normal noise of the same
+        shape (0: the mean), and log q(r | x) in nats, (B,), of images (B, C, H, W) in [0, 1]: one pass of the encoder."""
+        raise NotImplementedError
+
+    def residual(self, latents: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual noise of latents r under an embedding, (B, *residual_shape), and log p(r | c) in nats, (B,)."""
+        raise NotImplementedError
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Parameters of p(x | r), (B, C, H, W), of latents r (B, *residual_shape)."""
         raise NotImplementedError
 
     def encoder_modules(self) -> Iterable[nn.Module]:
@@ -120,8 +136,14 @@ def load_model_config(name_or_path: str | os.PathLike, subfolder: str | None = N
     return found if "_class_name" in found else None  # without a sub-folder's, diffusers falls back on the parent's own
 
 
-def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None) -> Base:
+def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None, residual_layers: int = 0) -> Base:
     """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
+
+    Args:
+        name_or_path: folder or repository.
+        sample_size: side of the images in pixels.
+        subfolder: its sub-folder there.
+        residual_layers: couplings of the prior of residual latents; 0: none.
 
     Raises:
         OSError, ValueError: one sentence: nothing there, a class that is not registered, another image size.
@@ -135,7 +157,11 @@ def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str 
     model_class = model_class_named(config["_class_name"])
     model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
     family = base_family(model)
-    return family(model) if family.adapter_class is None else family(model, sample_size=sample_size)
+    if family.adapter_class is not None:
+        return family(model, sample_size=sample_size, residual_layers=residual_layers)
+    if residual_layers:
+        raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
+    return family(model)
 
 
 def weight_hash(model: nn.Module) -> str:
