@@ -210,6 +210,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         model.load_state_dict(tensors["model"])
         restore_optimizer(optimizer, tensors["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         if ema is not None:
             ema.shadow_params = [tensors["ema"][str(i)].to(accelerator.device) for i in range(len(parameters))]
             ema.optimization_step = step
@@ -256,6 +258,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             "waited": waited,
             "schedule": schedule.state_dict(),
             "processes": world,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
         tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer.state_dict())}
         if ema is not None:
