@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training"],
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training"},
-    package_data={"hf_intervene.training": ["configs/*.yaml"]},
+    package_data={"hf_intervene.pretrained": ["*/*", "*/*/*"], "hf_intervene.training": ["configs/*.yaml"]},
     # The lower bounds of the Hugging Face libraries and torch are the versions that the tests have run with.
     install_requires=[
         "torch>=2.13",

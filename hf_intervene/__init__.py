@@ -12,6 +12,7 @@ from .contexts import OBS, context_name, parse_interventions
 from .model import InterventionModel, InterventionModelOutput
 from .modeling_intervention import InterventionHead, InterventionHeadOutput
 from .pipeline import InterventionPipeline
+from .pretrained import bundled
 
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "InterventionModelOutput",
     "InterventionPipeline",
     "LightVAE",
+    "bundled",
     "context_name",
     "parse_interventions",
     "register_base",
