@@ -10,8 +10,11 @@ Diffusion autoencoders), so the reconstruction term is a density and may be nega
 """
 
 import inspect
+import json
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
@@ -20,6 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .base import Base, register_base
+from .frozen import LeanConvolutions
 from .light_vae import LightVAE
 
 
@@ -68,11 +72,15 @@ class AutoencoderBase(Base):
     def __init__(self, model: ModelMixin, sample_size: int | None = None, adapter: LatentAdapter | None = None):
         super().__init__(model)
         name = type(model).__name__
-        size = sample_size or (adapter.config.sample_size if adapter is not None else model.config.get("sample_size"))
+        size = sample_size
+        if size is None:
+            size = model.config.get("sample_size") if adapter is None else adapter.config.sample_size
         if size is None:
             raise ValueError(f"this {name} does not say what size of image it is for: give sample_size, in pixels.")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"sample_size must be the side of a square image in pixels, not {size!r}.")
         self.image_shape = (model.config.get("in_channels", 3), size, size)
-        shape = self._latent_shape()
+        shape = _latent_shape(type(model), json.dumps(dict(model.config), default=str), self.image_shape)
         if adapter is None:
             adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1])
         if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
@@ -84,22 +92,9 @@ class AutoencoderBase(Base):
         self.feature_width = adapter.config.hidden_width
         self.embedding_shape = (adapter.config.latent_width, 1, 1)
 
-    def _latent_shape(self) -> torch.Size:
-        """Shape of one image's latents, from a pass without data or weights."""
-        known = inspect.signature(type(self.model).__init__).parameters
-        arguments = {key: value for key, value in self.model.config.items() if key in known}
-        with torch.device("meta"), torch.no_grad():
-            try:
-                latents = _latents(type(self.model)(**arguments), torch.empty(1, *self.image_shape))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"this {type(self.model).__name__} cannot encode images of {self.image_shape[1]} pixels: "
-                    "choose a multiple of its downsampling factor."
-                ) from error
-        return latents.shape[1:]
-
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        latents = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))  # (B, c, h, h)
+        with self._lean():
+            latents = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))  # (B, c, h, h)
         scale, shift = _scale_and_shift(self.model)
         return self.adapter.network.encoder(((latents - shift) * scale).to(self.adapter.dtype))
 
@@ -110,8 +105,15 @@ class AutoencoderBase(Base):
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:
         """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1)."""
         scale, shift = _scale_and_shift(self.model)
-        latents = self.adapter.network.decoder(embedding) / scale + shift  # (B, c, h, h)
-        return self.model.decode(latents.to(self.model.dtype)).sample
+        latents = self.adapter.network.decoder(embedding.to(self.adapter.dtype)) / scale + shift  # (B, c, h, h)
+        with self._lean():
+            return self.model.decode(latents.to(self.model.dtype)).sample
+
+    def _lean(self) -> AbstractContextManager:
+        # Checkpointing must save the same when it computes a block again, outside; a compiled graph saves only what it needs anyway.
+        if self.model.is_gradient_checkpointing or torch.compiler.is_compiling():
+            return nullcontext()
+        return LeanConvolutions()
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         log_variance = self.adapter.log_variance.float()
@@ -134,6 +136,28 @@ class AutoencoderBase(Base):
             self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
+
+
+@lru_cache
+def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]) -> torch.Size:
+    """Shape of one image's latents, from a pass without data or weights through a model of a configuration, given as JSON.
+
+    Raises:
+        ValueError: such images cannot be encoded, or come back in another size.
+    """
+    known = inspect.signature(model_class.__init__).parameters
+    arguments = {key: value for key, value in json.loads(config).items() if key in known}
+    advice = f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a multiple of its downsampling factor"
+    with torch.device("meta"), torch.no_grad():
+        model = model_class(**arguments)
+        try:
+            latents = _latents(model, torch.empty(1, *image_shape))
+            returned = model.decode(latents).sample.shape
+        except RuntimeError as error:
+            raise ValueError(f"{advice}.") from error
+    if tuple(returned[2:]) != image_shape[1:]:
+        raise ValueError(f"{advice} (they come back with {returned[-1]}).")
+    return latents.shape[1:]
 
 
 def _latents(model: ModelMixin, sample: torch.Tensor) -> torch.Tensor:
