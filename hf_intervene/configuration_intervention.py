@@ -32,8 +32,9 @@ class InterventionConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial W_obs and W_int.
         ablation: `None`, or what a model that embeds the head leaves out (METHOD section 3): `"base"` and `"base-pooled"` have no head,
             `"head-pooled"` ignores the context.
-        base_reference: the pretrained model that a head was added to: `class_name`, `name_or_path`, `subfolder`, `revision` and the
-            `sha256` of its weights (`bases.weight_hash`); `None` for a base that was made anew.
+        base_reference: the pretrained model that a head was added to: `class_name`, `name_or_path`, `subfolder`, `revision`,
+            `variant`, its `dtype` then, and the `sha256` of its weights, as they were and cast to the types of half precision (see
+            `bases/loading.py`); `None` for a base that was made anew.
         lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
     """
 

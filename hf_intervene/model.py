@@ -20,14 +20,23 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .bases import Base, wrap_base
-from .bases.base import base_family, load_model_config, model_class_named, weight_hash
+from .bases.base import base_family, load_model_config
+from .bases.loading import (
+    ADAPTER_FOLDER,
+    BASE_FOLDER,
+    LORA_FOLDER,
+    base_reference,
+    check_reference,
+    is_referenced,
+    load_part,
+    load_saved_base,
+    remove_weights,
+)
 from .bases.lora import has_lora, load_lora, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .modeling_intervention import InterventionHead, check_loaded, gaussian_kl
+from .modeling_intervention import InterventionHead, gaussian_kl
 
-
-BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 
@@ -108,6 +117,7 @@ class InterventionModel(PreTrainedModel):
         ablation: str | None = None,
         base_subfolder: str | None = None,
         base_revision: str | None = None,
+        base_variant: str | None = None,
         **head_options,
     ) -> "InterventionModel":
         """Add a new head to a base.
@@ -116,7 +126,8 @@ class InterventionModel(PreTrainedModel):
             base: a diffusers model of a registered class.
             concepts: names of the concepts.
             ablation: see `InterventionConfig`.
-            base_subfolder, base_revision: where the base was loaded from within its repository; diffusers does not keep them.
+            base_subfolder, base_revision, base_variant: where the base was loaded from within its repository; diffusers does not
+                keep them.
             **head_options: other fields of `InterventionConfig`; `feature_width` and `embedding_shape` come from the base.
         """
         base = wrap_base(base)
@@ -125,7 +136,7 @@ class InterventionModel(PreTrainedModel):
             ablation=ablation,
             feature_width=base.feature_width,
             embedding_shape=list(base.embedding_shape),
-            base_reference=_reference(base.model, base_subfolder, base_revision),
+            base_reference=base_reference(base.model, base_subfolder, base_revision, base_variant),
             **head_options,
         )
         return cls(config, base)
@@ -304,7 +315,7 @@ class InterventionModel(PreTrainedModel):
         no_noise = torch.zeros(len(pixel_values), *self.base.residual_shape, device=pixel_values.device)
         features, latents, _ = self.base.encode_latents(pixel_values, no_noise)
         z = self._posterior_of(features, targets)[0].float()
-        return z, self.base.residual(latents, self.embed(z.to(self.dtype), targets))[0]
+        return z, self.base.residual(latents, self.embed(z, targets))[0]
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
@@ -330,7 +341,7 @@ class InterventionModel(PreTrainedModel):
         return pixel_values
 
     def _decoded_images(self, noise, targets, output_type, batch_size, residual):
-        noise, targets = noise.to(self.device, self.dtype), targets.to(self.dtype)
+        noise = noise.to(self.device)
         residuals = [None] * len(noise) if residual is None else residual.split(batch_size)
         images = torch.cat(
             [
@@ -368,7 +379,14 @@ class InterventionModel(PreTrainedModel):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, save_base: bool | None = None, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        save_base: bool | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs,
+    ) -> None:
         """Save what was trained: the head as a transformers model, adapter and base as diffusers models.
 
         save_directory/config.json, model.safetensors    the head; `InterventionHead.from_pretrained` reads it alone
@@ -378,111 +396,86 @@ class InterventionModel(PreTrainedModel):
 
         Args:
             save_directory: the folder.
-            save_base: whether to save the base too; `None`: unless it still is the pretrained one it was loaded as. Then the
-                configuration's `base_reference` says where to load it from, and by which hash to know it.
+            save_base: whether to save the base too; `None`: unless it still is the pretrained one it was loaded as, or that one in half
+                precision. Then the configuration's `base_reference` says where to load it from, and by which hash to know it.
+            variant: put into the names of the weights of head, adapter and base, such as `"fp16"`; cast the model first (`model.half()`).
+            max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA layers are always one file.
             **kwargs: of the head's `save_pretrained`.
         """
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
         reference = self.config.base_reference
         if save_base is None:
-            save_base = reference is None or weight_hash(self.base.model) != reference["sha256"]
-        if not save_base and os.path.isdir(os.path.join(save_directory, BASE_FOLDER)):
+            save_base = reference is None or not is_referenced(self.base.model, reference)
+        base_folder = os.path.join(save_directory, BASE_FOLDER)
+        if not save_base and os.path.isdir(base_folder):
             raise FileExistsError(
                 f"{save_directory} holds the base of another model, which would be taken for this one's: empty it."
             )
-        if self.head is None:
-            self.config.save_pretrained(save_directory, **kwargs)
-        else:
-            self.head.save_pretrained(save_directory, **kwargs)
+        parts = {} if self.head is None else {save_directory: self.head}
         if self.base.adapter is not None:
-            self.base.adapter.save_pretrained(os.path.join(save_directory, ADAPTER_FOLDER))
+            parts[os.path.join(save_directory, ADAPTER_FOLDER)] = self.base.adapter
         if save_base:  # on its own, without LoRA layers: merged into the weights
-            merged(self.base.model).save_pretrained(os.path.join(save_directory, BASE_FOLDER))
+            parts[base_folder] = merged(self.base.model)
         elif has_lora(self.base.model):
             save_lora(self.base.model, os.path.join(save_directory, LORA_FOLDER))
+        if self.head is None:
+            self.config.save_pretrained(save_directory, **kwargs)
+        for folder, part in parts.items():
+            remove_weights(folder, variant)
+            options = kwargs if part is self.head else {}
+            part.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **options)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, base: ModelMixin | Base | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        base: ModelMixin | Base | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        **kwargs,
     ) -> "InterventionModel":
         """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
 
         Args:
             pretrained_model_name_or_path: folder or repository.
-            base: the base to use instead.
+            base: the base to use instead, in the precision it has.
+            torch_dtype: precision of head, adapter and base, as in a diffusers pipeline; `None`: float32. For a base in half precision
+                under a head in float32, pass `base`.
+            dtype: the same, by transformers' name for it.
+            variant: the variant to read of what was saved here, such as `"fp16"`; a base elsewhere has its own in `base_reference`.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
         Raises:
-            OSError, ValueError: one sentence: not a saved model, truncated weights, weights that do not fit the configuration, a base
-                that is not the one the head was trained on.
+            OSError, ValueError, TypeError: one sentence: not a saved model, truncated or missing weights, weights that do not fit the
+                configuration, a base that is not the one the head was trained on (in any precision), or of a class not registered.
         """
-        name = pretrained_model_name_or_path
+        name, dtype = pretrained_model_name_or_path, dtype or torch_dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
         config = InterventionConfig.from_pretrained(name, **kwargs)
         saved_base = load_model_config(name, BASE_FOLDER, **kwargs)
         if base is None:
-            model = _load_base(name, config, saved_base, **kwargs)
+            model = load_saved_base(name, config, saved_base, dtype, variant, **kwargs)
+            family = base_family(model)
         else:
-            model = base.model if isinstance(base, Base) else base
+            model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
             if saved_base is None:
-                _check_reference(model, config)
-        if config.lora_rank and saved_base is None:
-            load_lora(model, name, LORA_FOLDER, **kwargs)
-        family = type(base) if isinstance(base, Base) else base_family(model)
-        if family.adapter_class is not None:
-            adapter = _load_part(family.adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
-            base = family(model, adapter=adapter)
-        elif not isinstance(base, Base):
-            base = family(model)
+                check_reference(model, config)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            head = InterventionHead.from_pretrained(name, config=config, **kwargs)
+            head = InterventionHead.from_pretrained(name, config=config, dtype=dtype, variant=variant, **kwargs)
+        if family.adapter_class is not None:
+            options = {"torch_dtype": dtype, "variant": variant} | kwargs
+            base = family(
+                model, adapter=load_part(family.adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **options)
+            )
+        elif not isinstance(base, Base):
+            base = family(model)
+        if config.lora_rank and saved_base is None:
+            load_lora(model, name, LORA_FOLDER, **kwargs)  # last: it changes the base that was passed
         return cls(config, base, head).eval()
-
-
-def _reference(model: ModelMixin, subfolder: str | None, revision: str | None) -> dict[str, str | None] | None:
-    """Where a pretrained model came from, and the hash of its weights; `None` for one that was not loaded."""
-    name = model.config.get("_name_or_path")
-    if not name:
-        return None
-    found = {"class_name": type(model).__name__, "name_or_path": str(name), "subfolder": subfolder, "revision": revision}
-    return found | {"sha256": weight_hash(model)}
-
-
-def _check_reference(model: ModelMixin, config: InterventionConfig) -> None:
-    reference = config.base_reference
-    if reference is not None and weight_hash(model) != reference["sha256"]:
-        raise ValueError(
-            f"this {type(model).__name__} is not the base that the head was trained on: its weights differ from those of "
-            f"{reference['class_name']} {reference['name_or_path']} at training time. Load that one, in the precision it had then."
-        )
-
-
-def _load_base(name: str | os.PathLike, config: InterventionConfig, saved_base: dict | None, **kwargs) -> ModelMixin:
-    """The base saved with a model, whose configuration is `saved_base`, or else the one that its head was trained on."""
-    if saved_base is not None:
-        model_class = model_class_named(saved_base["_class_name"])
-        return _load_part(model_class, name, BASE_FOLDER, f"the base of {name}", **kwargs)
-    reference = config.base_reference
-    if reference is None:
-        raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
-    source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
-    kwargs["revision"] = reference["revision"]
-    try:
-        model = _load_part(model_class, source, reference["subfolder"], f"the base {source}", **kwargs)
-    except OSError as error:
-        raise OSError(
-            f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
-        ) from error
-    _check_reference(model, config)
-    return model
-
-
-def _load_part(model_class: type[ModelMixin], name: str | os.PathLike, folder: str | None, what: str, **kwargs) -> ModelMixin:
-    return check_loaded(
-        lambda: model_class.from_pretrained(name, subfolder=folder, output_loading_info=True, low_cpu_mem_usage=False, **kwargs),
-        what,
-    )
 
 
 def _plain(value):

@@ -7,8 +7,10 @@ Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import Any
 
 import torch
@@ -228,7 +230,8 @@ class InterventionHead(PreTrainedModel):
             raise ValueError(f"z must have shape (batch, {blocks}, {self.config.noise_width}), not {tuple(z.shape)}.")
         if targets.ndim != 2 or targets.shape[1] != blocks:
             raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
-        s = targets[..., None]  # (B, D, 1)
+        s = targets[..., None].to(self.dtype)  # (B, D, 1)
+        z = z.to(self.dtype)
         u = self.exogenous(z.transpose(0, 1), s.transpose(0, 1))  # (D, B, n)
         eps = self.expressive(u).transpose(0, 1)  # (B, D, w)
         c = self.intervention(eps, s)  # (B, D, w)
@@ -244,6 +247,7 @@ class InterventionHead(PreTrainedModel):
             targets: (B, D).
         """
         s = targets[:, : len(self.config.concepts)]  # (B, d)
+        features = features.to(self.dtype)  # the base may be in another precision
         if self.config.posterior != "unconditional":
             features = torch.cat([features, s.to(features.dtype)], dim=1)
         moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
@@ -289,6 +293,7 @@ class InterventionHead(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, and strict: missing, unexpected or ill-shaped weights and truncated files are one-sentence errors."""
+        kwargs["use_safetensors"] = True
         if kwargs.pop("output_loading_info", False):
             return super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         return check_loaded(
@@ -303,10 +308,12 @@ def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str
     """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
     try:
         model, info = load()
-    except (SafetensorError, OSError) as error:
-        # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
-        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
-            raise
+    except (SafetensorError, OSError, JSONDecodeError) as error:
+        if isinstance(error, OSError) and "Unable to load weights" not in str(error):  # as diffusers says of an unreadable file
+            shard = re.search(r"[\w.]+-\d{5}-of-\d{5}\.safetensors", str(error))
+            if shard is None:
+                raise
+            raise OSError(f"{what} lacks {shard[0]}, which the index of its weights lists: fetch it again.") from error
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):

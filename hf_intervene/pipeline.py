@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 
-from .bases import wrap_base
+from .bases.base import base_family
 from .bases.lora import merged
 from .contexts import Interventions
 from .model import ImageInput, InterventionModel
@@ -22,6 +22,9 @@ class InterventionPipeline(DiffusionPipeline):
         head: the intervention head.
         adapter: the network between them, for base families that have one.
 
+    Raises:
+        TypeError, ValueError: one sentence: the base is of a class that is not registered, or the three do not fit together.
+
     Example:
 
     ```python
@@ -36,6 +39,7 @@ class InterventionPipeline(DiffusionPipeline):
 
     def __init__(self, base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None = None):
         super().__init__()
+        _model(base, head, adapter)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter)
 
     @classmethod
@@ -52,8 +56,7 @@ class InterventionPipeline(DiffusionPipeline):
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        options = {} if self.adapter is None else {"adapter": self.adapter}
-        return InterventionModel(self.head.config, wrap_base(self.base, **options), self.head).eval()
+        return _model(self.base, self.head, self.adapter)
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -96,3 +99,15 @@ class InterventionPipeline(DiffusionPipeline):
         """Edit images: keep their exogenous noise, replace the interventions; see `InterventionModel.edit`."""
         edited = self.model.edit(images, interventions, context, output_type)
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
+
+
+def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None) -> InterventionModel:
+    family, name = base_family(base), type(base).__name__
+    if not isinstance(head, InterventionHead):
+        raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
+    if family.adapter_class is None and adapter is not None:
+        raise ValueError(f"a head on {name} needs no adapter: leave it out.")
+    if family.adapter_class is not None and adapter is None:
+        raise ValueError(f"a head on {name} needs the adapter that was trained with it: pass adapter=.")
+    wrapped = family(base) if adapter is None else family(base, adapter=adapter)
+    return InterventionModel(head.config, wrapped, head).eval()

@@ -1,8 +1,9 @@
 """Base families: how a head meets a pretrained model (see `base.py`)."""
 
 from .autoencoder import AutoencoderBase, LatentAdapter
-from .base import Base, load_base, register_base, wrap_base
+from .base import Base, register_base, wrap_base
 from .light_vae import LightVAE, LightVAEBase
+from .loading import load_base
 
 
 __all__ = ["AutoencoderBase", "Base", "LatentAdapter", "LightVAE", "LightVAEBase", "load_base", "register_base", "wrap_base"]

@@ -12,8 +12,11 @@ With `residual_layers` the embedding decides the prior of the latents, not the l
 """
 
 import inspect
+import json
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
@@ -22,6 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .base import Base, register_base
+from .frozen import LeanConvolutions
 from .light_vae import LightVAE
 from .residual import ResidualPrior
 
@@ -88,11 +92,15 @@ class AutoencoderBase(Base):
     ):
         super().__init__(model)
         name = type(model).__name__
-        size = sample_size or (adapter.config.sample_size if adapter is not None else model.config.get("sample_size"))
+        size = sample_size
+        if size is None:
+            size = model.config.get("sample_size") if adapter is None else adapter.config.sample_size
         if size is None:
             raise ValueError(f"this {name} does not say what size of image it is for: give sample_size, in pixels.")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"sample_size must be the side of a square image in pixels, not {size!r}.")
         self.image_shape = (model.config.get("in_channels", 3), size, size)
-        shape = self._latent_shape()
+        shape = _latent_shape(type(model), json.dumps(dict(model.config), default=str), self.image_shape)
         if adapter is None:
             adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1], residual_layers=residual_layers)
         if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
@@ -105,20 +113,6 @@ class AutoencoderBase(Base):
         self.embedding_shape = (adapter.config.latent_width, 1, 1)
         self.residual_shape = tuple(shape) if adapter.config.residual_layers else None
 
-    def _latent_shape(self) -> torch.Size:
-        """Shape of one image's latents, from a pass without data or weights."""
-        known = inspect.signature(type(self.model).__init__).parameters
-        arguments = {key: value for key, value in self.model.config.items() if key in known}
-        with torch.device("meta"), torch.no_grad():
-            try:
-                latents, _ = _latents(type(self.model)(**arguments), torch.empty(1, *self.image_shape))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"this {type(self.model).__name__} cannot encode images of {self.image_shape[1]} pixels: "
-                    "choose a multiple of its downsampling factor."
-                ) from error
-        return latents.shape[1:]
-
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.adapter.network.encoder(self._latent_posterior(pixel_values)[0])
 
@@ -129,7 +123,7 @@ class AutoencoderBase(Base):
     def decode(self, embedding: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1), and of residual noise
         (B, *residual_shape), standard normal under the prior, where the adapter has a prior for it; `None`: of none."""
-        latents = self.adapter.network.decoder(embedding)  # (B, c, h, h)
+        latents = self._asked_for(embedding)
         if residual is not None:
             latents = self.adapter.residual_prior(residual, latents)
         return self.decode_latents(latents)
@@ -141,19 +135,32 @@ class AutoencoderBase(Base):
         return self.adapter.network.encoder(mean), r, log_density
 
     def residual(self, latents: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.adapter.residual_prior.inverse(latents, self.adapter.network.decoder(embedding))
+        return self.adapter.residual_prior.inverse(latents, self._asked_for(embedding))
+
+    def _asked_for(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The latents (B, c, h, h) that an embedding asks for."""
+        return self.adapter.network.decoder(embedding.to(self.adapter.dtype))
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         scale, shift = _scale_and_shift(self.model)
-        return self.model.decode((latents / scale + shift).to(self.model.dtype)).sample
+        latents = (latents / scale + shift).to(self.model.dtype)
+        with self._lean():
+            return self.model.decode(latents).sample
 
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's dtype."""
-        mean, std = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))
+        with self._lean():
+            mean, std = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))
         scale, shift = _scale_and_shift(self.model)
         mean = (mean - shift) * scale
         std = torch.full_like(mean, _DEQUANTISATION) if std is None else std * scale
         return mean.to(self.adapter.dtype), std.to(self.adapter.dtype)
+
+    def _lean(self) -> AbstractContextManager:
+        # Checkpointing must save the same when it computes a block again, outside; a compiled graph saves only what it needs anyway.
+        if self.model.is_gradient_checkpointing or torch.compiler.is_compiling():
+            return nullcontext()
+        return LeanConvolutions()
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         log_variance = self.adapter.log_variance.float()
@@ -176,6 +183,28 @@ class AutoencoderBase(Base):
             self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
+
+
+@lru_cache
+def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]) -> torch.Size:
+    """Shape of one image's latents, from a pass without data or weights through a model of a configuration, given as JSON.
+
+    Raises:
+        ValueError: such images cannot be encoded, or come back in another size.
+    """
+    known = inspect.signature(model_class.__init__).parameters
+    arguments = {key: value for key, value in json.loads(config).items() if key in known}
+    advice = f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a multiple of its downsampling factor"
+    with torch.device("meta"), torch.no_grad():
+        model = model_class(**arguments)
+        try:
+            latents, _ = _latents(model, torch.empty(1, *image_shape))
+            returned = model.decode(latents).sample.shape
+        except RuntimeError as error:
+            raise ValueError(f"{advice}.") from error
+    if tuple(returned[2:]) != image_shape[1:]:
+        raise ValueError(f"{advice} (they come back with {returned[-1]}).")
+    return latents.shape[1:]
 
 
 def _latents(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,6 +13,7 @@ A third party adds a family without touching this package:
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -21,7 +22,9 @@ from torch import nn
 
 
 class Base(nn.Module):
-    """A pretrained model as a head sees it. Sub-classes set `feature_width` and `embedding_shape` and implement the five methods.
+    """A pretrained model as a head sees it. Sub-classes set `feature_width`, `embedding_shape` and `image_shape` and implement the methods.
+
+    Head and model may be in different precisions: `encode` and `decode` cast what they are given to the model's.
 
     Args:
         model: the pretrained diffusers model; it is used and trained in place.
@@ -136,42 +139,25 @@ def load_model_config(name_or_path: str | os.PathLike, subfolder: str | None = N
     return found if "_class_name" in found else None  # without a sub-folder's, diffusers falls back on the parent's own
 
 
-def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None, residual_layers: int = 0) -> Base:
-    """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
+def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of a model's weights: the digests of their names, types, shapes and bytes; LoRA layers on it are passed over.
 
     Args:
-        name_or_path: folder or repository.
-        sample_size: side of the images in pixels.
-        subfolder: its sub-folder there.
-        residual_layers: couplings of the prior of residual latents; 0: none.
-
-    Raises:
-        OSError, ValueError: one sentence: nothing there, a class that is not registered, another image size.
+        model: the model.
+        dtype: type that floating-point weights are cast to first; `None`: as they are.
     """
-    config = load_model_config(name_or_path, subfolder)
-    if config is None:
-        raise FileNotFoundError(
-            f"there is no pretrained base {str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}: "
-            "give a folder saved by diffusers, or a Hub name."
-        )
-    model_class = model_class_named(config["_class_name"])
-    model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
-    family = base_family(model)
-    if family.adapter_class is not None:
-        return family(model, sample_size=sample_size, residual_layers=residual_layers)
-    if residual_layers:
-        raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
-    return family(model)
-
-
-def weight_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's weights: their names, types and bytes; LoRA layers on it are passed over."""
     weights = {name.replace(".base_layer.", "."): v for name, v in model.state_dict().items() if ".lora_" not in name}
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+    def digest(name: str) -> bytes:
+        value = weights[name].detach()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        found = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL; the order is that of the names, whoever is done first
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(weights)))).hexdigest()
 
 
 def model_class_named(name: str) -> type[ModelMixin]:

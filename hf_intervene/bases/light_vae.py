@@ -118,14 +118,14 @@ class LightVAEBase(Base):
         self.image_shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encoder(pixel_values)
+        return self.model.encoder(pixel_values.to(self.model.dtype))
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = self.model.quant(features)[..., None, None].chunk(2, dim=1)
         return mean, logvar
 
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(embedding).sample
+        return self.model.decode(embedding.to(self.model.dtype)).sample
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         # In float32: at bf16 the rounding of each pixel's term is of the size of the differences that matter.

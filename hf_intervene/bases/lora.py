@@ -6,6 +6,8 @@ import os
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -38,7 +40,15 @@ def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
 
 
 def load_lora(model: ModelMixin, folder: str | os.PathLike, subfolder: str, **kwargs) -> None:
-    """Add saved LoRA layers to a model, in place."""
+    """Add saved LoRA layers to a model, in place.
+
+    Raises:
+        OSError, ValueError: one sentence: there are none, or they cannot be read; the model is left as it was.
+    """
+    try:
+        load_peft_weights(folder, device="cpu", subfolder=subfolder, **kwargs)  # PEFT reads them after it has changed the model
+    except SafetensorError as error:
+        raise OSError(f"the LoRA layers of {folder} cannot be read: they are truncated or corrupt; fetch them again.") from error
     model.peft_config = PeftModel.from_pretrained(model, folder, subfolder=subfolder, **kwargs).peft_config
 
 
