@@ -1,7 +1,10 @@
 """What full-size models need: variants and shards, half precision with the base still checked, the base's own memory options."""
 
+import importlib
 import json
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
 from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
-from hf_intervene.training import benchmark
+from hf_intervene.training import benchmark, train
 
 
 CONFIG = {
@@ -411,6 +414,29 @@ def test_bases_and_images_that_cannot_carry_a_head(vae, tmp_path):
     for size in (0, -16, 16.0, (16, 16)):
         with pytest.raises(ValueError, match="sample_size must be the side of a square image in pixels"):
             wrap_base(vae, sample_size=size)
+
+
+# The README's family of one's own
+
+
+def test_the_family_of_the_readme(tiny, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@register_base" in block]
+    (tmp_path / "family_of_the_readme.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("family_of_the_readme")
+    module.PatchCoder(sample_size=16, width=8).save_pretrained(tmp_path / "pretrained")
+    for regime in ("frozen", "lora", "end-to-end"):
+        options = {"base": str(tmp_path / "pretrained"), "regime": regime, "output_dir": str(tmp_path / regime)}
+        result = train.train(train.TrainArguments(**tiny | options))
+        model = InterventionModel.from_pretrained(result.model_dir)
+        assert type(model.base) is module.PatchCoderBase
+        assert (result.model_dir / "base").exists() == (regime == "end-to-end")
+        images = model.sample("quad1+size", 2, torch.Generator().manual_seed(0))
+        InterventionPipeline.from_model(model).save_pretrained(tmp_path / regime / "pipe")
+        pipe = InterventionPipeline.from_pretrained(tmp_path / regime / "pipe", torch_dtype=BF16)
+        found = pipe("quad1+size", 2, torch.Generator().manual_seed(0), output_type="pt").images
+        torch.testing.assert_close(found, images, rtol=0, atol=0.05)
 
 
 # The benchmarks run
