@@ -5,21 +5,43 @@
 - `render`: quad images of 64x64 drawn a second, one core.
 - `head`: a light VAE's training step at batch 256 with the head, over the same step without it.
 - `textbook`: time per image of a training step written the textbook way (float32, one context a batch, dense masked matrices), over ours.
+- `full-size`: a training step on the Stable Diffusion autoencoder (random weights) at 512x512, batch 1, in each regime: peak memory of a
+  process that does nothing else, and time over that of `end-to-end`.
+- `load`: seconds to load a saved head on that autoencoder, frozen, beyond those to load the autoencoder alone.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from hf_intervene import InterventionModel, LightVAE
+from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import quad
+from hf_intervene.training.arguments import REGIMES
 from hf_intervene.training.train import TrainArguments, fast_bf16
+
+
+# The published configuration of the Stable Diffusion 1 and 2 autoencoders.
+STABLE_DIFFUSION = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
 
 
 def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
@@ -126,7 +148,55 @@ def textbook(rounds: int, batch_size: int = 64) -> dict:
     return {"batch_size": batch_size} | summary(*alternate([plain, step], rounds))
 
 
-BENCHMARKS = {"render": render, "head": head, "textbook": textbook}
+def full_size_step(regime: str, config: dict, threads: int) -> tuple[float, float]:
+    """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once `fine-tune` has thawed its base."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = InterventionModel.build(AutoencoderKL(**config), quad.CONCEPTS, **TrainArguments().head_options).train()
+    if regime == "lora":
+        add_lora(model.base.model, TrainArguments().lora_rank)
+    elif regime == "frozen":
+        model.base.trainable(False)
+    x = torch.rand(1, *model.base.image_shape)
+    step = training_step(model, x, model.targets("quad1"), fast_bf16())
+    ((seconds,),) = alternate([step], rounds=1)  # the second step: the optimiser has its state
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, seconds
+
+
+def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
+    peaks: dict[str, list[float]] = {regime: [] for regime in REGIMES}
+    seconds: dict[str, list[float]] = {regime: [] for regime in REGIMES}
+    for _ in range(min(rounds, 3)):
+        for regime in REGIMES:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                peak, time_ = pool.submit(full_size_step, regime, config, torch.get_num_threads()).result()
+            peaks[regime].append(peak)
+            seconds[regime].append(time_)
+    return {"bf16": fast_bf16()} | {
+        regime: {"peak_gib": max(peaks[regime]), "seconds": torch.tensor(seconds[regime]).median().item()}
+        | summary(seconds[regime], seconds["end-to-end"])
+        for regime in REGIMES
+    }
+
+
+def load(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        AutoencoderKL(**config).save_pretrained(f"{folder}/vae")
+        frozen = InterventionModel.build(AutoencoderKL.from_pretrained(f"{folder}/vae"), quad.CONCEPTS)
+        frozen.save_pretrained(f"{folder}/model")
+        alone, together = alternate(
+            [
+                lambda: AutoencoderKL.from_pretrained(f"{folder}/vae"),
+                lambda: InterventionModel.from_pretrained(f"{folder}/model"),
+            ],
+            rounds,
+        )
+    beyond = torch.quantile(torch.tensor(together) - torch.tensor(alone), torch.tensor([0.25, 0.5, 0.75])).tolist()
+    base = torch.tensor(alone).median().item()
+    return {"base_seconds": base, "beyond_seconds": beyond[1], "quartiles": [beyond[0], beyond[2]], "rounds": rounds}
+
+
+BENCHMARKS = {"render": render, "head": head, "textbook": textbook, "full-size": full_size, "load": load}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,8 +102,9 @@ def load_saved_base(
         raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
     source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
     kwargs |= {"revision": reference["revision"], "variant": reference["variant"]}
-    # In a precision that the reference has a hash of, so that the check is not lost.
-    kwargs["torch_dtype"] = dtype if _key(dtype) in reference else getattr(torch, reference["dtype"])
+    # As it was then, checked and cast; from float32 cast while it is read, where the reference has a hash of that.
+    then = getattr(torch, reference["dtype"])
+    kwargs["torch_dtype"] = dtype if then == torch.float32 and _key(dtype) in reference else then
     try:
         model = load_part(model_class, source, reference["subfolder"], f"the base {source}", **kwargs)
     except OSError as error:
@@ -111,7 +112,7 @@ def load_saved_base(
             f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
         ) from error
     check_reference(model, config)
-    return model.to(dtype)
+    return model if kwargs["torch_dtype"] == dtype else model.to(dtype)
 
 
 def load_part(model_class: type[ModelMixin], name: str | os.PathLike, folder: str | None, what: str, **kwargs) -> ModelMixin:
