@@ -12,12 +12,18 @@ from .contexts import OBS, context_name, parse_interventions
 from .model import InterventionModel, InterventionModelOutput
 from .modeling_intervention import InterventionHead, InterventionHeadOutput
 from .pipeline import InterventionPipeline
+from .push import push_to_hub
 
 
 __version__ = "0.1.0"
 
 AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
 AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
+# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package...
+InterventionConfig.register_for_auto_class()
+InterventionHead.register_for_auto_class("AutoModel")
+# ...so it cannot know of model cards; here it learns.
+InterventionHead.push_to_hub = push_to_hub
 # diffusers has no registry of pipelines: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module.
 diffusers.InterventionPipeline = InterventionPipeline
 

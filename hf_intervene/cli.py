@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from diffusers.utils import make_image_grid
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging as transformers_logging
 
+from .cards import SAMPLES_FILE, SETTINGS_FILE, card_path, write_card
 from .contexts import OBS
 from .data import quad
 from .pipeline import InterventionPipeline
 from .plots import contexts_grid, edit_strips
+from .push import draw_samples, full_name, push_folder
 from .training import evaluate as evaluation
 from .training import train as training
 from .training.checkpoints import check_writable
@@ -54,6 +57,7 @@ def demo(arguments: argparse.Namespace) -> int:
     model = evaluation.load_model(result.model_dir)
     pipe = InterventionPipeline.from_model(model)
     pipe.save_pretrained(out / "pipeline")
+    shutil.copy(result.model_dir / SETTINGS_FILE, out / "pipeline")
 
     real, other = evaluation.held_out_images("quad", model.concepts, DEMO_IMAGES, 0, settings.resolution, 3, settings.variant)
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
@@ -132,6 +136,20 @@ def concepts(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def card(arguments: argparse.Namespace) -> int:
+    """Write the model card and the picture of samples of a saved model, and push all of it when asked."""
+    if (arguments.private or arguments.revision) and not arguments.push:
+        raise ValueError("--private and --revision need --push.")
+    model = evaluation.load_model(arguments.model)
+    path = card_path(arguments.model)
+    name = full_name(arguments.push) if arguments.push else None
+    draw_samples(model, path.with_name(SAMPLES_FILE))
+    print(write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id))
+    if name:
+        print(push_folder(arguments.model, name, private=arguments.private, revision=arguments.revision).commit_url)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # train and evaluate have option parsers of their own; they are handed everything.
@@ -165,6 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("concepts", help="print what a pipeline can be intervened on, as JSON")
     command.add_argument("pipeline", help="folder of a saved pipeline")
     command.set_defaults(run=concepts)
+    command = commands.add_parser("card", help="write a saved model's card (README.md, samples.png), and push it to the Hub")
+    command.add_argument("model", help="folder of a saved model or pipeline")
+    command.add_argument("--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show")
+    command.add_argument("--license", help="of the weights, such as apache-2.0")
+    command.add_argument("--dataset-id", help="data set on the Hub that it was trained on")
+    command.add_argument("--push", metavar="USER/NAME", help="push the folder to this repository on the Hub")
+    command.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    command.add_argument("--revision", help="branch to push to (default: main)")
+    command.set_defaults(run=card)
 
     arguments = parser.parse_args(argv)
     try:

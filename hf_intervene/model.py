@@ -8,6 +8,7 @@ Sampling enters at z; editing enters at the image and leaves at the image.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from . import hub
 from .bases import Base, wrap_base
-from .bases.base import base_family, load_model_config, model_class_named, weight_hash
+from .bases.base import base_family, base_folder, load_model_config, load_part, model_class_named, weight_hash
 from .bases.lora import has_lora, load_lora, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .modeling_intervention import InterventionHead, check_loaded, gaussian_kl
+from .modeling_intervention import InterventionHead, gaussian_kl
+from .push import push_to_hub
 
 
 BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
@@ -322,6 +325,8 @@ class InterventionModel(PreTrainedModel):
 
     # Saving and loading
 
+    push_to_hub = push_to_hub
+
     def save_pretrained(self, save_directory: str | os.PathLike, save_base: bool | None = None, **kwargs) -> None:
         """Save what was trained: the head as a transformers model, adapter and base as diffusers models.
 
@@ -336,6 +341,8 @@ class InterventionModel(PreTrainedModel):
                 configuration's `base_reference` says where to load it from, and by which hash to know it.
             **kwargs: of the head's `save_pretrained`.
         """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) would push half of the model: use push_to_hub().")
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
         reference = self.config.base_reference
@@ -368,29 +375,30 @@ class InterventionModel(PreTrainedModel):
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
         Raises:
-            OSError, ValueError: one sentence: not a saved model, truncated weights, weights that do not fit the configuration, a base
-                that is not the one the head was trained on.
+            OSError, ValueError: one sentence: not a saved model, no such repository or no access to it, truncated or pickled weights,
+                weights that do not fit the configuration, a base that is not the one the head was trained on.
         """
-        name = pretrained_model_name_or_path
-        config = InterventionConfig.from_pretrained(name, **kwargs)
-        saved_base = load_model_config(name, BASE_FOLDER, **kwargs)
+        name, options = pretrained_model_name_or_path, hub.pop_options(kwargs)
+        path = hub.folder(name, **options)
+        config = InterventionConfig.from_pretrained(path)
+        saved_base = load_model_config(path / BASE_FOLDER)
         if base is None:
-            model = _load_base(name, config, saved_base, **kwargs)
+            model = _load_base(name, path, config, saved_base, options, **kwargs)
         else:
             model = base.model if isinstance(base, Base) else base
             if saved_base is None:
                 _check_reference(model, config)
         if config.lora_rank and saved_base is None:
-            load_lora(model, name, LORA_FOLDER, **kwargs)
+            load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")
         family = type(base) if isinstance(base, Base) else base_family(model)
         if family.adapter_class is not None:
-            adapter = _load_part(family.adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
+            adapter = load_part(family.adapter_class, path / ADAPTER_FOLDER, f"the adapter of {name}", **kwargs)
             base = family(model, adapter=adapter)
         elif not isinstance(base, Base):
             base = family(model)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            head = InterventionHead.from_pretrained(name, config=config, **kwargs)
+            head = InterventionHead.from_pretrained(path, config=config, **kwargs)
         return cls(config, base, head).eval()
 
 
@@ -399,7 +407,7 @@ def _reference(model: ModelMixin, subfolder: str | None, revision: str | None) -
     name = model.config.get("_name_or_path")
     if not name:
         return None
-    found = {"class_name": type(model).__name__, "name_or_path": str(name), "subfolder": subfolder, "revision": revision}
+    found = {"class_name": type(model).__name__} | hub.origin(str(name), revision, subfolder)
     return found | {"sha256": weight_hash(model)}
 
 
@@ -412,31 +420,25 @@ def _check_reference(model: ModelMixin, config: InterventionConfig) -> None:
         )
 
 
-def _load_base(name: str | os.PathLike, config: InterventionConfig, saved_base: dict | None, **kwargs) -> ModelMixin:
+def _load_base(
+    name: str | os.PathLike, path: Path, config: InterventionConfig, saved_base: dict | None, options: dict, **kwargs
+) -> ModelMixin:
     """The base saved with a model, whose configuration is `saved_base`, or else the one that its head was trained on."""
     if saved_base is not None:
-        model_class = model_class_named(saved_base["_class_name"])
-        return _load_part(model_class, name, BASE_FOLDER, f"the base of {name}", **kwargs)
+        return load_part(model_class_named(saved_base["_class_name"]), path / BASE_FOLDER, f"the base of {name}", **kwargs)
     reference = config.base_reference
     if reference is None:
         raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
     source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
-    kwargs["revision"] = reference["revision"]
     try:
-        model = _load_part(model_class, source, reference["subfolder"], f"the base {source}", **kwargs)
+        path = base_folder(source, reference["subfolder"], **options | {"revision": reference["revision"]})
+        model = load_part(model_class, path, f"the base {source}", **kwargs)
     except OSError as error:
         raise OSError(
             f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
         ) from error
     _check_reference(model, config)
     return model
-
-
-def _load_part(model_class: type[ModelMixin], name: str | os.PathLike, folder: str | None, what: str, **kwargs) -> ModelMixin:
-    return check_loaded(
-        lambda: model_class.from_pretrained(name, subfolder=folder, output_loading_info=True, low_cpu_mem_usage=False, **kwargs),
-        what,
-    )
 
 
 def _plain(value):

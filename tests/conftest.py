@@ -1,8 +1,14 @@
-"""One thread and no network for every test."""
+"""One thread and no network for every test; for those of the Hub, one on loopback."""
 
 import os
 
+from hub_server import HubServer
 
+
+HUB = HubServer()
+# The libraries read these once, when they are imported.
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -11,13 +11,17 @@ A third party adds a family without touching this package:
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from .. import hub
+from ..modeling_intervention import check_loaded
 
 
 class Base(nn.Module):
@@ -107,17 +111,22 @@ def base_family(model: ModelMixin) -> type[Base]:
     )
 
 
-class _AnyModel(ConfigMixin):
-    config_name = "config.json"
-
-
-def load_model_config(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs) -> dict | None:
+def load_model_config(folder: Path) -> dict | None:
     """The configuration of a saved diffusers model of any class, or `None` if there is none."""
+    file = folder / "config.json"
     try:
-        found = _AnyModel.load_config(name_or_path, subfolder=subfolder, **kwargs)
-    except OSError:
-        return None
-    return found if "_class_name" in found else None  # without a sub-folder's, diffusers falls back on the parent's own
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise OSError(f"{file} is not valid JSON: {error}.") from error
+    return found if "_class_name" in found else None
+
+
+def base_folder(name_or_path: str | os.PathLike, subfolder: str | None = None, **options) -> Path:
+    """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
+    weights = "diffusion_pytorch_model"
+    files = ("config.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors", f"{weights}.safetensors.index.json")
+    path = hub.folder(name_or_path, [f"{subfolder}/{file}" if subfolder else file for file in files], **options)
+    return path / (subfolder or "")
 
 
 def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None) -> Base:
@@ -126,16 +135,24 @@ def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str 
     Raises:
         OSError, ValueError: one sentence: nothing there, a class that is not registered, another image size.
     """
-    config = load_model_config(name_or_path, subfolder)
+    what = f"{str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}"
+    try:
+        path = base_folder(name_or_path, subfolder)
+    except OSError as error:
+        raise OSError(f"there is no pretrained base {what}: {error}") from error
+    config = load_model_config(path)
     if config is None:
-        raise FileNotFoundError(
-            f"there is no pretrained base {str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}: "
-            "give a folder saved by diffusers, or a Hub name."
-        )
-    model_class = model_class_named(config["_class_name"])
-    model = model_class.from_pretrained(name_or_path, subfolder=subfolder)
+        raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
+    model = load_part(model_class_named(config["_class_name"]), path, f"the base {what}")
     family = base_family(model)
     return family(model) if family.adapter_class is None else family(model, sample_size=sample_size)
+
+
+def load_part(model_class: type[ModelMixin], path: Path, what: str, **kwargs) -> ModelMixin:
+    """Load a diffusers model from a folder, strictly: safetensors only, and weights that fit its configuration."""
+    hub.check_weights(path, what)
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    return check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
 
 
 def weight_hash(model: nn.Module) -> str:

@@ -2,12 +2,15 @@
 
 import copy
 import os
+from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+
+from ..hub import check_weights
 
 
 _PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
@@ -37,9 +40,14 @@ def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     model.peft_config["default"].save_pretrained(folder)
 
 
-def load_lora(model: ModelMixin, folder: str | os.PathLike, subfolder: str, **kwargs) -> None:
-    """Add saved LoRA layers to a model, in place."""
-    model.peft_config = PeftModel.from_pretrained(model, folder, subfolder=subfolder, **kwargs).peft_config
+def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
+    """Add saved LoRA layers to a model, in place.
+
+    Raises:
+        OSError: one sentence: weights that are missing, or pickled.
+    """
+    check_weights(folder, what)  # or PEFT would go on to a pickle file
+    model.peft_config = PeftModel.from_pretrained(model, folder).peft_config
 
 
 def merged(model: ModelMixin) -> ModelMixin:
