@@ -52,6 +52,8 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
         return Path(name)
     with clear_errors(f"cannot load {name} from the Hub", str(name), options.get("revision")):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
+    if not path.is_dir():
+        raise OSError(f"there is no saved model in {name} on the Hub: it has none of the files {', '.join(files)}.")
     _check_contents(path, name)
     return path
 
@@ -157,7 +159,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
         return f"the Hub answered {status}: {_one_line(answer.server_message or answer)}"
     if raised(HTTPError):
         return "the connection failed or was cut: try again, or work from the local cache with HF_HUB_OFFLINE=1."
-    if raised(OfflineModeIsEnabled) or raised(LocalEntryNotFoundError):
+    if isinstance(chain[-1], (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return "it is not, or not whole, in the local cache, and this is offline: load it once with a connection."
     return _one_line(error)
 

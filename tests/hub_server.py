@@ -243,7 +243,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": files})
 
     def lfs_batch(self, repo_id):
-        self._repo(repo_id, write=True)
+        self._repo(repo_id)
+        if self.user is None:  # others may: for a pull request
+            raise _Answer(401, "Invalid username or password.")
         asked = json.loads(self.sent)
         if "basic" not in asked["transfers"]:
             raise _Answer(422, "only the basic transfer is served here")
@@ -300,9 +302,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not _is_lfs(path):
             return self._file(data, headers | {"ETag": f'"{_oid(path, data)}"'})
         headers |= {"X-Linked-Etag": f'"{_sha256(data)}"', "X-Linked-Size": str(len(data))}
-        self._send(b"", 302, headers | {"Location": f"{self.hub.url}/cdn/{_sha256(data)}"})
+        # Another host than the Hub's, as there: the client follows a redirection within the Hub by itself and keeps the one out of it.
+        elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
+        self._send(b"", 302, headers | {"Location": f"{elsewhere}/cdn/{_sha256(data)}"})
 
     def cdn(self, oid):
+        if "Authorization" in self.headers:
+            raise _Answer(400, "a token was sent to another host than the Hub")
         self._file(self.hub.lfs[oid], {"ETag": f'"{oid}"'})
 
 
