@@ -133,7 +133,7 @@ def clear_errors(failed: str, repo_id: str, revision: str | None = None) -> Iter
 
 def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
 
     def raised(kind: type) -> BaseException | None:
@@ -157,10 +157,10 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
         if status == 429 or status >= 500:
             return f"the Hub is not available (it answered {status}): try again later."
         return f"the Hub answered {status}: {_one_line(answer.server_message or answer)}"
-    if raised(HTTPError):
-        return "the connection failed or was cut: try again, or work from the local cache with HF_HUB_OFFLINE=1."
     if isinstance(chain[-1], (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return "it is not, or not whole, in the local cache, and this is offline: load it once with a connection."
+    if raised(HTTPError) or raised(ConnectionError):
+        return "the connection failed or was cut: try again, or work from the local cache with HF_HUB_OFFLINE=1."
     return _one_line(error)
 
 

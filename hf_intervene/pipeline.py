@@ -56,7 +56,7 @@ class InterventionPipeline(DiffusionPipeline):
         path = hub.folder(name, **hub.pop_options(kwargs))
         index = path / "model_index.json"
         saved = json.loads(index.read_text()) if index.exists() else {}
-        if saved.get("_class_name") != cls.__name__:
+        if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
             raise ValueError(
                 f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
                 "(a model is loaded with InterventionModel.from_pretrained)."

@@ -55,7 +55,7 @@ def push_to_hub(
         The commit.
 
     Raises:
-        OSError, ValueError: one sentence: no access, the Hub or the connection fails. Nothing has been changed then.
+        OSError, ValueError: one sentence: no access, the Hub or the connection fails.
     """
     with TemporaryDirectory() as folder:
         self.save_pretrained(folder)
@@ -91,9 +91,9 @@ def push_folder(
 
     A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept.
     """
-    folder, api = Path(folder), HfApi(token=token, library_name="hf-intervene")
+    folder, api = Path(folder), HfApi(token=token)
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-    with clear_errors(f"cannot push to {repo_id}, where nothing has been changed", repo_id, revision):
+    with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -125,9 +125,12 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     from .plots import strips  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
+    contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
     noise = torch.randn(images, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    samples = {
-        name: model.sample(name, noise=noise, output_type="np") for name in (OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:])
-    }
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # or batch norms would learn from it
+    samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
+    for module, training in modes.items():
+        module.training = training
     rows = {name: (array * 255).round().astype("uint8") for name, array in samples.items()}
     strips(rows).savefig(path, dpi=100, bbox_inches="tight")

@@ -13,6 +13,7 @@ from shared_models import ALICE, build, frozen_on, of_kind, put_vae
 
 from hf_intervene import cli
 from hf_intervene.cards import MARKER, write_card
+from hf_intervene.push import draw_samples
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments, parse_arguments, shared_settings
 
@@ -51,6 +52,13 @@ def test_the_code_on_a_card_runs(kind):
             assert [image.size for image in names["edited"]] == [(16, 16)]
         else:
             assert names["embedding"].shape == (8, 12, 1, 1)
+
+
+def test_drawing_leaves_a_model_in_training_as_it_was(tmp_path):
+    model = build().train()
+    model.base.model.eval()
+    draw_samples(model, tmp_path / "samples.png")
+    assert model.training and model.head.training and not model.base.model.training
 
 
 def test_what_a_full_card_says(tmp_path):
