@@ -1,4 +1,8 @@
-"""Package metadata. `training/` is installed as `hf_intervene.training`, so that the recipes work without a checkout too."""
+"""Package metadata.
+
+`training/` and `model_cards/` are installed as `hf_intervene.training` and `hf_intervene.model_cards`, so that the recipes and the
+template of the cards are there without a checkout too.
+"""
 
 import re
 from pathlib import Path
@@ -24,9 +28,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training"],
-    package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training"},
-    package_data={"hf_intervene.pretrained": ["*/*", "*/*/*"], "hf_intervene.training": ["configs/*.yaml"]},
+    packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training", "hf_intervene.model_cards"],
+    package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
+    package_data={
+        "hf_intervene.pretrained": ["*/*", "*/*/*"],
+        "hf_intervene.training": ["configs/*.yaml"],
+        "hf_intervene.model_cards": ["template.md"],
+    },
     # The lower bounds of the Hugging Face libraries and torch are the versions that the tests have run with.
     install_requires=[
         "torch>=2.13",
@@ -36,6 +44,7 @@ setup(
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
         "huggingface_hub>=2.4,<3",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "scipy>=1.11",
         "safetensors>=0.4.3",

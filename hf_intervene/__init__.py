@@ -4,23 +4,34 @@ The method is that of Markham et al., "Intervening to learn and compose (causall
 """
 
 import diffusers
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from transformers import AutoConfig, AutoModel
 
-from .bases import Base, LightVAE, register_base, wrap_base
+from .bases import Base, LatentAdapter, LightVAE, register_base, wrap_base
 from .configuration_intervention import InterventionConfig
 from .contexts import OBS, context_name, parse_interventions
 from .model import InterventionModel, InterventionModelOutput
 from .modeling_intervention import InterventionHead, InterventionHeadOutput
 from .pipeline import InterventionPipeline
 from .pretrained import bundled
+from .push import push_to_hub
 
 
 __version__ = "0.1.0"
 
 AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
 AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
-# diffusers has no registry of pipelines: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module.
+# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package...
+InterventionConfig.register_for_auto_class()
+InterventionHead.register_for_auto_class("AutoModel")
+# ...so it cannot know of model cards; here it learns.
+InterventionHead.push_to_hub = push_to_hub
+# diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
+# parts by these tables; a part of another library it refuses to load from the Hub.
 diffusers.InterventionPipeline = InterventionPipeline
+_PARTS = {part.__name__: ["save_pretrained", "from_pretrained"] for part in (InterventionHead, LatentAdapter, LightVAE)}
+LOADABLE_CLASSES["hf_intervene"] = _PARTS
+ALL_IMPORTABLE_CLASSES.update(_PARTS)
 
 __all__ = [
     "OBS",
@@ -31,6 +42,7 @@ __all__ = [
     "InterventionModel",
     "InterventionModelOutput",
     "InterventionPipeline",
+    "LatentAdapter",
     "LightVAE",
     "bundled",
     "context_name",

@@ -82,6 +82,21 @@ class InterventionConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}.")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; another model's configuration is not taken for one of this class, with its defaults.
+
+        Raises:
+            ValueError: one sentence: it is not an intervention model's.
+        """
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not an intervention model: it has no config.json with the model_type "
+                f"{cls.model_type!r} (a pipeline is loaded with InterventionPipeline.from_pretrained)."
+            )
+        return found, kwargs
+
     @property
     def num_blocks(self) -> int:
         """D = d + f."""

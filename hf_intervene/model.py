@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from . import hub
 from .bases import Base, wrap_base
-from .bases.base import base_family, load_model_config
+from .bases.base import base_family
 from .bases.loading import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
@@ -36,6 +37,7 @@ from .bases.lora import has_lora, load_lora, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .modeling_intervention import InterventionHead, gaussian_kl
+from .push import push_to_hub
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
@@ -379,6 +381,8 @@ class InterventionModel(PreTrainedModel):
 
     # Saving and loading
 
+    push_to_hub = push_to_hub
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -402,6 +406,8 @@ class InterventionModel(PreTrainedModel):
             max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA layers are always one file.
             **kwargs: of the head's `save_pretrained`.
         """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) would push half of the model: use push_to_hub().")
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
         reference = self.config.base_reference
@@ -448,33 +454,35 @@ class InterventionModel(PreTrainedModel):
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
         Raises:
-            OSError, ValueError, TypeError: one sentence: not a saved model, truncated or missing weights, weights that do not fit the
-                configuration, a base that is not the one the head was trained on (in any precision), or of a class not registered.
+            OSError, ValueError, TypeError: one sentence: not a saved model, no such repository or no access to it, truncated, missing or
+                pickled weights, weights that do not fit the configuration, a base that is not the one the head was trained on (in any
+                precision), or of a class not registered.
         """
         name, dtype = pretrained_model_name_or_path, dtype or torch_dtype or torch.float32
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
-        config = InterventionConfig.from_pretrained(name, **kwargs)
-        saved_base = load_model_config(name, BASE_FOLDER, **kwargs)
+        options = hub.pop_options(kwargs)
+        path = hub.folder(name, **options)
+        config = InterventionConfig.from_pretrained(path)
+        has_base = (path / BASE_FOLDER / "config.json").exists()
         if base is None:
-            model = load_saved_base(name, config, saved_base, dtype, variant, **kwargs)
+            model = load_saved_base(name, path, config, dtype, variant, options)
             family = base_family(model)
         else:
             model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
-            if saved_base is None:
+            if not has_base:
                 check_reference(model, config)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            head = InterventionHead.from_pretrained(name, config=config, dtype=dtype, variant=variant, **kwargs)
+            head = InterventionHead.from_pretrained(path, config=config, dtype=dtype, variant=variant, **kwargs)
         if family.adapter_class is not None:
-            options = {"torch_dtype": dtype, "variant": variant} | kwargs
-            base = family(
-                model, adapter=load_part(family.adapter_class, name, ADAPTER_FOLDER, f"the adapter of {name}", **options)
-            )
+            what = f"the adapter of {name}"
+            adapter = load_part(family.adapter_class, path / ADAPTER_FOLDER, what, variant, torch_dtype=dtype)
+            base = family(model, adapter=adapter)
         elif not isinstance(base, Base):
             base = family(model)
-        if config.lora_rank and saved_base is None:
-            load_lora(model, name, LORA_FOLDER, **kwargs)  # last: it changes the base that was passed
+        if config.lora_rank and not has_base:
+            load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")  # last: it changes the base that was passed
         return cls(config, base, head).eval()
 
 

@@ -7,7 +7,7 @@ Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width
 """
 
 import math
-import re
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from json import JSONDecodeError
@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
+from .hub import check_weights, folder, pop_options
 
 
 @dataclass
@@ -291,16 +292,19 @@ class InterventionHead(PreTrainedModel):
         return parse_interventions(interventions, config.concepts, num_samples, config.free_blocks).to(self.device)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, and strict: missing, unexpected or ill-shaped weights and truncated files are one-sentence errors."""
-        kwargs["use_safetensors"] = True
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, subfolder: str = "", **kwargs):
+        """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
+        the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
+        """
+        name, files = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
+        path = folder(name, [os.path.join(subfolder, file) for file in files], **pop_options(kwargs))
+        what = f"the head of {os.path.join(name, subfolder) if subfolder else name}"
+        check_weights(path / subfolder, what, kwargs.get("variant"))
+        kwargs |= {"subfolder": subfolder, "use_safetensors": True}
         if kwargs.pop("output_loading_info", False):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            return super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         return check_loaded(
-            lambda: super(InterventionHead, cls).from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            ),
-            f"the head of {pretrained_model_name_or_path}",
+            lambda: super(InterventionHead, cls).from_pretrained(path, *args, output_loading_info=True, **kwargs), what
         )
 
 
@@ -309,11 +313,9 @@ def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str
     try:
         model, info = load()
     except (SafetensorError, OSError, JSONDecodeError) as error:
-        if isinstance(error, OSError) and "Unable to load weights" not in str(error):  # as diffusers says of an unreadable file
-            shard = re.search(r"[\w.]+-\d{5}-of-\d{5}\.safetensors", str(error))
-            if shard is None:
-                raise
-            raise OSError(f"{what} lacks {shard[0]}, which the index of its weights lists: fetch it again.") from error
+        # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
+        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
+            raise
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):

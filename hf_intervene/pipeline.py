@@ -1,16 +1,21 @@
 """`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers users know."""
 
+import json
+import os
 from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
+from transformers.dynamic_module_utils import custom_object_save
 
+from . import hub
 from .bases.base import base_family
 from .bases.lora import merged
 from .contexts import Interventions
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
+from .push import push_to_hub
 
 
 class InterventionPipeline(DiffusionPipeline):
@@ -41,6 +46,35 @@ class InterventionPipeline(DiffusionPipeline):
         super().__init__()
         _model(base, head, adapter)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter)
+
+    push_to_hub = push_to_hub
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "InterventionPipeline":
+        """As in diffusers, from a folder or the Hub; from one commit, and from safetensors only.
+
+        Raises:
+            OSError, ValueError: one sentence: not an intervention pipeline, no such repository or no access to it, missing weights.
+        """
+        name = pretrained_model_name_or_path
+        path = hub.folder(name, **hub.pop_options(kwargs))
+        index = path / "model_index.json"
+        saved = json.loads(index.read_text()) if index.exists() else {}
+        if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
+            raise ValueError(
+                f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
+                "(a model is loaded with InterventionModel.from_pretrained)."
+            )
+        for part in cls.model_cpu_offload_seq.split("->"):
+            if saved.get(part, [None])[0] is not None and part not in kwargs:
+                hub.check_weights(path / part, f"the {part} of {name}", kwargs.get("variant"))
+        return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(self.head, save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":

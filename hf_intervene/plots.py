@@ -57,9 +57,18 @@ def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray]) -> Figur
         originals: uint8 images (n, H, W, C).
         edits: for each label, uint8 images of the same shape.
     """
-    strips = {"original": originals} | dict(edits)
-    figure = Figure(figsize=(len(originals) * 0.75 + 1.2, len(strips) * 0.8), layout="constrained")
-    for axis, (label, images) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items()):
+    return strips({"original": originals} | dict(edits))
+
+
+def strips(rows: Mapping[str, np.ndarray]) -> Figure:
+    """A labelled strip of images for each entry, one below the other.
+
+    Args:
+        rows: for each label, uint8 images (n, H, W, C).
+    """
+    width = max(len(images) for images in rows.values())
+    figure = Figure(figsize=(width * 0.75 + 1.2, len(rows) * 0.8), layout="constrained")
+    for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
         _show(axis, images)
         axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     return figure

@@ -1,14 +1,22 @@
-"""One thread and no network for every test."""
+"""One thread and no network for every test; for those of the Hub, one on loopback."""
 
 import os
 
+from hub_server import HubServer
 
+
+# The libraries read these once, when they are imported.
+os.environ["HF_ENDPOINT"] = (HUB := HubServer()).url
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 
 
 torch.set_num_threads(1)
@@ -43,3 +51,16 @@ def fresh_accelerator():
 def tiny(tmp_path):
     """Settings of a training run of seconds."""
     return TINY | {"output_dir": str(tmp_path / "run")}
+
+
+@pytest.fixture
+def waits(tmp_path, monkeypatch):
+    """An empty Hub and an empty cache, nobody logged in; the client's waits before it tries again, which take no time."""
+    HUB.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, demo
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.training import ablation, evaluate
@@ -111,17 +111,35 @@ def test_sample_edit_and_concepts_commands(model, tmp_path, capsys):
     assert "unknown concept 'quad9'" in capsys.readouterr().err
 
 
-def test_demo_makes_everything_it_names(tiny, tmp_path, monkeypatch, capsys):
-    settings = {key: value for key, value in tiny.items() if key != "output_dir"}
-    monkeypatch.setattr(cli, "DEMO", settings | {"max_steps": 4})
-    monkeypatch.setattr(cli, "DEMO_IMAGES", 16)
-    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 0
+@pytest.fixture
+def quick_demo(tiny, monkeypatch):
+    settings = {key: value for key, value in tiny.items() if key != "output_dir"} | {"max_steps": 4, "mixed_precision": "auto"}
+    for name in ("LIGHT", "PRETRAINED", "SETTINGS"):
+        monkeypatch.setattr(demo, name, settings)
+    monkeypatch.setattr(demo, "MEASURED_IMAGES", 16)
+    monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
+
+
+def test_demo_makes_everything_it_names(quick_demo, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--output", str(out)]) == 0
     for name in ("contexts.png", "edits.png", "metrics.md", "metrics.json", "pipeline/model_index.json"):
-        assert (tmp_path / "demo" / name).stat().st_size > 100
-    out = capsys.readouterr().out
-    assert "mean composition" in out and "Try next" in out
-    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 1
-    assert "already holds a demo" in capsys.readouterr().err
+        assert (out / name).stat().st_size > 100
+    printed = capsys.readouterr().out
+    assert "mean composition" in printed and "Try next" in printed
+    assert cli.main(["demo", "--output", str(out)]) == 1
+    assert "already holds something" in capsys.readouterr().err
+
+
+def test_pretrained_demo(quick_demo, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--pretrained", "--output", str(out)]) == 0
+    for name in ("pair.png", "frozen/contexts.png", "lora/edits.png", "frozen/metrics.json", "vae/config.json"):
+        assert (out / name).stat().st_size > 100
+    assert not (out / "frozen" / "run" / "model" / "base").exists() and (out / "lora" / "run" / "model" / "lora").exists()
+    assert "without the base" in capsys.readouterr().out
+    assert cli.main(["card", str(out / "frozen" / "pipeline"), "--metrics", str(out / "frozen")]) == 0
+    assert "regime: frozen" in (out / "frozen" / "pipeline" / "README.md").read_text()
 
 
 def test_ablation_table(tmp_path, monkeypatch):

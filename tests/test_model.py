@@ -156,7 +156,7 @@ def test_save_and_load_is_bit_equal(tmp_path, ablation):
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     sample = {"interventions": ["a", "b"], "num_samples": 3}
     assert torch.equal(model.sample(generator=generator(), **sample), loaded.sample(generator=generator(), **sample))
-    assert all(path.suffix in (".json", ".safetensors") for path in tmp_path.rglob("*") if path.is_file())
+    assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_bad_checkpoints(tmp_path):

@@ -29,7 +29,7 @@ def test_round_trip(pipe, tmp_path, pipeline_class):
     images = pipe(generator=generator(), **call).images
     assert images.shape == (8, 3, 16, 16)
     assert torch.equal(images, loaded(generator=generator(), **call).images)
-    assert all(path.suffix in (".json", ".safetensors") for path in tmp_path.rglob("*") if path.is_file())
+    assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_output_types(pipe):

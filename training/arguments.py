@@ -1,8 +1,9 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -117,6 +118,19 @@ class TrainArguments:
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
 RUNNING |= {"gradient_accumulation_steps"}
+
+
+def shared_settings(arguments: TrainArguments) -> str:
+    """What is published with a model, as YAML that `--config` reads: the settings that differ from the defaults, and the seed.
+
+    Not where and how it ran (`RUNNING`); of a folder on this machine the name alone.
+    """
+    default = asdict(TrainArguments())
+    changed = {k: v for k, v in asdict(arguments).items() if k not in RUNNING and (v != default[k] or k == "seed")}
+    for name in ("dataset", "base"):
+        if name in changed and Path(changed[name]).exists():
+            changed[name] = Path(changed[name]).resolve().name
+    return f"# hf-intervene {version('hf-intervene')}\n" + yaml.safe_dump(changed, sort_keys=False)
 
 
 def parse_arguments(argv: Sequence[str]) -> TrainArguments:

@@ -28,11 +28,12 @@ from tqdm.auto import tqdm
 
 from hf_intervene.bases import LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
+from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
-from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments
+from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -222,7 +223,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (out / "training_arguments.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        (out / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     if a.tracker != "none":
         accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
@@ -396,6 +397,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else model
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)
+            (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return TrainResult(model_dir, step, best)

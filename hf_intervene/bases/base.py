@@ -11,12 +11,10 @@ A third party adds a family without touching this package:
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -124,19 +122,6 @@ def base_family(model: ModelMixin) -> type[Base]:
         f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. "
         "Register another one with hf_intervene.bases.register_base."
     )
-
-
-class _AnyModel(ConfigMixin):
-    config_name = "config.json"
-
-
-def load_model_config(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs) -> dict | None:
-    """The configuration of a saved diffusers model of any class, or `None` if there is none."""
-    try:
-        found = _AnyModel.load_config(name_or_path, subfolder=subfolder, **kwargs)
-    except OSError:
-        return None
-    return found if "_class_name" in found else None  # without a sub-folder's, diffusers falls back on the parent's own
 
 
 def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:

@@ -1,18 +1,40 @@
 """The parts of a saved model on disk, and by what a frozen base that is not among them is known again."""
 
+import json
 import os
 import re
+from pathlib import Path
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+from .. import hub
 from ..configuration_intervention import InterventionConfig
 from ..modeling_intervention import check_loaded
 from .autoencoder import AutoencoderBase
-from .base import Base, base_family, load_model_config, model_class_named, weight_hash
+from .base import Base, base_family, model_class_named, weight_hash
 
 
 BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
+
+
+def load_model_config(folder: Path) -> dict | None:
+    """The configuration of a saved diffusers model of any class, or `None` if there is none."""
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise OSError(f"{file} is not valid JSON: {error}.") from error
+    return found if "_class_name" in found else None
+
+
+def base_folder(name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options) -> Path:
+    """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
+    weights, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    files = ("config.json", f"{weights}{dotted}.safetensors", f"{weights}{dotted}-*-of-*.safetensors")
+    files += (f"{weights}.safetensors.index{dotted}.json",)
+    path = hub.folder(name_or_path, [f"{subfolder}/{file}" if subfolder else file for file in files], **options)
+    return path / (subfolder or "")
 
 
 def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None, residual_layers: int = 0) -> Base:
@@ -28,13 +50,15 @@ def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str 
         OSError, ValueError: one sentence: nothing there, truncated weights, a class that is not registered, another image size, a class
             without residual latents.
     """
-    config = load_model_config(name_or_path, subfolder)
+    what = f"{str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}"
+    try:
+        path = base_folder(name_or_path, subfolder)
+    except OSError as error:
+        raise OSError(f"there is no pretrained base {what}: {error}") from error
+    config = load_model_config(path)
     if config is None:
-        raise FileNotFoundError(
-            f"there is no pretrained base {str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}: "
-            "give a folder saved by diffusers, or a Hub name."
-        )
-    model = load_part(model_class_named(config["_class_name"]), name_or_path, subfolder, f"the base {name_or_path}")
+        raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
+    model = load_part(model_class_named(config["_class_name"]), path, f"the base {what}")
     family = base_family(model)
     if residual_layers and not issubclass(family, AutoencoderBase):
         raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
@@ -58,7 +82,7 @@ def base_reference(
     name = model.config.get("_name_or_path")
     if not name:
         return None
-    found = {"class_name": type(model).__name__, "name_or_path": str(name), "subfolder": subfolder, "revision": revision}
+    found = {"class_name": type(model).__name__} | hub.origin(str(name), revision, subfolder)
     dtype = _precision(model)
     found |= {"variant": variant, "dtype": _name(dtype), "sha256": weight_hash(model)}
     return found | {_key(cast): weight_hash(model, cast) for cast in (torch.bfloat16, torch.float16) if cast != dtype}
@@ -87,38 +111,58 @@ def check_reference(model: ModelMixin, config: InterventionConfig) -> None:
 
 
 def load_saved_base(
-    name: str | os.PathLike, config: InterventionConfig, saved: dict | None, dtype: torch.dtype, variant: str | None, **kwargs
+    name: str | os.PathLike,
+    path: Path,
+    config: InterventionConfig,
+    dtype: torch.dtype,
+    variant: str | None,
+    options: dict,
 ) -> ModelMixin:
-    """The base saved with a model, whose configuration is `saved`, or else, checked by its hash, the one its head was trained on.
+    """The base saved with a model in the folder `path`, or else, checked by its hash, the one its head was trained on.
+
+    Args:
+        name: of the model, for messages.
+        path: its folder.
+        config: of its head.
+        dtype: precision to load in.
+        variant: of the saved base.
+        options: of `hub.folder`, for a base elsewhere.
 
     Raises:
         OSError, ValueError: one sentence: neither is there, truncated weights, another base than at training time.
     """
+    saved = load_model_config(path / BASE_FOLDER)
     if saved is not None:
         model_class = model_class_named(saved["_class_name"])
-        return load_part(model_class, name, BASE_FOLDER, f"the base of {name}", torch_dtype=dtype, variant=variant, **kwargs)
+        return load_part(model_class, path / BASE_FOLDER, f"the base of {name}", variant, torch_dtype=dtype)
     reference = config.base_reference
     if reference is None:
         raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
     source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
-    kwargs |= {"revision": reference["revision"], "variant": reference["variant"]}
     # As it was then, checked and cast; from float32 cast while it is read, where the reference has a hash of that.
     then = getattr(torch, reference["dtype"])
-    kwargs["torch_dtype"] = dtype if then == torch.float32 and _key(dtype) in reference else then
+    read_as = dtype if then == torch.float32 and _key(dtype) in reference else then
     try:
-        model = load_part(model_class, source, reference["subfolder"], f"the base {source}", **kwargs)
+        options = options | {"revision": reference["revision"]}
+        folder = base_folder(source, reference["subfolder"], reference["variant"], **options)
+        model = load_part(model_class, folder, f"the base {source}", reference["variant"], torch_dtype=read_as)
     except OSError as error:
         raise OSError(
             f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
         ) from error
     check_reference(model, config)
-    return model if kwargs["torch_dtype"] == dtype else model.to(dtype)
+    return model if read_as == dtype else model.to(dtype)
 
 
-def load_part(model_class: type[ModelMixin], name: str | os.PathLike, folder: str | None, what: str, **kwargs) -> ModelMixin:
-    """A diffusers model whose weights fit its configuration perfectly. Raises as `check_loaded`."""
-    kwargs |= {"subfolder": folder, "use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    return check_loaded(lambda: model_class.from_pretrained(name, **kwargs), what)
+def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs) -> ModelMixin:
+    """Load a diffusers model from a folder, strictly: safetensors only, and weights that fit its configuration.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    hub.check_weights(path, what, variant)
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True, "variant": variant}
+    return check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
@@ -10,6 +11,8 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+
+from ..hub import check_weights
 
 
 _PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
@@ -39,17 +42,18 @@ def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     model.peft_config["default"].save_pretrained(folder)
 
 
-def load_lora(model: ModelMixin, folder: str | os.PathLike, subfolder: str, **kwargs) -> None:
+def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     """Add saved LoRA layers to a model, in place.
 
     Raises:
-        OSError, ValueError: one sentence: there are none, or they cannot be read; the model is left as it was.
+        OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the model is left as it was.
     """
+    check_weights(folder, what)  # or PEFT would go on to a pickle file
     try:
-        load_peft_weights(folder, device="cpu", subfolder=subfolder, **kwargs)  # PEFT reads them after it has changed the model
+        load_peft_weights(folder, device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
-        raise OSError(f"the LoRA layers of {folder} cannot be read: they are truncated or corrupt; fetch them again.") from error
-    model.peft_config = PeftModel.from_pretrained(model, folder, subfolder=subfolder, **kwargs).peft_config
+        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+    model.peft_config = PeftModel.from_pretrained(model, folder).peft_config
 
 
 def merged(model: ModelMixin) -> ModelMixin:

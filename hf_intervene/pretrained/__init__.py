@@ -9,8 +9,10 @@ def bundled(name: str) -> str:
     Raises:
         ValueError: there is none of that name; the message lists them.
     """
-    folder = Path(__file__).parent
-    names = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
-    if name not in names:
-        raise ValueError(f"no pipeline {name!r} comes with the package; there is {', '.join(names)}.")
-    return str(folder / name)
+    if name not in bundled_names():
+        raise ValueError(f"no pipeline {name!r} comes with the package; there is {', '.join(bundled_names())}.")
+    return str(Path(__file__).parent / name)
+
+
+def bundled_names() -> list[str]:
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json"))

@@ -1,0 +1,136 @@
+"""Pushing to the Hub: a head, model or pipeline and its card, in one commit."""
+
+import os
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from . import cards
+from .contexts import OBS
+from .hub import clear_errors
+
+
+PARTS = ("adapter", "base", "head", "lora")
+# What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
+MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
+MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]
+MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
+CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.SETTINGS_FILE]
+
+
+def push_to_hub(
+    self,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    metrics: str | os.PathLike | None = None,
+    license: str | None = None,
+    dataset_id: str | None = None,
+) -> CommitInfo:
+    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of it has arrived.
+
+    Args:
+        repo_id: repository, `user/name` or `name`; it is made if there is none.
+        commit_message, commit_description: of the commit.
+        private: whether a new repository is private; `None`: as is usual for its owner.
+        token: access token; `None`: the one of `hf auth login`.
+        revision: branch to push to; it is made if there is none.
+        create_pr: whether to open a pull request instead.
+        metrics: `metrics.json` of `hf-intervene evaluate`, or its folder, to show on the card.
+        license: licence of the weights, such as `"apache-2.0"`.
+        dataset_id: data set on the Hub that it was trained on.
+
+    Returns:
+        The commit.
+
+    Raises:
+        OSError, ValueError: one sentence: no access, the Hub or the connection fails.
+    """
+    with TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        model = self if hasattr(self, "sample") else getattr(self, "model", None)  # a head alone draws nothing
+        if model is not None:
+            draw_samples(model, Path(folder, cards.SAMPLES_FILE))
+        repo_id = full_name(repo_id, token)
+        cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
+        commit = {"commit_message": commit_message, "commit_description": commit_description}
+        return push_folder(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr, **commit)
+
+
+def full_name(repo_id: str, token: str | bool | None = None) -> str:
+    """`user/name` of a repository given as `name`."""
+    if "/" in repo_id:
+        return repo_id
+    with clear_errors(f"cannot push {repo_id}", repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Push the folder of a saved head, model or pipeline with its card: the files of ours in it and no others. See `push_to_hub`.
+
+    A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept.
+    """
+    folder, api = Path(folder), HfApi(token=token)
+    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
+        there = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=MODEL_FILES + CARD_FILES))
+        if cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
+            own.discard(cards.CARD_FILE)
+        # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in between would find half of it.
+        return api.create_commit(
+            repo_id,
+            [CommitOperationDelete(name) for name in sorted(there - own - {cards.CARD_FILE})]
+            + [CommitOperationAdd(name, folder / name) for name in sorted(own)],
+            commit_message=commit_message or "Upload with hf-intervene",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    try:
+        return cards.is_generated(hf_hub_download(repo_id, cards.CARD_FILE, revision=revision, token=token))
+    except EntryNotFoundError:
+        return True
+
+
+def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
+    """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
+    from .plots import strips  # here, or every import of the package would load Matplotlib
+
+    pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
+    contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
+    noise = torch.randn(images, *model.noise_shape, generator=torch.Generator().manual_seed(0))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # or batch norms would learn from it
+    samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
+    for module, training in modes.items():
+        module.training = training
+    rows = {name: (array * 255).round().astype("uint8") for name, array in samples.items()}
+    strips(rows).savefig(path, dpi=100, bbox_inches="tight")

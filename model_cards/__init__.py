@@ -1,0 +1,1 @@
+"""Installed as `hf_intervene.model_cards`, for the template."""
