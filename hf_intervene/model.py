@@ -47,10 +47,12 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 class InterventionModelOutput(ModelOutput):
     """
     Args:
-        loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl (+ residual_weight * residual_kl).
-        reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,).
+        loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl; for a base with residual latents, of
+            reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl.
+        reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a base with residual latents.
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
+        bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
         posterior_mean: mean of q(z | x, s), shape (B, *noise_shape).
         posterior_logvar: log-variance of q(z | x, s), shape (B, *noise_shape).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
@@ -60,6 +62,7 @@ class InterventionModelOutput(ModelOutput):
     reconstruction_loss: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     residual_kl: torch.Tensor | None = None
+    bottleneck_loss: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
@@ -216,18 +219,21 @@ class InterventionModel(PreTrainedModel):
             noise = torch.randn_like(mean)
         embedding = self.embed(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar)  # (B,)
-        if self.base.residual_shape is None:
-            decoded = self.base.decode(embedding)  # (B, C, H, W)
-            residual_kl = torch.zeros_like(kl)
-        else:
-            decoded = self.base.decode_latents(latents)
-            residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
+        decoded = self.base.decode(embedding)  # (B, C, H, W)
         reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
+        loss = reconstruction_loss + beta * kl
+        residual_kl, bottleneck_loss = torch.zeros_like(kl), None
+        if self.base.residual_shape is not None:
+            bottleneck_loss, decoded = reconstruction_loss, self.base.decode_latents(latents)
+            reconstruction_loss = self.base.residual_reconstruction_loss(decoded, pixel_values)  # (B,)
+            residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
+            loss = loss + reconstruction_loss + residual_weight * residual_kl
         output = InterventionModelOutput(
-            loss=(reconstruction_loss + beta * kl + residual_weight * residual_kl).mean(),
+            loss=loss.mean(),
             reconstruction_loss=reconstruction_loss,
             kl=kl,
             residual_kl=residual_kl,
+            bottleneck_loss=bottleneck_loss,
             posterior_mean=mean,
             posterior_logvar=logvar,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,

@@ -88,9 +88,12 @@ def test_the_objective_term_by_term(kind):
         log_p = adapter.residual_prior.inverse(r, m)[1]
         torch.testing.assert_close(out.residual_kl, log_q - log_p, rtol=1e-4, atol=1e-2)
         decoded = vae.decode(r / scale + shift).sample / 2 + 0.5
-        pixels = torch.distributions.Normal(decoded, (0.5 * adapter.log_variance).exp()).log_prob(x).flatten(1).sum(1)
+        pixels = torch.distributions.Normal(decoded, (0.5 * adapter.residual_log_variance).exp()).log_prob(x).flatten(1).sum(1)
         torch.testing.assert_close(out.reconstruction_loss, -pixels, rtol=1e-4, atol=1e-2)
-    expected = (out.reconstruction_loss + 2 * out.kl + 0.5 * out.residual_kl).mean()
+        alone = vae.decode(m / scale + shift).sample / 2 + 0.5
+        pixels = torch.distributions.Normal(alone, (0.5 * adapter.log_variance).exp()).log_prob(x).flatten(1).sum(1)
+        torch.testing.assert_close(out.bottleneck_loss, -pixels, rtol=1e-4, atol=1e-2)
+    expected = (out.reconstruction_loss + out.bottleneck_loss + 2 * out.kl + 0.5 * out.residual_kl).mean()
     torch.testing.assert_close(out.loss, expected)
 
 

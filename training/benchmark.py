@@ -164,18 +164,15 @@ def full_size_step(regime: str, config: dict, threads: int) -> tuple[float, floa
 
 
 def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
-    peaks: dict[str, list[float]] = {regime: [] for regime in REGIMES}
-    seconds: dict[str, list[float]] = {regime: [] for regime in REGIMES}
-    for _ in range(min(rounds, 3)):
+    rounds, spawn = min(rounds, 3), multiprocessing.get_context("spawn")  # minutes each
+    measured: dict[str, list[tuple[float, float]]] = {regime: [] for regime in REGIMES}
+    for _ in range(rounds):
         for regime in REGIMES:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                peak, time_ = pool.submit(full_size_step, regime, config, torch.get_num_threads()).result()
-            peaks[regime].append(peak)
-            seconds[regime].append(time_)
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                measured[regime].append(pool.submit(full_size_step, regime, config, torch.get_num_threads()).result())
+    peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
     return {"bf16": fast_bf16()} | {
-        regime: {"peak_gib": max(peaks[regime]), "seconds": torch.tensor(seconds[regime]).median().item()}
-        | summary(seconds[regime], seconds["end-to-end"])
-        for regime in REGIMES
+        regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES
     }
 
 

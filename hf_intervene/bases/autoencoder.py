@@ -62,6 +62,7 @@ class LatentAdapter(ModelMixin, ConfigMixin):
         self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
         if residual_layers:
             self.residual_prior = ResidualPrior(in_channels, residual_layers)
+            self.residual_log_variance = nn.Parameter(torch.tensor(2 * math.log(0.1)))  # of a pixel given the residual too
 
 
 @register_base(AutoencoderKL)
@@ -163,7 +164,13 @@ class AutoencoderBase(Base):
         return LeanConvolutions()
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        log_variance = self.adapter.log_variance.float()
+        return self._gaussian(decoded, pixel_values, self.adapter.log_variance)
+
+    def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._gaussian(decoded, pixel_values, self.adapter.residual_log_variance)
+
+    def _gaussian(self, decoded: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+        log_variance = log_variance.float()
         squares = (self._unit(decoded) - pixel_values.float()).square().flatten(1)
         return 0.5 * (squares / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(1)
 

@@ -74,6 +74,10 @@ class Base(nn.Module):
         """Parameters of p(x | r), (B, C, H, W), of latents r (B, *residual_shape)."""
         raise NotImplementedError
 
+    def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """-log p(x | r) of each image in nats, (B,)."""
+        raise NotImplementedError
+
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules of the encoder, which no sample from the prior passes."""
         return ()
