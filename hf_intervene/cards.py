@@ -118,7 +118,10 @@ class _Saved:
 
     @property
     def settings(self) -> dict:
-        return yaml.safe_load(self.settings_text) or {}
+        try:
+            return yaml.safe_load(self.settings_text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.folder / SETTINGS_FILE} is not valid YAML: remove it, or mend it.") from error
 
     @property
     def base_id(self) -> str | None:
@@ -129,6 +132,11 @@ class _Saved:
     @property
     def has_base(self) -> bool:
         return (self.folder / "base").is_dir()
+
+    @property
+    def has_residual(self) -> bool:
+        file = self.folder / "adapter" / "config.json"
+        return file.exists() and bool(json.loads(file.read_text()).get("residual_layers"))
 
     @property
     def base_is_elsewhere(self) -> bool:
@@ -259,7 +267,11 @@ def _limits(saved: _Saved) -> list[str]:
         "That interventions compose as the real world would is hoped for, not guaranteed; look at the pairs you use.",
         "Distances are on pixels: one near its floor says that pixel statistics agree, not that every image is right.",
     ]
-    if (saved.folder / "adapter").is_dir():
+    if saved.has_residual:
+        limits.append(
+            "Residual latents carry what the concepts leave open, and may carry some of the concepts past the interventions."
+        )
+    elif (saved.folder / "adapter").is_dir():
         limits.append("The head speaks to the base through one vector an image: what that cannot hold is blurred.")
     return limits[:1] if saved.kind == HEAD else limits
 

@@ -144,6 +144,8 @@ def parse_interventions(
         ValueError, TypeError: one sentence saying what is wrong and what was expected.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
     if isinstance(interventions, torch.Tensor):
         targets = _check_targets(interventions, width, blocks)
     else:

@@ -54,13 +54,16 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
     if not path.is_dir():
         raise OSError(f"there is no saved model in {name} on the Hub: it has none of the files {', '.join(files)}.")
-    _check_contents(path, name)
+    for pattern in files:
+        _check_contents(path, pattern, name)
     return path
 
 
-def _check_contents(path: Path, name: str | os.PathLike) -> None:
+def _check_contents(path: Path, pattern: str, name: str | os.PathLike) -> None:
     """Weights have the hash they were uploaded with: the cache names them by it, but nobody compared when they came in."""
-    for file in path.rglob("*.safetensors"):
+    for file in path.rglob(pattern) if "/" not in pattern else path.glob(pattern):
+        if file.suffix != ".safetensors":
+            continue
         blob = file.resolve()
         if len(blob.name) != 64:  # no SHA-256: a cache without symbolic links
             continue
@@ -109,7 +112,9 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
             inside = "/".join([*parts[at + 2 :], *([subfolder] if subfolder else [])])
             name = parts[at - 1].removeprefix("models--").replace("--", "/")
             return {"name_or_path": name, "subfolder": inside or None, "revision": parts[at + 1]}
-    if not os.path.isdir(name_or_path):
+    if os.path.isdir(name_or_path):
+        name_or_path = os.path.abspath(name_or_path)  # or, from another folder, it would pass for a repository
+    else:
         try:  # the commit that the cache knows the revision by is the one of the last load
             revision = HfApi().resolve_revision(name_or_path, revision=revision, local_files_only=True).resolved
         except (RevisionResolutionError, HFValidationError):

@@ -33,7 +33,7 @@ from .bases.loading import (
     load_saved_base,
     remove_weights,
 )
-from .bases.lora import has_lora, load_lora, merged, save_lora
+from .bases.lora import has_lora, load_lora, lora_rank, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .modeling_intervention import InterventionHead, gaussian_kl
@@ -96,7 +96,7 @@ class InterventionModel(PreTrainedModel):
         super().__init__(config)
         self.base = wrap_base(base)
         if config.ablation in ("base", "base-pooled"):
-            self.head = None
+            self.head, self.base.under_head = None, False
             self.noise_shape = tuple(self.base.embedding_shape)
         else:
             for name in ("feature_width", "embedding_shape"):
@@ -315,15 +315,31 @@ class InterventionModel(PreTrainedModel):
         noise, residual = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*abducted))
         return self._decoded_images(noise, after, output_type, batch_size, residual)
 
-    def abduct(self, pixel_values: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The noise of images (B, C, H, W) under targets (B, D): the posterior mean of z, (B, *noise_shape), and the residual noise
-        (B, *residual_shape) that belongs to it, or `None` for a base without residual latents; float32."""
+    def abduct(
+        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The noise of images, float32: z, (B, *noise_shape), and the residual noise (B, *residual_shape) that belongs to it, or `None`
+        for a base without residual latents.
+
+        Args:
+            pixel_values: images, (B, C, H, W).
+            targets: of the context they came from, (B, D).
+            generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under the model.
+        """
+        count, draw = len(pixel_values), generator is not None
+
+        def noise(shape: tuple[int, ...]) -> torch.Tensor:
+            if draw:
+                return randn_tensor((count, *shape), generator=generator, device=pixel_values.device, dtype=torch.float32)
+            return torch.zeros(count, *shape, device=pixel_values.device)
+
         if self.base.residual_shape is None:
-            return self.posterior(pixel_values, targets)[0].float(), None
-        no_noise = torch.zeros(len(pixel_values), *self.base.residual_shape, device=pixel_values.device)
-        features, latents, _ = self.base.encode_latents(pixel_values, no_noise)
-        z = self._posterior_of(features, targets)[0].float()
-        return z, self.base.residual(latents, self.embed(z, targets))[0]
+            features = self.base.encode(pixel_values)
+        else:
+            features, latents, _ = self.base.encode_latents(pixel_values, noise(self.base.residual_shape))
+        mean, logvar = self._posterior_of(features, targets)
+        z = mean.float() + (0.5 * logvar.float()).exp() * noise(self.noise_shape)
+        return z, None if self.base.residual_shape is None else self.base.residual(latents, self.embed(z, targets))[0]
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
@@ -417,6 +433,9 @@ class InterventionModel(PreTrainedModel):
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
         reference = self.config.base_reference
+        if has_lora(self.base.model):
+            for config in {id(c): c for c in (self.config, *([self.head.config] if self.head else []))}.values():
+                config.lora_rank = lora_rank(self.base.model)  # loading looks there
         if save_base is None:
             save_base = reference is None or not is_referenced(self.base.model, reference)
         base_folder = os.path.join(save_directory, BASE_FOLDER)
@@ -476,6 +495,8 @@ class InterventionModel(PreTrainedModel):
             family = base_family(model)
         else:
             model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
+            if has_lora(model):
+                raise ValueError("the base that was passed carries LoRA layers of another head: pass a fresh copy of it.")
             if not has_base:
                 check_reference(model, config)
         head = None

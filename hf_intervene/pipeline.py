@@ -39,7 +39,6 @@ class InterventionPipeline(DiffusionPipeline):
     ```
     """
 
-    model_cpu_offload_seq = "head->adapter->base"
     _optional_components = ["adapter"]
 
     def __init__(self, base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None = None):
@@ -65,7 +64,7 @@ class InterventionPipeline(DiffusionPipeline):
                 f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
                 "(a model is loaded with InterventionModel.from_pretrained)."
             )
-        for part in cls.model_cpu_offload_seq.split("->"):
+        for part in ("head", "adapter", "base"):
             if saved.get(part, [None])[0] is not None and part not in kwargs:
                 hub.check_weights(path / part, f"the {part} of {name}", kwargs.get("variant"))
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
@@ -90,7 +89,7 @@ class InterventionPipeline(DiffusionPipeline):
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        return _model(self.base, self.head, self.adapter)
+        return _model(self.base, self.head, self.adapter).eval()
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -144,4 +143,4 @@ def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None)
     if family.adapter_class is not None and adapter is None:
         raise ValueError(f"a head on {name} needs the adapter that was trained with it: pass adapter=.")
     wrapped = family(base) if adapter is None else family(base, adapter=adapter)
-    return InterventionModel(head.config, wrapped, head).eval()
+    return InterventionModel(head.config, wrapped, head)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from hf_intervene import InterventionModel, InterventionPipeline, wrap_base
 from hf_intervene.bases import AutoencoderBase
@@ -191,6 +192,50 @@ def test_regimes_from_the_trainer(tiny, tmp_path, family, regime):
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
 
+@pytest.mark.parametrize("regime", ["frozen", "lora"])
+def test_a_base_out_of_a_pipelines_folder(tiny, tmp_path, monkeypatch, regime):
+    saved("kl", tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "pretrained").rename(tmp_path / "pipeline" / "vae")
+    monkeypatch.chdir(tmp_path)
+    settings = tiny | {"base": "pipeline", "base_subfolder": "vae", "max_steps": 4, "lora_rank": 2, "regime": regime}
+    folder = train.train(TrainArguments(**settings)).model_dir
+    monkeypatch.chdir("/")  # a relative path is known again from elsewhere
+    assert InterventionModel.from_pretrained(folder).sample("size", 2).shape == (2, 3, 16, 16)
+
+
+def test_lora_is_not_lost(tmp_path):
+    vae = saved("kl", tmp_path)
+    model = build(vae)  # without lora_rank
+    add_lora(vae, 2)
+    train_a_little(model.train())
+    model.eval().save_pretrained(tmp_path / "model")
+    fresh = AutoencoderKL.from_pretrained(tmp_path / "pretrained")
+    loaded = InterventionModel.from_pretrained(tmp_path / "model", base=fresh)
+    torch.testing.assert_close(sample(loaded), sample(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="carries LoRA layers of another head"):
+        InterventionModel.from_pretrained(tmp_path / "model", base=fresh)
+    file = tmp_path / "model" / "lora" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(iter(weights)))
+    save_file(weights, file)
+    with pytest.raises(OSError, match="the LoRA of .* does not fit the base: weights of .* are missing"):
+        InterventionModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("regime", ["frozen", "fine-tune", "end-to-end"])
+def test_an_ablation_without_a_head_trains_the_posterior_it_has(tiny, tmp_path, regime):
+    saved("kl", tmp_path)
+    base = {
+        "base": str(tmp_path / "pretrained"),
+        "ablation": "base-pooled",
+        "regime": regime,
+        "output_dir": str(tmp_path / "run"),
+    }
+    before = train.build_model(TrainArguments(**tiny | base), train.load_data(TrainArguments(**tiny | base))[0])
+    after = InterventionModel.from_pretrained(train.train(TrainArguments(**tiny | base)).model_dir)
+    assert not torch.equal(before.base.adapter.network.quant.weight, after.base.adapter.network.quant.weight)
+
+
 def test_what_does_not_fit(tmp_path, tiny, capsys):
     vae = saved("kl", tmp_path)
     with pytest.raises(ValueError, match="the adapter is for 4 x 8.2 latents, but this AutoencoderKL makes 4 x 16.2"):
@@ -199,6 +244,8 @@ def test_what_does_not_fit(tmp_path, tiny, capsys):
         wrap_base(FAMILIES["tiny"]())
     assert main([word for key, value in (tiny | {"regime": "lora"}).items() for word in options(key, value)]) == 1
     assert "regime lora needs a pretrained base" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="regime frozen needs a pretrained base"):
+        TrainArguments(**tiny | {"regime": "frozen"})
 
 
 def options(key, value):

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, demo
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
-from hf_intervene.training import ablation, evaluate
+from hf_intervene.training import ablation, evaluate, train
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypat
 
 
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
-    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10"]
+    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10", "--protocol", "both"]
     assert evaluate.main(argv) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
@@ -62,15 +63,32 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
 
 
-def test_own_images(saved, model, tmp_path):
+def test_own_images(saved, model, tmp_path, capsys):
     for name, images in quad.images_by_context(quad.TRAIN_CONTEXTS, 12, 16).items():
         (tmp_path / "images" / name).mkdir(parents=True)
         for number, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / "images" / name / f"{number}.png")
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--dataset", str(tmp_path / "images")]
-    assert evaluate.main([*argv, "--protocol", "independent"]) == 0
+    assert evaluate.main([*argv, "--all"]) == 0
     rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
     assert {row["images"] for row in rows.values()} == {6} and len(rows) == 7
+    assert evaluate.main(argv) == 1  # the tenth that training holds out by default is one image
+    assert "two held-out images of obs" in capsys.readouterr().err
+    # What is measured is what the trainer held out.
+    settings = {
+        "dataset": str(tmp_path / "images"),
+        "validation_fraction": 0.5,
+        "data_seed": 3,
+        "resolution": 16,
+        "concepts": list(quad.CONCEPTS),
+    }
+    (saved / "training_arguments.yaml").write_text(yaml.safe_dump(settings))
+    assert evaluate.main(argv) == 0
+    _, validation = train.load_data(train.TrainArguments(output_dir="unused", **settings))
+    split = evaluate.training_split(saved)
+    halves = evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 99, 0, 16, 3, "dependent", split)
+    for name, expected in validation.by_context().items():
+        assert {x.tobytes() for half in halves for x in half[name]} == {x.tobytes() for x in expected}
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="has no context for size"):

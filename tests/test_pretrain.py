@@ -29,3 +29,8 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     file.write_text("")
     assert pretrain.main(["--output", str(file / "vae")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+    assert pretrain.main(["--output", str(tmp_path)]) == 1  # what is there is not replaced
+    assert "already holds something" in capsys.readouterr().err and file.exists()
+    for wrong in (["--resolution", "30"], ["--batch-size", "0"]):
+        assert pretrain.main(["--output", str(tmp_path / "vae"), *wrong]) == 1
+        assert "multiple of 4" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_samples_follow_generator_and_scale():
     torch.testing.assert_close(still[0], expected)
 
 
-def test_train_save_load_resume_and_measure(tiny, tmp_path):
+def test_train_save_load_and_measure(tiny, tmp_path):
     autoencoder().save_pretrained(tmp_path / "vae")
     settings = tiny | {"base": str(tmp_path / "vae"), "regime": "frozen", "residual_layers": 2, "residual_weight": 0.5}
     whole = train.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
@@ -153,6 +153,7 @@ def test_leakage_is_found_where_there_is_some_and_only_there():
     contexts = np.repeat(["obs", "a", "b"], 200)
     noise = rng.normal(size=(600, 4, 4, 4))
     blind = context_leakage(noise, contexts)
+    assert abs(blind.accuracy - 1 / 3) < 0.06
     assert blind.interval[0] < 1 / 3 < blind.interval[1] + 0.03
     shifted = noise.copy()
     shifted[contexts == "a", 0, 0, 0] += 2
@@ -161,7 +162,36 @@ def test_leakage_is_found_where_there_is_some_and_only_there():
     assert context_leakage(wider, contexts).interval[0] > 0.5
     with pytest.raises(ValueError, match="at least two contexts"):
         context_leakage(noise[:200], contexts[:200])
-    assert share_moved(0.3, 0.3, 0.1) == 0 and share_moved(0.3, 0.1, 0.1) == 1
+    assert share_moved(0.3, 0.3, 0.1) == 0 and share_moved(0.3, 0.1, 0.1) == 1 and np.isnan(share_moved(0.1, 0.1, 0.1))
+
+
+def test_draws_do_not_leak_where_means_do():
+    """The exact posterior of a model without leakage, r = a_k z + rho: the residual noise of means tells the contexts apart."""
+    rng = np.random.default_rng(0)
+    means, draws, contexts = [], [], []
+    for name, a in (("obs", 0.0), ("a", 1.0)):
+        z, rho = rng.normal(size=(2, 400, 64))
+        r = a * z + rho
+        mean, std = a * r / (a * a + 1), (a * a + 1) ** -0.5
+        means.append(r - a * mean)
+        draws.append(r - a * (mean + std * rng.normal(size=z.shape)))
+        contexts += [name] * 400
+    assert context_leakage(np.concatenate(means), np.array(contexts)).accuracy > 0.9
+    assert abs(context_leakage(np.concatenate(draws), np.array(contexts)).accuracy - 0.5) < 0.06
+
+
+def test_abducted_draws_are_the_posterior():
+    model = build()
+    x, s = torch.rand(1, 3, 16, 16).expand(64, -1, -1, -1), model.targets("a", 64)
+    with torch.no_grad():
+        z, rho = model.abduct(x, s, torch.Generator().manual_seed(0))
+        mean, logvar = model.posterior(x[:1], s[:1])
+        latents = model.base.adapter.residual_prior(rho, model.base._asked_for(model.embed(z, s)))
+        q = model.base.model.encode(2 * x[:1] - 1).latent_dist
+    standard = (z - mean) / (0.5 * logvar).exp()
+    assert abs(standard.mean()) < 0.05 and abs(standard.std() - 1) < 0.05
+    standard = (latents / 0.7 + 0.2 - q.mean) / q.std
+    assert abs(standard.mean()) < 0.05 and abs(standard.std() - 1) < 0.05
 
 
 def test_settings_that_make_no_sense(tiny):

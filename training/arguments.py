@@ -89,6 +89,8 @@ class TrainArguments:
     def __post_init__(self):
         if self.regime == "lora" and (self.base == "light-vae" or self.lora_rank < 1):
             raise ValueError("regime lora needs a pretrained base (--base) and a lora_rank of at least 1.")
+        if self.regime == "frozen" and self.base == "light-vae":
+            raise ValueError("regime frozen needs a pretrained base (--base): a new light VAE would stay as random as it starts.")
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
         for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.metrics import bits_per_pixel, context_leakage, mean_interval, share_moved
+from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
+from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable
 
 
@@ -59,6 +62,8 @@ def evaluate(
         averaged over each kind; `leakage`: how well the context can be told from the residual noise, for a model that has it.
     """
     model.eval()
+    if model.base.residual_shape is not None:
+        check_installed()  # now, not after all the rest
     contexts: dict[str, dict] = {}
     residuals = {}
     generator = torch.Generator().manual_seed(seed)
@@ -87,10 +92,10 @@ def evaluate(
             batches = (
                 torch.from_numpy(x).permute(0, 3, 1, 2).to(model.device).float() / 255 for x in _batches(images, batch_size)
             )
-            rho = [model.abduct(x, model.targets(name, len(x)))[1].cpu().numpy() for x in batches]
+            rho = [model.abduct(x, model.targets(name, len(x)), generator)[1].cpu().numpy() for x in batches]
             residuals[name] = np.concatenate(rho)
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
-    if residuals:
+    if residuals and min(map(len, residuals.values())) >= FOLDS:
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
     return metrics
@@ -133,7 +138,7 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
             }
         edited = [row["edit"] for row in rows if "edit" in row]
         if edited:
-            means[kind]["edit"] = {key: float(np.mean([row[key] for row in edited])) for key in edited[0]}
+            means[kind]["edit"] = {key: float(np.nanmean([row[key] for row in edited])) for key in edited[0]}
     return means
 
 
@@ -170,11 +175,22 @@ def table(metrics: dict) -> str:
 
 
 def held_out_images(
-    dataset: str, concepts: Sequence[str], images: int, seed: int, resolution: int, channels: int, variant: str
+    dataset: str,
+    concepts: Sequence[str],
+    images: int,
+    seed: int,
+    resolution: int,
+    channels: int,
+    variant: str,
+    split: tuple[float, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
-    quad: fresh draws, held-out pairs included. Own data: each context's images split in halves (at most `images` each).
+    quad: fresh draws, held-out pairs included. Own data: each context's images in two halves (at most `images` each), of those only
+    that training held out, by the fraction and seed of its `split`; `None`: all, of data that training did not see.
+
+    Raises:
+        ValueError: own data that lack a concept, or a context with fewer than two images.
     """
     if dataset == "quad":
         contexts = quad.TRAIN_CONTEXTS + quad.HELD_OUT
@@ -184,7 +200,22 @@ def held_out_images(
     missing = [concept for concept in concepts if concept not in data.concepts]
     if missing:
         raise ValueError(f"{dataset} has no context for {', '.join(missing)}; the model's concepts are {', '.join(concepts)}.")
-    return tuple({name: a[k::2][:images] for name, a in data.by_context().items()} for k in (0, 1))
+    if split is not None and list(data.concepts) != list(
+        concepts
+    ):  # as in training: the split depends on the order of the contexts
+        data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
+    by_context = (data if split is None else data.split(*split)[1]).by_context()
+    few = [name for name, a in by_context.items() if len(a) < 2]
+    if few:
+        raise ValueError(f"two held-out images of {', '.join(few)} are needed at least: hold out more (validation_fraction).")
+    return tuple({name: a[k::2][:images] for name, a in by_context.items()} for k in (0, 1))
+
+
+def training_split(folder: str) -> tuple[float, int]:
+    """The fraction and seed by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
+    path = Path(folder, "training_arguments.yaml")
+    saved = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in ("validation_fraction", "data_seed"))
 
 
 def load_model(folder: str) -> InterventionModel:
@@ -211,9 +242,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
     parser.add_argument("--dataset", default="quad", help="quad, an image folder, a saved data set or a Hub name")
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad only")
+    parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")
     parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
     parser.add_argument("--projections", type=int, default=500)
-    parser.add_argument("--protocol", default="both", choices=[*PROTOCOLS, "both"])
+    parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
     return parser.parse_args(argv)
@@ -226,7 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_model(arguments.model)
         channels, height, _ = model.base.image_shape
         real, other_real = held_out_images(
-            arguments.dataset, model.concepts, arguments.images, arguments.seed, height, channels, arguments.variant
+            arguments.dataset,
+            model.concepts,
+            arguments.images,
+            arguments.seed,
+            height,
+            channels,
+            arguments.variant,
+            None if arguments.all else training_split(arguments.model),
         )
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, edits=arguments.edits)

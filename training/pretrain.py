@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -73,6 +74,8 @@ def pretrain(
         schedule.step()
         bar.set_postfix(rmse=f"{(squares.mean() / pixels_per_image).sqrt().item() / 2:.4f}")
     vae = accelerator.unwrap_model(vae).eval()
+    if not all(bool(torch.isfinite(p).all()) for p in vae.parameters()):
+        raise FloatingPointError("the autoencoder's weights are not finite: lower the learning rate.")
     with torch.no_grad():
         latents = vae.encode(pixels[:256].to(accelerator.device).float() / 127.5 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -90,12 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        check_writable(arguments.output)
+        out = Path(arguments.output).resolve()
+        check_writable(out)
+        if any(out.iterdir()):
+            raise ValueError(f"{out} already holds something: choose another folder with --output, or remove it.")
+        if arguments.resolution % 4 or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
+            raise ValueError("resolution must be a multiple of 4, batch size and steps at least 1.")
         pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution)
         vae = pretrain(pixels, arguments.steps, arguments.batch_size, seed=arguments.seed)
-        with atomic_folder(arguments.output) as folder:
+        with atomic_folder(out) as folder:
             vae.save_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"autoencoder in {arguments.output}")

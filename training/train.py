@@ -101,7 +101,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     else:
         base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers)
     ablation = None if a.ablation == "none" else a.ablation
-    model = InterventionModel.build(base, data.concepts, ablation, a.base_subfolder, **a.head_options)
+    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options)
     if a.regime == "lora":
         add_lora(model.base.model, a.lora_rank)
     return model
@@ -245,6 +245,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             mine = rows[rank::world]
             x = validation.pixels[mine].to(accelerator.device).float() / 255
             s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
+            if not len(mine):  # fewer rows left than processes
+                continue
             with torch.no_grad(), accelerator.autocast():
                 output = model(x, s, **noise)
             sums[0] += sum(output[term] for term in _TERMS).double().sum()

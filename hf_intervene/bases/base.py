@@ -38,6 +38,7 @@ class Base(nn.Module):
     def __init__(self, model: ModelMixin):
         super().__init__()
         self.model, self.adapter = model, None
+        self.under_head = True  # the ablations without a head use the base's own posterior
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features (B, feature_width) of images (B, C, H, W) in [0, 1]."""
@@ -86,9 +87,10 @@ class Base(nn.Module):
         """Take the weights that a head replaces (the base's own posterior) out of training."""
 
     def trainable(self, flag: bool) -> None:
-        """Make the weights of the pretrained model that a head uses trainable, or freeze them all. An adapter stays trainable."""
+        """Make the weights of the pretrained model trainable that are in use, or freeze them all. An adapter stays trainable."""
         self.model.requires_grad_(flag)
-        self.freeze_unused()
+        if self.under_head:
+            self.freeze_unused()
 
 
 _REGISTRY: dict[type[ModelMixin], type[Base]] = {}

@@ -60,10 +60,12 @@ def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str 
         raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
     model = load_part(model_class_named(config["_class_name"]), path, f"the base {what}")
     family = base_family(model)
-    if residual_layers and not issubclass(family, AutoencoderBase):
+    if issubclass(family, AutoencoderBase):
+        base = family(model, sample_size=sample_size, residual_layers=residual_layers)
+    elif residual_layers:
         raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
-    options = {"residual_layers": residual_layers} if residual_layers else {}
-    base = family(model) if family.adapter_class is None else family(model, sample_size=sample_size, **options)
+    else:
+        base = family(model)
     if base.image_shape[-1] != sample_size:
         raise ValueError(
             f"the base {name_or_path} is for images of {base.image_shape[-1]} pixels, not {sample_size}: give it images of its size."

@@ -34,6 +34,10 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+def lora_rank(model: ModelMixin) -> int:
+    return model.peft_config["default"].r
+
+
 def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     """Save the LoRA layers alone; `peft.PeftModel.from_pretrained(model, folder)` reads them."""
     os.makedirs(folder, exist_ok=True)
@@ -50,10 +54,13 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     """
     check_weights(folder, what)  # or PEFT would go on to a pickle file
     try:
-        load_peft_weights(folder, device="cpu")  # PEFT reads them after it has changed the model
+        saved = load_peft_weights(folder, device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     model.peft_config = PeftModel.from_pretrained(model, folder).peft_config
+    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(_PREFIX) for name in saved}
+    if missing:  # PEFT only warns
+        raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
 
 
 def merged(model: ModelMixin) -> ModelMixin:

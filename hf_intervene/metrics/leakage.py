@@ -1,17 +1,18 @@
 """Leakage of residual latents: what of the concepts sits in the residual noise, where interventions do not reach it.
 
-Under the model, the residual noise rho is N(0, I) whatever the context. Two measures say how far that holds of a trained one:
+Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not). Two measures say how far that holds of a trained one:
 `context_leakage`, how well a context can be told from rho, and `share_moved`, how much an intervention still does to an image whose rho is
 kept.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 
 _COMPONENTS = 64  # of the principal components that the classifier reads
-_FOLDS = 5
+FOLDS = 5
 
 
 @dataclass
@@ -31,6 +32,14 @@ class LeakageResult:
         return asdict(self)
 
 
+def check_installed() -> None:
+    """Raise an ImportError that names the extra if scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError('measuring leakage needs scikit-learn: pip install "hf-intervene[eval]".') from error
+
+
 def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) -> LeakageResult:
     """How well a logistic regression tells the context from residual noise.
 
@@ -45,17 +54,16 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
         ImportError: scikit-learn is not installed; the message names the extra.
         ValueError: fewer than two contexts, or one with fewer images than folds.
     """
-    try:
-        from sklearn.decomposition import PCA
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline, make_union
-        from sklearn.preprocessing import FunctionTransformer, StandardScaler
-    except ImportError as error:
-        raise ImportError('measuring leakage needs scikit-learn: pip install "hf-intervene[eval]".') from error
+    check_installed()
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline, make_union
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
     names, labels, counts = np.unique(contexts, return_inverse=True, return_counts=True)
-    if len(names) < 2 or counts.min() < _FOLDS:
-        raise ValueError(f"leakage needs at least two contexts of {_FOLDS} images each.")
+    if len(names) < 2 or counts.min() < FOLDS:
+        raise ValueError(f"leakage needs at least two contexts of {FOLDS} images each.")
     flat = residuals.reshape(len(residuals), -1).astype(np.float64)
     components = PCA(min(_COMPONENTS, flat.shape[1], len(flat) // 2), random_state=seed)
     classifier = make_pipeline(
@@ -64,7 +72,7 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
         StandardScaler(),
         LogisticRegression(C=0.1, max_iter=1000),
     )
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     right = cross_val_predict(classifier, flat, labels, cv=folds) == labels
     by_context = [right[labels == k].mean() for k in range(len(names))]
     accuracy = float(np.mean(by_context))
@@ -74,14 +82,15 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
 
 
 def share_moved(before: float, after: float, floor: float) -> float:
-    """The share of the way to a context that an intervention takes images of another one: 0 not at all, 1 all of it.
+    """The share of the way to a context that an intervention takes images of another one: 0 not at all, 1 all of it; NaN if there is no
+    way to go, the images being no farther from the context than its own are.
 
     Args:
         before: distance of the images from the real ones of the context, before the intervention.
         after: the same, after it.
         floor: the same, of real images of the context.
     """
-    return (before - after) / (before - floor)
+    return (before - after) / (before - floor) if before > floor else math.nan
 
 
 def _mean_square(x: np.ndarray) -> np.ndarray:
