@@ -137,6 +137,8 @@ def test_train_save_load_and_measure(tiny, tmp_path):
     real, other = ({name: rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8) for name in names} for _ in range(2))
     metrics = evaluate.evaluate(model, real, other, ("independent",), 20, edits=True)
     assert metrics["leakage"]["chance"] == pytest.approx(1 / 3)
+    returned = model.reconstruct(real["obs"], output_type="np")
+    assert metrics["reconstruction_psnr"] == pytest.approx(-10 * np.log10(((returned - real["obs"] / 255) ** 2).mean()))
     assert "edit" not in metrics["contexts"]["obs"] and np.isfinite(metrics["means"]["composition"]["edit"]["share_moved"])
     table = evaluate.table(metrics)
     assert "Leakage: the context is told" in table and "| quad1+size |" in table

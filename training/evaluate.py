@@ -59,7 +59,7 @@ def evaluate(
     Returns:
         `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
         with its interval; with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the same
-        averaged over each kind; `leakage`: how well the context can be told from the residual noise, for a model that has it.
+        averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB; `leakage`: how well the context can be told from the residual noise, for a model that has it.
     """
     model.eval()
     if model.base.residual_shape is not None:
@@ -82,8 +82,11 @@ def evaluate(
             "bits_per_pixel": bits,
             "bits_per_pixel_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
-        if edits and name != OBS:
+        if edits:
             edited = np.concatenate([model.edit(x, name, output_type="np") for x in _batches(real[OBS], batch_size)])
+        if edits and name == OBS:  # nothing is changed
+            psnr = -10 * np.log10(np.square(edited - real[OBS] / 255).mean())
+        elif edits:
             before, after, floor = (
                 sliced_w2(projected[0], p) for p in (project(real[OBS], axes), project(edited, axes), projected[1])
             )
@@ -95,6 +98,8 @@ def evaluate(
             rho = [model.abduct(x, model.targets(name, len(x)), generator)[1].cpu().numpy() for x in batches]
             residuals[name] = np.concatenate(rho)
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
+    if edits:
+        metrics["reconstruction_psnr"] = float(psnr)
     if residuals and min(map(len, residuals.values())) >= FOLDS:
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
@@ -163,7 +168,11 @@ def table(metrics: dict) -> str:
         lines += ["Observational images edited to each context (share moved: of the way there; 1 is all of it)", ""]
         lines += ["| context | distance | share moved |", "| --- | --- | --- |"]
         lines += [f"| {name} | {row['edit']['distance']:.3f} | {row['edit']['share_moved']:.2f} |" for name, row in edited]
-        lines.append("")
+        lines += [
+            "",
+            f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB when nothing is changed.",
+            "",
+        ]
     if "leakage" in metrics:
         leakage = metrics["leakage"]
         lines += [
