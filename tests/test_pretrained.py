@@ -25,7 +25,7 @@ def test_small_and_safe():
 def test_interventions_and_pairs_reach_their_contexts(pipe):
     """Samples of a context are nearer to its images than any other context's images are: an unseen pair carries both interventions."""
     assert pipe.base.dtype == pipe.head.dtype == torch.float32
-    names = ("obs", "quad1", "size", "quad1+size")
+    names = ("obs", "quad1", "quad2", "quad1+quad2")
     real = quad.images_by_context(names, 256, 64, "dependent", seed=9_000_000)
     for name in names:
         samples = pipe(name, num_images=256, generator=torch.Generator().manual_seed(0), output_type="np").images
