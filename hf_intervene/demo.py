@@ -44,7 +44,7 @@ def run(out: Path) -> int:
     _fresh(out)
     print(
         f"Training on quad (dependent, 32x32): {LIGHT['images_per_context']} images in each of {', '.join(quad.TRAIN_CONTEXTS)}.\n"
-        "No image ever carries two interventions. This takes about four minutes on two cores."
+        "No image ever carries two interventions. This takes two to four minutes on two cores."
     )
     model = _train(out / "run", LIGHT)
     if model is None:
