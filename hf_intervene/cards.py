@@ -40,6 +40,19 @@ def card_path(folder: str | os.PathLike) -> Path:
     return path
 
 
+def read_settings(folder: str | os.PathLike) -> dict:
+    """The settings in `training_arguments.yaml` of a saved model's folder; none if it is not there.
+
+    Raises:
+        ValueError: it is not valid YAML.
+    """
+    path = Path(folder, SETTINGS_FILE)
+    try:
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: remove it, or mend it.") from error
+
+
 def write_card(
     folder: str | os.PathLike,
     repo_id: str | None = None,
@@ -118,10 +131,7 @@ class _Saved:
 
     @property
     def settings(self) -> dict:
-        try:
-            return yaml.safe_load(self.settings_text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{self.folder / SETTINGS_FILE} is not valid YAML: remove it, or mend it.") from error
+        return read_settings(self.folder)
 
     @property
     def base_id(self) -> str | None:

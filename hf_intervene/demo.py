@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
+from .cards import SETTINGS_FILE
 from .data import quad
 from .model import InterventionModel
 from .pipeline import InterventionPipeline
-from .plots import contexts_grid, edit_strips
+from .plots import contexts_grid, edit_strips, to_uint8
 from .training import evaluate as evaluation
 from .training import pretrain
 from .training import train as training
-from .training.checkpoints import check_writable
+from .training.checkpoints import check_empty
 
 
 SETTINGS = dict(
@@ -41,7 +42,7 @@ _EDITS = ("obs", "quad1", "quad2", "quad4", "size", "quad1+size", "quad2+quad4")
 def run(out: Path) -> int:
     """Simulate quad, train, save a pipeline, measure it, draw it. Returns an exit code."""
     start = time.perf_counter()
-    _fresh(out)
+    check_empty(out)
     print(
         f"Training on quad (dependent, 32x32): {LIGHT['images_per_context']} images in each of {', '.join(quad.TRAIN_CONTEXTS)}.\n"
         "No image ever carries two interventions. This takes two to four minutes on two cores."
@@ -68,7 +69,7 @@ def run(out: Path) -> int:
 def run_pretrained(out: Path) -> int:
     """Pretrain an autoencoder with diffusers alone, add heads to it in two regimes, load one in a new process. Returns an exit code."""
     start = time.perf_counter()
-    _fresh(out)
+    check_empty(out)
     print(f"1. A plain AutoencoderKL of diffusers, {PRETRAINING_STEPS} steps on observational images (about ten minutes in all).")
     images = pretrain.observational_images("quad", 10_000, SETTINGS["resolution"])
     pretrain.pretrain(images, PRETRAINING_STEPS).save_pretrained(out / "vae")
@@ -96,12 +97,6 @@ def run_pretrained(out: Path) -> int:
     return 0
 
 
-def _fresh(out: Path) -> None:
-    check_writable(out)
-    if any(out.iterdir()):
-        raise ValueError(f"{out} already holds something: choose another folder with --output, or remove it.")
-
-
 def _train(out: Path, settings: dict) -> InterventionModel | None:
     """Train a model; `None` if interrupted."""
     on_log = None if sys.stderr.isatty() else _print_progress
@@ -111,7 +106,7 @@ def _train(out: Path, settings: dict) -> InterventionModel | None:
 
 def _save(model: InterventionModel, run: Path, folder: Path) -> None:
     InterventionPipeline.from_model(model).save_pretrained(folder)
-    shutil.copy(run / "training_arguments.yaml", folder)  # for its model card
+    shutil.copy(run / "model" / SETTINGS_FILE, folder)  # for its model card
 
 
 def _measure_and_draw(model: InterventionModel, out: Path) -> str:
@@ -121,10 +116,10 @@ def _measure_and_draw(model: InterventionModel, out: Path) -> str:
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
     evaluation.write(metrics, out)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    generated = {name: _to_uint8(model.sample(name, noise=noise, output_type="np")) for name in real}
+    generated = {name: to_uint8(model.sample(name, noise=noise, output_type="np")) for name in real}
     contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130, bbox_inches="tight")
     originals = real["obs"][:_STRIP]
-    edits = {name: _to_uint8(model.edit(originals, name, output_type="np")) for name in _EDITS}
+    edits = {name: to_uint8(model.edit(originals, name, output_type="np")) for name in _EDITS}
     edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
     edit_strips(originals, edits).savefig(out / "edits.png", dpi=130, bbox_inches="tight")
     return evaluation.table(metrics)
@@ -133,7 +128,3 @@ def _measure_and_draw(model: InterventionModel, out: Path) -> str:
 def _print_progress(row: dict) -> None:
     if "validation" in row:
         print(f"step {row['step']}/{row['total']}: validation {row['validation']:.3f} bits per pixel", flush=True)
-
-
-def _to_uint8(images):
-    return (images * 255).round().astype("uint8")

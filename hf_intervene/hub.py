@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import sha_fileobj
 
 
@@ -54,23 +55,21 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
     if not path.is_dir():
         raise OSError(f"there is no saved model in {name} on the Hub: it has none of the files {', '.join(files)}.")
-    for pattern in files:
-        _check_contents(path, pattern, name)
+    _check_contents(path, files, name)
     return path
 
 
-def _check_contents(path: Path, pattern: str, name: str | os.PathLike) -> None:
+def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike) -> None:
     """Weights have the hash they were uploaded with: the cache names them by it, but nobody compared when they came in."""
-    for file in path.rglob(pattern) if "/" not in pattern else path.glob(pattern):
-        if file.suffix != ".safetensors":
-            continue
-        blob = file.resolve()
+    weights = [file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")]
+    for file in filter_repo_objects(weights, allow_patterns=list(patterns)):  # as snapshot_download chose them
+        blob = (path / file).resolve()
         if len(blob.name) != 64:  # no SHA-256: a cache without symbolic links
             continue
         with open(blob, "rb") as opened:
             if sha_fileobj(opened).hex() != blob.name:
                 raise OSError(
-                    f"{file.relative_to(path).as_posix()} of {name} is corrupt, it is not the file that was uploaded: "
+                    f"{file} of {name} is corrupt, it is not the file that was uploaded: "
                     "load with force_download=True to fetch it again."
                 )
 

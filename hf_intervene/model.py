@@ -180,6 +180,14 @@ class InterventionModel(PreTrainedModel):
         """The targets the head sees: none in the ablation that pools the contexts."""
         return torch.zeros_like(targets) if self.config.ablation == "head-pooled" else targets
 
+    def posterior_draws(self, num_images: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Standard normal draws for the posterior of images, as keyword arguments of `forward`: `noise`, (num_images, *noise_shape),
+        and, for a base with residual latents, `residual_noise`, (num_images, *residual_shape); on the CPU."""
+        shapes = {"noise": self.noise_shape}
+        if self.base.residual_shape is not None:
+            shapes["residual_noise"] = self.base.residual_shape
+        return {name: torch.randn(num_images, *shape, generator=generator) for name, shape in shapes.items()}
+
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -326,12 +334,12 @@ class InterventionModel(PreTrainedModel):
             targets: of the context they came from, (B, D).
             generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under the model.
         """
-        count, draw = len(pixel_values), generator is not None
 
         def noise(shape: tuple[int, ...]) -> torch.Tensor:
-            if draw:
-                return randn_tensor((count, *shape), generator=generator, device=pixel_values.device, dtype=torch.float32)
-            return torch.zeros(count, *shape, device=pixel_values.device)
+            shape = (len(pixel_values), *shape)
+            if generator is None:
+                return torch.zeros(shape, device=pixel_values.device)
+            return randn_tensor(shape, generator=generator, device=pixel_values.device, dtype=torch.float32)
 
         if self.base.residual_shape is None:
             features = self.base.encode(pixel_values)
@@ -434,8 +442,8 @@ class InterventionModel(PreTrainedModel):
             raise NotADirectoryError(f"cannot save to {save_directory}: it is a file; give a folder.")
         reference = self.config.base_reference
         if has_lora(self.base.model):
-            for config in {id(c): c for c in (self.config, *([self.head.config] if self.head else []))}.values():
-                config.lora_rank = lora_rank(self.base.model)  # loading looks there
+            for part in (self, self.head) if self.head is not None else (self,):
+                part.config.lora_rank = lora_rank(self.base.model)  # loading looks there
         if save_base is None:
             save_base = reference is None or not is_referenced(self.base.model, reference)
         base_folder = os.path.join(save_directory, BASE_FOLDER)

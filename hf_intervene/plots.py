@@ -18,6 +18,11 @@ def _show(axis: matplotlib.axes.Axes, images: np.ndarray) -> None:
         spine.set_visible(False)
 
 
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Float images in [0, 1] as uint8."""
+    return (images * 255).round().astype("uint8")
+
+
 def contexts_grid(
     real: Mapping[str, np.ndarray],
     generated: Mapping[str, np.ndarray],

@@ -122,7 +122,7 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
-    from .plots import strips  # here, or every import of the package would load Matplotlib
+    from .plots import strips, to_uint8  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
     contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
@@ -132,5 +132,4 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
     for module, training in modes.items():
         module.training = training
-    rows = {name: (array * 255).round().astype("uint8") for name, array in samples.items()}
-    strips(rows).savefig(path, dpi=100, bbox_inches="tight")
+    strips({name: to_uint8(array) for name, array in samples.items()}).savefig(path, dpi=100, bbox_inches="tight")

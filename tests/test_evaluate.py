@@ -157,6 +157,8 @@ def test_pretrained_demo(quick_demo, tmp_path, capsys):
     assert not (out / "frozen" / "run" / "model" / "base").exists() and (out / "lora" / "run" / "model" / "lora").exists()
     assert "without the base" in capsys.readouterr().out
     assert cli.main(["card", str(out / "frozen" / "pipeline"), "--metrics", str(out / "frozen")]) == 0
+    settings = (out / "frozen" / "pipeline" / "training_arguments.yaml").read_text()
+    assert "output_dir" not in settings and str(tmp_path) not in settings  # what is published names no folder of this machine
     assert "regime: frozen" in (out / "frozen" / "pipeline" / "README.md").read_text()
 
 

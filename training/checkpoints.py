@@ -71,6 +71,17 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
 
 
+def check_empty(folder: str | os.PathLike) -> None:
+    """`check_writable`, of a folder that must not hold anything yet.
+
+    Raises:
+        OSError, ValueError: one sentence: it cannot be written, or is not empty.
+    """
+    check_writable(folder)
+    if any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} already holds something: choose another folder with --output, or remove it.")
+
+
 def save_checkpoint(
     folder: str | os.PathLike,
     step: int,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm.auto import tqdm
 
+from hf_intervene.cards import read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.metrics import bits_per_pixel, context_leakage, mean_interval, share_moved
@@ -59,13 +59,14 @@ def evaluate(
     Returns:
         `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
         with its interval; with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the same
-        averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB; `leakage`: how well the context can be told from the residual noise, for a model that has it.
+        averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB;
+        `leakage`: how well the context can be told from the residual noise, for a model that has it.
     """
     model.eval()
     if model.base.residual_shape is not None:
         check_installed()  # now, not after all the rest
     contexts: dict[str, dict] = {}
-    residuals = {}
+    residuals, unchanged = {}, None  # the latter: the observational images, projected
     generator = torch.Generator().manual_seed(seed)
     for name in tqdm(real, desc="evaluating", disable=None):
         images = real[name]
@@ -82,41 +83,31 @@ def evaluate(
             "bits_per_pixel": bits,
             "bits_per_pixel_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
-        if edits:
-            edited = np.concatenate([model.edit(x, name, output_type="np") for x in _batches(real[OBS], batch_size)])
-        if edits and name == OBS:  # nothing is changed
-            psnr = -10 * np.log10(np.square(edited - real[OBS] / 255).mean())
-        elif edits:
-            before, after, floor = (
-                sliced_w2(projected[0], p) for p in (project(real[OBS], axes), project(edited, axes), projected[1])
-            )
+        if edits and name != OBS:
+            if unchanged is None:
+                unchanged = project(real[OBS], axes)
+            edited = project(model.edit(real[OBS], name, output_type="np", batch_size=batch_size), axes)
+            before, after, floor = (sliced_w2(projected[0], p) for p in (unchanged, edited, projected[1]))
             contexts[name]["edit"] = {"distance": after, "share_moved": share_moved(before, after, floor)}
         if model.base.residual_shape is not None and contexts[name]["kind"] == "concept":
-            batches = (
-                torch.from_numpy(x).permute(0, 3, 1, 2).to(model.device).float() / 255 for x in _batches(images, batch_size)
-            )
+            batches = model.preprocess(images).split(batch_size)
             rho = [model.abduct(x, model.targets(name, len(x)), generator)[1].cpu().numpy() for x in batches]
             residuals[name] = np.concatenate(rho)
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
-        metrics["reconstruction_psnr"] = float(psnr)
+        returned = model.reconstruct(real[OBS], output_type="np", batch_size=batch_size)
+        metrics["reconstruction_psnr"] = float(-10 * np.log10(np.square(returned - real[OBS] / 255).mean()))
     if residuals and min(map(len, residuals.values())) >= FOLDS:
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
     return metrics
 
 
-def _batches(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    return [images[k : k + batch_size] for k in range(0, len(images), batch_size)]
-
-
 def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
     nats = []
     for batch in pixel_values.split(batch_size):
-        noise = {"noise": torch.randn(len(batch), *model.noise_shape, generator=generator).to(model.device)}
-        if model.base.residual_shape is not None:
-            noise["residual_noise"] = torch.randn(len(batch), *model.base.residual_shape, generator=generator).to(model.device)
+        noise = {key: value.to(model.device) for key, value in model.posterior_draws(len(batch), generator).items()}
         x = batch.to(model.device).float() / 255
         output = model(x, model.targets(context, len(batch)), **noise)
         nats.append((output.reconstruction_loss + output.kl + output.residual_kl).double().cpu())
@@ -209,9 +200,8 @@ def held_out_images(
     missing = [concept for concept in concepts if concept not in data.concepts]
     if missing:
         raise ValueError(f"{dataset} has no context for {', '.join(missing)}; the model's concepts are {', '.join(concepts)}.")
-    if split is not None and list(data.concepts) != list(
-        concepts
-    ):  # as in training: the split depends on the order of the contexts
+    if split is not None and list(data.concepts) != list(concepts):
+        # As in training: the split depends on the order of the contexts.
         data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
     by_context = (data if split is None else data.split(*split)[1]).by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]
@@ -222,8 +212,7 @@ def held_out_images(
 
 def training_split(folder: str) -> tuple[float, int]:
     """The fraction and seed by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
-    path = Path(folder, "training_arguments.yaml")
-    saved = yaml.safe_load(path.read_text()) if path.exists() else {}
+    saved = read_settings(folder)
     return tuple(saved.get(name, getattr(TrainArguments, name)) for name in ("validation_fraction", "data_seed"))
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
-from hf_intervene.training.checkpoints import atomic_folder, check_writable
+from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.train import fast_bf16
 
 
@@ -94,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         out = Path(arguments.output).resolve()
-        check_writable(out)
-        if any(out.iterdir()):
-            raise ValueError(f"{out} already holds something: choose another folder with --output, or remove it.")
+        check_empty(out)
         if arguments.resolution % 4 or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
             raise ValueError("resolution must be a multiple of 4, batch size and steps at least 1.")
         pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution)

@@ -124,11 +124,7 @@ def learning_rate(arguments: TrainArguments, step: int, total: int) -> float:
 
 def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
     """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`: the same in every process."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    shapes = {"noise": model.noise_shape}
-    if model.base.residual_shape is not None:
-        shapes["residual_noise"] = model.base.residual_shape
-    return {name: torch.randn(batch_size, *shape, generator=generator) for name, shape in shapes.items()}
+    return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 class Stop:
@@ -240,13 +236,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         indices = torch.arange(len(validation))
         for number, rows in enumerate(indices.split(256)):
-            noise = step_noise(model, a.seed + 1, number, len(rows))
-            noise = {name: value[rank::world].to(accelerator.device) for name, value in noise.items()}
             mine = rows[rank::world]
-            x = validation.pixels[mine].to(accelerator.device).float() / 255
-            s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
             if not len(mine):  # fewer rows left than processes
                 continue
+            noise = step_noise(model, a.seed + 1, number, len(rows))
+            noise = {name: value[rank::world].to(accelerator.device) for name, value in noise.items()}
+            x = validation.pixels[mine].to(accelerator.device).float() / 255
+            s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
             with torch.no_grad(), accelerator.autocast():
                 output = model(x, s, **noise)
             sums[0] += sum(output[term] for term in _TERMS).double().sum()

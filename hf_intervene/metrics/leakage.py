@@ -1,8 +1,8 @@
 """Leakage of residual latents: what of the concepts sits in the residual noise, where interventions do not reach it.
 
-Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not). Two measures say how far that holds of a trained one:
-`context_leakage`, how well a context can be told from rho, and `share_moved`, how much an intervention still does to an image whose rho is
-kept.
+Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not). Two
+measures say how far that holds of a trained one: `context_leakage`, how well a context can be told from the noise, and `share_moved`, how
+much an intervention still does to an image whose noise is kept.
 """
 
 import math
