@@ -7,7 +7,7 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from transformers import AutoConfig, AutoModel
 
-from .bases import Base, LatentAdapter, LightVAE, register_base, wrap_base
+from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
 from .configuration_intervention import InterventionConfig
 from .contexts import OBS, context_name, parse_interventions
 from .model import InterventionModel, InterventionModelOutput
@@ -29,13 +29,15 @@ InterventionHead.push_to_hub = push_to_hub
 # diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
 # parts by these tables; a part of another library it refuses to load from the Hub.
 diffusers.InterventionPipeline = InterventionPipeline
-_PARTS = {part.__name__: ["save_pretrained", "from_pretrained"] for part in (InterventionHead, LatentAdapter, LightVAE)}
+_PARTS = {part.__name__: ["save_pretrained", "from_pretrained"] for part in (InterventionHead, DiffusionAdapter, LatentAdapter, LightVAE)}
 LOADABLE_CLASSES["hf_intervene"] = _PARTS
 ALL_IMPORTABLE_CLASSES.update(_PARTS)
 
 __all__ = [
     "OBS",
     "Base",
+    "DiffusionAdapter",
+    "DiffusionBase",
     "InterventionConfig",
     "InterventionHead",
     "InterventionHeadOutput",
@@ -46,6 +48,7 @@ __all__ = [
     "LightVAE",
     "bundled",
     "context_name",
+    "load_base",
     "parse_interventions",
     "register_base",
     "wrap_base",

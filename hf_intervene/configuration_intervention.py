@@ -35,6 +35,7 @@ class InterventionConfig(PreTrainedConfig):
         base_reference: the pretrained model that a head was added to: `class_name`, `name_or_path`, `subfolder`, `revision`,
             `variant`, its `dtype` then, and the `sha256` of its weights, as they were and cast to the types of half precision (see
             `bases/loading.py`); `None` for a base that was made anew.
+        companion_references: the same of the frozen models beside a denoiser, by name: `vae` and `image_encoder`.
         lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
     """
 
@@ -54,6 +55,7 @@ class InterventionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     ablation: str | None = None
     base_reference: dict[str, str | None] | None = None
+    companion_references: dict[str, dict[str, str | None]] | None = None
     lora_rank: int = 0
 
     def __post_init__(self, **kwargs):

@@ -29,9 +29,11 @@ from .bases.loading import (
     base_reference,
     check_reference,
     is_referenced,
+    load_companions,
     load_part,
     load_saved_base,
     remove_weights,
+    save_companions,
 )
 from .bases.lora import has_lora, load_lora, lora_rank, merged, save_lora
 from .configuration_intervention import InterventionConfig
@@ -49,7 +51,8 @@ class InterventionModelOutput(ModelOutput):
     Args:
         loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl; for a base with residual latents, of
             reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl.
-        reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a base with residual latents.
+        reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a base with residual latents; for a
+            denoiser its squared error at one time, summed over the entries of x.
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
@@ -96,6 +99,8 @@ class InterventionModel(PreTrainedModel):
         super().__init__(config)
         self.base = wrap_base(base)
         if config.ablation in ("base", "base-pooled"):
+            if self.base.denoises:
+                raise ValueError(f"the ablation {config.ablation!r} has no head, and a denoiser has no code z of its own to do without.")
             self.head, self.base.under_head = None, False
             self.noise_shape = tuple(self.base.embedding_shape)
         else:
@@ -136,12 +141,15 @@ class InterventionModel(PreTrainedModel):
             **head_options: other fields of `InterventionConfig`; `feature_width` and `embedding_shape` come from the base.
         """
         base = wrap_base(base)
+        models = {name: part for name, part in base.companions().items() if isinstance(part, torch.nn.Module)}
+        references = {name: base_reference(part) for name, part in models.items()}
         config = InterventionConfig(
             concepts=list(concepts),
             ablation=ablation,
             feature_width=base.feature_width,
             embedding_shape=list(base.embedding_shape),
             base_reference=base_reference(base.model, base_subfolder, base_revision, base_variant),
+            companion_references={name: found for name, found in references.items() if found is not None} or None,
             **head_options,
         )
         return cls(config, base)
@@ -170,68 +178,90 @@ class InterventionModel(PreTrainedModel):
         """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D)."""
         return z if self.head is None else self.head(z, self._seen(targets)).embedding
 
-    def decode(self, z: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor | None = None, **denoising) -> torch.Tensor:
         """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
-        noise rho (B, *residual_shape)."""
+        noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of `DiffusionBase.decode`."""
         embedding = self.embed(z, targets)
-        return self.base.decode(embedding) if residual is None else self.base.decode(embedding, residual)
+        if denoising.get("guidance_scale", 1.0) != 1.0:
+            denoising["observational"] = self.embed(z, torch.zeros_like(targets))
+        return self.base.decode(embedding) if residual is None else self.base.decode(embedding, residual, **denoising)
 
     def _seen(self, targets: torch.Tensor) -> torch.Tensor:
         """The targets the head sees: none in the ablation that pools the contexts."""
         return torch.zeros_like(targets) if self.config.ablation == "head-pooled" else targets
 
     def posterior_draws(self, num_images: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Standard normal draws for the posterior of images, as keyword arguments of `forward`: `noise`, (num_images, *noise_shape),
-        and, for a base with residual latents, `residual_noise`, (num_images, *residual_shape); on the CPU."""
+        """Draws for the posterior of images, as keyword arguments of `forward`, on the CPU: standard normal `noise`,
+        (num_images, *noise_shape), and, for a base with residual latents or a denoiser, `residual_noise`,
+        (num_images, *residual_shape); for a denoiser `time` too, uniform in [0, 1), (num_images,)."""
         shapes = {"noise": self.noise_shape}
         if self.base.residual_shape is not None:
             shapes["residual_noise"] = self.base.residual_shape
-        return {name: torch.randn(num_images, *shape, generator=generator) for name, shape in shapes.items()}
+        draws = {name: torch.randn(num_images, *shape, generator=generator) for name, shape in shapes.items()}
+        if self.base.denoises:
+            # Spread evenly over the schedule, in random order: the loss of a batch depends less on the times that it drew.
+            order = torch.randperm(num_images, generator=generator)
+            draws["time"] = (order + torch.rand(num_images, generator=generator)) / num_images
+        return draws
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         targets: torch.Tensor,
         beta: float = 1.0,
         noise: torch.Tensor | None = None,
         residual_weight: float = 1.0,
         residual_noise: torch.Tensor | None = None,
+        time: torch.Tensor | None = None,
+        prepared: dict[str, torch.Tensor] | None = None,
         return_reconstruction: bool = False,
         return_dict: bool | None = None,
     ) -> InterventionModelOutput | tuple:
         """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD section 2), with one posterior sample; for
-        a base with residual latents, that of `bases/residual.py`.
+        a base with residual latents, that of `bases/residual.py`; for a denoiser, the denoising loss takes the place of the first term.
 
         Args:
-            pixel_values: images, (B, C, H, W), in [0, 1].
+            pixel_values: images, (B, C, H, W), in [0, 1]; `None` with `prepared`.
             targets: (B, D), entries in [0, 1].
             beta: weight of the KL.
             noise: standard normal draws for the posterior sample, (B, *noise_shape); `None` draws them.
             residual_weight: weight of the term of the residual latents.
-            residual_noise: standard normal draws for theirs, (B, *residual_shape); `None` draws them.
-            return_reconstruction: whether to return the reconstructed images.
+            residual_noise: standard normal draws for theirs, or the noise that a denoiser is to tell from the image,
+                (B, *residual_shape); `None` draws them.
+            time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
+            prepared: for a denoiser, what its `prepare` made of the images.
+            return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
-        if tuple(pixel_values.shape[1:]) != self.base.image_shape:
+        if prepared is None and tuple(pixel_values.shape[1:]) != self.base.image_shape:
             raise ValueError(
                 f"pixel_values must have shape (batch, {', '.join(map(str, self.base.image_shape))}), "
                 f"not {tuple(pixel_values.shape)}."
             )
-        if self.base.residual_shape is None:
+        if return_reconstruction and self.base.denoises:
+            raise ValueError("a denoiser reconstructs in many steps: use reconstruct().")
+        if self.base.residual_shape is not None and residual_noise is None:
+            residual_noise = torch.randn(len(targets), *self.base.residual_shape, device=targets.device)
+        if self.base.denoises:
+            prepared = self.base.prepare(pixel_values) if prepared is None else prepared
+            features, latents = self.base.features(prepared), prepared["x0"]
+        elif self.base.residual_shape is None:
             features = self.base.encode(pixel_values)
         else:
-            if residual_noise is None:
-                residual_noise = torch.randn(len(pixel_values), *self.base.residual_shape, device=pixel_values.device)
             features, latents, log_q = self.base.encode_latents(pixel_values, residual_noise)
         mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
         if noise is None:
             noise = torch.randn_like(mean)
         embedding = self.embed(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar)  # (B,)
-        decoded = self.base.decode(embedding)  # (B, C, H, W)
-        reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
+        residual_kl, bottleneck_loss, decoded = torch.zeros_like(kl), None, None
+        if self.base.denoises:
+            time = torch.rand(len(targets), device=targets.device) if time is None else time
+            reconstruction_loss = self.base.denoising_loss(embedding, latents, residual_noise, time)  # (B,)
+        else:
+            decoded = self.base.decode(embedding)  # (B, C, H, W)
+            reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
         loss = reconstruction_loss + beta * kl
-        residual_kl, bottleneck_loss = torch.zeros_like(kl), None
-        if self.base.residual_shape is not None:
+        if self.base.residual_shape is not None and not self.base.denoises:
             bottleneck_loss, decoded = reconstruction_loss, self.base.decode_latents(latents)
             reconstruction_loss = self.base.residual_reconstruction_loss(decoded, pixel_values)  # (B,)
             residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
@@ -260,6 +290,9 @@ class InterventionModel(PreTrainedModel):
         output_type: str = "pt",
         batch_size: int = 256,
         residual_scale: float = 1.0,
+        residual_noise: torch.Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """Sample images from p(x | s), z from the prior.
 
@@ -272,6 +305,12 @@ class InterventionModel(PreTrainedModel):
             batch_size: images decoded at once.
             residual_scale: standard deviation of the residual noise, for a base with residual latents: 1 is the model's own, 0 leaves
                 the residual out (what the concepts decide, alone).
+            residual_noise: residual noise to use, of those latents or of a denoiser (x_T), (num_samples, *residual_shape).
+            num_inference_steps: of a denoiser's scheduler.
+            guidance_scale: for a denoiser: above 1, further away from what it makes of the same noise without interventions.
+
+        Raises:
+            ValueError: one sentence: noise of another shape, guidance with no interventions or no denoiser.
         """
         if noise is not None:
             if tuple(noise.shape[1:]) != self.noise_shape:
@@ -287,8 +326,16 @@ class InterventionModel(PreTrainedModel):
         residual = None
         if self.base.residual_shape is not None:
             shape = (len(targets), *self.base.residual_shape)
-            residual = residual_scale * randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return self._decoded_images(noise, targets, output_type, batch_size, residual)
+            if residual_noise is None:
+                residual_noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+            elif tuple(residual_noise.shape) != shape:
+                raise ValueError(f"residual_noise must have shape {shape}, not {tuple(residual_noise.shape)}.")
+            residual = residual_scale * residual_noise.to(self.device)
+        options = {}
+        if self.base.denoises:
+            options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generator}
+        self._check_guidance(guidance_scale, targets)
+        return self._decoded_images(noise, targets, output_type, batch_size, residual, **options)
 
     @torch.no_grad()
     def reconstruct(
@@ -305,9 +352,11 @@ class InterventionModel(PreTrainedModel):
         context: Interventions = None,
         output_type: str = "pt",
         batch_size: int = 256,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of its residual latents too, where the
-        base has them), the targets are replaced.
+        base has them; of a denoiser the noise x_T that leads to the image), the targets are replaced.
 
         Args:
             images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1], of the base's own size.
@@ -315,16 +364,30 @@ class InterventionModel(PreTrainedModel):
             context: the context that the images came from: observational unless said otherwise.
             output_type: see `sample`.
             batch_size: images processed at once.
+            num_inference_steps: of a denoiser, each way.
+            guidance_scale: see `sample`.
         """
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         after = self.targets(interventions, len(pixel_values))
-        abducted = [self.abduct(x, s) for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
+        self._check_guidance(guidance_scale, after)
+        options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
+        abducted = [self.abduct(x, s, **options) for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
         noise, residual = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*abducted))
-        return self._decoded_images(noise, after, output_type, batch_size, residual)
+        if self.base.denoises:
+            options |= {"guidance_scale": guidance_scale, "along_path": True}
+        return self._decoded_images(noise, after, output_type, batch_size, residual, **options)
+
+    def _check_guidance(self, guidance_scale: float, targets: torch.Tensor) -> None:
+        if guidance_scale == 1.0:
+            return
+        if not self.base.denoises:
+            raise ValueError(f"guidance_scale is for denoisers; a {type(self.base.model).__name__} has none: leave it at 1.")
+        if not bool((targets != 0).any()):
+            raise ValueError("guidance_scale leads away from the observational context, but nothing is intervened on: leave it at 1.")
 
     def abduct(
-        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None
+        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None, **denoising
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The noise of images, float32: z, (B, *noise_shape), and the residual noise (B, *residual_shape) that belongs to it, or `None`
         for a base without residual latents.
@@ -333,6 +396,7 @@ class InterventionModel(PreTrainedModel):
             pixel_values: images, (B, C, H, W).
             targets: of the context they came from, (B, D).
             generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under the model.
+            **denoising: `num_inference_steps`, of a denoiser.
         """
 
         def noise(shape: tuple[int, ...]) -> torch.Tensor:
@@ -347,7 +411,9 @@ class InterventionModel(PreTrainedModel):
             features, latents, _ = self.base.encode_latents(pixel_values, noise(self.base.residual_shape))
         mean, logvar = self._posterior_of(features, targets)
         z = mean.float() + (0.5 * logvar.float()).exp() * noise(self.noise_shape)
-        return z, None if self.base.residual_shape is None else self.base.residual(latents, self.embed(z, targets))[0]
+        if self.base.residual_shape is None:
+            return z, None
+        return z, self.base.residual_noise(latents, self.embed(z, targets), **denoising)
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
@@ -372,12 +438,12 @@ class InterventionModel(PreTrainedModel):
             raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
         return pixel_values
 
-    def _decoded_images(self, noise, targets, output_type, batch_size, residual):
+    def _decoded_images(self, noise, targets, output_type, batch_size, residual, **denoising):
         noise = noise.to(self.device)
         residuals = [None] * len(noise) if residual is None else residual.split(batch_size)
         images = torch.cat(
             [
-                self.base.to_pixels(self.decode(z, s, rho))
+                self.base.to_pixels(self.decode(z, s, rho, **denoising))
                 for z, s, rho in zip(noise.split(batch_size), targets.split(batch_size), residuals)
             ]
         )
@@ -404,7 +470,7 @@ class InterventionModel(PreTrainedModel):
         for _ in range(num_batches):
             noise = torch.randn(batch_size, *self.noise_shape, generator=generator).to(self.device)
             rows = torch.randint(len(targets), (batch_size,), generator=generator).to(self.device)
-            self.decode(noise, targets[rows])
+            (self.embed if self.base.denoises else self.decode)(noise, targets[rows])
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
             layer.eval()
@@ -427,11 +493,13 @@ class InterventionModel(PreTrainedModel):
         save_directory/adapter/                          the base family's adapter, where it has one
         save_directory/lora/                             LoRA layers on the base, if it has any; plain PEFT reads them alone
         save_directory/base/                             the base; plain diffusers reads it alone
+        save_directory/scheduler/, vae/, image_encoder/, image_processor/      what a denoiser needs beside it
 
         Args:
             save_directory: the folder.
-            save_base: whether to save the base too; `None`: unless it still is the pretrained one it was loaded as, or that one in half
-                precision. Then the configuration's `base_reference` says where to load it from, and by which hash to know it.
+            save_base: whether to save the base too (and the models beside it); `None`: unless it still is the pretrained one it was
+                loaded as, or that one in half precision. Then the configuration's `base_reference` (`companion_references`) says where
+                to load it from, and by which hash to know it.
             variant: put into the names of the weights of head, adapter and base, such as `"fp16"`; cast the model first (`model.half()`).
             max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA layers are always one file.
             **kwargs: of the head's `save_pretrained`.
@@ -444,6 +512,7 @@ class InterventionModel(PreTrainedModel):
         if has_lora(self.base.model):
             for part in (self, self.head) if self.head is not None else (self,):
                 part.config.lora_rank = lora_rank(self.base.model)  # loading looks there
+        save_companions(self.base, self.config, save_directory, save_base)
         if save_base is None:
             save_base = reference is None or not is_referenced(self.base.model, reference)
         base_folder = os.path.join(save_directory, BASE_FOLDER)
@@ -506,14 +575,18 @@ class InterventionModel(PreTrainedModel):
             if has_lora(model):
                 raise ValueError("the base that was passed carries LoRA layers of another head: pass a fresh copy of it.")
             if not has_base:
-                check_reference(model, config)
+                check_reference(model, config.base_reference)
         head = None
         if config.ablation not in ("base", "base-pooled"):
             head = InterventionHead.from_pretrained(path, config=config, dtype=dtype, variant=variant, **kwargs)
         if family.adapter_class is not None:
             what = f"the adapter of {name}"
             adapter = load_part(family.adapter_class, path / ADAPTER_FOLDER, what, variant, torch_dtype=dtype)
-            base = family(model, adapter=adapter)
+            if isinstance(base, Base):
+                companions = base.companions()
+            else:
+                companions = load_companions(name, path, config, family, dtype, options)
+            base = family(model, adapter=adapter, **companions)
         elif not isinstance(base, Base):
             base = family(model)
         if config.lora_rank and not has_base:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
@@ -18,6 +20,9 @@ from .modeling_intervention import InterventionHead
 from .push import push_to_hub
 
 
+COMPANIONS = ("scheduler", "vae", "image_encoder", "image_processor")  # of a denoiser
+
+
 class InterventionPipeline(DiffusionPipeline):
     r"""
     Sample images under interventions, and edit images by them.
@@ -26,6 +31,8 @@ class InterventionPipeline(DiffusionPipeline):
         base: the pretrained model under the head.
         head: the intervention head.
         adapter: the network between them, for base families that have one.
+        scheduler, vae, image_encoder, image_processor: of a denoiser, see `DiffusionBase`; as in any pipeline, another scheduler may
+            take the place of the first: `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
 
     Raises:
         TypeError, ValueError: one sentence: the base is of a class that is not registered, or the three do not fit together.
@@ -39,12 +46,22 @@ class InterventionPipeline(DiffusionPipeline):
     ```
     """
 
-    _optional_components = ["adapter"]
+    _optional_components = ["adapter", *COMPANIONS]
 
-    def __init__(self, base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None = None):
+    def __init__(
+        self,
+        base: ModelMixin,
+        head: InterventionHead,
+        adapter: ModelMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
+        vae: ModelMixin | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        image_processor: BaseImageProcessor | None = None,
+    ):
         super().__init__()
-        _model(base, head, adapter)  # raises unless they fit
-        self.register_modules(base=base, head=head, adapter=adapter)
+        companions = {"scheduler": scheduler, "vae": vae, "image_encoder": image_encoder, "image_processor": image_processor}
+        _model(base, head, adapter, companions)  # raises unless they fit
+        self.register_modules(base=base, head=head, adapter=adapter, **companions)
 
     push_to_hub = push_to_hub
 
@@ -64,7 +81,7 @@ class InterventionPipeline(DiffusionPipeline):
                 f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
                 "(a model is loaded with InterventionModel.from_pretrained)."
             )
-        for part in ("head", "adapter", "base"):
+        for part in ("head", "adapter", "base", "vae", "image_encoder"):
             if saved.get(part, [None])[0] is not None and part not in kwargs:
                 hub.check_weights(path / part, f"the {part} of {name}", kwargs.get("variant"))
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
@@ -84,12 +101,12 @@ class InterventionPipeline(DiffusionPipeline):
         """
         if model.head is None:
             raise ValueError(f"a model with ablation={model.config.ablation!r} has no head to intervene with.")
-        return cls(base=merged(model.base.model), head=model.head, adapter=model.base.adapter)
+        return cls(base=merged(model.base.model), head=model.head, adapter=model.base.adapter, **model.base.companions())
 
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        return _model(self.base, self.head, self.adapter).eval()
+        return _model(self.base, self.head, self.adapter, {name: getattr(self, name) for name in COMPANIONS}).eval()
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -104,6 +121,10 @@ class InterventionPipeline(DiffusionPipeline):
         noise: torch.Tensor | None = None,
         output_type: str = "pil",
         residual_scale: float = 1.0,
+        residual_noise: torch.Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        batch_size: int = 256,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Sample images; see `InterventionModel.sample`.
@@ -115,9 +136,24 @@ class InterventionPipeline(DiffusionPipeline):
             noise: exogenous noise to use, (num_images, D, noise_width).
             output_type: `"pil"`, `"np"` or `"pt"`.
             residual_scale: standard deviation of the residual noise, for a base with residual latents.
+            residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images, *residual_shape).
+            num_inference_steps: of a denoiser's scheduler.
+            guidance_scale: of a denoiser: above 1, further away from what it makes without interventions.
+            batch_size: images at once.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
         """
-        images = self.model.sample(interventions, num_images, generator, noise, output_type, residual_scale=residual_scale)
+        images = self.model.sample(
+            interventions,
+            num_images,
+            generator,
+            noise,
+            output_type,
+            batch_size,
+            residual_scale,
+            residual_noise,
+            num_inference_steps,
+            guidance_scale,
+        )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -127,14 +163,17 @@ class InterventionPipeline(DiffusionPipeline):
         interventions: Interventions,
         context: Interventions = None,
         output_type: str = "pil",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        batch_size: int = 256,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Edit images: keep their exogenous noise, replace the interventions; see `InterventionModel.edit`."""
-        edited = self.model.edit(images, interventions, context, output_type)
+        edited = self.model.edit(images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale)
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
 
 
-def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None) -> InterventionModel:
+def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:
     family, name = base_family(base), type(base).__name__
     if not isinstance(head, InterventionHead):
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
@@ -142,5 +181,9 @@ def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None)
         raise ValueError(f"a head on {name} needs no adapter: leave it out.")
     if family.adapter_class is not None and adapter is None:
         raise ValueError(f"a head on {name} needs the adapter that was trained with it: pass adapter=.")
-    wrapped = family(base) if adapter is None else family(base, adapter=adapter)
-    return InterventionModel(head.config, wrapped, head)
+    options = {"adapter": adapter} if adapter is not None else {}
+    for part, value in companions.items():
+        if value is not None and part not in family.companion_names:
+            raise ValueError(f"a head on {name} needs no {part}: leave it out.")
+        options |= {part: value} if value is not None else {}
+    return InterventionModel(head.config, family(base, **options), head)

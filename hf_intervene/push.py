@@ -16,7 +16,7 @@ from .contexts import OBS
 from .hub import clear_errors
 
 
-PARTS = ("adapter", "base", "head", "lora")
+PARTS = ("adapter", "base", "head", "lora", "scheduler", "vae", "image_encoder", "image_processor")
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
 MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]

@@ -1,20 +1,23 @@
-"""Train a plain AutoencoderKL on observational images: a pretrained base to add a head to, where none can be downloaded.
+"""Train a plain model on observational images: a pretrained base to add a head to, where none can be downloaded.
 
     python training/pretrain.py --output outputs/vae --resolution 32
+    python training/pretrain.py --model unet --output outputs/ddpm --resolution 32
 
-The model, its loss (as in latent diffusion: Gaussian pixels with a learnt variance, a small KL) and its saved folder are diffusers'; of
-this package only the images. Nothing of the contexts is seen.
+`autoencoder`: an AutoencoderKL, with the loss of latent diffusion's (Gaussian pixels with a learnt variance, a small KL). `unet`: a
+DDPMPipeline of a UNet2DModel and its scheduler. Models, losses and saved folders are diffusers'; of this package only the images. Nothing
+of the contexts is seen.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
@@ -50,41 +53,97 @@ def pretrain(
     pixels: torch.Tensor, steps: int, batch_size: int = 64, learning_rate: float = 1e-3, kl_weight: float = 1e-2, seed: int = 0
 ) -> AutoencoderKL:
     """Train an autoencoder on uint8 images (N, 3, S, S); its `scaling_factor` makes the latents' standard deviation 1."""
-    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
     torch.manual_seed(seed)
     vae = new_autoencoder(pixels.shape[-1])
     log_variance = torch.nn.Parameter(torch.tensor(0.0))
-    optimizer = torch.optim.AdamW([*vae.parameters(), log_variance], learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    vae, optimizer = accelerator.prepare(vae, optimizer)
-    bar = tqdm(range(steps), desc="pretraining", disable=None)
-    for _ in bar:
-        x = pixels[torch.randint(len(pixels), (batch_size,))].to(accelerator.device).float() / 127.5 - 1
-        with accelerator.autocast():
+
+    def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
+        with autocast():
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         squares = (decoded.float() - x).square().flatten(1).sum(1)
-        pixels_per_image = x[0].numel()
-        nll = 0.5 * (squares / log_variance.exp() + pixels_per_image * (log_variance + math.log(2 * math.pi)))
-        loss = (nll + kl_weight * posterior.kl()).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.parameters(), 1000.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(rmse=f"{(squares.mean() / pixels_per_image).sqrt().item() / 2:.4f}")
-    vae = accelerator.unwrap_model(vae).eval()
-    if not all(bool(torch.isfinite(p).all()) for p in vae.parameters()):
-        raise FloatingPointError("the autoencoder's weights are not finite: lower the learning rate.")
+        nll = 0.5 * (squares / log_variance.exp() + x[0].numel() * (log_variance + math.log(2 * math.pi)))
+        return (nll + kl_weight * posterior.kl()).mean()
+
+    _fit(vae, [*vae.parameters(), log_variance], loss, pixels, steps, batch_size, learning_rate)
     with torch.no_grad():
-        latents = vae.encode(pixels[:256].to(accelerator.device).float() / 127.5 - 1).latent_dist.mean
+        latents = vae.encode(pixels[:256].to(vae.device).float() / 127.5 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae
 
 
+def new_unet(resolution: int) -> UNet2DModel:
+    """The layers of the DDPM's network, four levels of them and narrow, with attention at the lowest: 11 M parameters."""
+    plain = ("DownBlock2D", "UpBlock2D")
+    return UNet2DModel(
+        sample_size=resolution,
+        block_out_channels=(32, 64, 128, 256),
+        layers_per_block=1,
+        down_block_types=(plain[0],) * 3 + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + (plain[1],) * 3,
+        norm_num_groups=16,
+        attention_head_dim=32,
+    )
+
+
+def pretrain_diffusion(
+    pixels: torch.Tensor, steps: int, batch_size: int = 64, learning_rate: float = 5e-4, seed: int = 0
+) -> DDPMPipeline:
+    """Train a DDPM on uint8 images (N, 3, S, S); the pipeline has the averaged weights."""
+    torch.manual_seed(seed)
+    unet = new_unet(pixels.shape[-1])
+    # v rather than the noise itself: what decides a flat region's colour are the noisiest steps, where the noise says little of it.
+    scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
+        noise = torch.randn_like(x)
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        with autocast():
+            v = unet(scheduler.add_noise(x, noise, t), t).sample
+        return (v.float() - scheduler.get_velocity(x, noise, t)).square().mean()
+
+    _fit(unet, list(unet.parameters()), loss, pixels, steps, batch_size, learning_rate, ema)
+    ema.copy_to(unet.parameters())
+    return DDPMPipeline(unet, scheduler)
+
+
+def _fit(
+    model: torch.nn.Module,
+    parameters: list[torch.nn.Parameter],
+    loss: Callable[[torch.Tensor, Callable], torch.Tensor],
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    ema: EMAModel | None = None,
+) -> None:
+    """Minimise the loss of batches of images in [-1, 1] over the parameters, in place."""
+    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
+    model.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    bar = tqdm(range(steps), desc="pretraining", disable=None)
+    for _ in bar:
+        x = pixels[torch.randint(len(pixels), (batch_size,))].to(accelerator.device).float() / 127.5 - 1
+        value = loss(x, accelerator.autocast)
+        accelerator.backward(value)
+        torch.nn.utils.clip_grad_norm_(parameters, 1000.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if ema is not None:
+            ema.step(parameters)
+        bar.set_postfix(loss=f"{value.item():.4f}")
+    model.eval()
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise FloatingPointError("the model's weights are not finite: lower the learning rate.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder for the autoencoder")
+    parser.add_argument("--output", required=True, help="folder for the model")
+    parser.add_argument("--model", choices=["autoencoder", "unet"], default="autoencoder")
     parser.add_argument("--dataset", default="quad", help="quad, an image folder, a saved data set or a Hub name")
     parser.add_argument("--images", type=int, default=10_000, help="quad only: number of images (default 10,000)")
     parser.add_argument("--resolution", type=int, default=32)
@@ -95,16 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = Path(arguments.output).resolve()
         check_empty(out)
-        if arguments.resolution % 4 or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
-            raise ValueError("resolution must be a multiple of 4, batch size and steps at least 1.")
+        multiple, train = (4, pretrain) if arguments.model == "autoencoder" else (8, pretrain_diffusion)
+        if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
+            raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
         pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution)
-        vae = pretrain(pixels, arguments.steps, arguments.batch_size, seed=arguments.seed)
+        model = train(pixels, arguments.steps, arguments.batch_size, seed=arguments.seed)
         with atomic_folder(out) as folder:
-            vae.save_pretrained(folder)
+            model.save_pretrained(folder)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"autoencoder in {arguments.output}")
+    print(f"{arguments.model} in {arguments.output}")
     return 0
 
 

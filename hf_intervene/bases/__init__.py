@@ -2,8 +2,9 @@
 
 from .autoencoder import AutoencoderBase, LatentAdapter
 from .base import Base, register_base, wrap_base
+from .diffusion import DiffusionAdapter, DiffusionBase
 from .light_vae import LightVAE, LightVAEBase
 from .loading import load_base
 
 
-__all__ = ["AutoencoderBase", "Base", "LatentAdapter", "LightVAE", "LightVAEBase", "load_base", "register_base", "wrap_base"]
+__all__ = ["AutoencoderBase", "Base", "DiffusionAdapter", "DiffusionBase", "LatentAdapter", "LightVAE", "LightVAEBase", "load_base", "register_base", "wrap_base"]

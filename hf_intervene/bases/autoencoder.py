@@ -101,7 +101,7 @@ class AutoencoderBase(Base):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"sample_size must be the side of a square image in pixels, not {size!r}.")
         self.image_shape = (model.config.get("in_channels", 3), size, size)
-        shape = _latent_shape(type(model), json.dumps(dict(model.config), default=str), self.image_shape)
+        shape = latent_shape(model, self.image_shape)
         if adapter is None:
             adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1], residual_layers=residual_layers)
         if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
@@ -143,7 +143,7 @@ class AutoencoderBase(Base):
         return self.adapter.network.decoder(embedding.to(self.adapter.dtype))
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        scale, shift = _scale_and_shift(self.model)
+        scale, shift = scale_and_shift(self.model)
         latents = (latents / scale + shift).to(self.model.dtype)
         with self._lean():
             return self.model.decode(latents).sample
@@ -151,8 +151,8 @@ class AutoencoderBase(Base):
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's dtype."""
         with self._lean():
-            mean, std = _latents(self.model, (2 * pixel_values - 1).to(self.model.dtype))
-        scale, shift = _scale_and_shift(self.model)
+            mean, std = latents_of(self.model, (2 * pixel_values - 1).to(self.model.dtype))
+        scale, shift = scale_and_shift(self.model)
         mean = (mean - shift) * scale
         std = torch.full_like(mean, _DEQUANTISATION) if std is None else std * scale
         return mean.to(self.adapter.dtype), std.to(self.adapter.dtype)
@@ -192,20 +192,25 @@ class AutoencoderBase(Base):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
 
 
-@lru_cache
-def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]) -> torch.Size:
-    """Shape of one image's latents, from a pass without data or weights through a model of a configuration, given as JSON.
+def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.Size:
+    """Shape (c, h, h) of one image's latents.
 
     Raises:
         ValueError: such images cannot be encoded, or come back in another size.
     """
+    return _latent_shape(type(model), json.dumps(dict(model.config), default=str), image_shape)
+
+
+@lru_cache
+def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]) -> torch.Size:
+    """From a pass without data or weights through a model of a configuration, given as JSON."""
     known = inspect.signature(model_class.__init__).parameters
     arguments = {key: value for key, value in json.loads(config).items() if key in known}
     advice = f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a multiple of its downsampling factor"
     with torch.device("meta"), torch.no_grad():
         model = model_class(**arguments)
         try:
-            latents, _ = _latents(model, torch.empty(1, *image_shape))
+            latents, _ = latents_of(model, torch.empty(1, *image_shape))
             returned = model.decode(latents).sample.shape
         except RuntimeError as error:
             raise ValueError(f"{advice}.") from error
@@ -214,7 +219,7 @@ def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple
     return latents.shape[1:]
 
 
-def _latents(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1]; `None` for models without one."""
     output = model.encode(sample)
     if "latent_dist" in output:
@@ -222,5 +227,5 @@ def _latents(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, tor
     return output.latents if "latents" in output else output.latent, None
 
 
-def _scale_and_shift(model: ModelMixin) -> tuple[float, float]:
+def scale_and_shift(model: ModelMixin) -> tuple[float, float]:
     return model.config.get("scaling_factor") or 1.0, model.config.get("shift_factor") or 0.0

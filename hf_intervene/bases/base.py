@@ -33,7 +33,9 @@ class Base(nn.Module):
     image_shape: tuple[int, int, int]  # (C, H, W)
     adapter: ModelMixin | None  # a network of the family's own between head and model, trained and saved with the head
     adapter_class: type[ModelMixin] | None = None  # its class; the constructor then takes it as `adapter=`
-    residual_shape: tuple[int, ...] | None = None  # of one sample's residual latents (see residual.py), for bases that have them
+    companion_names: tuple[str, ...] = ()  # of the family's `companions`
+    residual_shape: tuple[int, ...] | None = None  # of one sample's noise beside z: of residual latents (residual.py), of a denoiser
+    denoises = False  # whether it is a denoiser, with a loss and a decoder of its own (see diffusion.py)
 
     def __init__(self, model: ModelMixin):
         super().__init__()
@@ -71,6 +73,10 @@ class Base(nn.Module):
         """The residual noise of latents r under an embedding, (B, *residual_shape), and log p(r | c) in nats, (B,)."""
         raise NotImplementedError
 
+    def residual_noise(self, latents: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """The first of what `residual` returns."""
+        return self.residual(latents, embedding)[0]
+
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Parameters of p(x | r), (B, C, H, W), of latents r (B, *residual_shape)."""
         raise NotImplementedError
@@ -78,6 +84,10 @@ class Base(nn.Module):
     def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """-log p(x | r) of each image in nats, (B,)."""
         raise NotImplementedError
+
+    def companions(self) -> dict[str, object]:
+        """Frozen models, schedulers and processors that it needs beside the model, by the constructor's names for them."""
+        return {}
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules of the encoder, which no sample from the prior passes."""

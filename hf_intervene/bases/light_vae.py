@@ -6,7 +6,7 @@
 Pixels are Bernoulli: the reconstruction term is the binary cross-entropy, in nats.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -55,10 +55,7 @@ class LightVAE(ModelMixin, ConfigMixin):
         smallest = (channels[-1], sizes[-1], sizes[-1])
         flat = smallest[0] * smallest[1] * smallest[2]
 
-        down = []
-        for before, after in zip(channels[:-1], channels[1:]):
-            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(norm, after), nn.GELU()]
-        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden_width), nn.GELU())
+        self.encoder = convolutional_encoder(channels, flat, hidden_width, norm)
         self.quant = nn.Linear(hidden_width, 2 * latent_width)
 
         up = []
@@ -94,6 +91,14 @@ class LightVAE(ModelMixin, ConfigMixin):
     ) -> DecoderOutput | tuple:
         """Logits of the reconstruction of images (B, C, S, S) from one posterior sample each."""
         return self.decode(self.encode(sample).latent_dist.sample(generator), return_dict=return_dict)
+
+
+def convolutional_encoder(channels: Sequence[int], flat: int, hidden_width: int, norm: str = "group") -> nn.Sequential:
+    """Strided 4x4 convolutions between these numbers of channels, then from their `flat` numbers to features (B, hidden_width)."""
+    down = []
+    for before, after in zip(channels[:-1], channels[1:]):
+        down += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(norm, after), nn.GELU()]
+    return nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden_width), nn.GELU())
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

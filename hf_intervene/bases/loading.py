@@ -5,14 +5,18 @@ import os
 import re
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedModel
 
 from .. import hub
 from ..configuration_intervention import InterventionConfig
 from ..modeling_intervention import check_loaded
 from .autoencoder import AutoencoderBase
 from .base import Base, base_family, model_class_named, weight_hash
+from .diffusion import DiffusionBase
 
 
 BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
@@ -28,33 +32,57 @@ def load_model_config(folder: Path) -> dict | None:
     return found if "_class_name" in found else None
 
 
+def _files(subfolder: str | None = None, variant: str | None = None) -> list[str]:
+    """Patterns of the files of a saved diffusers model in a repository."""
+    weights, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    files = ["config.json", f"{weights}{dotted}.safetensors", f"{weights}{dotted}-*-of-*.safetensors"]
+    files += [f"{weights}.safetensors.index{dotted}.json"]
+    return [f"{subfolder}/{file}" if subfolder else file for file in files]
+
+
 def base_folder(name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options) -> Path:
     """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
-    weights, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
-    files = ("config.json", f"{weights}{dotted}.safetensors", f"{weights}{dotted}-*-of-*.safetensors")
-    files += (f"{weights}.safetensors.index{dotted}.json",)
-    path = hub.folder(name_or_path, [f"{subfolder}/{file}" if subfolder else file for file in files], **options)
-    return path / (subfolder or "")
+    return hub.folder(name_or_path, _files(subfolder, variant), **options) / (subfolder or "")
 
 
-def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str | None = None, residual_layers: int = 0) -> Base:
+def load_base(
+    name_or_path: str | os.PathLike,
+    sample_size: int | None,
+    subfolder: str | None = None,
+    residual_layers: int = 0,
+    image_encoder: str | os.PathLike | None = None,
+    **options,
+) -> Base:
     """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
 
     Args:
-        name_or_path: folder or repository.
-        sample_size: side of the images in pixels.
-        subfolder: its sub-folder there.
-        residual_layers: couplings of the prior of residual latents; 0: none.
+        name_or_path: folder or repository of a model, or of a diffusers pipeline, whose denoiser, scheduler and autoencoder are taken.
+        sample_size: side of the images in pixels; `None`: the model's own.
+        subfolder: the model's sub-folder there.
+        residual_layers: of an autoencoder: couplings of the prior of residual latents; 0: none.
+        image_encoder: of a denoiser: folder or repository of the vision model that z is read from; `None`: a new convolutional network.
+        **options: further ones of `DiffusionBase`, for a denoiser.
 
     Raises:
         OSError, ValueError: one sentence: nothing there, truncated weights, a class that is not registered, another image size, a class
             without residual latents.
     """
     what = f"{str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}"
+    files = _files(subfolder)
+    if subfolder is None:  # perhaps a pipeline
+        files += ["model_index.json", "scheduler/*.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
+        files += [file for part in ("unet", "transformer", "vae") for file in _files(part)]
     try:
-        path = base_folder(name_or_path, subfolder)
+        path = hub.folder(name_or_path, files) / (subfolder or "")
     except OSError as error:
         raise OSError(f"there is no pretrained base {what}: {error}") from error
+    is_pipeline = (path / "model_index.json").exists()
+    if is_pipeline:
+        denoiser = next((part for part in ("unet", "transformer") if (path / part / "config.json").exists()), None)
+        if denoiser is None:
+            raise ValueError(f"the pipeline {what} has no denoiser (unet or transformer): give one of its models with a sub-folder.")
+        options = _pipeline_parts(path, what) | options
+        path = path / denoiser
     config = load_model_config(path)
     if config is None:
         raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
@@ -64,24 +92,84 @@ def load_base(name_or_path: str | os.PathLike, sample_size: int, subfolder: str 
         base = family(model, sample_size=sample_size, residual_layers=residual_layers)
     elif residual_layers:
         raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
+    elif issubclass(family, DiffusionBase):
+        if not is_pipeline:
+            raise ValueError(f"the base {what} is a denoiser without its scheduler: give the folder of its pipeline instead.")
+        if image_encoder is not None:
+            options |= load_vision(image_encoder)
+        base = family(model, sample_size=sample_size, **options)
     else:
         base = family(model)
-    if base.image_shape[-1] != sample_size:
+    if image_encoder is not None and not base.denoises:
+        raise ValueError(f"a {type(model).__name__} has an encoder of its own: leave image_encoder out.")
+    if sample_size is not None and base.image_shape[-1] != sample_size:
         raise ValueError(
             f"the base {name_or_path} is for images of {base.image_shape[-1]} pixels, not {sample_size}: give it images of its size."
         )
     return base
 
 
+def _pipeline_parts(path: Path, what: str) -> dict[str, object]:
+    """Scheduler, autoencoder and embedding of the empty prompt of a pipeline's folder, as far as it has them."""
+    parts = {"scheduler": load_scheduler(path / "scheduler", f"the pipeline {what}")}
+    if (path / "vae" / "config.json").exists():
+        saved = load_model_config(path / "vae")
+        parts["vae"] = load_part(model_class_named(saved["_class_name"]), path / "vae", f"the vae of {what}")
+    if (path / "text_encoder" / "config.json").exists() and not (path / "text_encoder_2").exists():
+        config = json.loads((path / "text_encoder" / "config.json").read_text())
+        if config.get("model_type") == "clip_text_model":  # Stable Diffusion 1 and 2
+            tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+            encoder = CLIPTextModel.from_pretrained(path / "text_encoder", use_safetensors=True).eval()
+            tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            with torch.no_grad():
+                parts["text"] = encoder(tokens).last_hidden_state
+    return parts
+
+
+def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
+    """A saved scheduler of any class of diffusers; its name is looked up there and nowhere else.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    file = folder / "scheduler_config.json"
+    if not file.exists():
+        raise OSError(f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again.")
+    try:
+        name = json.loads(file.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is not a scheduler's configuration: it is truncated or corrupt; fetch it again.") from error
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"{file} is of a {name!r}, which is no scheduler of this version of diffusers.")
+    return found.from_pretrained(folder)
+
+
+def load_vision(name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None) -> dict[str, object]:
+    """A vision model of transformers and its image processor, from one folder or repository, as options of `DiffusionBase`.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    path = hub.folder(name_or_path, ["*.json", "model*.safetensors"])
+    hub.check_weights(path, f"the vision model {name_or_path}")
+    try:
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=dtype or torch.float32)
+        found = AutoImageProcessor.from_pretrained(processor or path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name_or_path} is no vision model with an image processor: {' '.join(str(error).split())}") from error
+    return {"image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model, "image_processor": found}
+
+
 def base_reference(
-    model: ModelMixin, subfolder: str | None, revision: str | None, variant: str | None
+    model: ModelMixin | PreTrainedModel, subfolder: str | None = None, revision: str | None = None, variant: str | None = None
 ) -> dict[str, str | None] | None:
     """Where a pretrained model came from, and the hash of its weights; `None` for one that was not loaded.
 
     `sha256` is of the weights as they are, `sha256_bfloat16` and `sha256_float16` are of the same weights cast, for whoever loads or
     saves the model in half precision.
     """
-    name = model.config.get("_name_or_path")
+    name = getattr(model.config, "_name_or_path", None)
     if not name:
         return None
     found = {"class_name": type(model).__name__} | hub.origin(str(name), revision, subfolder)
@@ -102,9 +190,8 @@ def is_referenced(model: ModelMixin, reference: dict[str, str | None]) -> bool:
     return all(torch.equal(v, v.to(then).to(v.dtype)) for v in floats) and weight_hash(model, then) == reference["sha256"]
 
 
-def check_reference(model: ModelMixin, config: InterventionConfig) -> None:
-    """Raise a ValueError if a model is not the base that a head was trained on."""
-    reference = config.base_reference
+def check_reference(model: ModelMixin, reference: dict[str, str | None] | None) -> None:
+    """Raise a ValueError if a model is not the one that a head was trained on, by its reference."""
     if reference is not None and not is_referenced(model, reference):
         raise ValueError(
             f"this {type(model).__name__} is not the base that the head was trained on: its weights differ from those of "
@@ -140,6 +227,10 @@ def load_saved_base(
     reference = config.base_reference
     if reference is None:
         raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
+    return _load_referenced(name, reference, dtype, options)
+
+
+def _load_referenced(name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict) -> ModelMixin:
     source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
     # As it was then, checked and cast; from float32 cast while it is read, where the reference has a hash of that.
     then = getattr(torch, reference["dtype"])
@@ -152,8 +243,43 @@ def load_saved_base(
         raise OSError(
             f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
         ) from error
-    check_reference(model, config)
+    check_reference(model, reference)
     return model if read_as == dtype else model.to(dtype)
+
+
+def save_companions(base: Base, config: InterventionConfig, directory: str | os.PathLike, everything: bool | None) -> None:
+    """Save what a base needs beside its model, each in a folder of its name; of models, unless `everything`, those alone that
+    `config.companion_references` does not say where to find."""
+    for name, part in base.companions().items():
+        reference, folder = (config.companion_references or {}).get(name), os.path.join(directory, name)
+        if not everything and reference is not None and is_referenced(part, reference):
+            if os.path.isdir(folder):
+                raise FileExistsError(f"{directory} holds the {name} of another model, which would be taken for this one's: empty it.")
+        else:
+            part.save_pretrained(folder)
+
+
+def load_companions(
+    name: str | os.PathLike, path: Path, config: InterventionConfig, family: type[Base], dtype: torch.dtype, options: dict
+) -> dict[str, object]:
+    """What a base of a family needs beside its model, from the folder `path` of the saved model `name`, or from where
+    `config.companion_references` says. Arguments and errors as of `load_saved_base`."""
+    found, references = {}, config.companion_references or {}
+    if "scheduler" in family.companion_names:
+        found["scheduler"] = load_scheduler(path / "scheduler", str(name))
+    if "vae" in family.companion_names:
+        saved = load_model_config(path / "vae")
+        if saved is not None:
+            found["vae"] = load_part(model_class_named(saved["_class_name"]), path / "vae", f"the vae of {name}", torch_dtype=dtype)
+        elif "vae" in references:
+            found["vae"] = _load_referenced(name, references["vae"], dtype, options)
+    if (path / "image_processor").exists():
+        here, reference = path / "image_encoder", references.get("image_encoder")
+        source = here if here.exists() or reference is None else reference["name_or_path"]
+        found |= load_vision(source, path / "image_processor", dtype)
+        if source is not here and dtype == torch.float32:
+            check_reference(found["image_encoder"], reference)
+    return found
 
 
 def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs) -> ModelMixin:

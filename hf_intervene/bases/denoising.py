@@ -1,0 +1,163 @@
+"""Noise and denoising as the schedulers of diffusers define them: training targets, sampling, and the deterministic path and its inverse.
+
+A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, or the velocity of a flow (`flow`). In all three
+x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et al., arXiv:2010.02502; Euler's for a flow) from t to t' is linear in
+x_t and the prediction, with the coefficients of `step_coefficients`.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.training_utils import compute_snr
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "flow")
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
+
+
+def prediction_type(scheduler: SchedulerMixin) -> str:
+    """What the denoiser of a scheduler predicts: one of `PREDICTIONS`.
+
+    Raises:
+        ValueError: something else.
+    """
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    found = config.get("prediction_type", "epsilon")
+    if found not in PREDICTIONS:
+        raise ValueError(
+            f"a {type(scheduler).__name__} whose denoiser predicts {found!r} is not supported; the supported ones are "
+            f"{', '.join(PREDICTIONS)} (flow: a flow-matching scheduler)."
+        )
+    return found
+
+
+def check_prediction(scheduler: SchedulerMixin, expected: str, what: str) -> None:
+    """Raise a ValueError unless a scheduler's prediction type is the one that something was trained with."""
+    found = prediction_type(scheduler)
+    if found != expected:
+        raise ValueError(
+            f"{what} was trained with {expected!r} predictions, but this {type(scheduler).__name__} takes the denoiser's for {found!r}: "
+            "make the scheduler with from_config(...) of the one it was trained with."
+        )
+
+
+def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A DDPM's ancestral scheduler is for training and a thousand steps: DDIM in its place, which keeps its noise; others as they are."""
+    if isinstance(scheduler, DDPMScheduler):
+        return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    return scheduler
+
+
+def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
+    kind = DDPMScheduler if prediction_type(scheduler) != "flow" else type(scheduler)
+    return kind.from_config(scheduler.config)
+
+
+def noised(
+    scheduler: SchedulerMixin, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, min_snr_gamma: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a denoiser is trained on.
+
+    Args:
+        scheduler: of `training_scheduler`.
+        x0: clean samples, (B, ...).
+        noise: standard normal, (B, ...).
+        time: uniform draws in [0, 1), (B,): where on the schedule; of a flow, with a logit-normal density as for Stable Diffusion 3.
+        min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al., arXiv:2303.09556); `None`: all weights are 1.
+
+    Returns:
+        x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each sample's squared error (B,).
+
+    Raises:
+        ValueError: `min_snr_gamma` for a flow.
+    """
+    kind, weight = prediction_type(scheduler), torch.ones(len(x0), device=x0.device)
+    if kind == "flow":
+        if min_snr_gamma is not None:
+            raise ValueError("min_snr_gamma weighs epsilon and v_prediction; a flow has no such weights: leave it out.")
+        density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
+        index = (density * len(scheduler.timesteps)).long().cpu()
+        timesteps, sigma = scheduler.timesteps[index].to(x0.device), scheduler.sigmas[index].to(x0.device, x0.dtype)
+        sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
+        return (1 - sigma) * x0 + sigma * noise, timesteps, noise - x0, weight
+    timesteps = (time.double() * scheduler.config.num_train_timesteps).long()
+    noisy = scheduler.add_noise(x0, noise, timesteps)
+    target = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, timesteps)
+    if min_snr_gamma is not None:
+        snr = compute_snr(scheduler, timesteps).clamp(min=1e-8)
+        weight = snr.clamp(max=min_snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    return noisy, timesteps, target, weight
+
+
+def generate(
+    predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers."""
+    scheduler = type(scheduler).from_config(scheduler.config)  # some keep the state of the last run
+    scheduler.set_timesteps(steps, device=noise.device)
+    accepts = inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if "generator" in accepts else {}
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(predict(scaled, t), t, x, **options).prev_sample
+    return x
+
+
+def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tuple[torch.Tensor, float, float]]:
+    """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean sample, whose (a, s) is (1, 0)."""
+    if prediction_type(scheduler) == "flow":
+        fresh = type(scheduler).from_config(scheduler.config)
+        fresh.set_timesteps(steps, device=device)
+        return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
+    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
+    last = len(alphas)
+    timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
+    return [
+        (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps
+    ]
+
+
+def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: float) -> tuple[float, float]:
+    """(A, B) of the deterministic step x_t' = A x_t + B prediction, from the x_0 and the noise that the prediction stands for:
+
+    epsilon: x_0 = (x - s e) / a,  noise = e;   v: x_0 = a x - s v,  noise = s x + a v;   flow: x_0 = x - s v,  noise = x + a v.
+    """
+    if kind == "epsilon":
+        return a_next / a, s_next - a_next * s / a
+    if kind == "v_prediction":
+        return a_next * a + s_next * s, s_next * a - a_next * s
+    return a_next + s_next, s_next * a - a_next * s
+
+
+def follow(predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...)."""
+    kind, x = prediction_type(scheduler), noise
+    points = [*path(scheduler, steps, noise.device), (None, 1.0, 0.0)]
+    for (t, a, s), (_, a_next, s_next) in zip(points[:-1], points[1:]):
+        scale, shift = step_coefficients(kind, a, s, a_next, s_next)
+        x = scale * x + shift * predict(x, t)
+    return x
+
+
+def invert(predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps: int, iterations: int = 3) -> torch.Tensor:
+    """The noise (B, ...) from which `follow` leads to x0 (B, ...).
+
+    Each step of the path is solved for where it came from by fixed-point iteration, x_t = (x_t' - B predict(x_t, t)) / A; with a single
+    one it would be the usual DDIM inversion, which takes the prediction at the wrong point and does not come back to the image.
+    """
+    kind, x = prediction_type(scheduler), x0
+    points = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
+    for (t, a, s), (_, a_next, s_next) in reversed(list(zip(points[:-1], points[1:]))):
+        scale, shift = step_coefficients(kind, a, s, a_next, s_next)
+        guess = x
+        for _ in range(iterations):
+            guess = (x - shift * predict(guess, t)) / scale
+        x = guess
+    return x

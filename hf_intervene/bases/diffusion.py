@@ -1,0 +1,357 @@
+"""Diffusion denoisers of diffusers under a head: UNet2DModel, UNet2DConditionModel, DiT, Stable Diffusion 3's; on pixels or on latents.
+
+    pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
+    embedding (B, *embedding_shape) --projections--> hooks of the denoiser (injection.py)
+    noise x_T (B, c, h, h) --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
+
+z says what the concepts decide, x_T carries the detail: the residual noise of this family (a diffusion autoencoder, Preechakul et al.,
+arXiv:2111.15640, whose semantic code is the head's). The first term of the objective is the denoising loss (METHOD section 2), summed over
+the entries of x: not a likelihood, so there are no bits per pixel.
+"""
+
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from .autoencoder import latent_shape, latents_of, scale_and_shift
+from .base import Base, register_base
+from .denoising import Predict, check_prediction, deterministic, follow, generate, invert, noised, prediction_type, training_scheduler
+from .encoders import VisionEncoder
+from .injection import Injection, Projections, Sites, find_sites
+from .light_vae import convolutional_encoder
+
+
+_LEFT_SET: WeakKeyDictionary[nn.Module, Injection] = WeakKeyDictionary()  # of each denoiser, if any
+
+
+class DiffusionAdapter(ModelMixin, ConfigMixin):
+    """What is trained beside the head on a denoiser: the projections of the embedding, and the small convolutional encoder, if it is one.
+
+    Args:
+        sample_size: side S of the images in pixels.
+        sites: the denoiser's, as a dictionary (see `injection.Sites`).
+        embedding_shape: of one sample's embedding.
+        map_size: side of the map that enters the middle block.
+        encoder_shape: (C, S, S) of what the convolutional encoder reads, pixels or latents; `None`: a vision model is the encoder.
+        feature_width: width of the features.
+        text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
+        prediction_type: what the denoiser predicts (see `denoising.py`).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        sites: dict,
+        embedding_shape: tuple[int, ...],
+        map_size: int = 0,
+        encoder_shape: tuple[int, ...] | None = None,
+        feature_width: int = 128,
+        text_shape: tuple[int, ...] | None = None,
+        pooled_width: int | None = None,
+        prediction_type: str = "epsilon",
+    ):
+        super().__init__()
+        self.projections = Projections(Sites(**sites), embedding_shape, map_size)
+        if encoder_shape is not None:
+            channels, size = [encoder_shape[0]], encoder_shape[-1]
+            while size > 4:  # halved down to 4 x 4 or 3 x 3 and less
+                channels.append(min(256, 32 * 2 ** (len(channels) - 1)))
+                size //= 2
+            self.encoder = convolutional_encoder(channels, channels[-1] * size**2, feature_width)
+        if text_shape is not None:
+            self.register_buffer("text", torch.zeros(1, *text_shape))
+        if pooled_width is not None:
+            self.register_buffer("pooled_text", torch.zeros(1, pooled_width))
+
+
+@register_base(UNet2DModel)
+@register_base(UNet2DConditionModel)
+@register_base(DiTTransformer2DModel)
+@register_base(SD3Transformer2DModel)
+class DiffusionBase(Base):
+    """A denoiser under a head.
+
+    Args:
+        model: the denoiser.
+        scheduler: the one it was trained with, or any other with the same kind of prediction; it generates too.
+        vae: the autoencoder in front of a latent denoiser; it stays frozen.
+        image_encoder, image_processor: a frozen vision model of transformers that z is read from; `None`: a small convolutional network,
+            trained with the head, on what the denoiser works on.
+        adapter: a trained adapter; `None` makes a new one.
+        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the denoiser's configuration.
+        text, pooled_text: embeddings (1, length, width) and (1, width) of the text that a text-conditioned denoiser is to be given under
+            the head, such as those of the empty prompt; `None`: zeros.
+        embedding_width, num_tokens: of a new adapter: width of the embedding where it is a vector; number of its tokens where the
+            denoiser has cross-attention (of its cross-attention width).
+        min_snr_gamma: see `denoising.noised`.
+
+    Raises:
+        TypeError, ValueError: one sentence: no scheduler or vae, an adapter for another denoiser or kind of prediction.
+    """
+
+    adapter_class = DiffusionAdapter
+    companion_names = ("vae", "scheduler", "image_encoder", "image_processor")
+    denoises = True
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        scheduler: SchedulerMixin | None = None,
+        vae: ModelMixin | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        image_processor: BaseImageProcessor | None = None,
+        adapter: DiffusionAdapter | None = None,
+        sample_size: int | None = None,
+        text: torch.Tensor | None = None,
+        pooled_text: torch.Tensor | None = None,
+        embedding_width: int = 128,
+        num_tokens: int = 4,
+        min_snr_gamma: float | None = None,
+    ):
+        super().__init__(model)
+        name = type(model).__name__
+        if scheduler is None:
+            raise ValueError(f"a head on a {name} needs the scheduler that it was trained with: pass scheduler=.")
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        _check_supported(model)
+        self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
+        self._training_scheduler = training_scheduler(scheduler)
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
+
+        channels = model.config.in_channels
+        size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
+        if vae is None:
+            self.image_shape = self.residual_shape = (channels, size, size)
+        else:
+            self.image_shape = (vae.config.get("in_channels", 3), size, size)
+            self.residual_shape = tuple(latent_shape(vae, self.image_shape))
+            if self.residual_shape[0] != channels:
+                raise ValueError(
+                    f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes latents of "
+                    f"{self.residual_shape[0]}: pass the vae of its pipeline."
+                )
+        if adapter is None:
+            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
+        _check_sites(find_sites(model), adapter, name)
+        check_prediction(scheduler, adapter.config.prediction_type, "this head")
+        self.adapter = adapter
+        self.feature_width = adapter.config.feature_width
+        self.embedding_shape = tuple(adapter.config.embedding_shape)
+        self.injection = Injection(model)
+        self.injection.install()
+
+    def _new_adapter(self, size, embedding_width, num_tokens, text, pooled_text) -> DiffusionAdapter:
+        model, sites, vision = self.model, find_sites(self.model), self.image_encoder
+        if isinstance(model, UNet2DConditionModel):
+            text = torch.zeros(1, 1, _width(model.config.cross_attention_dim)) if text is None else text
+        elif isinstance(model, SD3Transformer2DModel):
+            text = torch.zeros(1, 1, model.config.joint_attention_dim) if text is None else text
+            pooled_text = torch.zeros(1, model.config.pooled_projection_dim) if pooled_text is None else pooled_text
+        shape = (num_tokens, _width(model.config.cross_attention_dim)) if sites.tokens else (embedding_width,)
+        adapter = DiffusionAdapter(
+            sample_size=size,
+            sites=vars(sites),
+            embedding_shape=shape,
+            map_size=self.residual_shape[-1] >> (len(model.config.block_out_channels) - 1) if sites.map else 0,
+            encoder_shape=None if vision is not None else self.residual_shape,
+            feature_width=128 if vision is None else vision.width,
+            text_shape=None if text is None else tuple(text.shape[1:]),
+            pooled_width=None if pooled_text is None else pooled_text.shape[-1],
+            prediction_type=prediction_type(self.scheduler),
+        )
+        for buffer, value in (("text", text), ("pooled_text", pooled_text)):
+            if value is not None:
+                getattr(adapter, buffer).copy_(value)
+        return adapter
+
+    # From images to features
+
+    def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the frozen parts make of images (B, C, S, S) in [0, 1], the same at every step of training: `x0`, (B, *residual_shape),
+        and, with a vision model, its `features` (B, feature_width); float32."""
+        with torch.no_grad():
+            x0 = 2 * pixel_values - 1
+            if self.vae is not None:
+                scale, shift = scale_and_shift(self.vae)
+                x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
+            return {"x0": x0} | ({} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)})
+
+    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Features (B, feature_width) of prepared images."""
+        if self.image_encoder is not None:
+            return prepared["features"]
+        return self.adapter.encoder(prepared["x0"].to(self.adapter.dtype))
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.features(self.prepare(pixel_values))
+
+    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None):
+        prepared = self.prepare(pixel_values)
+        return self.features(prepared), prepared["x0"], None
+
+    # Denoising
+
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ()."""
+        entries = self.adapter.projections(embedding.to(self.adapter.dtype))
+        if not torch.compiler.is_compiling():
+            self.injection.install()
+            if self.model in _LEFT_SET:
+                _LEFT_SET.pop(self.model).clear()
+        self.injection.set(entries)
+        try:
+            output = self._call(x.to(self.model.dtype), timesteps)
+        finally:
+            # Gradient checkpointing computes blocks again in the backward pass: what entered must still be there.
+            if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
+                _LEFT_SET[self.model] = self.injection
+            else:
+                self.injection.clear()
+        return output[:, : x.shape[1]].float()  # without the variance, where the denoiser has learnt one
+
+    def _call(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        model, batch = self.model, len(x)
+        timesteps = timesteps.expand(batch)
+        if isinstance(model, DiTTransformer2DModel):
+            nobody = torch.full((batch,), model.config.num_embeds_ada_norm, device=x.device)  # the class of no class
+            return model(x, timestep=timesteps, class_labels=nobody).sample
+        if isinstance(model, UNet2DModel):
+            return model(x, timesteps).sample
+        text = {"encoder_hidden_states": self.adapter.text.to(x.dtype).expand(batch, -1, -1)}
+        if isinstance(model, SD3Transformer2DModel):
+            text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
+        return model(x, timestep=timesteps, **text).sample
+
+    def denoising_loss(
+        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> torch.Tensor:
+        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and time."""
+        noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
+        prediction = self.denoise(noisy, timesteps, embedding)
+        return weight * (prediction - target).square().flatten(1).sum(1)
+
+    def decode(
+        self,
+        embedding: torch.Tensor,
+        residual: torch.Tensor,
+        observational: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | None = None,
+        along_path: bool = False,
+    ) -> torch.Tensor:
+        """Images (B, C, S, S) in [-1, 1] generated under embeddings (B, *embedding_shape) from noise x_T (B, *residual_shape).
+
+        Args:
+            embedding, residual: see above.
+            observational: embeddings of the same noise z without interventions, for guidance.
+            guidance_scale: w of the prediction o + w (p - o), where o is that under `observational`; 1: no guidance.
+            num_inference_steps: of the scheduler.
+            generator: for schedulers that draw noise as they go.
+            along_path: whether to follow the deterministic path, the one that `residual_noise` inverts, instead of the scheduler.
+        """
+
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            guided = self.denoise(x, t, embedding)
+            if observational is None or guidance_scale == 1.0:
+                return guided
+            plain = self.denoise(x, t, observational)
+            return plain + guidance_scale * (guided - plain)
+
+        if along_path:
+            return self._to_images(follow(predict, self.scheduler, residual, num_inference_steps))
+        return self._to_images(generate(predict, self.scheduler, residual, num_inference_steps, generator))
+
+    def residual_noise(self, latents: torch.Tensor, embedding: torch.Tensor, num_inference_steps: int = 50) -> torch.Tensor:
+        """The stochastic code: the noise x_T (B, *residual_shape) from which x_0 is generated under an embedding (B, *embedding_shape)."""
+        predict: Predict = lambda x, t: self.denoise(x, t, embedding)  # noqa: E731
+        return invert(predict, self.scheduler, latents, num_inference_steps)
+
+    def _to_images(self, x0: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            return x0
+        scale, shift = scale_and_shift(self.vae)
+        return self.vae.decode((x0 / scale + shift).to(self.vae.dtype)).sample
+
+    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    # Parts
+
+    def companions(self) -> dict[str, object]:
+        vision = self.image_encoder
+        parts = (self.vae, self.scheduler, *((None, None) if vision is None else (vision.model, vision.image_processor)))
+        return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
+
+    def encoder_modules(self) -> Iterable[nn.Module]:
+        return self.adapter.encoder.modules() if hasattr(self.adapter, "encoder") else ()
+
+    def train(self, mode: bool = True) -> "DiffusionBase":
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+
+def _check_supported(model: ModelMixin) -> None:
+    config, name = model.config, type(model).__name__
+    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None:
+        raise ValueError(f"this {name} is conditioned on classes, which is not supported: take an unconditional one.")
+    if isinstance(model, UNet2DConditionModel) and (config.addition_embed_type or config.class_embed_type):
+        raise ValueError(
+            f"this {name} wants more than text ({config.addition_embed_type or config.class_embed_type}), which cannot be trained here: "
+            "attach a head to its pipeline instead, or take one like Stable Diffusion 1's."
+        )
+
+
+def _check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
+    """Raise a ValueError unless an adapter's projections are for these sites."""
+    found = {key: _plain(value) for key, value in adapter.config.sites.items()}
+    for key, expected in vars(sites).items():
+        if found.get(key) != _plain(expected):
+            what = {"token_widths": "cross-attention widths", "vector_width": "time embedding width", "map_channels": "middle width"}
+            raise ValueError(
+                f"the head was trained for another denoiser: its {what.get(key, key)} are {_short(found.get(key))}, those of this {name} "
+                f"are {_short(_plain(expected))}."
+            )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _short(value) -> str:
+    """Of a long list the first and how many."""
+    if not isinstance(value, list):
+        return str(value)
+    return f"{value[:4]}{f' and {len(value) - 4} more' if len(value) > 4 else ''}"
+
+
+def _width(value) -> int:
+    return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _pixels(model: ModelMixin, vae: ModelMixin | None) -> int:
+    """Side in pixels of the images of a denoiser, by its configuration.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    size = model.config.get("sample_size")
+    size = size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
+    if not isinstance(size, int):
+        raise ValueError(f"this {type(model).__name__} does not say what size of image it is for: give sample_size, in pixels.")
+    if vae is None:
+        return size
+    halvings = len(vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")) - 1
+    return size * vae.config.get("spatial_compression_ratio", 2**halvings)

@@ -1,0 +1,234 @@
+"""How an embedding enters a denoiser: by forward hooks on a few of its modules, so that a pretrained denoiser is used unchanged.
+
+    embedding (B, *embedding_shape) --Projections--> Entries --Injection's hooks--> the denoiser's own activations
+
+- a vector, added to the time embedding that all its blocks read: UNet2DModel, DiTTransformer2DModel, SD3Transformer2DModel,
+  FluxTransformer2DModel;
+- a map, added to the output of the middle block: UNet2DModel;
+- tokens, which every cross-attention layer attends to beside its own, with keys and values of their own: UNet2DConditionModel
+  (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but by hooks: whatever attention processor, LoRA or adapter the
+  layer has stays in place).
+
+The last map of each is zero at first: a new head changes nothing of what the denoiser does.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+
+DENOISERS = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where an embedding enters a denoiser.
+
+    Args:
+        vectors: names of the modules whose output, (B, vector_width), it is added to.
+        vector_width: width of that output; 0: there are none.
+        map: name of the module whose output, (B, C, h, w), a map is added to, if there is one.
+        map_channels: C.
+        tokens: names of the cross-attention layers that attend to its tokens.
+        token_widths: inner width of each of them.
+    """
+
+    vectors: tuple[str, ...] = ()
+    vector_width: int = 0
+    map: str | None = None
+    map_channels: int = 0
+    tokens: tuple[str, ...] = ()
+    token_widths: tuple[int, ...] = ()
+
+
+def find_sites(denoiser: nn.Module) -> Sites:
+    """The sites of a denoiser of a known class.
+
+    Raises:
+        TypeError, ValueError: one sentence: an unknown class, or no cross-attention where it is needed.
+    """
+    if isinstance(denoiser, UNet2DModel):
+        middle = denoiser.config.block_out_channels[-1] if denoiser.mid_block is not None else 0
+        width = denoiser.time_embedding.linear_2.out_features
+        return Sites(("time_embedding",), width, "mid_block" if middle else None, middle)
+    if isinstance(denoiser, UNet2DConditionModel):
+        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, Attention) and name.endswith("attn2")}
+        layers = {name: m for name, m in layers.items() if m.is_cross_attention}
+        if not layers:
+            raise ValueError("this UNet2DConditionModel has no cross-attention for an embedding to enter by.")
+        return Sites(tokens=tuple(layers), token_widths=tuple(m.inner_dim for m in layers.values()))
+    if isinstance(denoiser, DiTTransformer2DModel):
+        names = tuple(f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks)))
+        return Sites(names, denoiser.inner_dim)
+    if isinstance(denoiser, (SD3Transformer2DModel, FluxTransformer2DModel)):
+        return Sites(("time_text_embed",), denoiser.inner_dim)
+    known = ", ".join(c.__name__ for c in DENOISERS)
+    raise TypeError(f"a {type(denoiser).__name__} is not a denoiser that a head can enter; the supported ones are {known}.")
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What enters at the sites: `vector` (B, vector_width), `map` (B, C, h, w), and of each cross-attention layer `keys` and `values`
+    (B, tokens, inner width). All of it adds, so entries can be weighted."""
+
+    vector: torch.Tensor | None = None
+    map: torch.Tensor | None = None
+    keys: tuple[torch.Tensor, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+
+    def weighted(self, weight: float) -> "Entries":
+        scaled = {name: None if (x := getattr(self, name)) is None else weight * x for name in ("vector", "map")}
+        return replace(self, values=tuple(weight * v for v in self.values), **scaled)
+
+    def rows(self, index: torch.Tensor) -> "Entries":
+        """The entries of some rows, an index (n,)."""
+        picked = {name: None if (x := getattr(self, name)) is None else x[index] for name in ("vector", "map")}
+        return Entries(keys=tuple(k[index] for k in self.keys), values=tuple(v[index] for v in self.values), **picked)
+
+
+class Projections(nn.Module):
+    """From an embedding to what enters at each site: (B, *embedding_shape) -> `Entries`; all zero at first.
+
+    Args:
+        sites: of the denoiser.
+        embedding_shape: (width,) for vectors, (tokens, width) for cross-attention.
+        map_size: side of the map at the base's own image size; it is resized where another one comes by.
+    """
+
+    def __init__(self, sites: Sites, embedding_shape: Sequence[int], map_size: int = 0):
+        super().__init__()
+        width = embedding_shape[-1]
+        if sites.vector_width:
+            last = nn.Linear(sites.vector_width, sites.vector_width)
+            self.vector = nn.Sequential(nn.Linear(width, sites.vector_width), nn.SiLU(), _zero(last))
+        if sites.map_channels:
+            last = nn.Linear(width, sites.map_channels * map_size**2)
+            self.map = nn.Sequential(_zero(last), nn.Unflatten(1, (sites.map_channels, map_size, map_size)))
+        self.keys = nn.ModuleList(nn.Linear(width, inner, bias=False) for inner in sites.token_widths)
+        self.values = nn.ModuleList(_zero(nn.Linear(width, inner, bias=False)) for inner in sites.token_widths)
+
+    def forward(self, embedding: torch.Tensor) -> Entries:
+        return Entries(
+            vector=self.vector(embedding) if hasattr(self, "vector") else None,
+            map=self.map(embedding) if hasattr(self, "map") else None,
+            keys=tuple(layer(embedding) for layer in self.keys),
+            values=tuple(layer(embedding) for layer in self.values),
+        )
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class Injection:
+    """The hooks on one denoiser through which entries enter, and the entries at hand.
+
+    Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation, LoRA, attention processors) goes on
+    working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up.
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        self.denoiser, self.sites = denoiser, find_sites(denoiser)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.vector, self.map = None, None
+        self.layers = [_CrossAttention() for _ in self.sites.tokens]
+        self._handles: list = []
+        self._hooked: list[nn.Module] = []
+
+    def __deepcopy__(self, memo) -> "Injection":
+        # A copied denoiser carries copies of the hooks, which must not go on acting for what was set before.
+        copied = memo[id(self)] = object.__new__(Injection)
+        copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
+        copied._reset()
+        return copied
+
+    def install(self) -> bool:
+        """Put the hooks where they belong, unless they are there; returns whether anything was changed.
+
+        Loading or unloading LoRA exchanges modules, hence the look at each time.
+        """
+        plan = [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
+        if self.sites.map is not None:
+            plan += [(self.sites.map, "register_forward_hook", self._add_map)]
+        for name, layer in zip(self.sites.tokens, self.layers):
+            layer.attention = self.denoiser.get_submodule(name)
+            plan += [(f"{name}.to_q", "register_forward_hook", layer.keep_query)]
+            plan += [(f"{name}.to_out.0", "register_forward_pre_hook", layer.add_branch)]
+        modules = [self.denoiser.get_submodule(name) for name, *_ in plan]
+        if len(modules) == len(self._hooked) and all(a is b for a, b in zip(modules, self._hooked)):
+            return False
+        self.remove()
+        self._handles = [getattr(module, register)(hook) for module, (_, register, hook) in zip(modules, plan)]
+        self._hooked = modules
+        return True
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked = [], []
+
+    def set(self, entries: Entries) -> None:
+        """Let entries, of as many rows as the denoiser's batch, enter from now on."""
+        self.vector, self.map = entries.vector, entries.map
+        for layer, key, value in zip(self.layers, entries.keys, entries.values):
+            layer.key, layer.value = key, value
+
+    def clear(self) -> None:
+        """Let nothing enter from now on."""
+        self.vector = self.map = None
+        for layer in self.layers:
+            layer.key = layer.value = layer.query = None
+
+    def _add_vector(self, module, args, output):
+        return output if self.vector is None else output + self.vector.to(output.dtype)
+
+    def _add_map(self, module, args, output):
+        if self.map is None:
+            return output
+        entered = self.map.to(output.dtype)
+        if entered.shape[-2:] != output.shape[-2:]:
+            entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
+        return output + entered
+
+
+class _CrossAttention:
+    """The branch of one cross-attention layer: its own queries, taken as they come, attend to the tokens of the embedding; what they
+    find is added before the layer's output projection."""
+
+    attention: nn.Module | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo) -> "_CrossAttention":
+        return _CrossAttention()  # as for Injection
+
+    def keep_query(self, module, args, output):
+        if self.key is not None:
+            self.query = output
+
+    def add_branch(self, module, args):
+        if self.key is None or self.query is None:
+            return None
+        query, self.query = self.query, None
+        heads = self.attention.heads
+        q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, self.key, self.value))
+        if self.attention.norm_q is not None:
+            q = self.attention.norm_q(q)
+        branch = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width)
+        return (args[0] + branch.transpose(1, 2).flatten(2), *args[1:])
