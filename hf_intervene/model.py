@@ -141,8 +141,7 @@ class InterventionModel(PreTrainedModel):
             **head_options: other fields of `InterventionConfig`; `feature_width` and `embedding_shape` come from the base.
         """
         base = wrap_base(base)
-        models = {name: part for name, part in base.companions().items() if isinstance(part, torch.nn.Module)}
-        references = {name: base_reference(part) for name, part in models.items()}
+        references = {name: base_reference(part) for name, part in base.companion_models().items()}
         config = InterventionConfig(
             concepts=list(concepts),
             ablation=ablation,

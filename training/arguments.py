@@ -34,12 +34,18 @@ class TrainArguments:
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
     # Base
-    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or folder or Hub name of a pretrained model."})
+    base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or folder or Hub name of a model or pipeline."})
     base_subfolder: str | None = field(default=None, metadata={"help": "Its sub-folder there, such as `vae`."})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
     hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
-    latent_width: int = field(default=128, metadata={"help": "Width of the base's latent, the head's embedding."})
+    latent_width: int = field(default=128, metadata={"help": "Width of the head's embedding (light VAE, denoiser)."})
     base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
+    image_encoder: str | None = field(
+        default=None, metadata={"help": "Denoiser: folder or Hub name of the frozen vision model to read z from."}
+    )
+    num_tokens: int = field(default=4, metadata={"help": "Denoiser with cross-attention: tokens of the embedding."})
+    min_snr_gamma: float | None = field(default=None, metadata={"help": "Denoiser: bound of the weights by signal to noise."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the base."})
     residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})
     # Head: fields of InterventionConfig
     free_blocks: int = field(default=1)
@@ -105,6 +111,10 @@ class TrainArguments:
         for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive, not {self.min_snr_gamma}.")
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, not {self.num_tokens}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
         for name in ("learning_rate", "epochs", "max_grad_norm"):

@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from hf_intervene.bases import LightVAE, load_base
+from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
@@ -44,6 +44,7 @@ from hf_intervene.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
+from hf_intervene.training.prepared import PreparedImages
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
@@ -57,7 +58,7 @@ class TrainResult:
     Args:
         model_dir: folder of the trained model, or `None` when the run was interrupted.
         step: optimiser steps done.
-        validation: lowest validation ELBO, bits per pixel.
+        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see `_units`.
         interrupted: whether the run was stopped before its end.
     """
 
@@ -99,11 +100,19 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             norm=a.base_norm,
         )
     else:
-        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers)
+        options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
+        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+    if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
+        raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation
     model = InterventionModel.build(base, data.concepts, ablation, **a.head_options)
     if a.regime == "lora":
         add_lora(model.base.model, a.lora_rank)
+    if a.gradient_checkpointing:
+        try:
+            model.base.model.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ValueError(f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out.") from error
     return model
 
 
@@ -179,6 +188,10 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     model.to(accelerator.device)
     targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
     validation_targets = validation.targets(model.config.free_blocks).to(accelerator.device)
+    prepared = prepared_validation = None
+    if model.base.companion_models():  # frozen: what they make of the images is computed once
+        prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
+        prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
     per_epoch = len(schedule)
     total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
@@ -204,7 +217,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         path, tensors, state = restored
         _check_same(settings, state["settings"], path)
         step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
-        model.load_state_dict(tensors["model"])
+        model.load_state_dict(tensors["model"] | _companion_state(model))
         restore_optimizer(optimizer, tensors["optimizer"])
         schedule.load_state_dict(state["schedule"])
         if accelerator.scaler is not None and state.get("scaler"):
@@ -231,7 +244,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         return accelerator.prepare_model(module) if world > 1 else module
 
     def evaluate() -> float:
-        """Validation ELBO in bits per pixel, with noise fixed by the seed."""
+        """Validation loss (see `_units`), with noise fixed by the seed."""
         model.eval()
         sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         indices = torch.arange(len(validation))
@@ -241,14 +254,14 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 continue
             noise = step_noise(model, a.seed + 1, number, len(rows))
             noise = {name: value[rank::world].to(accelerator.device) for name, value in noise.items()}
-            x = validation.pixels[mine].to(accelerator.device).float() / 255
+            inputs = _inputs(validation, prepared_validation, mine, accelerator.device)
             s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
             with torch.no_grad(), accelerator.autocast():
-                output = model(x, s, **noise)
+                output = model(targets=s, **inputs, **noise)
             sums[0] += sum(output[term] for term in _TERMS).double().sum()
             sums[1] += len(mine)
         sums = reduce(sums, "sum")
-        return bits_per_pixel(sums[0] / sums[1], *data.pixels.shape[-2:]).item()
+        return _units(model, sums[0] / sums[1]).item()
 
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
@@ -259,7 +272,10 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
-        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer.state_dict())}
+        weights = model.state_dict()
+        for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
+            del weights[name]
+        tensors = {"model": weights, "optimizer": flatten_optimizer(optimizer.state_dict())}
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
         if moments is not None:
@@ -312,12 +328,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             size = len(mine) // a.gradient_accumulation_steps
             for number, rows in enumerate(mine.split(size)):
                 draws = {name: value.split(size)[number].to(accelerator.device) for name, value in noise.items()}
-                x = data.pixels[rows].to(accelerator.device, non_blocking=True).float() / 255  # (b, C, H, W)
+                inputs = _inputs(data, prepared, rows, accelerator.device)
                 ids = data.context_ids[rows].to(accelerator.device)  # (b,)
                 s = targets[ids]  # (b, D)
                 last = number + 1 == a.gradient_accumulation_steps
                 with _no_sync(accelerator, runner, not last), accelerator.autocast():
-                    output = runner(x, s, beta=beta, residual_weight=a.residual_weight, **draws)
+                    output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs, **draws)
                     loss = output.loss
                     if moments is not None:
                         penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
@@ -358,13 +374,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                         f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
                     )
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
-                reconstruction, kl, residual_kl = bits_per_pixel(means, *data.pixels.shape[-2:]).tolist()
+                reconstruction, kl, residual_kl = _units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
-                if model.base.residual_shape is not None:
+                if model.base.residual_shape is not None and not model.base.denoises:
                     row["residual_kl"] = residual_kl
                 sums.zero_()
                 unlogged = 0
-                bar.set_postfix(bpp=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
+                bar.set_postfix(loss=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
                 log(row | {"learning_rate": optimizer.param_groups[0]["lr"]})
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
@@ -419,12 +435,31 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
 
 
+def _inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Tensor, device: torch.device) -> dict:
+    """Images (b, C, H, W) in [0, 1], or what was prepared of them, as arguments of the model's `forward`."""
+    if prepared is None:
+        return {"pixel_values": data.pixels[rows].to(device, non_blocking=True).float() / 255}
+    return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
+
+
+def _units(model: InterventionModel, loss: torch.Tensor) -> torch.Tensor:
+    """A sum of terms of the loss in bits per pixel; of a denoiser, which has no likelihood, per entry of what it denoises."""
+    if model.base.denoises:
+        return loss / math.prod(model.base.residual_shape)
+    return bits_per_pixel(loss, *model.base.image_shape[-2:])
+
+
 def _ramp(step: int, steps: float) -> float:
     return min(1.0, step / steps) if steps > 0 else 1.0
 
 
 def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
     return any(parameter is p for p in model.base.model.parameters())
+
+
+def _companion_state(model: InterventionModel) -> dict[str, torch.Tensor]:
+    mine = tuple(f"base.{name}." for name in model.base.companion_models())
+    return {name: value for name, value in model.state_dict().items() if mine and name.startswith(mine)}
 
 
 def _no_sync(accelerator: Accelerator, runner: torch.nn.Module, skip: bool):
@@ -468,7 +503,8 @@ def _sample_grid(model: InterventionModel, data: ContextImages, a: TrainArgument
     noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
 
     def samples(context: str) -> list:
-        return model.sample(context, noise=noise, generator=torch.Generator().manual_seed(a.seed), output_type="pil")
+        generator = torch.Generator().manual_seed(a.seed)
+        return model.sample(context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20)
 
     with accelerator.autocast():
         images = [image for name in contexts for image in samples(name)]
@@ -493,7 +529,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result.interrupted:
         return 130
     print(
-        f"trained {result.step} steps; lowest validation ELBO {result.validation:.4f} bits per pixel; model in {result.model_dir}"
+        f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error and "
+        f"KL per entry); model in {result.model_dir}"
     )
     return 0
 

@@ -89,6 +89,10 @@ class Base(nn.Module):
         """Frozen models, schedulers and processors that it needs beside the model, by the constructor's names for them."""
         return {}
 
+    def companion_models(self) -> dict[str, nn.Module]:
+        """Those of the `companions` that are models."""
+        return {name: part for name, part in self.companions().items() if isinstance(part, nn.Module)}
+
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules of the encoder, which no sample from the prior passes."""
         return ()

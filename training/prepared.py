@@ -1,0 +1,67 @@
+"""What the frozen parts in front of a denoiser make of the training images, kept on disk: latents and features of a vision model.
+
+They are the same at every step, so they are computed once, in float32, and read back by memory map.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hf_intervene.bases import DiffusionBase
+from hf_intervene.bases.base import weight_hash
+from hf_intervene.data import ContextImages
+from hf_intervene.training.checkpoints import atomic_folder
+
+
+class PreparedImages:
+    """Rows of `DiffusionBase.prepare` of a set of images, from a folder that is written when it is not there or is of other images or
+    other weights.
+
+    Args:
+        folder: of this set.
+        base: the base; on its device the images are prepared.
+        images: the images.
+        accelerator: the main process writes, the others wait.
+        batch_size: images at once.
+
+    Raises:
+        OSError: one sentence: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, base: DiffusionBase, images: ContextImages, accelerator: Accelerator, batch_size: int = 64):
+        key = {"images": hashlib.sha256(images.pixels.numpy()).hexdigest()}
+        key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
+        if accelerator.is_main_process and _read_key(folder) != key:
+            with atomic_folder(folder) as temporary:
+                self._write(temporary, base, images, batch_size)
+                (temporary / "key.json").write_text(json.dumps(key))
+        accelerator.wait_for_everyone()
+        self._arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
+
+    @staticmethod
+    def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
+        arrays: dict[str, np.memmap] = {}
+        for rows in torch.arange(len(images)).split(batch_size):
+            x = images.pixels[rows].to(base.model.device).float() / 255
+            for name, value in base.prepare(x).items():
+                if name not in arrays:
+                    shape = (len(images), *value.shape[1:])
+                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
+                arrays[name][rows.numpy()] = value.cpu().numpy()
+        for array in arrays.values():
+            array.flush()
+
+    def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The prepared images of an index (n,), on the CPU."""
+        return {name: torch.from_numpy(array[rows.numpy()]) for name, array in self._arrays.items()}
+
+
+def _read_key(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "key.json").read_text())
+    except (OSError, ValueError):
+        return None
