@@ -7,6 +7,7 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from transformers import AutoConfig, AutoModel
 
+from .attach import attach, detach, intervene
 from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
 from .configuration_intervention import InterventionConfig
 from .contexts import OBS, context_name, parse_interventions
@@ -46,8 +47,11 @@ __all__ = [
     "InterventionPipeline",
     "LatentAdapter",
     "LightVAE",
+    "attach",
     "bundled",
     "context_name",
+    "detach",
+    "intervene",
     "load_base",
     "parse_interventions",
     "register_base",

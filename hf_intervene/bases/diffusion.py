@@ -142,7 +142,7 @@ class DiffusionBase(Base):
                 )
         if adapter is None:
             adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
-        _check_sites(find_sites(model), adapter, name)
+        check_sites(find_sites(model), adapter, name)
         check_prediction(scheduler, adapter.config.prediction_type, "this head")
         self.adapter = adapter
         self.feature_width = adapter.config.feature_width
@@ -314,15 +314,22 @@ def _check_supported(model: ModelMixin) -> None:
         )
 
 
-def _check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
-    """Raise a ValueError unless an adapter's projections are for these sites."""
-    found = {key: _plain(value) for key, value in adapter.config.sites.items()}
-    for key, expected in vars(sites).items():
-        if found.get(key) != _plain(expected):
-            what = {"token_widths": "cross-attention widths", "vector_width": "time embedding width", "map_channels": "middle width"}
+_SITE_NAMES = {
+    "cross_width": "cross-attention width",
+    "token_widths": "inner widths of cross-attention",
+    "vector_width": "width of the time embedding",
+    "map_channels": "width of the middle block",
+}
+
+
+def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
+    """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called `name`."""
+    for key in (*_SITE_NAMES, *(key for key in vars(sites) if key not in _SITE_NAMES)):  # first what says most
+        expected, found = _plain(getattr(sites, key)), _plain(adapter.config.sites.get(key))
+        if found != expected:
             raise ValueError(
-                f"the head was trained for another denoiser: its {what.get(key, key)} are {_short(found.get(key))}, those of this {name} "
-                f"are {_short(_plain(expected))}."
+                f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is {_short(found)}, that of this {name} is "
+                f"{_short(expected)}: use the kind of model that it was trained on."
             )
 
 

@@ -42,6 +42,7 @@ class Sites:
         map_channels: C.
         tokens: names of the cross-attention layers that attend to its tokens.
         token_widths: inner width of each of them.
+        cross_width: width of the tokens that they attend to already, such as a text's.
     """
 
     vectors: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Sites:
     map_channels: int = 0
     tokens: tuple[str, ...] = ()
     token_widths: tuple[int, ...] = ()
+    cross_width: int = 0
 
 
 def find_sites(denoiser: nn.Module) -> Sites:
@@ -67,7 +69,8 @@ def find_sites(denoiser: nn.Module) -> Sites:
         layers = {name: m for name, m in layers.items() if m.is_cross_attention}
         if not layers:
             raise ValueError("this UNet2DConditionModel has no cross-attention for an embedding to enter by.")
-        return Sites(tokens=tuple(layers), token_widths=tuple(m.inner_dim for m in layers.values()))
+        widths = tuple(m.inner_dim for m in layers.values())
+        return Sites(tokens=tuple(layers), token_widths=widths, cross_width=next(iter(layers.values())).cross_attention_dim)
     if isinstance(denoiser, DiTTransformer2DModel):
         names = tuple(f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks)))
         return Sites(names, denoiser.inner_dim)
