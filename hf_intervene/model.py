@@ -368,13 +368,29 @@ class InterventionModel(PreTrainedModel):
         """
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
-        after = self.targets(interventions, len(pixel_values))
-        self._check_guidance(guidance_scale, after)
+        self._check_guidance(guidance_scale, self.targets(interventions, len(pixel_values)))  # before the long part
         options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
         abducted = [self.abduct(x, s, **options) for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
         noise, residual = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*abducted))
+        return self.predict(noise, residual, interventions, output_type, batch_size, num_inference_steps, guidance_scale)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        noise: torch.Tensor,
+        residual: torch.Tensor | None,
+        interventions: Interventions,
+        output_type: str = "pt",
+        batch_size: int = 256,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor | np.ndarray | list[Image.Image]:
+        """The last step of `edit`: images of what `abduct` returned, under other interventions. Arguments as there."""
+        after = self.targets(interventions, len(noise))
+        self._check_guidance(guidance_scale, after)
+        options = {}
         if self.base.denoises:
-            options |= {"guidance_scale": guidance_scale, "along_path": True}
+            options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "along_path": True}
         return self._decoded_images(noise, after, output_type, batch_size, residual, **options)
 
     def _check_guidance(self, guidance_scale: float, targets: torch.Tensor) -> None:
@@ -385,6 +401,7 @@ class InterventionModel(PreTrainedModel):
         if not bool((targets != 0).any()):
             raise ValueError("guidance_scale leads away from the observational context, but nothing is intervened on: leave it at 1.")
 
+    @torch.no_grad()
     def abduct(
         self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None, **denoising
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,6 +8,7 @@ negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_intervene.cards import read_settings
+from hf_intervene.cards import LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.metrics import bits_per_pixel, context_leakage, mean_interval, share_moved
@@ -43,6 +44,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     edits: bool = False,
+    num_inference_steps: int = 50,
 ) -> dict:
     """Measure a model on held-out images.
 
@@ -55,52 +57,70 @@ def evaluate(
         seed: of noise, directions and resampling.
         batch_size: images at once.
         edits: whether to measure edits too: the real observational images, edited to each other context.
+        num_inference_steps: of a denoiser.
 
     Returns:
         `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
-        with its interval; with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the same
+        with its interval (of a denoiser, which has no likelihood, `denoising_loss`: squared error and KL per entry of what it denoises);
+        with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the same
         averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB;
-        `leakage`: how well the context can be told from the residual noise, for a model that has it.
+        `leakage`: how well the context can be told from the residual noise, for a model that has it (of a denoiser with `edits` only: it
+        takes longer than all the rest).
     """
     model.eval()
-    if model.base.residual_shape is not None:
+    leaks = model.base.residual_shape is not None and (edits or not model.base.denoises)
+    if leaks:
         check_installed()  # now, not after all the rest
+    steps = {"num_inference_steps": num_inference_steps}
     contexts: dict[str, dict] = {}
-    residuals, unchanged = {}, None  # the latter: the observational images, projected
+    residuals, abducted, unchanged = {}, None, None  # the last two: of the observational images; their projections
+    if edits:
+        abducted = _abduct(model, real[OBS], OBS, batch_size, **steps if model.base.denoises else {})
     generator = torch.Generator().manual_seed(seed)
     for name in tqdm(real, desc="evaluating", disable=None):
         images = real[name]
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
-        generated = model.sample(name, noise=noise, generator=generator, batch_size=batch_size)
+        generated = model.sample(name, noise=noise, generator=generator, batch_size=batch_size, **steps)
         generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
         axes = directions(generated[0].size, num_projections, seed)
         projected = [project(x, axes) for x in (images, other_real[name], generated)]
-        nats = _negative_elbo(model, images, name, generator, batch_size)
-        bits, interval = mean_interval(bits_per_pixel(nats, *images.shape[1:3]), seed=seed)
+        loss = _negative_elbo(model, images, name, generator, batch_size)
+        entries = math.prod(model.base.residual_shape) if model.base.denoises else None
+        loss, interval = mean_interval(loss / entries if entries else bits_per_pixel(loss, *images.shape[1:3]), seed=seed)
         contexts[name] = {
             "kind": "composition" if len(parse_context(name, model.concepts)) > 1 else "concept",
             "images": len(images),
-            "bits_per_pixel": bits,
-            "bits_per_pixel_interval": interval,
+            _loss_name(model): loss,
+            f"{_loss_name(model)}_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
         if edits and name != OBS:
             if unchanged is None:
                 unchanged = project(real[OBS], axes)
-            edited = project(model.edit(real[OBS], name, output_type="np", batch_size=batch_size), axes)
+            edited = project(model.predict(*abducted, name, "np", batch_size, **steps), axes)
             before, after, floor = (sliced_w2(projected[0], p) for p in (unchanged, edited, projected[1]))
             contexts[name]["edit"] = {"distance": after, "share_moved": share_moved(before, after, floor)}
-        if model.base.residual_shape is not None and contexts[name]["kind"] == "concept":
-            batches = model.preprocess(images).split(batch_size)
-            rho = [model.abduct(x, model.targets(name, len(x)), generator)[1].cpu().numpy() for x in batches]
-            residuals[name] = np.concatenate(rho)
+        if leaks and contexts[name]["kind"] == "concept":
+            options = steps if model.base.denoises else {}
+            residuals[name] = _abduct(model, images, name, batch_size, generator, **options)[1].cpu().numpy()
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
-        returned = model.reconstruct(real[OBS], output_type="np", batch_size=batch_size)
+        returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
         metrics["reconstruction_psnr"] = float(-10 * np.log10(np.square(returned - real[OBS] / 255).mean()))
     if residuals and min(map(len, residuals.values())) >= FOLDS:
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
     return metrics
+
+
+def _loss_name(model: InterventionModel) -> str:
+    return "denoising_loss" if model.base.denoises else "bits_per_pixel"
+
+
+def _abduct(model, images, context, batch_size, generator=None, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`InterventionModel.abduct` of many images of a context."""
+    batches = model.preprocess(images).split(batch_size)
+    parts = [model.abduct(x, model.targets(context, len(x)), generator, **options) for x in batches]
+    return tuple(torch.cat(part) if part[0] is not None else None for part in zip(*parts))
 
 
 def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
@@ -120,7 +140,8 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
         rows = [row for row in contexts.values() if row["kind"] == kind]
         if not rows:
             continue
-        means[kind] = {"contexts": len(rows), "bits_per_pixel": float(np.mean([row["bits_per_pixel"] for row in rows]))}
+        loss = loss_in(rows[0])
+        means[kind] = {"contexts": len(rows), loss: float(np.mean([row[loss] for row in rows]))}
         for protocol in protocols:
             distance, floor = (float(np.mean([row[protocol][key] for row in rows])) for key in ("distance", "floor"))
             # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
@@ -144,14 +165,15 @@ def table(metrics: dict) -> str:
     first = next(iter(metrics["contexts"].values()))
     for protocol in (name for name in PROTOCOLS if name in first):
         lines += [f"Sliced 2-Wasserstein distance, {protocol} protocol", ""]
-        lines += ["| context | distance [95 %] | floor | ratio | bits per pixel |", "| --- | --- | --- | --- | --- |"]
+        loss = loss_in(first)
+        lines += [f"| context | distance [95 %] | floor | ratio | {LOSSES[loss]} |", "| --- | --- | --- | --- | --- |"]
         rows = list(metrics["contexts"].items())
         rows += [(f"**mean {kind}**", row) for kind, row in metrics["means"].items()]
         for name, row in rows:
             low, high = row[protocol]["interval"]
             lines.append(
                 f"| {name} | {row[protocol]['distance']:.3f} [{low:.3f}, {high:.3f}] | {row[protocol]['floor']:.3f} "
-                f"| {row[protocol]['ratio']:.1f} | {row['bits_per_pixel']:.3f} |"
+                f"| {row[protocol]['ratio']:.1f} | {row[loss]:.3f} |"
             )
         lines.append("")
     edited = [(name, row) for name, row in rows if "edit" in row]
@@ -243,6 +265,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")
     parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
     parser.add_argument("--projections", type=int, default=500)
+    parser.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
@@ -266,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             None if arguments.all else training_split(arguments.model),
         )
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, edits=arguments.edits)
+        options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
+        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
         print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen

@@ -325,7 +325,7 @@ _SITE_NAMES = {
 def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
     """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called `name`."""
     for key in (*_SITE_NAMES, *(key for key in vars(sites) if key not in _SITE_NAMES)):  # first what says most
-        expected, found = _plain(getattr(sites, key)), _plain(adapter.config.sites.get(key))
+        expected, found = (_plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites)))
         if found != expected:
             raise ValueError(
                 f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is {_short(found)}, that of this {name} is "
