@@ -158,6 +158,7 @@ class Injection:
         copied = memo[id(self)] = object.__new__(Injection)
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
         copied._reset()
+        copied._handles = copy.deepcopy(self._handles, memo)  # of the copied hooks, which `install` takes away
         return copied
 
     def install(self) -> bool:
