@@ -30,7 +30,10 @@ InterventionHead.push_to_hub = push_to_hub
 # diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
 # parts by these tables; a part of another library it refuses to load from the Hub.
 diffusers.InterventionPipeline = InterventionPipeline
-_PARTS = {part.__name__: ["save_pretrained", "from_pretrained"] for part in (InterventionHead, DiffusionAdapter, LatentAdapter, LightVAE)}
+_PARTS = {
+    part.__name__: ["save_pretrained", "from_pretrained"]
+    for part in (InterventionHead, DiffusionAdapter, LatentAdapter, LightVAE)
+}
 LOADABLE_CLASSES["hf_intervene"] = _PARTS
 ALL_IMPORTABLE_CLASSES.update(_PARTS)
 

@@ -127,7 +127,9 @@ class intervene:
         config = self._attached.head.config
         if noise is not None:
             if tuple(noise.shape[1:]) != (config.num_blocks, config.noise_width):
-                raise ValueError(f"noise must have shape (images, {config.num_blocks}, {config.noise_width}), not {tuple(noise.shape)}.")
+                raise ValueError(
+                    f"noise must have shape (images, {config.num_blocks}, {config.noise_width}), not {tuple(noise.shape)}."
+                )
             num_images = len(noise) if num_images is None else num_images
         self.targets = parse_interventions(interventions, config.concepts, num_images, config.free_blocks).cpu()
         if guidance_scale != 1.0 and not bool((self.targets != 0).any()):
@@ -234,7 +236,9 @@ class _Heads:
             return next(iter(self.attached.items()))
         if name not in self.attached:
             known = ", ".join(map(repr, self.attached))
-            raise ValueError(f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on this pipeline are {known}.")
+            raise ValueError(
+                f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on this pipeline are {known}."
+            )
         return name, self.attached[name]
 
     def hook(self) -> None:
@@ -340,7 +344,9 @@ def _denoiser(pipe: DiffusionPipeline) -> nn.Module:
     found = getattr(found, "_orig_mod", found)
     if not isinstance(found, DENOISERS):
         known = ", ".join(c.__name__ for c in DENOISERS)
-        raise TypeError(f"the denoiser of this {type(pipe).__name__} is a {type(found).__name__}; the supported ones are {known}.")
+        raise TypeError(
+            f"the denoiser of this {type(pipe).__name__} is a {type(found).__name__}; the supported ones are {known}."
+        )
     return found
 
 
@@ -361,7 +367,9 @@ def _load(denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None, opti
     """Head, adapter and the reference of the base they were trained on."""
     if isinstance(head, InterventionModel):
         if not isinstance(head.base, DiffusionBase):
-            raise ValueError(f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it cannot enter a pipeline's.")
+            raise ValueError(
+                f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it cannot enter a pipeline's."
+            )
         known = head.base.model is denoiser or head.config.base_reference is None
         return head.head, head.base.adapter, None if known else head.config.base_reference
     if isinstance(head, InterventionHead):
@@ -369,11 +377,15 @@ def _load(denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None, opti
             raise ValueError("a head alone does not say how it enters a denoiser: pass adapter= too, or the folder of both.")
         return head, adapter, head.config.base_reference
     if not isinstance(head, (str, os.PathLike)):
-        raise TypeError(f"head must be a folder, a Hub name, an InterventionModel or an InterventionHead, not a {type(head).__name__}.")
+        raise TypeError(
+            f"head must be a folder, a Hub name, an InterventionModel or an InterventionHead, not a {type(head).__name__}."
+        )
     path = hub.folder(head, **options)
     loaded = InterventionHead.from_pretrained(path, subfolder="head" if (path / "model_index.json").exists() else "")
     if loaded.config.lora_rank and (path / LORA_FOLDER).is_dir():
-        raise ValueError(f"{head} was trained with LoRA on its base, which a pipeline does not have: use InterventionModel.from_pretrained.")
+        raise ValueError(
+            f"{head} was trained with LoRA on its base, which a pipeline does not have: use InterventionModel.from_pretrained."
+        )
     saved = load_model_config(path / "adapter")
     if (saved or {}).get("_class_name") != DiffusionAdapter.__name__:
         raise ValueError(f"{head} is not a head on a denoiser: it has no adapter of one.")

@@ -100,7 +100,9 @@ class InterventionModel(PreTrainedModel):
         self.base = wrap_base(base)
         if config.ablation in ("base", "base-pooled"):
             if self.base.denoises:
-                raise ValueError(f"the ablation {config.ablation!r} has no head, and a denoiser has no code z of its own to do without.")
+                raise ValueError(
+                    f"the ablation {config.ablation!r} has no head, and a denoiser has no code z of its own to do without."
+                )
             self.head, self.base.under_head = None, False
             self.noise_shape = tuple(self.base.embedding_shape)
         else:
@@ -399,7 +401,9 @@ class InterventionModel(PreTrainedModel):
         if not self.base.denoises:
             raise ValueError(f"guidance_scale is for denoisers; a {type(self.base.model).__name__} has none: leave it at 1.")
         if not bool((targets != 0).any()):
-            raise ValueError("guidance_scale leads away from the observational context, but nothing is intervened on: leave it at 1.")
+            raise ValueError(
+                "guidance_scale leads away from the observational context, but nothing is intervened on: leave it at 1."
+            )
 
     @torch.no_grad()
     def abduct(

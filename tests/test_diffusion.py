@@ -50,7 +50,9 @@ def test_every_sample_has_its_own_embedding(kind):
     assert (together - other).abs().amax((1, 2, 3)).min() > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "layer"), [("unet", "time_embedding.linear_2"), ("sd3", "time_text_embed.timestep_embedder.linear_2")])
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("unet", "time_embedding.linear_2"), ("sd3", "time_text_embed.timestep_embedder.linear_2")]
+)
 def test_a_vector_is_added_to_the_time_embedding(kind, layer):
     base = with_head(kind).base
     if kind == "unet":
@@ -237,9 +239,7 @@ def test_the_path_is_inverted(scheduler):
         return torch.tanh(x) * (0.5 + t / 2000)
 
     x0 = randn(2, 3, 4, 4)
-    back = {
-        n: denoising.follow(predict, scheduler, denoising.invert(predict, scheduler, x0, 20, n), 20) for n in (1, 3, 8)
-    }
+    back = {n: denoising.follow(predict, scheduler, denoising.invert(predict, scheduler, x0, 20, n), 20) for n in (1, 3, 8)}
     errors = {n: float((x - x0).abs().max()) for n, x in back.items()}
     assert errors[8] < errors[3] < errors[1] and errors[8] < 1e-3
 
@@ -259,13 +259,24 @@ def test_an_edit_to_nothing_returns_the_image(kind):
     assert torch.equal(model.predict(noise, residual, "a", num_inference_steps=20), returned)
 
 
-SAMPLERS = ["DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete"]
+SAMPLERS = [
+    "DDPM",
+    "DDIM",
+    "PNDM",
+    "DPMSolverMultistep",
+    "UniPCMultistep",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_any_scheduler_generates(name):
     pipe = InterventionPipeline.from_model(with_head())
-    kind = getattr(diffusers, f"{name.removesuffix('Discrete')}DiscreteScheduler" if name.endswith("Discrete") else f"{name}Scheduler")
+    kind = getattr(
+        diffusers, f"{name.removesuffix('Discrete')}DiscreteScheduler" if name.endswith("Discrete") else f"{name}Scheduler"
+    )
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     a, b = (pipe(["a", "b"], 2, generator(), output_type="pt", num_inference_steps=6).images for _ in range(2))
     assert torch.equal(a, b) and a.std() > 0.05
@@ -274,9 +285,7 @@ def test_any_scheduler_generates(name):
 def test_guidance_leads_away_from_the_observational_pass():
     model = with_head()
     draws = {"noise": randn(2, 3, 4), "residual_noise": randn(2, 3, 16, 16, seed=1), "num_inference_steps": 1}
-    obs, plain, guided = (
-        model.sample(["a"] if w else "obs", guidance_scale=w or 1.0, **draws) for w in (0, 1.0, 2.0)
-    )
+    obs, plain, guided = (model.sample(["a"] if w else "obs", guidance_scale=w or 1.0, **draws) for w in (0, 1.0, 2.0))
     inside = (guided > 0) & (guided < 1) & (plain > 0) & (plain < 1) & (obs > 0) & (obs < 1)
     assert inside.float().mean() > 0.2
     torch.testing.assert_close(guided[inside], (2 * plain - obs)[inside], rtol=1e-3, atol=1e-3)

@@ -7,4 +7,15 @@ from .light_vae import LightVAE, LightVAEBase
 from .loading import load_base
 
 
-__all__ = ["AutoencoderBase", "Base", "DiffusionAdapter", "DiffusionBase", "LatentAdapter", "LightVAE", "LightVAEBase", "load_base", "register_base", "wrap_base"]
+__all__ = [
+    "AutoencoderBase",
+    "Base",
+    "DiffusionAdapter",
+    "DiffusionBase",
+    "LatentAdapter",
+    "LightVAE",
+    "LightVAEBase",
+    "load_base",
+    "register_base",
+    "wrap_base",
+]

@@ -34,7 +34,9 @@ class Base(nn.Module):
     adapter: ModelMixin | None  # a network of the family's own between head and model, trained and saved with the head
     adapter_class: type[ModelMixin] | None = None  # its class; the constructor then takes it as `adapter=`
     companion_names: tuple[str, ...] = ()  # of the family's `companions`
-    residual_shape: tuple[int, ...] | None = None  # of one sample's noise beside z: of residual latents (residual.py), of a denoiser
+    residual_shape: tuple[int, ...] | None = (
+        None  # of one sample's noise beside z: of residual latents (residual.py), of a denoiser
+    )
     denoises = False  # whether it is a denoiser, with a loss and a decoder of its own (see diffusion.py)
 
     def __init__(self, model: ModelMixin):

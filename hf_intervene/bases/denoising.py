@@ -15,7 +15,9 @@ from diffusers.training_utils import compute_snr
 
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
+Predict = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -119,9 +121,7 @@ def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tu
     alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
     last = len(alphas)
     timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
-    return [
-        (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps
-    ]
+    return [(torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps]
 
 
 def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: float) -> tuple[float, float]:

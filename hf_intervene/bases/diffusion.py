@@ -22,7 +22,17 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .autoencoder import latent_shape, latents_of, scale_and_shift
 from .base import Base, register_base
-from .denoising import Predict, check_prediction, deterministic, follow, generate, invert, noised, prediction_type, training_scheduler
+from .denoising import (
+    Predict,
+    check_prediction,
+    deterministic,
+    follow,
+    generate,
+    invert,
+    noised,
+    prediction_type,
+    training_scheduler,
+)
 from .encoders import VisionEncoder
 from .injection import Injection, Projections, Sites, find_sites
 from .light_vae import convolutional_encoder
@@ -232,9 +242,7 @@ class DiffusionBase(Base):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
 
-    def denoising_loss(
-        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
-    ) -> torch.Tensor:
+    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and time."""
         noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
         prediction = self.denoise(noisy, timesteps, embedding)

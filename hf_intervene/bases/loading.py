@@ -80,7 +80,9 @@ def load_base(
     if is_pipeline:
         denoiser = next((part for part in ("unet", "transformer") if (path / part / "config.json").exists()), None)
         if denoiser is None:
-            raise ValueError(f"the pipeline {what} has no denoiser (unet or transformer): give one of its models with a sub-folder.")
+            raise ValueError(
+                f"the pipeline {what} has no denoiser (unet or transformer): give one of its models with a sub-folder."
+            )
         options = _pipeline_parts(path, what) | options
         path = path / denoiser
     config = load_model_config(path)
@@ -145,7 +147,9 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     return found.from_pretrained(folder)
 
 
-def load_vision(name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None) -> dict[str, object]:
+def load_vision(
+    name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None
+) -> dict[str, object]:
     """A vision model of transformers and its image processor, from one folder or repository, as options of `DiffusionBase`.
 
     Raises:
@@ -158,7 +162,10 @@ def load_vision(name_or_path: str | os.PathLike, processor: Path | None = None, 
         found = AutoImageProcessor.from_pretrained(processor or path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path} is no vision model with an image processor: {' '.join(str(error).split())}") from error
-    return {"image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model, "image_processor": found}
+    return {
+        "image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model,
+        "image_processor": found,
+    }
 
 
 def base_reference(
@@ -254,7 +261,9 @@ def save_companions(base: Base, config: InterventionConfig, directory: str | os.
         reference, folder = (config.companion_references or {}).get(name), os.path.join(directory, name)
         if not everything and reference is not None and is_referenced(part, reference):
             if os.path.isdir(folder):
-                raise FileExistsError(f"{directory} holds the {name} of another model, which would be taken for this one's: empty it.")
+                raise FileExistsError(
+                    f"{directory} holds the {name} of another model, which would be taken for this one's: empty it."
+                )
         else:
             part.save_pretrained(folder)
 
@@ -270,7 +279,9 @@ def load_companions(
     if "vae" in family.companion_names:
         saved = load_model_config(path / "vae")
         if saved is not None:
-            found["vae"] = load_part(model_class_named(saved["_class_name"]), path / "vae", f"the vae of {name}", torch_dtype=dtype)
+            found["vae"] = load_part(
+                model_class_named(saved["_class_name"]), path / "vae", f"the vae of {name}", torch_dtype=dtype
+            )
         elif "vae" in references:
             found["vae"] = _load_referenced(name, references["vae"], dtype, options)
     if (path / "image_processor").exists():
