@@ -28,6 +28,7 @@ from hf_intervene.metrics import (
     share_moved,
     train_regressor,
 )
+from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -156,42 +157,43 @@ def factor_effects(
         resolution: of the model's images.
         seed: of regressor and held-out images.
         images: how many are edited to each context.
-        steps: of the regressor's training (about 40 seconds on one core by default).
+        steps: of the regressor's training (about a minute on one core by default).
 
     Returns:
-        `regressor`: its scores by factor; `contexts`: what `intervention_effects` returns for each single concept and held-out pair.
+        `regressor`: its scores by factor; `lost`: how far each factor of images that are edited to nothing is from that of the real
+        ones; `visible`: the factors that are less than half as far as by chance; `contexts`: what `intervention_effects` returns for each single concept and held-out pair.
     """
     regressor = train_regressor(resolution, seed, steps)
     latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
-    before = quad.render(latents, resolution)
-    returned = model.reconstruct(before, output_type="np")
+    real = quad.render(latents, resolution)
+    returned = model.reconstruct(real, output_type="np")
+    kinds = true_factors(latents).kinds.argmax(1)
+    lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))
+    visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
     contexts = {}
     for name in quad.CONCEPTS + quad.HELD_OUT:
         counterfactual = quad.counterfactual_latents(latents, name, variant)
-        edited = model.edit(before, name, output_type="np")
-        contexts[name] = intervention_effects(regressor, before, edited, returned, latents, counterfactual, name)
-    return {"regressor": regressor.scores, "contexts": contexts}
+        edited = model.edit(real, name, output_type="np")
+        contexts[name] = intervention_effects(regressor, returned, edited, latents, counterfactual, name, visible)
+    return {"regressor": regressor.scores, "lost": lost, "visible": visible, "contexts": contexts}
 
 
 def factor_table(effects: dict) -> list[str]:
-    """Lines of the Markdown tables of what `factor_effects` returns."""
-    lines = ["Edits and the true factors: mean change of each by the edit / in truth", ""]
-    lines += [f"| context | {' | '.join(quad.LATENTS)} | moved (floor) | leak (floor) |", "| --- " * 11 + "|"]
+    """Lines of the Markdown table of what `factor_effects` returns."""
+    lines = ["Edits and the true factors: mean change by the edit / in truth", ""]
+    lines += [f"| context | {' | '.join(quad.LATENTS)} | moved | leak (floor) |", "| --- " * 11 + "|"]
     for name, row in effects["contexts"].items():
         cells = [f"{x['change']:.2f} / {x['true_change']:.2f}" for x in row["factors"].values()]
-        cells += [f"{row[key]:.2f} ({row[key + '_floor']:.2f})" for key in ("moved", "leak")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    first = next(iter(effects["contexts"].values()))["factors"]
-    for label, values in (
-        ("floor", [x["floor"] for x in first.values()]),
-        ("R^2 of the regressor (shape: accuracy)", effects["regressor"].values()),
-    ):
-        lines.append(f"| {label} | {' | '.join(f'{x:.2f}' for x in values)} | | |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['moved']:.2f} | {row['leak']:.3f} ({row['leak_floor']:.3f}) |")
+    for label, values in (("lost", effects["lost"]), ("regressor", effects["regressor"])):
+        lines.append(f"| *{label}* | {' | '.join(f'{values[name]:.2f}' for name in quad.LATENTS)} | | |")
     return [
         *lines,
         "",
-        "moved: change over true change of the intervened factors (1 is right); leak: mean change of the factors that the truth leaves as "
-        "they are (0 is right). floor: the same of images that are edited to nothing.",
+        "Changes are between an image as the model returns it and the same edited. moved: change over true change of the intervened "
+        "factors (1 is right); leak: mean change of the factors that truth leaves as they are (floor: the regressor's own error). "
+        "lost: how far returned images are from real ones; regressor: its R^2 on real images (shape: accuracy). "
+        f"Counted are the factors that the model returns: {', '.join(effects['visible']) or 'none'}.",
         "",
     ]
 

@@ -10,10 +10,12 @@ What an image shows of a latent, u in [0, 1] being its normal CDF, and in which 
     shape                   only its kind, round(3u), of `KINDS`; the change is the total variation distance between the probabilities of
                             the kinds, 1 for another kind. Small shapes are told apart less well, the smaller the image the less.
     orientation             the angle 2 pi u up to the symmetry of the kind; the change is the angle between the two, in periods of that
-                            symmetry (a quarter turn of a square, a third of a triangle, half of an ellipse), 0.5 at most and 0.25 by chance.
+                            symmetry (a quarter turn of a square, a third of a triangle, half of an ellipse), 0.5 at most.
                             A circle has none, and none is compared across kinds. It is the factor that is read worst.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,8 @@ from ..data.quad import LATENTS, render
 
 KINDS = ("circle", "square", "triangle", "ellipse")
 LEVELS = ("quad1", "quad2", "quad3", "quad4", "size", "color")  # the factors that are visible as u itself
+# Mean change between images that have nothing to do with each other, of observational or independent latents.
+CHANCE = dict.fromkeys(LEVELS, 1 / 3) | {"shape": 13 / 18, "orientation": 1 / 4}
 _SYMMETRY = np.array([0, 4, 3, 2])  # positions in a full turn that look the same, of each kind; 0: all
 _SIDE = 32  # larger images are averaged to this side: their factors are as visible, at a fraction of the time
 
@@ -57,22 +61,21 @@ def true_factors(latents: np.ndarray) -> Factors:
 
 
 def factor_changes(before: Factors, after: Factors, kinds: np.ndarray) -> np.ndarray:
-    """Absolute change of each factor, in the units of the module docstring.
+    """Mean absolute change of each factor, in the units of the module docstring.
 
     Args:
         before, after: factors of n images and of n others, pair by pair.
         kinds: index in `KINDS` (n,) by which the orientations are compared; none is for 0, the circle.
 
     Returns:
-        (n, 8), columns in the order of `LATENTS`; NaN where no orientation is compared.
+        (8,), in the order of `LATENTS`; NaN for orientation if none is compared.
     """
-    changes = np.full((len(kinds), len(LATENTS)), np.nan)
-    changes[:, [LATENTS.index(name) for name in LEVELS]] = np.abs(after.levels - before.levels)
-    changes[:, LATENTS.index("shape")] = np.abs(after.kinds - before.kinds).sum(1) / 2
     rows = np.flatnonzero(kinds)
     turn = (after.phases - before.phases)[rows, kinds[rows] - 1] % 1
-    changes[rows, LATENTS.index("orientation")] = np.minimum(turn, 1 - turn)
-    return changes
+    changes = dict(zip(LEVELS, np.abs(after.levels - before.levels).mean(0)))
+    changes["shape"] = np.abs(after.kinds - before.kinds).sum(1).mean() / 2
+    changes["orientation"] = np.minimum(turn, 1 - turn).mean() if len(rows) else math.nan
+    return np.array([changes[name] for name in LATENTS])
 
 
 class FactorRegressor(nn.Module):
@@ -149,7 +152,7 @@ def train_regressor(resolution: int, seed: int = 0, steps: int = 1500, batch_siz
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         latents = _independent_latents(batch_size, rng)
-        x = _pixel_values(render(latents, resolution))
+        x = F.adaptive_avg_pool2d(_pixel_values(render(latents, resolution)), regressor.side)
         blur = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
         # The square: most images are nearly sharp.
         x = torch.lerp(x, blur, torch.from_numpy(rng.uniform(size=(len(x), 1, 1, 1)).astype(np.float32)) ** 2)
@@ -186,16 +189,16 @@ def intervention_effects(
     regressor: FactorRegressor,
     before: np.ndarray,
     after: np.ndarray,
-    returned: np.ndarray,
     latents: np.ndarray,
     counterfactual: np.ndarray,
     concepts: Context,
+    visible: Sequence[str] = LATENTS,
 ) -> dict:
-    """What an edit did to each factor, beside what it should have done.
+    """What an edit did to each factor, beside what it should have done, both read off images by the regressor.
 
-    The floor is what the regressor reads as change between an image and the same image edited to nothing: it holds both the regressor's
-    own error and what the model loses when nothing is asked of it. Changes are absolute, so that errors add to them: read `moved` and
-    `leak` beside their floors.
+    Give as `before` the model's own images, edited to nothing: with real ones, all that the model cannot draw would count as change. What
+    is read of a factor that it cannot draw means nothing, though: leave such out of `visible`. They are those that `factor_changes` finds
+    far from the real images.
 
     `moved` rests on the simulator's pairing of noise and intervened values (`quad.counterfactual_latents`), which unpaired contexts do
     not determine: a model may move a concept more or less than that and fit its data. Nor does it see the direction. `leak` rests on
@@ -203,38 +206,31 @@ def intervention_effects(
 
     Args:
         regressor: of the images' resolution.
-        before, after, returned: images, the same edited, the same edited to nothing, pair by pair, (n, S, S, 3), uint8 or in [0, 1].
-        latents: of `before`, (n, 8).
+        before, after: images and the same edited, pair by pair, (n, S, S, 3), uint8 or in [0, 1].
+        latents: that belong to `before`, (n, 8).
         counterfactual: what they would have been under the intervention, (n, 8).
-        concepts: the intervened concepts.
+        concepts: the intervened concepts, one at least.
+        visible: factors that count for `moved` and `leak`.
 
     Returns:
-        `factors`: for each of `LATENTS`, mean `change` by the edit, mean `true_change` (of the latents, nothing read), and `floor`, in
-        the units of the module docstring. Orientations are compared where truth keeps a kind that has one; NaN if it nowhere does.
-        `moved`: of the intervened factors, change / true change; `moved_floor`: the same of the edit to nothing.
-        `leak`: mean change of the factors that truth leaves as they are (NaN without any); `leak_floor`: of the edit to nothing;
-        `leak_truth`: of the true counterfactual's own images, as read.
+        `factors`: for each of `LATENTS` the mean `change` by the edit and the mean `true_change`, read off the simulator's images, in the
+        units of the module docstring. Orientations are compared where truth keeps a kind that has one; NaN if it nowhere does.
+        `moved`: change / true change, summed over the visible intervened factors; 1 is right.
+        `leak`: mean change of the visible factors that truth leaves as they are. `leak_floor`: mean true change of those, which is the
+        regressor's own error. NaN without any such factor.
     """
-    kept = true_factors(latents), true_factors(counterfactual)
-    kinds, kinds_after = (factors.kinds.argmax(1) for factors in kept)
+    kinds, kinds_after = (true_factors(x).kinds.argmax(1) for x in (latents, counterfactual))
     kinds = np.where(kinds == kinds_after, kinds, 0)
-    read = regressor.read(before)
-    images = {"change": after, "floor": returned, "truth": render(counterfactual, regressor.resolution)}
-    means = {name: _mean(factor_changes(read, regressor.read(x), kinds)) for name, x in images.items()}
-    means["true_change"] = _mean(factor_changes(*kept, kinds))
-    intervened = [LATENTS.index(name) for name in parse_context(concepts, LATENTS)]
-    still = np.isclose(latents, counterfactual, rtol=0, atol=1e-6).all(0)  # equal up to rounding
-    moved = {name: float(np.nansum(x[intervened]) / np.nansum(means["true_change"][intervened])) for name, x in means.items()}
-    leak = {name: float(_mean(x[still, None])[0]) for name, x in means.items()}
+    pairs = (before, after), (render(x, regressor.resolution) for x in (latents, counterfactual))
+    change, true_change = (factor_changes(*(regressor.read(x) for x in pair), kinds) for pair in pairs)
+    valid = np.isin(LATENTS, list(visible)) & ~np.isnan(true_change)
+    moving = valid & np.isin(LATENTS, list(parse_context(concepts, LATENTS)))
+    still = valid & np.isclose(latents, counterfactual, rtol=0, atol=1e-6).all(0)  # equal up to rounding
     return {
-        "factors": {
-            name: {key: float(means[key][k]) for key in ("change", "true_change", "floor")} for k, name in enumerate(LATENTS)
-        },
-        "moved": moved["change"],
-        "moved_floor": moved["floor"],
-        "leak": leak["change"],
-        "leak_floor": leak["floor"],
-        "leak_truth": leak["truth"],
+        "factors": {name: {"change": float(a), "true_change": float(b)} for name, a, b in zip(LATENTS, change, true_change)},
+        "moved": float(change[moving].sum() / true_change[moving].sum()) if moving.any() else math.nan,
+        "leak": float(change[still].mean()) if still.any() else math.nan,
+        "leak_floor": float(true_change[still].mean()) if still.any() else math.nan,
     }
 
 
@@ -261,9 +257,3 @@ def _loss(output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], truth: Factor
 
 def _r2(true: np.ndarray, read: np.ndarray) -> np.ndarray:
     return 1 - np.square(true - read).sum(0) / np.square(true - true.mean(0)).sum(0)
-
-
-def _mean(changes: np.ndarray) -> np.ndarray:
-    """Mean of each column over what is not NaN; NaN where nothing is left (numpy would warn)."""
-    valid = ~np.isnan(changes)
-    return np.where(valid, changes, 0).sum(0) / np.where(valid.any(0), valid.sum(0), np.nan)
