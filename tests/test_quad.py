@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from hf_intervene.data import load_quad, quad
@@ -21,6 +23,12 @@ def slow_latents(context, noise, variant):
                 value[i] = weights[i] @ value + quad._NOISE_VARIANCE[i] ** 0.5 * row[i]
         rows.append(value)
     return np.array(rows)
+
+
+def slow_covariance(variant):
+    """Of the observational latents: a linear map of the noise, whose columns are what unit draws give."""
+    columns = slow_latents([], np.eye(8), variant)
+    return columns.T @ columns
 
 
 @pytest.mark.parametrize("variant", quad.VARIANTS)
@@ -50,6 +58,16 @@ def test_draws_are_functions_of_seed_context_and_row():
     first = quad.sample_latents("quad1", 10)
     for other in (quad.sample_latents("quad1", 10, seed=1), quad.sample_latents("quad2", 10)):
         assert not np.isclose(first, other).any()
+
+
+@pytest.mark.parametrize("variant", quad.VARIANTS)
+@given(context=st.lists(st.sampled_from(quad.LATENTS), unique=True), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
+def test_counterfactuals_keep_the_noise(variant, context, seed):
+    noise = np.random.default_rng(seed).standard_normal((5, 8))
+    scale = np.sqrt(np.diag(slow_covariance(variant)))
+    before, after = (slow_latents(names, noise, variant) / scale for names in ([], context))
+    np.testing.assert_allclose(quad.counterfactual_latents(before, context or "obs", variant), after, atol=1e-9)
 
 
 def test_palette():

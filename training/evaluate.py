@@ -21,7 +21,15 @@ from tqdm.auto import tqdm
 from hf_intervene.cards import LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
-from hf_intervene.metrics import bits_per_pixel, context_leakage, mean_interval, share_moved
+from hf_intervene.metrics import (
+    bits_per_pixel,
+    context_leakage,
+    intervention_effects,
+    mean_interval,
+    share_moved,
+    train_regressor,
+)
+from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -159,6 +167,67 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
     return means
 
 
+def factor_effects(
+    model: InterventionModel,
+    variant: str,
+    resolution: int,
+    seed: int,
+    images: int = 256,
+    steps: int = 1500,
+    num_inference_steps: int = 50,
+) -> dict:
+    """What edits of observational quad images do to the true factors; see `hf_intervene.metrics.factors`.
+
+    Args:
+        model: the model, its concepts those of quad.
+        variant: of quad.
+        resolution: of the model's images.
+        seed: of regressor and held-out images.
+        images: how many are edited to each context.
+        steps: of the regressor's training (about a minute on one core by default).
+        num_inference_steps: of a denoiser.
+
+    Returns:
+        `regressor`: its scores by factor; `lost`: how far each factor of images that are edited to nothing is from that of the real
+        ones; `visible`: the factors that are less than half as far as by chance; `contexts`: what `intervention_effects` returns for each single concept and held-out pair.
+    """
+    regressor = train_regressor(resolution, seed, steps)
+    latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
+    real = quad.render(latents, resolution)
+    options = {"batch_size": 256, "num_inference_steps": num_inference_steps}
+    abducted = _abduct(model, real, OBS, 256, **{"num_inference_steps": num_inference_steps} if model.base.denoises else {})
+    returned = model.predict(*abducted, OBS, "np", **options)
+    kinds = true_factors(latents).kinds.argmax(1)
+    lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))
+    visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
+    contexts = {}
+    for name in quad.CONCEPTS + quad.HELD_OUT:
+        counterfactual = quad.counterfactual_latents(latents, name, variant)
+        edited = model.predict(*abducted, name, "np", **options)
+        contexts[name] = intervention_effects(regressor, returned, edited, latents, counterfactual, name, visible)
+    return {"regressor": regressor.scores, "lost": lost, "visible": visible, "contexts": contexts}
+
+
+def factor_table(effects: dict) -> list[str]:
+    """Lines of the Markdown table of what `factor_effects` returns."""
+    lines = ["Edits and the true factors: mean change by the edit / in truth", ""]
+    lines += [f"| context | {' | '.join(quad.LATENTS)} | moved | leak (floor) |", "| --- " * 11 + "|"]
+    for name, row in effects["contexts"].items():
+        cells = [f"{x['change']:.2f} / {x['true_change']:.2f}" for x in row["factors"].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['moved']:.2f} | {row['leak']:.3f} ({row['leak_floor']:.3f}) |")
+    for label, values in (("lost", effects["lost"]), ("regressor", effects["regressor"])):
+        lines.append(f"| *{label}* | {' | '.join(f'{values[name]:.2f}' for name in quad.LATENTS)} | | |")
+    return [
+        *lines,
+        "",
+        "Changes are between an image as the model returns it and the same edited. moved: change over true change of the intervened "
+        "factors (1 is right); leak: mean change of the factors that truth leaves as they are (floor: the regressor's own error). "
+        "lost: how far returned images are from real ones; regressor: its R^2 on real images (shape: accuracy). "
+        f"Counted are the factors that the model returns: {', '.join(effects['visible']) or 'none'}.",
+        "",
+    ]
+
+
 def table(metrics: dict) -> str:
     """Readable Markdown table of what `evaluate` returns, one for each protocol."""
     lines = []
@@ -186,6 +255,8 @@ def table(metrics: dict) -> str:
             f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB when nothing is changed.",
             "",
         ]
+    if "factor_effects" in metrics:
+        lines += factor_table(metrics["factor_effects"])
     if "leakage" in metrics:
         leakage = metrics["leakage"]
         lines += [
@@ -291,6 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
         options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
+        if arguments.edits and arguments.dataset == "quad":
+            metrics["factor_effects"] = factor_effects(
+                model, arguments.variant, height, arguments.seed, num_inference_steps=arguments.num_inference_steps
+            )
         metrics["settings"] = vars(arguments)
         metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
         print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen

@@ -98,21 +98,51 @@ def sample_latents(context: Context, size: int, variant: str = "dependent", seed
     Returns:
         float64 array of shape (size, 8), columns in the order of `LATENTS`.
     """
-    matrix = weights(variant)
+    matrix, cut = weights(variant), _cut(context)
+    key = f"{seed}/{context_name(context, LATENTS)}/{variant}"
+    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32))
+    return _solve(rng.standard_normal((size, len(LATENTS))), cut, matrix)
+
+
+def counterfactual_latents(latents: np.ndarray, context: Context, variant: str = "dependent") -> np.ndarray:
+    """What observational latents would have been under interventions: the same exogenous noise, the intervened latents replaced,
+    everything downstream following the causal model.
+
+    An intervened latent keeps the standard normal draw behind it and takes mean and variance of the intervention. That is a choice:
+    unpaired contexts do not say how its values before and after belong together. What is not downstream of an intervention stays as it
+    is (up to rounding) whatever the choice.
+
+    Args:
+        latents: observational latents (n, 8), as `sample_latents` returns them for `"obs"`.
+        context: the interventions, as in `sample_latents`.
+        variant: that of the latents.
+
+    Returns:
+        float64 array (n, 8), row by row the counterfactual of `latents`.
+    """
+    matrix, cut = weights(variant), _cut(context)
+    noise = (np.asarray(latents, dtype=np.float64) * _scale(matrix)) @ (np.eye(len(LATENTS)) - matrix).T
+    return _solve(noise / np.sqrt(_NOISE_VARIANCE), cut, matrix)
+
+
+def _cut(context: Context) -> np.ndarray:
+    """Which latents a context intervenes on, bool (8,)."""
     intervened = np.array([parse_context(context, LATENTS).get(name, 0.0) for name in LATENTS])
     if not np.isin(intervened, (0.0, 1.0)).all():
         raise ValueError("quad simulates full interventions only: give concept names without a strength.")
-    cut = intervened.astype(bool)
-    identity = np.eye(len(LATENTS))
-    observational = np.linalg.inv(identity - matrix)
-    scale = np.sqrt((observational**2) @ _NOISE_VARIANCE)
+    return intervened.astype(bool)
 
-    key = f"{seed}/{context_name(context, LATENTS)}/{variant}"
-    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32))
-    noise = rng.standard_normal((size, len(LATENTS)))
+
+def _scale(matrix: np.ndarray) -> np.ndarray:
+    """Standard deviations (8,) of the observational distribution."""
+    return np.sqrt((np.linalg.inv(np.eye(len(LATENTS)) - matrix) ** 2) @ _NOISE_VARIANCE)
+
+
+def _solve(noise: np.ndarray, cut: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Standardised latents (n, 8) of standard normal noise (n, 8) with the latents `cut` intervened on."""
     noise = np.where(cut, _INTERVENED_MEAN + np.sqrt(_INTERVENED_VARIANCE) * noise, np.sqrt(_NOISE_VARIANCE) * noise)
-    total_effect = np.linalg.inv(identity - np.where(cut[:, None], 0.0, matrix))
-    return noise @ total_effect.T / scale
+    total_effect = np.linalg.inv(np.eye(len(LATENTS)) - np.where(cut[:, None], 0.0, matrix))
+    return noise @ total_effect.T / _scale(matrix)
 
 
 def palette(levels: np.ndarray) -> np.ndarray:
