@@ -32,7 +32,7 @@ setup(
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
     package_data={
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
-        "hf_intervene.training": ["configs/*.yaml"],
+        "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml"],
         "hf_intervene.model_cards": ["template.md"],
     },
     # The lower bounds of the Hugging Face libraries and torch are the versions that the tests have run with.

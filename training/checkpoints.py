@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,15 +141,19 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
     return None
 
 
-def flatten_optimizer(state: dict) -> dict[str, torch.Tensor]:
-    """The tensors of an Adam optimiser's `state_dict`, by `parameter.entry`."""
-    return {f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
+def flatten_optimizer(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The tensors of an Adam optimiser's state, by `number of the parameter.entry`, whatever groups the parameters are in."""
+    return {f"{i}.{key}": value for i, p in enumerate(parameters) for key, value in optimizer.state.get(p, {}).items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of `flatten_optimizer`, into an optimiser over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    tensors: dict[str, torch.Tensor],
+    placed: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor],
+) -> None:
+    """Inverse of `flatten_optimizer`; `placed` brings a tensor to where the state of a parameter is."""
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][key] = placed(value, parameter)

@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from hf_intervene.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
+from hf_intervene.training.distributed import Weights
 from hf_intervene.training.prepared import PreparedImages
 
 
@@ -186,6 +187,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
+    weights = Weights(accelerator, model)
     targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
     validation_targets = validation.targets(model.config.free_blocks).to(accelerator.device)
     prepared = prepared_validation = None
@@ -200,7 +202,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
 
     parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and _of_base(model, p))]
-    optimizer = torch.optim.AdamW(parameters, a.learning_rate, weight_decay=a.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(weights.groups(parameters), a.learning_rate, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True)
     if ema is not None:
@@ -217,13 +219,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         path, tensors, state = restored
         _check_same(settings, state["settings"], path)
         step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
-        model.load_state_dict(tensors["model"] | _companion_state(model))
-        restore_optimizer(optimizer, tensors["optimizer"])
+        weights.load(tensors["model"] | _companion_state(model))
+        restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
         schedule.load_state_dict(state["schedule"])
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         if ema is not None:
-            ema.shadow_params = [tensors["ema"][str(i)].to(accelerator.device) for i in range(len(parameters))]
+            ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
             ema.optimization_step = step
         if moments is not None:
             moments.excess = tensors["moments"]["excess"].to(accelerator.device)
@@ -241,7 +243,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
         module = torch.compile(model) if a.compile else model
-        return accelerator.prepare_model(module) if world > 1 else module
+        return weights.prepared(module)
 
     def evaluate() -> float:
         """Validation loss (see `_units`), with noise fixed by the seed."""
@@ -249,17 +251,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         indices = torch.arange(len(validation))
         for number, rows in enumerate(indices.split(256)):
-            mine = rows[rank::world]
-            if not len(mine):  # fewer rows left than processes
-                continue
+            own = len(rows[rank::world])  # 0 if fewer rows are left than processes, which call the model together all the same
+            picks = torch.arange(rank, rank + max(own, 1) * world, world) % len(rows)
+            mine = rows[picks]
             noise = step_noise(model, a.seed + 1, number, len(rows))
-            noise = {name: value[rank::world].to(accelerator.device) for name, value in noise.items()}
+            noise = {name: value[picks].to(accelerator.device) for name, value in noise.items()}
             inputs = _inputs(validation, prepared_validation, mine, accelerator.device)
             s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
             with torch.no_grad(), accelerator.autocast():
                 output = model(targets=s, **inputs, **noise)
-            sums[0] += sum(output[term] for term in _TERMS).double().sum()
-            sums[1] += len(mine)
+            sums[0] += sum(output[term] for term in _TERMS)[:own].double().sum()
+            sums[1] += own
+        weights.release()
         sums = reduce(sums, "sum")
         return _units(model, sums[0] / sums[1]).item()
 
@@ -272,12 +275,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
-        weights = model.state_dict()
+        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer, parameters)}
         for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
-            del weights[name]
-        tensors = {"model": weights, "optimizer": flatten_optimizer(optimizer.state_dict())}
+            del tensors["model"][name]
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
+        tensors = {name: weights.full(values) for name, values in tensors.items()}
         if moments is not None:
             tensors["moments"] = {"excess": moments.excess}
         if not accelerator.is_main_process:
@@ -332,7 +335,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 ids = data.context_ids[rows].to(accelerator.device)  # (b,)
                 s = targets[ids]  # (b, D)
                 last = number + 1 == a.gradient_accumulation_steps
-                with _no_sync(accelerator, runner, not last), accelerator.autocast():
+                with weights.accumulating(runner, not last), accelerator.autocast():
                     output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs, **draws)
                     loss = output.loss
                     if moments is not None:
@@ -386,17 +389,20 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 with _averaged(ema, parameters):
                     score = evaluate()
                     improved = score < best
-                    if improved and accelerator.is_main_process:
+                    whole = weights.whole() if improved else None
+                    if whole is not None and accelerator.is_main_process:
                         try:
                             with atomic_folder(out / "best") as folder:
-                                _save_model(model, folder, data)
+                                _save_model(whole, folder, data)
                         except OSError as error:
                             accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
                 best, waited = (score, 0) if improved else (best, waited + 1)
                 log({"validation": score})
-            if (step % sample_every == 0 or finished) and accelerator.is_main_process:
+            if step % sample_every == 0 or finished:
                 with _averaged(ema, parameters):
-                    _sample_grid(model, data, a, out, step, accelerator)
+                    whole = weights.whole()
+                    if accelerator.is_main_process:
+                        _sample_grid(whole, data, a, out, step, accelerator)
             if step % checkpoint_every == 0 or finished:
                 save("periodic")
             if _agreed_stop(stop, accelerator, step) and not finished:
@@ -406,9 +412,9 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
                 return TrainResult(None, step, best, interrupted=True)
     bar.close()
-    model_dir = out / "model"
+    model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
-        trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else model
+        trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
@@ -460,10 +466,6 @@ def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
 def _companion_state(model: InterventionModel) -> dict[str, torch.Tensor]:
     mine = tuple(f"base.{name}." for name in model.base.companion_models())
     return {name: value for name, value in model.state_dict().items() if mine and name.startswith(mine)}
-
-
-def _no_sync(accelerator: Accelerator, runner: torch.nn.Module, skip: bool):
-    return accelerator.no_sync(runner) if skip and accelerator.num_processes > 1 else nullcontext()
 
 
 @contextmanager

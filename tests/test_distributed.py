@@ -1,0 +1,85 @@
+"""The trainer under the shipped configurations of accelerate, with two processes on CPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from diffusers import AutoencoderKL
+from test_train import assert_same, last_state, run, weights
+
+from hf_intervene import InterventionModel
+from hf_intervene.training import train
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "training" / "configs" / "accelerate"
+
+
+def launch(configuration, settings, expected=0):
+    """Train with two processes; what they said on stderr."""
+    config = Path(settings["output_dir"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, "training/train.py", "--config", str(config)],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expected, done.stderr[-9000:]
+    return done.stderr
+
+
+def assert_same_run(settings, other, **tolerance):
+    (a, state_a), (b, state_b) = last_state(settings), last_state(other)
+    assert (state_a["processes"], state_b["processes"]) == (1, 2)
+    assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)
+    for name in a:
+        assert_same(a[name], b[name], **tolerance)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
+    """Weights, average and optimiser state; the second half of the run resumed, on another number of processes than the first."""
+    settings = tiny | {"ema_decay": 0.9, "base_norm": "none", "l2": 0.1, "gradient_accumulation_steps": 2, "max_steps": 6}
+    settings |= {"eval_every": 3, "validation_images": 11}
+    run(settings)
+    two = settings | {"output_dir": str(tmp_path / "two")}
+    launch(CONFIGS / f"{name}.yaml", two)
+    assert_same_run(settings, two, rtol=1e-3, atol=1e-5)
+    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-3, atol=1e-5)
+    assert InterventionModel.from_pretrained(tmp_path / "two" / "model").sample("quad1", 2).shape == (2, 3, 16, 16)
+
+    first = str(tmp_path / "two" / "checkpoints" / "step-00000003")
+    resumed = settings | {"output_dir": str(tmp_path / "resumed"), "resume": first}
+    launch(CONFIGS / f"{name}.yaml", resumed)
+    assert_same_run(settings, resumed, rtol=1e-3, atol=1e-5)
+    alone = settings | {"output_dir": str(tmp_path / "alone"), "resume": first}
+    run(alone)
+    assert_same(last_state(alone)[0]["model"], last_state(settings)[0]["model"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["fine-tune", "lora"])
+def test_a_sharded_pretrained_base(tiny, tmp_path, regime):
+    """Blocks gathered one at a time, scalar parameters, weights that are frozen and that thaw."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 5), norm_num_groups=1, layers_per_block=1, sample_size=16)
+    vae.save_pretrained(tmp_path / "base")
+    settings = tiny | {"base": str(tmp_path / "base"), "regime": regime, "lora_rank": 2, "residual_layers": 1, "max_steps": 5}
+    settings |= {"learning_rate": 1e-4, "moment_matching": 1.0}
+    run(settings)
+    two = settings | {"output_dir": str(tmp_path / "two")}
+    launch(CONFIGS / "fsdp.yaml", two)
+    assert_same_run(settings, two, rtol=1e-2, atol=2e-5)
+    a, b = (InterventionModel.from_pretrained(tmp_path / run / "model") for run in ("run", "two"))
+    noise = torch.randn(2, *a.noise_shape)
+    samples = [model.sample("quad1", noise=noise, generator=torch.Generator().manual_seed(0)) for model in (a, b)]
+    torch.testing.assert_close(*samples, rtol=0, atol=2e-2)
