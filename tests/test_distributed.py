@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import AutoencoderKL
 from test_train import assert_same, last_state, run, weights
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import train
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +22,15 @@ def launch(configuration, settings, expected=0):
     """Train with two processes; what they said on stderr."""
     config = Path(settings["output_dir"]).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), "--main_process_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(configuration),
+        "--main_process_port",
+        "0",
+    ]
     done = subprocess.run(
         [*command, "training/train.py", "--config", str(config)],
         cwd=ROOT,

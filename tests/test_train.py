@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusion_models import save_pipeline, save_vision
 from safetensors.torch import load_file
 
 from hf_intervene import InterventionModel
@@ -282,3 +283,25 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
     assert "No space left on device" in capsys.readouterr().err
     assert result.step == 8 and InterventionModel.from_pretrained(result.model_dir)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000008"]
+
+
+def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypatch):
+    source = save_pipeline("dit", tmp_path / "dit")
+    settings = tiny | {"base": str(source), "regime": "frozen", "ema_decay": 0.9, "min_snr_gamma": 5.0}
+    settings |= {"image_encoder": str(save_vision(tmp_path / "vit")), "gradient_checkpointing": True}
+    run(settings)
+    assert {path.name for path in (tmp_path / "run" / "prepared" / "train").iterdir()} == {"x0.npy", "features.npy", "key.json"}
+    stopped = settings | {"output_dir": str(tmp_path / "stopped")}
+    calls = iter(range(100))
+    monkeypatch.setattr(train.Stop, "asked", property(lambda self: next(calls) >= 4, lambda self, value: None), raising=False)
+    assert run(stopped).step == 5
+    monkeypatch.undo()
+    written = (tmp_path / "stopped" / "prepared" / "train" / "x0.npy").stat().st_mtime_ns
+    assert run(stopped, resume="auto").step == 8
+    assert (tmp_path / "stopped" / "prepared" / "train" / "x0.npy").stat().st_mtime_ns == written  # read, not made again
+    (a, _), (b, _) = last_state(settings), last_state(stopped)
+    for name in ("model", "ema", "optimizer"):
+        assert_same(a[name], b[name])
+    assert not any(".vae." in name or ".image_encoder." in name for name in a["model"])  # frozen, and elsewhere already
+    assert not (tmp_path / "run" / "model" / "base").exists() and not (tmp_path / "run" / "model" / "vae").exists()
+    assert InterventionModel.from_pretrained(tmp_path / "run" / "model").sample("quad1", 1, num_inference_steps=2).shape[0] == 1
