@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from . import hub
+from .bases.base import base_weights
 from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, DiffusionBase, check_sites
 from .bases.injection import DENOISERS, Entries, Injection, find_sites
@@ -148,7 +149,7 @@ class intervene:
         check_prediction(self._heads.pipe.scheduler, self._attached.adapter.config.prediction_type, "this head")
         self._attached.pending = None
         self._outer, self._attached.active = self._attached.active, self
-        self._run = None
+        self.run: _Run | None = None
         self._heads.hook()
         return self
 
@@ -158,15 +159,13 @@ class intervene:
 
     # What the denoiser's hooks ask for
 
-    def entries(self, sample: torch.Tensor, timestep: Any, observational: bool = False) -> Entries:
-        """What enters the denoiser at a call with `sample` (batch, ...): a row for each of the batch."""
+    def advance(self, sample: torch.Tensor, timestep: Any) -> "_Run":
+        """The run that a call of the denoiser with `sample` (batch, ...) belongs to."""
         t = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-        if self._run is None or self._run.begins_anew(t, len(sample)):
-            self._run = self._begin(sample)
-        self._run.timestep = t
-        if observational:
-            return self._run.observational
-        return self._run.entries
+        if self.run is None or self.run.begins_anew(t, len(sample)):
+            self.run = self._begin(sample)
+        self.run.timestep = t
+        return self.run
 
     def _begin(self, sample: torch.Tensor) -> "_Run":
         batch, attached = len(sample), self._attached
@@ -282,7 +281,7 @@ class _Heads:
         sample, timestep = _call_arguments(args, kwargs)
         for attached in self.attached.values():
             if attached.active is not None:
-                attached.injection.set(attached.active.entries(sample, timestep))
+                attached.injection.set(attached.active.advance(sample, timestep).entries)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -301,14 +300,13 @@ class _Heads:
 
     def _guided(self, module, args, kwargs, output, attached: _Attached, scale: float):
         """The prediction led away from the observational one: p + (w - 1) (p - o) = o + w (p - o)."""
-        sample, timestep = _call_arguments(args, kwargs)
-        attached.injection.set(attached.active.entries(sample, timestep, observational=True))
+        attached.injection.set(attached.active.run.observational)
         self._inside = True
         try:
             plain = module(*args, **kwargs)[0]
         finally:
             self._inside = False
-            attached.injection.set(attached.active.entries(sample, timestep))
+            attached.injection.set(attached.active.run.entries)
         predicted = output[0]
         channels = min(_denoiser(self.pipe).config.in_channels, predicted.shape[1])  # a learnt variance is not guided
         led = predicted[:, :channels] + (scale - 1) * (predicted[:, :channels] - plain[:, :channels])
@@ -401,7 +399,7 @@ def _check_own_base(denoiser: nn.Module, path: Path, name: Any) -> None:
     """Raise a ValueError unless a denoiser has the weights of the base saved with a head, which was trained too or made anew."""
     model_class = model_class_named(load_model_config(path / BASE_FOLDER)["_class_name"])
     own = load_part(model_class, path / BASE_FOLDER, f"the base of {name}").state_dict()
-    here = {key.replace(".base_layer.", "."): v for key, v in denoiser.state_dict().items() if ".lora_" not in key}
+    here = base_weights(denoiser)
     same = own.keys() == here.keys() and all(torch.equal(own[k].to(here[k].dtype), here[k].cpu()) for k in own)
     if not same:
         raise ValueError(

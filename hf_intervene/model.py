@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from . import hub
 from .bases import Base, wrap_base
-from .bases.base import base_family
+from .bases.base import base_family, plain
 from .bases.loading import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
@@ -107,7 +107,7 @@ class InterventionModel(PreTrainedModel):
             self.noise_shape = tuple(self.base.embedding_shape)
         else:
             for name in ("feature_width", "embedding_shape"):
-                expected, found = _plain(getattr(self.base, name)), _plain(getattr(config, name))
+                expected, found = plain(getattr(self.base, name)), plain(getattr(config, name))
                 if expected != found:
                     raise ValueError(
                         f"the head was made for {name} {found}, but this {type(self.base.model).__name__} has {expected}: "
@@ -371,9 +371,7 @@ class InterventionModel(PreTrainedModel):
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         self._check_guidance(guidance_scale, self.targets(interventions, len(pixel_values)))  # before the long part
-        options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
-        abducted = [self.abduct(x, s, **options) for x, s in zip(pixel_values.split(batch_size), before.split(batch_size))]
-        noise, residual = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*abducted))
+        noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
         return self.predict(noise, residual, interventions, output_type, batch_size, num_inference_steps, guidance_scale)
 
     @torch.no_grad()
@@ -407,7 +405,12 @@ class InterventionModel(PreTrainedModel):
 
     @torch.no_grad()
     def abduct(
-        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None = None, **denoising
+        self,
+        pixel_values: torch.Tensor,
+        targets: torch.Tensor,
+        generator: torch.Generator | None = None,
+        batch_size: int = 256,
+        num_inference_steps: int = 50,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The noise of images, float32: z, (B, *noise_shape), and the residual noise (B, *residual_shape) that belongs to it, or `None`
         for a base without residual latents.
@@ -416,9 +419,17 @@ class InterventionModel(PreTrainedModel):
             pixel_values: images, (B, C, H, W).
             targets: of the context they came from, (B, D).
             generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under the model.
-            **denoising: `num_inference_steps`, of a denoiser.
+            batch_size: images processed at once.
+            num_inference_steps: of a denoiser.
         """
+        options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
+        batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
+        parts = zip(*[self._abduct_batch(x, s, generator, **options) for x, s in batches])
+        return tuple(torch.cat(part) if part[0] is not None else None for part in parts)
 
+    def _abduct_batch(
+        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None, **denoising
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def noise(shape: tuple[int, ...]) -> torch.Tensor:
             shape = (len(pixel_values), *shape)
             if generator is None:
@@ -612,7 +623,3 @@ class InterventionModel(PreTrainedModel):
         if config.lora_rank and not has_base:
             load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")  # last: it changes the base that was passed
         return cls(config, base, head).eval()
-
-
-def _plain(value):
-    return list(value) if isinstance(value, (list, tuple)) else value

@@ -13,14 +13,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases.base import base_family
+from .bases.diffusion import DiffusionBase
 from .bases.lora import merged
 from .contexts import Interventions
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
 from .push import push_to_hub
-
-
-COMPANIONS = ("scheduler", "vae", "image_encoder", "image_processor")  # of a denoiser
 
 
 class InterventionPipeline(DiffusionPipeline):
@@ -46,7 +44,7 @@ class InterventionPipeline(DiffusionPipeline):
     ```
     """
 
-    _optional_components = ["adapter", *COMPANIONS]
+    _optional_components = ["adapter", *DiffusionBase.companion_names]
 
     def __init__(
         self,
@@ -106,7 +104,9 @@ class InterventionPipeline(DiffusionPipeline):
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        return _model(self.base, self.head, self.adapter, {name: getattr(self, name) for name in COMPANIONS}).eval()
+        return _model(
+            self.base, self.head, self.adapter, {name: getattr(self, name) for name in DiffusionBase.companion_names}
+        ).eval()
 
     @property
     def concepts(self) -> tuple[str, ...]:

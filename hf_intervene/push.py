@@ -12,11 +12,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from . import cards
+from .bases.diffusion import DiffusionBase
 from .contexts import OBS
 from .hub import clear_errors
 
 
-PARTS = ("adapter", "base", "head", "lora", "scheduler", "vae", "image_encoder", "image_processor")
+PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
 MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]

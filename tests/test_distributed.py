@@ -1,15 +1,11 @@
 """The trainer under the shipped configurations of accelerate, with two processes on CPUs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKL
-from test_train import assert_same, last_state, run, weights
+from test_train import assert_same, last_state, launch, run, weights
 
 from hf_intervene import InterventionModel
 
@@ -18,29 +14,10 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 
-def launch(configuration, settings, expected=0):
-    """Train with two processes; what they said on stderr."""
-    config = Path(settings["output_dir"]).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(configuration),
-        "--main_process_port",
-        "0",
-    ]
-    done = subprocess.run(
-        [*command, "training/train.py", "--config", str(config)],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expected, done.stderr[-9000:]
-    return done.stderr
+def launch_with(name, settings):
+    """Train with two processes under a shipped configuration."""
+    configuration = str(CONFIGS / f"{name}.yaml")
+    launch(["accelerate.commands.launch", "--config_file", configuration, "--main_process_port", "0"], settings)
 
 
 def assert_same_run(settings, other, **tolerance):
@@ -58,14 +35,14 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     settings |= {"eval_every": 3, "validation_images": 11}
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
-    launch(CONFIGS / f"{name}.yaml", two)
+    launch_with(name, two)
     assert_same_run(settings, two, rtol=1e-3, atol=1e-5)
     assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-3, atol=1e-5)
     assert InterventionModel.from_pretrained(tmp_path / "two" / "model").sample("quad1", 2).shape == (2, 3, 16, 16)
 
     first = str(tmp_path / "two" / "checkpoints" / "step-00000003")
     resumed = settings | {"output_dir": str(tmp_path / "resumed"), "resume": first}
-    launch(CONFIGS / f"{name}.yaml", resumed)
+    launch_with(name, resumed)
     assert_same_run(settings, resumed, rtol=1e-3, atol=1e-5)
     alone = settings | {"output_dir": str(tmp_path / "alone"), "resume": first}
     run(alone)
@@ -83,7 +60,7 @@ def test_a_sharded_pretrained_base(tiny, tmp_path, regime):
     settings |= {"learning_rate": 1e-4, "moment_matching": 1.0}
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
-    launch(CONFIGS / "fsdp.yaml", two)
+    launch_with("fsdp", two)
     assert_same_run(settings, two, rtol=1e-2, atol=2e-5)
     a, b = (InterventionModel.from_pretrained(tmp_path / run / "model") for run in ("run", "two"))
     noise = torch.randn(2, *a.noise_shape)

@@ -31,6 +31,21 @@ def weights(folder):
     }
 
 
+def launch(launcher, settings):
+    """Train in processes of a launcher (words after `python -m`), on CPUs."""
+    config = Path(settings["output_dir"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "training/train.py", "--config", str(config)],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
 def last_state(settings):
     folder = checkpoints.checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
     return checkpoints.load_checkpoint(folder)
@@ -80,20 +95,10 @@ def test_accumulation_does_not_change_the_result(tiny, tmp_path):
 def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     settings = tiny | {"schedule": schedule, "regime": regime, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
     run(settings)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / "two")}))
+    two = settings | {"output_dir": str(tmp_path / "two")}
     # On a machine without accelerators `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun starts two.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "training/train.py", "--config", str(config)],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (_, state_a), (_, state_b) = last_state(settings), last_state({"output_dir": str(tmp_path / "two")})
+    launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two)
+    (_, state_a), (_, state_b) = last_state(settings), last_state(two)
     assert (state_a["processes"], state_b["processes"]) == (1, 2)
     assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]
     assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)

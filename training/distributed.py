@@ -30,6 +30,7 @@ class Weights:
     def __init__(self, accelerator: Accelerator, model: InterventionModel):
         self.accelerator, self.model = accelerator, model
         self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1
+        self._ddp = accelerator.num_processes > 1 and not self.sharded
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise ValueError("the trainer does not run under DeepSpeed.")
         if self.sharded:
@@ -38,14 +39,12 @@ class Weights:
 
     def prepared(self, module: torch.nn.Module) -> torch.nn.Module:
         """The model, or what was compiled of it, as the training step calls it."""
-        alone = self.sharded or self.accelerator.num_processes == 1
-        return module if alone else self.accelerator.prepare_model(module)
+        return self.accelerator.prepare_model(module) if self._ddp else module
 
     def accumulating(self, module: torch.nn.Module, more: bool) -> AbstractContextManager:
         """Inside, a backward pass of a prepared module leaves its gradients in the process if `more` passes come before the step; those
         of sharded weights are summed in every pass, since only so they can be kept sharded."""
-        alone = self.sharded or self.accelerator.num_processes == 1
-        return self.accelerator.no_sync(module) if more and not alone else nullcontext()
+        return self.accelerator.no_sync(module) if more and self._ddp else nullcontext()
 
     def groups(self, parameters: list[torch.nn.Parameter]) -> list[dict]:
         """Parameters in groups that an optimiser can update at once: sharded ones, and the scalars, which are not."""

@@ -8,7 +8,6 @@ negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -22,7 +21,6 @@ from hf_intervene.cards import LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.metrics import (
-    bits_per_pixel,
     context_leakage,
     intervention_effects,
     mean_interval,
@@ -36,6 +34,7 @@ from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable
+from hf_intervene.training.train import loss_units
 
 
 # Training data use the seeds from 0 on (training/train.py); held-out data start here.
@@ -83,7 +82,8 @@ def evaluate(
     contexts: dict[str, dict] = {}
     residuals, abducted, unchanged = {}, None, None  # the last two: of the observational images; their projections
     if edits:
-        abducted = _abduct(model, real[OBS], OBS, batch_size, **steps if model.base.denoises else {})
+        x = model.preprocess(real[OBS])
+        abducted = model.abduct(x, model.targets(OBS, len(x)), None, batch_size, **steps)
     generator = torch.Generator().manual_seed(seed)
     for name in tqdm(real, desc="evaluating", disable=None):
         images = real[name]
@@ -93,8 +93,7 @@ def evaluate(
         axes = directions(generated[0].size, num_projections, seed)
         projected = [project(x, axes) for x in (images, other_real[name], generated)]
         loss = _negative_elbo(model, images, name, generator, batch_size)
-        entries = math.prod(model.base.residual_shape) if model.base.denoises else None
-        loss, interval = mean_interval(loss / entries if entries else bits_per_pixel(loss, *images.shape[1:3]), seed=seed)
+        loss, interval = mean_interval(loss_units(model, loss), seed=seed)
         contexts[name] = {
             "kind": "composition" if len(parse_context(name, model.concepts)) > 1 else "concept",
             "images": len(images),
@@ -108,8 +107,8 @@ def evaluate(
             before, after, floor = (sliced_w2(projected[0], p) for p in (unchanged, edited, projected[1]))
             contexts[name]["edit"] = {"distance": after, "share_moved": share_moved(before, after, floor)}
         if leaks and contexts[name]["kind"] == "concept":
-            options = steps if model.base.denoises else {}
-            residuals[name] = _abduct(model, images, name, batch_size, generator, **options)[1].cpu().numpy()
+            x = model.preprocess(images)
+            residuals[name] = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1].cpu().numpy()
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
         returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
@@ -122,13 +121,6 @@ def evaluate(
 
 def _loss_name(model: InterventionModel) -> str:
     return "denoising_loss" if model.base.denoises else "bits_per_pixel"
-
-
-def _abduct(model, images, context, batch_size, generator=None, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`InterventionModel.abduct` of many images of a context."""
-    batches = model.preprocess(images).split(batch_size)
-    parts = [model.abduct(x, model.targets(context, len(x)), generator, **options) for x in batches]
-    return tuple(torch.cat(part) if part[0] is not None else None for part in zip(*parts))
 
 
 def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
@@ -195,7 +187,7 @@ def factor_effects(
     latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
     real = quad.render(latents, resolution)
     options = {"batch_size": 256, "num_inference_steps": num_inference_steps}
-    abducted = _abduct(model, real, OBS, 256, **{"num_inference_steps": num_inference_steps} if model.base.denoises else {})
+    abducted = model.abduct(model.preprocess(real), model.targets(OBS, len(real)), **options)
     returned = model.predict(*abducted, OBS, "np", **options)
     kinds = true_factors(latents).kinds.argmax(1)
     lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))

@@ -59,7 +59,7 @@ class TrainResult:
     Args:
         model_dir: folder of the trained model, or `None` when the run was interrupted.
         step: optimiser steps done.
-        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see `_units`.
+        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see `loss_units`.
         interrupted: whether the run was stopped before its end.
     """
 
@@ -246,7 +246,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         return weights.prepared(module)
 
     def evaluate() -> float:
-        """Validation loss (see `_units`), with noise fixed by the seed."""
+        """Validation loss (see `loss_units`), with noise fixed by the seed."""
         model.eval()
         sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         indices = torch.arange(len(validation))
@@ -264,7 +264,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             sums[1] += own
         weights.release()
         sums = reduce(sums, "sum")
-        return _units(model, sums[0] / sums[1]).item()
+        return loss_units(model, sums[0] / sums[1]).item()
 
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
@@ -377,7 +377,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                         f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
                     )
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
-                reconstruction, kl, residual_kl = _units(model, means).tolist()
+                reconstruction, kl, residual_kl = loss_units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
                 if model.base.residual_shape is not None and not model.base.denoises:
                     row["residual_kl"] = residual_kl
@@ -448,8 +448,8 @@ def _inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Te
     return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
 
 
-def _units(model: InterventionModel, loss: torch.Tensor) -> torch.Tensor:
-    """A sum of terms of the loss in bits per pixel; of a denoiser, which has no likelihood, per entry of what it denoises."""
+def loss_units(model: InterventionModel, loss: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    """A sum of terms of the loss of an image in bits per pixel; of a denoiser, which has no likelihood, per entry of what it denoises."""
     if model.base.denoises:
         return loss / math.prod(model.base.residual_shape)
     return bits_per_pixel(loss, *model.base.image_shape[-2:])

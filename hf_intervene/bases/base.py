@@ -146,6 +146,16 @@ def base_family(model: ModelMixin) -> type[Base]:
     )
 
 
+def plain(value):
+    """A value as configurations keep it: tuples as lists."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model by their names without LoRA layers on it."""
+    return {name.replace(".base_layer.", "."): v for name, v in model.state_dict().items() if ".lora_" not in name}
+
+
 def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of a model's weights: the digests of their names, types, shapes and bytes; LoRA layers on it are passed over.
 
@@ -153,7 +163,7 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         model: the model.
         dtype: type that floating-point weights are cast to first; `None`: as they are.
     """
-    weights = {name.replace(".base_layer.", "."): v for name, v in model.state_dict().items() if ".lora_" not in name}
+    weights = base_weights(model)
 
     def digest(name: str) -> bytes:
         value = weights[name].detach()

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .autoencoder import latent_shape, latents_of, scale_and_shift
-from .base import Base, register_base
+from .base import Base, plain, register_base
 from .denoising import (
     Predict,
     check_prediction,
@@ -333,16 +333,12 @@ _SITE_NAMES = {
 def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
     """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called `name`."""
     for key in (*_SITE_NAMES, *(key for key in vars(sites) if key not in _SITE_NAMES)):  # first what says most
-        expected, found = (_plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites)))
+        expected, found = (plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites)))
         if found != expected:
             raise ValueError(
                 f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is {_short(found)}, that of this {name} is "
                 f"{_short(expected)}: use the kind of model that it was trained on."
             )
-
-
-def _plain(value):
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _short(value) -> str:
