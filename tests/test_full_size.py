@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline, LightVAE, wrap_base
@@ -450,3 +450,12 @@ def test_the_full_size_step(regime):
 
 def test_the_load_benchmark():
     assert benchmark.load(1, CONFIG)["beyond_seconds"] < 60
+
+
+def test_the_denoise_benchmark():
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 8, "cross_attention_dim": 12, **blocks}
+    assert benchmark.denoise(1, small)["ratio"] > 0
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**benchmark.STABLE_DIFFUSION_UNET)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # as published

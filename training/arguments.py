@@ -74,6 +74,9 @@ class TrainArguments:
     batch_size: int = field(default=64, metadata={"help": "Images per optimiser step, over all processes."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches a process makes of its share."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of Adam."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the base's own weights; default: the same. Less spares a pretrained base."}
+    )
     warmup_steps: int = field(default=200)
     final_learning_rate: float = field(default=0.01, metadata={"help": "Share of the peak at the end of the cosine."})
     weight_decay: float = field(default=0.0)
@@ -111,14 +114,12 @@ class TrainArguments:
         for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be positive, not {self.min_snr_gamma}.")
         if self.num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, not {self.num_tokens}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
-        for name in ("learning_rate", "epochs", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "base_learning_rate", "epochs", "max_grad_norm", "min_snr_gamma"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
 
     @property

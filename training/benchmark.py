@@ -7,6 +7,8 @@
 - `textbook`: time per image of a training step written the textbook way (float32, one context a batch, dense masked matrices), over ours.
 - `full-size`: a training step on the Stable Diffusion autoencoder (random weights) at 512x512, batch 1, in each regime: peak memory of a
   process that does nothing else, and time over that of `end-to-end`.
+- `denoise`: a denoising step of a UNet of Stable Diffusion's size (random weights) at 64x64 latents, batch 2, with the head, its projections
+  and hooks, over the UNet alone.
 - `load`: seconds to load a saved head on that autoencoder, frozen, beyond those to load the autoencoder alone.
 """
 
@@ -22,10 +24,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from hf_intervene import InterventionModel, LightVAE
+from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import quad
 from hf_intervene.training.arguments import REGIMES
@@ -42,6 +45,9 @@ STABLE_DIFFUSION = {
     "sample_size": 512,
     "scaling_factor": 0.18215,
 }
+
+# That of its UNet, version 1; what is not named has this value by default.
+STABLE_DIFFUSION_UNET = {"sample_size": 64, "cross_attention_dim": 768}
 
 
 def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
@@ -176,6 +182,32 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     }
 
 
+@torch.no_grad()
+def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int = 2) -> dict:
+    """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling it is run once."""
+    dtype = torch.bfloat16 if fast_bf16() else torch.float32
+    unet = UNet2DConditionModel(**config).to(dtype).eval()
+    text = torch.randn(1, 77, config["cross_attention_dim"])
+    model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()
+    for values in model.base.adapter.projections.values:  # zero in a new head: as after training
+        torch.nn.init.normal_(values.weight, std=0.02)
+    x, z = torch.randn(batch_size, *model.base.residual_shape), torch.randn(batch_size, *model.noise_shape)
+    targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)
+    texts = text.to(dtype).expand(batch_size, -1, -1)
+
+    def with_head() -> None:
+        model.base.denoise(x, t, model.embed(z, targets))
+
+    def without() -> None:
+        model.base.injection.remove()
+        unet(x.to(dtype), t, encoder_hidden_states=texts)
+
+    parameters = sum(p.numel() for p in unet.parameters())
+    return {"batch_size": batch_size, "dtype": str(dtype), "parameters": parameters} | summary(
+        *alternate([with_head, without], rounds)
+    )
+
+
 def load(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         AutoencoderKL(**config).save_pretrained(f"{folder}/vae")
@@ -193,7 +225,7 @@ def load(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     return {"base_seconds": base, "beyond_seconds": beyond[1], "quartiles": [beyond[0], beyond[2]], "rounds": rounds}
 
 
-BENCHMARKS = {"render": render, "head": head, "textbook": textbook, "full-size": full_size, "load": load}
+BENCHMARKS = {"render": render, "head": head, "textbook": textbook, "full-size": full_size, "denoise": denoise, "load": load}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

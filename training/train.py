@@ -124,12 +124,12 @@ def fast_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def learning_rate(arguments: TrainArguments, step: int, total: int) -> float:
-    """Linear warm-up, then cosine down to `final_learning_rate` of the peak."""
+def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
+    """Share of the peak: linear warm-up, then cosine down to `final_learning_rate`."""
     warmup = min(1.0, (step + 1) / max(1, arguments.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / total))
     floor = arguments.final_learning_rate
-    return arguments.learning_rate * warmup * (floor + (1 - floor) * cosine)
+    return warmup * (floor + (1 - floor) * cosine)
 
 
 def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
@@ -201,8 +201,15 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
     frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
 
-    parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and _of_base(model, p))]
-    optimizer = torch.optim.AdamW(weights.groups(parameters), a.learning_rate, weight_decay=a.weight_decay, fused=True)
+    of_base = set() if a.regime == "lora" else set(model.base.model.parameters())  # LoRA layers are as new as the head
+    parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and p in of_base)]
+    groups = []
+    for peak, chosen in (
+        (a.learning_rate, [p for p in parameters if p not in of_base]),
+        (a.base_learning_rate or a.learning_rate, [p for p in parameters if p in of_base]),
+    ):
+        groups += [group | {"peak": peak} for group in weights.groups(chosen)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True)
     if ema is not None:
@@ -326,7 +333,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             mine = shard(indices, rank, world)
             beta = a.beta * _ramp(step, a.beta_warmup * total)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(a, step, total)
+                group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
             size = len(mine) // a.gradient_accumulation_steps
             for number, rows in enumerate(mine.split(size)):
@@ -457,10 +464,6 @@ def loss_units(model: InterventionModel, loss: torch.Tensor | np.ndarray) -> tor
 
 def _ramp(step: int, steps: float) -> float:
     return min(1.0, step / steps) if steps > 0 else 1.0
-
-
-def _of_base(model: InterventionModel, parameter: torch.nn.Parameter) -> bool:
-    return any(parameter is p for p in model.base.model.parameters())
 
 
 def _companion_state(model: InterventionModel) -> dict[str, torch.Tensor]:
