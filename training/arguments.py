@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -131,6 +132,13 @@ class TrainArguments:
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
 RUNNING |= {"gradient_accumulation_steps"}
+
+
+def fast_bf16() -> bool:
+    """Whether this machine computes bf16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def shared_settings(arguments: TrainArguments) -> str:

@@ -31,8 +31,7 @@ from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import quad
-from hf_intervene.training.arguments import REGIMES
-from hf_intervene.training.train import TrainArguments, fast_bf16
+from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
 
 
 # The published configuration of the Stable Diffusion 1 and 2 autoencoders.

@@ -34,7 +34,7 @@ from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable
-from hf_intervene.training.train import loss_units
+from hf_intervene.training.validation import loss_units
 
 
 # Training data use the seeds from 0 on (training/train.py); held-out data start here.

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
+from hf_intervene.training.arguments import fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
-from hf_intervene.training.train import fast_bf16
 
 
 PRETRAINING_SEED = 500_000  # quad images that neither training (from 0) nor evaluation (from 1,000,000) sees

@@ -7,7 +7,6 @@ of a global random generator after initialisation: the batch of a step and its n
 number of processes and of accumulation steps does not change the result, and a resumed run goes on as if never stopped.
 """
 
-import copy
 import json
 import math
 import signal
@@ -17,23 +16,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import reduce
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
-from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
-from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
+from hf_intervene.training.arguments import RUNNING, TrainArguments, fast_bf16, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -46,10 +42,10 @@ from hf_intervene.training.checkpoints import (
 )
 from hf_intervene.training.distributed import Weights
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
-_TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -117,24 +113,12 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     return model
 
 
-def fast_bf16() -> bool:
-    """Whether this machine computes bf16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
     """Share of the peak: linear warm-up, then cosine down to `final_learning_rate`."""
     warmup = min(1.0, (step + 1) / max(1, arguments.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / total))
     floor = arguments.final_learning_rate
     return warmup * (floor + (1 - floor) * cosine)
-
-
-def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`: the same in every process."""
-    return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 class Stop:
@@ -189,7 +173,6 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     model.to(accelerator.device)
     weights = Weights(accelerator, model)
     targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
-    validation_targets = validation.targets(model.config.free_blocks).to(accelerator.device)
     prepared = prepared_validation = None
     if model.base.companion_models():  # frozen: what they make of the images is computed once
         prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
@@ -252,27 +235,6 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         module = torch.compile(model) if a.compile else model
         return weights.prepared(module)
 
-    def evaluate() -> float:
-        """Validation loss (see `loss_units`), with noise fixed by the seed."""
-        model.eval()
-        sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-        indices = torch.arange(len(validation))
-        for number, rows in enumerate(indices.split(256)):
-            own = len(rows[rank::world])  # 0 if fewer rows are left than processes, which call the model together all the same
-            picks = torch.arange(rank, rank + max(own, 1) * world, world) % len(rows)
-            mine = rows[picks]
-            noise = step_noise(model, a.seed + 1, number, len(rows))
-            noise = {name: value[picks].to(accelerator.device) for name, value in noise.items()}
-            inputs = _inputs(validation, prepared_validation, mine, accelerator.device)
-            s = validation_targets[validation.context_ids[mine].to(accelerator.device)]
-            with torch.no_grad(), accelerator.autocast():
-                output = model(targets=s, **inputs, **noise)
-            sums[0] += sum(output[term] for term in _TERMS)[:own].double().sum()
-            sums[1] += own
-        weights.release()
-        sums = reduce(sums, "sum")
-        return loss_units(model, sums[0] / sums[1]).item()
-
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
         state = {
@@ -317,7 +279,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
     frozen = step < frozen_steps
     runner = wrapped(frozen)
-    sums, unlogged = torch.zeros(len(_TERMS), device=accelerator.device), 0
+    sums, unlogged = torch.zeros(len(TERMS), device=accelerator.device), 0
     bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
     bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
     with Stop() as stop:
@@ -338,7 +300,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             size = len(mine) // a.gradient_accumulation_steps
             for number, rows in enumerate(mine.split(size)):
                 draws = {name: value.split(size)[number].to(accelerator.device) for name, value in noise.items()}
-                inputs = _inputs(data, prepared, rows, accelerator.device)
+                inputs = model_inputs(data, prepared, rows, accelerator.device)
                 ids = data.context_ids[rows].to(accelerator.device)  # (b,)
                 s = targets[ids]  # (b, D)
                 last = number + 1 == a.gradient_accumulation_steps
@@ -351,7 +313,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
-                terms = torch.stack([output[term].detach().float() for term in _TERMS], dim=1)  # (b, 3)
+                terms = torch.stack([output[term].detach().float() for term in TERMS], dim=1)  # (b, 3)
                 seen.append((terms, output.posterior_mean.detach(), output.posterior_logvar.detach(), s, ids))
             accelerator.clip_grad_norm_(parameters, a.max_grad_norm)
             optimizer.step()
@@ -394,13 +356,14 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 log(row | {"learning_rate": optimizer.param_groups[0]["lr"]})
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
-                    score = evaluate()
+                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator)
+                    weights.release()
                     improved = score < best
                     whole = weights.whole() if improved else None
                     if whole is not None and accelerator.is_main_process:
                         try:
                             with atomic_folder(out / "best") as folder:
-                                _save_model(whole, folder, data)
+                                save_model(whole, folder, data)
                         except OSError as error:
                             accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
                 best, waited = (score, 0) if improved else (best, waited + 1)
@@ -409,7 +372,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 with _averaged(ema, parameters):
                     whole = weights.whole()
                     if accelerator.is_main_process:
-                        _sample_grid(whole, data, a, out, step, accelerator)
+                        sample_grid(whole, data, a, out, step, accelerator)
             if step % checkpoint_every == 0 or finished:
                 save("periodic")
             if _agreed_stop(stop, accelerator, step) and not finished:
@@ -448,20 +411,6 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
 
 
-def _inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Tensor, device: torch.device) -> dict:
-    """Images (b, C, H, W) in [0, 1], or what was prepared of them, as arguments of the model's `forward`."""
-    if prepared is None:
-        return {"pixel_values": data.pixels[rows].to(device, non_blocking=True).float() / 255}
-    return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
-
-
-def loss_units(model: InterventionModel, loss: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
-    """A sum of terms of the loss of an image in bits per pixel; of a denoiser, which has no likelihood, per entry of what it denoises."""
-    if model.base.denoises:
-        return loss / math.prod(model.base.residual_shape)
-    return bits_per_pixel(loss, *model.base.image_shape[-2:])
-
-
 def _ramp(step: int, steps: float) -> float:
     return min(1.0, step / steps) if steps > 0 else 1.0
 
@@ -491,38 +440,6 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
     if step % STOP_CHECK_STEPS:
         return False
     return bool(reduce(torch.tensor(float(stop.asked), device=accelerator.device), "sum") > 0)
-
-
-def _save_model(model: InterventionModel, folder: Path, data: ContextImages) -> None:
-    """Save the model for sampling: batch-norm statistics, if there are any, are gathered anew on a copy."""
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        model = copy.deepcopy(model).eval()
-        model.reestimate_batch_norm(data.contexts)
-    model.save_pretrained(folder)
-
-
-def _sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
-    """A row of samples for each context, held-out pairs of quad included, always of the same noise."""
-    model.eval()
-    contexts = [*data.contexts, *(quad.HELD_OUT if a.dataset == "quad" and len(data.contexts) > 1 else ())]
-    noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
-
-    def samples(context: str) -> list:
-        generator = torch.Generator().manual_seed(a.seed)
-        return model.sample(context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20)
-
-    with accelerator.autocast():
-        images = [image for name in contexts for image in samples(name)]
-    grid = make_image_grid([image.convert("RGB") for image in images], len(contexts), 8)
-    path = out / "samples" / f"step-{step:08d}.png"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
-    except OSError as error:
-        accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

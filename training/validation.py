@@ -1,0 +1,94 @@
+"""What a run does at every validation: its loss, a grid of samples, the model as it is saved."""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from diffusers.utils import make_image_grid
+
+from hf_intervene.data import ContextImages, quad
+from hf_intervene.metrics.reconstruction import bits_per_pixel
+from hf_intervene.model import InterventionModel
+from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.prepared import PreparedImages
+
+
+TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
+
+
+def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`: the same in every process."""
+    return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
+
+
+def model_inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Tensor, device: torch.device) -> dict:
+    """Images (b, C, H, W) in [0, 1], or what was prepared of them, as arguments of the model's `forward`."""
+    if prepared is None:
+        return {"pixel_values": data.pixels[rows].to(device, non_blocking=True).float() / 255}
+    return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
+
+
+def loss_units(model: InterventionModel, loss: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    """A sum of terms of the loss of an image in bits per pixel; of a denoiser, which has no likelihood, per entry of what it denoises."""
+    if model.base.denoises:
+        return loss / math.prod(model.base.residual_shape)
+    return bits_per_pixel(loss, *model.base.image_shape[-2:])
+
+
+def validation_loss(
+    model: InterventionModel, data: ContextImages, prepared: PreparedImages | None, seed: int, accelerator: Accelerator
+) -> float:
+    """Loss (see `loss_units`) of validation images, with noise fixed by the seed; all processes together."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    model.eval()
+    targets = data.targets(model.config.free_blocks).to(device)  # (contexts, D)
+    sums = torch.zeros(2, device=device, dtype=torch.float64)
+    for number, rows in enumerate(torch.arange(len(data)).split(256)):
+        own = len(rows[rank::world])  # 0 if fewer rows are left than processes, which call the model together all the same
+        picks = torch.arange(rank, rank + max(own, 1) * world, world) % len(rows)
+        noise = {name: value[picks].to(device) for name, value in step_noise(model, seed, number, len(rows)).items()}
+        inputs = model_inputs(data, prepared, rows[picks], device)
+        s = targets[data.context_ids[rows[picks]].to(device)]
+        with torch.no_grad(), accelerator.autocast():
+            output = model(targets=s, **inputs, **noise)
+        sums[0] += sum(output[term] for term in TERMS)[:own].double().sum()
+        sums[1] += own
+    sums = reduce(sums, "sum")
+    return loss_units(model, sums[0] / sums[1]).item()
+
+
+def save_model(model: InterventionModel, folder: Path, data: ContextImages) -> None:
+    """Save the model for sampling: batch-norm statistics, if there are any, are gathered anew on a copy."""
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        model = copy.deepcopy(model).eval()
+        model.reestimate_batch_norm(data.contexts)
+    model.save_pretrained(folder)
+
+
+def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
+    """A row of samples for each context, held-out pairs of quad included, always of the same noise."""
+    model.eval()
+    contexts = [*data.contexts, *(quad.HELD_OUT if a.dataset == "quad" and len(data.contexts) > 1 else ())]
+    noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
+
+    def samples(context: str) -> list:
+        generator = torch.Generator().manual_seed(a.seed)
+        return model.sample(context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20)
+
+    with accelerator.autocast():
+        images = [image for name in contexts for image in samples(name)]
+    grid = make_image_grid([image.convert("RGB") for image in images], len(contexts), 8)
+    path = out / "samples" / f"step-{step:08d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
