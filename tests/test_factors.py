@@ -1,10 +1,20 @@
 """The true factors of quad read off images, and what edits do to them."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import ndtr, ndtri
 
 from hf_intervene.data import quad
 from hf_intervene.metrics import intervention_effects, train_regressor
+from hf_intervene.metrics.factors import CHANCE, KINDS, LEVELS, Factors, factor_changes, true_factors
+
+
+SHAPE, ORIENTATION, COLOR = (quad.LATENTS.index(name) for name in ("shape", "orientation", "color"))
+TURNS = {"square": 4, "triangle": 3, "ellipse": 2}  # positions in a full turn that look the same
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +29,92 @@ def latents():
 
 def test_the_regressor_reads_colours(regressor):
     assert min(regressor.scores[name] for name in ("quad1", "quad2", "quad3", "quad4")) > 0.7
+
+
+def test_the_same_training_twice(regressor):
+    images = quad.render(quad.sample_latents("obs", 8), 16)
+    again = train_regressor(16, seed=0, steps=400)
+    assert again.scores == regressor.scores
+    np.testing.assert_array_equal(again.read(images).levels, regressor.read(images).levels)
+
+
+@pytest.mark.slow
+def test_the_regressor_reads_every_factor():
+    scores = train_regressor(32, seed=0).scores
+    assert min(scores[name] for name in LEVELS) > 0.95 and scores["shape"] > 0.75 and scores["orientation"] > 0.3
+
+
+def test_images_of_another_size(regressor):
+    with pytest.raises(ValueError, match=r"reads images \(n, 16, 16, 3\), not \(2, 32, 32, 3\)"):
+        regressor.read(np.zeros((2, 32, 32, 3), np.uint8))
+
+
+# The factors and their changes
+
+
+def drawn(kind, orientation):
+    """Latents of one large shape."""
+    u = np.full((1, 8), 0.9)
+    u[0, SHAPE], u[0, ORIENTATION], u[0, COLOR] = KINDS.index(kind) / 3, orientation, 0.4
+    return ndtri(np.clip(u, 1e-9, 1 - 1e-9))
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_orientations_that_look_the_same_are_the_same(kind):
+    latents, turned, half = (drawn(kind, u) for u in (0.1, 0.1 + 1 / TURNS[kind], 0.1 + 0.5 / TURNS[kind]))
+    images = [quad.render(x, 64).astype(float) for x in (latents, turned, half)]
+    assert np.abs(images[0] - images[1]).mean() < 0.2 < np.abs(images[0] - images[2]).mean()
+    index = np.array([KINDS.index(kind)])
+    same, most = (factor_changes(true_factors(latents), true_factors(x), index)[ORIENTATION] for x in (turned, half))
+    assert same == pytest.approx(0, abs=1e-6) and most == pytest.approx(0.5)
+
+
+def test_kinds_are_those_that_are_drawn():
+    """Each kind has an image of its own, and changes where the renderer changes it."""
+    u = np.full((61, 8), 0.3)
+    u[:, SHAPE], u[:, COLOR] = np.linspace(0.003, 0.997, 61), 0.8
+    images, kinds = quad.render(ndtri(u), 32), true_factors(ndtri(u)).kinds.argmax(1)
+    other_image = [not np.array_equal(a, b) for a, b in zip(images, images[1:])]
+    assert other_image == (np.diff(kinds) != 0).tolist() and set(kinds) == {0, 1, 2, 3}
+
+
+@st.composite
+def some_factors(draw, images):
+    def numbers(*shape):
+        size = math.prod(shape)
+        return np.array(draw(st.lists(st.floats(0, 1, width=32), min_size=size, max_size=size)), dtype=float).reshape(shape)
+
+    kinds = numbers(images, 4) + 0.01
+    return Factors(numbers(images, 6), kinds / kinds.sum(1, keepdims=True), numbers(images, 3))
+
+
+@given(some_factors(3), some_factors(3), st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_changes_by_a_slow_loop(before, after, kinds):
+    expected = {name: sum(abs(before.levels[i, k] - after.levels[i, k]) for i in range(3)) / 3 for k, name in enumerate(LEVELS)}
+    expected["shape"] = sum(max(0, before.kinds[i, k] - after.kinds[i, k]) for i in range(3) for k in range(4)) / 3
+    turns = [
+        min(abs(before.phases[i, kind - 1] - after.phases[i, kind - 1] + whole) for whole in (-1, 0, 1))
+        for i, kind in enumerate(kinds)
+        if kind
+    ]
+    expected["orientation"] = sum(turns) / len(turns) if turns else math.nan
+    found = factor_changes(before, after, np.array(kinds))
+    np.testing.assert_allclose(found, [expected[name] for name in quad.LATENTS], atol=1e-6)
+
+
+def test_changes_by_chance():
+    a, b = (np.random.default_rng(seed).normal(size=(200_000, 8)) for seed in (0, 1))
+    kinds = true_factors(a).kinds.argmax(1)
+    changes = dict(zip(quad.LATENTS, factor_changes(true_factors(a), true_factors(b), kinds)))
+    assert changes == pytest.approx(CHANCE, abs=0.01)
+
+
+def test_levels_are_u():
+    latents = quad.sample_latents("quad1", 5)
+    np.testing.assert_allclose(true_factors(latents).levels[:, 0], ndtr(latents[:, 0].astype(float)), atol=1e-6)
+
+
+# Edits
 
 
 def test_effects_of_edits(regressor, latents):
