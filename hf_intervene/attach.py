@@ -162,7 +162,8 @@ class intervene:
     def advance(self, sample: torch.Tensor, timestep: Any) -> "_Run":
         """The run that a call of the denoiser with `sample` (batch, ...) belongs to."""
         t = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-        if self.run is None or self.run.begins_anew(t, len(sample)):
+        only_step = len(getattr(self._heads.pipe.scheduler, "timesteps", ())) == 1
+        if self.run is None or only_step or self.run.begins_anew(t, len(sample)):
             self.run = self._begin(sample)
         self.run.timestep = t
         return self.run

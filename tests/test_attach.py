@@ -154,13 +154,15 @@ def test_several_heads_add_up_with_their_weights(tmp_path):
         attach(pipe, second, name="style")
 
 
-def test_each_call_draws_anew_and_a_generator_repeats(tmp_path):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_call_draws_anew_and_a_generator_repeats(steps, tmp_path):
     pipe, model = pipeline("text", tmp_path)
     attach(pipe, model)
+    steps = {"num_inference_steps": steps}
     with intervene(pipe, "a", generator=generator()):
-        first, second = images(pipe), images(pipe)
+        first, second = images(pipe, **steps), images(pipe, **steps)
     with intervene(pipe, "a", generator=generator()):
-        assert np.array_equal(images(pipe), first)
+        assert np.array_equal(images(pipe, **steps), first)
     assert np.abs(first - second).max() > 1e-4
     assert np.abs(first[0] - first[1]).max() > 1e-4
 
