@@ -141,6 +141,17 @@ def test_regimes_train_what_they_should(tiny, tmp_path, regime):
     assert seen == ([True] * 10 if regime == "frozen" else [True] * 3 + [False] * 7)
 
 
+def test_the_base_has_a_learning_rate_of_its_own(tiny):
+    """Adam's first step is as long as the learning rate."""
+    rates = {"learning_rate": 1e-2, "base_learning_rate": 1e-4, "warmup_steps": 1}
+    torch.manual_seed(tiny.get("seed", 0))
+    before = train.build_model(TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]).state_dict()
+    after = InterventionModel.from_pretrained(run(tiny, max_steps=1, **rates).model_dir).state_dict()
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before if "posterior_offset" not in name}
+    base, rest = ([v for k, v in moved.items() if k.startswith("base.model.") is kind] for kind in (True, False))
+    assert max(base) == pytest.approx(1e-4, rel=1e-2) and max(rest) == pytest.approx(1e-2, rel=1e-2)
+
+
 @pytest.mark.parametrize("ablation", ["base", "base-pooled", "head-pooled"])
 def test_ablations_train_and_save(tiny, tmp_path, ablation):
     result = run(tiny, ablation=ablation)
@@ -159,9 +170,15 @@ def test_options_train(tiny, tmp_path, options):
     assert (tmp_path / "run" / "samples" / "step-00000008.png").exists()
 
 
-def test_training_learns(tiny):
+def test_training_learns(tiny, capsys):
     result = run(tiny, max_steps=300, eval_every=100, images_per_context=64, learning_rate=5e-3, beta=1.0, moment_matching=0.0)
     assert result.validation < 2.5  # an untrained model has 3 bits per pixel, one per channel
+    assert "nats" not in capsys.readouterr().err
+
+
+def test_a_silent_z_is_said(tiny, capsys):
+    run(tiny, max_steps=20, eval_every=20, beta=1000.0)
+    assert "next to nothing" in capsys.readouterr().err
 
 
 def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):

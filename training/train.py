@@ -46,6 +46,7 @@ from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sa
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
+SILENT = 1.0  # nats: less than this in z is worth a warning
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -354,6 +355,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 unlogged = 0
                 bar.set_postfix(loss=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
                 log(row | {"learning_rate": optimizer.param_groups[0]["lr"]})
+                if finished and model.head is not None and (nats := means[1].item()) < SILENT:
+                    accelerator.print(
+                        f"warning: z carries {nats:.2f} nats of an image, next to nothing, and what interventions do rests on it: train "
+                        "for longer, or lower beta or moment_matching.",
+                        file=sys.stderr,
+                    )
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
                     score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator)
