@@ -40,7 +40,7 @@ def sample(arguments: argparse.Namespace) -> int:
     """Sample images from a saved pipeline into one picture or a folder of them."""
     pipe = load_pipeline(arguments.pipeline)
     generator = torch.Generator().manual_seed(arguments.seed)
-    images = pipe(arguments.interventions, arguments.num_images, generator).images
+    images = pipe(arguments.interventions, arguments.num_images, generator, **_denoising(arguments)).images
     _save_images(images, Path(arguments.output))
     return 0
 
@@ -52,8 +52,13 @@ def edit(arguments: argparse.Namespace) -> int:
         image = Image.open(arguments.image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{arguments.image} is not an image that can be read.") from error
-    _save_images(pipe.edit(image, arguments.interventions, arguments.context).images, Path(arguments.output))
+    edited = pipe.edit(image, arguments.interventions, arguments.context, **_denoising(arguments)).images
+    _save_images(edited, Path(arguments.output))
     return 0
+
+
+def _denoising(arguments: argparse.Namespace) -> dict:
+    return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
 
 
 def _save_images(images: list, path: Path) -> None:
@@ -88,6 +93,13 @@ def card(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_denoising(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
+    command.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # train and evaluate have option parsers of their own; they are handed everything.
@@ -110,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--interventions", default="obs", help="quad1, quad1+size, size=0.5, obs (default obs)")
     command.add_argument("--num-images", type=int, default=8)
     command.add_argument("--seed", type=int, default=0)
+    _add_denoising(command)
     command.add_argument("--output", required=True, help="a picture (one row) or a folder (one file an image)")
     command.set_defaults(run=sample)
     command = commands.add_parser("edit", help="edit an image by interventions")
@@ -117,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("image", help="the image, of the pipeline's size")
     command.add_argument("--interventions", required=True)
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
+    _add_denoising(command)
     command.add_argument("--output", required=True)
     command.set_defaults(run=edit)
     command = commands.add_parser("concepts", help="print what a pipeline can be intervened on, as JSON")

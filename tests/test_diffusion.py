@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusion_models import KINDS, conditional, make, save_pipeline, save_vision, unet, vae, with_head
+from PIL import Image
 from transformers import AutoImageProcessor, ViTModel
 
-from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, load_base, wrap_base
+from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, cli, load_base, wrap_base
 from hf_intervene.bases import denoising
 from hf_intervene.bases.injection import Entries, Injection, find_sites
 from hf_intervene.bases.loading import load_scheduler
@@ -23,6 +24,19 @@ def generator(seed=0):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
+
+
+def test_the_commands_take_what_a_denoiser_does(tmp_path):
+    InterventionPipeline.from_model(with_head()).save_pretrained(tmp_path / "pipe")
+    pipe = InterventionPipeline.from_pretrained(tmp_path / "pipe")
+    options = ["--interventions", "a", "--num-inference-steps", "3", "--guidance-scale", "2"]
+    assert cli.main(["sample", str(tmp_path / "pipe"), "--num-images", "1", *options, "--output", str(tmp_path / "a.png")]) == 0
+    expected = pipe("a", 1, generator(), num_inference_steps=3, guidance_scale=2.0).images[0]
+    image = Image.open(tmp_path / "a.png")
+    assert image.tobytes() == expected.tobytes()
+    assert cli.main(["edit", str(tmp_path / "pipe"), str(tmp_path / "a.png"), *options, "--output", str(tmp_path / "b.png")]) == 0
+    edited = pipe.edit(image, "a", num_inference_steps=3, guidance_scale=2.0).images[0]
+    assert Image.open(tmp_path / "b.png").tobytes() == edited.tobytes()
 
 
 # What enters a denoiser
@@ -380,6 +394,11 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         built.sample("a", 2, residual_noise=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="in many steps"):
         built(torch.rand(1, 3, 16, 16), built.targets("a"), return_reconstruction=True)
+    for steps in (0, -1, 2000, 2.5):
+        with pytest.raises(ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"):
+            built.sample("a", 2, num_inference_steps=steps)
+        with pytest.raises(ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"):
+            built.edit(torch.rand(2, 3, 16, 16), "a", num_inference_steps=steps)
     pipe = InterventionPipeline.from_model(built)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="takes the denoiser's for 'flow'"):

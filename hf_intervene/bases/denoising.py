@@ -100,7 +100,12 @@ def noised(
 def generate(
     predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers."""
+    """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
+
+    Raises:
+        ValueError: no such number of steps.
+    """
+    _check_steps(scheduler, steps)
     scheduler = type(scheduler).from_config(scheduler.config)  # some keep the state of the last run
     scheduler.set_timesteps(steps, device=noise.device)
     accepts = inspect.signature(scheduler.step).parameters
@@ -113,7 +118,12 @@ def generate(
 
 
 def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tuple[torch.Tensor, float, float]]:
-    """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean sample, whose (a, s) is (1, 0)."""
+    """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean sample, whose (a, s) is (1, 0).
+
+    Raises:
+        ValueError: no such number of steps.
+    """
+    _check_steps(scheduler, steps)
     if prediction_type(scheduler) == "flow":
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
@@ -122,6 +132,12 @@ def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tu
     last = len(alphas)
     timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
     return [(torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps]
+
+
+def _check_steps(scheduler: SchedulerMixin, steps: int) -> None:
+    most = scheduler.config.num_train_timesteps
+    if not (isinstance(steps, int) and 1 <= steps <= most):
+        raise ValueError(f"num_inference_steps must be a whole number from 1 to {most}, those of the scheduler, not {steps}.")
 
 
 def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: float) -> tuple[float, float]:
