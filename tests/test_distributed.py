@@ -17,10 +17,13 @@ CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 def launch_with(name, settings):
     """Train with two processes under a shipped configuration."""
-    if name == "zero2":
-        pytest.importorskip("deepspeed", reason="ZeRO needs the extra `deepspeed`, which is not part of `test`")
     configuration = str(CONFIGS / f"{name}.yaml")
     launch(["accelerate.commands.launch", "--config_file", configuration, "--main_process_port", "0"], settings)
+
+
+def skip_without_deepspeed(name):
+    if name == "zero2":
+        pytest.importorskip("deepspeed", reason="ZeRO needs the extra `deepspeed`, which is not part of `test`")
 
 
 def assert_same_run(settings, other, **tolerance):
@@ -34,6 +37,7 @@ def assert_same_run(settings, other, **tolerance):
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])
 def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     """Weights, average and optimiser state; the second half of the run resumed, on another number of processes than the first."""
+    skip_without_deepspeed(name)
     settings = tiny | {"ema_decay": 0.9, "base_norm": "none", "l2": 0.1, "gradient_accumulation_steps": 2, "max_steps": 6}
     settings |= {"eval_every": 3, "validation_images": 11}
     run(settings)
@@ -56,6 +60,7 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
 @pytest.mark.parametrize("regime", ["fine-tune", "lora"])
 def test_a_sharded_pretrained_base(tiny, tmp_path, regime, name):
     """Blocks gathered one at a time, scalar parameters, weights that are frozen and that thaw."""
+    skip_without_deepspeed(name)
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     vae = AutoencoderKL(**blocks, block_out_channels=(4, 5), norm_num_groups=1, layers_per_block=1, sample_size=16)
