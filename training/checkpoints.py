@@ -66,7 +66,7 @@ def check_writable(folder: str | os.PathLike) -> None:
         os.makedirs(folder, exist_ok=True)
         probe = Path(folder, ".writable")
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of this run may have been here first
     except OSError as error:
         raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
 
