@@ -79,7 +79,7 @@ def test_optimizer_state_round_trip():
     step(layer, optimizer)
     other, resumed = make()
     other.load_state_dict(layer.state_dict())
-    saved = {k: v.clone() for k, v in c.flatten_optimizer(optimizer, [*layer.parameters()]).items()}
+    saved = {k: v.clone() for k, v in c.flatten_optimizer(optimizer.state, [*layer.parameters()]).items()}
     c.restore_optimizer(resumed, [*other.parameters()], saved, lambda value, parameter: value)
     for pair in ((layer, optimizer), (other, resumed)):
         step(*pair)

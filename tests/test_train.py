@@ -38,7 +38,7 @@ def launch(launcher, settings):
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "training/train.py", "--config", str(config)],
         cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

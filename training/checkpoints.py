@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def check_writable(folder: str | os.PathLike) -> None:
         os.makedirs(folder, exist_ok=True)
         probe = Path(folder, ".writable")
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of this run may have been here first
     except OSError as error:
         raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
 
@@ -141,9 +141,11 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
     return None
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+def flatten_optimizer(
+    state: Mapping[torch.nn.Parameter, dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
     """The tensors of an Adam optimiser's state, by `number of the parameter.entry`, whatever groups the parameters are in."""
-    return {f"{i}.{key}": value for i, p in enumerate(parameters) for key, value in optimizer.state.get(p, {}).items()}
+    return {f"{i}.{key}": value for i, p in enumerate(parameters) for key, value in state.get(p, {}).items()}
 
 
 def restore_optimizer(

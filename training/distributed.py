@@ -1,21 +1,42 @@
-"""The weights of a model in several processes: whole in each (one process, DDP), or a part in each (FSDP).
+"""The weights of a model in several processes: whole in each (one process, DDP, ZeRO-2), or a part in each (FSDP).
 
 Whichever it is, what leaves the processes is whole: checkpoints, samples and the saved model are the same, and a run may be resumed by
 another number of processes, sharded or not. Accelerate shards on accelerators only (under `ACCELERATE_USE_CPU` it would quietly run DDP),
-and nothing that has scalar parameters; so its configuration is read and torch's `fully_shard` called here.
+and nothing that has scalar parameters; under DeepSpeed it would cast the weights to bf16. So its configuration is read, and torch's
+`fully_shard` or DeepSpeed called here.
 """
 
 import copy
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env, reduce
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    FullyShardedDataParallelPlugin,
+    is_deepspeed_available,
+    parse_flag_from_env,
+    patch_environment,
+    reduce,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_intervene.model import InterventionModel
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
+ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
+
+
+def new_accelerator(**options) -> Accelerator:
+    """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        return Accelerator(**options)
 
 
 class Weights:
@@ -29,22 +50,57 @@ class Weights:
 
     def __init__(self, accelerator: Accelerator, model: InterventionModel):
         self.accelerator, self.model = accelerator, model
-        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1
-        self._ddp = accelerator.num_processes > 1 and not self.sharded
+        several = accelerator.num_processes > 1
+        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and several
+        self._zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and several
+        self._ddp = several and not self.sharded and not self._zero
+        self._engine = self._groups = None  # of ZeRO: DeepSpeed's engine, and all groups of the optimiser
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError("the trainer does not run under DeepSpeed.")
+            _check_deepspeed(accelerator)
         if self.sharded:
             self._skeleton = _without_weights(model)
             _shard(accelerator, model)
 
-    def prepared(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The model, or what was compiled of it, as the training step calls it."""
+    def prepared(self, module: torch.nn.Module, optimizer: AcceleratedOptimizer) -> torch.nn.Module:
+        """The model, or what was compiled of it, as the training step calls it; again when other parameters are trained than before."""
+        if self._zero:
+            self._engine = self._partitioned(module, optimizer.optimizer)
+            return self._engine
         return self.accelerator.prepare_model(module) if self._ddp else module
 
     def accumulating(self, module: torch.nn.Module, more: bool) -> AbstractContextManager:
         """Inside, a backward pass of a prepared module leaves its gradients in the process if `more` passes come before the step; those
-        of sharded weights are summed in every pass, since only so they can be kept sharded."""
+        of sharded weights and of ZeRO are summed in every pass, since only so they can be kept sharded."""
+        if self._zero:
+            self._engine.set_gradient_accumulation_boundary(not more)
         return self.accelerator.no_sync(module) if more and self._ddp else nullcontext()
+
+    def step(self, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float) -> None:
+        """A step of the optimiser on gradients of at most this norm, which are then forgotten."""
+        if self._zero:
+            self._engine.optimizer.clip_grad = max_norm
+            self._engine.step()
+            return
+        self.accelerator.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def optimizer_state(
+        self, optimizer: torch.optim.Optimizer, everywhere: bool = False
+    ) -> Mapping[torch.nn.Parameter, dict[str, torch.Tensor]]:
+        """Adam's state by parameter; that of ZeRO is gathered whole onto the CPU of the main process, or of every one."""
+        if self._engine is None:
+            return optimizer.state
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        zero, found = self._engine.optimizer, {}
+        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
+            for p in parameters:
+                values = {"step": zero.optimizer.state[flat]["step"]}
+                values |= {name: safe_get_full_optimizer_state(p, name) for name in MOMENTS}
+                if everywhere or self.accelerator.is_main_process:
+                    found[p] = {name: value.to("cpu", copy=True) for name, value in values.items()}
+        return found
 
     def groups(self, parameters: list[torch.nn.Parameter]) -> list[dict]:
         """Parameters in groups that an optimiser can update at once: sharded ones, and the scalars, which are not."""
@@ -90,6 +146,65 @@ class Weights:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _partitioned(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
+        """An engine of DeepSpeed that trains what requires gradients now, with the state that the optimiser has so far.
+
+        It takes the place of the one before: what is trained, and so what is partitioned, is fixed once for an engine.
+        """
+        import deepspeed
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        state = dict(self.optimizer_state(optimizer, everywhere=True))
+        if self._engine is None:
+            self._groups = [dict(group) for group in optimizer.param_groups]
+        else:
+            self._engine.destroy()
+        groups = [group | {"params": [p for p in group["params"] if p.requires_grad]} for group in self._groups]
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        optimizer.state.clear()
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would compile a substitute for gloo
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # must be given; only DeepSpeed's own logs depend on it
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": ZERO_BUCKET},
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed turns off an autocast that it is not told of; by its own list it would sum gradients of many layers in bf16.
+            "torch_autocast": {
+                "enabled": self.accelerator.mixed_precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+        }
+        for p in self.model.parameters():
+            if p.ndim == 0:
+                p.ds_optim_param = True  # not to be sent to the others, which have the same: DeepSpeed cannot send scalars
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        engine.module_forward_pre_hook.remove()  # they take times, and would keep an engine that was replaced
+        engine.module_forward_post_hook.remove()
+        zero = engine.optimizer
+        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
+            steps = next((state[p]["step"] for p in parameters if p in state), torch.zeros(()))
+            optimizer.state[flat] = {"step": steps.to(flat.device)} | {name: torch.zeros_like(flat) for name in MOMENTS}
+        zero._lazy_init_hp_params_optimizer_state()
+        for p, values in state.items():
+            for name in MOMENTS:
+                safe_set_full_optimizer_state(p, values[name], name)
+        return engine
+
+
+def _check_deepspeed(accelerator: Accelerator) -> None:
+    if not is_deepspeed_available():
+        raise ValueError("DeepSpeed is not installed: pip install 'hf-intervene[deepspeed]'.")
+    plugin = DeepSpeedPlugin(hf_ds_config="none")  # what the launcher was told, a file of DeepSpeed's own aside
+    asked = (plugin.zero_stage, plugin.offload_optimizer_device, plugin.offload_param_device, plugin.gradient_clipping)
+    accumulates = plugin.gradient_accumulation_steps not in ("auto", 1)  # this and clipping are settings of the trainer
+    if asked != (2, "none", "none", "auto") or accumulates or "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        raise ValueError(
+            "the trainer runs DeepSpeed with zero_stage 2, without offloading, gradient_accumulation_steps, gradient_clipping and "
+            "deepspeed_config_file: see training/configs/accelerate/zero2.yaml."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("the trainer does not run DeepSpeed under mixed_precision fp16: use bf16 or no.")
 
 
 def _shard(accelerator: Accelerator, model: InterventionModel) -> None:

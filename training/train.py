@@ -40,7 +40,7 @@ from hf_intervene.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
-from hf_intervene.training.distributed import Weights
+from hf_intervene.training.distributed import Weights, new_accelerator
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
 
@@ -157,7 +157,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     out = Path(a.output_dir)
     check_writable(out)
     precision = ("bf16" if fast_bf16() else "no") if a.mixed_precision == "auto" else a.mixed_precision
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         mixed_precision=precision,
         log_with=None if a.tracker == "none" else a.tracker,
         project_dir=str(out / "logs"),
@@ -234,7 +234,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
         module = torch.compile(model) if a.compile else model
-        return weights.prepared(module)
+        return weights.prepared(module, optimizer)
 
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
@@ -245,7 +245,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
-        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(optimizer, parameters)}
+        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), parameters)}
         for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
             del tensors["model"][name]
         if ema is not None:
@@ -316,9 +316,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     accelerator.backward(loss / a.gradient_accumulation_steps)
                 terms = torch.stack([output[term].detach().float() for term in TERMS], dim=1)  # (b, 3)
                 seen.append((terms, output.posterior_mean.detach(), output.posterior_logvar.detach(), s, ids))
-            accelerator.clip_grad_norm_(parameters, a.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            weights.step(optimizer, parameters, a.max_grad_norm)
             if ema is not None:
                 ema.step(parameters)
 
