@@ -107,10 +107,10 @@ def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
 
 def test_script_options_override_the_configuration(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text("learning_rate: 1e-4\nbatch_size: 32\nconcepts: [a, b]\n")
+    config.write_text("learning_rate: 1e-4\nbatch_size: 32\nconcepts: [a, b]\nema_decay: null\n")
     arguments = parse_arguments(["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"])
     assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (1e-4, 8, ["a", "b"])
-    assert arguments.block_out_channels == [4, 6]
+    assert arguments.block_out_channels == [4, 6] and arguments.ema_decay is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)

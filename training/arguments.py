@@ -1,12 +1,12 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -182,7 +182,7 @@ def read_config(path: str) -> dict:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `setting: value` lines.")
-    known = {f.name: f.type for f in fields(TrainArguments)}
+    known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
         if name not in known:
             near = get_close_matches(str(name), known, 3)
@@ -191,7 +191,7 @@ def read_config(path: str) -> dict:
         try:
             settings[name] = _typed(value, known[name])
         except TypeError:
-            kind = known[name].__name__ if isinstance(known[name], type) else known[name]
+            kind = known[name].__name__ if isinstance(known[name], type) else str(known[name]).removesuffix(" | None")
             raise ValueError(f"{path}: {name} must be of type {kind}, not {value!r}.") from None
     return settings
 
