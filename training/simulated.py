@@ -51,6 +51,7 @@ class Simulated:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Quad(Simulated):
     """Fresh draws with seeds of their own; grey images there are none."""
 
@@ -70,6 +71,7 @@ class Quad(Simulated):
         return tuple(self._draw(contexts, images, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1))
 
 
+@dataclass(frozen=True)
 class Mnist(Simulated):
     """Training images of MNIST's training digits, `validation_fraction` of them for validation; held-out images of its test digits, no
     digit twice in a context: of few digits there are fewer images than were asked for."""

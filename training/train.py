@@ -409,9 +409,10 @@ def _resume(arguments: TrainArguments, out: Path):
 
 
 def _check_same(now: dict, before: dict, path: Path) -> None:
-    changed = [name for name in now if name not in RUNNING and now[name] != before.get(name)]
+    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
+    changed = [name for name in now if name not in RUNNING and now[name] != before[name]]
     if changed:
-        listing = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed[:3])
+        listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
 
 

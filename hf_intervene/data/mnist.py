@@ -77,6 +77,9 @@ LATENTS = tuple(_PARAMETERS)
 
 _RENDERER = 1  # part of the cache's key: raise it when an image would change
 _FINE = 4  # points of the fine grid to a pixel, in each direction
+# Points over which an edge rises from black to white. With 1 the digits that are not moved, which lie on the points, had sharper edges and
+# fewer greys than the others: 52 % of their pixels with ink were grey, of shifted ones 66 %. With 3 it is 81 and 82 %.
+_EDGE = 3
 _CHUNK = 64  # images drawn at once: the working set stays small
 _CENTRE = 0.5  # MNIST puts the centre of mass on pixel (14, 14), half a pixel from the centre of the image: scale and shear keep it there
 # Spline interpolation onto the fine grid is linear and separable: this matrix (112, 28) from both sides.
@@ -149,12 +152,11 @@ def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     fine = _UPSAMPLING @ digits.astype(np.float64) @ _UPSAMPLING.T  # (n, 112, 112)
     white = fine > digits.max((1, 2), keepdims=True) / 2
     white[:, [0, -1]] = white[:, :, [0, -1]] = False  # a rim of background, to which there is a distance
-    distances = np.zeros(fine.shape, dtype=np.float32)
+    distances = np.full(fine.shape, SIDE * _FINE, dtype=np.float32)  # far from any contour: a blank digit stays blank
     centres = np.zeros((len(digits), 2))
     for k, (shape, row) in enumerate(zip(white, latents)):
         p = dict(zip(LATENTS, row))
-        if not shape.any():  # a blank digit stays blank
-            distances[k] = np.inf
+        if not shape.any():
             continue
         inside = ndimage.distance_transform_edt(shape)
         # The contour runs half-way between two points.
@@ -168,9 +170,10 @@ def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     coverage = np.empty(fine.shape, dtype=np.float32)
     for k, distance in enumerate(distances):
         points = (np.stack([y[k], x[k]]) + SIDE / 2 + _CENTRE) * _FINE - 0.5
-        # Beyond the grid as on its rim, where there is background.
-        coverage[k] = ndimage.map_coordinates(distance, points, order=1, mode="nearest", prefilter=False)
-    np.clip(0.5 - coverage, 0, 1, out=coverage)
+        # Beyond the grid it is as far to the contour as from the rim, and on to the rim.
+        within = np.clip(points, 0, SIDE * _FINE - 1)
+        coverage[k] = ndimage.map_coordinates(distance, within, order=1, prefilter=False) + np.hypot(*(points - within))
+    np.clip(0.5 - coverage / _EDGE, 0, 1, out=coverage)
     means = coverage.reshape(len(digits), SIDE, _FINE, SIDE, _FINE).mean((2, 4))
     return np.rint(255 * means).astype(np.uint8)[..., None]
 
