@@ -270,8 +270,9 @@ def held_out_images(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
-    quad: fresh draws, held-out pairs included; mnist: so too, of test digits, each once in a context. Own data: each context's images in two halves (at most `images` each), of those only
-    that training held out, by the fraction and seed of its `split`; `None`: all, of data that training did not see.
+    quad: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
+    images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
+    all, of data that training did not see.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.

@@ -53,7 +53,7 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Quad(Simulated):
-    """Fresh draws with seeds of their own; grey images there are none."""
+    """Fresh draws, with seeds of their own; always in colour."""
 
     concepts, held_out = quad.CONCEPTS, quad.HELD_OUT
 

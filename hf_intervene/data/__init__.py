@@ -1,4 +1,4 @@
-"""Context data: `quad` (simulated), `mnist` (real digits), your own images (`folder`), all as resident `ContextImages`; and the context schedules."""
+"""Context data: `quad` (simulated), `mnist` (real digits) and your own images (`folder`), as `ContextImages`; and context schedules."""
 
 from .digits import load_digits
 from .folder import load_contexts
