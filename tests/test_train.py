@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,14 @@ def test_a_folder_with_another_run(tiny, capsys):
     run(tiny)
     assert "already holds a run" in error_of(capsys, options(tiny))
     assert "other settings (beta was 4.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
+
+
+def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
+    now = asdict(TrainArguments())
+    before = {name: value for name, value in now.items() if name != "mnist_digits"}
+    train._check_same(now, before, Path("step-1"))
+    with pytest.raises(ValueError, match="mnist_digits was 'bundled', is 'elsewhere'"):
+        train._check_same(now | {"mnist_digits": "elsewhere"}, before, Path("step-1"))
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):

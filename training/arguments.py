@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
 
 
@@ -25,12 +26,17 @@ class TrainArguments:
 
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder of the run."})
     # Data
-    dataset: str = field(default="quad", metadata={"help": "`quad`, an image folder, a saved data set or a Hub name."})
+    dataset: str = field(default="quad", metadata={"help": "`quad`, `mnist`, an image folder, a saved data set or a Hub name."})
     variant: str = field(default="dependent", metadata={"help": "quad: `dependent` or `independent`."})
-    images_per_context: int = field(default=4000, metadata={"help": "quad: training images of each context."})
-    validation_images: int = field(default=400, metadata={"help": "quad: validation images of each context."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Own data: share held out for validation."})
-    data_seed: int = field(default=0, metadata={"help": "Seed of the data (quad) or of the split (own data)."})
+    images_per_context: int = field(default=4000, metadata={"help": "quad, mnist: training images of each context."})
+    validation_images: int = field(default=400, metadata={"help": "quad, mnist: validation images of each context."})
+    mnist_digits: str = field(
+        default=BUNDLED, metadata={"help": "mnist: `bundled` (few), a folder with its files or a saved data set, or a Hub name."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Own data: share of the images held out for validation; mnist: share of the digits."}
+    )
+    data_seed: int = field(default=0, metadata={"help": "Seed of the data (quad, mnist) or of the split (own data)."})
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
@@ -148,7 +154,7 @@ def shared_settings(arguments: TrainArguments) -> str:
     """
     default = asdict(TrainArguments())
     changed = {k: v for k, v in asdict(arguments).items() if k not in RUNNING and (v != default[k] or k == "seed")}
-    for name in ("dataset", "base"):
+    for name in ("dataset", "base", "mnist_digits"):
         if name in changed and Path(changed[name]).exists():
             changed[name] = Path(changed[name]).resolve().name
     return f"# hf-intervene {version('hf-intervene')}\n" + yaml.safe_dump(changed, sort_keys=False)

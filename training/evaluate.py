@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hf_intervene.cards import LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
+from hf_intervene.data.digits import BUNDLED
 from hf_intervene.metrics import (
     context_leakage,
     intervention_effects,
@@ -34,11 +35,8 @@ from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable
+from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED
 from hf_intervene.training.validation import loss_units
-
-
-# Training data use the seeds from 0 on (training/train.py); held-out data start here.
-HELD_OUT_SEED = 1_000_000
 
 
 @torch.no_grad()
@@ -268,19 +266,19 @@ def held_out_images(
     channels: int,
     variant: str,
     split: tuple[float, int] | None = None,
+    mnist_digits: str = BUNDLED,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
-    quad: fresh draws, held-out pairs included. Own data: each context's images in two halves (at most `images` each), of those only
-    that training held out, by the fraction and seed of its `split`; `None`: all, of data that training did not see.
+    quad: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
+    images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
+    all, of data that training did not see.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
     """
-    if dataset == "quad":
-        contexts = quad.TRAIN_CONTEXTS + quad.HELD_OUT
-        draws = [quad.images_by_context(contexts, images, resolution, variant, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1)]
-        return draws[0], draws[1]
+    if dataset in SIMULATED:
+        return SIMULATED[dataset](resolution, channels, variant, mnist_digits).held_out_images(images, seed)
     data = ContextImages.from_dataset(load_contexts(dataset), None, resolution, channels)
     missing = [concept for concept in concepts if concept not in data.concepts]
     if missing:
@@ -323,8 +321,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
     parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
-    parser.add_argument("--dataset", default="quad", help="quad, an image folder, a saved data set or a Hub name")
+    parser.add_argument("--dataset", default="quad", help="quad, mnist, an image folder, a saved data set or a Hub name")
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad only")
+    parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
     parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")
     parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
     parser.add_argument("--projections", type=int, default=500)
@@ -350,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             channels,
             arguments.variant,
             None if arguments.all else training_split(arguments.model),
+            arguments.mnist_digits,
         )
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
         options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}

@@ -21,18 +21,17 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
-from hf_intervene.data import ContextImages, load_contexts, quad
+from hf_intervene.data import ContextImages, load_contexts
+from hf_intervene.data.digits import BUNDLED
 from hf_intervene.training.arguments import fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
+from hf_intervene.training.simulated import SIMULATED
 
 
-PRETRAINING_SEED = 500_000  # quad images that neither training (from 0) nor evaluation (from 1,000,000) sees
-
-
-def observational_images(dataset: str, images: int, resolution: int) -> torch.Tensor:
+def observational_images(dataset: str, images: int, resolution: int, mnist_digits: str = BUNDLED) -> torch.Tensor:
     """uint8 images of the observational context, (N, 3, resolution, resolution)."""
-    if dataset == "quad":
-        pixels = quad.images_by_context((OBS,), images, resolution, "dependent", PRETRAINING_SEED)[OBS]
+    if dataset in SIMULATED:
+        pixels = SIMULATED[dataset](resolution, 3, mnist_digits=mnist_digits).observational(images)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return ContextImages.from_dataset(load_contexts(dataset), None, resolution, 3).select([OBS]).pixels
 
@@ -144,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--model", choices=["autoencoder", "unet"], default="autoencoder")
-    parser.add_argument("--dataset", default="quad", help="quad, an image folder, a saved data set or a Hub name")
-    parser.add_argument("--images", type=int, default=10_000, help="quad only: number of images (default 10,000)")
+    parser.add_argument("--dataset", default="quad", help="quad, mnist, an image folder, a saved data set or a Hub name")
+    parser.add_argument("--images", type=int, default=10_000, help="quad, mnist: number of images (default 10,000)")
+    parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         multiple, train = (4, pretrain) if arguments.model == "autoencoder" else (8, pretrain_diffusion)
         if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
             raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
-        pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution)
+        pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits)
         model = train(pixels, arguments.steps, arguments.batch_size, seed=arguments.seed)
         with atomic_folder(out) as folder:
             model.save_pretrained(folder)

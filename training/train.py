@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
-from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, quad, shard
+from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, fast_bf16, parse_arguments, shared_settings
@@ -42,6 +42,7 @@ from hf_intervene.training.checkpoints import (
 )
 from hf_intervene.training.distributed import Weights, new_accelerator
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.simulated import SIMULATED
 from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
 
 
@@ -69,14 +70,10 @@ class TrainResult:
 def load_data(arguments: TrainArguments) -> tuple[ContextImages, ContextImages]:
     """Training and validation images."""
     a = arguments
-    if a.dataset == "quad":
-
-        def load(size, seed):
-            images = quad.images_by_context(quad.TRAIN_CONTEXTS, size, a.resolution, a.variant, seed)
-            return ContextImages.from_arrays(images, quad.CONCEPTS)
-
-        # Validation images have a seed of their own; the seeds of evaluation start far above (training/evaluate.py).
-        train, validation = load(a.images_per_context, 2 * a.data_seed), load(a.validation_images, 2 * a.data_seed + 1)
+    if a.dataset in SIMULATED:
+        simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+        parts = simulated.training(a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed)
+        train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in parts)
     else:
         data = ContextImages.from_dataset(load_contexts(a.dataset), a.concepts, a.resolution, a.channels)
         train, validation = data.split(a.validation_fraction, a.data_seed)
@@ -410,9 +407,10 @@ def _resume(arguments: TrainArguments, out: Path):
 
 
 def _check_same(now: dict, before: dict, path: Path) -> None:
-    changed = [name for name in now if name not in RUNNING and now[name] != before.get(name)]
+    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
+    changed = [name for name in now if name not in RUNNING and now[name] != before[name]]
     if changed:
-        listing = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed[:3])
+        listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
 
 

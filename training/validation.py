@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from diffusers.utils import make_image_grid
 
-from hf_intervene.data import ContextImages, quad
+from hf_intervene.data import ContextImages
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.simulated import SIMULATED
 
 
 TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
@@ -71,9 +72,10 @@ def save_model(model: InterventionModel, folder: Path, data: ContextImages) -> N
 
 
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
-    """A row of samples for each context, held-out pairs of quad included, always of the same noise."""
+    """A row of samples for each context, held-out pairs of simulated data included, always of the same noise."""
     model.eval()
-    contexts = [*data.contexts, *(quad.HELD_OUT if a.dataset == "quad" and len(data.contexts) > 1 else ())]
+    held_out = SIMULATED[a.dataset].held_out if a.dataset in SIMULATED and len(data.contexts) > 1 else ()
+    contexts = [*data.contexts, *held_out]
     noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
 
     def samples(context: str) -> list:

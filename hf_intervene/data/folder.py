@@ -42,18 +42,13 @@ def load_contexts(
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if _is_local(source):
+        if is_local(source):
             raise FileNotFoundError(f"there is no folder {source}: give an image folder, a saved data set or a Hub name.")
-        try:
-            dataset = load_dataset(str(source), split=split)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise type(error)(
-                f"{source} is neither a folder here nor a data set that could be reached on the Hub ({error})."
-            ) from error
+        dataset = from_hub(source, split)
     elif path.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds the images.")
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        dataset = _saved(path, split)
+        dataset = read_saved(path, split)
     else:
         folder = _of_split(path, split)
         if not any((folder / name).exists() for name in _METADATA):
@@ -71,14 +66,26 @@ def load_contexts(
     return dataset.rename_columns({a: b for a, b in ((image_column, "image"), (context_column, "context")) if a != b})
 
 
-def _is_local(source: str | os.PathLike) -> bool:
+def from_hub(source: str, split: str) -> Dataset:
+    """One split of a data set on the Hub, or an error of one sentence."""
+    try:
+        return load_dataset(str(source), split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(
+            f"{source} is neither a folder here nor a data set that could be reached on the Hub ({error})."
+        ) from error
+
+
+def is_local(source: str | os.PathLike) -> bool:
+    """Whether a source is a path, and so never looked up on the Hub; see `load_contexts`."""
     text = str(source)
     if isinstance(source, os.PathLike) or text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text:
         return True
     return text.count("/") > 1 or ("/" in text and Path(text).parent.is_dir())
 
 
-def _saved(path: Path, split: str) -> Dataset:
+def read_saved(path: Path, split: str) -> Dataset:
+    """One split of a data set written by `save_to_disk`, or an error of one sentence."""
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -25,7 +25,6 @@ Data card
 
 import hashlib
 import io
-import operator
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,7 +33,8 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from scipy.special import ndtr
 
-from ..contexts import OBS, Context, context_name, parse_context
+from ..contexts import OBS, Context, context_name
+from .requests import checked_contexts, generator, intervened, whole_numbers
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -98,9 +98,8 @@ def sample_latents(context: Context, size: int, variant: str = "dependent", seed
     Returns:
         float64 array of shape (size, 8), columns in the order of `LATENTS`.
     """
-    matrix, cut = weights(variant), _cut(context)
-    key = f"{seed}/{context_name(context, LATENTS)}/{variant}"
-    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32))
+    matrix, cut = weights(variant), intervened(context, LATENTS, "quad")
+    rng = generator(seed, context_name(context, LATENTS), variant)
     return _solve(rng.standard_normal((size, len(LATENTS))), cut, matrix)
 
 
@@ -120,17 +119,9 @@ def counterfactual_latents(latents: np.ndarray, context: Context, variant: str =
     Returns:
         float64 array (n, 8), row by row the counterfactual of `latents`.
     """
-    matrix, cut = weights(variant), _cut(context)
+    matrix, cut = weights(variant), intervened(context, LATENTS, "quad")
     noise = (np.asarray(latents, dtype=np.float64) * _scale(matrix)) @ (np.eye(len(LATENTS)) - matrix).T
     return _solve(noise / np.sqrt(_NOISE_VARIANCE), cut, matrix)
-
-
-def _cut(context: Context) -> np.ndarray:
-    """Which latents a context intervenes on, bool (8,)."""
-    intervened = np.array([parse_context(context, LATENTS).get(name, 0.0) for name in LATENTS])
-    if not np.isin(intervened, (0.0, 1.0)).all():
-        raise ValueError("quad simulates full interventions only: give concept names without a strength.")
-    return intervened.astype(bool)
 
 
 def _scale(matrix: np.ndarray) -> np.ndarray:
@@ -281,20 +272,9 @@ def load_quad(
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
     """Checked and in one form, so that equal requests share a cache entry and bad ones fail before anything is drawn."""
-    if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
-        raise ValueError(f"contexts must be a list of at least one context, such as ['obs', 'quad1+size'], not {contexts!r}.")
-    numbers = {"images_per_context": images_per_context, "resolution": resolution, "seed": seed}
-    for name, value in numbers.items():
-        try:
-            numbers[name] = operator.index(value)
-        except TypeError as error:
-            raise TypeError(f"{name} must be a whole number, not {value!r}.") from error
-    if numbers["images_per_context"] < 1:
-        raise ValueError(f"images_per_context must be at least 1, not {images_per_context}.")
-    names = [context_name(context, LATENTS) for context in contexts]
+    numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
+    names = checked_contexts(contexts, LATENTS)
     for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"context {name!r} is named twice; its images would be the same ones.")
         render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])  # complains in its own words
     return {"contexts": names, "variant": variant, **numbers}
 

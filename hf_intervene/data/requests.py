@@ -1,0 +1,54 @@
+"""What the simulated data sets check of a request before anything is drawn, and how they seed a context."""
+
+import hashlib
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..contexts import Context, context_name, parse_context
+
+
+def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
+    """Canonical names of a list of contexts, each in any form of `contexts.parse_context`.
+
+    Raises:
+        ValueError: one sentence: no list, an empty one, a context named twice, or what `context_name` says of one.
+    """
+    if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
+        raise ValueError(f"contexts must be a list of at least one context, such as ['obs', '{concepts[0]}'], not {contexts!r}.")
+    names = [context_name(context, concepts) for context in contexts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"context {name!r} is named twice; its images would be the same ones.")
+    return names
+
+
+def whole_numbers(**numbers: int) -> dict[str, int]:
+    """The numbers as `int`, by name; a TypeError of one sentence for what is none."""
+    for name, value in numbers.items():
+        try:
+            numbers[name] = operator.index(value)
+        except TypeError as error:
+            raise TypeError(f"{name} must be a whole number, not {value!r}.") from error
+    if numbers.get("images_per_context", 1) < 1:
+        raise ValueError(f"images_per_context must be at least 1, not {numbers['images_per_context']}.")
+    return numbers
+
+
+def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.ndarray:
+    """Which of the concepts a context intervenes on, bool (concepts,).
+
+    Raises:
+        ValueError: an unknown concept, or one with a strength: the simulators know full interventions only.
+    """
+    strengths = parse_context(context, concepts)
+    if any(strength != 1.0 for strength in strengths.values()):
+        raise ValueError(f"{dataset} simulates full interventions only: give concept names without a strength.")
+    return np.array([name in strengths for name in concepts])
+
+
+def generator(*key: object) -> np.random.Generator:
+    """A generator that is a function of the key alone, independent of that of any other key."""
+    text = "/".join(map(str, key))
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint32))
