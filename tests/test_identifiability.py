@@ -216,8 +216,8 @@ def test_broken_assumptions():
 
 
 def test_recovery_in_seconds():
-    result = simulate_and_recover(2000, steps=800, d=2, nuisance=0, seed=0)
-    assert result["mcc"] > 0.9 > result["floor"] and len(result["correlations"]) == 2
+    result = simulate_and_recover(2000, steps=1500, d=3, seed=0)
+    assert result["mcc"] > 0.9 > result["floor"] and len(result["correlations"]) == 3
     assert 0 <= result["angle"] <= result["worst_angle"] <= 90
 
 

@@ -18,6 +18,9 @@ context and from a perfect intervention on each concept alone. Nothing but x and
    the contexts' means and covariances, is maximised over M, the edges and the interventions. No causal order is given or imposed.
 
 `score` compares with the truth on fresh observational samples.
+
+Limit: nothing in step 1 makes g injective. A ratio that is quadratic in one concept alone is the same on both sides of its vertex, and g may fold
+there; what tells the sides apart are the contexts of the concept's children. With two concepts and a weak edge folding was seen.
 """
 
 import copy
