@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 from . import demo
 from .cards import SAMPLES_FILE, card_path, write_card
 from .contexts import OBS
+from .data import ContextImages, load_contexts, quad
+from .metrics import identifiability
 from .pipeline import InterventionPipeline
 from .pretrained import bundled, bundled_names
 from .push import draw_samples, full_name, push_folder
@@ -93,6 +95,18 @@ def card(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check(arguments: argparse.Namespace) -> int:
+    """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption fails."""
+    if arguments.dataset == "quad":
+        images = quad.images_by_context(quad.TRAIN_CONTEXTS, arguments.images, arguments.resolution, seed=arguments.seed)
+    else:
+        data = ContextImages.from_dataset(load_contexts(arguments.dataset), None, arguments.resolution, complete=False)
+        images = data.by_context()
+    result = identifiability.check(images, max_images=arguments.images, seed=arguments.seed)
+    print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
+    return 0 if result.passed else 1
+
+
 def _add_denoising(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
     command.add_argument(
@@ -136,6 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("concepts", help="print what a pipeline can be intervened on, as JSON")
     command.add_argument("pipeline", help=PIPELINE)
     command.set_defaults(run=concepts)
+    command = commands.add_parser("check", help="say whether a data set's contexts can identify its concepts, before training")
+    command.add_argument("dataset", help="quad, an image folder, a saved data set or a Hub name")
+    command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
+    command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="everything that was measured, for machines")
+    command.set_defaults(run=check)
     command = commands.add_parser("card", help="write a saved model's card (README.md, samples.png), and push it to the Hub")
     command.add_argument("model", help="folder of a saved model or pipeline")
     command.add_argument("--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show")

@@ -116,6 +116,7 @@ class ContextImages:
         concepts: Sequence[str] | None = None,
         resolution: int | None = None,
         channels: int = 3,
+        complete: bool = True,
     ) -> "ContextImages":
         """Decode and check a data set with an `image` and a `context` column.
 
@@ -125,6 +126,7 @@ class ContextImages:
             concepts: the concepts; `None`: all that the contexts name, in alphabetical order.
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
             channels: 3 (RGB) or 1 (grey).
+            complete: whether to refuse contexts that nothing can be trained on (`metrics.check` says what they lack).
 
         Raises:
             ValueError: one sentence: a missing column, an image without a context, no observational context, an unknown concept, a
@@ -162,7 +164,8 @@ class ContextImages:
         column = dataset.cast_column("image", ImageFeature(decode=False))["image"]
         pixels = _decode(column, names, resolution, channels)
         ids = torch.tensor([contexts.index(name) for name in names])
-        return cls(pixels, ids, contexts, concepts)._checked()
+        images = cls(pixels, ids, contexts, concepts)
+        return images._checked() if complete else images
 
     def _checked(self) -> "ContextImages":
         if OBS not in self.contexts:
