@@ -14,13 +14,14 @@ from transformers.utils import logging as transformers_logging
 from . import demo
 from .cards import SAMPLES_FILE, card_path, write_card
 from .contexts import OBS
-from .data import ContextImages, load_contexts, quad
+from .data import ContextImages, load_contexts
 from .metrics import identifiability
 from .pipeline import InterventionPipeline
 from .pretrained import bundled, bundled_names
 from .push import draw_samples, full_name, push_folder
 from .training import evaluate as evaluation
 from .training import train as training
+from .training.simulated import SIMULATED
 
 
 PIPELINE = "folder or Hub name of a saved pipeline, or `quad`, which comes with the package"
@@ -97,8 +98,8 @@ def card(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption fails."""
-    if arguments.dataset == "quad":
-        images = quad.images_by_context(quad.TRAIN_CONTEXTS, arguments.images, arguments.resolution, seed=arguments.seed)
+    if arguments.dataset in SIMULATED:
+        images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(arguments.images, 1, 0.1, arguments.seed)
     else:
         data = ContextImages.from_dataset(load_contexts(arguments.dataset), None, arguments.resolution, complete=False)
         images = data.by_context()
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("pipeline", help=PIPELINE)
     command.set_defaults(run=concepts)
     command = commands.add_parser("check", help="say whether a data set's contexts can identify its concepts, before training")
-    command.add_argument("dataset", help="quad, an image folder, a saved data set or a Hub name")
+    command.add_argument("dataset", help="quad, mnist (--resolution 28), an image folder, a saved data set or a Hub name")
     command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
     command.add_argument("--seed", type=int, default=0)
