@@ -41,7 +41,7 @@ def test_the_same_training_twice(regressor):
 @pytest.mark.slow
 def test_the_regressor_reads_every_factor():
     scores = train_regressor(32, seed=0).scores
-    assert min(scores[name] for name in LEVELS) > 0.95 and scores["shape"] > 0.75 and scores["orientation"] > 0.3
+    assert min(scores.values()) > 0.95  # shape: accuracy; others: R^2
 
 
 def test_images_of_another_size(regressor):

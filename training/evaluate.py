@@ -355,9 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
         if arguments.edits and arguments.dataset == "quad":
-            metrics["factor_effects"] = factor_effects(
-                model, arguments.variant, height, arguments.seed, num_inference_steps=arguments.num_inference_steps
-            )
+            options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
+            metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
         print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen
