@@ -46,13 +46,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from scipy import ndimage
 
 from ..contexts import OBS, Context, context_name
 from .digits import BUNDLED, SIDE, Digits, load_digits
-from .requests import checked_contexts, generator, intervened, whole_numbers
+from .requests import cached, checked_contexts, generator, intervened, whole_numbers
 
 
 AFFINE = ("scale", "shear", "shift")
@@ -271,27 +270,15 @@ def load_mnist(
     digits = load_digits(source, split)
     content = hashlib.sha256(digits.images.tobytes() + digits.labels.tobytes()).hexdigest()
     key = hashlib.sha256(repr((_RENDERER, names, sorted(numbers.items()), content)).encode()).hexdigest()[:16]
-    try:
-        return Dataset.from_generator(
-            _rows,
-            features=Features(
-                {
-                    "image": Image(),
-                    "context": Value("string"),
-                    "label": Value("uint8"),
-                    "latents": List(Value("float32"), length=len(LATENTS)),
-                }
-            ),
-            cache_dir=cache_dir,
-            gen_kwargs={"contexts": names, **numbers, "digits": digits},
-            fingerprint=f"mnist-{key}",
-        )
-    except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
-        where = f"in {cache_dir}" if cache_dir else "of the datasets library"
-        raise OSError(
-            f"the images could not be written to the cache {where} ({error.__cause__ or error}): free some space or give another "
-            "cache_dir."
-        ) from error
+    features = Features(
+        {
+            "image": Image(),
+            "context": Value("string"),
+            "label": Value("uint8"),
+            "latents": List(Value("float32"), length=len(LATENTS)),
+        }
+    )
+    return cached(_rows, features, {"contexts": names, **numbers, "digits": digits}, f"mnist-{key}", cache_dir)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) -> tuple[list[str], dict[str, int]]:

@@ -29,12 +29,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from scipy.special import ndtr
 
 from ..contexts import OBS, Context, context_name
-from .requests import checked_contexts, generator, intervened, whole_numbers
+from .requests import cached, checked_contexts, generator, intervened, whole_numbers
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -255,19 +254,8 @@ def load_quad(
     """
     arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
     key = hashlib.sha256(repr((_RENDERER, sorted(arguments.items()))).encode()).hexdigest()[:16]
-    try:
-        return Dataset.from_generator(
-            _rows,
-            features=Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)}),
-            cache_dir=cache_dir,
-            gen_kwargs=arguments,
-            fingerprint=f"quad-{key}",
-        )
-    except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
-        where = f"in {cache_dir}" if cache_dir else "of the datasets library"
-        raise OSError(
-            f"quad could not be written to the cache {where} ({error.__cause__ or error}): free some space or give another cache_dir."
-        ) from error
+    features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)})
+    return cached(_rows, features, arguments, f"quad-{key}", cache_dir)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:

@@ -1,10 +1,12 @@
-"""What the simulated data sets check of a request before anything is drawn, and how they seed a context."""
+"""What the simulated data sets share: checks of a request before anything is drawn, the seed of a context, the cache."""
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from datasets import Dataset, Features
+from datasets.exceptions import DatasetGenerationError
 
 from ..contexts import Context, context_name, parse_context
 
@@ -46,6 +48,22 @@ def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.nd
     if any(strength != 1.0 for strength in strengths.values()):
         raise ValueError(f"{dataset} simulates full interventions only: give concept names without a strength.")
     return np.array([name in strengths for name in concepts])
+
+
+def cached(rows: Callable[..., Iterator[dict]], features: Features, arguments: dict, name: str, cache_dir: str | None) -> Dataset:
+    """The rows that a generator yields for these arguments as a data set in the `datasets` cache, by a name that is theirs alone.
+
+    Raises:
+        OSError: one sentence: the cache cannot be written.
+    """
+    try:
+        return Dataset.from_generator(rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments, fingerprint=name)
+    except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
+        where = f"in {cache_dir}" if cache_dir else "of the datasets library"
+        raise OSError(
+            f"the images could not be written to the cache {where} ({error.__cause__ or error}): free some space or give another "
+            "cache_dir."
+        ) from error
 
 
 def generator(*key: object) -> np.random.Generator:
