@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
+
+from hf_intervene.training.seeds import mean_cell, run_name
 
 
 HERE = Path(__file__).parent
@@ -62,11 +63,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Mean over seeds +- the half width of its 95 % t-interval, by variant."""
     lines = ["| variant | " + " | ".join(MEASURES) + " |", "| --- |" + " --- |" * len(MEASURES)]
     for variant, rows in results.items():
-        cells = []
-        for measure in MEASURES:
-            values = np.array([row[measure] for row in rows])
-            width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            cells.append(f"{values.mean():.3f} ± {width:.3f}")
+        cells = [mean_cell([row[measure] for row in rows]) for measure in MEASURES]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     rows = [row for variant in results.values() for row in variant]
     floors = [np.mean([row[f"{kind} floor"] for row in rows]) for kind in ("concept", "composition")]
@@ -88,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(job: tuple[str, int]) -> dict[str, float]:
         variant, seed = job
-        folder = out / f"{variant.replace(' ', '-').replace(',', '')}-seed{seed}"
+        folder = out / run_name(variant, seed)
         return run_job(arguments.config, folder, VARIANTS[variant], seed, arguments.images)
 
     try:

@@ -34,7 +34,7 @@ from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directi
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.checkpoints import check_writable
+from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED
 from hf_intervene.training.validation import loss_units
 
@@ -312,9 +312,7 @@ def load_model(folder: str) -> InterventionModel:
 def write(metrics: dict, folder: str | Path) -> None:
     """Write `metrics.json` and `metrics.md`, each whole or not at all."""
     for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
-        temporary = Path(folder, f".{name}.writing")
-        temporary.write_text(text)
-        temporary.replace(Path(folder, name))
+        write_whole(Path(folder, name), text)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.stats import t as student
 
 from hf_intervene.metrics.recovery import simulate_and_recover
+from hf_intervene.training.checkpoints import write_whole
+from hf_intervene.training.seeds import mean_cell, run_name
 
 
 SAMPLES = 10_000
@@ -39,7 +39,7 @@ MEASURES = {"mcc": 3, "floor": 3, "angle": 1, "worst_angle": 1, "affected": 3}  
 
 def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
     """One row with one seed; see `recovery.score`."""
-    path = folder / "jobs" / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}-steps{steps}.json"
+    path = folder / "jobs" / f"{run_name(name, seed)}-steps{steps}.json"
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
@@ -49,9 +49,7 @@ def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
     result["affected"] = result["correlations"][result["affected"]]
     result |= {"processor_seconds": time.process_time() - start, "problem": problem, "seed": seed}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(path)
+    write_whole(path, json.dumps(result, indent=1))
     print(f"{name}, seed {seed}: MCC {result['mcc']:.3f}", flush=True)
     return result
 
@@ -60,11 +58,7 @@ def table(results: dict[str, list[dict]]) -> str:
     """Mean over seeds +- the half width of its 95 % t-interval, by row."""
     lines = ["| | MCC | floor | principal angle, mean | largest | correlation of the last concept |", "| --- |" + " --- |" * 5]
     for name, rows in results.items():
-        cells = []
-        for measure, decimals in MEASURES.items():
-            values = np.array([row[measure] for row in rows])
-            width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            cells.append(f"{values.mean():.{decimals}f} ± {width:.{decimals}f}")
+        cells = [mean_cell([row[measure] for row in rows], decimals) for measure, decimals in MEASURES.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -40,18 +40,16 @@ Data card
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as PILImage
 from scipy import ndimage
 
 from ..contexts import OBS, Context, context_name
 from .digits import BUNDLED, SIDE, Digits, load_digits
-from .requests import cached, checked_contexts, generator, intervened, whole_numbers
+from .requests import cached, checked_contexts, generator, intervened, png, whole_numbers
 
 
 AFFINE = ("scale", "shear", "shift")
@@ -269,7 +267,7 @@ def load_mnist(
     names, numbers = _arguments(contexts, images_per_context, seed)
     digits = load_digits(source, split)
     content = hashlib.sha256(digits.images.tobytes() + digits.labels.tobytes()).hexdigest()
-    key = hashlib.sha256(repr((_RENDERER, names, sorted(numbers.items()), content)).encode()).hexdigest()[:16]
+    key = (_RENDERER, names, sorted(numbers.items()), content)
     features = Features(
         {
             "image": Image(),
@@ -278,7 +276,7 @@ def load_mnist(
             "latents": List(Value("float32"), length=len(LATENTS)),
         }
     )
-    return cached(_rows, features, {"contexts": names, **numbers, "digits": digits}, f"mnist-{key}", cache_dir)
+    return cached(_rows, features, {"contexts": names, **numbers, "digits": digits}, "mnist", key, cache_dir)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) -> tuple[list[str], dict[str, int]]:
@@ -297,10 +295,8 @@ def _rows(contexts: list[str], images_per_context: int, seed: int, digits: Digit
             chunk = slice(start, start + 1024)
             images = render(digits.images[rows[chunk]], latents[chunk])
             for image, label, row in zip(images[..., 0], digits.labels[rows[chunk]], latents[chunk]):
-                file = io.BytesIO()
-                PILImage.fromarray(image).save(file, "PNG", compress_level=1)
                 yield {
-                    "image": {"bytes": file.getvalue()},
+                    "image": png(image),
                     "context": context,
                     "label": int(label),
                     "latents": row.astype(np.float32),

@@ -23,17 +23,14 @@ Data card
     Not meant for: claims about photographs. Edges are hard (no anti-aliasing), noise is absent, effects are linear before the normal CDF.
 """
 
-import hashlib
-import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as PILImage
 from scipy.special import ndtr
 
 from ..contexts import OBS, Context, context_name
-from .requests import cached, checked_contexts, generator, intervened, whole_numbers
+from .requests import cached, checked_contexts, generator, intervened, png, whole_numbers
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -253,9 +250,8 @@ def load_quad(
         OSError: the cache cannot be written.
     """
     arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
-    key = hashlib.sha256(repr((_RENDERER, sorted(arguments.items()))).encode()).hexdigest()[:16]
     features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)})
-    return cached(_rows, features, arguments, f"quad-{key}", cache_dir)
+    return cached(_rows, features, arguments, "quad", (_RENDERER, sorted(arguments.items())), cache_dir)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
@@ -273,6 +269,4 @@ def _rows(contexts: list[str], images_per_context: int, resolution: int, variant
         for start in range(0, images_per_context, 1024):
             chunk = latents[start : start + 1024]
             for row, image in zip(chunk, render(chunk, resolution)):
-                file = io.BytesIO()
-                PILImage.fromarray(image).save(file, "PNG", compress_level=1)
-                yield {"image": {"bytes": file.getvalue()}, "context": context, "latents": row.astype(np.float32)}
+                yield {"image": png(image), "context": context, "latents": row.astype(np.float32)}

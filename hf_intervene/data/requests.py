@@ -1,12 +1,14 @@
 """What the simulated data sets share: checks of a request before anything is drawn, the seed of a context, the cache."""
 
 import hashlib
+import io
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
+from PIL import Image as PILImage
 
 from ..contexts import Context, context_name, parse_context
 
@@ -50,14 +52,25 @@ def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.nd
     return np.array([name in strengths for name in concepts])
 
 
-def cached(rows: Callable[..., Iterator[dict]], features: Features, arguments: dict, name: str, cache_dir: str | None) -> Dataset:
-    """The rows that a generator yields for these arguments as a data set in the `datasets` cache, by a name that is theirs alone.
+def png(image: np.ndarray) -> dict[str, bytes]:
+    """An image, uint8 (H, W) or (H, W, 3), as a row of the `datasets` library keeps it."""
+    file = io.BytesIO()
+    PILImage.fromarray(image).save(file, "PNG", compress_level=1)
+    return {"bytes": file.getvalue()}
+
+
+def cached(
+    rows: Callable[..., Iterator[dict]], features: Features, arguments: dict, name: str, key: tuple, cache_dir: str | None
+) -> Dataset:
+    """The rows that a generator yields for these arguments as a data set in the `datasets` cache, where `name` and `key` tell it from all
+    others.
 
     Raises:
         OSError: one sentence: the cache cannot be written.
     """
+    fingerprint = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     try:
-        return Dataset.from_generator(rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments, fingerprint=name)
+        return Dataset.from_generator(rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments, fingerprint=fingerprint)
     except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
         where = f"in {cache_dir}" if cache_dir else "of the datasets library"
         raise OSError(

@@ -1,0 +1,18 @@
+"""What the recipes that repeat a thing over seeds share: the name of a run, and a mean with its interval."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import t as student
+
+
+def run_name(name: str, seed: int) -> str:
+    """Of the file or folder of a row's run with one seed."""
+    return f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
+
+
+def mean_cell(values: Sequence[float], decimals: int = 3) -> str:
+    """Mean over seeds +- the half width of its 95 % t-interval; NaN for a single seed."""
+    values = np.array(values)
+    width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{values.mean():.{decimals}f} ± {width:.{decimals}f}"
