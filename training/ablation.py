@@ -8,15 +8,14 @@ one core; a finished job is not run again. Writes `ablation.json` and `ablation.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from hf_intervene.training.jobs import INTERRUPTED, Job, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name
 
 
@@ -35,21 +34,8 @@ VARIANTS: dict[str, dict[str, str]] = {
 MEASURES = ("concept", "composition", "bits per pixel")
 
 
-def run_job(config: str, folder: Path, settings: dict[str, str], seed: int, images: int) -> dict[str, float]:
-    """Train and measure one variant with one seed; the measures by name."""
-    measured = folder / "metrics" / "metrics.json"
-    if not measured.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        changes = [word for key, value in settings.items() for word in (f"--{key}", value)]
-        train = ["train.py", "--config", config, "--output_dir", str(folder), "--seed", str(seed), "--resume", "auto"]
-        measure = ["evaluate.py", "--model", str(folder / "model"), "--output", str(folder / "metrics")]
-        measure += ["--images", str(images), "--protocol", "independent"]
-        for script, *options in (train + changes, measure):
-            done = subprocess.run([sys.executable, HERE / script, *options], env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
-    means = json.loads(measured.read_text())["means"]
-    print(f"{folder.name}: concept {means['concept']['independent']['distance']:.3f}", flush=True)
+def measures(metrics: dict) -> dict[str, float]:
+    means = metrics["means"]
     return {
         "concept": means["concept"]["independent"]["distance"],
         "composition": means["composition"]["independent"]["distance"],
@@ -81,20 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args(argv)
     out = Path(arguments.output)
-    jobs = [(variant, seed) for seed in range(arguments.seeds) for variant in arguments.variants]
-
-    def run(job: tuple[str, int]) -> dict[str, float]:
-        variant, seed = job
-        folder = out / run_name(variant, seed)
-        return run_job(arguments.config, folder, VARIANTS[variant], seed, arguments.images)
-
+    measured = ["--images", str(arguments.images), "--protocol", "independent"]
+    jobs = {}
+    for seed in range(arguments.seeds):
+        for variant in arguments.variants:
+            folder = out / run_name(variant, seed)
+            trained = ["--config", arguments.config, "--seed", str(seed), *options(VARIANTS[variant])]
+            jobs[variant, seed] = Job(folder, partial(training_commands, folder, trained, measured))
     try:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            measures = dict(zip(jobs, pool.map(run, jobs)))
-    except (OSError, RuntimeError) as error:
+        failed = run_jobs(list(jobs.values()), arguments.jobs)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results = {v: [measures[v, seed] for seed in range(arguments.seeds)] for v in arguments.variants}
+    if failed:
+        print("\n".join(f"error: {job.folder}: {reason}" for job, reason in failed.items()), file=sys.stderr)
+        return 1
+    results = {v: [measures(jobs[v, seed].metrics()) for seed in range(arguments.seeds)] for v in arguments.variants}
     (out / "ablation.json").write_text(json.dumps(results, indent=1))
     (out / "ablation.md").write_text(table(results))
     print(table(results))

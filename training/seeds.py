@@ -11,8 +11,14 @@ def run_name(name: str, seed: int) -> str:
     return f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
 
 
-def mean_cell(values: Sequence[float], decimals: int = 3) -> str:
-    """Mean over seeds +- the half width of its 95 % t-interval; NaN for a single seed."""
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds, and half the width of its 95 % t-interval; NaN for a single seed."""
     values = np.array(values)
     width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{values.mean():.{decimals}f} ± {width:.{decimals}f}"
+    return float(values.mean()), float(width)
+
+
+def mean_cell(values: Sequence[float], decimals: int = 3) -> str:
+    """`seed_interval` as text: mean +- half width."""
+    mean, width = seed_interval(values)
+    return f"{mean:.{decimals}f} ± {width:.{decimals}f}"
