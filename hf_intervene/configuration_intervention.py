@@ -27,6 +27,8 @@ class InterventionConfig(PreTrainedConfig):
             directed paths of up to k edges (see `InterventionLayer`).
         posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
             (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
+        initial_posterior_std: about the standard deviation of q(z | x, s) before training: the posterior starts out sure of what it says, and
+            the decoder has something to learn from; 1 starts at the prior.
         feature_width: width of the encoder features, shape (batch, feature_width), that the posterior reads.
         embedding_shape: shape of one sample's representation `e`: what the decoder takes.
         initializer_range: standard deviation of the initial W_obs and W_int.
@@ -50,6 +52,7 @@ class InterventionConfig(PreTrainedConfig):
     intervention: str = "perfect"
     propagation_steps: int = 3
     posterior: str = "centered"
+    initial_posterior_std: float = 0.25
     feature_width: int = 128
     embedding_shape: list[int] | tuple[int, ...] = (128,)
     initializer_range: float = 0.02
@@ -72,6 +75,8 @@ class InterventionConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if not 0 < self.initial_posterior_std <= 1:
+            raise ValueError(f"initial_posterior_std must lie in (0, 1], not {self.initial_posterior_std}.")
         if not self.embedding_shape or min(self.embedding_shape) < 1:
             raise ValueError(f"embedding_shape must hold positive sizes, not {self.embedding_shape}.")
         for name, choices in (

@@ -169,6 +169,25 @@ class InterventionLayer(nn.Module):
         return c + self.bias
 
 
+class PosteriorLinear(nn.Linear):
+    """Last layer of the posterior, (B, in_width) -> (B, 2 n): means, then log-variances.
+
+    It starts at a standard deviation of about `std`, with means larger by 1 / std than nn.Linear starts them. Next to the prior, where
+    that would start, z says hardly anything, and a deep head takes long to hear it.
+    """
+
+    def __init__(self, in_width: int, out_width: int, std: float):
+        self.std = std
+        super().__init__(in_width, out_width)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        means = self.out_features // 2
+        with torch.no_grad():
+            self.weight[:means] /= self.std
+            self.bias[means:] += 2 * math.log(self.std)
+
+
 class InterventionHead(PreTrainedModel):
     r"""
     Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
@@ -198,13 +217,13 @@ class InterventionHead(PreTrainedModel):
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
         if config.posterior == "unconditional":
-            self.encoder_readout = nn.Linear(config.feature_width, posterior_width)
+            self.encoder_readout = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
         else:
             hidden = config.feature_width
             self.encoder_readout = nn.Sequential(
                 nn.Linear(config.feature_width + len(config.concepts), hidden),
                 nn.GELU(),
-                nn.Linear(hidden, posterior_width),
+                PosteriorLinear(hidden, posterior_width, config.initial_posterior_std),
             )
         if config.posterior == "centered":
             # Row 0: the mean of the posterior means over the observational context; row 1 + j: over the context of concept j.

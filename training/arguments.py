@@ -63,6 +63,7 @@ class TrainArguments:
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
     posterior: str = field(default="centered")
+    initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
     regime: str = field(default="end-to-end", metadata={"help": ", ".join(REGIMES)})
     lora_rank: int = field(default=8, metadata={"help": "regime `lora`: rank of the layers on the base."})
@@ -132,6 +133,7 @@ class TrainArguments:
     @property
     def head_options(self) -> dict:
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
+        names += ("initial_posterior_std",)
         return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
 
