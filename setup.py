@@ -16,6 +16,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_intervene" / "__init__.
 EXTRAS = {
     "eval": ["POT>=0.9.4", "scikit-learn>=1.4"],
     "app": ["gradio>=5"],
+    "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "POT>=0.9.4", "scikit-learn>=1.4"],
 }

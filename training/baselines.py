@@ -1,0 +1,448 @@
+"""Baselines on the encoder, decoder, data, steps and optimiser of the light VAE, trained and measured in one job (METHOD section 5).
+
+    python training/baselines.py --baseline beta-tcvae --config training/configs/ablation.yaml --output_dir outputs/tc --weight 6
+    python training/baselines.py --explain quad --resolution 64
+
+Every setting of `TrainArguments` holds here too; those of the head, its penalties and anything but a new light VAE do not apply. As in
+train.py the weights of the best validation ELBO are kept. A finished job is not run again. Writes `model/`, `metrics/metrics.json` and
+`metrics/metrics.md`. `--explain` trains nothing: it prints what images without any content score, to read published figures by.
+
+How a baseline samples a context:
+
+- `conditional-vae`: z from N(0, I), with the multi-hot vector of the context; of a composition, the sum of its concepts'.
+- The others know no contexts when they decode. After training, the aggregate posterior of each context's training images is taken as a
+  Gaussian, N(mu_k, S_k), and z comes from it. Of a composition of a and b: mu_obs + (mu_a - mu_obs) + (mu_b - mu_obs), covariances alike,
+  negative eigenvalues raised to 0: the additive arithmetic that a practitioner would try first.
+
+Their ELBO, in bits per pixel, is under the prior of their objective, N(0, I).
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from tqdm.auto import tqdm
+
+from hf_intervene.bases import LightVAE
+from hf_intervene.contexts import OBS
+from hf_intervene.data import ContextImages, ContextSchedule
+from hf_intervene.metrics.reconstruction import bits_per_pixel
+from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
+from hf_intervene.model import InterventionModel
+from hf_intervene.modeling_intervention import gaussian_kl
+from hf_intervene.training.arguments import TrainArguments, fast_bf16, parse_arguments
+from hf_intervene.training.checkpoints import atomic_folder, check_writable
+from hf_intervene.training.distributed import new_accelerator
+from hf_intervene.training.evaluate import evaluate, held_out_images, table, write
+from hf_intervene.training.simulated import SIMULATED
+from hf_intervene.training.train import build_model, learning_rate_factor, load_data
+from hf_intervene.training.validation import model_inputs, step_noise, validation_loss
+
+
+BASELINES = ("conditional-vae", "beta-tcvae", "ada-gvae", "tvae")
+WEIGHTS = {"beta-tcvae": 4.0, "tvae": 10.0}  # default of `weight`, for those that have one
+MARGIN = 1.0  # of the triplets
+
+# Settings to tune each baseline over: for a seed that is not reported, by the concept distance on held-out images that are not either.
+GRID: dict[str, list[dict[str, float]]] = {
+    "conditional-vae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}],
+    "beta-tcvae": [{"beta": 0.5, "weight": 2.0}, {"beta": 1.0, "weight": 4.0}, {"beta": 2.0, "weight": 8.0}],
+    "ada-gvae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}],
+    "tvae": [{"beta": 0.5, "weight": 10.0}, {"beta": 2.0, "weight": 10.0}, {"beta": 2.0, "weight": 100.0}],
+}
+
+# Settings of train.py that a baseline has no use for: any other value than the default is an error.
+FIXED = ("base", "regime", "ablation", "gradient_accumulation_steps", "ema_decay", "compile", "resume", "residual_layers")
+
+
+class Baseline(InterventionModel):
+    """A light VAE without a head, z of shape (B, latent_width, 1, 1).
+
+    Args:
+        base: its encoder and decoder. For `conditional-vae` the layer after the features and the first one after z are made anew, to
+            take the targets too.
+        concepts: names of the concepts, d of them.
+        baseline: one of `BASELINES`.
+    """
+
+    def __init__(self, base: LightVAE, concepts: Sequence[str], baseline: str):
+        plain = InterventionModel.build(base, concepts, "base-pooled", free_blocks=0)
+        self.baseline = baseline
+        super().__init__(plain.config, plain.base)
+        width, hidden, d = base.config.latent_width, base.config.hidden_width, len(concepts)
+        if self.conditional:
+            base.quant, base.decoder[1] = nn.Linear(hidden + d, 2 * width), nn.Linear(width + d, hidden)
+        else:  # row 0: obs; row k: concept k
+            self.register_buffer("context_means", torch.zeros(1 + d, width))
+            self.register_buffer("context_covariances", torch.eye(width).repeat(1 + d, 1, 1))
+
+    @property
+    def conditional(self) -> bool:
+        return self.baseline == "conditional-vae"
+
+    def _posterior_of(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.base.posterior(torch.cat([features, targets.to(features)], 1) if self.conditional else features)
+
+    def embed(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.cat([z, targets.to(z)[..., None, None]], 1) if self.conditional else z
+
+    def objective(
+        self, x: torch.Tensor, s: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor, beta: float, weight: float, images: int
+    ) -> torch.Tensor:
+        """The loss of a batch: scalar, nats an image.
+
+        Args:
+            x, s: images (B, C, H, W) and their targets (B, d); for `ada-gvae` B / 2 observational ones, then their partners.
+            ids: context of each image, (B,).
+            noise: standard normal, (B, latent_width, 1, 1).
+            beta, weight: see the losses.
+            images: size of the training set.
+        """
+        mean, logvar = self._posterior_of(self.base.encode(x), s)
+        mean, logvar = mean.float(), logvar.float()
+        if self.baseline == "ada-gvae":
+            mean, logvar = averaged_posteriors(mean, logvar)
+        z = mean + (0.5 * logvar).exp() * noise
+        loss = self.base.reconstruction_loss(self.base.decode(self.embed(z, s)), x).mean()
+        if self.baseline == "beta-tcvae":
+            return loss + decomposed_kl(mean.flatten(1), logvar.flatten(1), z.flatten(1), beta, weight, images)
+        if self.baseline == "tvae":
+            loss = loss + weight * triplet_loss(mean.flatten(1), ids)
+        return loss + beta * gaussian_kl(mean, logvar).mean()
+
+    @torch.no_grad()
+    def fit_contexts(self, data: ContextImages) -> None:
+        """Take mean and covariance of each context's aggregate posterior: exactly, by the law of total variance, where draws would only
+        add noise. The mean of the posterior variances keeps the covariance regular: nothing needs to be shrunk."""
+        self.eval()
+        for number, name in enumerate((OBS, *self.concepts)):
+            moments = []
+            for pixels in data.select([name]).pixels.split(256):
+                x = pixels.to(self.device).float() / 255
+                moments.append([part.flatten(1).double() for part in self.posterior(x, self.targets(name, len(x)))])
+            mean, logvar = (torch.cat(parts) for parts in zip(*moments))  # (n, latent_width)
+            self.context_means[number] = mean.mean(0)
+            self.context_covariances[number] = mean.T.cov(correction=0) + logvar.exp().mean(0).diag()
+
+    def context_noise(self, noise: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Draws from the contexts' Gaussians, (B, latent_width, 1, 1), of standard normal noise of that shape under targets (B, d)."""
+        z = torch.empty_like(noise)
+        for row in targets.unique(dim=0):
+            shares = torch.cat([1 - row.sum(dim=0, keepdim=True), row])  # obs + sum_k s_k (k - obs)
+            mean = shares @ self.context_means
+            values, vectors = torch.linalg.eigh(torch.einsum("k,kij->ij", shares, self.context_covariances))
+            root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+            chosen = (targets == row).all(1)
+            z[chosen] = (mean + noise[chosen].flatten(1) @ root)[..., None, None]
+        return z
+
+    def sample(self, interventions=None, num_samples=None, generator=None, noise=None, **options):
+        """As `InterventionModel.sample`; the contexts as in the docstring of this file."""
+        targets = self.targets(interventions, len(noise) if num_samples is None and noise is not None else num_samples)
+        if noise is None:
+            noise = randn_tensor((len(targets), *self.noise_shape), generator=generator, device=self.device)
+        if not self.conditional:
+            noise = self.context_noise(noise.to(self.device), targets)
+        return super().sample(targets, noise=noise, generator=generator, **options)
+
+    def save(self, folder: Path) -> None:
+        """`model.safetensors` and `baseline.json`; `load` reads them."""
+        base = {key: value for key, value in self.base.model.config.items() if not key.startswith("_")}
+        settings = {"baseline": self.baseline, "concepts": list(self.concepts), "base": base}
+        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "baseline.json").write_text(json.dumps(settings, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Baseline":
+        settings = json.loads(Path(folder, "baseline.json").read_text())
+        model = cls(LightVAE(**settings["base"]), settings["concepts"], settings["baseline"])
+        model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        return model.eval()
+
+
+def averaged_posteriors(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ada-GVAE (Locatello et al., "Weakly-supervised disentanglement without compromises", ICML 2020, arXiv:2002.02886, section 4).
+
+    Of the pair (n, B / 2 + n), the coordinates i with delta_i = KL(q(z_i | x_1) || q(z_i | x_2)) below (max delta + min delta) / 2
+    are taken as shared: both get the average of the two means and that of the two variances. The pairs here are an observational image
+    and one of context k that are not otherwise matched, so that more than the concept differs and the method's assumption holds
+    but roughly; contexts give no better pairs.
+
+    Args:
+        mean, logvar: of q(z | x), (B, latent_width, 1, 1), the first images of the pairs before the second.
+    """
+    (m1, m2), (v1, v2) = mean.chunk(2), logvar.exp().chunk(2)
+    delta = kl_divergence(Normal(m1, v1.sqrt()), Normal(m2, v2.sqrt())).detach()  # (B / 2, latent_width, 1, 1)
+    shared = delta < (delta.amax(1, keepdim=True) + delta.amin(1, keepdim=True)) / 2
+    m, v = (m1 + m2) / 2, (v1 + v2) / 2
+    means = [torch.where(shared, m, own) for own in (m1, m2)]
+    variances = [torch.where(shared, v, own) for own in (v1, v2)]
+    return torch.cat(means), torch.cat(variances).log()
+
+
+def decomposed_kl(
+    mean: torch.Tensor, logvar: torch.Tensor, z: torch.Tensor, beta: float, weight: float, images: int
+) -> torch.Tensor:
+    """beta * (mutual information + dimension-wise KL) + weight * total correlation, in nats, averaged over the batch (Chen et al.,
+    "Isolating sources of disentanglement in VAEs", NeurIPS 2018, arXiv:1802.04942, equations 2 and 4), each by minibatch-weighted
+    sampling (their section 3.1); with weight = beta it is beta times a one-sample estimate of the KL. From pythae, whose other estimator
+    (stratified) weighs the wrong entries.
+
+    Args:
+        mean, logvar: of q(z | x), (B, latent_width).
+        z: a draw from it, (B, latent_width).
+        beta, weight: the weights.
+        images: size of the training set.
+
+    Raises:
+        ImportError: pythae is not installed; the message names the extra.
+    """
+    terms = _pythae()
+    terms.alpha = terms.gamma = beta
+    terms.beta = weight
+    nothing = torch.zeros(len(z), 1, device=z.device)  # an image without error: what is left is the sum of the three terms
+    return terms.loss_function(nothing, nothing, mean, logvar, z, images)[0]
+
+
+@lru_cache(maxsize=1)
+def _pythae():
+    try:
+        from pythae.models import BetaTCVAE, BetaTCVAEConfig
+    except ImportError as error:
+        raise ImportError('the baseline beta-tcvae needs pythae: pip install "hf-intervene[baselines]".') from error
+    return BetaTCVAE(BetaTCVAEConfig(input_dim=(1,), latent_dim=1, use_mss=False, reconstruction_loss="mse"))
+
+
+def triplet_loss(mean: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """TVAE (Ishfaq, Hoogi, Rubin, "TVAE: triplet-based variational autoencoder using metric learning", 2018, arXiv:1802.04403): the mean
+    of max(0, |m_a - m_p| - |m_a - m_n| + 1) over the images a of a batch, of posterior means m. The positive p is the next image of
+    the batch in the context of a, the negative n the next one in another context; the batch comes in random order.
+
+    Args:
+        mean: of q(z | x), (B, latent_width).
+        ids: context of each image, (B,).
+    """
+    size = len(ids)
+    ahead = (torch.arange(size, device=ids.device) - torch.arange(size, device=ids.device)[:, None]) % size  # of column from row
+    same = ids == ids[:, None]
+    positives, negatives = (torch.where(kind & (ahead > 0), ahead, size).min(1) for kind in (same, ~same))
+    complete = (positives.values < size) & (negatives.values < size)
+    if not bool(complete.any()):
+        return mean.sum() * 0
+    a, p, n = mean[complete], mean[positives.indices[complete]], mean[negatives.indices[complete]]
+    return nn.functional.triplet_margin_loss(a, p, n, margin=MARGIN)
+
+
+class Pairs:
+    """Batches of Ada-GVAE from two schedules: B / 2 observational images, then B / 2 of the other contexts."""
+
+    def __init__(self, data: ContextImages, kind: str, batch_size: int, seed: int):
+        if batch_size % 2:
+            raise ValueError(f"ada-gvae trains on pairs: batch_size must be even, not {batch_size}.")
+        observational = data.context_ids == data.contexts.index(OBS)
+        self.parts = []
+        for number, chosen in enumerate((observational, ~observational)):
+            rows = torch.nonzero(chosen)[:, 0]
+            ids = data.context_ids[rows].unique(return_inverse=True)[1]
+            self.parts.append((rows, ContextSchedule(ids, kind, batch_size // 2, 2 * seed + number)))
+
+    def next_batch(self) -> torch.Tensor:
+        return torch.cat([rows[schedule.next_batch()] for rows, schedule in self.parts])
+
+
+def new_baseline(a: TrainArguments, baseline: str, data: ContextImages) -> Baseline:
+    """A baseline on the light VAE of these settings."""
+    return Baseline(build_model(a, data).base.model.requires_grad_(True), data.concepts, baseline)
+
+
+def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
+    """Train a baseline.
+
+    Args:
+        a: the settings.
+        baseline: one of `BASELINES`.
+        weight: of the total correlation (beta-tcvae) or the triplets (tvae), nats.
+
+    Raises:
+        ValueError, FloatingPointError: one sentence: settings or data that do not fit, a loss that is not finite.
+    """
+    default = TrainArguments()
+    for name in FIXED:
+        if getattr(a, name) != getattr(default, name):
+            raise ValueError(f"a baseline is a new light VAE, trained end to end: leave {name} at {getattr(default, name)!r}.")
+    data, validation = load_data(a)
+    missing = [name for name in (OBS, *data.concepts) if name not in data.contexts]
+    if missing:
+        raise ValueError(f"the data have no images of {', '.join(missing)} alone, which a baseline samples these contexts by.")
+    precision = ("bf16" if fast_bf16() else "no") if a.mixed_precision == "auto" else a.mixed_precision
+    accelerator = new_accelerator(mixed_precision=precision)
+    torch.manual_seed(a.seed)
+    model = new_baseline(a, baseline, data).to(accelerator.device)
+    targets = data.targets().to(accelerator.device)  # (contexts, d)
+    pairs = baseline == "ada-gvae"
+    schedule = (Pairs if pairs else ContextSchedule)(data if pairs else data.context_ids, a.schedule, a.batch_size, a.seed)
+    per_epoch = max(1, round(len(data) / a.batch_size))
+    total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
+    eval_every = a.eval_every or per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=a.weight_decay, fused=True)
+    best, waited, kept = math.inf, 0, None
+    for step in tqdm(range(total), disable=None, desc=baseline):
+        model.train()
+        rows = schedule.next_batch()
+        noise = step_noise(model, a.seed, step, a.batch_size)["noise"].to(accelerator.device)
+        x = model_inputs(data, None, rows, accelerator.device)["pixel_values"]
+        ids = data.context_ids[rows].to(accelerator.device)
+        beta = a.beta * min(1.0, step / (a.beta_warmup * total) if a.beta_warmup else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = a.learning_rate * learning_rate_factor(a, step, total)
+        with accelerator.autocast():
+            loss = model.objective(x, targets[ids], ids, noise, beta, weight, len(data))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), a.max_grad_norm)
+        optimizer.step()
+        if (step + 1) % eval_every == 0 or step + 1 == total:
+            score = validation_loss(model, validation, None, a.seed + 1, accelerator)
+            if not math.isfinite(score):
+                raise FloatingPointError(f"the loss at step {step + 1} is not finite: lower the learning rate or the weights.")
+            waited += 1
+            if score < best:
+                best, waited, kept = score, 0, copy.deepcopy(model.state_dict())
+            if waited >= a.patience:
+                break
+    model.load_state_dict(kept)
+    if not model.conditional:
+        model.fit_contexts(data)
+    return model.eval()
+
+
+def references(a: TrainArguments, images: int) -> str:
+    """Markdown table of what images without content score: to tell by published figures whether a model had learnt anything.
+
+    Distances are means over the contexts of each kind. Bits per pixel are the Bernoulli negative log-likelihood of the held-out images
+    of all training contexts, without a KL: what an ELBO cannot fall below by such images.
+    """
+    simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+    real, other = simulated.held_out_images(images, 0)
+    data, _ = load_data(a)
+    shape = next(iter(real.values())).shape[1:]
+    mean = data.pixels.double().mean(0).permute(1, 2, 0).numpy().astype(np.float32) / 255  # (H, W, C)
+    torch.manual_seed(a.seed)
+    model = new_baseline(a, "tvae", data).eval()
+    untrained = model.sample(OBS, images, torch.Generator().manual_seed(0), output_type="np")
+    rng = np.random.default_rng(0)
+    low, high = 0.5, 1 / (1 + math.exp(-1))
+    makers = {
+        "real images": lambda name: other[name] / np.float32(255),
+        "mean training image": lambda name: mean[None],
+        "grey 0.5": lambda name: np.full((1, *shape), 0.5, np.float32),
+        "untrained decoder": lambda name: untrained,
+        "uniform noise": lambda name: rng.random((images, *shape), dtype=np.float32),
+        "real images in the range of two sigmoids": lambda name: np.clip(other[name] / np.float32(255), low, high),
+    }
+    axes = directions(math.prod(shape), 500, 0)
+    lines = ["| images | concept, paper's | composition, paper's | concept | composition | bits per pixel |", "| --- " * 6 + "|"]
+    truth = {name: project(x, axes) for name, x in real.items()}
+    for label, make in makers.items():
+        distances, bits = {}, []
+        for name, x in real.items():
+            made = make(name)
+            projected, kind = project(made, axes), "composition" if "+" in name else "concept"
+            distances.setdefault((kind, "paper"), []).append(sliced_w2(truth[name][:1280], projected[:64]))
+            distances.setdefault((kind, "independent"), []).append(sliced_w2(truth[name], projected))
+            if kind == "concept":
+                x = x / np.float32(255)
+                p = np.clip(x, low, high) if "sigmoids" in label else x if label == "real images" else made[: len(x)]
+                bits.append(bernoulli_bits(x, p))
+        cells = [np.mean(distances[kind, p]) for p in ("paper", "independent") for kind in ("concept", "composition")]
+        lines.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in (*cells, np.mean(bits))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def bernoulli_bits(images: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean negative log-likelihood, in bits per pixel, of images in [0, 1], (n, H, W, C), under Bernoulli probabilities, (n or 1, H, W,
+    C), which are kept 1e-6 from 0 and 1."""
+    x, p = torch.from_numpy(images), torch.from_numpy(probabilities).clamp(1e-6, 1 - 1e-6)
+    nats = nn.functional.binary_cross_entropy(p.expand_as(x), x, reduction="sum").item() / len(x)
+    return bits_per_pixel(nats, *images.shape[1:3])
+
+
+def run(a: TrainArguments, baseline: str, weight: float | None, images: int, held_out_seed: int) -> dict:
+    """Train and measure; the metrics, those on the disk if the job is finished.
+
+    Raises:
+        OSError, ValueError, FloatingPointError, ImportError: one sentence.
+    """
+    if weight is not None and baseline not in WEIGHTS:
+        raise ValueError(f"{baseline} has no weight of its own: leave --weight out.")
+    if weight is not None and not weight >= 0:
+        raise ValueError(f"weight must not be negative: {weight}.")
+    weight = WEIGHTS.get(baseline, 0.0) if weight is None else weight
+    out = Path(a.output_dir)
+    settings = {"baseline": baseline, "weight": weight, "images": images, "held_out_seed": held_out_seed}
+    settings |= json.loads(json.dumps({key: value for key, value in asdict(a).items() if key != "output_dir"}))
+    finished = out / "metrics" / "metrics.json"
+    if finished.exists():
+        metrics = json.loads(finished.read_text())
+        changed = [key for key in settings if metrics["settings"].get(key) != settings[key]]
+        if changed:
+            raise ValueError(f"{out} holds a job with another {changed[0]}: choose another output_dir.")
+        return metrics
+    for folder in ("model", "metrics"):
+        check_writable(out / folder)
+    if baseline == "beta-tcvae":
+        _pythae()  # now, not after the data are drawn
+    split = (a.validation_fraction, a.data_seed)
+    started = time.perf_counter()
+    model = train_baseline(a, baseline, weight)
+    seconds = time.perf_counter() - started
+    with atomic_folder(out / "model") as folder:
+        model.save(folder)
+    channels, side, _ = model.base.image_shape
+    options = (side, channels, a.variant, split, a.mnist_digits)
+    real, other_real = held_out_images(a.dataset, model.concepts, images, held_out_seed, *options)
+    metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed)
+    metrics |= {"settings": settings, "seconds": seconds}
+    metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+    write(metrics, out / "metrics")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="and any setting of train.py", allow_abbrev=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--baseline", choices=BASELINES)
+    what.add_argument("--explain", choices=SIMULATED, help="print what images without content score on this data set")
+    parser.add_argument("--weight", type=float, help="beta-tcvae: of the total correlation; tvae: of the triplets")
+    parser.add_argument("--images", type=int, default=1280, help="images a side of each distance (default 1280)")
+    parser.add_argument("--held_out_seed", type=int, default=0, help="of held-out images, noise and directions")
+    own, rest = parser.parse_known_args(argv)
+    try:
+        if own.explain:
+            print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
+        else:
+            print(table(run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)))
+    except (OSError, ValueError, TypeError, FloatingPointError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
