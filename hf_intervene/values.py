@@ -9,7 +9,8 @@ The value of concept j is its representation c_j, (concept_width,), in the inter
 
 Nothing in the data says which end of a range is "large": the direction is not identified, only fixed (the component's largest entry is
 positive). A concept whose range is not a curve, such as an angle, is followed along its main direction only. And nothing in the objective
-makes the model put a concept into its own block: a block that training left empty has no value worth choosing, which is warned of.
+makes the model put a concept into its own block. One that training left empty has no value worth choosing, which is warned of; whether
+what another one holds is its concept can only be seen in images (`plots.traversal`).
 """
 
 import warnings
@@ -43,7 +44,8 @@ def learnt_range(head: InterventionHead, concept: str, draws: int = DRAWS, seed:
     block = head.config.concepts.index(concept)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(draws, head.config.num_blocks, head.config.noise_width, generator=generator).to(head.device)
-    c = head(z, head.targets(concept, draws)).concepts[:, block].float()  # (draws, w)
+    parts = [head(part, head.targets(concept, len(part))).concepts[:, block] for part in z.split(256)]  # embeddings may be large
+    c = torch.cat(parts).float()  # (draws, w)
     centred = (c - c.mean(0)).double().cpu()
     component = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]  # (w,)
     component = component * component[component.abs().argmax()].sign()
