@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from .attach import attach, detach, intervene
 from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
 from .configuration_intervention import InterventionConfig
-from .contexts import OBS, context_name, parse_interventions
+from .contexts import OBS, Quantile, context_name, parse_interventions
 from .model import InterventionModel, InterventionModelOutput
 from .modeling_intervention import InterventionHead, InterventionHeadOutput
 from .pipeline import InterventionPipeline
@@ -50,6 +50,7 @@ __all__ = [
     "InterventionPipeline",
     "LatentAdapter",
     "LightVAE",
+    "Quantile",
     "attach",
     "bundled",
     "context_name",

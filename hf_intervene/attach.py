@@ -25,9 +25,10 @@ from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, DiffusionBase, check_sites
 from .bases.injection import DENOISERS, Entries, Injection, find_sites
 from .bases.loading import BASE_FOLDER, LORA_FOLDER, is_referenced, load_model_config, load_part, model_class_named
-from .contexts import Interventions, is_per_sample, parse_interventions
+from .contexts import Interventions, is_per_sample, parse_choices
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .values import Values, head_values
 
 
 _ATTRIBUTE = "_attached_heads"  # of the pipeline: a `_Heads`
@@ -99,7 +100,8 @@ class intervene:
 
     Args:
         pipe: the pipeline.
-        interventions: in any form of `hf_intervene.contexts`; a list of contexts is one for each image the pipeline makes.
+        interventions: in any form of `hf_intervene.contexts`, but for reference images; a list of contexts is one for each image the pipeline
+            makes.
         head: name of the head, where several are attached; `with intervene(..., head="a"), intervene(..., head="b"):` uses both.
         guidance_scale: w > 1 leads further away from the observational context: in every step the denoiser is called once more, without
             the interventions but with the same z, and its prediction is o + w (p - o). The pipeline's own guidance is apart from it.
@@ -132,13 +134,15 @@ class intervene:
                     f"noise must have shape (images, {config.num_blocks}, {config.noise_width}), not {tuple(noise.shape)}."
                 )
             num_images = len(noise) if num_images is None else num_images
-        self.targets = parse_interventions(interventions, config.concepts, num_images, config.free_blocks).cpu()
+        targets, choices = parse_choices(interventions, config.concepts, num_images, config.free_blocks)
+        self.targets = targets.cpu()
         if guidance_scale != 1.0 and not bool((self.targets != 0).any()):
             raise ValueError(
                 "guidance_scale compares each step with an observational pass, but nothing is intervened on: leave it at 1, or intervene."
             )
         if noise is not None and len(noise) != len(self.targets):
             raise ValueError(f"noise has {len(noise)} rows for {len(self.targets)} images: give one row per image.")
+        self.values = head_values(self._attached.head, choices, len(targets), _no_references)
         many = num_images is not None or is_per_sample(interventions) or len(self.targets) > 1
         self.num_images = len(self.targets) if many else None
         self.guidance_scale, self.noise, self.generator = guidance_scale, noise, generator
@@ -185,12 +189,13 @@ class intervene:
         rows = torch.arange(batch, device=device) % images  # under guidance the pipeline's batch holds each image twice
 
         @torch.no_grad()
-        def enter(s: torch.Tensor) -> Entries:
-            embedding = attached.head(noise, s).embedding.to(attached.adapter.dtype)
+        def enter(s: torch.Tensor, values: Values | None = None) -> Entries:
+            embedding = attached.head(noise, s, *(values or ())).embedding.to(attached.adapter.dtype)
             return attached.adapter.projections(embedding).weighted(attached.weight).rows(rows)
 
         guided = self.guidance_scale != 1.0
-        return _Run(batch, enter(targets), enter(torch.zeros_like(targets)) if guided else None)
+        values = self.values and Values(*(part.to(device).expand(images, *part.shape[1:]) for part in self.values))
+        return _Run(batch, enter(targets, values), enter(torch.zeros_like(targets)) if guided else None)
 
 
 class _Run:
@@ -313,6 +318,13 @@ class _Heads:
         led = predicted[:, :channels] + (scale - 1) * (predicted[:, :channels] - plain[:, :channels])
         led = torch.cat([led, predicted[:, channels:]], dim=1)
         return (led, *output[1:]) if isinstance(output, tuple) else type(output)(sample=led)
+
+
+def _no_references(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
+    raise ValueError(
+        f"a reference image, here of {names[0]!r}, needs the encoder that the head was trained with, which this pipeline does not have: "
+        "choose a Quantile, or use InterventionModel."
+    )
 
 
 def _heads(pipe: DiffusionPipeline) -> _Heads:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import demo
 from .cards import SAMPLES_FILE, card_path, write_card
-from .contexts import OBS
+from .contexts import OBS, Value, parse_values
 from .data import ContextImages, load_contexts
 from .metrics import identifiability
 from .pipeline import InterventionPipeline
@@ -43,7 +43,7 @@ def sample(arguments: argparse.Namespace) -> int:
     """Sample images from a saved pipeline into one picture or a folder of them."""
     pipe = load_pipeline(arguments.pipeline)
     generator = torch.Generator().manual_seed(arguments.seed)
-    images = pipe(arguments.interventions, arguments.num_images, generator, **_denoising(arguments)).images
+    images = pipe(_interventions(arguments, pipe.concepts), arguments.num_images, generator, **_options(arguments)).images
     _save_images(images, Path(arguments.output))
     return 0
 
@@ -51,17 +51,36 @@ def sample(arguments: argparse.Namespace) -> int:
 def edit(arguments: argparse.Namespace) -> int:
     """Edit an image with a saved pipeline."""
     pipe = load_pipeline(arguments.pipeline)
-    try:
-        image = Image.open(arguments.image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{arguments.image} is not an image that can be read.") from error
-    edited = pipe.edit(image, arguments.interventions, arguments.context, **_denoising(arguments)).images
+    interventions = _interventions(arguments, pipe.concepts)
+    edited = pipe.edit(_open(arguments.image), interventions, arguments.context, **_options(arguments)).images
     _save_images(edited, Path(arguments.output))
     return 0
 
 
-def _denoising(arguments: argparse.Namespace) -> dict:
-    return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
+def _open(path: str) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read.") from error
+
+
+def _interventions(arguments: argparse.Namespace, concepts: Sequence[str]) -> dict[str, Value]:
+    """What `--interventions` and `--reference` say together."""
+    if arguments.interventions is None and not arguments.reference:
+        raise ValueError("nothing is intervened on: give --interventions or --reference.")
+    values = parse_values(arguments.interventions, concepts)
+    for reference in arguments.reference:
+        name, _, path = reference.partition("=")
+        if not path:
+            raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
+        if name in values:
+            raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
+        values[name] = _open(path)
+    return values
+
+
+def _options(arguments: argparse.Namespace) -> dict:
+    return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "reference_context")}
 
 
 def _save_images(images: list, path: Path) -> None:
@@ -108,7 +127,11 @@ def check(arguments: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _add_denoising(command: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--reference", metavar="CONCEPT=IMAGE", action="append", default=[], help="a concept at its value in an image; repeatable"
+    )
+    command.add_argument("--reference-context", help="the context the references came from (default obs)")
     command.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
     command.add_argument(
         "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
@@ -134,18 +157,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("evaluate", help="measure a model: the options of training/evaluate.py")
     command = commands.add_parser("sample", help="sample images under interventions")
     command.add_argument("pipeline", help=PIPELINE)
-    command.add_argument("--interventions", default="obs", help="quad1, quad1+size, size=0.5, obs (default obs)")
+    command.add_argument(
+        "--interventions", default="obs", help="quad1, quad1+size, size=0.5 (strength), size@0.9 (quantile), obs (default obs)"
+    )
     command.add_argument("--num-images", type=int, default=8)
     command.add_argument("--seed", type=int, default=0)
-    _add_denoising(command)
+    _add_options(command)
     command.add_argument("--output", required=True, help="a picture (one row) or a folder (one file an image)")
     command.set_defaults(run=sample)
     command = commands.add_parser("edit", help="edit an image by interventions")
     command.add_argument("pipeline", help=PIPELINE)
     command.add_argument("image", help="the image, of the pipeline's size")
-    command.add_argument("--interventions", required=True)
+    command.add_argument("--interventions", help="as of sample")
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
-    _add_denoising(command)
+    _add_options(command)
     command.add_argument("--output", required=True)
     command.set_defaults(run=edit)
     command = commands.add_parser("concepts", help="print what a pipeline can be intervened on, as JSON")

@@ -6,22 +6,46 @@ A *context* is a set of intervened concepts, each with a strength in (0, 1]. Eve
     "quad1"                          one concept
     ["quad1", "size"] or "quad1+size"   several at once
     {"quad1": 1.0, "size": 0.5} or "quad1+size=0.5"   with strengths
+    {"size": Quantile(0.9)} or "size@0.9"   at a chosen value: a point on the learnt range of the concept
+    {"quad1": image}                 at the value it has in a reference image (PIL, array or tensor), or one image per sample
     [["quad1"], "obs", {"size": 0.5}]   one context per sample: a list holding at least one list, tuple, dict or None
     a tensor of targets              used as it is, after checks
+
+Chosen values are only carried through here, images unseen; `values.py` makes of them what the head takes.
 
 This file imports torch alone, so that it can travel with a checkpoint.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
 OBS = "obs"
-_RESERVED = "+=,"
+_RESERVED = "+=,@"
 
-Context = str | Sequence[str] | Mapping[str, float] | None
+
+@dataclass(frozen=True)
+class Quantile:
+    """A chosen value of a concept: the point at quantile q, in (0, 1), of its learnt range (see `values.quantile_value`)."""
+
+    q: float
+
+    def __post_init__(self):
+        try:
+            q = float(self.q)
+        except (TypeError, ValueError):
+            q = math.nan
+        if not 0.0 < q < 1.0:  # NaN fails the comparison
+            raise ValueError(f"a quantile must be a number between 0 and 1, both excluded, not {self.q!r}.")
+        object.__setattr__(self, "q", q)
+
+
+Value = float | Quantile | Any  # a strength, a point on the learnt range, or reference image(s)
+Context = str | Sequence[str] | Mapping[str, Value] | None
 Interventions = Context | Sequence[Context] | torch.Tensor
 
 
@@ -29,7 +53,7 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Check the concept names of a model or data set and return them as a tuple.
 
     Raises:
-        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = ,` in a name.
+        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @` in a name.
     """
     if isinstance(concepts, str) or not isinstance(concepts, Sequence):
         raise ValueError(f"concepts must be a list of names, not {concepts!r}.")
@@ -60,24 +84,37 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
         Strength in (0, 1] of every intervened concept, in the order of `concepts`; empty for the observational context.
 
     Raises:
-        ValueError: unknown or repeated name (the known ones are listed), `obs` beside a concept, strength out of [0, 1].
+        ValueError: unknown or repeated name (the known ones are listed), `obs` beside a concept, strength out of [0, 1], a chosen value.
         TypeError: not one of the forms.
     """
+    values = parse_values(context, concepts)
+    _refuse_values([name for name, value in values.items() if not isinstance(value, float)])
+    return values
+
+
+def _refuse_values(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(f"a value was chosen for {', '.join(map(repr, names))}, but here only names and strengths can be given.")
+
+
+def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
+    """As `parse_context`, for contexts that may choose values: of every intervened concept the strength, the `Quantile`, or the
+    reference image(s) as they were given."""
     if context is None:
         return {}
     if isinstance(context, str):
-        items = [_split_strength(part) for part in context.split("+")]
+        items = [_split_value(part) for part in context.split("+")]
     elif isinstance(context, Mapping):
         items = list(context.items())
     elif isinstance(context, Sequence) and all(isinstance(name, str) for name in context):
-        items = [_split_strength(part) for name in context for part in name.split("+")]
+        items = [_split_value(part) for name in context for part in name.split("+")]
     else:
         raise TypeError(
             f"cannot read {context!r} as a context: give a concept name, a list of names, or a dict of name to strength."
         )
-    strengths: dict[str, float] = {}
-    for name, strength in items:
-        if name in strengths:
+    values: dict[str, Value] = {}
+    for name, value in items:
+        if name in values:
             raise ValueError(f"concept {name!r} is named twice in one context.")
         if name == OBS and len(items) > 1:
             raise ValueError(
@@ -85,35 +122,60 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
             )
         if name != OBS and name not in concepts:
             raise ValueError(f"unknown concept {name!r}; the known ones are {OBS}, {', '.join(concepts)}.")
-        if not isinstance(strength, (int, float)) or not 0.0 <= strength <= 1.0:  # NaN fails the comparison
-            raise ValueError(f"strength of {name!r} must be a number in [0, 1], not {strength!r}.")
-        strengths[name] = float(strength)
-    strengths.pop(OBS, None)
-    return {name: strengths[name] for name in concepts if strengths.get(name, 0.0) > 0.0}
+        if isinstance(value, Quantile) or _is_reference(value):
+            if name == OBS:
+                raise ValueError(f"a value was chosen for {OBS!r}, where nothing is intervened on: name a concept.")
+            values[name] = value
+            continue
+        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails the comparison
+            raise ValueError(
+                f"strength of {name!r} must be a number in [0, 1] (or its value a Quantile or an image), not {value!r}."
+            )
+        values[name] = float(value)
+    return {
+        name: values[name]
+        for name in concepts
+        if name in values and not (isinstance(values[name], float) and values[name] == 0.0)
+    }
 
 
-def _split_strength(text: str) -> tuple[str, float]:
+def _is_reference(value: Any) -> bool:
+    """Whether a value is an image (PIL's, or an array of two or three dimensions), or a list or an array of images."""
+    image = lambda item: hasattr(item, "getbands") or getattr(item, "ndim", 0) in (2, 3)  # noqa: E731
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(map(image, value))
+    return image(value) or getattr(value, "ndim", 0) == 4
+
+
+def _split_value(text: str) -> tuple[str, float | Quantile]:
     name, separator, strength = text.partition("=")
-    if not separator:
-        return name.strip(), 1.0
-    try:
-        return name.strip(), float(strength)
-    except ValueError:
-        return name.strip(), math.nan
+    if separator:
+        try:
+            return name.strip(), float(strength)
+        except ValueError:
+            return name.strip(), math.nan
+    name, separator, quantile = text.partition("@")
+    return name.strip(), Quantile(quantile.strip()) if separator else 1.0
 
 
 def named_concepts(context: str | Sequence[str]) -> list[str]:
     """The names in a context, `obs` included, before it is known which concepts there are: to collect them from data."""
     parts = [context] if isinstance(context, str) else context
-    return [_split_strength(name)[0] for part in parts for name in part.split("+")]
+    return [name.partition("=")[0].strip() for part in parts for name in part.split("+")]
 
 
 def context_name(context: Context, concepts: Sequence[str]) -> str:
-    """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`; concepts in the order of `concepts`."""
-    strengths = parse_context(context, concepts)
-    if not strengths:
-        return OBS
-    return "+".join(name if value == 1.0 else f"{name}={value!r}" for name, value in strengths.items())
+    """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`, `"size@0.9"`; concepts in the order of
+    `concepts`. A reference image has no name: a ValueError."""
+    names = []
+    for name, value in parse_values(context, concepts).items():
+        if isinstance(value, Quantile):
+            names.append(f"{name}@{value.q!r}")
+        elif isinstance(value, float):
+            names.append(name if value == 1.0 else f"{name}={value!r}")
+        else:
+            raise ValueError(f"a context with a reference image, here of {name!r}, has no name.")
+    return "+".join(names) or OBS
 
 
 def is_per_sample(interventions: Interventions) -> bool:
@@ -141,25 +203,62 @@ def parse_interventions(
         float32 tensor of shape (num_samples, D), D = d + f, on the CPU (a tensor keeps its device).
 
     Raises:
-        ValueError, TypeError: one sentence saying what is wrong and what was expected.
+        ValueError, TypeError: one sentence saying what is wrong and what was expected; chosen values are refused, see `parse_choices`.
+    """
+    targets, choices = parse_choices(interventions, concepts, num_samples, free_blocks)
+    _refuse_values(sorted({name for row in choices for name in row}))
+    return targets
+
+
+def parse_choices(
+    interventions: Interventions, concepts: Sequence[str], num_samples: int | None = None, free_blocks: int = 0
+) -> tuple[torch.Tensor, list[dict[str, Value]]]:
+    """As `parse_interventions`, for interventions that may choose values of concepts.
+
+    Returns:
+        targets: (num_samples, D), 1 for a concept with a chosen value.
+        choices: of each sample, by concept, the `Quantile` or the one reference image; a single entry where all samples have the same,
+            an empty list where no value is chosen.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
     if isinstance(interventions, torch.Tensor):
-        targets = _check_targets(interventions, width, blocks)
+        targets, choices = _check_targets(interventions, width, blocks), []
     else:
         contexts = interventions if is_per_sample(interventions) else [interventions]
-        parsed = [parse_context(context, concepts) for context in contexts]
-        targets = torch.tensor([[row.get(name, 0.0) for name in concepts] for row in parsed], dtype=torch.float32)
+        rows = [parse_values(context, concepts) for context in contexts]
+        rows = _one_reference_each(rows, num_samples)
+        choices = [{name: value for name, value in row.items() if not isinstance(value, float)} for row in rows]
+        strengths = [row | dict.fromkeys(chosen, 1.0) for row, chosen in zip(rows, choices)]
+        targets = torch.tensor([[row.get(name, 0.0) for name in concepts] for row in strengths], dtype=torch.float32)
+        choices = choices if any(choices) else []
     targets = torch.nn.functional.pad(targets, (0, blocks - targets.shape[1]))
     if num_samples is None or targets.shape[0] == num_samples:
-        return targets
+        return targets, choices
     if targets.shape[0] != 1:
         raise ValueError(
             f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context for all, or one per sample."
         )
-    return targets.expand(num_samples, -1)
+    return targets.expand(num_samples, -1), choices
+
+
+def _one_reference_each(rows: list[dict[str, Value]], num_samples: int | None) -> list[dict[str, Value]]:
+    """Rows with one reference image each: a single context that holds several, one per sample, becomes as many rows."""
+    several = lambda value: isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4  # noqa: E731
+    lengths = [(name, len(value)) for row in rows for name, value in row.items() if several(value) and len(value) != 1]
+    wanted = 1 if len(rows) > 1 else num_samples or max((length for _, length in lengths), default=1)
+    for name, length in lengths:
+        if length != wanted:
+            raise ValueError(
+                f"{length} reference images of {name!r} were given for {wanted} sample{'s' * (wanted > 1)}: "
+                "give one for all, or one per sample."
+            )
+    rows = rows * wanted if lengths else rows
+    return [
+        {name: value[number % len(value)] if several(value) else value for name, value in row.items()}
+        for number, row in enumerate(rows)
+    ]
 
 
 def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tensor:

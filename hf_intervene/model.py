@@ -14,18 +14,19 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .bases import Base, wrap_base
 from .bases.base import plain
 from .bases.loading import base_reference
+from .batch_norm import reestimate_batch_norm
 from .configuration_intervention import InterventionConfig
-from .contexts import Interventions, parse_interventions
+from .contexts import Interventions, parse_choices, parse_interventions
 from .modeling_intervention import InterventionHead, gaussian_kl
 from .push import push_to_hub
 from .saving import from_pretrained, save_pretrained
+from .values import Values, model_values
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
@@ -161,14 +162,21 @@ class InterventionModel(PreTrainedModel):
             return self.base.posterior(features)
         return self.head.posterior(features, self._seen(targets))
 
-    def embed(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D)."""
-        return z if self.head is None else self.head(z, self._seen(targets)).embedding
+    def embed(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None = None) -> torch.Tensor:
+        """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D), some concepts at chosen values."""
+        return z if self.head is None else self.head(z, self._seen(targets), *(values or ())).embedding
 
-    def decode(self, z: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor | None = None, **denoising) -> torch.Tensor:
+    def decode(
+        self,
+        z: torch.Tensor,
+        targets: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        values: Values | None = None,
+        **denoising,
+    ) -> torch.Tensor:
         """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
         noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of `DiffusionBase.decode`."""
-        embedding = self.embed(z, targets)
+        embedding = self.embed(z, targets, values)
         if denoising.get("guidance_scale", 1.0) != 1.0:
             denoising["observational"] = self.embed(z, torch.zeros_like(targets))
         return self.base.decode(embedding) if residual is None else self.base.decode(embedding, residual, **denoising)
@@ -280,11 +288,13 @@ class InterventionModel(PreTrainedModel):
         residual_noise: torch.Tensor | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        reference_context: Interventions = None,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """Sample images from p(x | s), z from the prior.
 
         Args:
-            interventions: what to intervene on, in any form of `hf_intervene.contexts`; several concepts at once compose.
+            interventions: what to intervene on, in any form of `hf_intervene.contexts`; several concepts at once compose. With chosen
+                values (see `values.py`) from p(x | do(c_j = v)).
             num_samples: number of images; `None`: one for each context given.
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions under the same noise.
@@ -295,6 +305,8 @@ class InterventionModel(PreTrainedModel):
             residual_noise: residual noise to use, of those latents or of a denoiser (x_T), (num_samples, *residual_shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: for a denoiser: above 1, further away from what it makes of the same noise without interventions.
+            reference_context: the context that reference images in `interventions` came from, or one for each sample: observational
+                unless said otherwise.
 
         Raises:
             ValueError: one sentence: noise of another shape, guidance with no interventions or no denoiser.
@@ -305,7 +317,7 @@ class InterventionModel(PreTrainedModel):
                     f"noise must have shape (num_samples, {', '.join(map(str, self.noise_shape))}), not {tuple(noise.shape)}."
                 )
             num_samples = noise.shape[0] if num_samples is None else num_samples
-        targets = self.targets(interventions, num_samples)
+        targets, values = self._chosen(interventions, num_samples, reference_context, batch_size)
         if noise is None:
             noise = randn_tensor((len(targets), *self.noise_shape), generator=generator, device=self.device, dtype=torch.float32)
         elif len(noise) != len(targets):
@@ -322,7 +334,7 @@ class InterventionModel(PreTrainedModel):
         if self.base.denoises:
             options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generator}
         self._check_guidance(guidance_scale, targets)
-        return self._decoded_images(noise, targets, output_type, batch_size, residual, **options)
+        return self._decoded_images(noise, targets, values, output_type, batch_size, residual, **options)
 
     @torch.no_grad()
     def reconstruct(
@@ -341,24 +353,26 @@ class InterventionModel(PreTrainedModel):
         batch_size: int = 256,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        reference_context: Interventions = None,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of its residual latents too, where the
         base has them; of a denoiser the noise x_T that leads to the image), the targets are replaced.
 
         Args:
             images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1], of the base's own size.
-            interventions: the interventions to apply.
+            interventions: the interventions to apply, in any form of `hf_intervene.contexts`, chosen values among them.
             context: the context that the images came from: observational unless said otherwise.
             output_type: see `sample`.
             batch_size: images processed at once.
             num_inference_steps: of a denoiser, each way.
-            guidance_scale: see `sample`.
+            guidance_scale, reference_context: see `sample`.
         """
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
-        self._check_guidance(guidance_scale, self.targets(interventions, len(pixel_values)))  # before the long part
+        after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
+        self._check_guidance(guidance_scale, after[0])  # before the long part
         noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
-        return self.predict(noise, residual, interventions, output_type, batch_size, num_inference_steps, guidance_scale)
+        return self._predict(noise, residual, *after, output_type, batch_size, num_inference_steps, guidance_scale)
 
     @torch.no_grad()
     def predict(
@@ -370,14 +384,18 @@ class InterventionModel(PreTrainedModel):
         batch_size: int = 256,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        reference_context: Interventions = None,
     ) -> torch.Tensor | np.ndarray | list[Image.Image]:
         """The last step of `edit`: images of what `abduct` returned, under other interventions. Arguments as there."""
-        after = self.targets(interventions, len(noise))
-        self._check_guidance(guidance_scale, after)
+        after = self._chosen(interventions, len(noise), reference_context, batch_size)
+        self._check_guidance(guidance_scale, after[0])
+        return self._predict(noise, residual, *after, output_type, batch_size, num_inference_steps, guidance_scale)
+
+    def _predict(self, noise, residual, targets, values, output_type, batch_size, num_inference_steps, guidance_scale):
         options = {}
         if self.base.denoises:
             options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "along_path": True}
-        return self._decoded_images(noise, after, output_type, batch_size, residual, **options)
+        return self._decoded_images(noise, targets, values, output_type, batch_size, residual, **options)
 
     def _check_guidance(self, guidance_scale: float, targets: torch.Tensor) -> None:
         if guidance_scale == 1.0:
@@ -436,6 +454,11 @@ class InterventionModel(PreTrainedModel):
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
         return parse_interventions(interventions, self.concepts, num_samples, self.config.free_blocks).to(self.device)
 
+    def _chosen(self, interventions, num_samples, reference_context, batch_size) -> tuple[torch.Tensor, Values | None]:
+        """Targets (num_samples, D) and the chosen values of interventions."""
+        targets, choices = parse_choices(interventions, self.concepts, num_samples, self.config.free_blocks)
+        return targets.to(self.device), model_values(self, choices, len(targets), reference_context, batch_size)
+
     def preprocess(self, images: ImageInput) -> torch.Tensor:
         """Check images and bring them to a float tensor (N, C, H, W) in [0, 1] on the model's device."""
         if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -455,42 +478,18 @@ class InterventionModel(PreTrainedModel):
             raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
         return pixel_values
 
-    def _decoded_images(self, noise, targets, output_type, batch_size, residual, **denoising):
+    def _decoded_images(self, noise, targets, values, output_type, batch_size, residual, **denoising):
         noise = noise.to(self.device)
-        residuals = [None] * len(noise) if residual is None else residual.split(batch_size)
+        residuals, chosen = ([None] * len(noise) if part is None else part.split(batch_size) for part in (residual, values))
         images = torch.cat(
             [
-                self.base.to_pixels(self.decode(z, s, rho, **denoising))
-                for z, s, rho in zip(noise.split(batch_size), targets.split(batch_size), residuals)
+                self.base.to_pixels(self.decode(z, s, rho, v, **denoising))
+                for z, s, rho, v in zip(noise.split(batch_size), targets.split(batch_size), residuals, chosen)
             ]
         )
         return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(images))
 
-    @torch.no_grad()
-    def reestimate_batch_norm(self, contexts: Sequence[Interventions], num_batches: int = 50, batch_size: int = 256):
-        """Gather the running statistics of batch-norm layers anew on samples from the prior, the given contexts mixed.
-
-        Training gathers them on posterior samples, which fit no prior sample: the same weights scored 0.343 with the former and 0.107
-        with batch statistics (METHOD section 7). Layers of the encoder are left alone. No effect without batch norm.
-        """
-        encoded = set(self.base.encoder_modules())
-        layers = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in encoded]
-        if not layers:
-            return
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
-            layer.train()
-        generator = torch.Generator().manual_seed(0)
-        targets = torch.cat([self.targets(context) for context in contexts])
-        for _ in range(num_batches):
-            noise = torch.randn(batch_size, *self.noise_shape, generator=generator).to(self.device)
-            rows = torch.randint(len(targets), (batch_size,), generator=generator).to(self.device)
-            (self.embed if self.base.denoises else self.decode)(noise, targets[rows])
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
-            layer.eval()
+    reestimate_batch_norm = reestimate_batch_norm
 
     # Saving and loading
 

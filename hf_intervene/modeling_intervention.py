@@ -138,7 +138,11 @@ class InterventionLayer(nn.Module):
 
     There, cutting the edges into a concept also cuts the paths through it, which the reduced form cannot know of concepts that were never
     intervened on together. With `perfect=False` (soft interventions) there is no factor (1 - s_i).
-    Shapes: eps (B, D, w), s (B, D, 1) -> c (B, D, w).
+
+    do(c_j = v): where `chosen` says so, c_j = values_j exactly, whatever it would hear, and the others hear eps_j = v - bias_j in place of
+    its noise (reduced form), or c_j = v - bias_j along every path (structural form). So a chosen value is a perfect intervention on its
+    concept, with soft interventions too. In the reduced form what W_obs has summed up over paths through j stays, as it does under s_j = 1.
+    Shapes: eps (B, D, w), s (B, D, 1), values (B, D, w), chosen (B, D, 1) -> c (B, D, w).
     """
 
     def __init__(self, blocks: int, width: int, perfect: bool, steps: int):
@@ -158,15 +162,23 @@ class InterventionLayer(nn.Module):
         mask = 1 - torch.eye(blocks, dtype=self.weight.dtype, device=self.weight.device)
         return self.weight * mask[:, None, None, :, None]
 
-    def forward(self, eps: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, eps: torch.Tensor, s: torch.Tensor, values: torch.Tensor | None = None, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         s = s.to(eps.dtype)
+        if values is not None:
+            held = (values - self.bias).to(eps.dtype)
+            eps = torch.where(chosen, held, eps)
         weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
         c = eps
         for _ in range(self.steps):
             outgoing = torch.stack([(1 - s) * c, s * c], dim=1) if self.steps == 1 else c
             heard = nn.functional.linear(outgoing.flatten(1), weight).view_as(eps)  # (B, D, w)
             c = eps + ((1 - s) * heard if self.perfect else heard)
-        return c + self.bias
+            if values is not None:
+                c = torch.where(chosen, held, c)
+        c = c + self.bias
+        return c if values is None else torch.where(chosen, values.to(c.dtype), c)  # (v - bias) + bias is v up to rounding
 
 
 class PosteriorLinear(nn.Linear):
@@ -237,12 +249,21 @@ class InterventionHead(PreTrainedModel):
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-    def forward(self, z: torch.Tensor, targets: torch.Tensor, return_dict: bool | None = None) -> InterventionHeadOutput | tuple:
-        """Embedding of exogenous noise under interventions.
+    def forward(
+        self,
+        z: torch.Tensor,
+        targets: torch.Tensor,
+        values: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> InterventionHeadOutput | tuple:
+        """Embedding of exogenous noise under interventions, of some concepts at chosen values.
 
         Args:
             z: exogenous noise, (B, D, noise_width); standard normal under the prior.
             targets: (B, D), entries in [0, 1]; each row its own context.
+            values: chosen values of c, (B, D, concept_width), for do(c_j = v) (see `InterventionLayer`); read where `chosen` is true.
+            chosen: which, bool (B, D): there s_j counts as 1.
             return_dict: whether to return an `InterventionHeadOutput` (default) or a tuple.
         """
         blocks = self.config.num_blocks
@@ -250,11 +271,21 @@ class InterventionHead(PreTrainedModel):
             raise ValueError(f"z must have shape (batch, {blocks}, {self.config.noise_width}), not {tuple(z.shape)}.")
         if targets.ndim != 2 or targets.shape[1] != blocks:
             raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
+        if (values is None) != (chosen is None):
+            raise ValueError("values and chosen go together: give both or neither.")
         s = targets[..., None].to(self.dtype)  # (B, D, 1)
+        if values is not None:
+            shape = (*targets.shape, self.config.concept_width)
+            if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
+                raise ValueError(
+                    f"values must have shape {shape} and chosen, bool, {shape[:2]}, not {tuple(values.shape)} and {tuple(chosen.shape)}."
+                )
+            chosen = chosen[..., None]  # (B, D, 1)
+            s = torch.where(chosen, 1.0, s)
         z = z.to(self.dtype)
         u = self.exogenous(z.transpose(0, 1), s.transpose(0, 1))  # (D, B, n)
         eps = self.expressive(u).transpose(0, 1)  # (B, D, w)
-        c = self.intervention(eps, s)  # (B, D, w)
+        c = self.intervention(eps, s, values, chosen)  # (B, D, w)
         e = self.unpool(c.flatten(1)).unflatten(1, self.config.embedding_shape)  # (B, *embedding_shape)
         output = InterventionHeadOutput(embedding=e, concepts=c)
         return output if return_dict is not False else output.to_tuple()

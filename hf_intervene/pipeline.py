@@ -126,11 +126,13 @@ class InterventionPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         batch_size: int = 256,
         return_dict: bool = True,
+        reference_context: Interventions = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images; see `InterventionModel.sample`.
 
         Args:
-            interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`, `"obs"`, or a list of those, one per image.
+            interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`, `"obs"`, or a list of those, one per image;
+                at chosen values `{"size": Quantile(0.9), "quad2": reference_image}` or `"size@0.9"`.
             num_images: number of images; `None`: one for each context given.
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_images, D, noise_width).
@@ -141,6 +143,7 @@ class InterventionPipeline(DiffusionPipeline):
             guidance_scale: of a denoiser: above 1, further away from what it makes without interventions.
             batch_size: images at once.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
+            reference_context: the context that reference images came from: observational unless said otherwise.
         """
         images = self.model.sample(
             interventions,
@@ -153,6 +156,7 @@ class InterventionPipeline(DiffusionPipeline):
             residual_noise,
             num_inference_steps,
             guidance_scale,
+            reference_context,
         )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -167,9 +171,12 @@ class InterventionPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         batch_size: int = 256,
         return_dict: bool = True,
+        reference_context: Interventions = None,
     ) -> ImagePipelineOutput | tuple:
-        """Edit images: keep their exogenous noise, replace the interventions; see `InterventionModel.edit`."""
-        edited = self.model.edit(images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale)
+        """Edit images: keep their exogenous noise, replace the interventions, chosen values among them; see `InterventionModel.edit`."""
+        edited = self.model.edit(
+            images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale, reference_context
+        )
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
 
 

@@ -1,10 +1,13 @@
-"""Pictures: contexts with real images above generated ones, and edits."""
+"""Pictures: contexts with real images above generated ones, edits, and one image along the range of each concept."""
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from .contexts import Interventions, Quantile
+from .model import ImageInput, InterventionModel
 
 
 def _show(axis: matplotlib.axes.Axes, images: np.ndarray) -> None:
@@ -77,3 +80,32 @@ def strips(rows: Mapping[str, np.ndarray]) -> Figure:
         _show(axis, images)
         axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     return figure
+
+
+def traversal(
+    model: InterventionModel,
+    image: ImageInput,
+    context: Interventions = None,
+    quantiles: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
+    **options,
+) -> Figure:
+    """Edits of one image along the learnt range of each concept (see `values.py`), a strip for each concept, and the image above.
+
+    Args:
+        model: an `InterventionModel`, or the `model` of a pipeline.
+        image: one image.
+        context: the context that it came from.
+        quantiles: of the range, from left to right.
+        **options: of `InterventionModel.predict`, such as `num_inference_steps` of a denoiser.
+    """
+    x = model.preprocess(image)[:1]
+    steps = {key: value for key, value in options.items() if key == "num_inference_steps"}
+    noise, residual = (
+        part if part is None else part.expand(len(quantiles), *part.shape[1:])
+        for part in model.abduct(x, model.targets(context, 1), **steps)
+    )
+    rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
+    for name in model.concepts:
+        edits = model.predict(noise, residual, [{name: Quantile(q)} for q in quantiles], output_type="np", **options)
+        rows[name] = to_uint8(edits)
+    return strips(rows)

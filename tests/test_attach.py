@@ -19,7 +19,7 @@ from diffusion_models import conditional, dit, save_pipeline, stable_diffusion, 
 from peft import LoraConfig
 from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, attach, detach, intervene, load_base
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, attach, detach, intervene, load_base
 
 
 def generator(seed=0):
@@ -103,14 +103,16 @@ def test_each_image_has_its_own_interventions(kind, tmp_path):
     assert np.abs(a - b).max() > 1e-3
 
 
-def test_the_pipeline_generates_what_the_model_does(tmp_path):
+@pytest.mark.filterwarnings("ignore:the block of")
+@pytest.mark.parametrize("interventions", [["a"], {"a": Quantile(0.9)}, [["a@0.1", "b"], "obs"]])
+def test_the_pipeline_generates_what_the_model_does(interventions, tmp_path):
     """DDIM by the library's pipeline, with a head attached, and by `InterventionModel`: the same images of the same noise."""
     pipe, model = pipeline("ddim", tmp_path)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     noise, x = torch.randn(2, 3, 4, generator=generator()), torch.randn(2, 3, 16, 16, generator=generator())
-    expected = model.sample(["a"], noise=noise, residual_noise=x, num_inference_steps=5)
+    expected = model.sample(interventions, noise=noise, residual_noise=x, num_inference_steps=5)
     attach(pipe, model)
-    with intervene(pipe, ["a"], noise=noise):
+    with intervene(pipe, interventions, noise=noise):
         found = pipe(batch_size=2, generator=generator(), num_inference_steps=5, output_type="pt").images
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -302,6 +304,8 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
     attach(pipe, model)
     with pytest.raises(ValueError, match="known ones are obs, a, b"):
         intervene(pipe, "smile")
+    with pytest.raises(ValueError, match="a reference image, here of 'b', needs the encoder"):
+        intervene(pipe, {"b": Image.new("RGB", (16, 16))})
     with pytest.raises(ValueError, match="observational pass"):
         intervene(pipe, "obs", guidance_scale=2.0)
     with pytest.raises(ValueError, match="noise must have shape"):

@@ -6,11 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_intervene.contexts import (
+    Quantile,
     context_name,
     context_names,
     is_per_sample,
+    parse_choices,
     parse_context,
     parse_interventions,
+    parse_values,
     validate_concepts,
 )
 
@@ -18,7 +21,7 @@ from hf_intervene.contexts import (
 CONCEPTS = ("quad1", "quad2", "size")
 
 names = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_characters="+=,", exclude_categories=["Z", "C"]), min_size=1, max_size=8),
+    st.text(st.characters(codec="utf-8", exclude_characters="+=,@", exclude_categories=["Z", "C"]), min_size=1, max_size=8),
     min_size=1,
     max_size=6,
     unique=True,
@@ -81,6 +84,16 @@ def test_tensors_are_checked_and_used_as_they_are():
         ({"size": "much"}, "strength of 'size'"),
         ("size=lots", "strength of 'size'"),
         ("", "unknown concept ''"),
+        ("size@lots", "quantile must be a number between 0 and 1, both excluded, not 'lots'"),
+        ("size@1", "quantile must be a number between 0 and 1"),
+        ("size@0", "quantile must be a number between 0 and 1"),
+        ("size=0.5@0.9", "strength of 'size'"),
+        ("obs@0.5", "a value was chosen for 'obs'"),
+        ("quad9@0.5", "unknown concept 'quad9'; the known ones are obs, quad1, quad2, size"),
+        ({"size": []}, "strength of 'size'"),
+        ({"size": torch.zeros(())}, "strength of 'size'"),
+        ("quad1+size@0.9", "a value was chosen for 'size', but here only names and strengths"),
+        ({"quad1": torch.zeros(3, 4, 4)}, "a value was chosen for 'quad1'"),
     ],
 )
 def test_bad_contexts(context, message):
@@ -88,14 +101,47 @@ def test_bad_contexts(context, message):
         parse_interventions(context, CONCEPTS)
 
 
-@pytest.mark.parametrize("context", [3, 1.5, [["quad1", ["size"]]], object()])
+def test_chosen_values_are_carried_through():
+    a, b = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
+    targets, choices = parse_choices({"size": Quantile(0.9), "quad1": a, "quad2": 0.5}, CONCEPTS, 2, free_blocks=1)
+    assert targets.tolist() == [[1, 0.5, 1, 0]] * 2
+    assert choices == [{"quad1": a, "size": Quantile(0.9)}] and choices[0]["quad1"] is a
+    targets, choices = parse_choices([{"quad1": a}, "obs", ["quad2", "size@0.25"]], CONCEPTS)
+    assert targets.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    assert choices == [{"quad1": a}, {}, {"size": Quantile(0.25)}]
+    for many in ([a, b], torch.stack([a, b])):  # one reference for each sample
+        for number in (None, 2):
+            targets, choices = parse_choices({"quad1": many, "quad2": [a], "size": Quantile(0.5)}, CONCEPTS, number)
+            assert targets.tolist() == [[1, 1, 1]] * 2
+            assert [torch.equal(row["quad1"], image) for row, image in zip(choices, (a, b))] == [True, True]
+            assert all(torch.equal(row["quad2"], a) for row in choices)
+    assert parse_choices("quad1", CONCEPTS, 5)[1] == parse_choices(torch.zeros(3), CONCEPTS)[1] == []
+    for bad, number in (
+        ({"quad1": [a, b]}, 3),
+        ({"quad1": [a, b], "quad2": [a, b, b]}, None),
+        ({"quad1": torch.zeros(0, 3, 4, 4)}, 2),
+    ):
+        with pytest.raises(
+            ValueError, match="reference images of '.*' were given for . samples: give one for all, or one per sample"
+        ):
+            parse_choices(bad, CONCEPTS, number)
+    with pytest.raises(ValueError, match="2 reference images of 'quad1' were given for 1 sample:"):
+        parse_choices([{"quad1": [a, b]}, "obs"], CONCEPTS)
+    with pytest.raises(ValueError, match="a reference image, here of 'quad1', has no name"):
+        context_name({"quad1": a}, CONCEPTS)
+    for bad in ("a", None, float("nan"), 0, 1, -0.5):
+        with pytest.raises(ValueError, match="a quantile must be a number"):
+            Quantile(bad)
+
+
+@pytest.mark.parametrize("context", [3, 1.5, Quantile(0.5), torch.zeros(3, 4, 4).numpy(), [["quad1", ["size"]]], object()])
 def test_what_is_no_context(context):
     with pytest.raises(TypeError, match="as a context"):
         parse_interventions(context, CONCEPTS)
 
 
 @pytest.mark.parametrize(
-    "concepts", [[], ["a", "a"], ["obs"], ["OBS"], ["a+b"], ["a=1"], ["a,b"], [""], [" a"], [3], "quad1", None]
+    "concepts", [[], ["a", "a"], ["obs"], ["OBS"], ["a+b"], ["a=1"], ["a,b"], ["a@b"], [""], [" a"], [3], "quad1", None]
 )
 def test_bad_concept_names(concepts):
     with pytest.raises(ValueError):
@@ -112,6 +158,12 @@ def test_names_round_trip(concepts, data):
     name = context_name(strengths, concepts)
     assert parse_context(name, concepts) == {key: value for key, value in strengths.items() if value > 0}
     assert context_name(name, concepts) == name
+    points = st.floats(0, 1, exclude_min=True, exclude_max=True).map(Quantile)
+    values = strengths | {name: data.draw(points) for name in data.draw(st.lists(st.sampled_from(concepts), unique=True))}
+    name = context_name(values, concepts)
+    assert parse_values(name, concepts) == {key: value for key, value in values.items() if value != 0}
+    assert context_name(name, concepts) == name
+    assert parse_choices(name, concepts)[0].equal(parse_choices(values, concepts)[0])
     full = {key: 1.0 for key in strengths}
     assert context_names(parse_interventions(full, concepts), concepts) == [context_name(full, concepts)]
     assert context_name(list(reversed(list(full))), concepts) == context_name(full, concepts)

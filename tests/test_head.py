@@ -22,15 +22,17 @@ def make_head(seed=0, **options):
     return head
 
 
-def slow_head(head, z, targets):
+def slow_head(head, z, targets, values=None, chosen=None):
     """One sample, one block at a time, written from the formulas of METHOD section 2."""
     config = head.config
     D, n, w = config.num_blocks, config.noise_width, config.concept_width
     gelu = torch.nn.functional.gelu
     A_obs, A_int = head.exogenous.slices.weight[:, :, :n], head.exogenous.slices.weight[:, :, n:]
     b_obs, b_int = head.exogenous.slices.bias[:, 0, :n], head.exogenous.slices.bias[:, 0, n:]
+    chosen = torch.zeros_like(targets, dtype=torch.bool) if chosen is None else chosen
     embeddings = []
-    for z_b, s in zip(z, targets):
+    for b, (z_b, s) in enumerate(zip(z, targets)):
+        s = [1.0 if chosen[b, j] else s[j] for j in range(D)]
         eps = []
         for j in range(D):
             h = gelu((1 - s[j]) * (z_b[j] @ A_obs[j] + b_obs[j]) + s[j] * (z_b[j] @ A_int[j] + b_int[j]))
@@ -40,7 +42,7 @@ def slow_head(head, z, targets):
                 if config.norm == "layer":
                     h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt() * norm.weight[j, 0] + norm.bias[j, 0]
                 h = gelu(h)
-            eps.append(h)
+            eps.append(values[b, j] - head.intervention.bias[j] if chosen[b, j] else h)
         c = eps
         for _ in range(config.propagation_steps):
             new = []
@@ -51,7 +53,8 @@ def slow_head(head, z, targets):
                         W = head.intervention.weight[i, :, :, j]  # (w, 2 or 1, w): the structural form has one W
                         W_obs, W_int = W[:, 0], W[:, -1]
                         heard = heard + ((1 - s[j]) * W_obs + s[j] * W_int) @ c[j]
-                new.append(eps[i] + (heard if config.intervention == "soft" else (1 - s[i]) * heard))
+                cut = config.intervention == "perfect" or chosen[b, i]
+                new.append(eps[i] + ((1 - s[i]) * heard if cut else heard))
             c = new
         c = torch.cat([c[i] + head.intervention.bias[i] for i in range(D)])
         embeddings.append((head.unpool.weight @ c + head.unpool.bias).reshape(config.embedding_shape))
@@ -61,14 +64,21 @@ def slow_head(head, z, targets):
 @pytest.mark.parametrize("intervention", ["perfect", "soft"])
 @pytest.mark.parametrize("norm", ["layer", "none"])
 @pytest.mark.parametrize(("depth", "steps", "free_blocks"), [(1, 1, 0), (2, 1, 1), (3, 3, 2)])
-def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks):
+@pytest.mark.parametrize("do", [False, True])
+def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks, do):
     head = make_head(intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks)
     targets = head.targets(["obs", ["a"], ["b", "c"], {"a": 0.3, "c": 0.8}, ["a", "b", "c"]]).double()
     z = torch.randn(5, head.config.num_blocks, 5, dtype=torch.float64)
-    fast, slow = head(z, targets).embedding, slow_head(head, z, targets)
+    values = torch.randn(5, head.config.num_blocks, 3, dtype=torch.float64, requires_grad=True)
+    chosen = torch.rand(5, head.config.num_blocks) < 0.4
+    clamp = (values, chosen) if do else ()
+    fast, slow = head(z, targets, *clamp).embedding, slow_head(head, z, targets, *clamp)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
 
     weight = torch.randn_like(fast)
+    if do:
+        a, b = (torch.autograd.grad((out * weight).sum(), values, retain_graph=True)[0] for out in (fast, slow))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     gradients = [torch.autograd.grad((out * weight).sum(), list(head.parameters()), allow_unused=True) for out in (fast, slow)]
     for (name, _), a, b in zip(head.named_parameters(), *gradients):
         assert (a is None) == (b is None) == name.startswith("encoder_readout"), name
@@ -113,6 +123,50 @@ def test_an_intervened_concept_hears_no_other_block(context, steps):
             assert reaches != cut, (i, j)
 
 
+@pytest.mark.parametrize("intervention", ["perfect", "soft"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_chosen_value_is_the_value_and_hears_nothing(intervention, steps):
+    head = make_head(intervention=intervention, propagation_steps=steps)
+    z, targets = torch.randn(2, 4, 5, dtype=torch.float64), head.targets([["a"], ["b"]]).double()
+    values, chosen = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([[True, False, True, False]] * 2)
+    out = head(z, targets, values, chosen)
+    assert torch.equal(out.concepts[chosen], values[chosen])
+    assert torch.equal(out.embedding, head(z, targets, values.masked_fill(~chosen[..., None], torch.nan), chosen).embedding)
+    assert torch.equal(out.embedding, head(z, torch.where(chosen, 0.5, targets), values, chosen).embedding)  # s_j counts as 1
+    replaced = torch.where(chosen[..., None], torch.randn_like(z), z)
+    assert torch.equal(out.embedding, head(replaced, targets, values, chosen).embedding)
+
+    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets, values, chosen).concepts[1], z)[:, :, 1]
+    others = torch.autograd.functional.jacobian(lambda v: head(z, targets, v, chosen).concepts[1], values)[:, :, 1]
+    hard = [True, intervention == "perfect", True, False]  # a and c by their values, b by its target
+    for i in range(4):
+        for j in range(4):
+            noise_reaches = not chosen[1, j] and (i == j or not hard[i])
+            assert bool((jacobian[i, :, j] != 0).any()) == noise_reaches, (i, j)
+            assert bool((others[i, :, j] != 0).any()) == bool(chosen[1, j] and (i == j or not hard[i])), (i, j)
+
+
+def test_the_value_a_concept_has_changes_nothing_where_paths_are_followed_to_their_end():
+    """In the structural form, along an acyclic graph: do(c_j = c_j) is no intervention on anything downstream."""
+    head = make_head(propagation_steps=3)
+    head.intervention.weight.data *= torch.ones(4, 4).tril(-1).double()[:, None, None, :, None]
+    z, targets = torch.randn(6, 4, 5, dtype=torch.float64), head.targets("obs", 6).double()
+    c = head(z, targets).concepts
+    for j in range(4):
+        chosen = (torch.arange(4) == j).expand(6, -1)
+        torch.testing.assert_close(head(z, targets, c, chosen).concepts, c, rtol=1e-13, atol=1e-13)
+
+
+def test_chosen_values_of_wrong_shapes():
+    head, z = make_head().float(), torch.zeros(2, 4, 5)
+    targets, values, chosen = torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool)
+    for bad in ((values[:1], chosen), (values, chosen[:, :3]), (values[..., 0], chosen), (values, chosen.float())):
+        with pytest.raises(ValueError, match="values must have shape"):
+            head(z, targets, *bad)
+    with pytest.raises(ValueError, match="go together"):
+        head(z, targets, values)
+
+
 def test_soft_interventions_keep_incoming_edges():
     head = make_head(intervention="soft")
     targets = head.targets(["a", "b"]).double()
@@ -146,21 +200,32 @@ def test_gaussian_kl_against_torch():
     torch.testing.assert_close(gaussian_kl(mean, logvar), torch.distributions.kl_divergence(posterior, prior).sum((1, 2)))
 
 
-def test_compiles_whole():
-    head = make_head().float()
-    compiled = torch.compile(head, fullgraph=True, dynamic=True)
+FORMS = [("perfect", 3, False), ("perfect", 3, True), ("soft", 1, True)]
+
+
+@pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)
+def test_compiles_whole(intervention, steps, do):
+    head = make_head(intervention=intervention, propagation_steps=steps).float()
+    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager" if do else "inductor")
     for batch in (2, 5):
         z, targets = torch.randn(batch, 4, 5), head.targets([["a"], None] + [["b", "c"]] * (batch - 2))
-        torch.testing.assert_close(compiled(z, targets).embedding, head(z, targets).embedding)
+        clamp = (torch.randn(batch, 4, 3), torch.rand(batch, 4) < 0.5) if do else ()
+        torch.testing.assert_close(compiled(z, targets, *clamp).embedding, head(z, targets, *clamp).embedding)
 
 
-def test_exports_with_a_dynamic_batch():
-    head = make_head().float()
+@pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)
+def test_exports_with_a_dynamic_batch(intervention, steps, do):
+    head = make_head(intervention=intervention, propagation_steps=steps).float()
     batch = torch.export.Dim("batch")
-    example = torch.randn(3, 4, 5), head.targets([["a"], None, ["b"]])
-    program = torch.export.export(head, example, dynamic_shapes={"z": {0: batch}, "targets": {0: batch}})
-    z, targets = torch.randn(8, 4, 5), head.targets(["b", "c"], 8)
-    torch.testing.assert_close(program.module()(z, targets).embedding, head(z, targets).embedding)
+
+    def inputs(size):
+        clamp = (torch.randn(size, 4, 3), torch.rand(size, 4) < 0.5) if do else (None, None)
+        return torch.randn(size, 4, 5), head.targets("a", size), *clamp
+
+    shapes = {name: {0: batch} if do or name in ("z", "targets") else None for name in ("z", "targets", "values", "chosen")}
+    program = torch.export.export(head, inputs(3), dynamic_shapes=shapes)
+    z, targets, values, chosen = inputs(8)
+    torch.testing.assert_close(program.module()(z, targets, values, chosen).embedding, head(z, targets, values, chosen).embedding)
 
 
 def test_runs_under_bf16_autocast():

@@ -432,6 +432,8 @@ for place, (name, subfolder) in places.items():
     noise = torch.randn(2, head.config.num_blocks, head.config.noise_width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found[place] = head(noise, head.targets("a+b", 2)).embedding
+        values, chosen = torch.ones(2, head.config.num_blocks, head.config.concept_width), head.targets("a", 2) > 0
+        assert torch.equal(head(noise, head.targets("b", 2), values, chosen).concepts[:, 0], values[:, 0])
 head.save_pretrained(sys.argv[2])
 save_file(found, sys.argv[2] + "/found.safetensors")
 assert "hf_intervene" not in sys.modules and "diffusers" not in sys.modules
