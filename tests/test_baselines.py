@@ -10,7 +10,7 @@ import torch
 
 from hf_intervene import LightVAE
 from hf_intervene.data import ContextImages, quad
-from hf_intervene.training import baselines
+from hf_intervene.training import baseline_losses, baselines
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.baselines import BASELINES, GRID, WEIGHTS, Baseline
 
@@ -53,15 +53,15 @@ def test_decomposed_kl_is_minibatch_weighted_sampling():
         information += (sum(density[i]) - joint) / size
         correlation += (joint - marginals) / size
         dimensions += (marginals - prior) / size
-    got = baselines.decomposed_kl(mean, logvar, z, 0.5, 3.0, images)
+    got = baseline_losses.decomposed_kl(mean, logvar, z, 0.5, 3.0, images)
     assert got.item() == pytest.approx(0.5 * (information + dimensions) + 3.0 * correlation, rel=1e-4)
-    plain = baselines.decomposed_kl(mean, logvar, z, 1.0, 1.0, images)  # all weights equal: the KL, at these draws
+    plain = baseline_losses.decomposed_kl(mean, logvar, z, 1.0, 1.0, images)  # all weights equal: the KL, at these draws
     assert plain.item() == pytest.approx(information + correlation + dimensions, rel=1e-4)
 
 
 def test_averaged_posteriors_average_what_a_pair_shares():
     mean, logvar = (torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(k)) for k in range(2))
-    means, logvars = baselines.averaged_posteriors(mean, logvar)
+    means, logvars = baseline_losses.averaged_posteriors(mean, logvar)
     averaged = 0
     for n in range(3):
         m, v = mean[[n, n + 3], :, 0, 0].tolist(), logvar[[n, n + 3], :, 0, 0].exp().tolist()
@@ -88,8 +88,8 @@ def test_triplets_within_the_batch():
             near, far = (math.dist(mean[a].tolist(), mean[k].tolist()) for k in (positive, negative))
             losses.append(max(0.0, near - far + 1.0))
     assert len(losses) == 6
-    assert baselines.triplet_loss(mean, ids).item() == pytest.approx(np.mean(losses), rel=1e-4)
-    assert baselines.triplet_loss(mean, torch.zeros(7)).item() == 0
+    assert baseline_losses.triplet_loss(mean, ids).item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert baseline_losses.triplet_loss(mean, torch.zeros(7)).item() == 0
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -213,7 +213,7 @@ def test_bad_input_is_one_sentence(tiny, capsys, change, message):
 def test_missing_library_is_named(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pythae.models", None)
     monkeypatch.setattr(baselines, "load_data", None)
-    baselines._pythae.cache_clear()
+    baseline_losses.beta_tcvae.cache_clear()
     assert baselines.main(words({"baseline": "beta-tcvae"} | tiny)) == 1
     assert 'pip install "hf-intervene[baselines]"' in capsys.readouterr().err
 
@@ -229,8 +229,8 @@ def test_grid_holds_settings_that_exist():
 def test_references_of_images_without_content(tiny, capsys):
     settings = {key: tiny[key] for key in ("resolution", "images_per_context", "validation_images", "block_out_channels")}
     assert baselines.main(["--explain", "quad", "--images", "64", *words(settings)]) == 0
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    rows = {cells[0].strip("| "): [float(cell.strip("| ")) for cell in cells[1:]] for cells in lines if cells[-1][0].isdigit()}
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:] if line]
+    rows = {label: [float(cell) for cell in cells] for label, *cells in lines}
     assert rows["grey 0.5"][-1] == pytest.approx(3, abs=1e-3)  # a bit a channel
     assert rows["uniform noise"][-1] == pytest.approx(3 / math.log(2), abs=0.05)
     assert rows["real images"][-1] < rows["mean training image"][-1] < 3

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +33,6 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributions import Normal, kl_divergence
 from tqdm.auto import tqdm
 
 from hf_intervene.bases import LightVAE
@@ -45,6 +43,7 @@ from hf_intervene.metrics.transport import PROTOCOLS, directions, project, slice
 from hf_intervene.model import InterventionModel
 from hf_intervene.modeling_intervention import gaussian_kl
 from hf_intervene.training.arguments import TrainArguments, fast_bf16, parse_arguments
+from hf_intervene.training.baseline_losses import averaged_posteriors, beta_tcvae, decomposed_kl, triplet_loss
 from hf_intervene.training.checkpoints import atomic_folder, check_writable
 from hf_intervene.training.distributed import new_accelerator
 from hf_intervene.training.evaluate import evaluate, held_out_images, table, write
@@ -55,7 +54,6 @@ from hf_intervene.training.validation import model_inputs, step_noise, validatio
 
 BASELINES = ("conditional-vae", "beta-tcvae", "ada-gvae", "tvae")
 WEIGHTS = {"beta-tcvae": 4.0, "tvae": 10.0}  # default of `weight`, for those that have one
-MARGIN = 1.0  # of the triplets
 
 # Settings to tune each baseline over: for a seed that is not reported, by the concept distance on held-out images that are not either.
 GRID: dict[str, list[dict[str, float]]] = {
@@ -66,11 +64,21 @@ GRID: dict[str, list[dict[str, float]]] = {
 }
 
 # Settings of train.py that a baseline has no use for: any other value than the default is an error.
-FIXED = ("base", "regime", "ablation", "gradient_accumulation_steps", "ema_decay", "compile", "resume", "residual_layers")
+FIXED = (
+    "base",
+    "base_norm",
+    "regime",
+    "ablation",
+    "gradient_accumulation_steps",
+    "ema_decay",
+    "compile",
+    "resume",
+    "residual_layers",
+)
 
 
 class Baseline(InterventionModel):
-    """A light VAE without a head, z of shape (B, latent_width, 1, 1).
+    """A light VAE without a head, z of shape (B, latent_width, 1, 1). Only `conditional-vae` edits; the others' `edit` reconstructs.
 
     Args:
         base: its encoder and decoder. For `conditional-vae` the layer after the features and the first one after z are made anew, to
@@ -81,8 +89,8 @@ class Baseline(InterventionModel):
 
     def __init__(self, base: LightVAE, concepts: Sequence[str], baseline: str):
         plain = InterventionModel.build(base, concepts, "base-pooled", free_blocks=0)
-        self.baseline = baseline
         super().__init__(plain.config, plain.base)
+        self.baseline = baseline
         width, hidden, d = base.config.latent_width, base.config.hidden_width, len(concepts)
         if self.conditional:
             base.quant, base.decoder[1] = nn.Linear(hidden + d, 2 * width), nn.Linear(width + d, hidden)
@@ -174,79 +182,6 @@ class Baseline(InterventionModel):
         return model.eval()
 
 
-def averaged_posteriors(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ada-GVAE (Locatello et al., "Weakly-supervised disentanglement without compromises", ICML 2020, arXiv:2002.02886, section 4).
-
-    Of the pair (n, B / 2 + n), the coordinates i with delta_i = KL(q(z_i | x_1) || q(z_i | x_2)) below (max delta + min delta) / 2
-    are taken as shared: both get the average of the two means and that of the two variances. The pairs here are an observational image
-    and one of context k that are not otherwise matched, so that more than the concept differs and the method's assumption holds
-    but roughly; contexts give no better pairs.
-
-    Args:
-        mean, logvar: of q(z | x), (B, latent_width, 1, 1), the first images of the pairs before the second.
-    """
-    (m1, m2), (v1, v2) = mean.chunk(2), logvar.exp().chunk(2)
-    delta = kl_divergence(Normal(m1, v1.sqrt()), Normal(m2, v2.sqrt())).detach()  # (B / 2, latent_width, 1, 1)
-    shared = delta < (delta.amax(1, keepdim=True) + delta.amin(1, keepdim=True)) / 2
-    m, v = (m1 + m2) / 2, (v1 + v2) / 2
-    means = [torch.where(shared, m, own) for own in (m1, m2)]
-    variances = [torch.where(shared, v, own) for own in (v1, v2)]
-    return torch.cat(means), torch.cat(variances).log()
-
-
-def decomposed_kl(
-    mean: torch.Tensor, logvar: torch.Tensor, z: torch.Tensor, beta: float, weight: float, images: int
-) -> torch.Tensor:
-    """beta * (mutual information + dimension-wise KL) + weight * total correlation, in nats, averaged over the batch (Chen et al.,
-    "Isolating sources of disentanglement in VAEs", NeurIPS 2018, arXiv:1802.04942, equations 2 and 4), each by minibatch-weighted
-    sampling (their section 3.1); with weight = beta it is beta times a one-sample estimate of the KL. From pythae, whose other estimator
-    (stratified) weighs the wrong entries.
-
-    Args:
-        mean, logvar: of q(z | x), (B, latent_width).
-        z: a draw from it, (B, latent_width).
-        beta, weight: the weights.
-        images: size of the training set.
-
-    Raises:
-        ImportError: pythae is not installed; the message names the extra.
-    """
-    terms = _pythae()
-    terms.alpha = terms.gamma = beta
-    terms.beta = weight
-    nothing = torch.zeros(len(z), 1, device=z.device)  # an image without error: what is left is the sum of the three terms
-    return terms.loss_function(nothing, nothing, mean, logvar, z, images)[0]
-
-
-@lru_cache(maxsize=1)
-def _pythae():
-    try:
-        from pythae.models import BetaTCVAE, BetaTCVAEConfig
-    except ImportError as error:
-        raise ImportError('the baseline beta-tcvae needs pythae: pip install "hf-intervene[baselines]".') from error
-    return BetaTCVAE(BetaTCVAEConfig(input_dim=(1,), latent_dim=1, use_mss=False, reconstruction_loss="mse"))
-
-
-def triplet_loss(mean: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """TVAE (Ishfaq, Hoogi, Rubin, "TVAE: triplet-based variational autoencoder using metric learning", 2018, arXiv:1802.04403): the mean
-    of max(0, |m_a - m_p| - |m_a - m_n| + 1) over the images a of a batch, of posterior means m. The positive p is the next image of
-    the batch in the context of a, the negative n the next one in another context; the batch comes in random order.
-
-    Args:
-        mean: of q(z | x), (B, latent_width).
-        ids: context of each image, (B,).
-    """
-    size = len(ids)
-    ahead = (torch.arange(size, device=ids.device) - torch.arange(size, device=ids.device)[:, None]) % size  # of column from row
-    same = ids == ids[:, None]
-    positives, negatives = (torch.where(kind & (ahead > 0), ahead, size).min(1) for kind in (same, ~same))
-    complete = (positives.values < size) & (negatives.values < size)
-    if not bool(complete.any()):
-        return mean.sum() * 0
-    a, p, n = mean[complete], mean[positives.indices[complete]], mean[negatives.indices[complete]]
-    return nn.functional.triplet_margin_loss(a, p, n, margin=MARGIN)
-
-
 class Pairs:
     """Batches of Ada-GVAE from two schedules: B / 2 observational images, then B / 2 of the other contexts."""
 
@@ -334,7 +269,13 @@ def references(a: TrainArguments, images: int) -> str:
     """Markdown table of what images without content score: to tell by published figures whether a model had learnt anything.
 
     Distances are means over the contexts of each kind. Bits per pixel are the Bernoulli negative log-likelihood of the held-out images
-    of all training contexts, without a KL: what an ELBO cannot fall below by such images.
+    of all training contexts, without a KL: of real images their entropy, which no model comes below; of the mean training image what
+    a collapsed VAE ends at. The last row is the best that a decoder can do whose output passes a sigmoid twice (an easy mistake with
+    losses that take logits, by which no pixel falls below 0.5 or rises above 0.73).
+
+    Args:
+        a: the settings: data and light VAE.
+        images: of each context, a side.
     """
     simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
     real, other = simulated.held_out_images(images, 0)
@@ -366,7 +307,7 @@ def references(a: TrainArguments, images: int) -> str:
             distances.setdefault((kind, "independent"), []).append(sliced_w2(truth[name], projected))
             if kind == "concept":
                 x = x / np.float32(255)
-                p = np.clip(x, low, high) if "sigmoids" in label else x if label == "real images" else made[: len(x)]
+                p = x if label == "real images" else np.clip(x, low, high) if label.startswith("real") else made[: len(x)]
                 bits.append(bernoulli_bits(x, p))
         cells = [np.mean(distances[kind, p]) for p in ("paper", "independent") for kind in ("concept", "composition")]
         lines.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in (*cells, np.mean(bits))) + " |")
@@ -405,7 +346,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
     for folder in ("model", "metrics"):
         check_writable(out / folder)
     if baseline == "beta-tcvae":
-        _pythae()  # now, not after the data are drawn
+        beta_tcvae()  # now, not after the data are drawn
     split = (a.validation_fraction, a.data_seed)
     started = time.perf_counter()
     model = train_baseline(a, baseline, weight)
