@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from hf_intervene.data import load_digits
 from hf_intervene.metrics.transport import directions
-from hf_intervene.training.baselines import BASELINES, GRID, _pythae
+from hf_intervene.training.baseline_losses import beta_tcvae
+from hf_intervene.training.baselines import BASELINES, GRID
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.jobs import INTERRUPTED, Command, Job, default_workers, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name, seed_interval
@@ -342,7 +343,7 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
     """
     directions(1, 1)  # needs POT
     if "beta-tcvae" in rows:
-        _pythae()
+        beta_tcvae()  # needs pythae
     if table.dataset == "mnist":
         load_digits(mnist_digits, "test")
 
