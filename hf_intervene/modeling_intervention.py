@@ -39,18 +39,23 @@ class InterventionHeadOutput(ModelOutput):
 class BlockLinear(nn.Module):
     """One linear map per block: a block-diagonal product, cost linear in the number of blocks.
 
-    Shapes: (D, B, in_width) -> (D, B, out_width).
+    Shapes: (D, B, in_width) -> (D, B, out_width). The outputs may be `slices` alternatives side by side, which start out equal.
     """
 
-    def __init__(self, blocks: int, in_width: int, out_width: int):
+    def __init__(self, blocks: int, in_width: int, out_width: int, slices: int = 1):
         super().__init__()
+        self.slices = slices
         self.weight = nn.Parameter(torch.empty(blocks, in_width, out_width))
         self.bias = nn.Parameter(torch.empty(blocks, 1, out_width))
 
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.weight.shape[1])  # as nn.Linear
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -bound, bound)
+            with torch.no_grad():
+                first, *others = parameter.chunk(self.slices, dim=-1)
+                for other in others:
+                    other.copy_(first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias, x, self.weight)  # (D, B, out)
@@ -96,13 +101,16 @@ class ExogenousLayer(nn.Module):
 
     u_j = GELU((1 - s_j) (A_obs[j] z_j + b_obs[j]) + s_j (A_int[j] z_j + b_int[j])).
 
-    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets.
+    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets. They start out equal, so that
+    an intervention does nothing at first but cut edges, and learns to do what the data ask for. Drawn apart, the decoder learns from the
+    first step on to read a concept that is intervened on, and all that others hear of it, in another place: likelihood and unseen
+    compositions suffer (README).
     Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
     """
 
     def __init__(self, blocks: int, width: int):
         super().__init__()
-        self.slices = BlockLinear(blocks, width, 2 * width)
+        self.slices = BlockLinear(blocks, width, 2 * width, slices=2)
 
     def forward(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
@@ -155,6 +163,8 @@ class InterventionLayer(nn.Module):
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            self.weight.copy_(self.weight[:, :, :1].expand_as(self.weight))  # W_int starts as W_obs
 
     def off_diagonal(self) -> torch.Tensor:
         """The weight with its blocks i = j set to zero, (D, w, 2 or 1, D, w)."""

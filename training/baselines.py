@@ -57,9 +57,9 @@ WEIGHTS = {"beta-tcvae": 4.0, "tvae": 10.0}  # default of `weight`, for those th
 
 # Settings to tune each baseline over: for a seed that is not reported, by the concept distance on held-out images that are not either.
 GRID: dict[str, list[dict[str, float]]] = {
-    "conditional-vae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}],
+    "conditional-vae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
     "beta-tcvae": [{"beta": 0.5, "weight": 2.0}, {"beta": 1.0, "weight": 4.0}, {"beta": 2.0, "weight": 8.0}],
-    "ada-gvae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}],
+    "ada-gvae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
     "tvae": [{"beta": 0.5, "weight": 10.0}, {"beta": 2.0, "weight": 10.0}, {"beta": 2.0, "weight": 100.0}],
 }
 

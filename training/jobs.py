@@ -144,12 +144,17 @@ class Processes:
             process.terminate()
 
 
+def as_told(job: Job, commands: Sequence[Command]) -> str:
+    """The command lines as they are kept: the results, and the recipes, may be moved."""
+    told = json.dumps(commands, indent=1)
+    for place, name in ((job.folder, "{folder}"), (job.folder.parent, "{parent}"), (HERE, "{recipes}")):
+        told = told.replace(str(place), name)
+    return told
+
+
 def _run(job: Job, device: str | None, workers: int, processes: Processes) -> None:
     commands = job.commands()
-    places = ((str(job.folder), "{folder}"), (str(job.folder.parent), "{parent}"))
-    told = json.dumps(commands, indent=1)
-    for place, name in places:  # the folder of the results may be moved
-        told = told.replace(place, name)
+    told = as_told(job, commands)
     path = job.folder / "job.json"
     if path.exists() and path.read_text() != told:
         raise ValueError(f"{job.folder} holds a run with other settings: choose another --output, or remove it.")
