@@ -24,11 +24,10 @@ from hf_intervene.metrics.transport import directions
 from hf_intervene.training.baseline_losses import beta_tcvae
 from hf_intervene.training.baselines import BASELINES, GRID
 from hf_intervene.training.checkpoints import check_writable, write_whole
-from hf_intervene.training.jobs import INTERRUPTED, Command, Job, default_workers, options, run_jobs, training_commands
+from hf_intervene.training.jobs import HERE, INTERRUPTED, Command, Job, default_workers, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name, seed_interval
 
 
-HERE = Path(__file__).parent
 TUNING_SEED = 1000
 HEADED = "end-to-end"  # the row that the others are compared with
 
