@@ -26,11 +26,11 @@ Data card
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy.special import ndtr
 
 from ..contexts import OBS, Context, context_name
-from .requests import cached, checked_contexts, generator, intervened, png, whole_numbers
+from .requests import Shard, checked_contexts, generated, generator, intervened, png, whole_numbers
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -231,8 +231,10 @@ def load_quad(
     variant: str = "dependent",
     seed: int = 0,
     cache_dir: str | None = None,
-) -> Dataset:
-    """The quad set as a `datasets.Dataset`, written in chunks to the `datasets` cache and found there the next time.
+    num_proc: int | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The quad set as a data set of the `datasets` library, drawn into its cache and found there the next time, or drawn as it is read.
 
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
@@ -240,7 +242,7 @@ def load_quad(
         resolution: side of the images in pixels.
         variant: `"dependent"` or `"independent"`.
         seed: use another one for held-out images.
-        cache_dir: folder of the cache; `None`: that of `datasets`.
+        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
     Returns:
         Columns `image` (PNG), `context` (canonical name) and `latents` (8 standardised values in the order of `LATENTS`).
@@ -251,7 +253,8 @@ def load_quad(
     """
     arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
     features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)})
-    return cached(_rows, features, arguments, "quad", (_RENDERER, sorted(arguments.items())), cache_dir)
+    key = (_RENDERER, sorted(arguments.items()))
+    return generated(_rows, features, arguments, "quad", key, cache_dir, num_proc, streaming)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
@@ -263,10 +266,10 @@ def _arguments(contexts: Sequence[Context], images_per_context: int, resolution:
     return {"contexts": names, "variant": variant, **numbers}
 
 
-def _rows(contexts: list[str], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:
-    for context in contexts:
-        latents = sample_latents(context, images_per_context, variant, seed)
-        for start in range(0, images_per_context, 1024):
-            chunk = latents[start : start + 1024]
+def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:
+    for context, start, stop in shards:
+        latents = sample_latents(context, images_per_context, variant, seed)[start:stop]  # all: the last bits depend on how many
+        for first in range(0, len(latents), 1024):
+            chunk = latents[first : first + 1024]
             for row, image in zip(chunk, render(chunk, resolution)):
                 yield {"image": png(image), "context": context, "latents": row.astype(np.float32)}
