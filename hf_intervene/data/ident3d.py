@@ -260,4 +260,4 @@ def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant
     for context, start, stop in shards:
         for row in sample_latents(context, stop, variant, seed)[start:]:
             image = render(row[None], resolution)[0]
-            yield {"image": png(image), "context": context, "latents": row.astype(np.float32)}
+            yield {"image": png(image), "context": context, "latents": row.astype(np.float32).tolist()}

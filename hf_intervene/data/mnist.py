@@ -24,19 +24,7 @@ points to the contour. (Morpho-MNIST takes twice the mean distance along the ske
 
 Every image is a function of (digits, seed, context, its row), whatever the number of images. A context takes every digit once before
 it takes one again.
-
-Data card
-    Source: MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0): digits written by employees of the US Census Bureau and high-school students. 800 of
-    them come with the package; all 70,000 by `ylecun/mnist` on the Hub or from the original files, see `digits.load_digits`. What is made from
-    them falls under the same licence.
-    Columns of `load_mnist`: image (PNG, grey), context (canonical name), label (the digit shown), latents (9 float32, in the order of `LATENTS`;
-    known because the interventions are simulated, never shown to a model in training).
-    Contexts: `TRAIN_CONTEXTS` (observational, and one for each of the 6 concepts); `HELD_OUT` (9 pairs of an affine and a morphological
-    concept, for testing composition). Any other combination can be drawn too.
-    Splits: training contexts are drawn from MNIST's training digits, held-out images from its test digits; the writers differ.
-    Meant for: measuring whether interventions on real shapes are learnt and composed, where what was done is known.
-    Not meant for: claims about handwriting; digits are drawn with a clean edge, faint strokes (below half of the white) are lost, and thin
-    strokes may break where `thin` erodes them.
+The card is model_cards/datasets/mnist.md.
 """
 
 import hashlib
@@ -303,5 +291,5 @@ def _rows(shards: list[Shard], images_per_context: int, seed: int, digits: Digit
                     "image": png(image),
                     "context": context,
                     "label": int(label),
-                    "latents": row.astype(np.float32),
+                    "latents": row.astype(np.float32).tolist(),
                 }

@@ -9,18 +9,7 @@ with a context in which it alone was intervened on.
 What each latent sets: quad1 to quad4 the colours of the quadrants (bottom left, bottom right, top left, top right); size, color, shape
 and orientation those of the shape at the centre. color and shape are never intervened on. Every image is a function of
 (variant, seed, context, its row), whatever the number of images; training and held-out sets differ by their seeds.
-
-Data card
-    Source: simulated here, after the description in arXiv:2507.04754; no photographs, no people, nothing downloaded.
-    Columns of `load_quad`: image (PNG, RGB), context (canonical name), latents (8 float32; known because the data are simulated, never
-    shown to a model in training).
-    Contexts: `TRAIN_CONTEXTS` (observational, and one for each of the 6 concepts); `HELD_OUT` (9 pairs, for testing composition). Any
-    other combination of the 8 latents can be drawn too.
-    Size: any number of images, any even resolution from 8 pixels on; 4,000 images of 64x64 a context by default (50,000 in the paper).
-    Scale: all contexts are divided by the standard deviation that the observational distribution has by its weights; the paper takes
-    that of its sample, which differs from it by the sampling error.
-    Meant for: measuring whether interventions are learnt, composed and identified where the truth is known.
-    Not meant for: claims about photographs. Edges are hard (no anti-aliasing), noise is absent, effects are linear before the normal CDF.
+The card is model_cards/datasets/quad.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -272,4 +261,4 @@ def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant
         for first in range(0, len(latents), 1024):
             chunk = latents[first : first + 1024]
             for row, image in zip(chunk, render(chunk, resolution)):
-                yield {"image": png(image), "context": context, "latents": row.astype(np.float32)}
+                yield {"image": png(image), "context": context, "latents": row.astype(np.float32).tolist()}

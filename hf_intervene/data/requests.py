@@ -14,7 +14,8 @@ from ..contexts import Context, context_name, parse_context
 
 
 Shard = tuple[str, int, int]  # context, its first row and the one after its last
-MAX_SHARDS = 64  # of one context
+SHARD_ROWS = 1024
+MAX_SHARDS = 64  # of one context: a shard draws the numbers of the rows before it anew
 
 
 def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
@@ -64,9 +65,9 @@ def png(image: np.ndarray) -> dict[str, bytes]:
 
 
 def shards(contexts: Sequence[str], images_per_context: int) -> list[Shard]:
-    """The rows of all contexts in order, in pieces that can be drawn apart: 1,024 rows, more where a context would have more than
-    `MAX_SHARDS` (a shard draws the numbers of the rows before it anew)."""
-    rows = max(1024, -(-images_per_context // MAX_SHARDS))
+    """The rows of all contexts in order, in pieces that can be drawn apart: `SHARD_ROWS`, more where a context would have more than
+    `MAX_SHARDS` pieces."""
+    rows = max(SHARD_ROWS, -(-images_per_context // MAX_SHARDS))
     starts = range(0, images_per_context, rows)
     return [(context, start, min(start + rows, images_per_context)) for context in contexts for start in starts]
 
