@@ -296,6 +296,7 @@ def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
     ("arguments", "message"),
     [
         ({"variant": "chain"}, "no variant 'chain'"),
+        ({"variant": ["dependent"]}, "no variant"),
         ({"contexts": ["phi"]}, "unknown concept 'phi'"),
         ({"contexts": ["object=0.5"]}, "full interventions only"),
         ({"contexts": "obs"}, "must be a list"),

@@ -24,7 +24,6 @@ The card is model_cards/datasets/ident3d.md.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
@@ -65,7 +64,6 @@ _RENDERER = 1  # part of the cache's key: raise it when an image would change
 _GROUND_SATURATION, _OBJECT_SATURATION, _SPOTLIGHT_SATURATION = 0.65, 0.8, 0.65
 
 
-@lru_cache
 def _mechanisms(variant: str) -> tuple[np.ndarray, np.ndarray]:
     """Edge weights (10, 10), `[i, j]` the effect of latent j on latent i, and the standard deviations (10,) of the noise."""
     if variant not in VARIANTS:
@@ -83,7 +81,7 @@ def _mechanisms(variant: str) -> tuple[np.ndarray, np.ndarray]:
 
 def weights(variant: str = "dependent") -> np.ndarray:
     """Edge weights of the causal model among standardised latents, (10, 10): `weights[i, j]` is the effect of latent j on latent i."""
-    return _mechanisms(variant)[0].copy()
+    return _mechanisms(variant)[0]
 
 
 def sample_latents(context: Context, size: int, variant: str = "dependent", seed: int = 0) -> np.ndarray:

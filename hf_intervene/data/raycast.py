@@ -1,7 +1,7 @@
 """The ray caster of `ident3d.py`: a teapot-like object over a ground plane, in a cone of light.
 
 World: x to the right, y away from the camera, z up; the ground is z = 0. One image at a time, in single precision, by arithmetic and square
-roots only: the same bytes whatever else is drawn, on every machine that rounds as IEEE 754 says.
+roots only: the same bytes whatever else is drawn.
 
     rays (S, H*W) --ground or object?--> light, ambient light and highlight that reach them (S, H*W) --mean over S, colours--> (H, W, 3)
 """
