@@ -36,7 +36,7 @@ setup(
         "hf_intervene.data": ["mnist_digits/*"],
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
         "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/reproduce/*.yaml"],
-        "hf_intervene.model_cards": ["template.md"],
+        "hf_intervene.model_cards": ["template.md", "datasets/*.md"],
     },
     # The lower bounds of the Hugging Face libraries and torch are the versions that the tests have run with.
     install_requires=[

@@ -326,7 +326,7 @@ def _data_name(metrics: dict) -> str:
     """The data set measured on; of a path on somebody's machine the last part."""
     settings = metrics.get("settings", {})
     name = Path(settings.get("dataset", "held-out images")).name
-    return f"{name} ({settings['variant']})" if name == "quad" else name
+    return f"{name} ({settings['variant']})" if name in ("quad", "ident3d") else name
 
 
 def _table(metrics: dict) -> dict:

@@ -177,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("pipeline", help=PIPELINE)
     command.set_defaults(run=concepts)
     command = commands.add_parser("check", help="say whether a data set's contexts can identify its concepts, before training")
-    command.add_argument("dataset", help="quad, mnist (--resolution 28), an image folder, a saved data set or a Hub name")
+    command.add_argument(
+        "dataset", help="quad, ident3d, mnist (--resolution 28), an image folder, a saved data set or a Hub name"
+    )
     command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
     command.add_argument("--seed", type=int, default=0)

@@ -270,7 +270,7 @@ def held_out_images(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
-    quad: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
+    quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
     images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
     all, of data that training did not see.
 
@@ -319,8 +319,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
     parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
-    parser.add_argument("--dataset", default="quad", help="quad, mnist, an image folder, a saved data set or a Hub name")
-    parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad only")
+    parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
+    parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
     parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")
     parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")

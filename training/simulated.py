@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 
 from hf_intervene.contexts import OBS, Context
-from hf_intervene.data import load_digits, mnist, quad
+from hf_intervene.data import ident3d, load_digits, mnist, quad
 from hf_intervene.data.digits import SIDE, Digits
 from hf_intervene.training.arguments import TrainArguments
 
@@ -52,23 +54,31 @@ class Simulated:
 
 
 @dataclass(frozen=True)
-class Quad(Simulated):
+class Drawn(Simulated):
     """Fresh draws, with seeds of their own; always in colour."""
 
-    concepts, held_out = quad.CONCEPTS, quad.HELD_OUT
+    source: ClassVar[ModuleType]  # of `hf_intervene.data`
 
     def _draw(self, contexts: Sequence[Context], images: int, seed: int) -> Images:
-        return quad.images_by_context(contexts, images, self.resolution, self.variant, seed)
+        return self.source.images_by_context(contexts, images, self.resolution, self.variant, seed)
 
     def training(self, images, validation_images, validation_fraction, seed):
-        return tuple(self._draw(quad.TRAIN_CONTEXTS, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
+        return tuple(self._draw(self.source.TRAIN_CONTEXTS, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
 
     def observational(self, images):
         return self._draw((OBS,), images, PRETRAINING_SEED)[OBS]
 
     def held_out_images(self, images, seed):
-        contexts = quad.TRAIN_CONTEXTS + quad.HELD_OUT
+        contexts = self.source.TRAIN_CONTEXTS + self.source.HELD_OUT
         return tuple(self._draw(contexts, images, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1))
+
+
+class Quad(Drawn):
+    source, concepts, held_out = quad, quad.CONCEPTS, quad.HELD_OUT
+
+
+class Ident3d(Drawn):
+    source, concepts, held_out = ident3d, ident3d.CONCEPTS, ident3d.HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -103,4 +113,4 @@ class Mnist(Simulated):
         return {name: x[:half] for name, x in drawn.items()}, {name: x[half:] for name, x in drawn.items()}
 
 
-SIMULATED: dict[str, type[Simulated]] = {"quad": Quad, "mnist": Mnist}
+SIMULATED: dict[str, type[Simulated]] = {"quad": Quad, "mnist": Mnist, "ident3d": Ident3d}

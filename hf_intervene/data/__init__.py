@@ -1,11 +1,21 @@
-"""Context data: `quad` (simulated), `mnist` (real digits) and your own images (`folder`), as `ContextImages`; and context schedules."""
+"""Context data: `quad` (drawn), `ident3d` (rendered), `mnist` (real digits) and your own images (`folder`), as `ContextImages`; and context schedules."""
 
 from .digits import load_digits
 from .folder import load_contexts
+from .ident3d import load_ident3d
 from .images import ContextImages
 from .mnist import load_mnist
 from .quad import load_quad
 from .schedule import ContextSchedule, shard
 
 
-__all__ = ["ContextImages", "ContextSchedule", "load_contexts", "load_digits", "load_mnist", "load_quad", "shard"]
+__all__ = [
+    "ContextImages",
+    "ContextSchedule",
+    "load_contexts",
+    "load_digits",
+    "load_ident3d",
+    "load_mnist",
+    "load_quad",
+    "shard",
+]

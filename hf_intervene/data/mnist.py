@@ -24,19 +24,7 @@ points to the contour. (Morpho-MNIST takes twice the mean distance along the ske
 
 Every image is a function of (digits, seed, context, its row), whatever the number of images. A context takes every digit once before
 it takes one again.
-
-Data card
-    Source: MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0): digits written by employees of the US Census Bureau and high-school students. 800 of
-    them come with the package; all 70,000 by `ylecun/mnist` on the Hub or from the original files, see `digits.load_digits`. What is made from
-    them falls under the same licence.
-    Columns of `load_mnist`: image (PNG, grey), context (canonical name), label (the digit shown), latents (9 float32, in the order of `LATENTS`;
-    known because the interventions are simulated, never shown to a model in training).
-    Contexts: `TRAIN_CONTEXTS` (observational, and one for each of the 6 concepts); `HELD_OUT` (9 pairs of an affine and a morphological
-    concept, for testing composition). Any other combination can be drawn too.
-    Splits: training contexts are drawn from MNIST's training digits, held-out images from its test digits; the writers differ.
-    Meant for: measuring whether interventions on real shapes are learnt and composed, where what was done is known.
-    Not meant for: claims about handwriting; digits are drawn with a clean edge, faint strokes (below half of the white) are lost, and thin
-    strokes may break where `thin` erodes them.
+The card is model_cards/datasets/mnist.md.
 """
 
 import hashlib
@@ -44,12 +32,12 @@ import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy import ndimage
 
 from ..contexts import OBS, Context, context_name
 from .digits import BUNDLED, SIDE, Digits, load_digits
-from .requests import cached, checked_contexts, generator, intervened, png, whole_numbers
+from .requests import Shard, checked_contexts, generated, generator, intervened, png, whole_numbers
 
 
 AFFINE = ("scale", "shear", "shift")
@@ -246,8 +234,11 @@ def load_mnist(
     split: str = "train",
     seed: int = 0,
     cache_dir: str | None = None,
-) -> Dataset:
-    """The MNIST concepts as a `datasets.Dataset`, written in chunks to the `datasets` cache and found there the next time.
+    num_proc: int | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The MNIST concepts as a data set of the `datasets` library, drawn into its cache and found there the next time, or drawn as they are
+    read.
 
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
@@ -255,7 +246,7 @@ def load_mnist(
         source: where the digits come from, as in `load_digits`.
         split: that of the digits, `"train"` or `"test"`.
         seed: of parameters and choice of digits.
-        cache_dir: folder of the cache; `None`: that of `datasets`.
+        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
     Returns:
         Columns `image` (PNG), `context` (canonical name), `label` (the digit shown) and `latents` (9 values in the order of `LATENTS`).
@@ -276,7 +267,8 @@ def load_mnist(
             "latents": List(Value("float32"), length=len(LATENTS)),
         }
     )
-    return cached(_rows, features, {"contexts": names, **numbers, "digits": digits}, "mnist", key, cache_dir)
+    arguments = {"contexts": names, **numbers, "digits": digits}
+    return generated(_rows, features, arguments, "mnist", key, cache_dir, num_proc, streaming)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) -> tuple[list[str], dict[str, int]]:
@@ -287,17 +279,17 @@ def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) 
     return names, numbers
 
 
-def _rows(contexts: list[str], images_per_context: int, seed: int, digits: Digits) -> Iterator[dict[str, object]]:
-    for context in contexts:
-        rows = sample_rows(context, images_per_context, len(digits), seed)
-        latents = sample_latents(context, images_per_context, seed)
-        for start in range(0, images_per_context, 1024):
-            chunk = slice(start, start + 1024)
+def _rows(shards: list[Shard], images_per_context: int, seed: int, digits: Digits) -> Iterator[dict[str, object]]:
+    for context, start, stop in shards:
+        rows = sample_rows(context, stop, len(digits), seed)[start:]
+        latents = sample_latents(context, stop, seed)[start:]
+        for first in range(0, len(rows), 1024):
+            chunk = slice(first, first + 1024)
             images = render(digits.images[rows[chunk]], latents[chunk])
             for image, label, row in zip(images[..., 0], digits.labels[rows[chunk]], latents[chunk]):
                 yield {
                     "image": png(image),
                     "context": context,
                     "label": int(label),
-                    "latents": row.astype(np.float32),
+                    "latents": row.astype(np.float32).tolist(),
                 }

@@ -9,28 +9,17 @@ with a context in which it alone was intervened on.
 What each latent sets: quad1 to quad4 the colours of the quadrants (bottom left, bottom right, top left, top right); size, color, shape
 and orientation those of the shape at the centre. color and shape are never intervened on. Every image is a function of
 (variant, seed, context, its row), whatever the number of images; training and held-out sets differ by their seeds.
-
-Data card
-    Source: simulated here, after the description in arXiv:2507.04754; no photographs, no people, nothing downloaded.
-    Columns of `load_quad`: image (PNG, RGB), context (canonical name), latents (8 float32; known because the data are simulated, never
-    shown to a model in training).
-    Contexts: `TRAIN_CONTEXTS` (observational, and one for each of the 6 concepts); `HELD_OUT` (9 pairs, for testing composition). Any
-    other combination of the 8 latents can be drawn too.
-    Size: any number of images, any even resolution from 8 pixels on; 4,000 images of 64x64 a context by default (50,000 in the paper).
-    Scale: all contexts are divided by the standard deviation that the observational distribution has by its weights; the paper takes
-    that of its sample, which differs from it by the sampling error.
-    Meant for: measuring whether interventions are learnt, composed and identified where the truth is known.
-    Not meant for: claims about photographs. Edges are hard (no anti-aliasing), noise is absent, effects are linear before the normal CDF.
+The card is model_cards/datasets/quad.md.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy.special import ndtr
 
 from ..contexts import OBS, Context, context_name
-from .requests import cached, checked_contexts, generator, intervened, png, whole_numbers
+from .requests import Shard, checked_contexts, generated, generator, intervened, png, whole_numbers
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -231,8 +220,10 @@ def load_quad(
     variant: str = "dependent",
     seed: int = 0,
     cache_dir: str | None = None,
-) -> Dataset:
-    """The quad set as a `datasets.Dataset`, written in chunks to the `datasets` cache and found there the next time.
+    num_proc: int | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The quad set as a data set of the `datasets` library, drawn into its cache and found there the next time, or drawn as it is read.
 
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
@@ -240,7 +231,7 @@ def load_quad(
         resolution: side of the images in pixels.
         variant: `"dependent"` or `"independent"`.
         seed: use another one for held-out images.
-        cache_dir: folder of the cache; `None`: that of `datasets`.
+        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
     Returns:
         Columns `image` (PNG), `context` (canonical name) and `latents` (8 standardised values in the order of `LATENTS`).
@@ -251,7 +242,8 @@ def load_quad(
     """
     arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
     features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)})
-    return cached(_rows, features, arguments, "quad", (_RENDERER, sorted(arguments.items())), cache_dir)
+    key = (_RENDERER, sorted(arguments.items()))
+    return generated(_rows, features, arguments, "quad", key, cache_dir, num_proc, streaming)
 
 
 def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
@@ -263,10 +255,10 @@ def _arguments(contexts: Sequence[Context], images_per_context: int, resolution:
     return {"contexts": names, "variant": variant, **numbers}
 
 
-def _rows(contexts: list[str], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:
-    for context in contexts:
-        latents = sample_latents(context, images_per_context, variant, seed)
-        for start in range(0, images_per_context, 1024):
-            chunk = latents[start : start + 1024]
+def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:
+    for context, start, stop in shards:
+        latents = sample_latents(context, images_per_context, variant, seed)[start:stop]  # all: the last bits depend on how many
+        for first in range(0, len(latents), 1024):
+            chunk = latents[first : first + 1024]
             for row, image in zip(chunk, render(chunk, resolution)):
-                yield {"image": png(image), "context": context, "latents": row.astype(np.float32)}
+                yield {"image": png(image), "context": context, "latents": row.astype(np.float32).tolist()}

@@ -1,4 +1,4 @@
-"""What the simulated data sets share: checks of a request before anything is drawn, the seed of a context, the cache."""
+"""What the simulated data sets share: checks of a request before anything is drawn, the seed of a context, shards, the cache."""
 
 import hashlib
 import io
@@ -6,11 +6,16 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Dataset, Features, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
 from ..contexts import Context, context_name, parse_context
+
+
+Shard = tuple[str, int, int]  # context, its first row and the one after its last
+SHARD_ROWS = 1024
+MAX_SHARDS = 64  # of one context: a shard draws the numbers of the rows before it anew
 
 
 def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
@@ -59,18 +64,52 @@ def png(image: np.ndarray) -> dict[str, bytes]:
     return {"bytes": file.getvalue()}
 
 
-def cached(
-    rows: Callable[..., Iterator[dict]], features: Features, arguments: dict, name: str, key: tuple, cache_dir: str | None
-) -> Dataset:
-    """The rows that a generator yields for these arguments as a data set in the `datasets` cache, where `name` and `key` tell it from all
-    others.
+def shards(contexts: Sequence[str], images_per_context: int) -> list[Shard]:
+    """The rows of all contexts in order, in pieces that can be drawn apart: `SHARD_ROWS`, more where a context would have more than
+    `MAX_SHARDS` pieces."""
+    rows = max(SHARD_ROWS, -(-images_per_context // MAX_SHARDS))
+    starts = range(0, images_per_context, rows)
+    return [(context, start, min(start + rows, images_per_context)) for context in contexts for start in starts]
+
+
+def generated(
+    rows: Callable[..., Iterator[dict]],
+    features: Features,
+    arguments: dict,
+    name: str,
+    key: tuple,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """The rows of a simulated data set, in shards; the same ones in the same order whichever way.
+
+    Args:
+        rows: generator of the rows of a list of shards, its first argument `shards`.
+        features: of the rows.
+        arguments: its others, and `contexts`, of which `shards` is made.
+        name, key: what tells the data set from all others in the cache.
+        cache_dir: folder of the cache; `None`: that of `datasets`.
+        num_proc: processes that draw shards into the cache; `None`: this one.
+        streaming: whether to write nothing and draw rows as they are read, anew in every pass: an `IterableDataset`, whose shards the workers
+            of a `DataLoader` and `datasets.distributed.split_dataset_by_node` share out.
 
     Raises:
+        TypeError, ValueError: one sentence: a number of processes that is none.
         OSError: one sentence: the cache cannot be written.
     """
+    if num_proc is not None and whole_numbers(num_proc=num_proc)["num_proc"] < 1:
+        raise ValueError(f"num_proc must be at least 1, not {num_proc}.")
+    others = {key: value for key, value in arguments.items() if key != "contexts"}
+    others = {"shards": shards(arguments["contexts"], arguments["images_per_context"]), **others}
+    if streaming:
+        return IterableDataset.from_generator(rows, features=features, gen_kwargs=others)
+    num_proc = num_proc and min(num_proc, len(others["shards"]))
     fingerprint = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     try:
-        return Dataset.from_generator(rows, features=features, cache_dir=cache_dir, gen_kwargs=arguments, fingerprint=fingerprint)
+        return Dataset.from_generator(
+            rows, features=features, cache_dir=cache_dir, gen_kwargs=others, num_proc=num_proc, fingerprint=fingerprint
+        )
     except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
         where = f"in {cache_dir}" if cache_dir else "of the datasets library"
         raise OSError(
