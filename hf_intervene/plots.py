@@ -80,7 +80,12 @@ def strips(rows: Mapping[str, np.ndarray]) -> Figure:
 
 
 def plot_matrices(
-    matrices: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], label: str = "", shared: bool = True
+    matrices: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str = "",
+    shared: bool = True,
+    per_row: int = 3,
 ) -> Figure:
     """Heat maps side by side, the numbers written in their cells. The colours are safe for the colour-blind: from yellow to dark blue, or
     from orange over white to purple where there are negative entries.
@@ -91,10 +96,15 @@ def plot_matrices(
         columns: names of the columns.
         label: what the numbers are.
         shared: whether all have one scale; otherwise each has its own, and no colour bar.
+        per_row: heat maps in a row.
     """
-    width, height = 0.52 * len(columns), 0.34 * len(rows)
-    figure = Figure(figsize=(len(matrices) * (width + 0.2) + 1.9, height + 1.5), layout="constrained")
-    axes = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    across = min(per_row, len(matrices))
+    down = -(-len(matrices) // across)
+    size = (across * (0.5 * len(columns) + 0.3) + 1.7, down * (0.34 * len(rows) + 1.2) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for axis in axes[len(matrices) :]:
+        axis.set_visible(False)
     tops = [float(np.nanmax(np.abs(matrix), initial=1e-12)) for matrix in matrices.values()]
     signed = any(np.nanmin(matrix, initial=0) < 0 for matrix in matrices.values())
     for axis, (title, matrix), own in zip(axes, matrices.items(), tops):
@@ -109,7 +119,9 @@ def plot_matrices(
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
     if shared:
-        figure.colorbar(image, ax=axes.tolist(), label=label, aspect=25).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=axes.tolist(), aspect=25)
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     else:
         figure.supxlabel(label, fontsize=8)
     return figure

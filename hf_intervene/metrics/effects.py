@@ -1,8 +1,8 @@
 """Effects of interventions on the true factors of quad, in samples: a matrix of contexts x factors (METHOD section 5).
 
 `factors.intervention_effects` asks what an *edit* does to an image. Here there are no pairs: the distribution of each factor in sampled
-images of a context is held against that in sampled observational ones, and the same is done with real images. That is identified: any
-model that fits the contexts has the same matrix, whatever its latent variables mean.
+images of a context is held against that in sampled observational ones, and the same is done with real images. The data determine what it should be in the
+contexts that they have: any model that fits them has the same rows, whatever its latent variables mean.
 
 How far the distribution of a factor moves:
 
@@ -17,8 +17,8 @@ distances, the *noise*, is no sign of a move.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -48,6 +48,11 @@ class EffectMatrix:
     intervals: np.ndarray
     floor: np.ndarray
     noise: np.ndarray
+
+    def rows(self, contexts: Sequence[str]) -> "EffectMatrix":
+        """The same of some of the contexts only."""
+        index = [self.contexts.index(name) for name in contexts]
+        return replace(self, contexts=list(contexts), values=self.values[index], intervals=self.intervals[index])
 
     def to_dict(self) -> dict:
         return {key: np.asarray(value).tolist() for key, value in vars(self).items()}
@@ -117,7 +122,7 @@ def effect_matrix(
     return EffectMatrix(list(intervened), values, np.maximum(intervals, 0), null.mean(0), noise)
 
 
-def true_moves(contexts: list[str], variant: str = "dependent") -> np.ndarray:
+def true_moves(contexts: Sequence[str], variant: str = "dependent") -> np.ndarray:
     """Which factors each context moves by the causal model of quad, bool (contexts, 8): their mean or spread is not the observational."""
     means, spreads = (np.stack(rows) for rows in zip(*(quad.moments(name, variant) for name in contexts)))
     return ~(np.isclose(means, 0) & np.isclose(spreads, 1))
@@ -133,7 +138,7 @@ def compare_effects(generated: EffectMatrix, real: EffectMatrix, moving: np.ndar
     Returns:
         `correlation` and mean absolute `error` of all entries; `moving`: how many move in truth, `visible`: how many of them above the
         noise of real images; `size`: sum of generated moves over that of real ones where truth moves visibly, floors subtracted;
-        `found`: share of the visible moves that generated images show above their noise; `spurious`: share of the factors that truth
+        `found`: share of the visible moves that generated images make by half at least, above their noise; `spurious`: share of the factors that truth
         leaves alone whose generated move is above the noise (0.01 by chance); `spurious_size`: their mean move, floor subtracted, over
         the mean visible true one. What real images in place of the generated ones score is the floor of all of these.
     """
@@ -147,7 +152,7 @@ def compare_effects(generated: EffectMatrix, real: EffectMatrix, moving: np.ndar
         "moving": int((moving & known).sum()),
         "visible": int(visible.sum()),
         "size": _ratio(excess[visible].sum(), true_excess[visible].sum()),
-        "found": _ratio((a > generated.noise)[visible].sum(), visible.sum()),
+        "found": _ratio(((a > generated.noise) & (excess > true_excess / 2))[visible].sum(), visible.sum()),
         "spurious": _ratio((a > generated.noise)[still].sum(), still.sum()),
         "spurious_size": _ratio(excess[still].mean(), true_excess[visible].mean()) if still.any() and visible.any() else math.nan,
     }
@@ -161,14 +166,14 @@ def mean_shifts(obs: Factors, intervened: Mapping[str, Factors]) -> tuple[np.nda
     return means, np.stack(errors)
 
 
-def true_mean_shifts(contexts: list[str], variant: str = "dependent") -> np.ndarray:
+def true_mean_shifts(contexts: Sequence[str], variant: str = "dependent") -> np.ndarray:
     """What `mean_shifts` is by the causal model, exactly: E u = Phi(mean / sqrt(1 + variance)) of a Gaussian latent, (contexts, 6)."""
     columns = [LATENTS.index(name) for name in LEVELS]
     moments = np.stack([quad.moments(name, variant) for name in contexts])[..., columns]  # (contexts, 2, 6)
     return ndtr(moments[:, 0] / np.sqrt(1 + moments[:, 1] ** 2)) - 0.5
 
 
-def total_effects_from_shifts(shifts: np.ndarray, contexts: list[str], variant: str = "dependent") -> np.ndarray:
+def total_effects_from_shifts(shifts: np.ndarray, contexts: Sequence[str], variant: str = "dependent") -> np.ndarray:
     """Total effects of single interventions on `LEVELS`, estimated from `mean_shifts` (contexts, 6): [i, j], the effect of intervention
     j on factor i in standard deviations, is the shift of the latent's mean over the shift of the intervened latent itself, which the
     causal model gives (that of orientation cannot be read off images).
