@@ -313,7 +313,6 @@ def pictures(measured: dict, free_blocks: int) -> dict:
     """The three figures by file name; see the module docstring."""
     sampled, causal = measured["effects"], measured["causal"]
     blocks = [*quad.CONCEPTS, *(f"free {k + 1}" for k in range(free_blocks))]
-    concepts = len(quad.CONCEPTS)
 
     def padded(matrix: Sequence) -> np.ndarray:
         matrix = np.abs(matrix)
@@ -324,7 +323,7 @@ def pictures(measured: dict, free_blocks: int) -> dict:
     readings |= {name: causal["learnt"][name] for name in shown}
     matrices = {name: padded(matrix) for name, matrix in readings.items()}
     for matrix in matrices.values():
-        matrix[range(concepts), range(concepts)] = np.nan  # what everything does to itself would be all there is to see
+        np.fill_diagonal(matrix, np.nan)  # what everything does to itself would be all there is to see
     scales = {name: np.array(scores["blocks"]) for name, scores in measured["codes"].items()}
     return {
         "effects.png": plot_matrices(
