@@ -109,3 +109,51 @@ def traversal(
         edits = model.predict(noise, residual, [{name: Quantile(q)} for q in quantiles], output_type="np", **options)
         rows[name] = to_uint8(edits)
     return strips(rows)
+
+
+def plot_matrices(
+    matrices: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str = "",
+    shared: bool = True,
+    per_row: int = 3,
+) -> Figure:
+    """Heat maps side by side, the numbers written in their cells. The colours are safe for the colour-blind: from yellow to dark blue, or
+    from orange over white to purple where there are negative entries.
+
+    Args:
+        matrices: for each title a matrix (rows, columns); NaN is left blank.
+        rows: names of the rows.
+        columns: names of the columns.
+        label: what the numbers are.
+        shared: whether all have one scale; otherwise each has its own, and no colour bar.
+        per_row: heat maps in a row.
+    """
+    across = min(per_row, len(matrices))
+    down = -(-len(matrices) // across)
+    size = (across * (0.5 * len(columns) + 0.3) + 1.7, down * (0.34 * len(rows) + 1.2) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    for axis in axes[len(matrices) :]:
+        axis.set_visible(False)
+    tops = [float(np.nanmax(np.abs(matrix), initial=1e-12)) for matrix in matrices.values()]
+    signed = any(np.nanmin(matrix, initial=0) < 0 for matrix in matrices.values())
+    for axis, (title, matrix), own in zip(axes, matrices.items(), tops):
+        top = max(tops) if shared else own
+        image = axis.imshow(matrix, cmap="PuOr" if signed else "cividis_r", vmin=-top if signed else 0, vmax=top, aspect="auto")
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        for i, j in np.argwhere(np.isfinite(matrix)):
+            dark = abs(matrix[i, j]) > (0.65 if signed else 0.5) * top
+            axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    if shared:
+        bar = figure.colorbar(image, ax=axes.tolist(), aspect=25)
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    else:
+        figure.supxlabel(label, fontsize=8)
+    return figure

@@ -104,9 +104,30 @@ def counterfactual_latents(latents: np.ndarray, context: Context, variant: str =
     Returns:
         float64 array (n, 8), row by row the counterfactual of `latents`.
     """
-    matrix, cut = weights(variant), intervened(context, LATENTS, "quad")
+    return _solve(exogenous_noise(latents, variant), intervened(context, LATENTS, "quad"), weights(variant))
+
+
+def exogenous_noise(latents: np.ndarray, variant: str = "dependent") -> np.ndarray:
+    """The standard normal draws (n, 8) behind observational latents (n, 8)."""
+    matrix = weights(variant)
     noise = (np.asarray(latents, dtype=np.float64) * _scale(matrix)) @ (np.eye(len(LATENTS)) - matrix).T
-    return _solve(noise / np.sqrt(_NOISE_VARIANCE), cut, matrix)
+    return noise / np.sqrt(_NOISE_VARIANCE)
+
+
+def total_effects(variant: str = "dependent") -> np.ndarray:
+    """Total effects of the causal model, (8, 8): `[i, j]` is the change of latent i, in observational standard deviations, when latent j is
+    set one of its own higher, along all directed paths; 1 on the diagonal. Whatever else is left out, an entry stays as it is: the
+    effects among the six concepts are this matrix without the rows and columns of color and shape."""
+    matrix = weights(variant)
+    scale = _scale(matrix)
+    return np.linalg.inv(np.eye(len(LATENTS)) - matrix) * scale / scale[:, None]
+
+
+def moments(context: Context, variant: str = "dependent") -> tuple[np.ndarray, np.ndarray]:
+    """Means (8,) and standard deviations (8,) that the latents have in a context, exactly; 0 and 1 in the observational one."""
+    matrix, cut = weights(variant), intervened(context, LATENTS, "quad")
+    mixing = np.linalg.inv(np.eye(len(LATENTS)) - np.where(cut[:, None], 0.0, matrix)) / _scale(matrix)[:, None]
+    return mixing @ (cut * _INTERVENED_MEAN), np.sqrt(mixing**2 @ np.where(cut, _INTERVENED_VARIANCE, _NOISE_VARIANCE))
 
 
 def _scale(matrix: np.ndarray) -> np.ndarray:

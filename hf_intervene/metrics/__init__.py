@@ -1,6 +1,8 @@
 """Measures: pure functions on arrays."""
 
+from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
 from .disentanglement import DCI, Score, TwoSampleTest, block_mcc, dci, mcc, measure, mig, sap, scored, two_sample_test
+from .effects import EffectMatrix, compare_effects, effect_matrix
 from .factors import FactorRegressor, intervention_effects, train_regressor
 from .identifiability import CheckResult, Finding, check
 from .leakage import LeakageResult, context_leakage, share_moved
@@ -10,20 +12,27 @@ from .transport import TransportResult, compare, sliced_wasserstein
 
 __all__ = [
     "DCI",
+    "Agreement",
     "CheckResult",
+    "EffectMatrix",
     "FactorRegressor",
     "Finding",
     "LeakageResult",
     "Score",
     "TransportResult",
     "TwoSampleTest",
+    "agreement",
     "bits_per_pixel",
+    "block_effects",
     "block_mcc",
     "check",
     "compare",
+    "compare_effects",
     "context_leakage",
     "dci",
+    "effect_matrix",
     "intervention_effects",
+    "intervention_moves",
     "mcc",
     "mean_interval",
     "measure",
@@ -32,6 +41,7 @@ __all__ = [
     "scored",
     "share_moved",
     "sliced_wasserstein",
+    "total_effect_operator",
     "train_regressor",
     "two_sample_test",
 ]

@@ -270,6 +270,16 @@ def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
     Raises:
         ValueError: blocks of another shape, or see `scored`.
     """
+    return _matched(np.maximum(block_correlations(blocks, factors), 0))
+
+
+def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Correlation of each factor (n, K) with its linear prediction from each whole block (n, D, width) on held-out samples, (D, K). The
+    matrix that `block_mcc` matches; about 0, and as often below, where a block says nothing.
+
+    Raises:
+        ValueError: see `block_mcc`.
+    """
     blocks = np.asarray(blocks)
     if blocks.ndim != 3:
         raise ValueError(f"blocks of codes must have the shape (samples, blocks, width), not {blocks.shape}.")
@@ -284,7 +294,7 @@ def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
             train, test = folds != fold, folds == fold
             predicted[test] = design[test] @ np.linalg.lstsq(design[train], factors[train], rcond=None)[0]
         found[j] = [correlations(predicted[:, [k]], factors[:, [k]])[0, 0] for k in range(factors.shape[1])]
-    return _matched(np.maximum(found, 0))
+    return found
 
 
 def correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
