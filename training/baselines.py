@@ -50,6 +50,7 @@ from hf_intervene.training.evaluate import evaluate, held_out_images, table, wri
 from hf_intervene.training.simulated import SIMULATED
 from hf_intervene.training.train import build_model, learning_rate_factor, load_data
 from hf_intervene.training.validation import model_inputs, step_noise, validation_loss
+from hf_intervene.values import Values
 
 
 BASELINES = ("conditional-vae", "beta-tcvae", "ada-gvae", "tvae")
@@ -105,7 +106,7 @@ class Baseline(InterventionModel):
     def _posterior_of(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.base.posterior(torch.cat([features, targets.to(features)], 1) if self.conditional else features)
 
-    def embed(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def embed(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None = None) -> torch.Tensor:
         return torch.cat([z, targets.to(z)[..., None, None]], 1) if self.conditional else z
 
     def objective(
