@@ -193,6 +193,32 @@ def test_the_posterior_is_told_the_targets_only_when_conditional():
     assert unconditional["encoder_readout.weight"].shape == (2 * 4 * 5, 7), "the paper's linear readout"
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_intervention_starts_out_cutting_edges_and_nothing_else(steps):
+    torch.manual_seed(0)
+    config = InterventionConfig(concepts=CONCEPTS, free_blocks=1, propagation_steps=steps, intervention="soft")
+    head = InterventionHead(config).double()  # soft: no edges are cut
+    z = torch.randn(4, 4, config.noise_width, dtype=torch.float64)
+    observed = head(z, head.targets("obs", 4)).concepts
+    torch.testing.assert_close(head(z, head.targets(["a", "c"], 4)).concepts, observed)
+    head.exogenous.slices.weight.data[..., config.noise_width :] += 0.1  # they are not tied: training moves them apart
+    assert (head(z, head.targets("a", 4)).concepts - head(z, head.targets("obs", 4)).concepts).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("posterior", ["centered", "unconditional"])
+@pytest.mark.parametrize("std", [0.1, 0.25, 1.0])
+def test_the_posterior_starts_at_its_standard_deviation(posterior, std):
+    torch.manual_seed(0)
+    config = InterventionConfig(concepts=CONCEPTS, posterior=posterior, initial_posterior_std=std)
+    head, features = InterventionHead(config), torch.randn(256, config.feature_width)
+    mean, logvar = head.posterior(features, head.targets("a", 256))
+    assert (0.5 * logvar).exp().mean().item() == pytest.approx(std, rel=0.25)
+    torch.manual_seed(0)
+    plain = InterventionHead(InterventionConfig(concepts=CONCEPTS, posterior=posterior, initial_posterior_std=1.0))
+    spread = plain.posterior(features, plain.targets("a", 256))[0].std(0).mean()
+    assert mean.std(0).mean().item() == pytest.approx(spread.item() / std, rel=1e-3)
+
+
 def test_gaussian_kl_against_torch():
     mean, logvar = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 5).double()
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
@@ -285,6 +311,8 @@ def test_a_truncated_checkpoint(tmp_path):
         {"intervention": "hard"},
         {"embedding_shape": []},
         {"posterior": "x"},
+        {"initial_posterior_std": 0.0},
+        {"initial_posterior_std": 1.5},
     ],
 )
 def test_bad_configurations(options):
