@@ -142,8 +142,14 @@ def test_missing_digits_are_said_before_anything_is_trained(tmp_path, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and not list((tmp_path / "out").glob("mnist*"))
 
 
-def test_a_small_table_end_to_end_and_again(tmp_path, capsys):
-    rows = [HEADED, "frozen", "conditional-vae"]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [HEADED, "conditional-vae"],
+        pytest.param([*reproduce.REGIMES, "conditional-vae", "ada-gvae", "tvae"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_table_end_to_end_and_again(rows, tmp_path, capsys):
     argv = ["--table", "mnist", "--scale", "smoke", "--mnist_digits", "bundled", "--output", str(tmp_path), "--seeds", "1"]
     assert reproduce.main([*argv, "--rows", *rows]) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "mnist-smoke.json").read_text())
