@@ -170,9 +170,9 @@ SCALES = {
 # Columns of the table: measures of a run.
 HEADERS = {
     "concept": "concept distance, independent",
-    "ratio": "concept ratio, independent",
+    "over floor": "concept ratio, independent",
     "composition": "composition distance, independent",
-    "ratio ": "composition ratio, independent",
+    "over its floor": "composition ratio, independent",
     "bits per pixel": "concept bits per pixel",
     "out of distribution": "composition bits per pixel",
     "concept, paper's protocol": "concept distance, paper",
