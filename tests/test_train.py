@@ -178,7 +178,7 @@ def test_training_learns(tiny, capsys):
 
 
 def test_a_silent_z_is_said(tiny, capsys):
-    run(tiny, max_steps=20, eval_every=20, beta=1000.0, beta_warmup=0.0, initial_posterior_std=1.0)
+    run(tiny, max_steps=20, eval_every=20, beta=1000.0, initial_posterior_std=1.0)
     assert "next to nothing" in capsys.readouterr().err
 
 

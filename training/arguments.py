@@ -72,7 +72,7 @@ class TrainArguments:
     ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
-    beta_warmup: float = field(default=0.8, metadata={"help": "Share of the steps over which beta rises from 0."})
+    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     moment_matching: float = field(default=10.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
     moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
