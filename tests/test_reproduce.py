@@ -139,6 +139,7 @@ def test_missing_digits_are_said_before_anything_is_trained(tmp_path, capsys):
     argv = ["--table", "mnist", "--scale", "smoke", "--rows", HEADED, "--mnist_digits", str(tmp_path / "none")]
     assert reproduce.main([*argv, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
+    assert "a folder with MNIST's four files" in error
     assert error.startswith("error: ") and error.count("\n") == 1 and not list((tmp_path / "out").glob("mnist*"))
 
 

@@ -347,7 +347,12 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
     if "beta-tcvae" in rows:
         beta_tcvae()  # needs pythae
     if table.dataset == "mnist":
-        load_digits(mnist_digits, "test")
+        try:
+            load_digits(mnist_digits, "test")
+        except (OSError, ValueError) as error:
+            raise type(error)(
+                f"{str(error).removesuffix('.')}: give --mnist_digits a Hub name, a folder with MNIST's four files, or `bundled` (few digits)."
+            ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
