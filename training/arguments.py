@@ -133,6 +133,15 @@ class TrainArguments:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
 
     @property
+    def precision(self) -> str:
+        """`mixed_precision`, `auto` decided for this machine."""
+        return ("bf16" if fast_bf16() else "no") if self.mixed_precision == "auto" else self.mixed_precision
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of a run over so many training images."""
+        return self.max_steps or max(1, round(self.epochs * images / self.batch_size))
+
+    @property
     def head_options(self) -> dict:
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
         names += ("initial_posterior_std",)

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +41,13 @@ from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.modeling_intervention import gaussian_kl
-from hf_intervene.training.arguments import TrainArguments, fast_bf16, parse_arguments
+from hf_intervene.training.arguments import TrainArguments, parse_arguments
 from hf_intervene.training.baseline_losses import averaged_posteriors, beta_tcvae, decomposed_kl, triplet_loss
 from hf_intervene.training.checkpoints import atomic_folder, check_writable
 from hf_intervene.training.distributed import new_accelerator
-from hf_intervene.training.evaluate import evaluate, held_out_images, table, write
+from hf_intervene.training.evaluate import evaluate, held_out_images, table, versions, write
 from hf_intervene.training.simulated import SIMULATED
-from hf_intervene.training.train import build_model, learning_rate_factor, load_data
+from hf_intervene.training.train import build_model, learning_rate_factor, load_data, ramp
 from hf_intervene.training.validation import model_inputs, step_noise, validation_loss
 from hf_intervene.values import Values
 
@@ -224,15 +223,14 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
     missing = [name for name in (OBS, *data.concepts) if name not in data.contexts]
     if missing:
         raise ValueError(f"the data have no images of {', '.join(missing)} alone, which a baseline samples these contexts by.")
-    precision = ("bf16" if fast_bf16() else "no") if a.mixed_precision == "auto" else a.mixed_precision
-    accelerator = new_accelerator(mixed_precision=precision)
+    accelerator = new_accelerator(mixed_precision=a.precision)
     torch.manual_seed(a.seed)
     model = new_baseline(a, baseline, data).to(accelerator.device)
     targets = data.targets().to(accelerator.device)  # (contexts, d)
     pairs = baseline == "ada-gvae"
     schedule = (Pairs if pairs else ContextSchedule)(data if pairs else data.context_ids, a.schedule, a.batch_size, a.seed)
     per_epoch = max(1, round(len(data) / a.batch_size))
-    total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
+    total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=a.weight_decay, fused=True)
     best, waited, kept = math.inf, 0, None
@@ -242,7 +240,7 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
         noise = step_noise(model, a.seed, step, a.batch_size)["noise"].to(accelerator.device)
         x = model_inputs(data, None, rows, accelerator.device)["pixel_values"]
         ids = data.context_ids[rows].to(accelerator.device)
-        beta = a.beta * min(1.0, step / (a.beta_warmup * total) if a.beta_warmup else 1.0)
+        beta = a.beta * ramp(step, a.beta_warmup * total)
         for group in optimizer.param_groups:
             group["lr"] = a.learning_rate * learning_rate_factor(a, step, total)
         with accelerator.autocast():
@@ -359,7 +357,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
     real, other_real = held_out_images(a.dataset, model.concepts, images, held_out_seed, *options)
     metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed)
     metrics |= {"settings": settings, "seconds": seconds}
-    metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+    metrics["versions"] = versions()
     write(metrics, out / "metrics")
     return metrics
 

@@ -309,6 +309,11 @@ def load_model(folder: str) -> InterventionModel:
     return InterventionModel.from_pretrained(path)
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that figures depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+
+
 def write(metrics: dict, folder: str | Path) -> None:
     """Write `metrics.json` and `metrics.md`, each whole or not at all."""
     for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
@@ -356,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
             metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
         metrics["settings"] = vars(arguments)
-        metrics["versions"] = {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+        metrics["versions"] = versions()
         print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen
         write(metrics, arguments.output)
     except (OSError, ValueError, TypeError, ImportError) as error:

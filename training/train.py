@@ -29,7 +29,7 @@ from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
-from hf_intervene.training.arguments import RUNNING, TrainArguments, fast_bf16, parse_arguments, shared_settings
+from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -153,9 +153,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     a = arguments
     out = Path(a.output_dir)
     check_writable(out)
-    precision = ("bf16" if fast_bf16() else "no") if a.mixed_precision == "auto" else a.mixed_precision
     accelerator = new_accelerator(
-        mixed_precision=precision,
+        mixed_precision=a.precision,
         log_with=None if a.tracker == "none" else a.tracker,
         project_dir=str(out / "logs"),
     )
@@ -177,7 +176,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
     per_epoch = len(schedule)
-    total = a.max_steps or max(1, round(a.epochs * len(data) / a.batch_size))
+    total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
     frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
@@ -291,7 +290,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             indices = schedule.next_batch()
             noise = {name: shard(value, rank, world) for name, value in step_noise(model, a.seed, step, a.batch_size).items()}
             mine = shard(indices, rank, world)
-            beta = a.beta * _ramp(step, a.beta_warmup * total)
+            beta = a.beta * ramp(step, a.beta_warmup * total)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
@@ -307,7 +306,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     loss = output.loss
                     if moments is not None:
                         penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
-                        loss = loss + _ramp(step, a.moment_warmup * total) * penalty
+                        loss = loss + ramp(step, a.moment_warmup * total) * penalty
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
@@ -414,7 +413,8 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
 
 
-def _ramp(step: int, steps: float) -> float:
+def ramp(step: int, steps: float) -> float:
+    """From 0 to 1 over so many steps."""
     return min(1.0, step / steps) if steps > 0 else 1.0
 
 
