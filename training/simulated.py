@@ -84,7 +84,8 @@ class Ident3d(Drawn):
 @dataclass(frozen=True)
 class Mnist(Simulated):
     """Training images of MNIST's training digits, `validation_fraction` of them for validation; held-out images of its test digits, no
-    digit twice in a context: of few digits there are fewer images than were asked for."""
+    digit twice in a context: of few digits there are fewer images than were asked for. Drawn into the cache of `datasets` and found there by
+    the next run: drawing what a model is measured on takes longer than many a training."""
 
     concepts, held_out = mnist.CONCEPTS, mnist.HELD_OUT
 
@@ -95,8 +96,9 @@ class Mnist(Simulated):
             raise ValueError(f"mnist images have 1 channel (grey), or 3 for a base that takes colours, not {self.channels}.")
 
     def _draw(self, contexts: Sequence[Context], images: int, digits: Digits, seed: int) -> Images:
-        drawn = mnist.images_by_context(contexts, images, digits, seed)
-        return {name: np.repeat(x, self.channels, axis=-1) for name, x in drawn.items()}
+        data = mnist.load_mnist(contexts, images, digits, seed=seed)
+        pixels = np.stack([np.asarray(image) for image in data["image"]])[..., None].repeat(self.channels, -1)
+        return dict(zip(data["context"][::images], pixels.reshape(-1, images, *pixels.shape[1:])))
 
     def training(self, images, validation_images, validation_fraction, seed):
         parts = load_digits(self.mnist_digits, "train").split(validation_fraction, seed)

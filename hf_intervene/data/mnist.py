@@ -230,7 +230,7 @@ def images_by_context(
 def load_mnist(
     contexts: Sequence[Context] = TRAIN_CONTEXTS,
     images_per_context: int = 4000,
-    source: str | os.PathLike = BUNDLED,
+    source: str | os.PathLike | Digits = BUNDLED,
     split: str = "train",
     seed: int = 0,
     cache_dir: str | None = None,
@@ -243,8 +243,8 @@ def load_mnist(
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
         images_per_context: rows of each context.
-        source: where the digits come from, as in `load_digits`.
-        split: that of the digits, `"train"` or `"test"`.
+        source: the digits, or where they come from, as in `load_digits`.
+        split: that of the digits, `"train"` or `"test"`, where they are loaded.
         seed: of parameters and choice of digits.
         cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
@@ -256,7 +256,7 @@ def load_mnist(
         OSError: the digits cannot be read, or the cache cannot be written.
     """
     names, numbers = _arguments(contexts, images_per_context, seed)
-    digits = load_digits(source, split)
+    digits = source if isinstance(source, Digits) else load_digits(source, split)
     content = hashlib.sha256(digits.images.tobytes() + digits.labels.tobytes()).hexdigest()
     key = (_RENDERER, names, sorted(numbers.items()), content)
     features = Features(
