@@ -57,6 +57,25 @@ def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.nd
     return np.array([name in strengths for name in concepts])
 
 
+def checked_request(
+    sample_latents: Callable[..., np.ndarray],
+    render: Callable[..., np.ndarray],
+    concepts: Sequence[str],
+    contexts: Sequence[Context],
+    images_per_context: int,
+    resolution: int,
+    variant: str,
+    seed: int,
+) -> dict[str, object]:
+    """The arguments of a request by name, checked and in one form, so that equal requests share a cache entry and bad ones fail before
+    anything is drawn: one image of each context is, and complains in the simulator's own words."""
+    numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
+    names = checked_contexts(contexts, concepts)
+    for name in names:
+        render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])
+    return {"contexts": names, "variant": variant, **numbers}
+
+
 def png(image: np.ndarray) -> dict[str, bytes]:
     """An image, uint8 (H, W) or (H, W, 3), as a row of the `datasets` library keeps it."""
     file = io.BytesIO()
