@@ -18,6 +18,7 @@ from hf_intervene.data.schedule import SCHEDULES
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -42,6 +43,9 @@ class TrainArguments:
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
+    image_cache: str | None = field(
+        default=None, metadata={"help": "Own data: folder to decode the images into, once, and to read them from by memory map."}
+    )
     # Base
     base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or folder or Hub name of a model or pipeline."})
     base_subfolder: str | None = field(default=None, metadata={"help": "Its sub-folder there, such as `vae`."})
@@ -94,6 +98,8 @@ class TrainArguments:
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
     mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
+    channels_last: bool = field(default=False, metadata={"help": "Run the base's convolutions with the channels last."})
     seed: int = field(default=0)
     # Running
     eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
@@ -112,7 +118,12 @@ class TrainArguments:
             raise ValueError("regime frozen needs a pretrained base (--base): a new light VAE would stay as random as it starts.")
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
-        for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
+        for name, choices in (
+            ("regime", REGIMES),
+            ("ablation", ABLATIONS),
+            ("schedule", SCHEDULES),
+            ("compile_mode", COMPILE_MODES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
@@ -150,7 +161,7 @@ class TrainArguments:
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
-RUNNING |= {"gradient_accumulation_steps"}
+RUNNING |= {"gradient_accumulation_steps", "compile_mode", "channels_last", "image_cache"}
 
 
 def fast_bf16() -> bool:

@@ -33,7 +33,10 @@ class PreparedImages:
     """
 
     def __init__(self, folder: Path, base: DiffusionBase, images: ContextImages, accelerator: Accelerator, batch_size: int = 64):
-        key = {"images": hashlib.sha256(images.pixels.numpy()).hexdigest()}
+        digest = hashlib.sha256()
+        for rows in torch.arange(len(images)).split(1024):  # not all at once: they may be more than memory holds
+            digest.update(images.images(rows).numpy())
+        key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
         if accelerator.is_main_process and _read_key(folder) != key:
             with atomic_folder(folder) as temporary:
@@ -46,7 +49,7 @@ class PreparedImages:
     def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
         arrays: dict[str, np.memmap] = {}
         for rows in torch.arange(len(images)).split(batch_size):
-            x = images.pixels[rows].to(base.model.device).float() / 255
+            x = images.images(rows).to(base.model.device).float() / 255
             for name, value in base.prepare(x).items():
                 if name not in arrays:
                     shape = (len(images), *value.shape[1:])

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from hf_intervene.contexts import OBS, Context
-from hf_intervene.data import ident3d, load_digits, mnist, quad
+from hf_intervene.data import ContextImages, ident3d, load_digits, mnist, quad
 from hf_intervene.data.digits import SIDE, Digits
 from hf_intervene.training.arguments import TrainArguments
 
@@ -30,6 +34,7 @@ class Simulated:
 
     Attributes:
         concepts: the concepts; each has a training context of its own.
+        contexts: the training contexts.
         held_out: contexts that no training image comes from.
     """
 
@@ -38,18 +43,25 @@ class Simulated:
     variant: str = TrainArguments.variant
     mnist_digits: str = TrainArguments.mnist_digits
 
-    concepts = held_out = ()
+    concepts = contexts = held_out = ()
 
-    def training(self, images: int, validation_images: int, validation_fraction: float, seed: int) -> tuple[Images, Images]:
-        """So many training and validation images of each training context."""
+    def training(
+        self,
+        images: int,
+        validation_images: int,
+        validation_fraction: float,
+        seed: int,
+        contexts: Sequence[Context] | None = None,
+    ) -> tuple[Images, Images]:
+        """So many training and validation images of each training context, or of some of them: the same images."""
         raise NotImplementedError
 
     def observational(self, images: int) -> np.ndarray:
         """Images (n, H, W, C) for the pretraining of a base."""
         raise NotImplementedError
 
-    def held_out_images(self, images: int, seed: int) -> tuple[Images, Images]:
-        """So many images of each context, pairs included, and as many others."""
+    def held_out_images(self, images: int, seed: int, contexts: Sequence[Context] | None = None) -> tuple[Images, Images]:
+        """So many images of each context, pairs included, or of some of them, and as many others."""
         raise NotImplementedError
 
 
@@ -62,23 +74,24 @@ class Drawn(Simulated):
     def _draw(self, contexts: Sequence[Context], images: int, seed: int) -> Images:
         return self.source.images_by_context(contexts, images, self.resolution, self.variant, seed)
 
-    def training(self, images, validation_images, validation_fraction, seed):
-        return tuple(self._draw(self.source.TRAIN_CONTEXTS, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
+    def training(self, images, validation_images, validation_fraction, seed, contexts=None):
+        contexts = self.contexts if contexts is None else contexts
+        return tuple(self._draw(contexts, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
 
     def observational(self, images):
         return self._draw((OBS,), images, PRETRAINING_SEED)[OBS]
 
-    def held_out_images(self, images, seed):
-        contexts = self.source.TRAIN_CONTEXTS + self.source.HELD_OUT
+    def held_out_images(self, images, seed, contexts=None):
+        contexts = self.contexts + self.held_out if contexts is None else contexts
         return tuple(self._draw(contexts, images, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1))
 
 
 class Quad(Drawn):
-    source, concepts, held_out = quad, quad.CONCEPTS, quad.HELD_OUT
+    source, concepts, contexts, held_out = quad, quad.CONCEPTS, quad.TRAIN_CONTEXTS, quad.HELD_OUT
 
 
 class Ident3d(Drawn):
-    source, concepts, held_out = ident3d, ident3d.CONCEPTS, ident3d.HELD_OUT
+    source, concepts, contexts, held_out = ident3d, ident3d.CONCEPTS, ident3d.TRAIN_CONTEXTS, ident3d.HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ class Mnist(Simulated):
     digit twice in a context: of few digits there are fewer images than were asked for. Drawn into the cache of `datasets` and found there by
     the next run: drawing what a model is measured on takes longer than many a training."""
 
-    concepts, held_out = mnist.CONCEPTS, mnist.HELD_OUT
+    concepts, contexts, held_out = mnist.CONCEPTS, mnist.TRAIN_CONTEXTS, mnist.HELD_OUT
 
     def __post_init__(self):
         if self.resolution != SIDE:
@@ -100,19 +113,60 @@ class Mnist(Simulated):
         pixels = np.stack([np.asarray(image) for image in data["image"]])[..., None].repeat(self.channels, -1)
         return dict(zip(data["context"][::images], pixels.reshape(-1, images, *pixels.shape[1:])))
 
-    def training(self, images, validation_images, validation_fraction, seed):
+    def training(self, images, validation_images, validation_fraction, seed, contexts=None):
+        contexts = self.contexts if contexts is None else contexts
         parts = load_digits(self.mnist_digits, "train").split(validation_fraction, seed)
         sizes = images, validation_images
-        return tuple(self._draw(mnist.TRAIN_CONTEXTS, n, part, 2 * seed + k) for k, (n, part) in enumerate(zip(sizes, parts)))
+        return tuple(self._draw(contexts, n, part, 2 * seed + k) for k, (n, part) in enumerate(zip(sizes, parts)))
 
     def observational(self, images):
         return self._draw((OBS,), images, load_digits(self.mnist_digits, "train"), PRETRAINING_SEED)[OBS]
 
-    def held_out_images(self, images, seed):
+    def held_out_images(self, images, seed, contexts=None):
+        contexts = self.contexts + self.held_out if contexts is None else contexts
         digits = load_digits(self.mnist_digits, "test")
         half = min(images, len(digits) // 2)
-        drawn = self._draw(mnist.TRAIN_CONTEXTS + mnist.HELD_OUT, 2 * half, digits, HELD_OUT_SEED + seed)
+        drawn = self._draw(contexts, 2 * half, digits, HELD_OUT_SEED + seed)
         return {name: x[:half] for name, x in drawn.items()}, {name: x[half:] for name, x in drawn.items()}
 
 
 SIMULATED: dict[str, type[Simulated]] = {"quad": Quad, "mnist": Mnist, "ident3d": Ident3d}
+
+
+def draw_together(
+    simulated: Simulated, sizes: tuple[int, int, float, int], folder: Path, accelerator: Accelerator
+) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images, of which every process draws some contexts; all read them from files, by memory map.
+
+    Args:
+        simulated: the data.
+        sizes: the arguments of its `training`.
+        folder: of the files; on a disk that all processes share.
+        accelerator: its processes call this together.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    own = simulated.contexts[accelerator.process_index :: accelerator.num_processes]
+    parts = simulated.training(*sizes, contexts=own) if own else ({}, {})
+    return tuple(
+        _joined(images, folder / f"{name}.bin", simulated, accelerator) for name, images in zip(("train", "validation"), parts)
+    )
+
+
+def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelerator) -> ContextImages:
+    shapes = dict(item for drawn in gather_object([{name: x.shape for name, x in own.items()}]) for item in drawn.items())
+    counts = [shapes[name][0] for name in simulated.contexts]
+    height, width, channels = shapes[simulated.contexts[0]][1:]
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    accelerator.wait_for_everyone()
+    with open(path, "r+b") as file:  # and not a memory map: a full disk would kill the process
+        for name, images in own.items():
+            file.seek(sum(counts[: simulated.contexts.index(name)]) * height * width * channels)
+            file.write(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    accelerator.wait_for_everyone()
+    stored = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width)))
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True).checked()

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
-from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
-from hf_intervene.model import InterventionModel
+from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
+from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import MomentMatching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
@@ -41,9 +41,11 @@ from hf_intervene.training.checkpoints import (
     save_checkpoint,
 )
 from hf_intervene.training.distributed import Weights, new_accelerator
+from hf_intervene.training.feeding import Feed, resident
+from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
-from hf_intervene.training.simulated import SIMULATED
-from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
+from hf_intervene.training.simulated import SIMULATED, draw_together
+from hf_intervene.training.validation import TERMS, loss_units, sample_grid, save_model, validation_loss
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
@@ -67,15 +69,22 @@ class TrainResult:
     interrupted: bool = False
 
 
-def load_data(arguments: TrainArguments) -> tuple[ContextImages, ContextImages]:
-    """Training and validation images."""
+def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images; several processes share the work of drawing or of decoding into a cache."""
     a = arguments
+    several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
-        parts = simulated.training(a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed)
-        train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in parts)
+        sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+        if several:
+            train, validation = draw_together(simulated, sizes, Path(a.output_dir, "drawn"), accelerator)
+        else:
+            train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in simulated.training(*sizes))
     else:
-        data = ContextImages.from_dataset(load_contexts(a.dataset), a.concepts, a.resolution, a.channels)
+        # The first process of a machine fills the cache, if there is to be one, and the others find it.
+        with accelerator.local_main_process_first() if several and a.image_cache else nullcontext():
+            data = load_contexts(a.dataset)
+            data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
         train, validation = data.split(a.validation_fraction, a.data_seed)
     if a.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
@@ -87,8 +96,8 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     a = arguments
     if a.base == "light-vae":
         base = LightVAE(
-            in_channels=data.pixels.shape[1],
-            sample_size=data.pixels.shape[-1],
+            in_channels=data.image_shape[0],
+            sample_size=data.image_shape[-1],
             block_out_channels=tuple(a.block_out_channels),
             hidden_width=a.hidden_width,
             latent_width=a.latent_width,
@@ -96,7 +105,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
-        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+        base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation
@@ -158,23 +167,28 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         log_with=None if a.tracker == "none" else a.tracker,
         project_dir=str(out / "logs"),
     )
-    rank, world = accelerator.process_index, accelerator.num_processes
+    world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
         raise ValueError(
             f"batch_size {a.batch_size} does not divide by {world} processes x {a.gradient_accumulation_steps} accumulation steps."
         )
 
-    data, validation = load_data(a)
+    keep_freed_memory()
+    data, validation = load_data(a, accelerator)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
+    if a.channels_last:
+        use_channels_last(model.base)
     weights = Weights(accelerator, model)
-    targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
     prepared = prepared_validation = None
     if model.base.companion_models():  # frozen: what they make of the images is computed once
         prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
         prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
+    elif resident(data, accelerator.device):
+        data = data.on(accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
+    feed = Feed(model, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
     total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
@@ -191,7 +205,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         groups += [group | {"peak": peak} for group in weights.groups(chosen)]
     optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True)
+    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True, foreach=True)
     if ema is not None:
         ema.to(accelerator.device)
 
@@ -208,7 +222,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
         weights.load(tensors["model"] | _companion_state(model))
         restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
-        schedule.load_state_dict(state["schedule"])
+        feed.load_state_dict(state)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         if ema is not None:
@@ -229,7 +243,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
-        module = torch.compile(model) if a.compile else model
+        module = torch.compile(model, mode=a.compile_mode) if a.compile else model
         return weights.prepared(module, optimizer)
 
     def save(kind: str) -> Path | None:
@@ -237,7 +251,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         state = {
             "best": None if math.isinf(best) else best,
             "waited": waited,
-            "schedule": schedule.state_dict(),
+            **feed.state_dict(),
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
@@ -287,22 +301,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             model.train()
             if frozen:
                 model.base.model.eval()
-            indices = schedule.next_batch()
-            noise = {name: shard(value, rank, world) for name, value in step_noise(model, a.seed, step, a.batch_size).items()}
-            mine = shard(indices, rank, world)
-            beta = a.beta * ramp(step, a.beta_warmup * total)
+            batch = feed.batch(step)
+            beta = torch.full(
+                (), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device
+            )  # a number would be compiled in
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
-            size = len(mine) // a.gradient_accumulation_steps
-            for number, rows in enumerate(mine.split(size)):
-                draws = {name: value.split(size)[number].to(accelerator.device) for name, value in noise.items()}
-                inputs = model_inputs(data, prepared, rows, accelerator.device)
-                ids = data.context_ids[rows].to(accelerator.device)  # (b,)
-                s = targets[ids]  # (b, D)
-                last = number + 1 == a.gradient_accumulation_steps
+            for rows, inputs in zip(batch.parts, batch.inputs):
+                s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
+                last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last), accelerator.autocast():
-                    output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs, **draws)
+                    output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
                     if moments is not None:
                         penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
@@ -310,23 +320,23 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
-                terms = torch.stack([output[term].detach().float() for term in TERMS], dim=1)  # (b, 3)
-                seen.append((terms, output.posterior_mean.detach(), output.posterior_logvar.detach(), s, ids))
+                seen.append(packed(output))
             weights.step(optimizer, parameters, a.max_grad_norm)
             if ema is not None:
                 ema.step(parameters)
 
-            terms, mean, logvar, s, ids = (torch.cat(parts) for parts in zip(*seen))
-            elbo = terms.sum(1)
+            own = torch.cat(seen)
+            elbo = own[:, : len(TERMS)].sum(1)
             bad_step = torch.where(torch.isfinite(elbo).all(), bad_step, bad_step.clamp(max=step))
-            sums += terms.sum(0)  # on the device: fetched when logged
-            if world > 1:
-                elbo, mean, logvar, s, ids = (accelerator.gather(value) for value in (elbo, mean, logvar, s, ids))
-            if model.head is not None:
-                model.head.center_posterior(mean, s)
-            if moments is not None:
-                moments.update(mean, logvar, ids)
-            schedule.update(ids, elbo)
+            sums += own[:, : len(TERMS)].sum(0)  # on the device: fetched when logged
+            if model.head is not None or a.schedule == "adaptive":
+                whole_batch = accelerator.gather(own) if world > 1 else own
+                terms, mean, logvar = unpacked(whole_batch, model.noise_shape)
+                if model.head is not None:
+                    model.head.center_posterior(mean, batch.targets)
+                if moments is not None:
+                    moments.update(mean, logvar, batch.ids)
+                feed.learn(terms.sum(1))
             unlogged += 1
             step += 1
             bar.update()
@@ -379,10 +389,12 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if _agreed_stop(stop, accelerator, step) and not finished:
                 path = save("last")
                 bar.close()
+                feed.close()
                 accelerator.end_training()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
                 return TrainResult(None, step, best, interrupted=True)
     bar.close()
+    feed.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
@@ -411,6 +423,20 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+
+
+def packed(output: InterventionModelOutput) -> torch.Tensor:
+    """What the step needs of a batch after its backward pass, float32 (b, terms + 2 * noise entries): processes exchange it in one go."""
+    terms = torch.stack([output[term] for term in TERMS], dim=1)  # (b, 3)
+    moments = output.posterior_mean, output.posterior_logvar
+    return torch.cat([value.detach().flatten(1).float() for value in (terms, *moments)], dim=1)
+
+
+def unpacked(values: torch.Tensor, noise_shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Terms of the loss (B, 3), posterior means and log-variances (B, *noise_shape) of what `packed` returned."""
+    width = math.prod(noise_shape)
+    terms, mean, logvar = values.split([len(TERMS), width, width], dim=1)
+    return terms, mean.unflatten(1, noise_shape), logvar.unflatten(1, noise_shape)
 
 
 def ramp(step: int, steps: float) -> float:

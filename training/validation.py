@@ -27,10 +27,15 @@ def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) 
     return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """Images of bytes as float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
 def model_inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Tensor, device: torch.device) -> dict:
     """Images (b, C, H, W) in [0, 1], or what was prepared of them, as arguments of the model's `forward`."""
     if prepared is None:
-        return {"pixel_values": data.pixels[rows].to(device, non_blocking=True).float() / 255}
+        return {"pixel_values": to_unit(data.images(rows).to(device))}
     return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
 
 
