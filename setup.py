@@ -47,6 +47,7 @@ setup(
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
         "huggingface_hub>=2.4,<3",
+        "filelock>=3.16",
         "jinja2>=3.1",
         "numpy>=1.26",
         "scipy>=1.11",

@@ -29,12 +29,14 @@ DELAY = 2  # steps after which an adaptive schedule hears of losses: so long the
 class Batch:
     """
     Args:
-        ids: context of each sample of the global batch, int64 (B,), on the device.
+        indices: images of the global batch, int64 (B,), on the host.
+        ids: context of each of them, int64 (B,), on the device.
         targets: (B, D), on the device.
         parts: slices of the global batch, one for each micro-batch of this process.
         inputs: for each of them the images and the noise, as arguments of the model's `forward`.
     """
 
+    indices: torch.Tensor
     ids: torch.Tensor
     targets: torch.Tensor
     parts: list[slice]
@@ -97,19 +99,22 @@ class Feed:
         if self.pool is not None:
             self._state = self.schedule.state_dict()
             self._ahead = step + 1, self.pool.submit(self._fetch, step + 1, self.schedule.next_batch())
+        indices = host.pop("indices")
         self._ids = host.pop("ids")
         ids = self._ids.to(self.device, non_blocking=True)
         own = {name: value.to(self.device, non_blocking=True) for name, value in host.items()}
         size = self.batch_size // self.world // self.accumulation
         first = self.rank * size * self.accumulation
         parts = [slice(start, start + size) for start in range(first, first + size * self.accumulation, size)]
-        return Batch(ids, self.targets[ids], parts, (self._inputs(own, size, n) for n in range(self.accumulation)))
+        return Batch(indices, ids, self.targets[ids], parts, (self._inputs(own, size, n) for n in range(self.accumulation)))
 
     def _fetch(self, step: int, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """What of a batch is on the host, of this process's samples; the contexts of all."""
         rows = shard(indices, self.rank, self.world)
         noise = step_noise(self.model, self.seed, step, self.batch_size)
-        host = {"ids": self.data.context_ids[indices]} | {n: shard(v, self.rank, self.world) for n, v in noise.items()}
+        host = {"indices": indices, "ids": self.data.context_ids[indices]} | {
+            n: shard(v, self.rank, self.world) for n, v in noise.items()
+        }
         if self.prepared is not None:
             host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
         elif self.data.stored.device == self.device and not self.data.mapped:

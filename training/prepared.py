@@ -29,7 +29,7 @@ class PreparedImages:
         batch_size: images at once.
 
     Raises:
-        OSError: one sentence: the folder cannot be written.
+        OSError, ValueError: one sentence: the folder cannot be written, or what is made of an image is not finite.
     """
 
     def __init__(self, folder: Path, base: DiffusionBase, images: ContextImages, accelerator: Accelerator, batch_size: int = 64):
@@ -51,6 +51,9 @@ class PreparedImages:
         for rows in torch.arange(len(images)).split(batch_size):
             x = images.images(rows).to(base.model.device).float() / 255
             for name, value in base.prepare(x).items():
+                for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():
+                    context = images.contexts[images.context_ids[row]]
+                    raise ValueError(f"the {name} of image {row} ({context!r}) are not finite: look at it, or use another base.")
                 if name not in arrays:
                     shape = (len(images), *value.shape[1:])
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)

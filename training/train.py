@@ -35,17 +35,28 @@ from hf_intervene.training.checkpoints import (
     check_writable,
     checkpoints,
     flatten_optimizer,
+    keep_history,
     load_checkpoint,
     newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
+    sole_run,
+    write_whole,
 )
 from hf_intervene.training.distributed import Weights, new_accelerator
 from hf_intervene.training.feeding import Feed, resident
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED, draw_together
-from hf_intervene.training.validation import TERMS, loss_units, sample_grid, save_model, validation_loss
+from hf_intervene.training.validation import (
+    TERMS,
+    bad_images,
+    loss_units,
+    sample_grid,
+    save_model,
+    tracking,
+    validation_loss,
+)
 
 
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
@@ -157,16 +168,23 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         on_log: called with each logged row, for progress displays.
 
     Raises:
-        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, unwritable folder, a loss that is not finite.
+        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable folder or one that another run is
+            writing in, a loss that is not finite.
     """
-    a = arguments
-    out = Path(a.output_dir)
+    out = Path(arguments.output_dir)
     check_writable(out)
     accelerator = new_accelerator(
-        mixed_precision=a.precision,
-        log_with=None if a.tracker == "none" else a.tracker,
+        mixed_precision=arguments.precision,
+        log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
+    with sole_run(out, accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        return _train(arguments, out, accelerator, on_log)
+
+
+def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None) -> TrainResult:
+    a = arguments
     world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
         raise ValueError(
@@ -235,9 +253,11 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (out / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_whole(out / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False))
+        keep_history(out / "history.jsonl", step)
     if a.tracker != "none":
-        accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
+        with tracking(accelerator):
+            accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
     def wrapped(frozen: bool):
         """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
@@ -286,12 +306,14 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if on_log is not None:
                 on_log({"step": step, "total": total, **row})
         if a.tracker != "none":
-            accelerator.log(row, step=step)
+            with tracking(accelerator):
+                accelerator.log(row, step=step)
 
     frozen = step < frozen_steps
     runner = wrapped(frozen)
     sums, unlogged = torch.zeros(len(TERMS), device=accelerator.device), 0
     bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
+    recent = []  # steps since that was looked at: number, rows of the global batch, losses of this process's share
     bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
     with Stop() as stop:
         while step < total and waited < a.patience:
@@ -302,9 +324,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if frozen:
                 model.base.model.eval()
             batch = feed.batch(step)
-            beta = torch.full(
-                (), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device
-            )  # a number would be compiled in
+            # As a number it would be compiled in.
+            beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
@@ -337,6 +358,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 if moments is not None:
                     moments.update(mean, logvar, batch.ids)
                 feed.learn(terms.sum(1))
+            recent.append((step, batch.indices, elbo))
             unlogged += 1
             step += 1
             bar.update()
@@ -346,10 +368,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 first_bad = accelerator.gather(bad_step[None]).min().item()
                 if math.isfinite(first_bad):
                     newest = checkpoints(out / "checkpoints")
+                    rows, losses = next((i, e) for number, i, e in recent if number == int(first_bad))
                     raise FloatingPointError(
-                        f"the loss of step {int(first_bad)} is not finite: lower the learning rate or use mixed_precision=no; "
+                        f"the loss of step {int(first_bad)} is not finite {bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: lower the "
+                        "learning rate or use mixed_precision=no, unless the images are wrong; "
                         f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
                     )
+                recent.clear()
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
                 reconstruction, kl, residual_kl = loss_units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
@@ -369,15 +394,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 with _averaged(ema, parameters):
                     score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator)
                     weights.release()
-                    improved = score < best
+                    saved = improved = score < best
                     whole = weights.whole() if improved else None
                     if whole is not None and accelerator.is_main_process:
                         try:
                             with atomic_folder(out / "best") as folder:
                                 save_model(whole, folder, data)
                         except OSError as error:
+                            saved = False
                             accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
-                best, waited = (score, 0) if improved else (best, waited + 1)
+                waited = 0 if improved else waited + 1
+                if improved and _agreed(saved, accelerator):  # what could not be saved is not the best there is
+                    best = score
                 log({"validation": score})
             if step % sample_every == 0 or finished:
                 with _averaged(ema, parameters):
@@ -390,7 +418,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 path = save("last")
                 bar.close()
                 feed.close()
-                accelerator.end_training()
+                with tracking(accelerator):
+                    accelerator.end_training()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
                 return TrainResult(None, step, best, interrupted=True)
     bar.close()
@@ -402,7 +431,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with tracking(accelerator):
+        accelerator.end_training()
     return TrainResult(model_dir, step, best)
 
 
@@ -461,6 +491,11 @@ def _averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
         yield
     finally:
         ema.restore(parameters)
+
+
+def _agreed(value: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in all processes."""
+    return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
 
 
 def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:

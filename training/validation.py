@@ -3,13 +3,15 @@
 import copy
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from diffusers.utils import make_image_grid
+from diffusers.utils import make_image_grid, numpy_to_pil
 
 from hf_intervene.data import ContextImages
 from hf_intervene.metrics.reconstruction import bits_per_pixel
@@ -76,6 +78,19 @@ def save_model(model: InterventionModel, folder: Path, data: ContextImages) -> N
     model.save_pretrained(folder)
 
 
+def bad_images(data: ContextImages, rows: torch.Tensor, losses: torch.Tensor, out: Path, accelerator: Accelerator) -> str:
+    """Words for the images of a batch whose losses (batch,) are not finite; the first ones are drawn, to be looked at."""
+    bad = rows[~torch.isfinite(losses).cpu()]
+    shown, picture = bad[:8], out / "not_finite.png"
+    names = [f"{row} ({data.contexts[data.context_ids[row]]!r})" for row in shown.tolist()]
+    names += [f"{len(bad) - len(shown)} more"] * (len(bad) > len(shown))
+    if accelerator.is_main_process:
+        images = numpy_to_pil(data.images(shown).cpu().permute(0, 2, 3, 1).numpy() / 255)
+        with suppress(OSError):
+            make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(picture)
+    return f"for {len(bad)} of its {len(rows)} images (training images {', '.join(names)}; see {picture})"
+
+
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
     """A row of samples for each context, held-out pairs of simulated data included, always of the same noise."""
     model.eval()
@@ -98,4 +113,16 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            with tracking(accelerator):
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+
+
+@contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a tracker that cannot write is given up with a warning: a run is not lost for its logs."""
+    try:
+        yield
+    except OSError as error:
+        accelerator.trackers = []
+        why = error.strerror or error
+        accelerator.print(f"warning: the tracker cannot write ({why}) and is left out. Training goes on.", file=sys.stderr)
