@@ -456,8 +456,8 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
 
 
 def test_of_few_digits_there_are_few_held_out_images(monkeypatch):
-    monkeypatch.setattr(simulated.mnist, "TRAIN_CONTEXTS", ("obs",))
-    monkeypatch.setattr(simulated.mnist, "HELD_OUT", ("scale+thin",))
+    monkeypatch.setattr(simulated.Mnist, "contexts", ("obs",))
+    monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
     real, other = evaluate.held_out_images("mnist", mnist.CONCEPTS, 1280, 0, 28, 3, "dependent")
     assert {x.shape for x in (*real.values(), *other.values())} == {(200, 28, 28, 3)}
     other_seed = simulated.Mnist(28, 1).held_out_images(200, 1)[0]
@@ -465,7 +465,7 @@ def test_of_few_digits_there_are_few_held_out_images(monkeypatch):
 
 
 def test_held_out_images_are_drawn_once(monkeypatch):
-    monkeypatch.setattr(simulated.mnist, "HELD_OUT", ("scale+thin",))
+    monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
     drawn = simulated.Mnist(28, 1).held_out_images(3, 5)
     digits = load_digits(split="test")
     expected = mnist.images_by_context((*mnist.TRAIN_CONTEXTS, "scale+thin"), 6, digits, simulated.HELD_OUT_SEED + 5)
