@@ -162,7 +162,7 @@ class ContextImages:
             except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
                 raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
         column = dataset.cast_column("image", ImageFeature(decode=False))["image"]
-        pixels = _decode(column, names, resolution, channels)
+        pixels = _decode(column, names, resolution, channels, ", ".join(file["filename"] for file in dataset.cache_files))
         ids = torch.tensor([contexts.index(name) for name in names])
         images = cls(pixels, ids, contexts, concepts)
         return images._checked() if complete else images
@@ -206,13 +206,14 @@ def _order(name: str, concepts: Sequence[str]) -> tuple:
     return len(positions), positions
 
 
-def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int) -> torch.Tensor:
+def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int, files: str) -> torch.Tensor:
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
     pixels = None
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
-        where = f"image {row}{' (' + item['path'] + ')' if item and item.get('path') else ''} of context {context!r}"
+        file = (item or {}).get("path") or files
+        where = f"image {row}{f' ({file})' if file else ''} of context {context!r}"
         try:
             image = ImageFeature().decode_example(item)
             deep = image.mode.startswith(("I", "F"))
