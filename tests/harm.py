@@ -4,6 +4,7 @@ This file is imported in the processes too: nothing of pytest or `conftest.py` h
 """
 
 import ctypes
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hf_intervene.data import quad
 from hf_intervene.training import checkpoints, train
 
 
@@ -24,17 +26,17 @@ SERVER.set_forkserver_preload(["hf_intervene.training.train"])
 
 
 def start(target, *arguments):
-    process = SERVER.Process(target=target, args=arguments, daemon=True)
+    process = SERVER.Process(target=target, args=arguments)
     process.start()
     return process
 
 
-def run(target, *arguments, timeout=120):
-    """Exit status of a function in a process of its own."""
+def run(target, *arguments, timeout=600):
+    """Exit status of a function in a process of its own; where it hangs is shown."""
     process = start(target, *arguments)
     process.join(timeout)
     if process.is_alive():
-        process.kill()
+        os.kill(process.pid, signal.SIGABRT)
         raise AssertionError(f"{target.__name__} hangs")
     return process.exitcode
 
@@ -45,9 +47,36 @@ def die():
 
 def trainer(argv, errors=None):
     """The trainer's script; its standard error goes to a file."""
+    faulthandler.enable()
     sys.stdout = io.StringIO()
     sys.stderr = open(errors, "a", buffering=1) if errors else io.StringIO()
     sys.exit(train.main(argv))
+
+
+def trainer_rank(argv, errors, rank, world, port):
+    """One process of several, as a launcher starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    trainer(argv, errors)
+
+
+def draw_and_die(cache, errors):
+    """Images are drawn into a cache by two processes, one of which dies."""
+    parent, rows = os.getpid(), quad._rows
+
+    def dying(shards, **arguments):
+        for number, row in enumerate(rows(shards, **arguments)):
+            if number == 3 and os.getpid() != parent and shards[0][0] == "obs":
+                die()
+            yield row
+
+    quad._rows = dying
+    try:
+        quad.load_quad(images_per_context=20, resolution=8, cache_dir=cache, num_proc=2)
+    except OSError as error:
+        Path(errors).write_text(str(error))
+        os._exit(1)
+    os._exit(0)
 
 
 def trainer_on_full_disk(argv, errors, free):

@@ -512,6 +512,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
+        return 1
     if result.interrupted:
         return 130
     print(

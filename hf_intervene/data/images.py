@@ -197,7 +197,8 @@ class ContextImages:
             except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
                 raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
-        decoded = _decode(dataset["image"], names, resolution, channels)
+        files = ", ".join(file["filename"] for file in dataset.cache_files)
+        decoded = _decode(dataset["image"], names, resolution, channels, files)
         pixels = (
             _in_memory(decoded, len(names)) if cache_dir is None else _on_disk(decoded, dataset, resolution, channels, cache_dir)
         )
@@ -249,14 +250,17 @@ def _order(name: str, concepts: Sequence[str]) -> tuple:
     return len(positions), positions
 
 
-def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int) -> Iterator[np.ndarray]:
-    """The images one by one, uint8, (C, H, W), all of one shape."""
+def _decode(
+    column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int, files: str
+) -> Iterator[np.ndarray]:
+    """The images one by one, uint8, (C, H, W), all of one shape; `files` are those that they are in where they have no path."""
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
     first = None
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
-        where = f"image {row}{' (' + item['path'] + ')' if item and item.get('path') else ''} of context {context!r}"
+        file = (item or {}).get("path") or files
+        where = f"image {row}{f' ({file})' if file else ''} of context {context!r}"
         try:
             image = ImageFeature().decode_example(item)
             deep = image.mode.startswith(("I", "F"))
