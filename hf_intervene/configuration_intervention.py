@@ -25,6 +25,8 @@ class InterventionConfig(PreTrainedConfig):
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
         propagation_steps: 1: the reduced form of the paper; k > 1: the structural form, one W for all contexts, effects followed along
             directed paths of up to k edges (see `InterventionLayer`).
+        intervention_rank: rank of the weights among concepts, for many of them: the intervention layer's cost is then linear in D (see
+            `LowRankInterventionLayer`); `None`: full matrices.
         posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
             (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
         initial_posterior_std: about the standard deviation of q(z | x, s) before training: the posterior starts out sure of what it says, and
@@ -51,6 +53,7 @@ class InterventionConfig(PreTrainedConfig):
     norm: str = "layer"
     intervention: str = "perfect"
     propagation_steps: int = 3
+    intervention_rank: int | None = None
     posterior: str = "centered"
     initial_posterior_std: float = 0.25
     feature_width: int = 128
@@ -75,6 +78,8 @@ class InterventionConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if self.intervention_rank is not None and self.intervention_rank < 1:
+            raise ValueError(f"intervention_rank must be at least 1, or None for full matrices, not {self.intervention_rank}.")
         if not 0 < self.initial_posterior_std <= 1:
             raise ValueError(f"initial_posterior_std must lie in (0, 1], not {self.initial_posterior_std}.")
         if not self.embedding_shape or min(self.embedding_shape) < 1:
