@@ -15,10 +15,18 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_intervene" / "__init__.
 
 EXTRAS = {
     "eval": ["POT>=0.9.4", "scikit-learn>=1.4"],
-    "app": ["gradio>=5"],
+    "app": ["gradio>=6.31,<7"],
     "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "POT>=0.9.4", "scikit-learn>=1.4"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "POT>=0.9.4",
+        "scikit-learn>=1.4",
+        "gradio>=6.31,<7",
+        "playwright>=1.50",  # drives a Chromium that is there; without one those tests are skipped
+    ],
 }
 
 setup(
@@ -56,6 +64,7 @@ setup(
         "matplotlib>=3.8",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "shtab>=1.7",
         "tensorboard>=2.16",
     ],
     extras_require=EXTRAS,

@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -178,6 +180,23 @@ class InterventionPipeline(DiffusionPipeline):
             images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale, reference_context
         )
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """An image from a file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not an image, is damaged or is unreasonably large.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
+    return image
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:

@@ -22,7 +22,7 @@ PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
 MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
-CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.SETTINGS_FILE]
+CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 
 
 def push_to_hub(

@@ -16,3 +16,8 @@ def bundled(name: str) -> str:
 
 def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json"))
+
+
+def located(name: str) -> str:
+    """The folder of a pipeline that comes with the package if `name` is one and there is nothing else of that name, else `name`."""
+    return bundled(name) if name in bundled_names() and not Path(name).exists() else name

@@ -1,0 +1,391 @@
+"""The page of `hf-intervene app`: sample under interventions, edit images, compose pairs, read the card. Thin: `Page` holds what the
+buttons do, by the pipeline and the pictures of `plots.py`; `build` lays it out with Gradio.
+
+Nothing is fetched at run time, neither fonts nor scripts, and nothing is reported to anybody.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from io import BytesIO
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from . import cards, hub
+from .contexts import OBS, context_name
+from .pipeline import InterventionPipeline, open_image
+from .plots import difference, pairs_grid, to_uint8
+from .pretrained import located
+
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('the page needs Gradio, which is not installed: pip install "hf-intervene[app]".') from error
+
+
+FILES = (*hub.SAVED_FILES, cards.CARD_FILE, "*.png")  # of a repository on the Hub, what the page shows
+MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
+MAX_COMPOSED = 8  # concepts in the grid of pairs
+STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
+
+# The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
+CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
+CSS = """
+.gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace; max-width: 1280px !important; }
+.pixels img { image-rendering: pixelated; }
+.pixels .image-frame { width: 100%; height: 100%; padding-top: 2rem; }
+.pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.pixels .grid-wrap { min-height: 0; max-height: none; }
+.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 2rem; }
+.pixels .grid-container { grid-template-rows: none !important; grid-auto-rows: auto !important; }
+.pixels .thumbnail-item { height: auto; aspect-ratio: 1; }
+.picture .image-frame { padding-top: 2rem; }
+.concept { align-items: center; gap: 8px; flex-wrap: nowrap; }
+.concept .block { border-width: 0 !important; padding: 2px; background: none; }
+.concept .block:has(> .checkbox-container) { flex: 1 1 36%; overflow-wrap: anywhere; }
+.concept .wrap:has(> .head) { flex-direction: row-reverse; align-items: center; gap: 8px; }
+.concept .head { width: auto; margin: 0; align-items: center !important; }
+.concept .head label { display: none; }
+.concept input[type="range"] { width: 100%; min-width: 0; }
+.concept .head input { width: 4.5em; }
+.concept .slider_input_container { flex: 1; min-width: 0; }
+.concept .min_value, .concept .max_value { display: none; }
+.prose table { display: block; width: max-content; max-width: 100%; overflow-x: auto; border: none; }
+.prose :is(td, th) { word-break: normal; }
+.prose pre { overflow-x: auto; }
+@media (max-width: 640px) {
+  .main.app { padding: 12px !important; }
+  .compare .grid-container { --grid-cols: 2 !important; }
+  .prose :is(td, th) { white-space: nowrap; padding: 4px 6px; }
+}
+"""
+
+
+class Page:
+    """What the buttons of the page do, for one pipeline.
+
+    Args:
+        name: folder or Hub name of a saved pipeline, or of one that comes with the package.
+        revision: of a repository on the Hub: branch, tag or commit.
+    """
+
+    def __init__(self, name: str, revision: str | None = None):
+        self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
+        self.model = InterventionPipeline.from_pretrained(self.folder).model
+        self.concepts, self.denoises = self.model.concepts, self.model.base.denoises
+        self._observational = lru_cache(maxsize=4)(self._draw_observational)  # of a denoiser it takes as long as the rest
+
+    @property
+    def title(self) -> str:
+        return Path(self.name).resolve().name
+
+    def sample(
+        self, strengths: dict[str, float], num_images: int, seed: int, steps: int = STEPS, guidance: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Observational samples and, of the same noise, samples under interventions, each uint8 (n, H, W, C)."""
+        before = self._observational(num_images, seed, steps)
+        if context_name(strengths, self.concepts) == OBS:
+            return before, before
+        return before, self._draw(strengths, num_images, seed, num_inference_steps=steps, guidance_scale=guidance)
+
+    def edit(
+        self, image: Image.Image, came_from: list[str], strengths: dict[str, float], steps: int = STEPS, guidance: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """An image as the model takes it (cropped and resized), as it returns it unchanged, and edited, each uint8 (H, W, C)."""
+        channels, height, width = self.model.base.image_shape
+        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), (width, height))
+        x = self.model.preprocess(image)
+        options = {"num_inference_steps": steps} if self.denoises else {}
+        noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
+        unchanged = self.model.predict(*noise, came_from, "np", **options)
+        edited = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
+        return tuple(to_uint8(images[0]) for images in (x.movedim(1, -1).cpu().numpy(), unchanged, edited))
+
+    def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
+        """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
+        if not 1 < len(concepts) <= MAX_COMPOSED:
+            raise ValueError(f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}.")
+        contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
+        images = [self._draw(context, 1, seed, num_inference_steps=steps)[0] for context in contexts]
+        names = [context_name(context, self.concepts) for context in contexts]
+        figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
+        return _drawn(figure)
+
+    def examples(self) -> np.ndarray:
+        """Eight observational samples to edit, uint8 (8, H, W, C)."""
+        return self._observational(8, 1, STEPS)
+
+    def card(self) -> str:
+        """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""
+        return cards.card_text(self.folder) or (
+            f"This pipeline has no card; `hf-intervene card {self.name}` writes one. Its concepts are {', '.join(self.concepts)}."
+        )
+
+    def pictures(self) -> list[tuple[str, str]]:
+        """The pictures of the card, with captions."""
+        captions = {
+            cards.FLOORS_FILE: "Distances to real images, and their floors",
+            cards.SAMPLES_FILE: "Samples of every context",
+        }
+        return [(str(self.folder / name), text) for name, text in captions.items() if (self.folder / name).exists()]
+
+    def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
+        return self._draw(OBS, num_images, seed, num_inference_steps=steps)
+
+    def _draw(self, context, num_images: int, seed: int, **options) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
+        return to_uint8(self.model.sample(context, num_images, generator, output_type="np", **options))
+
+
+def _drawn(figure) -> Image.Image:
+    """A Matplotlib figure as an image."""
+    with BytesIO() as file:
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+        return Image.open(file).convert("RGB")
+
+
+def build(page: Page) -> gr.Blocks:
+    """The page as Gradio blocks."""
+    with gr.Blocks(title=f"{page.title}: interventions", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown(f"# {page.title}\nSwitch concepts on, alone or together, and see what changes and what stays as it was.")
+        with gr.Tab("Sample"):
+            _sample_tab(page, blocks)
+        with gr.Tab("Edit") as tab:
+            _edit_tab(page, tab)
+        with gr.Tab("Compose") as tab:
+            _compose_tab(page, tab)
+        with gr.Tab("About"):
+            for path, caption in page.pictures():
+                gr.Image(path, label=caption, alt_text=caption, interactive=False, elem_classes="picture", buttons=["fullscreen"])
+            gr.Markdown(page.card())
+    return blocks
+
+
+def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            controls = _concept_controls(page)
+            num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", buttons=[])
+            seed = _seed()
+            denoising = _denoising_controls(page)
+            with gr.Row():
+                other = gr.Button("Other images", size="md", min_width=120)
+                button = gr.Button("Generate", variant="primary", size="md", min_width=120)
+        with gr.Column(scale=3, min_width=280):
+            with gr.Row():
+                before, after, change = (
+                    gr.Gallery(label=label, columns=4, format="png", elem_classes="pixels", min_width=220, buttons=["fullscreen"])
+                    for label in ("Observational", "Intervened on", "Changed")
+                )
+            gr.Markdown(
+                "All three have the same noise, image by image. *Changed*: white where the first two are the same, black from half of "
+                "the range on."
+            )
+
+    def sample(*values):
+        strengths, (n, chosen_seed, *options) = _strengths(page, values)
+        observational, intervened = page.sample(strengths, int(n), _checked(chosen_seed), *options)
+        name = context_name(strengths, page.concepts)
+        label = "Nothing is intervened on" if name == OBS else name
+        changed = difference(observational, intervened)[..., 0]
+        return list(observational), gr.Gallery(list(intervened), label=label), list(changed)
+
+    inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
+    triggers = [blocks.load, button.click]
+    triggers += [] if page.denoises else [part.change for part in (*controls, num_images, seed)]
+    _on(triggers, sample, inputs, outputs, "sample")
+    other.click(lambda: random.randint(0, MAX_SEED), None, seed, api_visibility="private")
+
+
+def _edit_tab(page: Page, tab: gr.Tab) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            image = gr.Image(
+                label="An image",
+                type="filepath",
+                sources=["upload", "clipboard"],
+                format="png",
+                height=220,
+                elem_classes="pixels",
+            )
+            examples = gr.Gallery(
+                label="or one of these", columns=4, format="png", allow_preview=False, elem_classes="pixels", buttons=[]
+            )
+            came_from = gr.Dropdown(
+                list(page.concepts),
+                multiselect=True,
+                label="What had been intervened on in it",
+                info="Empty: nothing, or unknown",
+            )
+            controls = _concept_controls(page)
+            denoising = _denoising_controls(page)
+            button = gr.Button("Edit", variant="primary", size="md")
+        with gr.Column(scale=3, min_width=280):
+            result = gr.Gallery(
+                label="Compare",
+                columns=4,
+                format="png",
+                elem_classes="pixels compare",
+                object_fit="contain",
+                buttons=["fullscreen"],
+            )
+            gr.Markdown(
+                "The noise behind the image is kept, the interventions are replaced. *Unchanged* is what the model returns when nothing is "
+                "edited: what is lost there is not the edit's doing. *Change* compares it with the edited image (white: nothing)."
+            )
+
+    def edit(path, context, *values):
+        if path is None:
+            raise ValueError("give an image first: upload one, or pick one of those below.")
+        strengths, options = _strengths(page, values)
+        given, unchanged, edited = page.edit(open_image(path), context, strengths, *options)
+        name = context_name(strengths, page.concepts)
+        changed = difference(unchanged[None], edited[None])[0, ..., 0]
+        pictures = [(given, "given"), (unchanged, "unchanged"), (edited, "edited"), (changed, "change")]
+        return gr.Gallery(pictures, label=f"Edited: {name}")
+
+    def pick(event: gr.SelectData):
+        return page.examples()[event.index]
+
+    inputs = [image, came_from, *controls, *denoising]
+    _on([button.click], edit, inputs, result, "edit")
+    if not page.denoises:
+        live = lambda path, *values: edit(path, *values) if path else []  # noqa: E731
+        _on([part.change for part in (image, came_from, *controls)], live, inputs, result)
+    _on([tab.select], lambda: list(page.examples()), None, examples)
+    _on([examples.select], pick, None, image)
+
+
+def _compose_tab(page: Page, tab: gr.Tab) -> None:
+    chosen = gr.CheckboxGroup(list(page.concepts), value=list(page.concepts[:6]), label=f"Concepts (two to {MAX_COMPOSED})")
+    with gr.Row():
+        seed = _seed()
+        denoising = _denoising_controls(page)[:1]
+        button = gr.Button("Compose", variant="primary", size="md", min_width=120)
+    picture = gr.Image(
+        label="Every pair",
+        interactive=False,
+        format="png",
+        buttons=["fullscreen", "download"],
+        elem_classes="picture",
+        alt_text="A grid of all pairs of concepts",
+    )
+    gr.Markdown(
+        "One draw of noise. Below the diagonal: under the interventions of row and column together. Above it: how that differs from the "
+        "observational image in the corner."
+    )
+
+    def compose(names, chosen_seed, *steps):
+        return page.compose(names, _checked(chosen_seed), *steps)
+
+    _on([button.click] if page.denoises else [tab.select, button.click], compose, [chosen, seed, *denoising], picture, "compose")
+
+
+def _concept_controls(page: Page) -> list:
+    """A switch for each concept, then a strength for each; moving a strength turns its switch on."""
+    switches, strengths = [], []
+    for name in page.concepts:
+        with gr.Row(elem_classes="concept"):
+            on = name == page.concepts[0]  # so that the first picture shows what the page is about
+            switches.append(gr.Checkbox(on, label=name, container=False, min_width=120, scale=1))
+            strengths.append(
+                gr.Slider(
+                    0,
+                    1,
+                    1,
+                    step=0.05,
+                    label=f"strength of {name}",
+                    show_label=False,
+                    container=False,
+                    min_width=140,
+                    scale=2,
+                    buttons=[],
+                )
+            )
+        strengths[-1].input(None, None, switches[-1], js="() => true", api_visibility="private")
+    return switches + strengths
+
+
+def _strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple]:
+    """What the concepts' controls say, and the values after them."""
+    d = len(page.concepts)
+    chosen = {name: strength for name, on, strength in zip(page.concepts, values[:d], values[d : 2 * d]) if on}
+    return chosen, values[2 * d :]
+
+
+def _seed() -> gr.Number:
+    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+
+
+def _checked(seed: int | None) -> int:
+    if seed is None:
+        raise ValueError("give a seed: a whole number, 0 or larger.")
+    return int(seed)
+
+
+def _denoising_controls(page: Page) -> list:
+    if not page.denoises:
+        return []
+    steps = gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])
+    return [steps, gr.Slider(1, 10, 1, step=0.1, label="Guidance away from no interventions", buttons=[])]
+
+
+def _on(triggers: list, function: Callable, inputs, outputs, name: str | None = None) -> None:
+    """Call a function when something happens: of what piled up meanwhile the last only, one call of the model at a time. What it raises is
+    shown as a sentence."""
+
+    @wraps(function)
+    def spoken(*values):
+        try:
+            return function(*values)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    public = {"api_name": name} if name else {"api_visibility": "private"}
+    gr.on(
+        triggers, spoken, inputs, outputs, trigger_mode="always_last", concurrency_id="model", show_progress="minimal", **public
+    )
+
+
+def launch(name: str, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
+    """Serve the page of a pipeline until Ctrl-C.
+
+    Args:
+        name, revision: see `Page`.
+        host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
+        port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
+
+    Raises:
+        OSError, ValueError: one sentence: no such pipeline, the port is taken.
+    """
+    page = Page(name, revision)
+    blocks = build(page)
+    _, url, _ = serve(blocks, host, port)
+    print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
+    blocks.block_thread()
+
+
+def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:
+    """Start the server in a thread; returns what `Blocks.launch` does."""
+    return blocks.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        max_file_size="32mb",
+        theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
+        css=CSS,
+        head=CSP,
+    )
