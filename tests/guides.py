@@ -64,8 +64,8 @@ def blocks(page: Path) -> list[Block]:
             block = Block(match["kind"], match["text"], line, comments)
             if "replace" in comments:
                 before, after = comments["replace"].split(" by ")
-                assert before in block.text, f"{page.name}:{line}: nothing to replace"
-                block.text = block.text.replace(before, after)
+                assert re.search(rf"\b{before}\b", block.text), f"{page.name}:{line}: nothing to replace"
+                block.text = re.sub(rf"\b{before}\b", after, block.text)
             found, comments = [*found, block], {}
             continue
         step, rest = re.match(r"(\S+)\s*(.*)", match["comment"], re.DOTALL).groups()
