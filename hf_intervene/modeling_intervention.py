@@ -133,7 +133,7 @@ class ExogenousLayer(nn.Module):
     Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets. They start out equal, so that
     an intervention does nothing at first but cut edges, and learns to do what the data ask for. Drawn apart, the decoder learns from the
     first step on to read a concept that is intervened on, and all that others hear of it, in another place: likelihood and unseen
-    compositions suffer (README).
+    compositions suffer (README). Where few of many concepts are intervened on, the second slice is computed there only.
     Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
     """
 
@@ -146,10 +146,12 @@ class ExogenousLayer(nn.Module):
         if few is None:
             obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
             return nn.functional.gelu(torch.lerp(obs, intervened, s.to(obs.dtype)))
-        weights, biases = (parameter.chunk(2, dim=-1) for parameter in self.slices.parameters())  # of (A_obs, A_int), (b_obs, b_int)
-        u = torch.baddbmm(biases[0].mT, weights[0].mT, z.mT).mT  # (D, B, n), observational
-        weight, bias = ((after - before).index_select(0, few[0]) for before, after in (weights, biases))
-        change = z.mT[few[0], :, few[1]][:, None] @ weight + bias  # (few, 1, n)
+        # A_obs z + b_obs, and s (A_int - A_obs) z + s (b_int - b_obs) where s is not 0.
+        (A_obs, A_int), (b_obs, b_int) = (parameter.chunk(2, dim=-1) for parameter in self.slices.parameters())
+        u = torch.baddbmm(b_obs.mT, A_obs.mT, z.mT).mT  # (D, B, n)
+        block, sample = few
+        A, b = ((after - before).index_select(0, block) for before, after in ((A_obs, A_int), (b_obs, b_int)))
+        change = z.mT[block, :, sample][:, None] @ A + b  # (few, 1, n)
         return nn.functional.gelu(u.index_put(few, s[few].to(u.dtype) * change[:, 0].to(u.dtype), accumulate=True))
 
 
@@ -265,24 +267,24 @@ class LowRankInterventionLayer(InterventionLayer):
         super().__init__(blocks, width, perfect, steps)
 
     def add_weights(self, blocks: int, width: int) -> None:
-        self.into = nn.Parameter(torch.empty(blocks, width, self.rank))  # U
-        self.out_of = nn.Parameter(torch.empty(self.slices, blocks, width, self.rank))  # V_obs and V_int, or V
+        self.effects = nn.Parameter(torch.empty(blocks, width, self.rank))  # U
+        self.causes = nn.Parameter(torch.empty(self.slices, blocks, width, self.rank))  # V_obs and V_int, or V
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
-        for factor in (self.into, self.out_of):  # the entries of U V^T have the standard deviation std
+        for factor in (self.effects, self.causes):  # the entries of U V^T have the standard deviation std
             nn.init.normal_(factor, std=(std / math.sqrt(self.rank)) ** 0.5)
         with torch.no_grad():
-            self.out_of.copy_(self.out_of[:1].expand_as(self.out_of))  # W_int starts as W_obs
+            self.causes.copy_(self.causes[:1].expand_as(self.causes))  # W_int starts as W_obs
 
     def off_diagonal(self) -> torch.Tensor:
         """W with its blocks i = j set to zero, (D, w, 2 or 1, D, w): to look at, quadratic in D."""
         mask = 1 - torch.eye(len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
-        return torch.einsum("iar,kjbr,ij->iakjb", self.into, self.out_of, mask)
+        return torch.einsum("iar,kjbr,ij->iakjb", self.effects, self.causes, mask)
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
-        """`InterventionHead.penalty`, by |U_i V_j^T|^2 = <U_i^T U_i, V_j^T V_j>; the L2 term is linear in D, the group lasso has D^2 norms."""
-        u, v = (factor.float().transpose(-1, -2) @ factor.float() for factor in (self.into, self.out_of))  # (D, r, r), (2 or 1, D, r, r)
+        """`InterventionHead.penalty`, by |U_i V_j^T|^2 = <U_i^T U_i, V_j^T V_j>: the L2 term is linear in D, the group lasso has D^2 norms."""
+        u, v = (x.float().mT @ x.float() for x in (self.effects, self.causes))  # (D, r, r), (2 or 1, D, r, r)
         total = l2 * ((u.sum(0) * v.sum(1)).sum() - (u * v).sum())
         if group_lasso:
             squares = torch.einsum("irq,kjrq->ikj", u, v).clamp(min=0)  # (D, 2 or 1, D), rounded
@@ -291,11 +293,11 @@ class LowRankInterventionLayer(InterventionLayer):
         return total
 
     def hearing(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        into, out_of = self.into.flatten(0, 1), self.out_of.flatten(0, 2)  # (D w, r), (2 D w, r) or (D w, r)
-        itself = -self.into @ self.out_of.permute(1, 3, 0, 2).flatten(2)  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
+        effects, causes = self.effects.flatten(0, 1), self.causes.flatten(0, 2)  # (D w, r), (2 D w, r) or (D w, r)
+        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(2)  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
 
         def hear(sent: torch.Tensor) -> torch.Tensor:
-            heard = (into @ (out_of.T @ sent.flatten(0, 2))).unflatten(0, self.bias.shape)
+            heard = (effects @ (causes.T @ sent.flatten(0, 2))).unflatten(0, self.bias.shape)
             return torch.baddbmm(heard, itself, sent.transpose(0, 1).flatten(1, 2))
 
         return hear
@@ -399,7 +401,7 @@ class InterventionHead(PreTrainedModel):
             raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
-        s = targets.to(self.dtype).T.contiguous().T[..., None]  # (B, D, 1)
+        s = targets.to(self.dtype).T.contiguous().T[..., None]  # (B, D, 1), the batch innermost in memory
         if values is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
@@ -431,8 +433,8 @@ class InterventionHead(PreTrainedModel):
         mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
         if self.config.posterior == "centered":
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
-            weights, offset = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float(), self.posterior_offset.float()  # (B, 1 + d)
-            few = _few(weights)
+            weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
+            few, offset = _few(weights), self.posterior_offset.float()
             if few is None:
                 mean = mean - torch.einsum("bk,kdn->bdn", weights, offset)
             else:

@@ -68,6 +68,7 @@ class TrainArguments:
     norm: str = field(default="layer")
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
+    intervention_rank: int | None = field(default=None, metadata={"help": "Of the weights among many concepts; default: full."})
     posterior: str = field(default="centered")
     initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
@@ -129,7 +130,7 @@ class TrainArguments:
         for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("max_steps", "eval_every", "sample_every", "checkpoint_every"):
+        for name in ("max_steps", "eval_every", "sample_every", "checkpoint_every", "intervention_rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
@@ -155,7 +156,7 @@ class TrainArguments:
     @property
     def head_options(self) -> dict:
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
-        names += ("initial_posterior_std",)
+        names += ("intervention_rank", "initial_posterior_std")
         return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
 
