@@ -3,11 +3,13 @@
     python training/benchmark.py --output benchmarks/one-thread.json          # the quick ones; or names, or `all`
     python training/benchmark.py --compare benchmarks/before.json benchmarks/after.json
 
-`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`.
+`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`. All of it
+runs on the CPU.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ BENCHMARKS = {
     ),
     "data": Benchmark("benchmark_data:data", "batches onto the device, over the training step of the light VAE, 64x64, batch 64"),
     "processes": Benchmark("benchmark_data:processes", "train.py in two processes of one core each over one; light VAE, 64x64"),
+    # Here belong concepts, contexts and evaluation, of benchmark_head.py.
     "load": Benchmark(
         "benchmark_bases:load", "a saved head on its frozen Stable Diffusion autoencoder, beyond the autoencoder alone"
     ),
@@ -123,7 +126,7 @@ def markdown(report: dict) -> str:
     """The report as a table, with what it was measured on."""
     m = report["machine"]
     device = f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']} cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
-    lines = [f"{device}{', ' + m['gpu'] if 'gpu' in m else ''}, torch {m['torch']}:", ""]
+    lines = [f"{device}, torch {m['torch']}:", ""]
     lines += ["| benchmark | | median | quartiles |", "| --- | --- | --- | --- |"]
     for f in figures(report["results"]):
         quartiles = "" if f.kind == MEMORY else f"{_number(f.quartiles[0])} to {_number(f.quartiles[1])}"
@@ -217,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("rounds and threads must be at least 1.")
         if arguments.output:
             check_writable(Path(arguments.output).resolve().parent)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         Clock.cpu_time = arguments.cpu_time
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from hf_intervene import LightVAE
 from hf_intervene.data import ContextImages, ContextSchedule, quad
@@ -34,7 +34,7 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
     """What the trainer does before a step: the schedule, the noise, the images on the device in [0, 1]."""
     a = TrainArguments(batch_size=batch_size)
     model = head_on(LightVAE(sample_size=data.image_shape[-1]))
-    feed = Feed(model, data, None, ContextSchedule(data.context_ids, a.schedule, batch_size), a, Accelerator(cpu=True))
+    feed = Feed(model, data, None, ContextSchedule(data.context_ids, a.schedule, batch_size), a, PartialState(cpu=True))
     steps = count()
 
     def batches() -> None:

@@ -176,6 +176,4 @@ def machine() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"processor": processor, "cores": cores, "threads": torch.get_num_threads(), "bf16": fast_bf16()}
     found["clock"] = "processor" if Clock.cpu_time else "wall"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
     return found | {"instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from hf_intervene.data import ContextImages, ContextSchedule, shard
 from hf_intervene.model import InterventionModel
@@ -69,7 +69,7 @@ class Feed:
         prepared: PreparedImages | None,
         schedule: ContextSchedule,
         arguments: TrainArguments,
-        accelerator: Accelerator,
+        accelerator: Accelerator | PartialState,
     ):
         self.model, self.data, self.prepared, self.schedule = model, data, prepared, schedule
         self.seed, self.batch_size = arguments.seed, arguments.batch_size

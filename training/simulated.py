@@ -1,7 +1,8 @@
 """The data sets that `--dataset` knows by name: what training, pretraining and evaluation draw of each, never the same images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -170,3 +171,32 @@ def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelera
     stored = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width)))
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True).checked()
+
+
+class OnDemand(Mapping):
+    """What a function gives for some names, each when it is first asked for."""
+
+    def __init__(self, names: Sequence[str], function: Callable[[str], np.ndarray]):
+        self._names, self._function = tuple(names), function
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._function(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def held_out_on_demand(simulated: Simulated, images: int, seed: int) -> tuple[OnDemand, OnDemand]:
+    """`held_out_images`, of which a process draws only the contexts that it reads."""
+
+    @cache
+    def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(half[name] for half in simulated.held_out_images(images, seed, (name,)))
+
+    names = simulated.contexts + simulated.held_out
+    return tuple(OnDemand(names, lambda name, k=k: draw(name)[k]) for k in (0, 1))

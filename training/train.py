@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,8 +92,11 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
         else:
             train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in simulated.training(*sizes))
     else:
-        # The first process of a machine fills the cache, if there is to be one, and the others find it.
-        with accelerator.local_main_process_first() if several and a.image_cache else nullcontext():
+        with ExitStack() as turns:
+            # One process fills the cache, or one on each machine where they share no disk; the others find it.
+            if several and a.image_cache:
+                turns.enter_context(accelerator.main_process_first())
+                turns.enter_context(accelerator.local_main_process_first())
             data = load_contexts(a.dataset)
             data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
         train, validation = data.split(a.validation_fraction, a.data_seed)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -295,7 +296,7 @@ def _on_disk(
 ) -> torch.Tensor:
     """The images as a file in `cache_dir`, written whole or not at all if it is not there, by memory map."""
     path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.writing")
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
