@@ -71,6 +71,14 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
 
 
+def numbers(value):
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers(part)
+    elif not isinstance(value, str):
+        yield value
+
+
 def test_two_processes_share_out_the_contexts(saved, tmp_path):
     options = ["--images", "70", "--projections", "10", "--protocol", "both"]
     assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
@@ -87,11 +95,8 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
     assert done.stdout.count("mean composition") == 2  # one table for each protocol, of one process
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert list(one["contexts"]) == list(two["contexts"])
-    for name in one["contexts"]:
-        for key, value in one["contexts"][name].items():
-            assert two["contexts"][name][key] == pytest.approx(value, rel=1e-5), (name, key)
-    for kind in ("concept", "composition"):
-        assert one["means"][kind]["independent"] == pytest.approx(two["means"][kind]["independent"], rel=1e-5)
+    assert list(numbers(one["contexts"])) == pytest.approx(list(numbers(two["contexts"])), rel=1e-5)
+    assert list(numbers(one["means"])) == pytest.approx(list(numbers(two["means"])), rel=1e-5)
 
 
 def test_what_is_drawn_on_demand_is_what_is_drawn_at_once():

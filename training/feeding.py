@@ -77,9 +77,9 @@ class Feed:
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.targets = data.targets(model.config.free_blocks).to(self.device)  # (contexts, D)
         self.pins = self.device.type == "cuda"
-        # What is drawn ahead cannot depend on losses to come; and with the images in the memory of the device at work there is nothing to wait for.
-        waits = prepared is not None or data.mapped or data.stored.device != self.device
-        self.pool = ThreadPoolExecutor(1) if waits and schedule.kind != "adaptive" else None
+        self.at_hand = prepared is None and not data.mapped and data.stored.device.type == self.device.type
+        # With the images in the memory of the device there is nothing to fetch ahead; and with losses still to come, nothing that could be.
+        self.pool = None if self.at_hand or schedule.kind == "adaptive" else ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future] | None = None
         self._state: dict | None = None  # of the schedule, before it drew ahead
         self._losses: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
@@ -117,7 +117,7 @@ class Feed:
         }
         if self.prepared is not None:
             host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
-        elif self.data.stored.device == self.device and not self.data.mapped:
+        elif self.at_hand:
             host["rows"] = rows
         else:
             host["images"] = self.data.images(rows)
