@@ -1,15 +1,32 @@
 """Configuration of the intervention head (METHOD section 2; arXiv:2507.04754)."""
 
+import re
+
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .contexts import validate_concepts
+from .hub import MAX_SIZE
 
 
 INTERVENTIONS = ("perfect", "soft")
 NORMS = ("layer", "batch", "none")
 POSTERIORS = ("centered", "conditional", "unconditional")
 ABLATIONS = (None, "base", "base-pooled", "head-pooled")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MAX_DEPTH = 1000  # paths and layers: more than any head has, and few enough to be followed
+_KEPT = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_commit_hash")
+# What a reference must hold, and how: it may come from somebody else, and names files, revisions and classes.
+_REFERENCE = {
+    "class_name": r"[A-Za-z_]\w*",
+    "name_or_path": r"[^\x00-\x1f]+",
+    "subfolder": r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*",
+    "revision": r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*",
+    "variant": r"\w[\w.-]*",
+    "dtype": "|".join(DTYPES),
+    "sha256": r"[0-9a-f]{64}",
+}
 
 
 @strict
@@ -67,23 +84,30 @@ class InterventionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.concepts = list(validate_concepts(self.concepts))
         self.embedding_shape = list(self.embedding_shape)
-        for name, least in (
-            ("free_blocks", 0),
-            ("noise_width", 1),
-            ("concept_width", 1),
-            ("depth", 1),
-            ("propagation_steps", 1),
-            ("feature_width", 1),
-            ("lora_rank", 0),
+        for name, least, most in (
+            ("free_blocks", 0, MAX_SIZE),
+            ("noise_width", 1, MAX_SIZE),
+            ("concept_width", 1, MAX_SIZE),
+            ("depth", 1, MAX_DEPTH),
+            ("propagation_steps", 1, MAX_DEPTH),
+            ("feature_width", 1, MAX_SIZE),
+            ("lora_rank", 0, MAX_SIZE),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.intervention_rank is not None and self.intervention_rank < 1:
-            raise ValueError(f"intervention_rank must be at least 1, or None for full matrices, not {self.intervention_rank}.")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, not {getattr(self, name)}.")
+        rank = self.intervention_rank
+        if rank is not None and not 1 <= rank <= MAX_SIZE:
+            raise ValueError(f"intervention_rank must lie between 1 and {MAX_SIZE}, or be None for full matrices, not {rank}.")
         if not 0 < self.initial_posterior_std <= 1:
             raise ValueError(f"initial_posterior_std must lie in (0, 1], not {self.initial_posterior_std}.")
-        if not self.embedding_shape or min(self.embedding_shape) < 1:
-            raise ValueError(f"embedding_shape must hold positive sizes, not {self.embedding_shape}.")
+        if not self.embedding_shape or min(self.embedding_shape) < 1 or max(self.embedding_shape) > MAX_SIZE:
+            raise ValueError(f"embedding_shape must hold positive sizes of at most {MAX_SIZE}, not {self.embedding_shape}.")
+        references = {"base_reference": self.base_reference} | (self.companion_references or {})
+        for name, reference in references.items():
+            if reference is not None:
+                _check_reference(name, reference)
         for name, choices in (
             ("norm", NORMS),
             ("intervention", INTERVENTIONS),
@@ -99,20 +123,52 @@ class InterventionConfig(PreTrainedConfig):
         """As in transformers; another model's configuration is not taken for one of this class, with its defaults.
 
         Raises:
-            ValueError: one sentence: it is not an intervention model's.
+            OSError, ValueError: one sentence: it is no JSON object, or not an intervention model's.
         """
-        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise OSError(
+                f"the configuration of {pretrained_model_name_or_path} is no valid JSON object: it is truncated or corrupt; fetch it again."
+            ) from error
         if found.get("model_type") != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not an intervention model: it has no config.json with the model_type "
                 f"{cls.model_type!r} (a pipeline is loaded with InterventionPipeline.from_pretrained)."
             )
-        return found, kwargs
+        # Nothing else is taken over: of what transformers knows to do by a configuration, a head needs nothing.
+        return {key: value for key, value in found.items() if key in {*cls.__annotations__, *_KEPT}}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: one sentence: an entry of another type, or what cannot be.
+        """
+        for name in ("dtype", "torch_dtype"):
+            if config_dict.get(name) not in (None, *DTYPES):
+                raise ValueError(f"{name} of a configuration must be one of {', '.join(DTYPES)}, not {config_dict[name]!r}.")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"a configuration has an entry of a wrong type: {str(error).splitlines()[-1].strip()}.") from error
 
     @property
     def num_blocks(self) -> int:
         """D = d + f."""
         return len(self.concepts) + self.free_blocks
+
+
+def _check_reference(name: str, reference: dict[str, str | None]) -> None:
+    for key, pattern in _REFERENCE.items():
+        value = reference.get(key, "")
+        if value is None and key in ("subfolder", "revision", "variant"):
+            continue
+        if value is None or not re.fullmatch(pattern, value):
+            raise ValueError(
+                f"{name} of a configuration must hold a {key}, and not {value!r}: it is corrupt, or made to do harm."
+            )
 
 
 __all__ = ["InterventionConfig"]

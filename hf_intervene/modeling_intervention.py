@@ -9,21 +9,31 @@ lies innermost, (D, width, B): blocks are narrow, and products with B columns an
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .hub import check_weights, folder, pop_options
+from .hub import MAX_SIZE, check_weights, folder, pop_options
+
+
+_LAYERS = 64  # registrations a weight, at most, of a model that is made
 
 
 @dataclass
@@ -480,13 +490,79 @@ class InterventionHead(PreTrainedModel):
         name, files = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
         path = folder(name, [os.path.join(subfolder, file) for file in files], **pop_options(kwargs))
         what = f"the head of {os.path.join(name, subfolder) if subfolder else name}"
-        check_weights(path / subfolder, what, kwargs.get("variant"))
+        files = check_weights(path / subfolder, what, "model", kwargs.get("variant"))
+        config = kwargs.get("config")
+        if not isinstance(config, InterventionConfig):
+            config = InterventionConfig.from_pretrained(path / subfolder)
+        check_fit(lambda: cls(config), files, what)
         kwargs |= {"subfolder": subfolder, "use_safetensors": True}
         if kwargs.pop("output_loading_info", False):
             return super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         return check_loaded(
             lambda: super(InterventionHead, cls).from_pretrained(path, *args, output_loading_info=True, **kwargs), what
         )
+
+
+def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
+    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before any of it is in memory.
+
+    Args:
+        build: makes the model; here on the meta device, and it is stopped when it makes many more layers than there are weights.
+        files: those of the weights, of which the headers are read.
+        what: in a message.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    there: dict[str, list[int]] = {}
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                there |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+    sizes = sum(math.prod(shape) for shape in there.values())
+    try:
+        with torch.device("meta"), _at_most(_LAYERS * (len(there) + _LAYERS)):
+            model = build()
+    except Exception as error:  # whatever a constructor says to values that it was not made for
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"the configuration of {what} cannot be used: {reason}.") from error
+    wanted = sum(value.numel() for value in model.state_dict().values())
+    if wanted > 2 * sizes + MAX_SIZE:
+        raise ValueError(
+            f"the weights of {what} do not fit its configuration: it asks for {wanted:,} numbers, and there are {sizes:,}."
+        )
+    return model
+
+
+@contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Inside, modules that are made may register no more than so many parameters, buffers and modules."""
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise ValueError(f"it makes more than {limit} layers, far more than there are weights")
+
+    handles = [
+        register(hook)
+        for register in (
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+            register_module_module_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str) -> nn.Module:
