@@ -96,17 +96,17 @@ class Command:
     argv: list[str] = field(default_factory=list)
 
 
-def commands(block: Block) -> Iterator[Command]:
+def commands(block: Block, tiny: bool = True) -> Iterator[Command]:
     """The commands of a bash block, tiny options appended."""
     appended = shlex.split(block.steps.get("append", ""))
     for line in block.text.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&", line):
             words = shlex.split(part, comments=True)
             if words:
-                yield _command(words, appended)
+                yield _command(words, appended, TINY_OPTIONS if tiny else {})
 
 
-def _command(words: list[str], appended: list[str]) -> Command:
+def _command(words: list[str], appended: list[str], tiny: dict[str, list[str]]) -> Command:
     recipe = next((k for k, word in enumerate(words) if re.fullmatch(r"training/\w+\.py", word)), None)
     if recipe is not None:
         name, main, first = Path(words[recipe]).stem, None, recipe + 1
@@ -115,7 +115,7 @@ def _command(words: list[str], appended: list[str]) -> Command:
         name, main, first = words[1], cli.main, 1
     else:
         return Command(words)
-    words = words + TINY_OPTIONS.get(name, []) + appended
+    words = words + tiny.get(name, []) + appended
     return Command(words, name, main, words[first:])
 
 

@@ -77,7 +77,7 @@ class Reader:
 
     def fail(self, what: str, where: str) -> str:
         if what.startswith("$ "):
-            (command,) = commands(Block("bash", what.removeprefix("$ "), 0))
+            (command,) = commands(Block("bash", what.removeprefix("$ "), 0), tiny=False)
             code, _, error = _in_process(command)
             assert code not in (0, None), f"{where}: it works"
             return [line for line in error.splitlines() if line.strip()][-1]

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 import hf_intervene
 from hf_intervene.data import quad
-from hf_intervene.plots import contexts_grid, edit_strips, strips, to_uint8
+from hf_intervene.metrics import block_effects, total_effect_operator
+from hf_intervene.metrics.causal import head_draws, head_readout
+from hf_intervene.plots import contexts_grid, edit_strips, plot_matrices, strips, to_uint8
 
 
 HERE = Path(__file__).parent
@@ -42,6 +45,14 @@ def main() -> None:
     edits = {"nothing changed": edited("obs")} | {name: edited(name) for name in ("quad1", "quad2", "quad4", "quad2+quad4")}
     save(edit_strips(real["obs"], edits), "edits")
     save(strips({f"quad2={s:g}": samples({"quad2": s}) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}), "strength")
+
+    concepts = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
+    eps, _ = head_draws(pipe.head, ["obs"], 4096)
+    learnt = block_effects(total_effect_operator(pipe.head.intervention), eps[0], head_readout(pipe.head))
+    matrices = {"truth": np.abs(quad.total_effects()[np.ix_(concepts, concepts)]), "weights": learnt[:6, :6]}
+    for matrix in matrices.values():
+        np.fill_diagonal(matrix, np.nan)  # what everything does to itself would be all there is to see
+    save(plot_matrices(matrices, quad.CONCEPTS, quad.CONCEPTS, "cause (column) and effect (row)", shared=False), "causes")
 
 
 if __name__ == "__main__":
