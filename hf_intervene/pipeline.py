@@ -18,9 +18,13 @@ from .bases.base import base_family
 from .bases.diffusion import DiffusionBase
 from .bases.lora import merged
 from .contexts import Interventions
+from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
 from .push import push_to_hub
+
+
+logger = get_logger(__name__)
 
 
 class InterventionPipeline(DiffusionPipeline):
@@ -84,6 +88,7 @@ class InterventionPipeline(DiffusionPipeline):
         for part in ("head", "adapter", "base", "vae", "image_encoder"):
             if saved.get(part, [None])[0] is not None and part not in kwargs:
                 hub.check_weights(path / part, f"the {part} of {name}", kwargs.get("variant"))
+        logger.info("loading the pipeline %s from %s", name, path)
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -27,6 +27,7 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
+from hf_intervene.logging import get_logger
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
@@ -43,9 +44,19 @@ from hf_intervene.training.checkpoints import (
 from hf_intervene.training.distributed import Weights, new_accelerator
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED
-from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
+from hf_intervene.training.validation import (
+    TERMS,
+    draw_curves,
+    loss_units,
+    model_inputs,
+    sample_grid,
+    save_model,
+    step_noise,
+    validation_loss,
+)
 
 
+logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
@@ -165,6 +176,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         )
 
     data, validation = load_data(a)
+    logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
@@ -385,6 +397,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     bar.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
+        draw_curves(out, accelerator)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)
@@ -446,13 +459,16 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = train(parse_arguments(sys.argv[1:] if argv is None else argv))
+        result = train(parse_arguments([word for word in words if word != "--json"]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if result.interrupted:
-        return 130
+    if "--json" in words:
+        print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
+    if result.interrupted or "--json" in words:
+        return 130 if result.interrupted else 0
     print(
         f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error and "
         f"KL per entry); model in {result.model_dir}"

@@ -14,6 +14,7 @@ from diffusers.utils import make_image_grid
 from hf_intervene.data import ContextImages
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
+from hf_intervene.plots import read_history, save, training_curves
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED
@@ -69,6 +70,14 @@ def save_model(model: InterventionModel, folder: Path, data: ContextImages) -> N
         model = copy.deepcopy(model).eval()
         model.reestimate_batch_norm(data.contexts)
     model.save_pretrained(folder)
+
+
+def draw_curves(out: Path, accelerator: Accelerator) -> None:
+    """The picture of the run's history.jsonl."""
+    try:
+        save(training_curves(read_history(out / "history.jsonl")), out / "curves.png")
+    except (OSError, ValueError) as error:
+        accelerator.print(f"warning: cannot draw {out / 'curves.png'}: {error}", file=sys.stderr)
 
 
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
