@@ -6,7 +6,7 @@ Nothing is fetched at run time, neither fonts nor scripts, and nothing is report
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from io import BytesIO
 from itertools import combinations
@@ -77,7 +77,7 @@ class Page:
         revision: of a repository on the Hub: branch, tag or commit.
     """
 
-    def __init__(self, name: str, revision: str | None = None):
+    def __init__(self, name: str | os.PathLike, revision: str | None = None):
         self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
         self.model = InterventionPipeline.from_pretrained(self.folder).model
         self.concepts, self.denoises = self.model.concepts, self.model.base.denoises
@@ -145,6 +145,11 @@ class Page:
         return to_uint8(self.model.sample(context, num_images, generator, output_type="np", **options))
 
 
+def _shown(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images (H, W, C) as Gradio takes them: grey ones as (H, W)."""
+    return [image.squeeze(-1) if image.shape[-1] == 1 else image for image in images]
+
+
 def _drawn(figure) -> Image.Image:
     """A Matplotlib figure as an image."""
     with BytesIO() as file:
@@ -195,8 +200,8 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
         observational, intervened = page.sample(strengths, int(n), _checked(chosen_seed), *options)
         name = context_name(strengths, page.concepts)
         label = "Nothing is intervened on" if name == OBS else name
-        changed = difference(observational, intervened)[..., 0]
-        return list(observational), gr.Gallery(list(intervened), label=label), list(changed)
+        change = _shown(difference(observational, intervened))
+        return _shown(observational), gr.Gallery(_shown(intervened), label=label), change
 
     inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
     triggers = [blocks.load, button.click]
@@ -242,25 +247,24 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
                 "edited: what is lost there is not the edit's doing. *Change* compares it with the edited image (white: nothing)."
             )
 
-    def edit(path, context, *values):
-        if path is None:
+    def edit(file, context, *values):
+        if file is None:
             raise ValueError("give an image first: upload one, or pick one of those below.")
         strengths, options = _strengths(page, values)
-        given, unchanged, edited = page.edit(open_image(path), context, strengths, *options)
-        name = context_name(strengths, page.concepts)
-        changed = difference(unchanged[None], edited[None])[0, ..., 0]
-        pictures = [(given, "given"), (unchanged, "unchanged"), (edited, "edited"), (changed, "change")]
-        return gr.Gallery(pictures, label=f"Edited: {name}")
+        given, unchanged, edited = page.edit(open_image(file["path"]), context or [], strengths, *options)
+        pictures = [given, unchanged, edited, *difference(unchanged[None], edited[None])]
+        captions = ["given", "unchanged", "edited", "change"]
+        return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {context_name(strengths, page.concepts)}")
 
     def pick(event: gr.SelectData):
-        return page.examples()[event.index]
+        return _shown(page.examples())[event.index]
 
     inputs = [image, came_from, *controls, *denoising]
-    _on([button.click], edit, inputs, result, "edit")
+    _on([button.click], edit, inputs, result, "edit", preprocess=False)  # Gradio would open the file, and fail in its own words
     if not page.denoises:
-        live = lambda path, *values: edit(path, *values) if path else []  # noqa: E731
-        _on([part.change for part in (image, came_from, *controls)], live, inputs, result)
-    _on([tab.select], lambda: list(page.examples()), None, examples)
+        live = lambda file, *values: edit(file, *values) if file else []  # noqa: E731
+        _on([part.change for part in (image, came_from, *controls)], live, inputs, result, preprocess=False)
+    _on([tab.select], lambda: _shown(page.examples()), None, examples)
     _on([examples.select], pick, None, image)
 
 
@@ -338,7 +342,7 @@ def _denoising_controls(page: Page) -> list:
     return [steps, gr.Slider(1, 10, 1, step=0.1, label="Guidance away from no interventions", buttons=[])]
 
 
-def _on(triggers: list, function: Callable, inputs, outputs, name: str | None = None) -> None:
+def _on(triggers: list, function: Callable, inputs, outputs, name: str | None = None, **options) -> None:
     """Call a function when something happens: of what piled up meanwhile the last only, one call of the model at a time. What it raises is
     shown as a sentence."""
 
@@ -349,13 +353,12 @@ def _on(triggers: list, function: Callable, inputs, outputs, name: str | None = 
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    public = {"api_name": name} if name else {"api_visibility": "private"}
-    gr.on(
-        triggers, spoken, inputs, outputs, trigger_mode="always_last", concurrency_id="model", show_progress="minimal", **public
-    )
+    options |= {"api_name": name} if name else {"api_visibility": "private"}
+    options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
+    gr.on(triggers, spoken, inputs, outputs, **options)
 
 
-def launch(name: str, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
+def launch(name: str | os.PathLike, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
     """Serve the page of a pipeline until Ctrl-C.
 
     Args:

@@ -77,7 +77,7 @@ def write_card(
     """Write the card of a saved head, model or pipeline into its folder.
 
     Args:
-        folder: of the saved model; samples.png and training_arguments.yaml in it are shown.
+        folder: of the saved model; samples.png, floors.png and training_arguments.yaml in it are shown.
         repo_id: name on the Hub, for the code on the card; `None`: the folder's name.
         metrics: metrics.json of `hf-intervene evaluate`, or its folder.
         license: of the weights.
@@ -91,7 +91,7 @@ def write_card(
     path = card_path(folder)
     saved = _Saved.read(Path(folder).resolve(), head_only)
     name = repo_id or saved.folder.name
-    measured = _read_metrics(metrics)
+    measured = read_metrics(metrics)
     data = ModelCardData(
         library_name=LIBRARIES[saved.kind],
         pipeline_tag=None if saved.kind == HEAD else TASK,
@@ -120,6 +120,7 @@ def write_card(
             settings=saved.settings_text,
             settings_file=SETTINGS_FILE,
             metrics=_table(measured) if measured else None,
+            floors=FLOORS_FILE if measured and (saved.folder / FLOORS_FILE).exists() else None,
             limits=_limits(saved),
         )
     path.write_text(str(card), encoding="utf-8")
@@ -308,7 +309,12 @@ def _limits(saved: _Saved) -> list[str]:
     return limits[:1] if saved.kind == HEAD else limits
 
 
-def _read_metrics(source: str | os.PathLike | None) -> dict | None:
+def read_metrics(source: str | os.PathLike | None) -> dict | None:
+    """What `hf-intervene evaluate` wrote to metrics.json, given by its path or its folder; `None` if none is given.
+
+    Raises:
+        ValueError: it holds no metrics.
+    """
     if source is None:
         return None
     path = Path(source)

@@ -20,10 +20,13 @@ from .bases.diffusion import DiffusionBase
 from .bases.loading import check_part, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
+from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
 from .push import push_to_hub
 
+
+logger = get_logger(__name__)
 
 _KINDS = {
     "head": InterventionHead,
@@ -95,6 +98,7 @@ class InterventionPipeline(DiffusionPipeline):
         for part in ("head", "base", *cls._optional_components):
             if part not in kwargs and (part in ("head", "base") or saved.get(part) not in (None, [None, None])):
                 _check_part(part, saved.get(part), path / part, f"the {part} of {name}", kwargs.get("variant"))
+        logger.info("loading the pipeline %s from %s", name, path)
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -63,6 +63,7 @@ def push_to_hub(
         model = self if hasattr(self, "sample") else getattr(self, "model", None)  # a head alone draws nothing
         if model is not None:
             draw_samples(model, Path(folder, cards.SAMPLES_FILE))
+        draw_floors(metrics, folder)
         repo_id = full_name(repo_id, token)
         cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
         commit = {"commit_message": commit_message, "commit_description": commit_description}
@@ -123,7 +124,7 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
-    from .plots import strips, to_uint8  # here, or every import of the package would load Matplotlib
+    from .plots import save, strips, to_uint8  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
     contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
@@ -133,4 +134,14 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
     for module, training in modes.items():
         module.training = training
-    strips({name: to_uint8(array) for name, array in samples.items()}).savefig(path, dpi=100, bbox_inches="tight")
+    save(strips({name: to_uint8(array) for name, array in samples.items()}), path, dpi=100)
+
+
+def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) -> None:
+    """The picture of measured distances and their floors for a card, where `write_card` finds it; none without metrics."""
+    from .plots import floor_chart, save
+
+    path = Path(folder, cards.FLOORS_FILE)
+    path.unlink(missing_ok=True)  # that of other metrics
+    if metrics is not None:
+        save(floor_chart(cards.read_metrics(metrics)), path)

@@ -71,7 +71,9 @@ class Reader:
             else:
                 code, out, error = _in_process(command)
             # The check of a data set exits with 1 if an assumption fails, which is no error.
-            assert code == 0 or (command.name == "check" and "error:" not in error), f"{where}: {shlex.join(command.words)}\n{error}"
+            assert code == 0 or (command.name == "check" and "error:" not in error), (
+                f"{where}: {shlex.join(command.words)}\n{error}"
+            )
             printed += out
         self.printed = printed
 

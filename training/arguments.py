@@ -1,5 +1,6 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -185,6 +186,23 @@ def shared_settings(arguments: TrainArguments) -> str:
     return f"# hf-intervene {version('hf-intervene')}\n" + yaml.safe_dump(changed, sort_keys=False)
 
 
+class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults of the options, examples as they are written."""
+
+
+def make_parser() -> HfArgumentParser:
+    """The parser of the settings."""
+    examples = """examples:
+  accelerate launch training/train.py --config training/configs/quad.yaml --output_dir outputs/quad
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine --resume auto
+
+--config FILE.yaml gives settings, these options override it. --json prints the result as JSON."""
+    return HfArgumentParser(
+        TrainArguments, description="Train an intervention head.", epilog=examples, formatter_class=_Formatter
+    )
+
+
 def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     """Settings from `--config FILE.yaml` overridden by the other options."""
     argv, config = list(argv), None
@@ -193,11 +211,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
             config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
             del argv[position : position + (1 if "=" in word else 2)]
             break
-    parser = HfArgumentParser(
-        TrainArguments,
-        description="Train an intervention head.",
-        epilog="--config FILE.yaml: settings; these options override it.",
-    )
+    parser = make_parser()
     if config is not None:
         parser.set_defaults(**read_config(config))
     return parser.parse_args_into_dataclasses(argv)[0]

@@ -33,7 +33,7 @@ from hf_intervene.metrics.causal import (
 from hf_intervene.metrics.factors import LEVELS, FactorRegressor
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
-from hf_intervene.plots import plot_matrices, to_uint8
+from hf_intervene.plots import plot_matrices, save, to_uint8
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.evaluate import load_model
@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(Path(arguments.output, "effects.json"), json.dumps(measured, indent=1))
         write_whole(Path(arguments.output, "effects.md"), text)
         for name, figure in pictures(measured, model.config.free_blocks).items():
-            figure.savefig(Path(arguments.output, name), dpi=130, bbox_inches="tight")
+            save(figure, Path(arguments.output, name))
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_intervene.cards import LOSSES, loss_in, read_settings
+from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
@@ -35,6 +35,7 @@ from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
+from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
@@ -330,15 +331,21 @@ def versions() -> dict[str, str]:
 
 
 def write(metrics: dict, folder: str | Path) -> None:
-    """Write `metrics.json` and `metrics.md`, each whole or not at all."""
+    """Write `metrics.json`, `metrics.md` and, of distances and their floors, `floors.png`, each whole or not at all."""
     for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
         write_whole(Path(folder, name), text)
+    save(floor_chart(metrics), Path(folder, FLOORS_FILE))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    examples = """examples:
+  python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+  hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
+  hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""
+    options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
-    parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
+    parser.add_argument("--output", required=True, help="folder for metrics.json, metrics.md and floors.png")
     parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
@@ -349,11 +356,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
     try:
         check_writable(arguments.output)
@@ -380,7 +388,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = versions()
-        print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen
+        # Before writing: what a full disk cannot take is at least on the screen.
+        print(json.dumps(metrics) if arguments.json else table(metrics))
         write(metrics, arguments.output)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

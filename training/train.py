@@ -27,6 +27,7 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
+from hf_intervene.logging import get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import MomentMatching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
@@ -51,6 +52,7 @@ from hf_intervene.training.simulated import SIMULATED, draw_together
 from hf_intervene.training.validation import (
     TERMS,
     bad_images,
+    draw_curves,
     loss_units,
     sample_grid,
     save_model,
@@ -59,6 +61,7 @@ from hf_intervene.training.validation import (
 )
 
 
+logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
@@ -196,6 +199,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     keep_freed_memory()
     data, validation = load_data(a, accelerator)
+    logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
@@ -429,6 +433,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     feed.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
+        draw_curves(out, accelerator)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)
@@ -510,8 +515,9 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = train(parse_arguments(sys.argv[1:] if argv is None else argv))
+        result = train(parse_arguments([word for word in words if word != "--json"]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -520,8 +526,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
         return 1
-    if result.interrupted:
-        return 130
+    if "--json" in words:
+        print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
+    if result.interrupted or "--json" in words:
+        return 130 if result.interrupted else 0
     print(
         f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error and "
         f"KL per entry); model in {result.model_dir}"

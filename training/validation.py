@@ -16,6 +16,7 @@ from diffusers.utils import make_image_grid, numpy_to_pil
 from hf_intervene.data import ContextImages
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
+from hf_intervene.plots import read_history, save, training_curves
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED
@@ -89,6 +90,14 @@ def bad_images(data: ContextImages, rows: torch.Tensor, losses: torch.Tensor, ou
         with suppress(OSError):
             make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(picture)
     return f"for {len(bad)} of its {len(rows)} images (training images {', '.join(names)}; see {picture})"
+
+
+def draw_curves(out: Path, accelerator: Accelerator) -> None:
+    """The picture of the run's history.jsonl."""
+    try:
+        save(training_curves(read_history(out / "history.jsonl")), out / "curves.png")
+    except (OSError, ValueError) as error:
+        accelerator.print(f"warning: cannot draw {out / 'curves.png'}: {error}", file=sys.stderr)
 
 
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
