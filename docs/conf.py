@@ -51,7 +51,11 @@ def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         flags=re.DOTALL | re.MULTILINE,
     )
     # Blocks that are set off by indentation: diagrams and formulas of modules and classes.
-    text = re.sub(r"(?m)^(\S.*[^:\n])?(:?)\n\n(?= {4}\S)", lambda m: f"{m[1] or ''}{m[2]}\n\n::\n\n", text) if what == "module" else text
+    text = (
+        re.sub(r"(?m)^(\S.*[^:\n])?(:?)\n\n(?= {4}\S)", lambda m: f"{m[1] or ''}{m[2]}\n\n::\n\n", text)
+        if what == "module"
+        else text
+    )
     text = re.sub(r"(?<![`:])`([^`\n]+)`(?!`)", r"``\1``", text)
     parts = re.split(r"(``[^`]+``)", text)
     parts[::2] = [re.sub(r"(?<!\w)[*|]+(?=\w)", lambda m: re.sub(r"(.)", r"\\\1", m[0]), part) for part in parts[::2]]

@@ -28,7 +28,9 @@ from hf_intervene.training.arguments import parse_arguments
 
 
 ROOT = Path(__file__).parents[1]
-_PART = re.compile(r"^<!-- test: (?P<comment>.*?)\s*-->$|^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+_PART = re.compile(
+    r"^<!-- test: (?P<comment>.*?)\s*-->$|^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 _NAMES = {"max_steps": 2, "eval_every": 2}  # of TINY, yet less
 _OPTIONS = TINY | _NAMES
 
