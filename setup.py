@@ -18,6 +18,7 @@ EXTRAS = {
     "app": ["gradio>=6.31,<7"],
     "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
+    "docs": ["sphinx>=9", "myst-nb>=1.4", "furo>=2025.12.19", "jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7.4"],
     "test": [
         "pytest>=8",
         "hypothesis>=6.100",

@@ -15,6 +15,7 @@
 # *The source is `docs/notebooks/compose.py`; `python docs/notebooks/make.py` runs it and stores the outputs.*
 
 # %%
+# %matplotlib inline
 import numpy as np
 import torch
 
@@ -26,7 +27,7 @@ from hf_intervene.plots import strips, to_uint8
 
 
 pipe = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad"))
-pipe.concepts
+print(pipe.concepts)
 
 # %% [markdown]
 # ## Under the same noise
@@ -48,7 +49,8 @@ strips({name: samples(name) for name in ("obs", "quad1", "quad2", "quad1+quad2")
 #
 # ## What changes where
 #
-# The mean change of each pixel, brighter is more. `quad4` (top right) is a cause of all other quadrants, `quad1` of none.
+# The mean change of each pixel, brighter is more, by intervening on `quad1`, `quad2`, `quad4`, and `quad1` with `quad2`. `quad4` (top right) is a cause
+# of all other quadrants, `quad1` (bottom left) of none.
 
 # %%
 many = torch.randn(128, *pipe.model.noise_shape, generator=torch.Generator().manual_seed(1))
@@ -60,7 +62,7 @@ def change(interventions):
     return to_uint8(np.repeat(np.clip(2 * difference, 0, 1)[None, ..., None], 3, axis=-1))
 
 
-strips({name: change(name) for name in ("quad1", "quad2", "quad4", "quad1+quad2")})
+strips({"change": np.concatenate([change(name) for name in ("quad1", "quad2", "quad4", "quad1+quad2")])})
 
 # %% [markdown]
 # ## Strength

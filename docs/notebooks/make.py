@@ -20,7 +20,9 @@ SOURCES = sorted(path for path in HERE.glob("*.py") if path != Path(__file__))
 def executed(source: Path) -> nbformat.NotebookNode:
     """The notebook of a script, run from top to bottom; a cell that raises ends it with a `CellExecutionError`."""
     notebook = jupytext.read(source, fmt="py:percent")
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, coalesce_streams=True, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+    ).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # random by default
         cell.metadata.pop("execution", None)  # when it ran
