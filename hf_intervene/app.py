@@ -94,7 +94,7 @@ class Page:
         before = self._observational(num_images, seed, steps)
         if context_name(strengths, self.concepts) == OBS:
             return before, before
-        return before, self._draw(strengths, num_images, seed, num_inference_steps=steps, guidance_scale=guidance)
+        return before, self._draw(strengths, num_images, seed, num_inference_steps=int(steps), guidance_scale=guidance)
 
     def edit(
         self, image: Image.Image, came_from: list[str], strengths: dict[str, float], steps: int = STEPS, guidance: float = 1.0
@@ -103,7 +103,7 @@ class Page:
         channels, height, width = self.model.base.image_shape
         image = ImageOps.fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), (width, height))
         x = self.model.preprocess(image)
-        options = {"num_inference_steps": steps} if self.denoises else {}
+        options = {"num_inference_steps": int(steps)} if self.denoises else {}
         noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
         unchanged = self.model.predict(*noise, came_from, "np", **options)
         edited = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
@@ -114,7 +114,7 @@ class Page:
         if not 1 < len(concepts) <= MAX_COMPOSED:
             raise ValueError(f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}.")
         contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
-        images = [self._draw(context, 1, seed, num_inference_steps=steps)[0] for context in contexts]
+        images = [self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts]
         names = [context_name(context, self.concepts) for context in contexts]
         figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
         return _drawn(figure)
@@ -138,7 +138,7 @@ class Page:
         return [(str(self.folder / name), text) for name, text in captions.items() if (self.folder / name).exists()]
 
     def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
-        return self._draw(OBS, num_images, seed, num_inference_steps=steps)
+        return self._draw(OBS, num_images, seed, num_inference_steps=int(steps))
 
     def _draw(self, context, num_images: int, seed: int, **options) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise

@@ -283,7 +283,12 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 def _recipe_parser(name: str) -> argparse.ArgumentParser:
     from .training import arguments, evaluate
 
-    return {"train": arguments.make_parser, "evaluate": evaluate.make_parser}[name]()
+    if name == "evaluate":
+        return evaluate.make_parser()
+    parser = arguments.make_parser()
+    parser.add_argument("--config", help="YAML file of settings")  # these two are read before the others
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
