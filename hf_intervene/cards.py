@@ -39,6 +39,9 @@ def card_path(folder: str | os.PathLike) -> Path:
         FileExistsError: there is a README.md that was not generated.
     """
     path = Path(folder, CARD_FILE)
+    for name in (CARD_FILE, SAMPLES_FILE):
+        if Path(folder, name).is_symlink():  # and would be written wherever that leads
+            raise FileExistsError(f"{Path(folder, name)} is a link: remove it to have the card written.")
     if path.exists() and not is_generated(path):
         raise FileExistsError(f"{path} was not generated, or was edited by hand: move it away to have a new one written.")
     return path
@@ -111,7 +114,7 @@ def write_card(
             model_name=name.split("/")[-1],
             summary=_summary(saved),
             samples=SAMPLES_FILE if (saved.folder / SAMPLES_FILE).exists() else None,
-            concepts=saved.config.concepts,
+            concepts=[code(name) for name in saved.config.concepts],
             blocks=_blocks(saved.config),
             base=_base(saved),
             usage=_usage(saved, name),
@@ -119,6 +122,7 @@ def write_card(
             remote_code=_remote_code(saved, name),
             settings=saved.settings_text,
             settings_file=SETTINGS_FILE,
+            fence="`" * max(3, 1 + max(map(len, re.findall("`+", saved.settings_text)), default=0)),
             metrics=_table(measured) if measured else None,
             floors=FLOORS_FILE if measured and (saved.folder / FLOORS_FILE).exists() else None,
             limits=_limits(saved),
@@ -189,8 +193,15 @@ class _Saved:
         return "adapter" if self.regime in ("frozen", "lora") else "finetune"
 
 
+def code(text: str) -> str:
+    """Text as code in Markdown, in a table too: nothing in it is taken for Markdown or HTML."""
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " * (text.startswith("`") or text.endswith("`"))
+    return f"{ticks}{space}{text}{space}{ticks}".replace("|", r"\|").replace("\n", " ")
+
+
 def _summary(saved: _Saved) -> str:
-    names = ", ".join(f"`{name}`" for name in saved.config.concepts)
+    names = ", ".join(map(code, saved.config.concepts))
     if saved.kind == HEAD:
         return (
             "An intervention head: from noise and a set of interventions, the embedding that a pretrained decoder makes an image of. "
@@ -321,8 +332,8 @@ def read_metrics(source: str | os.PathLike | None) -> dict | None:
     path = path / "metrics.json" if path.is_dir() else path
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        assert metrics["contexts"] and metrics["means"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        _table(metrics), _results(metrics)  # they have all that is shown of them
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise ValueError(
             f"{path} holds no metrics: give the metrics.json that `hf-intervene evaluate` writes, or its folder."
         ) from error
@@ -348,7 +359,7 @@ def _data_name(metrics: dict) -> str:
 
 def _table(metrics: dict) -> dict:
     protocol = shown_protocol(metrics)
-    rows = [(f"`{name}`", row) for name, row in metrics["contexts"].items()]
+    rows = [(code(name), row) for name, row in metrics["contexts"].items()]
     rows += [(f"**mean {kind}** ({row['contexts']})", row) for kind, row in metrics["means"].items()]
     images = next(iter(metrics["contexts"].values()))["images"]
     loss = loss_in(rows[0][1])
@@ -363,8 +374,13 @@ def _table(metrics: dict) -> dict:
             f"{protocol} protocol. The *floor* is the same distance between two sets of real images; *composition*: contexts with several "
             f"concepts. {meaning[loss]}"
         ),
-        "rows": [{"name": name, "loss": row[loss], **row[protocol]} for name, row in rows],
+        "rows": [{"name": name, "loss": float(row[loss]), **_numbers(row[protocol])} for name, row in rows],
     }
+
+
+def _numbers(row: dict) -> dict:
+    lower, upper = row["interval"]
+    return {name: float(row[name]) for name in ("distance", "floor", "ratio")} | {"interval": [float(lower), float(upper)]}
 
 
 def _results(metrics: dict) -> list[EvalResult]:

@@ -25,7 +25,7 @@ import torch
 
 
 OBS = "obs"
-_RESERVED = "+=,@"
+_RESERVED = "+=,@/\\"  # of the notation of contexts, and of paths: names become those of folders and files
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Check the concept names of a model or data set and return them as a tuple.
 
     Raises:
-        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @` in a name.
+        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @ / \\`, a line break or the like
+            in a name.
     """
     if isinstance(concepts, str) or not isinstance(concepts, Sequence):
         raise ValueError(f"concepts must be a list of names, not {concepts!r}.")
@@ -65,6 +66,8 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"concept names must be non-empty strings without surrounding spaces, not {name!r}.")
         if name.lower() == OBS:
             raise ValueError(f"{name!r} is reserved for the observational context and cannot name a concept.")
+        if not name.isprintable() or name in (".", ".."):
+            raise ValueError(f"concept name {name!r} cannot be printed, or names a folder; rename it.")
         if any(character in name for character in _RESERVED):
             raise ValueError(f"concept name {name!r} holds one of the reserved characters {' '.join(_RESERVED)}; rename it.")
         if name in seen:

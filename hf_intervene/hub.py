@@ -5,6 +5,7 @@ This file imports huggingface_hub alone, so that it can travel with a checkpoint
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,10 +130,13 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
     single, index = path / f"{stem}{dotted}.safetensors", path / f"{stem}.safetensors.index{dotted}.json"
     needed = {single.name} if single.is_file() or not index.exists() else set()
     if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise OSError(f"{what} cannot be read: {index.name} is truncated or corrupt; fetch it again.")
-        needed |= set(names.values())
+        try:
+            names = set(read_json(index)["weight_map"].values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise TypeError("no names")
+        except (OSError, LookupError, AttributeError, TypeError) as error:
+            raise OSError(f"{what} cannot be read: {index.name} is truncated or corrupt; fetch it again.") from error
+        needed |= names
     if strange := sorted(name for name in needed if Path(name).name != name or not name.endswith(".safetensors")):
         raise OSError(
             f"{what} has no whole weights in safetensors format: {index.name} names {strange[0]!r}, which is not such a file beside it; "
@@ -173,9 +177,9 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
 
 def is_on_hub(name_or_path: str, revision: str | None, **_) -> bool:
     """Whether an `origin` is a repository on the Hub and not a folder."""
-    return revision is not None or (
-        name_or_path.count("/") == 1 and not os.path.exists(name_or_path) and not name_or_path.startswith((".", "/"))
-    )
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
+        return False
+    return revision is not None or ("/" in name_or_path and not os.path.exists(name_or_path))
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def push_folder(
     A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept.
     """
     folder, api = Path(folder), HfApi(token=token)
+    root = folder.resolve()
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
     with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -101,6 +102,8 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
         there = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=MODEL_FILES + CARD_FILES))
+        if away := next((name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None):
+            raise OSError(f"{folder / away} is a link to outside of the folder: put the file itself there.")
         if cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
             own.discard(cards.CARD_FILE)
         # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in between would find half of it.

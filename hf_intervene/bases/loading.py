@@ -156,9 +156,11 @@ def load_vision(
         OSError, ValueError: one sentence.
     """
     path = hub.folder(name_or_path, ["*.json", "model*.safetensors"])
-    what = f"the vision model {name_or_path}"
-    model = _load_transformers(AutoModel, path, what, dtype=dtype or torch.float32)
-    found = _load_transformers(AutoImageProcessor, processor or path, f"the image processor of {what}", weights=False)
+    try:
+        model = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32)
+        found = _load_transformers(AutoImageProcessor, processor or path, "the image processor", weights=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name_or_path} is no vision model with an image processor: {error}") from error
     return {
         "image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model,
         "image_processor": found,

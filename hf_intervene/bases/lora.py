@@ -16,6 +16,9 @@ from torch import nn
 from ..hub import check_weights, read_config
 
 
+# Settings of a LoraConfig by which its layers would compute something else.
+_OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "bias", "lora_bias")
+_OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
 _PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 
 
@@ -76,7 +79,15 @@ def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> Lo
     rank, alpha, names = found.get("r"), found.get("lora_alpha"), found.get("target_modules")
     ranks = {value.shape[0] for name, value in saved.items() if ".lora_A." in name and value.ndim}
     listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    if found.get("peft_type") != "LORA" or type(rank) is not int or ranks != {rank} or type(alpha) is not int or not listed:
+    more = [key for key in _OTHERWISE if found.get(key) not in (None, False, "none", [], {})]
+    if (
+        more
+        or found.get("peft_type") != "LORA"
+        or not listed
+        or type(rank) is not int
+        or ranks != {rank}
+        or type(alpha) is not int
+    ):
         raise ValueError(f"{file} is no configuration of {what}: it is corrupt, or was not saved by this package.")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
 
