@@ -371,3 +371,6 @@ def _results(metrics: dict) -> list[EvalResult]:
                 )
             )
     return results
+
+
+__all__ = ["write_card"]

@@ -276,3 +276,19 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
 def context_names(targets: torch.Tensor, concepts: Sequence[str]) -> list[str]:
     """Inverse of `parse_interventions`: the canonical context name of every row of targets, shape (batch, >= d)."""
     return [context_name({name: float(value) for name, value in zip(concepts, row)}, concepts) for row in targets.tolist()]
+
+
+__all__ = [
+    "OBS",
+    "Context",
+    "Interventions",
+    "Quantile",
+    "Value",
+    "context_name",
+    "context_names",
+    "parse_choices",
+    "parse_context",
+    "parse_interventions",
+    "parse_values",
+    "validate_concepts",
+]

@@ -144,6 +144,7 @@ class InterventionModel(PreTrainedModel):
 
     @property
     def concepts(self) -> tuple[str, ...]:
+        """Names of the d concepts, in block order."""
         return tuple(self.config.concepts)
 
     @property

@@ -396,3 +396,6 @@ def _first(error: Exception) -> str:
 def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+__all__ = ["InterventionHead", "InterventionHeadOutput"]

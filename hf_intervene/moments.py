@@ -53,3 +53,6 @@ class MomentMatching:
     def _by_context(self, mean: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         membership = torch.nn.functional.one_hot(context_ids, len(self.excess)).float().T[..., None]  # (k, B, 1)
         return mean.float().flatten(1) * membership, membership
+
+
+__all__ = ["MomentMatching"]

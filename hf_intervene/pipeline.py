@@ -110,6 +110,7 @@ class InterventionPipeline(DiffusionPipeline):
 
     @property
     def concepts(self) -> tuple[str, ...]:
+        """Names of the d concepts, in block order."""
         return tuple(self.head.config.concepts)
 
     @torch.no_grad()

@@ -157,3 +157,6 @@ def plot_matrices(
     else:
         figure.supxlabel(label, fontsize=8)
     return figure
+
+
+__all__ = ["contexts_grid", "edit_strips", "traversal"]

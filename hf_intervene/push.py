@@ -134,3 +134,6 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     for module, training in modes.items():
         module.training = training
     strips({name: to_uint8(array) for name, array in samples.items()}).savefig(path, dpi=100, bbox_inches="tight")
+
+
+__all__ = ["push_folder", "push_to_hub"]

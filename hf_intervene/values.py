@@ -157,3 +157,6 @@ def _pixel_values(model: PreTrainedModel, name: str, image: Any) -> torch.Tensor
         return model.preprocess(image[None] if hasattr(image, "ndim") else image)
     except ValueError as error:
         raise ValueError(f"the reference image of {name!r}: {error}") from error
+
+
+__all__ = ["influence", "learnt_range", "quantile_value"]

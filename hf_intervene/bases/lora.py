@@ -31,6 +31,7 @@ def add_lora(model: ModelMixin, rank: int) -> None:
 
 
 def has_lora(model: nn.Module) -> bool:
+    """Whether a model carries LoRA layers."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
@@ -74,3 +75,6 @@ def merged(model: ModelMixin) -> ModelMixin:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
     return model
+
+
+__all__ = ["add_lora", "has_lora", "merged"]

@@ -53,6 +53,7 @@ class Agreement:
     direction: float
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 

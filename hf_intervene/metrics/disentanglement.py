@@ -49,6 +49,7 @@ class Score:
     floor: float
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -87,6 +88,7 @@ class TwoSampleTest:
         return self.interval[0] > 0.5
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self) | {"told_apart": self.told_apart}
 
 

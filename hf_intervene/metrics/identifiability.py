@@ -64,6 +64,7 @@ class CheckResult:
         return all(finding.status != FAILS for finding in self.findings)
 
     def to_dict(self) -> dict:
+        """As JSON holds it, and whether it `passed`."""
         tests = {name: {key: test.to_dict() for key, test in getattr(self, name).items()} for name in ("from_obs", "pairs")}
         return {"passed": self.passed, **asdict(self), **tests}
 

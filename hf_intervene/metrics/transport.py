@@ -34,6 +34,7 @@ class TransportResult:
     ratio_interval: tuple[float, float]
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
