@@ -18,7 +18,7 @@ EXTRAS = {
     "app": ["gradio>=5"],
     "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "POT>=0.9.4", "scikit-learn>=1.4"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=2", "POT>=0.9.4", "scikit-learn>=1.4"],
 }
 
 setup(
@@ -33,6 +33,7 @@ setup(
     packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training", "hf_intervene.model_cards"],
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
     package_data={
+        "hf_intervene": ["py.typed"],
         "hf_intervene.data": ["mnist_digits/*"],
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
         "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/reproduce/*.yaml"],

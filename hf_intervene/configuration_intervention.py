@@ -1,5 +1,8 @@
 """Configuration of the intervention head (METHOD section 2; arXiv:2507.04754)."""
 
+import os
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -61,7 +64,7 @@ class InterventionConfig(PreTrainedConfig):
     companion_references: dict[str, dict[str, str | None]] | None = None
     lora_rank: int = 0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.concepts = list(validate_concepts(self.concepts))
         self.embedding_shape = list(self.embedding_shape)
         for name, least in (
@@ -90,7 +93,9 @@ class InterventionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; another model's configuration is not taken for one of this class, with its defaults.
 
         Raises:

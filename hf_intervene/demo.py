@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cards import SETTINGS_FILE
@@ -116,10 +117,10 @@ def _measure_and_draw(model: InterventionModel, out: Path) -> str:
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
     evaluation.write(metrics, out)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    generated = {name: to_uint8(model.sample(name, noise=noise, output_type="np")) for name in real}
+    generated = {name: to_uint8(np.asarray(model.sample(name, noise=noise, output_type="np"))) for name in real}
     contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130, bbox_inches="tight")
     originals = real["obs"][:_STRIP]
-    edits = {name: to_uint8(model.edit(originals, name, output_type="np")) for name in _EDITS}
+    edits = {name: to_uint8(np.asarray(model.edit(originals, name, output_type="np"))) for name in _EDITS}
     edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
     edit_strips(originals, edits).savefig(out / "edits.png", dpi=130, bbox_inches="tight")
     return evaluation.table(metrics)

@@ -176,7 +176,7 @@ class InterventionLayer(nn.Module):
         self, eps: torch.Tensor, s: torch.Tensor, values: torch.Tensor | None = None, chosen: torch.Tensor | None = None
     ) -> torch.Tensor:
         s = s.to(eps.dtype)
-        if values is not None:
+        if values is not None and chosen is not None:
             held = (values - self.bias).to(eps.dtype)
             eps = torch.where(chosen, held, eps)
         weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
@@ -185,10 +185,11 @@ class InterventionLayer(nn.Module):
             outgoing = torch.stack([(1 - s) * c, s * c], dim=1) if self.steps == 1 else c
             heard = nn.functional.linear(outgoing.flatten(1), weight).view_as(eps)  # (B, D, w)
             c = eps + ((1 - s) * heard if self.perfect else heard)
-            if values is not None:
+            if values is not None and chosen is not None:
                 c = torch.where(chosen, held, c)
         c = c + self.bias
-        return c if values is None else torch.where(chosen, values.to(c.dtype), c)  # (v - bias) + bias is v up to rounding
+        # (v - bias) + bias is v up to rounding.
+        return c if values is None or chosen is None else torch.where(chosen, values.to(c.dtype), c)
 
 
 class PosteriorLinear(nn.Linear):
@@ -226,6 +227,7 @@ class InterventionHead(PreTrainedModel):
 
     config: InterventionConfig
     config_class = InterventionConfig
+    posterior_offset: torch.Tensor  # of a centred posterior
     base_model_prefix = "head"
     main_input_name = "z"
 
@@ -239,7 +241,7 @@ class InterventionHead(PreTrainedModel):
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
         if config.posterior == "unconditional":
-            self.encoder_readout = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
+            self.encoder_readout: nn.Module = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
         else:
             hidden = config.feature_width
             self.encoder_readout = nn.Sequential(
@@ -256,8 +258,8 @@ class InterventionHead(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, InterventionLayer):
             module.reset_parameters(self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def forward(
         self,
@@ -284,7 +286,7 @@ class InterventionHead(PreTrainedModel):
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
         s = targets[..., None].to(self.dtype)  # (B, D, 1)
-        if values is not None:
+        if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
                 raise ValueError(
@@ -352,7 +354,9 @@ class InterventionHead(PreTrainedModel):
         return parse_interventions(interventions, config.concepts, num_samples, config.free_blocks).to(self.device)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, subfolder: str = "", **kwargs):
+    def from_pretrained(  # type: ignore[override]  # no `None` for the name, as in no model that is loaded
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, subfolder: str = "", **kwargs: Any
+    ) -> "InterventionHead":
         """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
         the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
         """
@@ -368,8 +372,8 @@ class InterventionHead(PreTrainedModel):
         )
 
 
-def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str) -> nn.Module:
-    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
+def check_loaded(load: Callable[[], Any], what: str) -> Any:
+    """The model of a `from_pretrained(..., output_loading_info=True)`, refusing anything but a perfect fit of weights and configuration."""
     try:
         model, info = load()
     except (SafetensorError, OSError, JSONDecodeError) as error:

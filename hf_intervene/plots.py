@@ -1,6 +1,7 @@
 """Pictures: contexts with real images above generated ones, edits, and one image along the range of each concept."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -87,7 +88,7 @@ def traversal(
     image: ImageInput,
     context: Interventions = None,
     quantiles: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
-    **options,
+    **options: Any,
 ) -> Figure:
     """Edits of one image along the learnt range of each concept (see `values.py`), a strip for each concept, and the image above.
 
@@ -100,14 +101,13 @@ def traversal(
     """
     x = model.preprocess(image)[:1]
     steps = {key: value for key, value in options.items() if key == "num_inference_steps"}
-    noise, residual = (
-        part if part is None else part.expand(len(quantiles), *part.shape[1:])
-        for part in model.abduct(x, model.targets(context, 1), **steps)
-    )
+    noise, residual = model.abduct(x, model.targets(context, 1), **steps)
+    noise = noise.expand(len(quantiles), *noise.shape[1:])
+    residual = None if residual is None else residual.expand(len(quantiles), *residual.shape[1:])
     rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
     for name in model.concepts:
         edits = model.predict(noise, residual, [{name: Quantile(q)} for q in quantiles], output_type="np", **options)
-        rows[name] = to_uint8(edits)
+        rows[name] = to_uint8(np.asarray(edits))
     return strips(rows)
 
 

@@ -55,7 +55,7 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     """
     check_weights(folder, what)  # or PEFT would go on to a pickle file
     try:
-        saved = load_peft_weights(folder, device="cpu")  # PEFT reads them after it has changed the model
+        saved = load_peft_weights(str(folder), device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     model.peft_config = PeftModel.from_pretrained(model, folder).peft_config

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class ContextImages:
         names: list[str] = []
         for context in contexts:
             try:
-                name = context_name(context, self.concepts)
+                name: Any = context_name(context, self.concepts)
             except ValueError:
                 name = context  # of unknown concepts: the data have no such context either
             if name not in self.contexts:
@@ -68,10 +69,11 @@ class ContextImages:
             held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
-        return tuple(
+        training, validation = (
             ContextImages(self.pixels[rows], self.context_ids[rows], self.contexts, self.concepts)
             for rows in (torch.from_numpy(np.concatenate(part)) for part in parts)
         )
+        return training, validation
 
     def by_context(self) -> dict[str, np.ndarray]:
         """uint8 images (n, H, W, C) of each context."""
@@ -185,7 +187,7 @@ class ContextImages:
         return self
 
 
-def _as_context(row: int, value, feature) -> str | list[str]:
+def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
     """A cell of the context column as a name or a list of names."""
     inner = getattr(feature, "feature", None)  # of a list
     if isinstance(feature, ClassLabel) and value is not None and value >= 0:  # -1: without a label
