@@ -42,6 +42,7 @@ setup(
     packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training", "hf_intervene.model_cards"],
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
     package_data={
+        "hf_intervene": ["py.typed"],
         "hf_intervene.data": ["mnist_digits/*"],
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
         "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/reproduce/*.yaml"],

@@ -5,7 +5,7 @@ The method is that of Markham et al., "Intervening to learn and compose (causall
 
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
-from transformers import AutoConfig, AutoModel
+from transformers.models.auto import AutoConfig, AutoModel
 
 from .attach import attach, detach, intervene
 from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
@@ -26,7 +26,7 @@ AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
 InterventionConfig.register_for_auto_class()
 InterventionHead.register_for_auto_class("AutoModel")
 # ...so it cannot know of model cards; here it learns.
-InterventionHead.push_to_hub = push_to_hub
+InterventionHead.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]  # other arguments than transformers'
 # diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
 # parts by these tables; a part of another library it refuses to load from the Hub.
 diffusers.InterventionPipeline = InterventionPipeline

@@ -9,6 +9,7 @@ Everything happens in hooks of the denoiser's modules (`bases/injection.py`). Ou
 exactly what it did before.
 """
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -20,11 +21,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from . import hub
-from .bases.base import base_weights
+from .bases.base import base_weights, model_class_named
 from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, DiffusionBase, check_sites
 from .bases.injection import DENOISERS, Entries, Injection, find_sites
-from .bases.loading import BASE_FOLDER, LORA_FOLDER, is_referenced, load_model_config, load_part, model_class_named
+from .bases.loading import BASE_FOLDER, LORA_FOLDER, is_referenced, load_model_config, load_part
 from .contexts import Interventions, is_per_sample, parse_choices
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
@@ -40,7 +41,7 @@ def attach(
     adapter: DiffusionAdapter | None = None,
     name: str = "default",
     weight: float = 1.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> DiffusionPipeline:
     """Attach a head to a pipeline, for `intervene`; several heads under several names add up.
 
@@ -61,7 +62,7 @@ def attach(
             prediction, a head whose own base was trained too, a name that is taken.
     """
     denoiser = _denoiser(pipe)
-    head, adapter, reference = _load(denoiser, head, adapter, hub.pop_options(kwargs))
+    loaded, adapter, reference = _load(denoiser, head, adapter, hub.pop_options(kwargs))
     if kwargs:
         raise TypeError(f"attach() takes no {', '.join(kwargs)}.")
     check_sites(find_sites(denoiser), adapter, type(denoiser).__name__)
@@ -75,7 +76,7 @@ def attach(
             "well it works is not known.",
             stacklevel=2,
         )
-    heads.add(name, _Attached(head, adapter, weight, Injection(denoiser)))
+    heads.add(name, _Attached(loaded, adapter, weight, Injection(denoiser)))
     setattr(pipe, _ATTRIBUTE, heads)
     return pipe
 
@@ -157,7 +158,7 @@ class intervene:
         self._heads.hook()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._attached.active = self._outer
         self._attached.injection.clear()
 
@@ -202,7 +203,7 @@ class _Run:
     """One call of the pipeline: the entries of its batch, and how far it has come."""
 
     def __init__(self, batch: int, entries: Entries, observational: Entries | None):
-        self.batch, self.entries, self.observational, self.timestep = batch, entries, observational, None
+        self.batch, self.entries, self.observational, self.timestep = batch, entries, observational, math.inf
 
     def begins_anew(self, timestep: float, batch: int) -> bool:
         return batch != self.batch or timestep > self.timestep  # within a call they fall
@@ -221,7 +222,8 @@ class _Heads:
     """The heads on a pipeline, and the hooks around its denoiser's forward pass that let them act."""
 
     def __init__(self, pipe: DiffusionPipeline):
-        self.pipe, self.attached = pipe, {}
+        self.pipe = pipe
+        self.attached: dict[str, _Attached] = {}
         self._hooked: nn.Module | None = None
         self._handles: list = []
         self._inside = False
@@ -293,26 +295,29 @@ class _Heads:
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._inside:
             return output
-        acting = [attached for attached in self.attached.values() if attached.active is not None]
+        acting = [(attached, attached.active) for attached in self.attached.values() if attached.active is not None]
         try:
-            for attached in acting:
-                scale = attached.active.guidance_scale
-                if scale != 1.0:
-                    output = self._guided(module, args, kwargs, output, attached, scale)
+            for attached, active in acting:
+                if active.run is not None:
+                    output = self._guided(module, args, kwargs, output, attached, active.run, active.guidance_scale)
         finally:
-            for attached in acting:
+            for attached, _ in acting:
                 attached.injection.clear()
         return output
 
-    def _guided(self, module, args, kwargs, output, attached: _Attached, scale: float):
+    def _guided(
+        self, module: nn.Module, args: tuple, kwargs: dict, output: Any, attached: _Attached, run: _Run, scale: float
+    ) -> Any:
         """The prediction led away from the observational one: p + (w - 1) (p - o) = o + w (p - o)."""
-        attached.injection.set(attached.active.run.observational)
+        if run.observational is None:
+            return output
+        attached.injection.set(run.observational)
         self._inside = True
         try:
             plain = module(*args, **kwargs)[0]
         finally:
             self._inside = False
-            attached.injection.set(attached.active.run.entries)
+            attached.injection.set(run.entries)
         predicted = output[0]
         channels = min(_denoiser(self.pipe).config.in_channels, predicted.shape[1])  # a learnt variance is not guided
         led = predicted[:, :channels] + (scale - 1) * (predicted[:, :channels] - plain[:, :channels])
@@ -334,7 +339,7 @@ def _heads(pipe: DiffusionPipeline) -> _Heads:
     return heads
 
 
-def _outermost(pipe: DiffusionPipeline) -> nn.Module:
+def _outermost(pipe: DiffusionPipeline) -> Any:
     """The denoiser as the pipeline calls it, compiled or not."""
     for name in ("unet", "transformer"):
         found = getattr(pipe, name, None)
@@ -343,7 +348,7 @@ def _outermost(pipe: DiffusionPipeline) -> nn.Module:
     raise TypeError(f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be attached to it.")
 
 
-def _denoiser(pipe: DiffusionPipeline) -> nn.Module:
+def _denoiser(pipe: DiffusionPipeline) -> Any:
     """The denoiser itself.
 
     Raises:
@@ -370,14 +375,16 @@ def _forget_compiled(outermost: nn.Module) -> None:
 
 def _call_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Any]:
     """Sample and timestep of a denoiser's call; the transformers call the former hidden_states."""
-    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
     return sample, kwargs["timestep"] if "timestep" in kwargs else args[1]
 
 
-def _load(denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None, options: dict):
+def _load(
+    denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None, options: dict
+) -> tuple[InterventionHead, DiffusionAdapter, dict[str, str | None] | None]:
     """Head, adapter and the reference of the base they were trained on."""
     if isinstance(head, InterventionModel):
-        if not isinstance(head.base, DiffusionBase):
+        if not isinstance(head.base, DiffusionBase) or head.head is None:
             raise ValueError(
                 f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it cannot enter a pipeline's."
             )
@@ -410,7 +417,7 @@ def _load(denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None, opti
 
 def _check_own_base(denoiser: nn.Module, path: Path, name: Any) -> None:
     """Raise a ValueError unless a denoiser has the weights of the base saved with a head, which was trained too or made anew."""
-    model_class = model_class_named(load_model_config(path / BASE_FOLDER)["_class_name"])
+    model_class = model_class_named((load_model_config(path / BASE_FOLDER) or {}).get("_class_name", ""))
     own = load_part(model_class, path / BASE_FOLDER, f"the base of {name}").state_dict()
     here = base_weights(denoiser)
     same = own.keys() == here.keys() and all(torch.equal(own[k].to(here[k].dtype), here[k].cpu()) for k in own)

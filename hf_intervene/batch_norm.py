@@ -1,17 +1,21 @@
 """Batch norm in a model that samples from its prior: a method of `InterventionModel`."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .contexts import Interventions
 
 
+if TYPE_CHECKING:
+    from .model import InterventionModel
+
+
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: PreTrainedModel, contexts: Sequence[Interventions], num_batches: int = 50, batch_size: int = 256
+    model: "InterventionModel", contexts: Sequence[Interventions], num_batches: int = 50, batch_size: int = 256
 ) -> None:
     """Gather the running statistics of batch-norm layers anew on samples from the prior, the given contexts mixed.
 

@@ -155,7 +155,9 @@ class _Saved:
     def base_id(self) -> str | None:
         """Name on the Hub of the base that the head was added to."""
         reference = self.config.base_reference
-        return reference["name_or_path"] if reference and is_on_hub(**reference) else None
+        return (
+            reference["name_or_path"] if reference and is_on_hub(str(reference["name_or_path"]), reference["revision"]) else None
+        )
 
     @property
     def has_base(self) -> bool:
@@ -258,11 +260,12 @@ def _base(saved: _Saved) -> str | None:
 
 
 def _usage(saved: _Saved, name: str) -> str:
-    concepts = saved.config.concepts
+    concepts, base_class = saved.config.concepts, (saved.config.base_reference or {}).get("class_name")
     together, one = json.dumps(concepts[:2]), json.dumps(concepts[0])
     if saved.kind == HEAD:
-        imports, load = ["import torch", f"from hf_intervene import {HEAD}"], f'head = {HEAD}.from_pretrained("{name}")'
-        return "\n".join([*imports, "", load, *_head_call(f"head.targets({together}, 8)")])
+        imports = ["import torch", f"from hf_intervene import {HEAD}"]
+        load = [f'head = {HEAD}.from_pretrained("{name}")']
+        return "\n".join([*imports, "", *load, *_head_call(f"head.targets({together}, 8)")])
     if saved.kind == PIPELINE:
         load = [f'pipe = {PIPELINE}.from_pretrained("{name}")']
         sample = f"images = pipe({together}, num_images=8, generator=g).images"
@@ -270,13 +273,13 @@ def _usage(saved: _Saved, name: str) -> str:
     else:
         load = [f'model = {MODEL}.from_pretrained("{name}")']
         if saved.base_is_elsewhere:
-            load = [f'base = {saved.config.base_reference["class_name"]}.from_pretrained("path/to/the/base")']
+            load = [f'base = {base_class}.from_pretrained("path/to/the/base")']
             load += [f'model = {MODEL}.from_pretrained("{name}", base=base)']
         sample = f'images = model.sample({together}, num_samples=8, generator=g, output_type="pil")'
         edit = f'edited = model.edit(images[0], {{{one}: 0.5}}, output_type="pil")'
     imports = ["import torch"]
     if saved.base_is_elsewhere:
-        imports += [f"from diffusers import {saved.config.base_reference['class_name']}"]
+        imports += [f"from diffusers import {base_class}"]
     imports += [f"from hf_intervene import {saved.kind}"]
     sample += "  # together" if len(concepts) > 1 else ""
     lines = [*imports, "", *load, "g = torch.Generator().manual_seed(0)", sample]
@@ -404,3 +407,6 @@ def _results(metrics: dict) -> list[EvalResult]:
                 )
             )
     return results
+
+
+__all__ = ["write_card"]

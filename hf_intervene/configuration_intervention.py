@@ -81,7 +81,7 @@ class InterventionConfig(PreTrainedConfig):
     companion_references: dict[str, dict[str, str | None]] | None = None
     lora_rank: int = 0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.concepts = list(validate_concepts(self.concepts))
         self.embedding_shape = list(self.embedding_shape)
         for name, least, most in (
@@ -119,7 +119,9 @@ class InterventionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; another model's configuration is not taken for one of this class, with its defaults.
 
         Raises:

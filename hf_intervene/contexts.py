@@ -19,7 +19,7 @@ This file imports torch alone, so that it can travel with a checkpoint.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,7 +34,7 @@ class Quantile:
 
     q: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             q = float(self.q)
         except (TypeError, ValueError):
@@ -91,8 +91,9 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
         TypeError: not one of the forms.
     """
     values = parse_values(context, concepts)
-    _refuse_values([name for name, value in values.items() if not isinstance(value, float)])
-    return values
+    strengths = {name: value for name, value in values.items() if isinstance(value, float)}
+    _refuse_values([name for name in values if name not in strengths])
+    return strengths
 
 
 def _refuse_values(names: Sequence[str]) -> None:
@@ -158,7 +159,7 @@ def _split_value(text: str) -> tuple[str, float | Quantile]:
         except ValueError:
             return name.strip(), math.nan
     name, separator, quantile = text.partition("@")
-    return name.strip(), Quantile(quantile.strip()) if separator else 1.0
+    return name.strip(), Quantile(quantile.strip()) if separator else 1.0  # type: ignore[arg-type]  # a number as text is read
 
 
 def named_concepts(context: str | Sequence[str]) -> list[str]:
@@ -229,7 +230,7 @@ def parse_choices(
     if isinstance(interventions, torch.Tensor):
         targets, choices = _check_targets(interventions, width, blocks), []
     else:
-        contexts = interventions if is_per_sample(interventions) else [interventions]
+        contexts = cast(Sequence[Context], interventions if is_per_sample(interventions) else [interventions])
         rows = [parse_values(context, concepts) for context in contexts]
         rows = _one_reference_each(rows, num_samples)
         choices = [{name: value for name, value in row.items() if not isinstance(value, float)} for row in rows]
@@ -246,7 +247,7 @@ def parse_choices(
     return targets.expand(num_samples, -1), choices
 
 
-def _one_reference_each(rows: list[dict[str, Value]], num_samples: int | None) -> list[dict[str, Value]]:
+def _one_reference_each(rows: list[dict[str, Any]], num_samples: int | None) -> list[dict[str, Any]]:
     """Rows with one reference image each: a single context that holds several, one per sample, becomes as many rows."""
     several = lambda value: isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4  # noqa: E731
     lengths = [(name, len(value)) for row in rows for name, value in row.items() if several(value) and len(value) != 1]
@@ -279,3 +280,19 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
 def context_names(targets: torch.Tensor, concepts: Sequence[str]) -> list[str]:
     """Inverse of `parse_interventions`: the canonical context name of every row of targets, shape (batch, >= d)."""
     return [context_name({name: float(value) for name, value in zip(concepts, row)}, concepts) for row in targets.tolist()]
+
+
+__all__ = [
+    "OBS",
+    "Context",
+    "Interventions",
+    "Quantile",
+    "Value",
+    "context_name",
+    "context_names",
+    "parse_choices",
+    "parse_context",
+    "parse_interventions",
+    "parse_values",
+    "validate_concepts",
+]

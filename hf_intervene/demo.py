@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cards import SETTINGS_FILE
@@ -121,7 +122,7 @@ def _measure_and_draw(model: InterventionModel, out: Path) -> str:
     generated = {name: to_uint8(model.sample(name, noise=noise, output_type="np")) for name in real}
     save(contexts_grid(real, generated, unseen=quad.HELD_OUT), out / "contexts.png")
     originals = real["obs"][:_STRIP]
-    edits = {name: to_uint8(model.edit(originals, name, output_type="np")) for name in _EDITS}
+    edits = {name: to_uint8(np.asarray(model.edit(originals, name, output_type="np"))) for name in _EDITS}
     edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
     save(edit_strips(originals, edits, edits["reconstruction"]), out / "edits.png")
     return evaluation.table(metrics)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,7 +20,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
-    RevisionResolutionError,
 )
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import sha_fileobj
@@ -38,7 +37,7 @@ def pop_options(kwargs: dict) -> dict:
     return {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
 
 
-def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **options) -> Path:
+def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **options: Any) -> Path:
     """The folder of a saved model: `name` itself if it is one, else a snapshot of that Hub repository in the local cache.
 
     Everything that a loader reads comes from this one folder, hence from one commit. Nothing is fetched that is there already, and
@@ -169,13 +168,13 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
         name_or_path = os.path.abspath(name_or_path)  # or, from another folder, it would pass for a repository
     else:
         try:  # the commit that the cache knows the revision by is the one of the last load
-            revision = HfApi().resolve_revision(name_or_path, revision=revision, local_files_only=True).resolved
-        except (RevisionResolutionError, HFValidationError):
+            revision = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, allow_patterns=[])).name
+        except (LocalEntryNotFoundError, HFValidationError):
             pass
     return {"name_or_path": name_or_path, "subfolder": subfolder, "revision": revision}
 
 
-def is_on_hub(name_or_path: str, revision: str | None, **_) -> bool:
+def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
     """Whether an `origin` is a repository on the Hub and not a folder."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         return False
@@ -200,7 +199,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
 
-    def raised(kind: type) -> BaseException | None:
+    def raised(kind: type[_Raised]) -> _Raised | None:
         return next((e for e in chain if isinstance(e, kind)), None)
 
     if raised(HFValidationError):

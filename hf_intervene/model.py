@@ -5,8 +5,9 @@
 Sampling enters at z; editing enters at the image and leaves at the image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -30,6 +32,7 @@ from .values import Values, model_values
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
+Images = torch.Tensor | np.ndarray | list[Image.Image]  # as `output_type` says
 
 
 @dataclass
@@ -105,7 +108,7 @@ class InterventionModel(PreTrainedModel):
             self.base.freeze_unused()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_scale_factor=1)
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Nothing: head and base arrive initialised."""
 
     @classmethod
@@ -117,7 +120,7 @@ class InterventionModel(PreTrainedModel):
         base_subfolder: str | None = None,
         base_revision: str | None = None,
         base_variant: str | None = None,
-        **head_options,
+        **head_options: Any,
     ) -> "InterventionModel":
         """Add a new head to a base.
 
@@ -144,6 +147,7 @@ class InterventionModel(PreTrainedModel):
 
     @property
     def concepts(self) -> tuple[str, ...]:
+        """Names of the d concepts, in block order."""
         return tuple(self.config.concepts)
 
     @property
@@ -172,14 +176,15 @@ class InterventionModel(PreTrainedModel):
         targets: torch.Tensor,
         residual: torch.Tensor | None = None,
         values: Values | None = None,
-        **denoising,
+        **denoising: Any,
     ) -> torch.Tensor:
         """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
         noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of `DiffusionBase.decode`."""
         embedding = self.embed(z, targets, values)
         if denoising.get("guidance_scale", 1.0) != 1.0:
             denoising["observational"] = self.embed(z, torch.zeros_like(targets))
-        return self.base.decode(embedding) if residual is None else self.base.decode(embedding, residual, **denoising)
+        decode: Callable[..., torch.Tensor] = self.base.decode  # of some families with residual noise and more
+        return decode(embedding) if residual is None else decode(embedding, residual, **denoising)
 
     def _seen(self, targets: torch.Tensor) -> torch.Tensor:
         """The targets the head sees: none in the ablation that pools the contexts."""
@@ -227,38 +232,39 @@ class InterventionModel(PreTrainedModel):
             prepared: for a denoiser, what its `prepare` made of the images.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
-        if prepared is None and tuple(pixel_values.shape[1:]) != self.base.image_shape:
-            raise ValueError(
-                f"pixel_values must have shape (batch, {', '.join(map(str, self.base.image_shape))}), "
-                f"not {tuple(pixel_values.shape)}."
-            )
+        found = None if pixel_values is None else tuple(pixel_values.shape)
+        if prepared is None and (found is None or found[1:] != self.base.image_shape):
+            raise ValueError(f"pixel_values must have shape (batch, {', '.join(map(str, self.base.image_shape))}), not {found}.")
+        x: Any = pixel_values  # (B, C, H, W)
+        rho: Any = residual_noise  # (B, *residual_shape)
         if return_reconstruction and self.base.denoises:
             raise ValueError("a denoiser reconstructs in many steps: use reconstruct().")
-        if self.base.residual_shape is not None and residual_noise is None:
-            residual_noise = torch.randn(len(targets), *self.base.residual_shape, device=targets.device)
+        if self.base.residual_shape is not None and rho is None:
+            rho = torch.randn(len(targets), *self.base.residual_shape, device=targets.device)
         if self.base.denoises:
-            prepared = self.base.prepare(pixel_values) if prepared is None else prepared
+            prepared = self.base.prepare(x) if prepared is None else prepared
             features, latents = self.base.features(prepared), prepared["x0"]
         elif self.base.residual_shape is None:
-            features = self.base.encode(pixel_values)
+            features = self.base.encode(x)
         else:
-            features, latents, log_q = self.base.encode_latents(pixel_values, residual_noise)
+            features, latents, log_q = self.base.encode_latents(x, rho)
         mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
         if noise is None:
             noise = torch.randn_like(mean)
         embedding = self.embed(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar)  # (B,)
-        residual_kl, bottleneck_loss, decoded = torch.zeros_like(kl), None, None
+        residual_kl, bottleneck_loss = torch.zeros_like(kl), None
+        decoded: Any = None
         if self.base.denoises:
             time = torch.rand(len(targets), device=targets.device) if time is None else time
-            reconstruction_loss = self.base.denoising_loss(embedding, latents, residual_noise, time)  # (B,)
+            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time)  # (B,)
         else:
             decoded = self.base.decode(embedding)  # (B, C, H, W)
-            reconstruction_loss = self.base.reconstruction_loss(decoded, pixel_values)  # (B,)
+            reconstruction_loss = self.base.reconstruction_loss(decoded, x)  # (B,)
         loss = reconstruction_loss + beta * kl
         if self.base.residual_shape is not None and not self.base.denoises:
             bottleneck_loss, decoded = reconstruction_loss, self.base.decode_latents(latents)
-            reconstruction_loss = self.base.residual_reconstruction_loss(decoded, pixel_values)  # (B,)
+            reconstruction_loss = self.base.residual_reconstruction_loss(decoded, x)  # (B,)
             residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
             loss = loss + reconstruction_loss + residual_weight * residual_kl
         output = InterventionModelOutput(
@@ -289,7 +295,7 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
-    ) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    ) -> Images:
         """Sample images from p(x | s), z from the prior.
 
         Args:
@@ -339,7 +345,7 @@ class InterventionModel(PreTrainedModel):
     @torch.no_grad()
     def reconstruct(
         self, images: ImageInput, context: Interventions = None, output_type: str = "pt", batch_size: int = 256
-    ) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    ) -> Images:
         """Encode images under the context they came from and decode the posterior mean. See `edit`."""
         return self.edit(images, context, context=context, output_type=output_type, batch_size=batch_size)
 
@@ -354,7 +360,7 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
-    ) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    ) -> Images:
         """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of its residual latents too, where the
         base has them; of a denoiser the noise x_T that leads to the image), the targets are replaced.
 
@@ -372,7 +378,7 @@ class InterventionModel(PreTrainedModel):
         after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0])  # before the long part
         noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
-        return self._predict(noise, residual, *after, output_type, batch_size, num_inference_steps, guidance_scale)
+        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale)
 
     @torch.no_grad()
     def predict(
@@ -385,17 +391,26 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
-    ) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    ) -> Images:
         """The last step of `edit`: images of what `abduct` returned, under other interventions. Arguments as there."""
         after = self._chosen(interventions, len(noise), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0])
-        return self._predict(noise, residual, *after, output_type, batch_size, num_inference_steps, guidance_scale)
+        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale)
 
-    def _predict(self, noise, residual, targets, values, output_type, batch_size, num_inference_steps, guidance_scale):
-        options = {}
+    def _predict(
+        self,
+        noise: torch.Tensor,
+        residual: torch.Tensor | None,
+        after: tuple[torch.Tensor, Values | None],
+        output_type: str,
+        batch_size: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> Images:
+        options: dict[str, Any] = {}
         if self.base.denoises:
             options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "along_path": True}
-        return self._decoded_images(noise, targets, values, output_type, batch_size, residual, **options)
+        return self._decoded_images(noise, *after, output_type, batch_size, residual, **options)
 
     def _check_guidance(self, guidance_scale: float, targets: torch.Tensor) -> None:
         if guidance_scale == 1.0:
@@ -428,11 +443,11 @@ class InterventionModel(PreTrainedModel):
         """
         options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
         batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
-        parts = zip(*[self._abduct_batch(x, s, generator, **options) for x, s in batches])
-        return tuple(torch.cat(part) if part[0] is not None else None for part in parts)
+        noise, residuals = zip(*[self._abduct_batch(x, s, generator, **options) for x, s in batches])
+        return torch.cat(noise), None if residuals[0] is None else torch.cat(residuals)
 
     def _abduct_batch(
-        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None, **denoising
+        self, pixel_values: torch.Tensor, targets: torch.Tensor, generator: torch.Generator | None, **denoising: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def noise(shape: tuple[int, ...]) -> torch.Tensor:
             shape = (len(pixel_values), *shape)
@@ -454,7 +469,9 @@ class InterventionModel(PreTrainedModel):
         """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
         return parse_interventions(interventions, self.concepts, num_samples, self.config.free_blocks).to(self.device)
 
-    def _chosen(self, interventions, num_samples, reference_context, batch_size) -> tuple[torch.Tensor, Values | None]:
+    def _chosen(
+        self, interventions: Interventions, num_samples: int | None, reference_context: Interventions, batch_size: int
+    ) -> tuple[torch.Tensor, Values | None]:
         """Targets (num_samples, D) and the chosen values of interventions."""
         targets, choices = parse_choices(interventions, self.concepts, num_samples, self.config.free_blocks)
         return targets.to(self.device), model_values(self, choices, len(targets), reference_context, batch_size)
@@ -478,7 +495,16 @@ class InterventionModel(PreTrainedModel):
             raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
         return pixel_values
 
-    def _decoded_images(self, noise, targets, values, output_type, batch_size, residual, **denoising):
+    def _decoded_images(
+        self,
+        noise: torch.Tensor,
+        targets: torch.Tensor,
+        values: Values | None,
+        output_type: str,
+        batch_size: int,
+        residual: torch.Tensor | None,
+        **denoising: Any,
+    ) -> Images:
         noise = noise.to(self.device)
         residuals, chosen = ([None] * len(noise) if part is None else part.split(batch_size) for part in (residual, values))
         images = torch.cat(
@@ -493,6 +519,7 @@ class InterventionModel(PreTrainedModel):
 
     # Saving and loading
 
-    push_to_hub = push_to_hub
-    save_pretrained = save_pretrained
-    from_pretrained = classmethod(from_pretrained)
+    # Their arguments are not those of transformers' models.
+    push_to_hub = push_to_hub  # type: ignore[assignment]
+    save_pretrained = save_pretrained  # type: ignore[assignment]
+    from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]

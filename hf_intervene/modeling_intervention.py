@@ -352,6 +352,7 @@ class InterventionHead(PreTrainedModel):
 
     config: InterventionConfig
     config_class = InterventionConfig
+    posterior_offset: torch.Tensor  # of a centred posterior
     base_model_prefix = "head"
     main_input_name = "z"
 
@@ -367,7 +368,7 @@ class InterventionHead(PreTrainedModel):
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
         if config.posterior == "unconditional":
-            self.encoder_readout = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
+            self.encoder_readout: nn.Module = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
         else:
             hidden = config.feature_width
             self.encoder_readout = nn.Sequential(
@@ -384,8 +385,8 @@ class InterventionHead(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, InterventionLayer):
             module.reset_parameters(self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def forward(
         self,
@@ -483,7 +484,9 @@ class InterventionHead(PreTrainedModel):
         return parse_interventions(interventions, config.concepts, num_samples, config.free_blocks).to(self.device)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, subfolder: str = "", **kwargs):
+    def from_pretrained(  # type: ignore[override]  # no `None` for the name, as in no model that is loaded
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, subfolder: str = "", **kwargs: Any
+    ) -> "InterventionHead":
         """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
         the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
         """
@@ -593,3 +596,6 @@ def _first(error: Exception) -> str:
 def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+__all__ = ["InterventionHead", "InterventionHeadOutput"]

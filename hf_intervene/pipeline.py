@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -60,6 +60,10 @@ class InterventionPipeline(DiffusionPipeline):
     ```
     """
 
+    base: ModelMixin
+    head: InterventionHead
+    adapter: ModelMixin | None
+
     _optional_components = ["adapter", *DiffusionBase.companion_names]
 
     def __init__(
@@ -80,7 +84,7 @@ class InterventionPipeline(DiffusionPipeline):
     push_to_hub = push_to_hub
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "InterventionPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "InterventionPipeline":
         """As in diffusers, from a folder or the Hub; from one commit, and from safetensors only.
 
         Raises:
@@ -101,7 +105,7 @@ class InterventionPipeline(DiffusionPipeline):
         logger.info("loading the pipeline %s from %s", name, path)
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
@@ -127,6 +131,7 @@ class InterventionPipeline(DiffusionPipeline):
 
     @property
     def concepts(self) -> tuple[str, ...]:
+        """Names of the d concepts, in block order."""
         return tuple(self.head.config.concepts)
 
     @torch.no_grad()
@@ -144,7 +149,7 @@ class InterventionPipeline(DiffusionPipeline):
         batch_size: int = 256,
         return_dict: bool = True,
         reference_context: Interventions = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """Sample images; see `InterventionModel.sample`.
 
         Args:
@@ -159,7 +164,7 @@ class InterventionPipeline(DiffusionPipeline):
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without interventions.
             batch_size: images at once.
-            return_dict: whether to return an `ImagePipelineOutput` or a tuple.
+            return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the annotation says.
             reference_context: the context that reference images came from: observational unless said otherwise.
         """
         images = self.model.sample(
@@ -189,7 +194,7 @@ class InterventionPipeline(DiffusionPipeline):
         batch_size: int = 256,
         return_dict: bool = True,
         reference_context: Interventions = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """Edit images: keep their exogenous noise, replace the interventions, chosen values among them; see `InterventionModel.edit`."""
         edited = self.model.edit(
             images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale, reference_context

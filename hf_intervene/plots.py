@@ -156,7 +156,7 @@ def traversal(
     image: ImageInput,
     context: Interventions = None,
     quantiles: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
-    **options,
+    **options: Any,
 ) -> Figure:
     """Edits of one image along the learnt range of each concept (see `values.py`), a strip for each concept, and the image above.
 
@@ -383,3 +383,6 @@ def plot_matrices(
     else:
         figure.supxlabel(label, fontsize=8)
     return figure
+
+
+__all__ = ["contexts_grid", "edit_strips", "traversal"]

@@ -26,7 +26,7 @@ CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETT
 
 
 def push_to_hub(
-    self,
+    self: Any,
     repo_id: str,
     *,
     commit_message: str | None = None,

@@ -1,7 +1,7 @@
 """Saving an `InterventionModel` and loading it: what was trained, and where to find the rest."""
 
 import os
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -32,12 +32,12 @@ logger = get_logger(__name__)
 
 
 def save_pretrained(
-    self,
+    self: "InterventionModel",
     save_directory: str | os.PathLike,
     save_base: bool | None = None,
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
-    **kwargs,
+    **kwargs: Any,
 ) -> None:
     """Save what was trained: the head as a transformers model, adapter and base as diffusers models.
 
@@ -86,14 +86,14 @@ def save_pretrained(
 
 
 def from_pretrained(
-    cls: type[Model],
+    cls: type["InterventionModel"],
     pretrained_model_name_or_path: str | os.PathLike,
     base: ModelMixin | Base | None = None,
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
-    **kwargs,
-) -> Model:
+    **kwargs: Any,
+) -> "InterventionModel":
     """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
 
     Args:
@@ -134,10 +134,10 @@ def from_pretrained(
         what = f"the adapter of {name}"
         adapter = load_part(family.adapter_class, path / ADAPTER_FOLDER, what, variant, torch_dtype=dtype)
         if isinstance(base, Base):
-            companions = base.companions()
+            parts = base.companions()
         else:
-            companions = load_companions(name, path, config, family, dtype, options)
-        base = family(model, adapter=adapter, **companions)
+            parts = load_companions(name, path, config, family, dtype, options)
+        base = family(model, **{"adapter": adapter, **parts})
     elif not isinstance(base, Base):
         base = family(model)
     if config.lora_rank and not has_base:

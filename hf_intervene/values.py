@@ -15,13 +15,16 @@ what another one holds is its concept can only be seen in images (`plots.travers
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
 from .contexts import Interventions, Quantile, Value
 from .modeling_intervention import InterventionHead
+
+
+if TYPE_CHECKING:
+    from .model import InterventionModel
 
 
 DRAWS, NEAREST = 4096, 64
@@ -116,7 +119,7 @@ def head_values(
 
 
 def model_values(
-    model: PreTrainedModel,
+    model: "InterventionModel",
     choices: Sequence[dict[str, Value]],
     num_samples: int,
     reference_context: Interventions,
@@ -131,25 +134,26 @@ def model_values(
         raise ValueError(f"a model with ablation={model.config.ablation!r} has no values of concepts to choose.")
     if reference_context is not None and all(isinstance(v, Quantile) for choice in choices for v in choice.values()):
         raise ValueError("reference_context is the context of reference images, but none is given: leave it out.")
-    if not choices:
+    if not choices or model.head is None:
         return None
+    head = model.head
     contexts = model.targets(reference_context)  # (1 or B, D)
     if len(contexts) == 1:
         contexts = contexts.expand(len(choices), -1)
     else:
         contexts = model.targets(contexts, num_samples)
-        choices = choices * num_samples if len(choices) == 1 else choices
+        choices = [*choices] * num_samples if len(choices) == 1 else choices
 
     def encode(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
         pixel_values = torch.cat([_pixel_values(model, name, image) for name, image in zip(names, images)])
         targets = contexts[rows]
         batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
-        return torch.cat([model.head(model.posterior(x, s)[0], s).concepts.float() for x, s in batches])
+        return torch.cat([head(model.posterior(x, s)[0], s).concepts.float() for x, s in batches])
 
-    return head_values(model.head, choices, num_samples, encode)
+    return head_values(head, choices, num_samples, encode)
 
 
-def _pixel_values(model: PreTrainedModel, name: str, image: Any) -> torch.Tensor:
+def _pixel_values(model: "InterventionModel", name: str, image: Any) -> torch.Tensor:
     """A reference image as (1, C, H, W)."""
     if getattr(image, "ndim", 0) == 2:  # grey, without a channel
         image = image[None] if isinstance(image, torch.Tensor) else image[..., None]
@@ -157,3 +161,6 @@ def _pixel_values(model: PreTrainedModel, name: str, image: Any) -> torch.Tensor
         return model.preprocess(image[None] if hasattr(image, "ndim") else image)
     except ValueError as error:
         raise ValueError(f"the reference image of {name!r}: {error}") from error
+
+
+__all__ = ["influence", "learnt_range", "quantile_value"]

@@ -156,6 +156,7 @@ class TrainArguments:
 
     @property
     def head_options(self) -> dict:
+        """Those settings that are fields of `InterventionConfig`."""
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
         names += ("intervention_rank", "initial_posterior_std")
         return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
@@ -258,3 +259,6 @@ def _typed(value: object, kind: type) -> object:
     if type(value) is not kind:
         raise TypeError
     return value
+
+
+__all__ = ["TrainArguments", "parse_arguments", "read_config"]

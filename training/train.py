@@ -537,5 +537,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+__all__ = ["TrainResult", "train"]
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -86,6 +86,7 @@ class AutoencoderBase(Base):
         ValueError: no image size is known, the model's encoder cannot take it, or the adapter is for other latents.
     """
 
+    adapter: LatentAdapter
     adapter_class = LatentAdapter
 
     def __init__(
@@ -198,7 +199,8 @@ def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.
     Raises:
         ValueError: such images cannot be encoded, or come back in another size.
     """
-    return _latent_shape(type(model), json.dumps(dict(model.config), default=str), image_shape)
+    config = json.dumps(dict(model.config), default=str)
+    return _latent_shape(type(model), config, image_shape)  # type: ignore[arg-type]  # a class is hashable
 
 
 @lru_cache

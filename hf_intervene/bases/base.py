@@ -13,6 +13,7 @@ A third party adds a family without touching this package:
 import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -87,7 +88,24 @@ class Base(nn.Module):
         """-log p(x | r) of each image in nats, (B,)."""
         raise NotImplementedError
 
-    def companions(self) -> dict[str, object]:
+    # Only of denoisers, which see images at many levels of noise (see `DiffusionBase`).
+
+    def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the frozen parts make of images (B, C, H, W) in [0, 1]: `x0`, (B, *residual_shape), what is denoised, and whatever
+        `features` needs."""
+        raise NotImplementedError
+
+    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Features (B, feature_width) of prepared images."""
+        raise NotImplementedError
+
+    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1)."""
+        raise NotImplementedError
+
+    # Of any base
+
+    def companions(self) -> dict[str, Any]:
         """Frozen models, schedulers and processors that it needs beside the model, by the constructor's names for them."""
         return {}
 
@@ -122,7 +140,7 @@ def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[
     return register
 
 
-def wrap_base(model: ModelMixin | Base, **options) -> Base:
+def wrap_base(model: ModelMixin | Base, **options: Any) -> Base:
     """Wrap a pretrained model in the base family registered for its class (the nearest in its method resolution order).
 
     Args:
@@ -146,7 +164,7 @@ def base_family(model: ModelMixin) -> type[Base]:
     )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A value as configurations keep it: tuples as lists."""
     return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -170,7 +188,7 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         found = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.digest()
 
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL; the order is that of the names, whoever is done first

@@ -7,6 +7,7 @@ x_t and the prediction, with the coefficients of `step_coefficients`.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -155,7 +156,7 @@ def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: floa
 def follow(predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...)."""
     kind, x = prediction_type(scheduler), noise
-    points = [*path(scheduler, steps, noise.device), (None, 1.0, 0.0)]
+    points: list[tuple[Any, float, float]] = [*path(scheduler, steps, noise.device), (None, 1.0, 0.0)]
     for (t, a, s), (_, a_next, s_next) in zip(points[:-1], points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
@@ -169,7 +170,7 @@ def invert(predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps:
     one it would be the usual DDIM inversion, which takes the prediction at the wrong point and does not come back to the image.
     """
     kind, x = prediction_type(scheduler), x0
-    points = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
+    points: list[tuple[Any, float, float]] = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
     for (t, a, s), (_, a_next, s_next) in reversed(list(zip(points[:-1], points[1:]))):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         guess = x

@@ -9,7 +9,8 @@ arXiv:2111.15640, whose semantic code is the head's). The first term of the obje
 the entries of x: not a likelihood, so there are no bits per pixel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -107,7 +108,9 @@ class DiffusionBase(Base):
         TypeError, ValueError: one sentence: no scheduler or vae, an adapter for another denoiser or kind of prediction.
     """
 
+    adapter: DiffusionAdapter
     adapter_class = DiffusionAdapter
+    residual_shape: tuple[int, ...]
     companion_names = ("vae", "scheduler", "image_encoder", "image_processor")
     denoises = True
 
@@ -160,7 +163,9 @@ class DiffusionBase(Base):
         self.injection = Injection(model)
         self.injection.install()
 
-    def _new_adapter(self, size, embedding_width, num_tokens, text, pooled_text) -> DiffusionAdapter:
+    def _new_adapter(
+        self, size: int, embedding_width: int, num_tokens: int, text: torch.Tensor | None, pooled_text: torch.Tensor | None
+    ) -> DiffusionAdapter:
         model, sites, vision = self.model, find_sites(self.model), self.image_encoder
         if isinstance(model, UNet2DConditionModel):
             text = torch.zeros(1, 1, _width(model.config.cross_attention_dim)) if text is None else text
@@ -205,7 +210,9 @@ class DiffusionBase(Base):
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.features(self.prepare(pixel_values))
 
-    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None):
+    def encode_latents(  # type: ignore[override]  # x_0 is no draw: it has no density
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         prepared = self.prepare(pixel_values)
         return self.features(prepared), prepared["x0"], None
 
@@ -248,7 +255,7 @@ class DiffusionBase(Base):
         prediction = self.denoise(noisy, timesteps, embedding)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
-    def decode(
+    def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from
         self,
         embedding: torch.Tensor,
         residual: torch.Tensor,
@@ -296,7 +303,7 @@ class DiffusionBase(Base):
 
     # Parts
 
-    def companions(self) -> dict[str, object]:
+    def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
         parts = (self.vae, self.scheduler, *((None, None) if vision is None else (vision.model, vision.image_processor)))
         return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
@@ -341,15 +348,15 @@ def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
             )
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     """Of a long list the first and how many."""
     if not isinstance(value, list):
         return str(value)
     return f"{value[:4]}{f' and {len(value) - 4} more' if len(value) > 4 else ''}"
 
 
-def _width(value) -> int:
-    return value[0] if isinstance(value, (list, tuple)) else value
+def _width(value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else value[0]
 
 
 def _pixels(model: ModelMixin, vae: ModelMixin | None) -> int:

@@ -20,11 +20,11 @@ class VisionEncoder(nn.Module):
         TypeError: one of the two is something else.
     """
 
-    def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor):
+    def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor | None):
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"image_encoder must be a vision model of transformers, not a {type(model).__name__}.")
-        if not callable(getattr(image_processor, "preprocess", None)):
+        if image_processor is None or not callable(getattr(image_processor, "preprocess", None)):
             raise TypeError(
                 f"an image_encoder needs its image processor (AutoImageProcessor) as image_processor, not {image_processor!r}."
             )

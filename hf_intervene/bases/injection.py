@@ -13,8 +13,9 @@ The last map of each is zero at first: a new head changes nothing of what the de
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import (
@@ -91,12 +92,12 @@ class Entries:
     values: tuple[torch.Tensor, ...] = ()
 
     def weighted(self, weight: float) -> "Entries":
-        scaled = {name: None if (x := getattr(self, name)) is None else weight * x for name in ("vector", "map")}
+        scaled: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else weight * x for name in ("vector", "map")}
         return replace(self, values=tuple(weight * v for v in self.values), **scaled)
 
     def rows(self, index: torch.Tensor) -> "Entries":
         """The entries of some rows, an index (n,)."""
-        picked = {name: None if (x := getattr(self, name)) is None else x[index] for name in ("vector", "map")}
+        picked: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[index] for name in ("vector", "map")}
         return Entries(keys=tuple(k[index] for k in self.keys), values=tuple(v[index] for v in self.values), **picked)
 
 
@@ -148,12 +149,13 @@ class Injection:
         self._reset()
 
     def _reset(self) -> None:
-        self.vector, self.map = None, None
+        self.vector: torch.Tensor | None = None
+        self.map: torch.Tensor | None = None
         self.layers = [_CrossAttention() for _ in self.sites.tokens]
         self._handles: list = []
         self._hooked: list[nn.Module] = []
 
-    def __deepcopy__(self, memo) -> "Injection":
+    def __deepcopy__(self, memo: dict) -> "Injection":
         # A copied denoiser carries copies of the hooks, which must not go on acting for what was set before.
         copied = memo[id(self)] = object.__new__(Injection)
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
@@ -166,7 +168,7 @@ class Injection:
 
         Loading or unloading LoRA exchanges modules, hence the look at each time.
         """
-        plan = [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
+        plan: list[tuple[str, str, Callable]] = [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
         if self.sites.map is not None:
             plan += [(self.sites.map, "register_forward_hook", self._add_map)]
         for name, layer in zip(self.sites.tokens, self.layers):
@@ -198,10 +200,10 @@ class Injection:
         for layer in self.layers:
             layer.key = layer.value = layer.query = None
 
-    def _add_vector(self, module, args, output):
+    def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output if self.vector is None else output + self.vector.to(output.dtype)
 
-    def _add_map(self, module, args, output):
+    def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if self.map is None:
             return output
         entered = self.map.to(output.dtype)
@@ -214,20 +216,20 @@ class _CrossAttention:
     """The branch of one cross-attention layer: its own queries, taken as they come, attend to the tokens of the embedding; what they
     find is added before the layer's output projection."""
 
-    attention: nn.Module | None = None
+    attention: Attention | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
     query: torch.Tensor | None = None
 
-    def __deepcopy__(self, memo) -> "_CrossAttention":
+    def __deepcopy__(self, memo: dict) -> "_CrossAttention":
         return _CrossAttention()  # as for Injection
 
-    def keep_query(self, module, args, output):
+    def keep_query(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if self.key is not None:
             self.query = output
 
-    def add_branch(self, module, args):
-        if self.key is None or self.query is None:
+    def add_branch(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self.key is None or self.value is None or self.query is None or self.attention is None:
             return None
         query, self.query = self.query, None
         heads = self.attention.heads

@@ -58,7 +58,7 @@ class LightVAE(ModelMixin, ConfigMixin):
         self.encoder = convolutional_encoder(channels, flat, hidden_width, norm)
         self.quant = nn.Linear(hidden_width, 2 * latent_width)
 
-        up = []
+        up: list[nn.Module] = []
         for level in range(len(block_out_channels), 0, -1):
             # An odd side loses its last row when halved; output_padding gives it back (28 -> 14 -> 7 -> 3 -> 1 and up again).
             odd = sizes[level - 1] - 2 * sizes[level]
@@ -90,12 +90,12 @@ class LightVAE(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple:
         """Logits of the reconstruction of images (B, C, S, S) from one posterior sample each."""
-        return self.decode(self.encode(sample).latent_dist.sample(generator), return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0].sample(generator), return_dict=return_dict)
 
 
 def convolutional_encoder(channels: Sequence[int], flat: int, hidden_width: int, norm: str = "group") -> nn.Sequential:
     """Strided 4x4 convolutions between these numbers of channels, then from their `flat` numbers to features (B, hidden_width)."""
-    down = []
+    down: list[nn.Module] = []
     for before, after in zip(channels[:-1], channels[1:]):
         down += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(norm, after), nn.GELU()]
     return nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden_width), nn.GELU())

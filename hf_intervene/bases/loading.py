@@ -39,7 +39,9 @@ def _files(subfolder: str | None = None, variant: str | None = None) -> list[str
     return [f"{subfolder}/{file}" if subfolder else file for file in files]
 
 
-def base_folder(name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options) -> Path:
+def base_folder(
+    name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options: Any
+) -> Path:
     """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
     return hub.folder(name_or_path, _files(subfolder, variant), **options) / (subfolder or "")
 
@@ -50,7 +52,7 @@ def load_base(
     subfolder: str | None = None,
     residual_layers: int = 0,
     image_encoder: str | os.PathLike | None = None,
-    **options,
+    **options: Any,
 ) -> Base:
     """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
 
@@ -89,6 +91,7 @@ def load_base(
         raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
     model = load_part(model_class_named(config["_class_name"]), path, f"the base {what}")
     family = base_family(model)
+    base: Base
     if issubclass(family, AutoencoderBase):
         base = family(model, sample_size=sample_size, residual_layers=residual_layers)
     elif residual_layers:
@@ -110,12 +113,12 @@ def load_base(
     return base
 
 
-def _pipeline_parts(path: Path, what: str) -> dict[str, object]:
+def _pipeline_parts(path: Path, what: str) -> dict[str, Any]:
     """Scheduler, autoencoder and embedding of the empty prompt of a pipeline's folder, as far as it has them."""
-    parts = {"scheduler": load_scheduler(path / "scheduler", f"the pipeline {what}")}
+    parts: dict[str, Any] = {"scheduler": load_scheduler(path / "scheduler", f"the pipeline {what}")}
     if (path / "vae" / "config.json").exists():
-        saved = load_model_config(path / "vae")
-        parts["vae"] = load_part(model_class_named(saved["_class_name"]), path / "vae", f"the vae of {what}")
+        saved = load_model_config(path / "vae") or {}
+        parts["vae"] = load_part(model_class_named(saved.get("_class_name", "")), path / "vae", f"the vae of {what}")
     if (path / "text_encoder" / "config.json").exists() and not (path / "text_encoder_2").exists():
         config = hub.read_config(path / "text_encoder" / "config.json")
         if config.get("model_type") == "clip_text_model":  # Stable Diffusion 1 and 2
@@ -149,7 +152,7 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
 
 def load_vision(
     name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A vision model of transformers and its image processor, from one folder or repository, as options of `DiffusionBase`.
 
     Raises:
@@ -222,7 +225,7 @@ def base_reference(
 
 def is_referenced(model: ModelMixin, reference: dict[str, str | None]) -> bool:
     """Whether a model has exactly the weights that a reference is of, in whatever precision it is now."""
-    now, then = _precision(model), getattr(torch, reference["dtype"])
+    now, then = _precision(model), getattr(torch, str(reference["dtype"]))
     if now == then:
         return weight_hash(model) == reference["sha256"]
     if _key(now) in reference:
@@ -273,9 +276,9 @@ def load_saved_base(
 
 
 def _load_referenced(name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict) -> ModelMixin:
-    source, model_class = reference["name_or_path"], model_class_named(reference["class_name"])
+    source, model_class = str(reference["name_or_path"]), model_class_named(str(reference["class_name"]))
     # As it was then, checked and cast; from float32 cast while it is read, where the reference has a hash of that.
-    then = getattr(torch, reference["dtype"])
+    then = getattr(torch, str(reference["dtype"]))
     read_as = dtype if then == torch.float32 and _key(dtype) in reference else then
     try:
         options = options | {"revision": reference["revision"]}
@@ -305,10 +308,11 @@ def save_companions(base: Base, config: InterventionConfig, directory: str | os.
 
 def load_companions(
     name: str | os.PathLike, path: Path, config: InterventionConfig, family: type[Base], dtype: torch.dtype, options: dict
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a base of a family needs beside its model, from the folder `path` of the saved model `name`, or from where
     `config.companion_references` says. Arguments and errors as of `load_saved_base`."""
-    found, references = {}, config.companion_references or {}
+    found: dict[str, Any] = {}
+    references = config.companion_references or {}
     if "scheduler" in family.companion_names:
         found["scheduler"] = load_scheduler(path / "scheduler", str(name))
     if "vae" in family.companion_names:
@@ -321,14 +325,14 @@ def load_companions(
             found["vae"] = _load_referenced(name, references["vae"], dtype, options)
     if (path / "image_processor").exists():
         here, reference = path / "image_encoder", references.get("image_encoder")
-        source = here if here.exists() or reference is None else reference["name_or_path"]
+        source = here if here.exists() or reference is None else str(reference["name_or_path"])
         found |= load_vision(source, path / "image_processor", dtype)
         if source is not here and dtype == torch.float32:
             check_reference(found["image_encoder"], reference)
     return found
 
 
-def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs) -> ModelMixin:
+def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs: Any) -> ModelMixin:
     """Load a diffusers model from a folder, strictly: safetensors only, and weights that fit its configuration.
 
     Raises:

@@ -35,6 +35,7 @@ def add_lora(model: ModelMixin, rank: int) -> None:
 
 
 def has_lora(model: nn.Module) -> bool:
+    """Whether a model carries LoRA layers."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
@@ -58,7 +59,7 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     """
     check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
-        saved = load_peft_weights(folder, device="cpu")  # PEFT reads them after it has changed the model
+        saved = load_peft_weights(str(folder), device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     config = _saved_config(folder, saved, what)
@@ -103,3 +104,6 @@ def merged(model: ModelMixin) -> ModelMixin:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
     return model
+
+
+__all__ = ["add_lora", "has_lora", "merged"]

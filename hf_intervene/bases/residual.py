@@ -63,10 +63,12 @@ class ResidualPrior(nn.Module):
         log_normal = -0.5 * (y.square() + math.log(2 * math.pi)).flatten(1).sum(1)
         return y, log_normal - log_volume
 
-    def _coupling(self, number, network, y, m):
+    def _coupling(
+        self, number: int, network: nn.Module, y: torch.Tensor, m: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-scale and shift of each entry, and which entries they are for."""
         moved = _half(number, y)
-        dtype = network[0].weight.dtype
+        dtype = next(network.parameters()).dtype
         given = torch.cat([y.masked_fill(moved, 0).to(dtype), m.to(dtype)], dim=1)
         raw, shift = network(given).float().chunk(2, dim=1)
         return _MAX_LOG_SCALE * torch.tanh(raw / _MAX_LOG_SCALE), shift, moved
@@ -74,8 +76,8 @@ class ResidualPrior(nn.Module):
 
 def _network(in_channels: int, hidden: int, out_channels: int) -> nn.Sequential:
     last = nn.Conv2d(hidden, out_channels, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
     return nn.Sequential(
         nn.Conv2d(in_channels, hidden, 3, padding=1), nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.GELU(), last
     )

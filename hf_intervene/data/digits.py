@@ -47,8 +47,10 @@ class Digits:
         if not 0 < second < len(self):
             raise ValueError(f"a share of {fraction} cannot be held out of {len(self)} digits.")
         rows = np.random.default_rng(seed).permutation(len(self))
-        parts = np.sort(rows[second:]), np.sort(rows[:second])
-        return tuple(Digits(self.images[part], self.labels[part]) for part in parts)
+        first, held_out = (
+            Digits(self.images[part], self.labels[part]) for part in (np.sort(rows[second:]), np.sort(rows[:second]))
+        )
+        return first, held_out
 
 
 def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Digits:

@@ -65,7 +65,7 @@ def load_contexts(
     return dataset.rename_columns({a: b for a, b in ((image_column, "image"), (context_column, "context")) if a != b})
 
 
-def from_hub(source: str, split: str) -> Dataset:
+def from_hub(source: str | os.PathLike, split: str) -> Dataset:
     """One split of a data set on the Hub, or an error of one sentence."""
     try:
         return load_dataset(str(source), split=split)
@@ -128,7 +128,8 @@ def _folder_with_metadata(folder: Path) -> Dataset:
 
 def _folder_of_contexts(path: Path) -> Dataset:
     readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    images, contexts = [], []
+    images: list[str] = []
+    contexts: list[str] = []
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
         files = sorted(
             f

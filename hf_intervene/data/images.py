@@ -78,7 +78,7 @@ class ContextImages:
         names: list[str] = []
         for context in contexts:
             try:
-                name = context_name(context, self.concepts)
+                name: Any = context_name(context, self.concepts)
             except ValueError:
                 name = context  # of unknown concepts: the data have no such context either
             if name not in self.contexts:
@@ -105,6 +105,7 @@ class ContextImages:
             self._part(rows, context_ids=self.context_ids[rows])
             for rows in (torch.from_numpy(np.concatenate(part)) for part in parts)
         )
+        return training, validation
 
     def by_context(self) -> dict[str, np.ndarray]:
         """uint8 images (n, H, W, C) of each context."""
@@ -230,7 +231,7 @@ class ContextImages:
         return self
 
 
-def _as_context(row: int, value, feature) -> str | list[str]:
+def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
     """A cell of the context column as a name or a list of names."""
     inner = getattr(feature, "feature", None)  # of a list
     if isinstance(feature, ClassLabel) and value is not None and value >= 0:  # -1: without a label

@@ -199,22 +199,22 @@ def _render_chunk(levels: np.ndarray, out: np.ndarray) -> None:
             flat[image * resolution**2 + hits % resolution**2] = colours[image, 4]
 
 
-def _circle(x, y, r, cos, sin):
+def _circle(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return x * x + y * y <= r * r
 
 
-def _square(x, y, r, cos, sin):
+def _square(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return (np.abs(x * cos + y * sin) <= r) & (np.abs(y * cos - x * sin) <= r)
 
 
-def _triangle(x, y, r, cos, sin):
+def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     # Three half-planes at distance r/2 from the centre of the circumscribed circle of radius r.
     u, v = x * cos + y * sin, y * cos - x * sin
     slant = np.float32(np.sqrt(3) / 2) * u
     return (v <= r / 2) & (slant - v / 2 <= r / 2) & (-slant - v / 2 <= r / 2)
 
 
-def _ellipse(x, y, r, cos, sin):
+def _ellipse(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     u, v = x * cos + y * sin, y * cos - x * sin
     return u * u + 4 * v * v <= r * r
 

@@ -62,7 +62,7 @@ class Scene:
     spotlight: np.ndarray
 
 
-def dot(a, b):
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of vectors (3, ...), in one order of additions."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 

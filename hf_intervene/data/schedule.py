@@ -100,10 +100,10 @@ class ContextSchedule(Sampler[list[int]]):
         """
         if self.kind != "adaptive":
             return
-        ids, losses = np.asarray(context_ids.cpu()), np.asarray(losses.detach().float().cpu(), dtype=np.float64)
-        ids, losses = ids[np.isfinite(losses)], losses[np.isfinite(losses)]  # the trainer stops on others; until then: no news
+        ids, values = np.asarray(context_ids.cpu()), np.asarray(losses.detach().float().cpu(), dtype=np.float64)
+        ids, values = ids[np.isfinite(values)], values[np.isfinite(values)]  # the trainer stops on others; until then: no news
         counts = np.bincount(ids, minlength=len(self._running))
-        means = np.bincount(ids, weights=losses, minlength=len(self._running)) / np.maximum(counts, 1)
+        means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(counts, 1)
         seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
         first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
         deviation = means[later] - self._running[later]

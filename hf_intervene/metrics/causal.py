@@ -53,6 +53,7 @@ class Agreement:
     direction: float
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -106,7 +107,7 @@ def intervention_moves(
     means, distances = np.zeros((2, obs.shape[1], len(intervened)))
     for i in range(obs.shape[1]):
         # c_i in coordinates in which distances are those of U_i c_i.
-        basis = np.eye(obs.shape[2]) if readout is None else np.linalg.qr(readout[i].T, mode="r").T
+        basis = np.eye(obs.shape[2]) if readout is None else np.linalg.qr(readout[i].T)[1].T
         before = obs[:, i] @ basis
         unit = math.sqrt(max(before.var(0).sum(), 1e-300))
         for k, draws in enumerate(intervened):
@@ -140,7 +141,7 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
     found = {"auroc": _auroc(ranks, positive), "rank": _row_correlations(ranks, rankdata(target))}
     one_way = (true > 0) & ~(true.T > 0) & off
     larger = np.where(learnt == learnt.T, 0.5, learnt > learnt.T)
-    scores = {}
+    scores: dict[str, float] = {}
     for name, values in found.items():
         known = not np.isnan(values[0])
         scores |= {
@@ -164,7 +165,8 @@ def head_draws(head: InterventionHead, interventions: list, samples: int, seed: 
     strengths = [head.targets(context)[0] for context in (OBS, list(head.config.concepts))]
     eps = [head.expressive(head.exogenous(z.transpose(0, 1), s[:, None, None])).transpose(0, 1) for s in strengths]
     c = [head(z, head.targets(context, samples)).concepts for context in interventions]
-    return tuple(torch.stack(draws).double().cpu().numpy() for draws in (eps, c))
+    both, drawn = (torch.stack(draws).double().cpu().numpy() for draws in (eps, c))
+    return both, drawn
 
 
 def single_interventions_operator(head: InterventionHead) -> np.ndarray:

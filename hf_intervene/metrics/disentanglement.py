@@ -18,6 +18,7 @@ order a score varies over such halves as the full one does over fresh samples.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -49,6 +50,7 @@ class Score:
     floor: float
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -87,6 +89,7 @@ class TwoSampleTest:
         return self.interval[0] > 0.5
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self) | {"told_apart": self.told_apart}
 
 
@@ -110,7 +113,7 @@ def measure(codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: i
             **{name: getattr(found, name) for name in ("disentanglement", "completeness", "informativeness")},
         }
 
-    return scored(everything, codes, factors, resamples, seed)
+    return cast(dict[str, Score], scored(everything, codes, factors, resamples, seed))
 
 
 def scored(
@@ -215,10 +218,10 @@ def mig(codes: np.ndarray, factors: np.ndarray) -> float:
         ValueError: see `scored`.
     """
     codes, factors = _checked(codes, factors)
-    codes, factors = ([_binned(column) for column in x.T] for x in (codes, factors))
+    columns, targets = ([_binned(column) for column in x.T] for x in (codes, factors))
     gaps = []
-    for factor in factors:
-        information = sorted(_mutual_information(code, factor) for code in codes)
+    for factor in targets:
+        information = sorted(_mutual_information(code, factor) for code in columns)
         second = information[-2] if len(information) > 1 else 0.0
         gaps.append((information[-1] - second) / _mutual_information(factor, factor))
     return float(np.mean(gaps))
@@ -284,7 +287,7 @@ def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
     if blocks.ndim != 3:
         raise ValueError(f"blocks of codes must have the shape (samples, blocks, width), not {blocks.shape}.")
     flat, factors = _checked(blocks.reshape(len(blocks), -1), factors)
-    blocks = flat.reshape(blocks.shape)
+    blocks = flat.reshape(*blocks.shape)
     folds = np.arange(len(blocks)) % _FOLDS
     found = np.zeros((blocks.shape[1], factors.shape[1]))
     for j in range(blocks.shape[1]):

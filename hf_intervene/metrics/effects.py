@@ -55,6 +55,7 @@ class EffectMatrix:
         return replace(self, contexts=list(contexts), values=self.values[index], intervals=self.intervals[index])
 
     def to_dict(self) -> dict:
+        """As JSON holds it: arrays as lists."""
         return {key: np.asarray(value).tolist() for key, value in vars(self).items()}
 
 

@@ -222,7 +222,7 @@ def intervention_effects(
     kinds, kinds_after = (true_factors(x).kinds.argmax(1) for x in (latents, counterfactual))
     kinds = np.where(kinds == kinds_after, kinds, 0)
     pairs = (before, after), (render(x, regressor.resolution) for x in (latents, counterfactual))
-    change, true_change = (factor_changes(*(regressor.read(x) for x in pair), kinds) for pair in pairs)
+    change, true_change = (factor_changes(regressor.read(a), regressor.read(b), kinds) for a, b in pairs)
     valid = np.isin(LATENTS, list(visible)) & ~np.isnan(true_change)
     moving = valid & np.isin(LATENTS, list(parse_context(concepts, LATENTS)))
     still = valid & np.isclose(latents, counterfactual, rtol=0, atol=1e-6).all(0)  # equal up to rounding

@@ -64,6 +64,7 @@ class CheckResult:
         return all(finding.status != FAILS for finding in self.findings)
 
     def to_dict(self) -> dict:
+        """As JSON holds it, and whether it `passed`."""
         tests = {name: {key: test.to_dict() for key, test in getattr(self, name).items()} for name in ("from_obs", "pairs")}
         return {"passed": self.passed, **asdict(self), **tests}
 
@@ -254,7 +255,7 @@ def _sizes(arrays: Mapping[str, np.ndarray], distinct: Mapping[str, int], names:
         if few:
             found = "few images: " + ", ".join(f"{name} ({size})" for name, size in few.items()) + "."
             findings.append(Finding(assumption, status, found, advice))
-    smallest = min(sizes, key=sizes.get, default=None)
+    smallest = min(sizes, key=lambda name: sizes[name], default=None)
     if findings or smallest is None:
         return findings
     return [Finding(assumption, HOLDS, f"{sizes[smallest]} in the smallest context, {smallest!r}.")]

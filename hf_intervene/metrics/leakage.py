@@ -29,6 +29,7 @@ class LeakageResult:
     chance: float
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 

@@ -4,9 +4,10 @@ import math
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 
-Array = TypeVar("Array")
+Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
 
 
 def bits_per_pixel(nats: Array, height: int, width: int) -> Array:

@@ -26,6 +26,7 @@ there; what tells the sides apart are the contexts of the concept's children. Wi
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,6 +189,9 @@ class Structure(nn.Module):
     z are all concepts in a row, (B, d * width). S_k is upper triangular with a positive diagonal: V_k = (S_k' S_k)^-1.
     """
 
+    others: torch.Tensor
+    targets: torch.Tensor
+
     def __init__(self, d: int, width: int, own: Sequence[int]):
         super().__init__()
         self.d, self.width, self.own = d, width, list(own)
@@ -321,8 +325,8 @@ def _structure(contexts: list[np.ndarray], structure: Structure, starts: int = 6
             fresh.load_state_dict(structure.state_dict())
             with torch.no_grad():
                 shift = torch.from_numpy(contexts[0].mean(0)).float()
-                fresh.noise_mean -= shift - (fresh.edges * fresh.others) @ shift
-                fresh.means -= torch.einsum("kij,kj->ki", fresh.roots(), shift.view_as(fresh.means))
+                fresh.noise_mean.sub_(shift - (fresh.edges * fresh.others) @ shift)
+                fresh.means.sub_(torch.einsum("kij,kj->ki", fresh.roots(), shift.view_as(fresh.means)))
         elif start > 1:
             first = _orthogonal(total, total, np.random.default_rng(start))
         if start:
@@ -389,14 +393,15 @@ def score(simulation: Simulation, recovery: Recovery, size: int = 4000, seed: in
     }
 
 
-def simulate_and_recover(samples: int, steps: int = 6000, **problem) -> dict:
+def simulate_and_recover(samples: int, steps: int = 6000, **problem: Any) -> dict:
     """`simulate`, `recover` and `score` in one: `samples` in each context; `problem` are the arguments of `simulate`."""
     simulation = simulate(**problem)
     d, seed = len(simulation.edges), problem.get("seed", 0)
-    contexts = [simulation.sample(k, samples, seed)[0] for k in range(d + 1)]
+    obs, *rest = (simulation.sample(k, samples, seed)[0] for k in range(d + 1))
+    contexts: list[np.ndarray | None] = list(rest)
     if simulation.broken == "missing":
-        contexts[simulation.affected + 1] = None
-    recovery = recover(contexts[0], contexts[1:], simulation.shift.shape[2], steps, seed=seed)
+        contexts[simulation.affected] = None
+    recovery = recover(obs, contexts, simulation.shift.shape[2], steps, seed=seed)
     return score(simulation, recovery) | {"affected": simulation.affected, "cross_entropy": recovery.cross_entropy}
 
 

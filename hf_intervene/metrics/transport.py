@@ -34,6 +34,7 @@ class TransportResult:
     ratio_interval: tuple[float, float]
 
     def to_dict(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -118,7 +119,8 @@ def compare(
         seed: of directions and halves.
     """
     axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
-    return compare_projected(*(project(images, axes) for images in (real, other_real, generated)), protocol, resamples, seed)
+    a, b, c = (project(images, axes) for images in (real, other_real, generated))
+    return compare_projected(a, b, c, protocol, resamples, seed)
 
 
 def compare_projected(

@@ -15,6 +15,7 @@ def bundled(name: str) -> str:
 
 
 def bundled_names() -> list[str]:
+    """Names of the pipelines that come with the package."""
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json"))
 
 
