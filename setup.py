@@ -22,6 +22,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "hypothesis>=6.100",
+        "mypy>=2",
         "ruff>=0.9",
         "POT>=0.9.4",
         "scikit-learn>=1.4",

@@ -1,6 +1,8 @@
 """Configuration of the intervention head (METHOD section 2; arXiv:2507.04754)."""
 
+import os
 import re
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError

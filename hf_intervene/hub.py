@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -29,6 +29,7 @@ OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download
 SAVED_FILES = ("*.json", "*.safetensors")  # of a saved model or pipeline; pickle files are not even fetched
 MAX_SIZE = 1 << 20  # of any dimension in a configuration
 _MAX_JSON = 1 << 26  # bytes
+_Raised = TypeVar("_Raised", bound=BaseException)
 _LOGIN = "log in with `hf auth login`, or pass token="
 
 

@@ -27,7 +27,10 @@ from .logging import get_logger
 from .modeling_intervention import InterventionHead
 
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+if TYPE_CHECKING:
+    from .model import InterventionModel
+
+
 logger = get_logger(__name__)
 
 

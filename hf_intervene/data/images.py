@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -101,7 +102,7 @@ class ContextImages:
             held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
-        return tuple(
+        training, validation = (
             self._part(rows, context_ids=self.context_ids[rows])
             for rows in (torch.from_numpy(np.concatenate(part)) for part in parts)
         )
