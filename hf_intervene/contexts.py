@@ -244,7 +244,7 @@ def parse_choices(
         raise ValueError(
             f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context for all, or one per sample."
         )
-    return targets.expand(num_samples, -1), choices
+    return targets.repeat(num_samples, 1), choices  # not expanded: to torch.compile other strides are another graph
 
 
 def _one_reference_each(rows: list[dict[str, Any]], num_samples: int | None) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
 from hf_intervene import InterventionConfig, InterventionHead
@@ -255,6 +256,29 @@ def test_compiles_whole(intervention, steps, do):
         z, targets = torch.randn(batch, 4, 5), head.targets([["a"], None] + [["b", "c"]] * (batch - 2))
         clamp = (torch.randn(batch, 4, 3), torch.rand(batch, 4) < 0.5) if do else ()
         torch.testing.assert_close(compiled(z, targets, *clamp).embedding, head(z, targets, *clamp).embedding)
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(1, None), (3, 2)])
+def test_one_compilation_serves_all_contexts(steps, rank):
+    concepts = [f"c{j}" for j in range(40)]  # many: a look at the targets, were there one, would find few that differ
+    head = InterventionHead(InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank))
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+
+    @torch.compile(backend=graphs, fullgraph=True)
+    def step(features, targets, noise):
+        mean, logvar = head.posterior(features, targets)
+        return head(mean + (0.5 * logvar).exp() * noise, targets).embedding
+
+    features, noise = torch.randn(4, 128), torch.randn(4, 41, 32)
+    for context in ("obs", ["c0"], ["c1", "c7"], {"c3": 0.3}, [["c0"], "obs", ["c1", "c2"], {"c39": 0.5}], concepts):
+        targets = head.targets(context, 4)
+        found = step(features, targets, noise)
+        mean, logvar = head.posterior(features, targets)
+        expected = head(mean + (0.5 * logvar).exp() * noise, targets).embedding
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found.sum().backward()
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)
