@@ -6,18 +6,20 @@ Nothing is fetched at run time, neither fonts nor scripts, and nothing is report
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, wraps
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from . import cards, hub
-from .contexts import OBS, context_name
+from .contexts import OBS, Context, context_name
 from .pipeline import InterventionPipeline, open_image
 from .plots import difference, pairs_grid, to_uint8
 from .pretrained import located
@@ -103,11 +105,12 @@ class Page:
         channels, height, width = self.model.base.image_shape
         image = ImageOps.fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), (width, height))
         x = self.model.preprocess(image)
-        options = {"num_inference_steps": int(steps)} if self.denoises else {}
+        options: dict[str, Any] = {"num_inference_steps": int(steps)} if self.denoises else {}
         noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
-        unchanged = self.model.predict(*noise, came_from, "np", **options)
-        edited = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
-        return tuple(to_uint8(images[0]) for images in (x.movedim(1, -1).cpu().numpy(), unchanged, edited))
+        same = self.model.predict(*noise, came_from, "np", **options)
+        other = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
+        given, unchanged, edited = (to_uint8(np.asarray(images)[0]) for images in (x.movedim(1, -1).cpu(), same, other))
+        return given, unchanged, edited
 
     def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
         """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
@@ -140,17 +143,17 @@ class Page:
     def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
         return self._draw(OBS, num_images, seed, num_inference_steps=int(steps))
 
-    def _draw(self, context, num_images: int, seed: int, **options) -> np.ndarray:
+    def _draw(self, context: Context, num_images: int, seed: int, **options: Any) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
-        return to_uint8(self.model.sample(context, num_images, generator, output_type="np", **options))
+        return to_uint8(np.asarray(self.model.sample(context, num_images, generator, output_type="np", **options)))
 
 
-def _shown(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _shown(images: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Images (H, W, C) as Gradio takes them: grey ones as (H, W)."""
     return [image.squeeze(-1) if image.shape[-1] == 1 else image for image in images]
 
 
-def _drawn(figure) -> Image.Image:
+def _drawn(figure: Figure) -> Image.Image:
     """A Matplotlib figure as an image."""
     with BytesIO() as file:
         figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
@@ -195,7 +198,7 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
                 "the range on."
             )
 
-    def sample(*values):
+    def sample(*values: Any) -> tuple[list[np.ndarray], gr.Gallery, list[np.ndarray]]:
         strengths, (n, chosen_seed, *options) = _strengths(page, values)
         observational, intervened = page.sample(strengths, int(n), _checked(chosen_seed), *options)
         name = context_name(strengths, page.concepts)
@@ -247,7 +250,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
                 "edited: what is lost there is not the edit's doing. *Change* compares it with the edited image (white: nothing)."
             )
 
-    def edit(file, context, *values):
+    def edit(file: dict[str, Any] | None, context: list[str] | None, *values: Any) -> gr.Gallery:
         if file is None:
             raise ValueError("give an image first: upload one, or pick one of those below.")
         strengths, options = _strengths(page, values)
@@ -256,13 +259,16 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         captions = ["given", "unchanged", "edited", "change"]
         return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {context_name(strengths, page.concepts)}")
 
-    def pick(event: gr.SelectData):
+    def pick(event: gr.SelectData) -> np.ndarray:
         return _shown(page.examples())[event.index]
 
     inputs = [image, came_from, *controls, *denoising]
     _on([button.click], edit, inputs, result, "edit", preprocess=False)  # Gradio would open the file, and fail in its own words
     if not page.denoises:
-        live = lambda file, *values: edit(file, *values) if file else []  # noqa: E731
+
+        def live(file: dict[str, Any] | None, *values: Any) -> gr.Gallery | list:
+            return edit(file, *values) if file else []
+
         _on([part.change for part in (image, came_from, *controls)], live, inputs, result, preprocess=False)
     _on([tab.select], lambda: _shown(page.examples()), None, examples)
     _on([examples.select], pick, None, image)
@@ -287,7 +293,7 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         "observational image in the corner."
     )
 
-    def compose(names, chosen_seed, *steps):
+    def compose(names: list[str], chosen_seed: int | None, *steps: int) -> Image.Image:
         return page.compose(names, _checked(chosen_seed), *steps)
 
     _on([button.click] if page.denoises else [tab.select, button.click], compose, [chosen, seed, *denoising], picture, "compose")
@@ -342,12 +348,19 @@ def _denoising_controls(page: Page) -> list:
     return [steps, gr.Slider(1, 10, 1, step=0.1, label="Guidance away from no interventions", buttons=[])]
 
 
-def _on(triggers: list, function: Callable, inputs, outputs, name: str | None = None, **options) -> None:
+def _on(
+    triggers: Sequence[Callable],
+    function: Callable,
+    inputs: Sequence[gr.components.Component] | None,
+    outputs: gr.components.Component | Sequence[gr.components.Component],
+    name: str | None = None,
+    **options: Any,
+) -> None:
     """Call a function when something happens: of what piled up meanwhile the last only, one call of the model at a time. What it raises is
     shown as a sentence."""
 
     @wraps(function)
-    def spoken(*values):
+    def spoken(*values: Any) -> Any:
         try:
             return function(*values)
         except (OSError, ValueError, TypeError, RuntimeError) as error:

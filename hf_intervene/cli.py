@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -210,12 +211,14 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     Args:
         whole: with the options of `train` and `evaluate` too, which have parsers of their own.
     """
-    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     description = "Interventions on concepts, and their compositions."
     parser = argparse.ArgumentParser("hf-intervene", description=description, epilog=f"examples:{EXAMPLES[None]}", **plain)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run=None, help: str = "", json: bool = False, **options) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int] | None = None, help: str = "", json: bool = False, **options: Any
+    ) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}."
         command = commands.add_parser(name, help=help, description=text, epilog=f"examples:{EXAMPLES[name]}", **plain, **options)
         command.set_defaults(run=run)
@@ -228,7 +231,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--output", help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
 
     for name, help in (("train", "train a head: the options of training/train.py"), ("evaluate", "measure a model")):
-        parents = {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
+        parents: dict[str, Any] = {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
         add(name, None, help, **parents)
 
     command = add("sample", sample, "sample images under interventions", json=True)

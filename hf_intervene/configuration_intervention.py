@@ -144,7 +144,7 @@ class InterventionConfig(PreTrainedConfig):
         return {key: value for key, value in found.items() if key in {*cls.__annotations__, *_KEPT}}, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InterventionConfig":
         """As in transformers.
 
         Raises:

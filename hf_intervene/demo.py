@@ -119,7 +119,7 @@ def _measure_and_draw(model: InterventionModel, out: Path) -> str:
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
     evaluation.write(metrics, out)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    generated = {name: to_uint8(model.sample(name, noise=noise, output_type="np")) for name in real}
+    generated = {name: to_uint8(np.asarray(model.sample(name, noise=noise, output_type="np"))) for name in real}
     save(contexts_grid(real, generated, unseen=quad.HELD_OUT), out / "contexts.png")
     originals = real["obs"][:_STRIP]
     edits = {name: to_uint8(np.asarray(model.edit(originals, name, output_type="np"))) for name in _EDITS}

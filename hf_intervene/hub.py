@@ -144,9 +144,8 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
         )
     missing = sorted(name for name in needed if not (path / name).is_file())
     if missing:
-        missing = ", ".join(missing[:3])
         raise OSError(
-            f"{what} has no whole weights in safetensors format ({missing} missing): its folder, repository or download is "
+            f"{what} has no whole weights in safetensors format ({', '.join(missing[:3])} missing): its folder, repository or download is "
             "incomplete, or holds pickle files, which are never loaded."
         )
     return [path / name for name in sorted(needed)]

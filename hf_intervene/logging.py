@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
+from typing import TextIO
 
 
 LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
@@ -14,12 +15,12 @@ _ROOT = __name__.partition(".")[0]
 class _Handler(logging.StreamHandler):
     """To standard error, whatever that is when a message comes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         logging.Handler.__init__(self)
         self.setFormatter(_Formatter("%(levelname)s: %(message)s"))
 
     @property
-    def stream(self):
+    def stream(self) -> TextIO:
         return sys.stderr
 
 

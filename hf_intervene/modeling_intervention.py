@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,7 @@ from .contexts import Interventions, parse_interventions
 from .hub import MAX_SIZE, check_weights, folder, pop_options
 
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _LAYERS = 64  # registrations a weight, at most, of a model that is made
 
 
@@ -103,14 +104,14 @@ class _Standardize(torch.autograd.Function):
         return centred * scale, scale
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.dtype = inputs[0].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor, _) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         y, scale = ctx.saved_tensors
         along = (gradient * y).mean(-1, keepdim=True)
         return ((gradient - gradient.mean(-1, keepdim=True) - y * along) * scale).to(ctx.dtype)
@@ -247,7 +248,7 @@ class InterventionLayer(nn.Module):
     ) -> torch.Tensor:
         eps, s = (x.permute(1, 2, 0) for x in (eps, s.to(eps.dtype)))  # (D, w, B), (D, 1, B): samples are columns
         bias, kept = self.bias[..., None], 1 - s
-        if values is not None:
+        if values is not None and chosen is not None:
             values, chosen = (x.permute(1, 2, 0) for x in (values, chosen))
             held = (values - bias).to(eps.dtype)
             eps = torch.where(chosen, held, eps)
@@ -256,10 +257,10 @@ class InterventionLayer(nn.Module):
         for _ in range(self.steps):
             heard = hear(torch.stack([kept * c, s * c]) if self.steps == 1 else c[None])
             c = torch.addcmul(eps, kept, heard) if self.perfect else eps + heard
-            if values is not None:
+            if values is not None and chosen is not None:
                 c = torch.where(chosen, held, c)
         c = c + bias
-        if values is not None:
+        if values is not None and chosen is not None:
             c = torch.where(chosen, values.to(c.dtype), c)  # (v - bias) + bias is v up to rounding
         return c.permute(2, 0, 1)  # (B, D, w)
 
@@ -413,7 +414,7 @@ class InterventionHead(PreTrainedModel):
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
         s = targets.to(self.dtype).T.contiguous().T[..., None]  # (B, D, 1), the batch innermost in memory
-        if values is not None:
+        if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
                 raise ValueError(
@@ -490,8 +491,8 @@ class InterventionHead(PreTrainedModel):
         """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
         the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
         """
-        name, files = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
-        path = folder(name, [os.path.join(subfolder, file) for file in files], **pop_options(kwargs))
+        name, patterns = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
+        path = folder(name, [os.path.join(subfolder, pattern) for pattern in patterns], **pop_options(kwargs))
         what = f"the head of {os.path.join(name, subfolder) if subfolder else name}"
         files = check_weights(path / subfolder, what, "model", kwargs.get("variant"))
         config = kwargs.get("config")
@@ -499,11 +500,10 @@ class InterventionHead(PreTrainedModel):
             config = InterventionConfig.from_pretrained(path / subfolder)
         check_fit(lambda: cls(config), files, what)
         kwargs |= {"subfolder": subfolder, "use_safetensors": True}
+        load: Callable[..., Any] = super().from_pretrained  # by its hints a model, with output_loading_info too
         if kwargs.pop("output_loading_info", False):
-            return super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        return check_loaded(
-            lambda: super(InterventionHead, cls).from_pretrained(path, *args, output_loading_info=True, **kwargs), what
-        )
+            return load(path, *args, output_loading_info=True, **kwargs)
+        return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)
 
 
 def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
@@ -568,7 +568,7 @@ def _at_most(limit: int) -> Iterator[None]:
             handle.remove()
 
 
-def check_loaded(load: Callable[[], tuple[nn.Module, dict[str, Any]]], what: str) -> nn.Module:
+def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -> _Model:
     """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
     try:
         model, info = load()

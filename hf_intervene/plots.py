@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from .cards import shown_protocol
@@ -137,8 +138,8 @@ def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figur
     """
     count = max(len(images) for images in rows.values())
     height, width = next(iter(rows.values())).shape[1:3]
-    figure = Figure(figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.02, hspace=0)
+    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0)
+    figure = Figure(figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout)
     labelled = False
     for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
         _show(axis, images)
@@ -176,7 +177,7 @@ def strength_traversal(
     image: ImageInput,
     context: Interventions = None,
     strengths: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-    **options,
+    **options: Any,
 ) -> Figure:
     """Edits of one image by each concept at growing strength, a strip for each concept, and the image above. See `traversal`.
 
@@ -186,18 +187,24 @@ def strength_traversal(
     return _traverse(model, image, context, {f"{strength:g}": float(strength) for strength in strengths}, options)
 
 
-def _traverse(model, image, context, values: dict[str, Quantile | float], options: dict) -> Figure:
+def _traverse(
+    model: InterventionModel,
+    image: ImageInput,
+    context: Interventions,
+    values: Mapping[str, Quantile | float],
+    options: dict[str, Any],
+) -> Figure:
     """Edits of an image by each concept at each value, the values' labels above them."""
     x = model.preprocess(image)[:1]
     steps = {key: value for key, value in options.items() if key == "num_inference_steps"}
-    noise, residual = (
-        part if part is None else part.expand(len(values), *part.shape[1:])
-        for part in model.abduct(x, model.targets(context, 1), **steps)
-    )
+    noise, residual = model.abduct(x, model.targets(context, 1), **steps)
+    noise = noise.expand(len(values), *noise.shape[1:])
+    if residual is not None:
+        residual = residual.expand(len(values), *residual.shape[1:])
     rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
     for name in model.concepts:
         edits = model.predict(noise, residual, [{name: value} for value in values.values()], output_type="np", **options)
-        rows[name] = to_uint8(edits)
+        rows[name] = to_uint8(np.asarray(edits))
     return strips(rows, list(values))
 
 

@@ -146,5 +146,6 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
 
     path = Path(folder, cards.FLOORS_FILE)
     path.unlink(missing_ok=True)  # that of other metrics
-    if metrics is not None:
-        save(floor_chart(cards.read_metrics(metrics)), path)
+    measured = cards.read_metrics(metrics)
+    if measured is not None:
+        save(floor_chart(measured), path)

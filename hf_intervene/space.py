@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import distribution, requires, version
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     package = Path(__file__).parent
     _copy(package, [file.relative_to(package) for file in package.rglob("*.py")], folder / package.name)
     for file in distribution("hf-intervene").files or []:
-        if file.name == "LICENSE" and file.locate().exists():
-            shutil.copy(file.locate(), folder / package.name / file.name)
+        licence = Path(file.locate())
+        if file.name == "LICENSE" and licence.exists():
+            shutil.copy(licence, folder / package.name / file.name)
     text = {"title": title, "arguments": arguments, "version": version("hf-intervene")}
     text["metadata"] = yaml.safe_dump(metadata, sort_keys=False)
     (folder / "app.py").write_text(APP.format(**text), encoding="utf-8")
@@ -85,7 +87,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _copy(source: Path, files, folder: Path) -> None:
+def _copy(source: Path, files: Iterable[str | Path], folder: Path) -> None:
     for file in files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights)))).hexdigest()
 
 
-def model_class_named(name: str) -> type[ModelMixin]:
+def model_class_named(name: str | None) -> type[ModelMixin]:
     """The registered model class of a name, as stored in a saved base's `_class_name`.
 
     Raises:

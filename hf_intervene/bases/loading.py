@@ -10,7 +10,9 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.models.clip import CLIPTextModel
 
 from .. import hub
 from ..configuration_intervention import InterventionConfig
@@ -141,7 +143,7 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     if not file.exists():
         raise OSError(f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again.")
     name = hub.read_config(file).get("_class_name")
-    found = getattr(diffusers, str(name), None)
+    found: type[Any] | None = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{file} is of a {name!r}, which is no scheduler of this version of diffusers.")
     try:

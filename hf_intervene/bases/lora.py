@@ -17,7 +17,16 @@ from ..hub import check_weights, read_config
 
 
 # Settings of a LoraConfig by which its layers would compute something else.
-_OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "bias", "lora_bias")
+_OTHERWISE: tuple[str, ...] = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "lora_bias",
+)
 _OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
 _PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 

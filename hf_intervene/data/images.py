@@ -47,7 +47,8 @@ class ContextImages:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return tuple(self.stored.shape[1:])
+        channels, height, width = self.stored.shape[1:]
+        return channels, height, width
 
     @property
     def pixels(self) -> torch.Tensor:
@@ -64,7 +65,7 @@ class ContextImages:
         rows = None if self.rows is None else self.rows.to(device)
         return replace(self, stored=self.stored.to(device), rows=rows, mapped=False)
 
-    def _part(self, index: torch.Tensor, **changes) -> "ContextImages":
+    def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
         return replace(self, rows=rows if self.rows is None else self.rows[rows], **changes)
 

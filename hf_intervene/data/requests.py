@@ -4,9 +4,10 @@ import hashlib
 import io
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
 
 import datasets
 import numpy as np
@@ -21,6 +22,16 @@ from ..contexts import Context, context_name, parse_context
 Shard = tuple[str, int, int]  # context, its first row and the one after its last
 SHARD_ROWS = 1024
 MAX_SHARDS = 64  # of one context: a shard draws the numbers of the rows before it anew
+
+
+class Request(TypedDict):
+    """What is asked of a simulator, checked and in one form."""
+
+    contexts: list[str]
+    variant: str
+    images_per_context: int
+    resolution: int
+    seed: int
 
 
 def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
@@ -71,14 +82,20 @@ def checked_request(
     resolution: int,
     variant: str,
     seed: int,
-) -> dict[str, object]:
+) -> Request:
     """The arguments of a request by name, checked and in one form, so that equal requests share a cache entry and bad ones fail before
     anything is drawn: one image of each context is, and complains in the simulator's own words."""
     numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
     names = checked_contexts(contexts, concepts)
     for name in names:
         render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])
-    return {"contexts": names, "variant": variant, **numbers}
+    return {
+        "contexts": names,
+        "variant": variant,
+        "images_per_context": numbers["images_per_context"],
+        "resolution": numbers["resolution"],
+        "seed": numbers["seed"],
+    }
 
 
 def png(image: np.ndarray) -> dict[str, bytes]:
@@ -99,7 +116,7 @@ def shards(contexts: Sequence[str], images_per_context: int) -> list[Shard]:
 def generated(
     rows: Callable[..., Iterator[dict]],
     features: Features,
-    arguments: dict,
+    arguments: Mapping[str, Any],
     name: str,
     key: tuple,
     cache_dir: str | None = None,

@@ -1,5 +1,6 @@
 """Trained pipelines that come with the package. How each was trained, and how good it is, says its model card."""
 
+import os
 from pathlib import Path
 
 
@@ -19,6 +20,6 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json"))
 
 
-def located(name: str) -> str:
+def located(name: str | os.PathLike) -> str | os.PathLike:
     """The folder of a pipeline that comes with the package if `name` is one and there is nothing else of that name, else `name`."""
-    return bundled(name) if name in bundled_names() and not Path(name).exists() else name
+    return bundled(name) if isinstance(name, str) and name in bundled_names() and not Path(name).exists() else name
