@@ -208,7 +208,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         groups += [group | {"peak": peak} for group in weights.groups(chosen)]
     optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True, foreach=True)
+    options = {"use_ema_warmup": True, "foreach": not weights.sharded}  # sharded and whole ones cannot be averaged at once
+    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, **options)
     if ema is not None:
         ema.to(accelerator.device)
 
@@ -305,9 +306,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if frozen:
                 model.base.model.eval()
             batch = feed.batch(step)
-            beta = torch.full(
-                (), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device
-            )  # a number would be compiled in
+            beta = a.beta * ramp(step, a.beta_warmup * total)
+            beta = torch.full((), beta, device=accelerator.device)  # as a number it would be compiled in
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
