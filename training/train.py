@@ -230,7 +230,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         groups += [group | {"peak": peak} for group in weights.groups(chosen)]
     optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True, foreach=True)
+    options = {"use_ema_warmup": True, "foreach": not weights.sharded}  # sharded and whole ones cannot be averaged at once
+    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, **options)
     if ema is not None:
         ema.to(accelerator.device)
 
