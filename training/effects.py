@@ -145,7 +145,8 @@ def code_scores(model: InterventionModel, variant: str, images: int, seed: int, 
     z, _ = model.abduct(model.preprocess(quad.render(latents, model.base.image_shape[1])), targets)
     c = model.head(z, targets).concepts
     scores = {}
-    for name, blocks, factors in (("z", z, latents), ("z, noise", z, noise), ("c", c, latents)):
+    parts = (("z", z, latents), ("z, noise", z, noise), ("c", c, latents))
+    for name, blocks, factors in tqdm(parts, "scoring codes", disable=None, delay=2):
         blocks = blocks.double().cpu().numpy()  # (n, D, width)
         codes = np.column_stack([disentanglement.principal_components(block, 1, seed) for block in blocks.transpose(1, 0, 2)])
         measured = disentanglement.measure(codes, factors, resamples, seed)

@@ -204,7 +204,7 @@ def factor_effects(
     lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))
     visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
     contexts = {}
-    for name in quad.CONCEPTS + quad.HELD_OUT:
+    for name in tqdm(quad.CONCEPTS + quad.HELD_OUT, "reading edits", disable=None, delay=2):
         counterfactual = quad.counterfactual_latents(latents, name, variant)
         edited = model.predict(*abducted, name, "np", **options)
         contexts[name] = intervention_effects(regressor, returned, edited, latents, counterfactual, name, visible)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.base import weight_hash
@@ -48,7 +49,8 @@ class PreparedImages:
     @staticmethod
     def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
         arrays: dict[str, np.memmap] = {}
-        for rows in torch.arange(len(images)).split(batch_size):
+        batches = torch.arange(len(images)).split(batch_size)
+        for rows in tqdm(batches, "preparing images", disable=None, delay=2):
             x = images.images(rows).to(base.model.device).float() / 255
             for name, value in base.prepare(x).items():
                 for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy.special import ndtr
+from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name
 from .raycast import Scene, cast
@@ -164,7 +165,7 @@ def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
         raise ValueError(f"ident3d images need a resolution of at least 8 pixels, not {resolution}.")
     rows = scenes(latents)
     images = np.empty((len(rows), resolution, resolution, 3), dtype=np.uint8)
-    for image, row in zip(images, rows.tolist()):
+    for image, row in zip(images, tqdm(rows.tolist(), "drawing scenes", disable=None, delay=2, leave=False)):
         image[:] = cast(scene(row), resolution)
     return images
 

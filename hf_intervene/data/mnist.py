@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy import ndimage
+from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name
 from .digits import BUNDLED, SIDE, Digits, load_digits
@@ -127,7 +128,7 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     if not np.isfinite(latents).all() or not (latents[:, [LATENTS.index("scale"), LATENTS.index("swell_strength")]] > 0).all():
         raise ValueError("latents must be finite, scale and swell_strength positive: there is no image to draw.")
     images = np.empty((len(digits), SIDE, SIDE, 1), dtype=np.uint8)
-    for start in range(0, len(digits), _CHUNK):
+    for start in tqdm(range(0, len(digits), _CHUNK), "drawing digits", disable=None, delay=2, leave=False):
         rows = slice(start, start + _CHUNK)
         images[rows] = _render_chunk(digits[rows], latents[rows])
     return images
