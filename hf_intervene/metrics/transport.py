@@ -71,17 +71,17 @@ def project(images: np.ndarray, axes: np.ndarray, device: torch.device | str | N
     """
     images = np.asarray(images)
     device = _gpu_or_cpu() if device is None else device
-    axes = torch.from_numpy(axes).to(device)
+    onto = torch.from_numpy(axes).to(device)
     projected = np.empty((len(images), axes.shape[1]), np.float32)
     size = max(64, _CHUNK // max(1, len(axes)))
     for start in range(0, len(images), size):
-        chunk = np.require(images[start : start + size], requirements=("C", "W"))  # torch does not take what cannot be written to
-        chunk = torch.from_numpy(chunk).to(device)
+        part = np.require(images[start : start + size], requirements=("C", "W"))  # torch does not take what cannot be written to
+        chunk = torch.from_numpy(part).to(device)
         if chunk.dtype == torch.uint8:
             chunk = chunk.float().div_(255)
         elif not all(0 <= extreme <= 1 for extreme in chunk.aminmax()):  # NaN is neither
             raise ValueError("pixel values must lie in [0, 1] (or be uint8); some do not, or are NaN.")
-        projected[start : start + size] = (chunk.flatten(1).float() @ axes).cpu()
+        projected[start : start + size] = (chunk.flatten(1).float() @ onto).cpu().numpy()
     return projected
 
 
