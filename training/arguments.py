@@ -1,5 +1,7 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
+import math
+import reprlib
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,11 +15,27 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
+from hf_intervene.hub import MAX_SIZE
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+_MANY = 2**40  # more than any run needs, and torch can still count them
+# Least and greatest value of a setting, of each entry of a list.
+_RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps"), (0, _MANY))
+_RANGES |= dict.fromkeys(("hidden_width", "latent_width", "block_out_channels", "num_tokens"), (1, MAX_SIZE))
+_RANGES |= dict.fromkeys(("images_per_context", "validation_images", "batch_size", "gradient_accumulation_steps"), (1, _MANY))
+_RANGES |= dict.fromkeys(("max_steps", "patience", "keep_checkpoints"), (1, _MANY))
+_RANGES |= dict.fromkeys(("eval_every", "log_every", "sample_every", "checkpoint_every"), (1, _MANY))
+_RANGES |= {
+    "resolution": (1, 2**14),
+    "residual_layers": (0, 1000),
+    "intervention_rank": (1, MAX_SIZE),
+    "lora_rank": (0, MAX_SIZE),
+}
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -120,30 +138,30 @@ class TrainArguments:
             raise ValueError("regime frozen needs a pretrained base (--base): a new light VAE would stay as random as it starts.")
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
-        for name, choices in (
-            ("regime", REGIMES),
-            ("ablation", ABLATIONS),
-            ("schedule", SCHEDULES),
-            ("compile_mode", COMPILE_MODES),
-        ):
+        choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
+        choices_of |= {"mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("max_steps", "eval_every", "sample_every", "checkpoint_every", "intervention_rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not least <= number <= most:
+                    bound = f"at least {least}" if number < least else f"at most {most}"
+                    raise ValueError(f"{name} must be {bound}, not {number}.")
+        for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
+        for name in ("beta", "residual_weight", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, not {self.num_tokens}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
         for name in ("learning_rate", "base_learning_rate", "epochs", "max_grad_norm", "min_snr_gamma"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+        if math.isinf(self.epochs):
+            raise ValueError("epochs must be finite: patience or Ctrl-C ends a run before.")
 
     @property
     def precision(self) -> str:
@@ -220,14 +238,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 
 def read_config(path: str) -> dict:
     """Settings of a YAML file, its keys and types checked."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `setting: value` lines.")
+    settings = read_yaml(path)
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
         if name not in known:
@@ -238,7 +249,7 @@ def read_config(path: str) -> dict:
             settings[name] = _typed(value, known[name])
         except TypeError:
             kind = known[name].__name__ if isinstance(known[name], type) else str(known[name]).removesuffix(" | None")
-            raise ValueError(f"{path}: {name} must be of type {kind}, not {value!r}.") from None
+            raise ValueError(f"{path}: {name} must be of type {kind}, not {reprlib.repr(value)}.") from None
     return settings
 
 

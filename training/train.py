@@ -522,7 +522,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            print("error: there is not enough memory: lower batch_size, resolution or the widths.", file=sys.stderr)
+            return 1
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
         print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
