@@ -115,3 +115,6 @@ class BlockMomentMatching:
     def _by_block(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         m, variance = (x.float().transpose(0, 1) for x in (mean, logvar.float().exp()))  # (D, B, n)
         return m, variance, self.intervened[:, context_ids, None]  # (D, B, 1)
+
+
+__all__ = ["MomentMatching"]

@@ -149,3 +149,6 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
     measured = cards.read_metrics(metrics)
     if measured is not None:
         save(floor_chart(measured), path)
+
+
+__all__ = ["push_folder", "push_to_hub"]

@@ -23,3 +23,6 @@ def bundled_names() -> list[str]:
 def located(name: str | os.PathLike) -> str | os.PathLike:
     """The folder of a pipeline that comes with the package if `name` is one and there is nothing else of that name, else `name`."""
     return bundled(name) if isinstance(name, str) and name in bundled_names() and not Path(name).exists() else name
+
+
+__all__ = ["bundled", "bundled_names"]
