@@ -17,7 +17,7 @@ only, in two groups of contexts for each block, and is linear.
 import torch
 
 
-LARGEST = 2**22  # numbers in the covariances of all contexts: of 14 concepts with a noise width of 32, 14 MB
+LARGEST = 2**22  # numbers in the covariances of all contexts: those of 15 concepts and a free block of the default width, 16 MiB
 
 
 def moment_matching(
