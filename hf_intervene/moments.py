@@ -117,4 +117,4 @@ class BlockMomentMatching:
         return m, variance, self.intervened[:, context_ids, None]  # (D, B, 1)
 
 
-__all__ = ["MomentMatching"]
+__all__ = ["BlockMomentMatching", "MomentMatching", "moment_matching"]

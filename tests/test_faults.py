@@ -20,7 +20,7 @@ from test_train import assert_same, error_of, last_state, options, run
 
 from hf_intervene import InterventionModel
 from hf_intervene.data import ContextImages, load_contexts, load_quad, quad
-from hf_intervene.training import checkpoints, train
+from hf_intervene.training import checkpoints, feeding, train
 from hf_intervene.training.prepared import DiffusionBase
 
 
@@ -93,18 +93,16 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
     """As when the base overflows on one image of the data."""
     settings = tiny | {"dataset": str(folder_of_images(tmp_path / "images")), "batch_size": 4, "max_steps": 40, "log_every": 7}
     settings |= {"checkpoint_every": 3, "eval_every": 6}
-    original, poisoned = train.model_inputs, 65 / 255  # image 6 under `hat`
+    original, poisoned, steps = feeding.Feed._inputs, 65 / 255, []  # image 6 under `hat`
 
     def inputs(*arguments):
         found = original(*arguments)
         wrong = found["pixel_values"][:, 0, 0, 0] == torch.tensor(poisoned)
         found["pixel_values"][wrong] = torch.nan
+        steps.append(wrong.any())
         return found
 
-    steps = []
-    monkeypatch.setattr(
-        train, "model_inputs", lambda *a: (steps.append((inputs(*a)["pixel_values"]).isnan().any()), inputs(*a))[1]
-    )
+    monkeypatch.setattr(feeding.Feed, "_inputs", inputs)
     error = error_of(capsys, options(settings))
     first = [bool(step) for step in steps].index(True)
     data = train.load_data(train.TrainArguments(**settings))[0]
@@ -121,11 +119,11 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
 
 
 def test_when_everything_overflows_the_best_model_is_kept(tiny, tmp_path, capsys, monkeypatch):
-    def overflow(model, seed, step, batch_size, original=train.step_noise):
+    def overflow(model, seed, step, batch_size, original=feeding.step_noise):
         noise = original(model, seed, step, batch_size)
         return noise if step < 5 else {name: value * float("inf") for name, value in noise.items()}
 
-    monkeypatch.setattr(train, "step_noise", overflow)
+    monkeypatch.setattr(feeding, "step_noise", overflow)
     error = error_of(capsys, options(tiny | {"checkpoint_every": 1, "max_steps": 20}))
     assert "step 5 is not finite for 16 of its 16 images" in error and "8 more" in error
     assert f"the last good state is {tmp_path / 'run' / 'checkpoints' / 'step-00000005'}" in error

@@ -19,6 +19,7 @@ from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
 from hf_intervene.training import benchmark_bases as benchmark
 from hf_intervene.training import train
+from hf_intervene.training.arguments import fast_bf16
 
 
 CONFIG = {
@@ -318,7 +319,8 @@ def test_a_frozen_base_keeps_only_what_the_adapter_needs(vae, monkeypatch, autoc
         monkeypatch.setattr(AutoencoderBase, "_lean", lambda self: nullcontext())
         plain, kept_by_autograd = gradients(model)
     assert not any(name.startswith("base.model") for name in found)
-    assert_same(found, plain, 0.02 if autocast else 1e-4)
+    # Where bf16 is not computed in hardware, the two ways round in different places.
+    assert_same(found, plain, (0.02 if fast_bf16() else 0.1) if autocast else 1e-4)
     assert kept < kept_by_autograd < trained
     # Of the decoder alone, at least the third of it that is inputs of convolutions; of the encoder, nothing at all.
     latents = torch.rand(1, 4, 8, 8, requires_grad=True)

@@ -98,7 +98,7 @@ def test_low_rank_heads_save_and_load_bit_equal_and_older_configurations_load(tm
 
 def test_bad_ranks():
     for rank in (0, -1):
-        with pytest.raises(ValueError, match="intervention_rank must be at least 1"):
+        with pytest.raises(ValueError, match="intervention_rank must lie between 1"):
             InterventionConfig(concepts=["a"], intervention_rank=rank)
 
 

@@ -67,7 +67,15 @@ BENCHMARKS = {
     ),
     "data": Benchmark("benchmark_data:data", "batches onto the device, over the training step of the light VAE, 64x64, batch 64"),
     "processes": Benchmark("benchmark_data:processes", "train.py in two processes of one core each over one; light VAE, 64x64"),
-    # Here belong concepts, contexts and evaluation, of benchmark_head.py.
+    "concepts": Benchmark(
+        "benchmark_head:concepts",
+        "heads of 2 to 512 concepts, batch 64: forward and backward, with full and low-rank weights; the posterior, moment matching",
+    ),
+    "contexts": Benchmark(
+        "benchmark_head:contexts",
+        "one pass for a batch that mixes 7 or 64 contexts, over a pass for each; head, light VAE with head",
+    ),
+    "evaluation": Benchmark("benchmark_head:evaluation", "sliced Wasserstein distances, POT over ours", long=True),
     "load": Benchmark(
         "benchmark_bases:load", "a saved head on its frozen Stable Diffusion autoencoder, beyond the autoencoder alone"
     ),

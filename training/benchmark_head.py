@@ -1,12 +1,6 @@
-"""Benchmarks of the head alone, of mixtures of contexts, and of the distances of an evaluation.
+"""Benchmarks of the head alone, of mixtures of contexts, and of the distances of an evaluation."""
 
-python -m hf_intervene.training.benchmark_head concepts --rounds 15
-"""
-
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -108,7 +102,7 @@ def contexts(rounds: int, batch_size: int = 64) -> dict:
                     part.backward()
                 model.zero_grad()
 
-            mixed, single = alternate([lambda: passes([torch.arange(batch_size)]), lambda: passes(parts)], rounds)
+            mixed, single = alternate([lambda: passes([torch.arange(batch_size)]), lambda parts=parts: passes(parts)], rounds)
             results[f"{name}, {number} contexts"] = summary(single, mixed, "speedup")
     return results
 
@@ -152,22 +146,3 @@ def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) ->
         "over POT with torch": summary(seconds[2], seconds[0], "speedup"),
         "projected, over POT": summary(seconds[4], seconds[3], "speedup"),
     }
-
-
-BENCHMARKS = {"concepts": concepts, "contexts": contexts, "evaluation": evaluation}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmarks", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for name in arguments.benchmarks or BENCHMARKS:
-        print(name, json.dumps(BENCHMARKS[name](arguments.rounds), indent=1), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

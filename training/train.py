@@ -29,7 +29,7 @@ from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.logging import get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
-from hf_intervene.moments import MomentMatching
+from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
@@ -237,7 +237,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     moments = None
     if a.moment_matching and model.head is not None:
-        moments = MomentMatching(len(data.contexts), math.prod(model.noise_shape), a.moment_matching, device=accelerator.device)
+        contexts = data.targets(model.config.free_blocks)  # (contexts, D)
+        moments = moment_matching(contexts, model.noise_shape[-1], a.moment_matching, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
