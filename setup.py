@@ -21,6 +21,7 @@ EXTRAS = {
     "docs": ["sphinx>=9", "myst-nb>=1.4", "furo>=2025.12.19", "jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7.4"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "mypy>=2",
         "ruff>=0.9",

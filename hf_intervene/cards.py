@@ -384,7 +384,7 @@ def _table(metrics: dict) -> dict:
     protocol = shown_protocol(metrics)
     rows = [(code(name), row) for name, row in metrics["contexts"].items()]
     rows += [(f"**mean {kind}** ({row['contexts']})", row) for kind, row in metrics["means"].items()]
-    images = next(iter(metrics["contexts"].values()))["images"]
+    images = int(next(iter(metrics["contexts"].values()))["images"])
     loss = loss_in(rows[0][1])
     meaning = {
         "bits_per_pixel": "Bits per pixel: the negative ELBO.",

@@ -131,11 +131,12 @@ class InterventionConfig(PreTrainedConfig):
         """
         try:
             found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            is_ours = found.get("model_type") == cls.model_type
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise OSError(
                 f"the configuration of {pretrained_model_name_or_path} is no valid JSON object: it is truncated or corrupt; fetch it again."
             ) from error
-        if found.get("model_type") != cls.model_type:
+        if not is_ours:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not an intervention model: it has no config.json with the model_type "
                 f"{cls.model_type!r} (a pipeline is loaded with InterventionPipeline.from_pretrained)."

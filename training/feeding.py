@@ -155,12 +155,15 @@ class Feed:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of another kind of schedule or of other data.
+            ValueError: the state is of another kind of schedule or of other data, or corrupt.
         """
         self.schedule.load_state_dict(state["schedule"])
         self._losses.clear()
-        for ids, values in state.get("losses", []):  # the first checkpoints had none
-            self._losses.append((torch.tensor(ids), torch.tensor(values), None))
+        try:
+            for ids, values in state.get("losses", []):  # the first checkpoints had none
+                self._losses.append((torch.tensor(ids, dtype=torch.int64), torch.tensor(values, dtype=torch.float32), None))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError("the state of the schedule holds no losses that can be read: it is corrupt.") from error
 
     def close(self) -> None:
         if self.pool is not None:
