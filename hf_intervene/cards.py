@@ -383,7 +383,7 @@ def _data_name(metrics: dict) -> str:
 def _table(metrics: dict) -> dict:
     protocol = shown_protocol(metrics)
     rows = [(code(name), row) for name, row in metrics["contexts"].items()]
-    rows += [(f"**mean {kind}** ({row['contexts']})", row) for kind, row in metrics["means"].items()]
+    rows += [(f"**mean {kind}** ({int(row['contexts'])})", row) for kind, row in metrics["means"].items()]
     images = int(next(iter(metrics["contexts"].values()))["images"])
     loss = loss_in(rows[0][1])
     meaning = {
