@@ -43,7 +43,8 @@ class Benchmark:
 BENCHMARKS = {
     "render": Benchmark("benchmark_data:render", "quad images of 64x64 drawn a second"),
     "head": Benchmark(
-        "benchmark_bases:head", "light VAE, 64x64, batch 256: with the head over without; a training step, sampling"
+        "benchmark_bases:head",
+        "light VAE, 64x64, batch 256: with the head over without; a training step, sampling; the head alone over that step",
     ),
     "autoencoder": Benchmark(
         "benchmark_bases:autoencoder",

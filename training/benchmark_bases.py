@@ -87,12 +87,33 @@ def head(rounds: int, batch_size: int = 256, config: dict | None = None) -> dict
 
 
 def with_and_without(rounds: int, step: Callable, sampling: Callable, arguments: dict[str, tuple]) -> dict:
-    """Training steps and sampling of `"head"` over those of `"base"`."""
+    """Training steps and sampling of `"head"` over those of `"base"`; the head's own part over that step."""
     found = {}
     for what, make in (("training", step), ("sampling", sampling)):
-        outcomes = contest({name: (repeat, (make, *arguments[name])) for name in ("head", "base")}, rounds)
+        contestants = {name: (repeat, (make, *arguments[name])) for name in ("head", "base")}
+        if what == "training":
+            contestants["alone"] = repeat, (head_alone, arguments["head"][1])
+        outcomes = contest(contestants, rounds)
         found[what] = over(outcomes, "head", "base")
+        if what == "training":
+            found["head alone, training"] = summary(outcomes["alone"].seconds, outcomes["base"].seconds)
     return found
+
+
+def head_alone(batch_size: int) -> Callable[[], None]:
+    """From features to the embedding and back: what the head itself adds to a training step."""
+    keep_freed_memory()
+    model = head_on(LightVAE())
+    targets, features = mixed(model, batch_size), torch.randn(batch_size, model.base.feature_width, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            mean, logvar = model.head.posterior(features, targets)
+            embedding = model.head(mean + (0.5 * logvar).exp() * torch.randn_like(mean), targets).embedding
+        (embedding.float().sum() + mean.sum() + logvar.sum()).backward()
+        model.zero_grad()
+
+    return step
 
 
 # An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of the pixels.
