@@ -251,12 +251,10 @@ def test_two_concepts_are_switched_on(page):
     assert abs(pixels(page, "quad4+size") - first).mean() > 2
     assert pixels(page, "Changed").min() < 128  # somewhere a quarter of the range
     assert gallery(page, "quad4+size").locator("img").count() == 8
+    source = gallery(page, "Observational").locator("img").first.get_attribute("src")
     page.get_by_label("Seed").first.fill("11")
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function(
-        "src => document.querySelector('.pixels img').src !== src",
-        arg=gallery(page, "Observational").locator("img").first.get_attribute("src"),
-    )
+    page.wait_for_function("src => document.querySelector('.pixels img').src !== src", arg=source)
     assert abs(pixels(page, "Observational") - first).mean() > 2
 
 
