@@ -55,6 +55,7 @@ CSS = """
 .concept .head { width: auto; margin: 0; align-items: center !important; }
 .concept .head label { display: none; }
 .concept input[type="range"] { width: 100%; min-width: 0; }
+.concept .tab-like-container { margin: 0; }
 .concept .head input { width: 4.5em; }
 .concept .slider_input_container { flex: 1; min-width: 0; }
 .concept .min_value, .concept .max_value { display: none; }
