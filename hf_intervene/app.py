@@ -57,6 +57,7 @@ CSS = """
 .concept .head { width: auto; margin: 0; align-items: center !important; }
 .concept .head label { display: none; }
 .concept input[type="range"] { width: 100%; min-width: 0; }
+.concept .tab-like-container { margin: 0; }
 .concept .head input { width: 4.5em; }
 .concept .slider_input_container { flex: 1; min-width: 0; }
 .concept .min_value, .concept .max_value { display: none; }
@@ -122,9 +123,14 @@ class Page:
         figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
         return _drawn(figure)
 
+    @property
+    def few(self) -> int:
+        """Images at once, unless more are asked for: of a denoiser each takes a while."""
+        return 2 if self.denoises else 8
+
     def examples(self) -> np.ndarray:
-        """Eight observational samples to edit, uint8 (8, H, W, C)."""
-        return self._observational(8, 1, STEPS)
+        """Observational samples to edit, uint8 (few, H, W, C)."""
+        return self._observational(self.few, 1, STEPS)
 
     def card(self) -> str:
         """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""
@@ -181,11 +187,11 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             controls = _concept_controls(page)
-            num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", buttons=[])
+            num_images = gr.Slider(1, MAX_IMAGES, page.few, step=1, label="Images", buttons=[])
             seed = _seed()
-            denoising = _denoising_controls(page)
+            denoising = [*_steps(page), *_guidance(page)]
             with gr.Row():
-                other = gr.Button("Other images", size="md", min_width=120)
+                other = gr.Button("Other seed" if page.denoises else "Other images", size="md", min_width=120)
                 button = gr.Button("Generate", variant="primary", size="md", min_width=120)
         with gr.Column(scale=3, min_width=280):
             with gr.Row():
@@ -207,9 +213,8 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
         return _shown(observational), gr.Gallery(_shown(intervened), label=label), change
 
     inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
-    triggers = [blocks.load, button.click]
-    triggers += [] if page.denoises else [part.change for part in (*controls, num_images, seed)]
-    _on(triggers, sample, inputs, outputs, "sample")
+    at_once = [] if page.denoises else [blocks.load, *(part.change for part in (*controls, num_images, seed))]
+    _on([button.click, *at_once], sample, inputs, outputs, "sample")
     other.click(lambda: random.randint(0, MAX_SEED), None, seed, api_visibility="private")
 
 
@@ -227,6 +232,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
             examples = gr.Gallery(
                 label="or one of these", columns=4, format="png", allow_preview=False, elem_classes="pixels", buttons=[]
             )
+            draw = gr.Button("Draw some", size="md", visible=page.denoises)
             came_from = gr.Dropdown(
                 list(page.concepts),
                 multiselect=True,
@@ -234,7 +240,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
                 info="Empty: nothing, or unknown",
             )
             controls = _concept_controls(page)
-            denoising = _denoising_controls(page)
+            denoising = [*_steps(page), *_guidance(page)]
             button = gr.Button("Edit", variant="primary", size="md")
         with gr.Column(scale=3, min_width=280):
             result = gr.Gallery(
@@ -270,7 +276,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
             return edit(file, *values) if file else []
 
         _on([part.change for part in (image, came_from, *controls)], live, inputs, result, preprocess=False)
-    _on([tab.select], lambda: _shown(page.examples()), None, examples)
+    _on([draw.click if page.denoises else tab.select], lambda: _shown(page.examples()), None, examples)
     _on([examples.select], pick, None, image)
 
 
@@ -278,7 +284,7 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
     chosen = gr.CheckboxGroup(list(page.concepts), value=list(page.concepts[:6]), label=f"Concepts (two to {MAX_COMPOSED})")
     with gr.Row():
         seed = _seed()
-        denoising = _denoising_controls(page)[:1]
+        steps = _steps(page)
         button = gr.Button("Compose", variant="primary", size="md", min_width=120)
     picture = gr.Image(
         label="Every pair",
@@ -293,10 +299,10 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         "observational image in the corner."
     )
 
-    def compose(names: list[str], chosen_seed: int | None, *steps: int) -> Image.Image:
-        return page.compose(names, _checked(chosen_seed), *steps)
+    def compose(names: list[str], chosen_seed: int | None, *options: float) -> Image.Image:
+        return page.compose(names, _checked(chosen_seed), *options)
 
-    _on([button.click] if page.denoises else [tab.select, button.click], compose, [chosen, seed, *denoising], picture, "compose")
+    _on([button.click, *([] if page.denoises else [tab.select])], compose, [chosen, seed, *steps], picture, "compose")
 
 
 def _concept_controls(page: Page) -> list:
@@ -341,11 +347,13 @@ def _checked(seed: int | None) -> int:
     return int(seed)
 
 
-def _denoising_controls(page: Page) -> list:
-    if not page.denoises:
-        return []
-    steps = gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])
-    return [steps, gr.Slider(1, 10, 1, step=0.1, label="Guidance away from no interventions", buttons=[])]
+def _steps(page: Page) -> list[gr.Slider]:
+    return [gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])] if page.denoises else []
+
+
+def _guidance(page: Page) -> list[gr.Slider]:
+    label = "Guidance away from no interventions"
+    return [gr.Slider(1, 10, 1, step=0.1, label=label, buttons=[])] if page.denoises else []
 
 
 def _on(
@@ -391,17 +399,22 @@ def launch(name: str | os.PathLike, host: str | None = None, port: int | None = 
 
 def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:
     """Start the server in a thread; returns what `Blocks.launch` does."""
-    return blocks.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        max_file_size="32mb",
-        theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
-        css=CSS,
-        head=CSP,
-    )
+    try:
+        return blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            max_file_size="32mb",
+            theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
+            css=CSS,
+            head=CSP,
+        )
+    except OSError as error:
+        if port is None:
+            raise
+        raise OSError(f"cannot listen at port {port}: it is taken, or not allowed; choose another one.") from error

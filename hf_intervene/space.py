@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from importlib.metadata import distribution, requires, version
 from pathlib import Path
@@ -63,6 +64,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         "title": title,
         "sdk": "gradio",
         "sdk_version": version("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "pinned": False,
         "tags": ["hf-intervene"],

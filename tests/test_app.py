@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -154,6 +155,12 @@ def test_without_gradio(monkeypatch, capsys):
 def test_no_such_pipeline(tmp_path, capsys):
     assert cli.main(["app", str(tmp_path)]) == 1
     assert "is not an intervention pipeline" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(client, grey, capsys):
+    port = client.src.rstrip("/").rpartition(":")[2]
+    assert cli.main(["app", str(grey.folder), "--port", port]) == 1
+    assert capsys.readouterr().err == f"error: cannot listen at port {port}: it is taken, or not allowed; choose another one.\n"
 
 
 # As a Space
@@ -312,3 +319,31 @@ def test_at_the_width_of_a_phone(page):
         button.click()
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+@pytest.mark.slow  # a matter of the machine: on two quiet cores
+def test_speed(browser):
+    """From the command to the first picture in the browser within ten seconds; eight other images within two."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "hf_intervene.cli", "app"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        served = time.perf_counter() - start
+        tab = browser.new_page()
+        tab.set_default_timeout(120_000)
+        tab.goto(url)
+        seen = "number => document.querySelectorAll('.pixels img')[number]?.naturalWidth > 0"
+        tab.wait_for_function(seen, arg=8)  # the first of those intervened on
+        first = time.perf_counter() - start
+        source = gallery(tab, "quad1").locator("img").first.get_attribute("src")
+        start = time.perf_counter()
+        tab.get_by_role("button", name="Other images").click()
+        tab.wait_for_function("src => ![null, src].includes(document.querySelectorAll('.pixels img')[8]?.src)", arg=source)
+        tab.wait_for_function(seen, arg=23)
+        other = time.perf_counter() - start
+    finally:
+        process.terminate()
+        process.wait(30)
+    print(f"served after {served:.1f} s, first picture after {first:.1f} s; eight other images after {other:.2f} s")
+    assert first < 10 and other < 2
