@@ -241,8 +241,8 @@ def test_links_and_files_exist(page):
     for target in re.findall(r"^```\{(?:figure|literalinclude|include)\} (\S+)", text, re.MULTILINE):
         assert (page.parent / target).exists(), target
     for code in inline_code(text):
-        path = re.match(r"(?:python )?((?:hf_intervene|training|tests|docs|model_cards)/[\w./*-]+)", code)
-        assert path is None or list(ROOT.glob(path[1].rstrip("/"))), code
+        for path in re.findall(r"(?<![\w/])(?:hf_intervene|training|tests|docs|model_cards)/[\w./*-]*\w", code):
+            assert list(ROOT.glob(path)), code
 
 
 @pytest.mark.parametrize("page", EVERY, ids=names(EVERY))
