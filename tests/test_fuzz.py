@@ -265,7 +265,7 @@ def run_target(name, seconds, first_seed, saved, folder, examples):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_little_of_everything(name, saved, tmp_path):
-    run_target(name, SECONDS / len(TARGETS), 0, saved, tmp_path, 10)
+    run_target(name, SECONDS / len(TARGETS), 0, saved, tmp_path, 4)
 
 
 @pytest.mark.slow
