@@ -33,6 +33,7 @@ from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
+    broken,
     check_writable,
     checkpoints,
     flatten_optimizer,
@@ -245,18 +246,21 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     restored = _resume(a, out)
     if restored is not None:
         path, tensors, state = restored
-        _check_same(settings, state["settings"], path)
-        step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
-        weights.load(tensors["model"] | _companion_state(model))
-        restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
-        feed.load_state_dict(state)
-        if accelerator.scaler is not None and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
-            ema.optimization_step = step
-        if moments is not None:
-            moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        try:
+            _check_same(settings, state["settings"], path)
+            step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
+            weights.load(tensors["model"] | _companion_state(model))
+            restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
+            feed.load_state_dict(state)
+            if accelerator.scaler is not None and state.get("scaler"):
+                accelerator.scaler.load_state_dict(state["scaler"])
+            if ema is not None:
+                ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
+                ema.optimization_step = step
+            if moments is not None:
+                moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
+            raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
