@@ -240,9 +240,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     moments = None
     contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
-    group = torch.arange(len(contexts), device=accelerator.device)  # of contexts that share an aggregate posterior
+    aggregate = torch.arange(len(contexts), device=accelerator.device)  # posterior that each context is part of
     if model.config.ablation == "head-pooled":
-        contexts, group = contexts[:1], torch.zeros_like(group)
+        contexts, aggregate = contexts[:1], torch.zeros_like(aggregate)
     if model.head is not None and (a.moment_matching or model.head.whitening is not None):
         moments = moment_matching(contexts, model.noise_shape[-1], a.moment_matching, accelerator.device)
 
@@ -354,7 +354,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
                     if moments is not None and a.moment_matching:
-                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, group[ids])
+                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, aggregate[ids])
                         loss = loss + ramp(step, a.moment_warmup * total) * penalty
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
@@ -375,7 +375,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     model.head.center_posterior(mean, model.seen(batch.targets))
                 if moments is not None:
                     # Covariances settle as the weights do: few samples make noise, and early ones are soon out of date.
-                    moments.update(mean, logvar, group[batch.ids], pace=max(learning_rate_factor(a, step, total), LEAST_PACE))
+                    moments.update(mean, logvar, aggregate[batch.ids], pace=max(learning_rate_factor(a, step, total), LEAST_PACE))
                     if model.head.whitening is not None and step % WHITEN_EVERY == 0:
                         model.head.whiten_posterior(contexts, moments.covariance)
                 feed.learn(terms.sum(1))
