@@ -15,8 +15,8 @@ from transformers.models.auto import AutoConfig, AutoImageProcessor, AutoModel, 
 from transformers.models.clip import CLIPTextModel
 
 from .. import hub
+from ..checks import check_fit, check_loaded
 from ..configuration_intervention import InterventionConfig
-from ..modeling_intervention import check_fit, check_loaded
 from .autoencoder import AutoencoderBase
 from .base import Base, base_family, model_class_named, weight_hash
 from .diffusion import DiffusionBase
