@@ -14,6 +14,12 @@ NORMS = ("layer", "batch", "none")
 POSTERIORS = ("centered", "conditional", "unconditional")
 ABLATIONS = (None, "base", "base-pooled", "head-pooled")
 
+# Of saved configurations. It is raised when a package that knows only the former one would misread a new configuration: a field that
+# changes what is computed, other weights, another meaning. Versions before the first one that was written down count as 0.
+FORMAT_VERSION = 1
+# EARLIER[v]: what fields that a configuration of format v does not have stood for then, where that is not today's default.
+EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0},)
+
 
 @strict
 class InterventionConfig(PreTrainedConfig):
@@ -42,6 +48,7 @@ class InterventionConfig(PreTrainedConfig):
             `bases/loading.py`); `None` for a base that was made anew.
         companion_references: the same of the frozen models beside a denoiser, by name: `vae` and `image_encoder`.
         lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
+        format_version: of the configuration as it is saved; see `from_dict`.
     """
 
     model_type = "intervention"
@@ -63,6 +70,7 @@ class InterventionConfig(PreTrainedConfig):
     base_reference: dict[str, str | None] | None = None
     companion_references: dict[str, dict[str, str | None]] | None = None
     lora_rank: int = 0
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.concepts = list(validate_concepts(self.concepts))
@@ -109,10 +117,37 @@ class InterventionConfig(PreTrainedConfig):
             )
         return found, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a configuration that an earlier version of this package saved gets the meaning that it had then.
+
+        Raises:
+            ValueError: one sentence: a later version saved it.
+        """
+        return super().from_dict(_of_today(config_dict), **kwargs)
+
     @property
     def num_blocks(self) -> int:
         """D = d + f."""
         return len(self.concepts) + self.free_blocks
+
+
+def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration in the format of today."""
+    version = saved.get("format_version", 0)
+    if not isinstance(version, int) or version < 0:
+        raise ValueError(f"format_version must be a whole number, not {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"the configuration has the format {version}, and this hf-intervene knows those up to {FORMAT_VERSION}: a later one saved it; "
+            "upgrade with `pip install --upgrade hf-intervene`."
+        )
+    then = {name: value for fields in reversed(EARLIER[version:]) for name, value in fields.items()}
+    found = then | saved | {"format_version": FORMAT_VERSION}
+    reference = found.get("base_reference")
+    if isinstance(reference, dict) and "dtype" not in reference:  # the first references, all of models in float32
+        found["base_reference"] = reference | {"variant": None, "dtype": "float32", "hash": "running"}
+    return found
 
 
 __all__ = ["InterventionConfig"]

@@ -126,16 +126,20 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     """Tensors and state as given to `save_checkpoint`.
 
     Raises:
-        OSError: one sentence: no checkpoint, or truncated or corrupt.
+        OSError: one sentence: no checkpoint, truncated or corrupt, or older than what can be resumed.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        names = state.get("files")
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in names or ()}
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
         raise OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.") from error
+    if names is None:
+        raise OSError(f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run anew elsewhere.")
+    return tensors, state
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:

@@ -29,7 +29,14 @@ from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
 from hf_intervene.model import InterventionModel
 from hf_intervene.moments import MomentMatching
-from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
+from hf_intervene.training.arguments import (
+    RUNNING,
+    SETTINGS_VERSION,
+    TrainArguments,
+    earlier_defaults,
+    parse_arguments,
+    shared_settings,
+)
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     check_writable,
@@ -204,7 +211,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     restored = _resume(a, out)
     if restored is not None:
         path, tensors, state = restored
-        _check_same(settings, state["settings"], path)
+        _check_same(settings, state, path)
         step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
         weights.load(tensors["model"] | _companion_state(model))
         restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
@@ -221,7 +228,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (out / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+        (out / SETTINGS_FILE).write_text(yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
     if a.tracker != "none":
         accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
@@ -240,6 +247,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             "schedule": schedule.state_dict(),
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
+            "settings": settings,
+            "settings_version": SETTINGS_VERSION,
         }
         tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), parameters)}
         for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
@@ -255,7 +264,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             accelerator.print(f"warning: weights of step {step} are not finite and are not saved.", file=sys.stderr)
             return None
         try:
-            return save_checkpoint(out / "checkpoints", step, tensors, state | {"settings": settings}, a.keep_checkpoints)
+            return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
                 raise
@@ -405,9 +414,12 @@ def _resume(arguments: TrainArguments, out: Path):
     return Path(arguments.resume), *load_checkpoint(arguments.resume)
 
 
-def _check_same(now: dict, before: dict, path: Path) -> None:
-    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
-    changed = [name for name in now if name not in RUNNING and now[name] != before[name]]
+def _check_same(now: dict, state: dict, path: Path) -> None:
+    """Raise a ValueError unless the settings are those of the run that a checkpoint is of."""
+    then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
+    before = asdict(TrainArguments()) | then | state["settings"]
+    free = RUNNING | {"initial_posterior_std"}  # how a run starts matters no more
+    changed = [name for name in now if name not in free and now[name] != before[name]]
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
