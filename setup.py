@@ -15,10 +15,21 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_intervene" / "__init__.
 
 EXTRAS = {
     "eval": ["POT>=0.9.4", "scikit-learn>=1.4"],
-    "app": ["gradio>=5"],
+    "app": ["gradio>=6.31,<7"],
     "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=2", "POT>=0.9.4", "scikit-learn>=1.4"],
+    "docs": ["sphinx>=9", "myst-nb>=1.4", "furo>=2025.12.19", "jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7.4"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "mypy>=2",
+        "ruff>=0.9",
+        "POT>=0.9.4",
+        "scikit-learn>=1.4",
+        "gradio>=6.31,<7",
+        "playwright>=1.50",  # drives a Chromium that is there; without one those tests are skipped
+    ],
 }
 
 setup(
@@ -48,6 +59,7 @@ setup(
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
         "huggingface_hub>=2.4,<3",
+        "filelock>=3.16",
         "jinja2>=3.1",
         "numpy>=1.26",
         "scipy>=1.11",
@@ -56,6 +68,7 @@ setup(
         "matplotlib>=3.8",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "shtab>=1.7",
         "tensorboard>=2.16",
     ],
     extras_require=EXTRAS,

@@ -1,67 +1,92 @@
-"""The command `hf-intervene`. Thin: every sub-command calls what Python users call."""
+"""The command `hf-intervene`. Thin: every sub-command calls what Python users call, and imports it only when it runs."""
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, UnidentifiedImageError
+from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from . import demo
-from .cards import SAMPLES_FILE, card_path, write_card
 from .contexts import OBS, Value, parse_values
-from .data import ContextImages, load_contexts
-from .metrics import identifiability
-from .pipeline import InterventionPipeline
-from .pretrained import bundled, bundled_names
-from .push import draw_samples, full_name, push_folder
-from .training import evaluate as evaluation
-from .training import train as training
-from .training.simulated import SIMULATED
+from .pipeline import InterventionPipeline, open_image
+from .pretrained import located
 
 
 PIPELINE = "folder or Hub name of a saved pipeline, or `quad`, which comes with the package"
+SHELLS = ("bash", "zsh", "tcsh")
+EXAMPLES = {
+    None: """
+  hf-intervene demo                                      everything once, in two minutes
+  hf-intervene app                                       a page to play with
+  hf-intervene sample quad --interventions quad1+size --num-images 8 --output pair.png
+  hf-intervene COMMAND --help                            options and examples of a command
+
+HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what is done.""",
+    "demo": """
+  hf-intervene demo
+  hf-intervene demo --pretrained --output outputs/two-regimes""",
+    "train": """
+  hf-intervene train --config my.yaml --output_dir outputs/mine
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine --resume auto""",
+    "evaluate": """
+  hf-intervene evaluate --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+  hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits""",
+    "sample": """
+  hf-intervene sample quad --interventions quad1+size --num-images 8 --output pair.png
+  hf-intervene sample quad --interventions size=0.5 --seed 3 --output half/
+  hf-intervene sample user/name --interventions smile@0.9 --output smiles.png""",
+    "edit": """
+  hf-intervene edit quad photo.png --interventions quad1 --output edited.png
+  hf-intervene edit quad photo.png --reference quad1=other.png --output edited.png""",
+    "concepts": """
+  hf-intervene concepts quad
+  hf-intervene concepts outputs/demo/pipeline""",
+    "check": """
+  hf-intervene check my-images --resolution 64
+  hf-intervene check quad --json > report.json""",
+    "card": """
+  hf-intervene card outputs/demo/pipeline --metrics outputs/demo
+  hf-intervene card outputs/mine/model --license apache-2.0 --push user/name""",
+    "app": """
+  hf-intervene app
+  hf-intervene app outputs/demo/pipeline --port 8000
+  hf-intervene app user/name --export my-space""",
+    "completion": """
+  hf-intervene completion bash > ~/.local/share/bash-completion/completions/hf-intervene
+  hf-intervene completion zsh > ~/.zfunc/_hf-intervene""",
+}
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
     """Simulate, train, save, measure, draw; see `demo.py`."""
+    from . import demo
+
     default = "outputs/demo-pretrained" if arguments.pretrained else "outputs/demo"
     run = demo.run_pretrained if arguments.pretrained else demo.run
     return run(Path(arguments.output or default))
 
 
-def load_pipeline(name: str) -> InterventionPipeline:
-    """A pipeline from a folder, from the Hub, or one that comes with the package."""
-    return InterventionPipeline.from_pretrained(bundled(name) if name in bundled_names() and not Path(name).exists() else name)
-
-
 def sample(arguments: argparse.Namespace) -> int:
     """Sample images from a saved pipeline into one picture or a folder of them."""
-    pipe = load_pipeline(arguments.pipeline)
+    import torch
+
+    pipe = InterventionPipeline.from_pretrained(located(arguments.pipeline))
     generator = torch.Generator().manual_seed(arguments.seed)
     images = pipe(_interventions(arguments, pipe.concepts), arguments.num_images, generator, **_options(arguments)).images
-    _save_images(images, Path(arguments.output))
-    return 0
+    return _save_images(images, arguments)
 
 
 def edit(arguments: argparse.Namespace) -> int:
     """Edit an image with a saved pipeline."""
-    pipe = load_pipeline(arguments.pipeline)
+    pipe = InterventionPipeline.from_pretrained(located(arguments.pipeline))
     interventions = _interventions(arguments, pipe.concepts)
-    edited = pipe.edit(_open(arguments.image), interventions, arguments.context, **_options(arguments)).images
-    _save_images(edited, Path(arguments.output))
-    return 0
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that can be read.") from error
+    edited = pipe.edit(open_image(arguments.image), interventions, arguments.context, **_options(arguments)).images
+    return _save_images(edited, arguments)
 
 
 def _interventions(arguments: argparse.Namespace, concepts: Sequence[str]) -> dict[str, Value]:
@@ -75,7 +100,7 @@ def _interventions(arguments: argparse.Namespace, concepts: Sequence[str]) -> di
             raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
         if name in values:
             raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
-        values[name] = _open(path)
+        values[name] = open_image(path)
     return values
 
 
@@ -83,40 +108,61 @@ def _options(arguments: argparse.Namespace) -> dict:
     return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "reference_context")}
 
 
-def _save_images(images: list, path: Path) -> None:
+def _save_images(images: list, arguments: argparse.Namespace) -> int:
+    from diffusers.utils import make_image_grid
+
+    path = Path(arguments.output)
     if path.suffix:
         path.parent.mkdir(parents=True, exist_ok=True)
         make_image_grid(images, 1, len(images)).save(path)
+        files = [path]
     else:
         path.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(path / f"{number:04d}.png")
-    print(path)
+        files = [path / f"{number:04d}.png" for number in range(len(images))]
+        for file, image in zip(files, images):
+            image.save(file)
+    return _print(arguments, {"output": str(path), "files": list(map(str, files))}, path)
+
+
+def _print(arguments: argparse.Namespace, result: dict, text: object) -> int:
+    """A result: for machines all of it, for people the text."""
+    print(json.dumps(result) if arguments.json else text)
+    return 0
 
 
 def concepts(arguments: argparse.Namespace) -> int:
     """Print what a saved pipeline can be intervened on."""
-    pipe = load_pipeline(arguments.pipeline)
-    print(json.dumps({"concepts": list(pipe.concepts), "contexts": [OBS, *pipe.concepts]}))
+    names = list(InterventionPipeline.from_pretrained(located(arguments.pipeline)).concepts)
+    print(json.dumps({"concepts": names, "contexts": [OBS, *names]}))
     return 0
 
 
 def card(arguments: argparse.Namespace) -> int:
-    """Write the model card and the picture of samples of a saved model, and push all of it when asked."""
+    """Write the model card and its pictures of a saved model, and push all of it when asked."""
+    from .cards import SAMPLES_FILE, card_path, write_card
+    from .push import draw_floors, draw_samples, full_name, push_folder
+    from .training.evaluate import load_model
+
     if (arguments.private or arguments.revision) and not arguments.push:
         raise ValueError("--private and --revision need --push.")
-    model = evaluation.load_model(arguments.model)
+    model = load_model(arguments.model)
     path = card_path(arguments.model)
     name = full_name(arguments.push) if arguments.push else None
     draw_samples(model, path.with_name(SAMPLES_FILE))
-    print(write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id))
+    draw_floors(arguments.metrics, path.parent)
+    result = {"card": str(write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id))}
     if name:
-        print(push_folder(arguments.model, name, private=arguments.private, revision=arguments.revision).commit_url)
-    return 0
+        commit = push_folder(arguments.model, name, private=arguments.private, revision=arguments.revision)
+        result["commit"] = commit.commit_url
+    return _print(arguments, result, "\n".join(result.values()))
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption fails."""
+    from .data import ContextImages, load_contexts
+    from .metrics import identifiability
+    from .training.simulated import SIMULATED
+
     if arguments.dataset in SIMULATED:
         images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(arguments.images, 1, 0.1, arguments.seed)
     else:
@@ -125,6 +171,28 @@ def check(arguments: argparse.Namespace) -> int:
     result = identifiability.check(images, max_images=arguments.images, seed=arguments.seed)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
     return 0 if result.passed else 1
+
+
+def app(arguments: argparse.Namespace) -> int:
+    """Serve the page of a pipeline, or export it."""
+    if arguments.export is None:
+        from .app import launch
+
+        launch(arguments.pipeline, arguments.host, arguments.port)
+        return 0
+    from .space import export
+
+    folder = export(arguments.pipeline, arguments.export)
+    print(f"{folder}   (a Space: push it to the Hub as it is; here: pip install -r requirements.txt && python app.py)")
+    return 0
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """Print the script that completes commands and options in a shell."""
+    import shtab
+
+    print(shtab.complete(make_parser(whole=True), arguments.shell))
+    return 0
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -138,54 +206,65 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # train and evaluate have option parsers of their own; they are handed everything.
-    if argv[:1] == ["train"]:
-        return training.main(argv[1:])
-    if argv[:1] == ["evaluate"]:
-        return evaluation.main(argv[1:])
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="hf-intervene", description="Interventions on concepts, and their compositions.")
+def make_parser(whole: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        whole: with the options of `train` and `evaluate` too, which have parsers of their own.
+    """
+    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    description = "Interventions on concepts, and their compositions."
+    parser = argparse.ArgumentParser("hf-intervene", description=description, epilog=f"examples:{EXAMPLES[None]}", **plain)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("demo", help="simulate, train, measure and draw, in a few minutes and without network")
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int] | None = None, help: str = "", json: bool = False, **options: Any
+    ) -> argparse.ArgumentParser:
+        text = f"{help[0].upper()}{help[1:]}."
+        command = commands.add_parser(name, help=help, description=text, epilog=f"examples:{EXAMPLES[name]}", **plain, **options)
+        command.set_defaults(run=run)
+        if json:
+            command.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
+        return command
+
+    command = add("demo", demonstrate, "simulate, train, measure and draw, in a few minutes and without network")
     command.add_argument("--pretrained", action="store_true", help="heads on a pretrained autoencoder, frozen and with LoRA")
     command.add_argument("--output", help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
-    command.set_defaults(run=demonstrate)
-    commands.add_parser("train", help="train a head: the options of training/train.py")
-    commands.add_parser("evaluate", help="measure a model: the options of training/evaluate.py")
-    command = commands.add_parser("sample", help="sample images under interventions")
+
+    for name, help in (("train", "train a head: the options of training/train.py"), ("evaluate", "measure a model")):
+        parents: dict[str, Any] = {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
+        add(name, None, help, **parents)
+
+    command = add("sample", sample, "sample images under interventions", json=True)
     command.add_argument("pipeline", help=PIPELINE)
     command.add_argument(
         "--interventions", default="obs", help="quad1, quad1+size, size=0.5 (strength), size@0.9 (quantile), obs (default obs)"
     )
-    command.add_argument("--num-images", type=int, default=8)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--num-images", type=int, default=8, help="how many (default 8)")
+    command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     _add_options(command)
     command.add_argument("--output", required=True, help="a picture (one row) or a folder (one file an image)")
-    command.set_defaults(run=sample)
-    command = commands.add_parser("edit", help="edit an image by interventions")
+
+    command = add("edit", edit, "edit an image by interventions", json=True)
     command.add_argument("pipeline", help=PIPELINE)
     command.add_argument("image", help="the image, of the pipeline's size")
     command.add_argument("--interventions", help="as of sample")
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
     _add_options(command)
-    command.add_argument("--output", required=True)
-    command.set_defaults(run=edit)
-    command = commands.add_parser("concepts", help="print what a pipeline can be intervened on, as JSON")
+    command.add_argument("--output", required=True, help="as of sample")
+
+    command = add("concepts", concepts, "print what a pipeline can be intervened on, as JSON")
     command.add_argument("pipeline", help=PIPELINE)
-    command.set_defaults(run=concepts)
-    command = commands.add_parser("check", help="say whether a data set's contexts can identify its concepts, before training")
+
+    command = add("check", check, "say whether a data set's contexts can identify its concepts, before training", json=True)
     command.add_argument(
         "dataset", help="quad, ident3d, mnist (--resolution 28), an image folder, a saved data set or a Hub name"
     )
     command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--json", action="store_true", help="everything that was measured, for machines")
-    command.set_defaults(run=check)
-    command = commands.add_parser("card", help="write a saved model's card (README.md, samples.png), and push it to the Hub")
+    command.add_argument("--seed", type=int, default=0, help="of the test's split (default 0)")
+
+    command = add("card", card, "write a saved model's card and its pictures, and push it to the Hub", json=True)
     command.add_argument("model", help="folder of a saved model or pipeline")
     command.add_argument("--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show")
     command.add_argument("--license", help="of the weights, such as apache-2.0")
@@ -193,11 +272,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--push", metavar="USER/NAME", help="push the folder to this repository on the Hub")
     command.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     command.add_argument("--revision", help="branch to push to (default: main)")
-    command.set_defaults(run=card)
 
-    arguments = parser.parse_args(argv)
+    command = add("app", app, "serve a page to play with: sample, edit, compose (needs the extra `app`)")
+    command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
+    command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
+    command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
+    command.add_argument("--export", metavar="DIR", help="write the page as a Hugging Face Space instead of serving it")
+
+    command = add("completion", completion, "print the script that completes commands and options in a shell")
+    command.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def _recipe_parser(name: str) -> argparse.ArgumentParser:
+    from .training import arguments, evaluate
+
+    if name == "evaluate":
+        return evaluate.make_parser()
+    parser = arguments.make_parser()
+    parser.add_argument("--config", help="YAML file of settings")  # these two are read before the others
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # the other libraries look for a terminal themselves
+    # train and evaluate have option parsers of their own; they are handed everything.
+    if argv[:1] == ["train"]:
+        from .training import train
+
+        return train.main(argv[1:])
+    if argv[:1] == ["evaluate"]:
+        from .training import evaluate
+
+        return evaluate.main(argv[1:])
+    for library in (transformers_logging, diffusers_logging):  # loading takes less than two seconds
+        library.disable_progress_bar()
+    arguments = make_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 1
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,18 +1,34 @@
 """Configuration of the intervention head (METHOD section 2; arXiv:2507.04754)."""
 
 import os
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .contexts import validate_concepts
+from .hub import MAX_SIZE
 
 
 INTERVENTIONS = ("perfect", "soft")
 NORMS = ("layer", "batch", "none")
 POSTERIORS = ("centered", "conditional", "unconditional")
 ABLATIONS = (None, "base", "base-pooled", "head-pooled")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MAX_DEPTH = 1000  # paths and layers: more than any head has, and few enough to be followed
+_KEPT = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_commit_hash")
+# What a reference must hold, and how: it may come from somebody else, and names files, revisions and classes.
+_REFERENCE = {
+    "class_name": r"[A-Za-z_]\w*",
+    "name_or_path": r"[^\x00-\x1f]+",
+    "subfolder": r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*",
+    "revision": r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*",
+    "variant": r"\w[\w.-]*",
+    "dtype": "|".join(DTYPES),
+    "sha256": r"[0-9a-f]{64}",
+}
 
 # Of saved configurations. It is raised when a package that knows only the former one would misread a new configuration: a field that
 # changes what is computed, other weights, another meaning. Versions before the first one that was written down count as 0.
@@ -34,6 +50,8 @@ class InterventionConfig(PreTrainedConfig):
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
         propagation_steps: 1: the reduced form of the paper; k > 1: the structural form, one W for all contexts, effects followed along
             directed paths of up to k edges (see `InterventionLayer`).
+        intervention_rank: rank of the weights among concepts, for many of them: the intervention layer's cost is then linear in D (see
+            `LowRankInterventionLayer`); `None`: full matrices.
         posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
             (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
         initial_posterior_std: about the standard deviation of q(z | x, s) before training: the posterior starts out sure of what it says, and
@@ -61,6 +79,7 @@ class InterventionConfig(PreTrainedConfig):
     norm: str = "layer"
     intervention: str = "perfect"
     propagation_steps: int = 3
+    intervention_rank: int | None = None
     posterior: str = "centered"
     initial_posterior_std: float = 0.25
     feature_width: int = 128
@@ -75,21 +94,30 @@ class InterventionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.concepts = list(validate_concepts(self.concepts))
         self.embedding_shape = list(self.embedding_shape)
-        for name, least in (
-            ("free_blocks", 0),
-            ("noise_width", 1),
-            ("concept_width", 1),
-            ("depth", 1),
-            ("propagation_steps", 1),
-            ("feature_width", 1),
-            ("lora_rank", 0),
+        for name, least, most in (
+            ("free_blocks", 0, MAX_SIZE),
+            ("noise_width", 1, MAX_SIZE),
+            ("concept_width", 1, MAX_SIZE),
+            ("depth", 1, MAX_DEPTH),
+            ("propagation_steps", 1, MAX_DEPTH),
+            ("feature_width", 1, MAX_SIZE),
+            ("lora_rank", 0, MAX_SIZE),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, not {getattr(self, name)}.")
+        rank = self.intervention_rank
+        if rank is not None and not 1 <= rank <= MAX_SIZE:
+            raise ValueError(f"intervention_rank must lie between 1 and {MAX_SIZE}, or be None for full matrices, not {rank}.")
         if not 0 < self.initial_posterior_std <= 1:
             raise ValueError(f"initial_posterior_std must lie in (0, 1], not {self.initial_posterior_std}.")
-        if not self.embedding_shape or min(self.embedding_shape) < 1:
-            raise ValueError(f"embedding_shape must hold positive sizes, not {self.embedding_shape}.")
+        if not self.embedding_shape or min(self.embedding_shape) < 1 or max(self.embedding_shape) > MAX_SIZE:
+            raise ValueError(f"embedding_shape must hold positive sizes of at most {MAX_SIZE}, not {self.embedding_shape}.")
+        references = {"base_reference": self.base_reference} | (self.companion_references or {})
+        for name, reference in references.items():
+            if reference is not None:
+                _check_reference(name, reference)
         for name, choices in (
             ("norm", NORMS),
             ("intervention", INTERVENTIONS),
@@ -107,24 +135,38 @@ class InterventionConfig(PreTrainedConfig):
         """As in transformers; another model's configuration is not taken for one of this class, with its defaults.
 
         Raises:
-            ValueError: one sentence: it is not an intervention model's.
+            OSError, ValueError: one sentence: it is no JSON object, or not an intervention model's.
         """
-        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if found.get("model_type") != cls.model_type:
+        try:
+            found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            is_ours = found.get("model_type") == cls.model_type
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise OSError(
+                f"the configuration of {pretrained_model_name_or_path} is no valid JSON object: it is truncated or corrupt; fetch it again."
+            ) from error
+        if not is_ours:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not an intervention model: it has no config.json with the model_type "
                 f"{cls.model_type!r} (a pipeline is loaded with InterventionPipeline.from_pretrained)."
             )
-        return found, kwargs
+        # Nothing else is taken over: of what transformers knows to do by a configuration, a head needs nothing.
+        return {key: value for key, value in found.items() if key in {*cls.__annotations__, *_KEPT}}, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; a configuration that an earlier version of this package saved gets the meaning that it had then.
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InterventionConfig":
+        """As in transformers; a configuration that an earlier version of this package saved has the meaning that it had then.
 
         Raises:
-            ValueError: one sentence: a later version saved it.
+            ValueError: one sentence: a later version saved it, an entry of another type, or what cannot be.
         """
-        return super().from_dict(_of_today(config_dict), **kwargs)
+        config_dict = _of_today(config_dict)
+        for name in ("dtype", "torch_dtype"):
+            if config_dict.get(name) not in (None, *DTYPES):
+                raise ValueError(f"{name} of a configuration must be one of {', '.join(DTYPES)}, not {config_dict[name]!r}.")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"a configuration has an entry of a wrong type: {str(error).splitlines()[-1].strip()}.") from error
 
     @property
     def num_blocks(self) -> int:
@@ -148,6 +190,17 @@ def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
     if isinstance(reference, dict) and "dtype" not in reference:  # the first references, all of models in float32
         found["base_reference"] = reference | {"variant": None, "dtype": "float32", "hash": "running"}
     return found
+
+
+def _check_reference(name: str, reference: dict[str, str | None]) -> None:
+    for key, pattern in _REFERENCE.items():
+        value = reference.get(key, "")
+        if value is None and key in ("subfolder", "revision", "variant"):
+            continue
+        if value is None or not re.fullmatch(pattern, value):
+            raise ValueError(
+                f"{name} of a configuration must hold a {key}, and not {value!r}: it is corrupt, or made to do harm."
+            )
 
 
 __all__ = ["InterventionConfig"]

@@ -19,13 +19,21 @@ This file imports torch alone, so that it can travel with a checkpoint.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import Repr
 from typing import Any, cast
 
 import torch
 
 
 OBS = "obs"
-_RESERVED = "+=,@"
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_RESERVED = "+=,@/\\"  # of the notation of contexts, and of paths: names become those of folders and files
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: in one line, and not all of it if it is long, such as an array."""
+    return " ".join(_SHORT.repr(value).split())
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Quantile:
         except (TypeError, ValueError):
             q = math.nan
         if not 0.0 < q < 1.0:  # NaN fails the comparison
-            raise ValueError(f"a quantile must be a number between 0 and 1, both excluded, not {self.q!r}.")
+            raise ValueError(f"a quantile must be a number between 0 and 1, both excluded, not {_shown(self.q)}.")
         object.__setattr__(self, "q", q)
 
 
@@ -53,18 +61,21 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Check the concept names of a model or data set and return them as a tuple.
 
     Raises:
-        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @` in a name.
+        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @ / \\`, a line break or the like
+            in a name.
     """
     if isinstance(concepts, str) or not isinstance(concepts, Sequence):
-        raise ValueError(f"concepts must be a list of names, not {concepts!r}.")
+        raise ValueError(f"concepts must be a list of names, not {_shown(concepts)}.")
     if not concepts:
         raise ValueError("concepts is empty: name at least one concept.")
     seen = set()
     for name in concepts:
         if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"concept names must be non-empty strings without surrounding spaces, not {name!r}.")
+            raise ValueError(f"concept names must be non-empty strings without surrounding spaces, not {_shown(name)}.")
         if name.lower() == OBS:
             raise ValueError(f"{name!r} is reserved for the observational context and cannot name a concept.")
+        if not name.isprintable() or name in (".", ".."):
+            raise ValueError(f"concept name {name!r} cannot be printed, or names a folder; rename it.")
         if any(character in name for character in _RESERVED):
             raise ValueError(f"concept name {name!r} holds one of the reserved characters {' '.join(_RESERVED)}; rename it.")
         if name in seen:
@@ -111,18 +122,18 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
         items = [_split_value(part) for name in context for part in name.split("+")]
     else:
         raise TypeError(
-            f"cannot read {context!r} as a context: give a concept name, a list of names, or a dict of name to strength."
+            f"cannot read {_shown(context)} as a context: give a concept name, a list of names, or a dict of name to strength."
         )
     values: dict[str, Value] = {}
     for name, value in items:
         if name in values:
-            raise ValueError(f"concept {name!r} is named twice in one context.")
+            raise ValueError(f"concept {_shown(name)} is named twice in one context.")
         if name == OBS and len(items) > 1:
             raise ValueError(
                 f"{OBS!r} cannot be combined with concepts; for one context per sample wrap each: [['obs'], ['{concepts[0]}']]."
             )
         if name != OBS and name not in concepts:
-            raise ValueError(f"unknown concept {name!r}; the known ones are {OBS}, {', '.join(concepts)}.")
+            raise ValueError(f"unknown concept {_shown(name)}; the known ones are {OBS}, {', '.join(concepts)}.")
         if isinstance(value, Quantile) or _is_reference(value):
             if name == OBS:
                 raise ValueError(f"a value was chosen for {OBS!r}, where nothing is intervened on: name a concept.")
@@ -130,7 +141,7 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
             continue
         if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails the comparison
             raise ValueError(
-                f"strength of {name!r} must be a number in [0, 1] (or its value a Quantile or an image), not {value!r}."
+                f"strength of {_shown(name)} must be a number in [0, 1] (or its value a Quantile or an image), not {_shown(value)}."
             )
         values[name] = float(value)
     return {
@@ -241,7 +252,7 @@ def parse_choices(
         raise ValueError(
             f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context for all, or one per sample."
         )
-    return targets.expand(num_samples, -1), choices
+    return targets.repeat(num_samples, 1), choices  # not expanded: to torch.compile other strides are another graph
 
 
 def _one_reference_each(rows: list[dict[str, Any]], num_samples: int | None) -> list[dict[str, Any]]:

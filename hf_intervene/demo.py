@@ -17,7 +17,7 @@ from .cards import SETTINGS_FILE
 from .data import quad
 from .model import InterventionModel
 from .pipeline import InterventionPipeline
-from .plots import contexts_grid, edit_strips, to_uint8
+from .plots import contexts_grid, edit_strips, save, to_uint8
 from .training import evaluate as evaluation
 from .training import pretrain
 from .training import train as training
@@ -56,9 +56,11 @@ def run(out: Path) -> int:
     print(
         f"Done in {time.perf_counter() - start:.0f} s. Look at:\n"
         f"  {out / 'contexts.png'}   every context and nine unseen pairs, real above generated\n"
-        f"  {out / 'edits.png'}      images edited by one and by two interventions\n"
+        f"  {out / 'edits.png'}      images edited by one and by two interventions, and what that changed\n"
+        f"  {out / 'floors.png'}     how far each context is from real images\n"
         f"  {out / 'metrics.md'}     the table above\n"
         "Try next:\n"
+        f"  hf-intervene app {out / 'pipeline'}   (a page to play with)\n"
         f"  hf-intervene sample {out / 'pipeline'} --interventions quad1+size --num-images 8 --output pair.png\n"
         "  hf-intervene demo --pretrained   (heads on a pretrained autoencoder, frozen and with LoRA)\n"
         "  accelerate launch training/train.py --config training/configs/quad.yaml   (64x64, a better model)\n"
@@ -111,18 +113,18 @@ def _save(model: InterventionModel, run: Path, folder: Path) -> None:
 
 
 def _measure_and_draw(model: InterventionModel, out: Path) -> str:
-    """Write metrics.json, metrics.md, contexts.png and edits.png; returns the table."""
+    """Write metrics.json, metrics.md, floors.png, contexts.png and edits.png; returns the table."""
     size = SETTINGS["resolution"]
     real, other = evaluation.held_out_images("quad", model.concepts, MEASURED_IMAGES, 0, size, 3, "dependent")
     metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
     evaluation.write(metrics, out)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     generated = {name: to_uint8(np.asarray(model.sample(name, noise=noise, output_type="np"))) for name in real}
-    contexts_grid(real, generated, unseen=quad.HELD_OUT).savefig(out / "contexts.png", dpi=130, bbox_inches="tight")
+    save(contexts_grid(real, generated, unseen=quad.HELD_OUT), out / "contexts.png")
     originals = real["obs"][:_STRIP]
     edits = {name: to_uint8(np.asarray(model.edit(originals, name, output_type="np"))) for name in _EDITS}
     edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
-    edit_strips(originals, edits).savefig(out / "edits.png", dpi=130, bbox_inches="tight")
+    save(edit_strips(originals, edits, edits["reconstruction"]), out / "edits.png")
     return evaluation.table(metrics)
 
 

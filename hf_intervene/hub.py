@@ -5,6 +5,7 @@ This file imports huggingface_hub alone, so that it can travel with a checkpoint
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 SAVED_FILES = ("*.json", "*.safetensors")  # of a saved model or pipeline; pickle files are not even fetched
+MAX_SIZE = 1 << 20  # of any dimension in a configuration
+_MAX_JSON = 1 << 26  # bytes
 _Raised = TypeVar("_Raised", bound=BaseException)
 _LOGIN = "log in with `hf auth login`, or pass token="
 
@@ -75,28 +78,77 @@ def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike
                 )
 
 
-def check_weights(path: Path, what: str, variant: str | None = None) -> None:
-    """Refuse a folder whose weights (of a variant, such as `"fp16"`) are missing, incomplete or pickled.
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: one sentence: it cannot be read, or is anything else, truncated, nested absurdly, or names a key twice.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError("too large")
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is no valid JSON object: it is truncated or corrupt; fetch it again.") from error
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):  # readers could take one or the other
+        raise ValueError("a key is there twice")
+    return found
+
+
+def read_config(path: Path) -> dict:
+    """The configuration in a JSON file, as `read_json`; what is made by it is not yet limited by any weights.
+
+    Raises:
+        OSError: see there.
+        ValueError: one sentence: it names a size that no model has.
+    """
+    found, values = read_json(path), []
+    pending: list[Any] = [found]
+    while pending:
+        value = pending.pop()
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        values += [value] if isinstance(value, int) else []
+    if any(abs(value) > MAX_SIZE for value in values):
+        raise ValueError(f"{path} names the size {max(values, key=abs)}, which no model has: it is corrupt, or made to do harm.")
+    return found
+
+
+def check_weights(path: Path, what: str, stem: str, variant: str | None = None) -> list[Path]:
+    """The files of the weights in a folder (of a variant, such as `"fp16"`), `stem` being what a library names them; a folder where they
+    are missing, incomplete, pickled or elsewhere is refused.
 
     Raises:
         OSError: one sentence.
     """
     dotted = f".{variant}" if variant else ""
-    found = {file.name for file in path.glob(f"*{dotted}.safetensors")} | {
-        file.name for file in path.glob(f"*{dotted}-*.safetensors")
-    }
-    needed = set()
-    for index in path.glob(f"*.safetensors.index{dotted}.json"):
+    single, index = path / f"{stem}{dotted}.safetensors", path / f"{stem}.safetensors.index{dotted}.json"
+    needed = {single.name} if single.is_file() or not index.exists() else set()
+    if index.exists():
         try:
-            needed |= set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = set(read_json(index)["weight_map"].values())
+            if not names or not all(isinstance(name, str) for name in names):
+                raise TypeError("no names")
+        except (OSError, LookupError, AttributeError, TypeError) as error:
             raise OSError(f"{what} cannot be read: {index.name} is truncated or corrupt; fetch it again.") from error
-    if not found or needed - found:
-        missing = ", ".join(sorted(needed - found)[:3]) or f"*{dotted}.safetensors"
+        needed |= names
+    if strange := sorted(name for name in needed if Path(name).name != name or not name.endswith(".safetensors")):
         raise OSError(
-            f"{what} has no whole weights in safetensors format ({missing} missing): its folder, repository or download is "
+            f"{what} has no whole weights in safetensors format: {index.name} names {strange[0]!r}, which is not such a file beside it; "
+            "pickle files, which are never loaded, and other folders are not looked into."
+        )
+    missing = sorted(name for name in needed if not (path / name).is_file())
+    if missing:
+        raise OSError(
+            f"{what} has no whole weights in safetensors format ({', '.join(missing[:3])} missing): its folder, repository or download is "
             "incomplete, or holds pickle files, which are never loaded."
         )
+    return [path / name for name in sorted(needed)]
 
 
 def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> dict[str, str | None]:
@@ -124,9 +176,9 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
 
 def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
     """Whether an `origin` is a repository on the Hub and not a folder."""
-    return revision is not None or (
-        name_or_path.count("/") == 1 and not os.path.exists(name_or_path) and not name_or_path.startswith((".", "/"))
-    )
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
+        return False
+    return revision is not None or ("/" in name_or_path and not os.path.exists(name_or_path))
 
 
 @contextmanager

@@ -208,7 +208,7 @@ class InterventionModel(PreTrainedModel):
         self,
         pixel_values: torch.Tensor | None,
         targets: torch.Tensor,
-        beta: float = 1.0,
+        beta: float | torch.Tensor = 1.0,
         noise: torch.Tensor | None = None,
         residual_weight: float = 1.0,
         residual_noise: torch.Tensor | None = None,
@@ -223,7 +223,7 @@ class InterventionModel(PreTrainedModel):
         Args:
             pixel_values: images, (B, C, H, W), in [0, 1]; `None` with `prepared`.
             targets: (B, D), entries in [0, 1].
-            beta: weight of the KL.
+            beta: weight of the KL; as a scalar tensor, a compiled model takes another one without being compiled again.
             noise: standard normal draws for the posterior sample, (B, *noise_shape); `None` draws them.
             residual_weight: weight of the term of the residual latents.
             residual_noise: standard normal draws for theirs, or the noise that a denoiser is to tell from the image,

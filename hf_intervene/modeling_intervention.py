@@ -3,25 +3,38 @@
     z (B, D, n) --exogenous--> u (B, D, n) --expressive--> eps (B, D, w) --intervention--> c (B, D, w) --unpool--> e (B, *embedding_shape)
 
 Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width. Inside, block layers hold their activations as
-(D, B, width), so that every block-diagonal product is one batched matrix product, whatever contexts the batch mixes.
+(D, B, width), so that every block-diagonal product is one batched matrix product, whatever contexts the batch mixes. In memory the batch
+lies innermost, (D, width, B): blocks are narrow, and products with B columns and sums over rows of B are several times faster.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .hub import check_weights, folder, pop_options
+from .hub import MAX_SIZE, check_weights, folder, pop_options
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_LAYERS = 64  # registrations a weight, at most, of a model that is made
 
 
 @dataclass
@@ -58,7 +71,7 @@ class BlockLinear(nn.Module):
                     other.copy_(first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)  # (D, B, out)
+        return torch.baddbmm(self.bias.mT, self.weight.mT, x.mT).mT  # (D, B, out)
 
 
 class BlockLayerNorm(nn.Module):
@@ -74,7 +87,34 @@ class BlockLayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+        return _Standardize.apply(x)[0].to(x.dtype) * self.weight + self.bias
+
+
+class _Standardize(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + 1e-5) over the last dimension, and the inverse of the root, both in float32 at least.
+
+    By hand: with rows as short as a block's, and the batch innermost in memory, forward and backward take half the time of `layer_norm`.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x if x.dtype == torch.float64 else x.float()
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return centred * scale, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.dtype = inputs[0].dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+        y, scale = ctx.saved_tensors
+        along = (gradient * y).mean(-1, keepdim=True)
+        return ((gradient - gradient.mean(-1, keepdim=True) - y * along) * scale).to(ctx.dtype)
 
 
 class BlockBatchNorm(nn.BatchNorm1d):
@@ -104,7 +144,7 @@ class ExogenousLayer(nn.Module):
     Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets. They start out equal, so that
     an intervention does nothing at first but cut edges, and learns to do what the data ask for. Drawn apart, the decoder learns from the
     first step on to read a concept that is intervened on, and all that others hear of it, in another place: likelihood and unseen
-    compositions suffer (README).
+    compositions suffer (README). Where few of many concepts are intervened on, the second slice is computed there only.
     Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
     """
 
@@ -113,9 +153,26 @@ class ExogenousLayer(nn.Module):
         self.slices = BlockLinear(blocks, width, 2 * width, slices=2)
 
     def forward(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
-        s = s.to(obs.dtype)
-        return nn.functional.gelu((1 - s) * obs + s * intervened)
+        few = _few(s[..., 0])
+        if few is None:
+            obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
+            return nn.functional.gelu(torch.lerp(obs, intervened, s.to(obs.dtype)))
+        # A_obs z + b_obs, and s (A_int - A_obs) z + s (b_int - b_obs) where s is not 0.
+        (A_obs, A_int), (b_obs, b_int) = (parameter.chunk(2, dim=-1) for parameter in self.slices.parameters())
+        u = torch.baddbmm(b_obs.mT, A_obs.mT, z.mT).mT  # (D, B, n)
+        block, sample = few
+        A, b = ((after - before).index_select(0, block) for before, after in ((A_obs, A_int), (b_obs, b_int)))
+        change = z.mT[block, :, sample][:, None] @ A + b  # (few, 1, n)
+        return nn.functional.gelu(u.index_put(few, s[few].to(u.dtype) * change[:, 0].to(u.dtype), accumulate=True))
+
+
+def _few(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Where s is not 0, if that is in few places and finding them costs next to nothing: not on a device, which the host would have to
+    wait for, nor in a graph, whose shapes would depend on it. What is computed in those places only is the same up to rounding."""
+    if s.device.type != "cpu" or s.requires_grad or torch.compiler.is_compiling():
+        return None
+    places = s.nonzero(as_tuple=True)
+    return places if 32 * len(places[0]) <= s.numel() else None
 
 
 class ExpressiveLayers(nn.Sequential):
@@ -156,40 +213,109 @@ class InterventionLayer(nn.Module):
     def __init__(self, blocks: int, width: int, perfect: bool, steps: int):
         super().__init__()
         self.perfect, self.steps = perfect, steps
-        # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
-        self.weight = nn.Parameter(torch.empty(blocks, width, 2 if steps == 1 else 1, blocks, width))
+        self.slices = 2 if steps == 1 else 1
+        self.add_weights(blocks, width)
         self.bias = nn.Parameter(torch.empty(blocks, width))
 
+    def add_weights(self, blocks: int, width: int) -> None:
+        # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
+        self.weight = nn.Parameter(torch.empty(blocks, width, self.slices, blocks, width))
+
     def reset_parameters(self, std: float) -> None:
-        nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
+        nn.init.normal_(self.weight, std=std)
         with torch.no_grad():
             self.weight.copy_(self.weight[:, :, :1].expand_as(self.weight))  # W_int starts as W_obs
 
     def off_diagonal(self) -> torch.Tensor:
         """The weight with its blocks i = j set to zero, (D, w, 2 or 1, D, w)."""
-        blocks = self.weight.shape[0]
+        blocks = len(self.bias)
         mask = 1 - torch.eye(blocks, dtype=self.weight.dtype, device=self.weight.device)
         return self.weight * mask[:, None, None, :, None]
+
+    def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
+        """`InterventionHead.penalty`."""
+        squares = self.off_diagonal().float().square().sum((1, 4))  # (D, 2 or 1, D)
+        return group_lasso * _norm(squares).sum() + l2 * squares.sum()
+
+    def hearing(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The map of what the blocks send, (2 or 1, D, w, B), to what each hears of the others, sum_{j != i} W[i, j] sent_j, (D, w, B)."""
+        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
+        return lambda sent: (weight @ sent.flatten(0, 2)).unflatten(0, self.bias.shape)
 
     def forward(
         self, eps: torch.Tensor, s: torch.Tensor, values: torch.Tensor | None = None, chosen: torch.Tensor | None = None
     ) -> torch.Tensor:
-        s = s.to(eps.dtype)
+        eps, s = (x.permute(1, 2, 0) for x in (eps, s.to(eps.dtype)))  # (D, w, B), (D, 1, B): samples are columns
+        bias, kept = self.bias[..., None], 1 - s
         if values is not None and chosen is not None:
-            held = (values - self.bias).to(eps.dtype)
+            values, chosen = (x.permute(1, 2, 0) for x in (values, chosen))
+            held = (values - bias).to(eps.dtype)
             eps = torch.where(chosen, held, eps)
-        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
+        hear = self.hearing()
         c = eps
         for _ in range(self.steps):
-            outgoing = torch.stack([(1 - s) * c, s * c], dim=1) if self.steps == 1 else c
-            heard = nn.functional.linear(outgoing.flatten(1), weight).view_as(eps)  # (B, D, w)
-            c = eps + ((1 - s) * heard if self.perfect else heard)
+            heard = hear(torch.stack([kept * c, s * c]) if self.steps == 1 else c[None])
+            c = torch.addcmul(eps, kept, heard) if self.perfect else eps + heard
             if values is not None and chosen is not None:
                 c = torch.where(chosen, held, c)
-        c = c + self.bias
-        # (v - bias) + bias is v up to rounding.
-        return c if values is None or chosen is None else torch.where(chosen, values.to(c.dtype), c)
+        c = c + bias
+        if values is not None and chosen is not None:
+            c = torch.where(chosen, values.to(c.dtype), c)  # (v - bias) + bias is v up to rounding
+        return c.permute(2, 0, 1)  # (B, D, w)
+
+
+class LowRankInterventionLayer(InterventionLayer):
+    """Intervention layer whose weights have a low rank r, for many concepts: W[i, j] = U_i V_j^T for i != j, U_i and V_j of shape (w, r).
+
+    What a block hears, sum_{j != i} W[i, j] x_j = U_i (sum_j V_j^T x_j) - U_i V_i^T x_i, costs as much as D maps to r numbers and back;
+    no (D w, D w) matrix is made. In the reduced form W_obs[i, j] = U_i V_obs[j]^T and W_int[i, j] = U_i V_int[j]^T: r is the rank of
+    (W_obs | W_int). Shapes as those of `InterventionLayer`.
+    """
+
+    def __init__(self, blocks: int, width: int, perfect: bool, steps: int, rank: int):
+        self.rank = rank
+        super().__init__(blocks, width, perfect, steps)
+
+    def add_weights(self, blocks: int, width: int) -> None:
+        self.effects = nn.Parameter(torch.empty(blocks, width, self.rank))  # U
+        self.causes = nn.Parameter(torch.empty(self.slices, blocks, width, self.rank))  # V_obs and V_int, or V
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.zeros_(self.bias)
+        for factor in (self.effects, self.causes):  # the entries of U V^T have the standard deviation std
+            nn.init.normal_(factor, std=(std / math.sqrt(self.rank)) ** 0.5)
+        with torch.no_grad():
+            self.causes.copy_(self.causes[:1].expand_as(self.causes))  # W_int starts as W_obs
+
+    def off_diagonal(self) -> torch.Tensor:
+        """W with its blocks i = j set to zero, (D, w, 2 or 1, D, w): to look at, quadratic in D."""
+        mask = 1 - torch.eye(len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
+        return torch.einsum("iar,kjbr,ij->iakjb", self.effects, self.causes, mask)
+
+    def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
+        """`InterventionHead.penalty`, by |U_i V_j^T|^2 = <U_i^T U_i, V_j^T V_j>: the L2 term is linear in D, the group lasso has D^2 norms."""
+        u, v = (x.float().mT @ x.float() for x in (self.effects, self.causes))  # (D, r, r), (2 or 1, D, r, r)
+        total = l2 * ((u.sum(0) * v.sum(1)).sum() - (u * v).sum())
+        if group_lasso:
+            squares = torch.einsum("irq,kjrq->ikj", u, v).clamp(min=0)  # (D, 2 or 1, D), rounded
+            mask = 1 - torch.eye(len(u), device=u.device)
+            total = total + group_lasso * _norm(squares * mask[:, None]).sum()
+        return total
+
+    def hearing(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        effects, causes = self.effects.flatten(0, 1), self.causes.flatten(0, 2)  # (D w, r), (2 D w, r) or (D w, r)
+        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(2)  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
+
+        def hear(sent: torch.Tensor) -> torch.Tensor:
+            heard = (effects @ (causes.T @ sent.flatten(0, 2))).unflatten(0, self.bias.shape)
+            return torch.baddbmm(heard, itself, sent.transpose(0, 1).flatten(1, 2))
+
+        return hear
+
+
+def _norm(squares: torch.Tensor) -> torch.Tensor:
+    return (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
 
 
 class PosteriorLinear(nn.Linear):
@@ -236,7 +362,9 @@ class InterventionHead(PreTrainedModel):
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         self.exogenous = ExogenousLayer(blocks, noise_width)
         self.expressive = ExpressiveLayers(blocks, noise_width, width, config.depth, config.norm)
-        self.intervention = InterventionLayer(blocks, width, config.intervention == "perfect", config.propagation_steps)
+        layer = (blocks, width, config.intervention == "perfect", config.propagation_steps)
+        rank = config.intervention_rank
+        self.intervention = InterventionLayer(*layer) if rank is None else LowRankInterventionLayer(*layer, rank)
         self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
 
         posterior_width = 2 * blocks * noise_width  # mean and log-variance
@@ -285,7 +413,7 @@ class InterventionHead(PreTrainedModel):
             raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
-        s = targets[..., None].to(self.dtype)  # (B, D, 1)
+        s = targets.to(self.dtype).T.contiguous().T[..., None]  # (B, D, 1), the batch innermost in memory
         if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
@@ -318,7 +446,11 @@ class InterventionHead(PreTrainedModel):
         if self.config.posterior == "centered":
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
             weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
-            mean = mean - torch.einsum("bk,kdn->bdn", weights, self.posterior_offset.float())
+            few, offset = _few(weights), self.posterior_offset.float()
+            if few is None:
+                mean = mean - torch.einsum("bk,kdn->bdn", weights, offset)
+            else:
+                mean = mean.index_add(0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1)
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
 
     @torch.no_grad()
@@ -336,17 +468,16 @@ class InterventionHead(PreTrainedModel):
         if self.config.posterior != "centered":
             return
         s = targets[:, : len(self.config.concepts)].float()
-        membership = torch.cat([(s == 0).all(1, keepdim=True), (s == 1) & (s.sum(1, keepdim=True) == 1)], dim=1).float()
-        counts = membership.sum(0)[:, None, None]  # (1 + d, 1, 1)
-        shift = torch.einsum("bk,bdn->kdn", membership, mean.float()) / counts.clamp(min=1)
-        self.posterior_offset += momentum * shift
+        single = ((s == 0) | (s == 1)).all(1) & (s.sum(1) <= 1)
+        context = torch.where(s.any(1), 1 + s.argmax(1), 0)  # (B,)
+        counts = torch.zeros(1 + s.shape[1], device=s.device).index_add(0, context, single.float())  # (1 + d,)
+        weight = momentum * single / counts[context].clamp(min=1)  # (B,)
+        # Only these rows: the offsets of all contexts are many.
+        self.posterior_offset.index_add_(0, context, (weight[:, None, None] * mean.float()).to(self.posterior_offset.dtype))
 
     def penalty(self, group_lasso: float = 0.0, l2: float = 0.0) -> torch.Tensor:
         """Group-lasso and L2 penalty on the off-diagonal blocks of W_obs and W_int (METHOD section 2), a scalar in nats."""
-        blocks = self.intervention.off_diagonal().float().transpose(1, 2).transpose(2, 3)  # (D, 2 or 1, D, w, w)
-        squares = blocks.square().sum((-2, -1))  # (D, 2, D)
-        norms = (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
-        return group_lasso * norms.sum() + l2 * squares.sum()
+        return self.intervention.penalty(group_lasso, l2)
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) of any form of `contexts.py`, on the head's device."""
@@ -360,20 +491,85 @@ class InterventionHead(PreTrainedModel):
         """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
         the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
         """
-        name, files = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
-        path = folder(name, [os.path.join(subfolder, file) for file in files], **pop_options(kwargs))
+        name, patterns = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
+        path = folder(name, [os.path.join(subfolder, pattern) for pattern in patterns], **pop_options(kwargs))
         what = f"the head of {os.path.join(name, subfolder) if subfolder else name}"
-        check_weights(path / subfolder, what, kwargs.get("variant"))
+        files = check_weights(path / subfolder, what, "model", kwargs.get("variant"))
+        config = kwargs.get("config")
+        if not isinstance(config, InterventionConfig):
+            config = InterventionConfig.from_pretrained(path / subfolder)
+        check_fit(lambda: cls(config), files, what)
         kwargs |= {"subfolder": subfolder, "use_safetensors": True}
+        load: Callable[..., Any] = super().from_pretrained  # by its hints a model, with output_loading_info too
         if kwargs.pop("output_loading_info", False):
-            return super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        return check_loaded(
-            lambda: super(InterventionHead, cls).from_pretrained(path, *args, output_loading_info=True, **kwargs), what
+            return load(path, *args, output_loading_info=True, **kwargs)
+        return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)
+
+
+def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
+    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before any of it is in memory.
+
+    Args:
+        build: makes the model; here on the meta device, and it is stopped when it makes many more layers than there are weights.
+        files: those of the weights, of which the headers are read.
+        what: in a message.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    there: dict[str, list[int]] = {}
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                there |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+    sizes = sum(math.prod(shape) for shape in there.values())
+    try:
+        with torch.device("meta"), _at_most(_LAYERS * (len(there) + _LAYERS)):
+            model = build()
+    except Exception as error:  # whatever a constructor says to values that it was not made for
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"the configuration of {what} cannot be used: {reason}.") from error
+    wanted = sum(value.numel() for value in model.state_dict().values())
+    if wanted > 2 * sizes + MAX_SIZE:
+        raise ValueError(
+            f"the weights of {what} do not fit its configuration: it asks for {wanted:,} numbers, and there are {sizes:,}."
         )
+    return model
 
 
-def check_loaded(load: Callable[[], Any], what: str) -> Any:
-    """The model of a `from_pretrained(..., output_loading_info=True)`, refusing anything but a perfect fit of weights and configuration."""
+@contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Inside, modules that are made may register no more than so many parameters, buffers and modules."""
+    count = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise ValueError(f"it makes more than {limit} layers, far more than there are weights")
+
+    handles = [
+        register(hook)
+        for register in (
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+            register_module_module_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -> _Model:
+    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
     try:
         model, info = load()
     except (SafetensorError, OSError, JSONDecodeError) as error:

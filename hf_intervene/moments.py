@@ -9,9 +9,25 @@ the second:
 
 A batch holds too few samples of a context for its covariance, so a running one is kept, C_k. With it fixed, the gradient is that of a sum
 over samples, 2 weight <C_k - I, m m^T + diag(var)>: the same however the batch is split over processes and micro-batches.
+
+Time and memory of that grow with the cube of the number of concepts. With many, `BlockMomentMatching` keeps the covariances within blocks
+only, in two groups of contexts for each block, and is linear.
 """
 
 import torch
+
+
+LARGEST = 2**22  # numbers in the covariances of all contexts: those of 15 concepts and a free block of the default width, 16 MiB
+
+
+def moment_matching(
+    targets: torch.Tensor, noise_width: int, weight: float, device: torch.device | str = "cpu"
+) -> "MomentMatching | BlockMomentMatching":
+    """The penalty for contexts with these targets, (contexts, D): of whole covariances, or for many concepts of those within blocks."""
+    contexts, blocks = targets.shape
+    if contexts * (blocks * noise_width) ** 2 <= LARGEST:
+        return MomentMatching(contexts, blocks * noise_width, weight, device=device)
+    return BlockMomentMatching(targets, noise_width, weight, device=device)
 
 
 class MomentMatching:
@@ -36,7 +52,7 @@ class MomentMatching:
             context_ids: context of each sample, (B,) integers.
         """
         m, membership = self._by_context(mean, context_ids)  # (k, B, w), (k, B, 1)
-        quadratic = (torch.bmm(m, self.excess) * m).sum()
+        quadratic = 2 * (torch.bmm(m.detach(), self.excess) * m).sum()  # m^T (C - I) m has the gradient 2 (C - I) m
         variance = logvar.float().exp().flatten(1) * membership  # (k, B, w)
         diagonal = (variance * self.excess.diagonal(dim1=1, dim2=2)[:, None]).sum()
         return 2 * self.weight * (quadratic + diagonal) / len(mean)
@@ -47,12 +63,58 @@ class MomentMatching:
         m, membership = self._by_context(mean, context_ids)
         counts = membership.sum(1, keepdim=True)  # (k, 1, 1)
         variance = (logvar.float().exp().flatten(1) * membership).sum(1) / counts[:, 0].clamp(min=1)  # (k, w)
-        batch = torch.bmm(m.transpose(1, 2), m) / counts.clamp(min=1) + torch.diag_embed(variance - 1)
-        self.excess += self.momentum * (counts > 0) * (batch - self.excess)
+        share = self.momentum * (counts > 0)  # (k, 1, 1)
+        self.excess.mul_(1 - share).baddbmm_((share / counts.clamp(min=1) * m).mT, m)
+        self.excess.diagonal(dim1=1, dim2=2).add_(share[:, 0] * (variance - 1))
 
     def _by_context(self, mean: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         membership = torch.nn.functional.one_hot(context_ids, len(self.excess)).float().T[..., None]  # (k, B, 1)
         return mean.float().flatten(1) * membership, membership
 
 
-__all__ = ["MomentMatching"]
+class BlockMomentMatching:
+    """The penalty of many concepts: of the covariance of each block z_j by itself, over the contexts in which concept j is intervened on and
+    over all others. What it leaves out: correlations between blocks, and differences among contexts that leave concept j alone.
+
+    Args:
+        targets: of each context, (contexts, D).
+        noise_width: n; the state is 2 D n^2 numbers.
+        weight, momentum, device: as of `MomentMatching`. A batch with few samples of a group counts for less, those of a concept's own
+            contexts being rare.
+    """
+
+    enough = 8  # samples
+
+    def __init__(
+        self, targets: torch.Tensor, noise_width: int, weight: float, momentum: float = 0.02, device: torch.device | str = "cpu"
+    ):
+        self.weight, self.momentum = weight, momentum
+        self.intervened = (targets > 0).T.contiguous().to(device)  # (D, contexts)
+        self.excess = torch.zeros(2, targets.shape[1], noise_width, noise_width, device=device)  # C - I: others, own
+
+    def loss(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """As `MomentMatching.loss`."""
+        m, variance, own = self._by_block(mean, logvar, context_ids)
+        others, intervened = (m.detach() @ torch.cat(tuple(self.excess), dim=2)).chunk(2, dim=2)  # (D, B, n)
+        quadratic = 2 * (torch.where(own, intervened, others) * m).sum()
+        others, intervened = self.excess.diagonal(dim1=2, dim2=3)[:, :, None]  # (D, 1, n)
+        diagonal = (torch.where(own, intervened, others) * variance).sum()
+        return 2 * self.weight * (quadratic + diagonal) / len(mean)
+
+    @torch.no_grad()
+    def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> None:
+        """As `MomentMatching.update`."""
+        m, variance, own = self._by_block(mean, logvar, context_ids)
+        for excess, group in zip(self.excess, (~own, own)):  # (D, n, n), (D, B, 1)
+            counts = group.sum(1, keepdim=True)  # (D, 1, 1)
+            share = self.momentum * (counts / self.enough).clamp(max=1)
+            weights = share / counts.clamp(min=1) * group  # (D, B, 1)
+            excess.mul_(1 - share).baddbmm_((weights * m).mT, m)
+            excess.diagonal(dim1=1, dim2=2).add_((weights * (variance - 1)).sum(1))
+
+    def _by_block(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        m, variance = (x.float().transpose(0, 1) for x in (mean, logvar.float().exp()))  # (D, B, n)
+        return m, variance, self.intervened[:, context_ids, None]  # (D, B, 1)
+
+
+__all__ = ["BlockMomentMatching", "MomentMatching", "moment_matching"]

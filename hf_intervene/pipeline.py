@@ -1,25 +1,40 @@
 """`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers users know."""
 
-import json
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
-from .bases.base import base_family
+from .bases.base import base_family, model_class_named
 from .bases.diffusion import DiffusionBase
+from .bases.loading import check_part, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
+from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
 from .push import push_to_hub
+
+
+logger = get_logger(__name__)
+
+_KINDS = {
+    "head": InterventionHead,
+    "adapter": ModelMixin,
+    "scheduler": SchedulerMixin,
+    "image_encoder": PreTrainedModel,
+    "image_processor": BaseImageProcessor,
+}
 
 
 class InterventionPipeline(DiffusionPipeline):
@@ -78,16 +93,17 @@ class InterventionPipeline(DiffusionPipeline):
         name = pretrained_model_name_or_path
         path = hub.folder(name, **hub.pop_options(kwargs))
         index = path / "model_index.json"
-        saved = json.loads(index.read_text()) if index.exists() else {}
+        saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
             raise ValueError(
                 f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
                 "(a model is loaded with InterventionModel.from_pretrained)."
             )
-        for part in ("head", "adapter", "base", "vae", "image_encoder"):
-            if saved.get(part, [None])[0] is not None and part not in kwargs:
-                hub.check_weights(path / part, f"the {part} of {name}", kwargs.get("variant"))
-        return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
+        for part in ("head", "base", *cls._optional_components):
+            if part not in kwargs and (part in ("head", "base") or saved.get(part) not in (None, [None, None])):
+                _check_part(part, saved.get(part), path / part, f"the {part} of {name}", kwargs.get("variant"))
+        logger.info("loading the pipeline %s from %s", name, path)
+        return super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
@@ -184,6 +200,51 @@ class InterventionPipeline(DiffusionPipeline):
             images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale, reference_context
         )
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """An image from a file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not an image, is damaged or is unreasonably large.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
+    return image
+
+
+def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
+    """Refuse a saved part of a pipeline that is not what it must be, before diffusers looks for its class and loads it.
+
+    Args:
+        part: its name.
+        entry: its library and its class by model_index.json.
+        folder: where it is.
+        what: in a message.
+        variant: of its weights.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if part in ("base", "vae"):
+        check_part(model_class_named(name), folder, what, variant)
+        return
+    found: Any = getattr(sys.modules.get(str(library)), str(name), None)  # nothing is imported for it
+    if not isinstance(found, type) or not issubclass(found, _KINDS[part]):
+        raise ValueError(f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do harm.")
+    if part == "adapter":
+        check_part(found, folder, what, variant)
+    elif part == "scheduler":
+        load_scheduler(folder, what)
+    elif part == "image_encoder":
+        check_transformers(found, folder, what)
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:

@@ -1,25 +1,65 @@
-"""Pictures: contexts with real images above generated ones, edits, and one image along the range of each concept."""
+"""Pictures: contexts real above generated, edits and what they changed, traversals, pairs, effects, training curves, distances and floors.
 
+Every function returns a Matplotlib figure; `save` writes it as PNG or SVG. Colours are safe for the colour-blind (those of Okabe and Ito,
+2008; the maps cividis and PuOr), and nothing is told by colour alone.
+"""
+
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
-from .contexts import Interventions, Quantile
+from .cards import shown_protocol
+from .contexts import OBS, Interventions, Quantile, context_name
 from .model import ImageInput, InterventionModel
 
 
-def _show(axis: matplotlib.axes.Axes, images: np.ndarray) -> None:
-    """Images (n, H, W, C) side by side, a pixel of white between them."""
-    padded = np.pad(np.asarray(images), ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
-    strip = np.concatenate(list(padded), axis=1)
+BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+FORMATS = (".png", ".svg")
+
+
+def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
+    """Write a figure as PNG or SVG, as the suffix says, whole or not at all; the same figure gives the same file.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"pictures are written as {' or '.join(FORMATS)}, not {path.name!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix.lower().removeprefix(".")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "hf-intervene", "svg.fonttype": "none"}):
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _show(axis: matplotlib.axes.Axes, images: np.ndarray, below: np.ndarray | None = None) -> None:
+    """Images (n, H, W, C) side by side, a pixel of white between them, and as many others below."""
+    strip = _strip(images) if below is None else np.concatenate([_strip(images), _strip(below)])
     axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=255)
     axis.set_xticks([])
     axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    padded = np.pad(np.asarray(images), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    return np.concatenate(list(padded), axis=1)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -45,41 +85,71 @@ def contexts_grid(
     """
     names = list(real)
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(columns * (images * 0.55 + 0.9), rows * 1.55), layout="constrained")
-    outer = figure.subfigures(rows, columns, squeeze=False)
-    for position, (row, column) in enumerate(np.ndindex(rows, columns)):
-        if position >= len(names):
-            continue
-        name = names[position]
-        axes = outer[row, column].subplots(2, 1)
-        outer[row, column].suptitle(f"{name}  (never seen)" if name in unseen else name, fontsize=9)
-        for axis, label, source in zip(axes, ("real", "generated"), (real, generated)):
-            _show(axis, source[name][:images])
-            axis.set_ylabel(label, fontsize=7)
+    height, width = next(iter(real.values())).shape[1:3]
+    across = images * 0.55
+    figure = Figure(figsize=(columns * (across + 0.6), rows * (2 * across / images * height / width + 0.3)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, name in zip(axes, names):
+        _show(axis, real[name][:images], generated[name][:images])
+        axis.set_title(f"{name}  (never seen)" if name in unseen else name, fontsize=8, pad=3)
+        axis.set_yticks([height / 2, 1.5 * height + 1], ["real", "generated"], fontsize=7)
+        axis.tick_params(length=0)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
     return figure
 
 
-def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray]) -> Figure:
+def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """How much images differ, mean over the channels: white where they do not, black from half of the range on.
+
+    Args:
+        before: uint8 images (n, H, W, C).
+        after: likewise.
+
+    Returns:
+        uint8 images (n, H, W, 1).
+    """
+    change = np.abs(np.asarray(after, dtype=np.float32) - before).mean(-1, keepdims=True)  # (n, H, W, 1)
+    return (255 - np.minimum(2 * change, 255)).round().astype("uint8")
+
+
+def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray], unchanged: np.ndarray | None = None) -> Figure:
     """Original images, and below them the same images under each edit.
 
     Args:
         originals: uint8 images (n, H, W, C).
         edits: for each label, uint8 images of the same shape.
+        unchanged: the images as the model returns them when nothing is edited: below each edit, its difference from them.
     """
-    return strips({"original": originals} | dict(edits))
+    rows = {"original": originals}
+    for label, images in edits.items():
+        rows[label] = images
+        if unchanged is not None and not np.array_equal(images, unchanged):
+            rows[f"change: {label}"] = difference(unchanged, images)
+    return strips(rows)
 
 
-def strips(rows: Mapping[str, np.ndarray]) -> Figure:
+def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figure:
     """A labelled strip of images for each entry, one below the other.
 
     Args:
         rows: for each label, uint8 images (n, H, W, C).
+        columns: what is said above the images of the longest strip, if anything.
     """
-    width = max(len(images) for images in rows.values())
-    figure = Figure(figsize=(width * 0.75 + 1.2, len(rows) * 0.8), layout="constrained")
+    count = max(len(images) for images in rows.values())
+    height, width = next(iter(rows.values())).shape[1:3]
+    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0)
+    figure = Figure(figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout)
+    labelled = False
     for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
         _show(axis, images)
+        axis.set_xlim(-0.5, count * (width + 1) - 0.5)  # a shorter strip keeps to the left
         axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
+        if columns and not labelled and len(images) == len(columns):
+            for number, text in enumerate(columns):
+                place = (number * (width + 1) + (width - 1) / 2, -0.05 * height)
+                axis.text(*place, text, fontsize=7, ha="center", va="bottom")
+            labelled = True
     return figure
 
 
@@ -99,16 +169,180 @@ def traversal(
         quantiles: of the range, from left to right.
         **options: of `InterventionModel.predict`, such as `num_inference_steps` of a denoiser.
     """
+    return _traverse(model, image, context, {f"{q:g}": Quantile(q) for q in quantiles}, options)
+
+
+def strength_traversal(
+    model: InterventionModel,
+    image: ImageInput,
+    context: Interventions = None,
+    strengths: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    **options: Any,
+) -> Figure:
+    """Edits of one image by each concept at growing strength, a strip for each concept, and the image above. See `traversal`.
+
+    Args:
+        strengths: in [0, 1], from left to right; 0 changes nothing.
+    """
+    return _traverse(model, image, context, {f"{strength:g}": float(strength) for strength in strengths}, options)
+
+
+def _traverse(
+    model: InterventionModel,
+    image: ImageInput,
+    context: Interventions,
+    values: Mapping[str, Quantile | float],
+    options: dict[str, Any],
+) -> Figure:
+    """Edits of an image by each concept at each value, the values' labels above them."""
     x = model.preprocess(image)[:1]
     steps = {key: value for key, value in options.items() if key == "num_inference_steps"}
     noise, residual = model.abduct(x, model.targets(context, 1), **steps)
-    noise = noise.expand(len(quantiles), *noise.shape[1:])
-    residual = None if residual is None else residual.expand(len(quantiles), *residual.shape[1:])
+    noise = noise.expand(len(values), *noise.shape[1:])
+    if residual is not None:
+        residual = residual.expand(len(values), *residual.shape[1:])
     rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
     for name in model.concepts:
-        edits = model.predict(noise, residual, [{name: Quantile(q)} for q in quantiles], output_type="np", **options)
+        edits = model.predict(noise, residual, [{name: value} for value in values.values()], output_type="np", **options)
         rows[name] = to_uint8(np.asarray(edits))
-    return strips(rows)
+    return strips(rows, list(values))
+
+
+def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Figure:
+    """Every pair of concepts of one draw of noise: below the diagonal the image under the interventions of its row and column, above it
+    how that differs from the observational image in the corner.
+
+    Args:
+        images: uint8 (H, W, C) of `obs`, of every concept and of every pair, by canonical name.
+        concepts: names of the concepts.
+    """
+    heads = [OBS, *concepts]
+    height, width = images[OBS].shape[:2]
+    rows = []
+    for row, head in enumerate(heads):
+        cells = np.stack(
+            [images[context_name(sorted({head, other} - {OBS}), concepts)] if other != head else images[OBS] for other in heads]
+        )
+        cells[row + 1 :] = difference(np.broadcast_to(images[OBS], cells[row + 1 :].shape), cells[row + 1 :])
+        if row:
+            cells[row] = 255
+        rows.append(_strip(cells))
+    figure = Figure(figsize=(0.8 * len(heads) + 0.9, 0.8 * len(heads) + 0.6), layout="constrained")
+    axis = figure.subplots()
+    _show(axis, np.concatenate(rows)[None])
+    centres = np.arange(len(heads))
+    axis.set_xticks(centres * (width + 1) + width / 2, heads, fontsize=8, rotation=90 if len(heads) > 9 else 0)
+    axis.set_yticks(centres * (height + 1) + height / 2, heads, fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    return figure
+
+
+def total_effects(model: InterventionModel, draws: int = 1000, seed: int = 0) -> Figure:
+    """Heat map of what the intervention layer makes of each block's noise: the share of each concept's representation that comes from the
+    noise of each block, along all paths (see `metrics/causal.py`). A mechanism that works, not a causal graph.
+
+    Args:
+        model: an `InterventionModel` with a head.
+        draws: of the noise.
+        seed: of the draws.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    if model.head is None:
+        raise ValueError(f"a model with ablation={model.config.ablation!r} has no head whose effects could be shown.")
+    from .metrics.causal import block_effects, head_draws, head_readout, single_interventions_operator
+
+    eps, _ = head_draws(model.head, [OBS], draws, seed)
+    effects = block_effects(single_interventions_operator(model.head), eps[1], head_readout(model.head))
+    free = model.num_blocks - len(model.concepts)
+    blocks = [*model.concepts, *(["free"] if free == 1 else [f"free{number + 1}" for number in range(free)])]
+    return plot_matrices({"effect of the column on the row": effects}, blocks, blocks, "share (standard deviation)")
+
+
+def read_history(path: str | os.PathLike) -> list[dict]:
+    """The rows of a run's `history.jsonl`. Of a step that a resumed run did again, its last rows count; an unfinished line is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no rows.
+    """
+    rows: dict[tuple, dict] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            rows[row["step"], "validation" in row] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    if not rows:
+        raise ValueError(f"{path} holds no rows of a training run.")
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def training_curves(history: Sequence[Mapping]) -> Figure:
+    """Loss of training and validation over the steps, and its KL.
+
+    Args:
+        history: rows of `read_history`.
+    """
+    terms = ("reconstruction", "kl", "residual_kl")
+    training = [row for row in history if "kl" in row]
+    validation = [row for row in history if "validation" in row]
+    totals = [(row["step"], sum(row.get(term, 0.0) for term in terms)) for row in training]
+    scores = [(row["step"], row["validation"]) for row in validation]
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marker = "o" if len(training) < 3 else None
+    left.plot(*zip(*totals), color=BLUE, lw=1.2, marker=marker, label="training") if totals else None
+    left.plot(*zip(*scores), color=ORANGE, lw=1.2, marker="o", ms=3, ls="--", label="validation") if scores else None
+    right.plot([row["step"] for row in training], [row["kl"] for row in training], color=GREEN, lw=1.2, marker=marker)
+    last = max(step for step, _ in totals + scores)
+    late = [value for step, value in totals + scores if step >= 0.05 * last and np.isfinite(value)]
+    if late and max(late) > min(late):  # or the first steps would flatten all the rest
+        margin = 0.05 * (max(late) - min(late))
+        left.set_ylim(min(late) - margin, max(late) + margin)
+    left.legend(fontsize=8, frameon=False)
+    for axis, title in ((left, "loss (bits per pixel; of a denoiser, per entry)"), (right, "of it the KL")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        _plain(axis)
+    return figure
+
+
+def floor_chart(metrics: Mapping) -> Figure:
+    """Each context's distance with its interval, and the floor that real images have between themselves.
+
+    Args:
+        metrics: what `training/evaluate.py` measures and writes to `metrics.json`.
+    """
+    protocol = shown_protocol(metrics)
+    contexts = list(metrics["contexts"].items())
+    styles = {"concept": (BLUE, "o", "one concept, or none"), "composition": (ORANGE, "s", "several concepts")}
+    figure = Figure(figsize=(7.0, 0.22 * len(contexts) + 1.1), layout="constrained")
+    axis = figure.subplots()
+    for place, (_, row) in enumerate(contexts):
+        measured, (colour, marker, _) = row[protocol], styles[row["kind"]]
+        axis.plot([measured["floor"], measured["distance"]], [place, place], color="0.85", lw=1, zorder=1)
+        axis.plot(measured["interval"], [place, place], color=colour, lw=3, alpha=0.45, solid_capstyle="butt", zorder=2)
+        axis.plot(measured["distance"], place, marker, color=colour, ms=5, zorder=3)
+        axis.plot(measured["floor"], place, "|", color=BLACK, ms=9, mew=1.5, zorder=3)
+    axis.set_yticks(range(len(contexts)), [name for name, _ in contexts])
+    axis.set_ylim(len(contexts) - 0.4, -0.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"sliced 2-Wasserstein distance to real images ({protocol} protocol)", fontsize=8)
+    handles = [Line2D([], [], color=BLACK, marker="|", ls="", ms=9, mew=1.5, label="floor: real to real")]
+    for kind, mean in metrics["means"].items():
+        colour, marker, label = styles[kind]
+        text = f"{label}: mean {mean[protocol]['distance']:.3f}, {mean[protocol]['ratio']:.1f} x floor"
+        handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=3, label=text))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7, frameon=False)
+    _plain(axis)
+    return figure
+
+
+def _plain(axis: matplotlib.axes.Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=7)
 
 
 def plot_matrices(

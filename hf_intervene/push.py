@@ -22,7 +22,7 @@ PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
 MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
-CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.SETTINGS_FILE]
+CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 
 
 def push_to_hub(
@@ -63,6 +63,7 @@ def push_to_hub(
         model = self if hasattr(self, "sample") else getattr(self, "model", None)  # a head alone draws nothing
         if model is not None:
             draw_samples(model, Path(folder, cards.SAMPLES_FILE))
+        draw_floors(metrics, folder)
         repo_id = full_name(repo_id, token)
         cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
         commit = {"commit_message": commit_message, "commit_description": commit_description}
@@ -93,6 +94,7 @@ def push_folder(
     A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept.
     """
     folder, api = Path(folder), HfApi(token=token)
+    root = folder.resolve()
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
     with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -100,6 +102,8 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
         there = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=MODEL_FILES + CARD_FILES))
+        if away := next((name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None):
+            raise OSError(f"{folder / away} is a link to outside of the folder: put the file itself there.")
         if cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
             own.discard(cards.CARD_FILE)
         # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in between would find half of it.
@@ -123,7 +127,7 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
-    from .plots import strips, to_uint8  # here, or every import of the package would load Matplotlib
+    from .plots import save, strips, to_uint8  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
     contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
@@ -133,7 +137,18 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
     for module, training in modes.items():
         module.training = training
-    strips({name: to_uint8(array) for name, array in samples.items()}).savefig(path, dpi=100, bbox_inches="tight")
+    save(strips({name: to_uint8(array) for name, array in samples.items()}), path, dpi=100)
+
+
+def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) -> None:
+    """The picture of measured distances and their floors for a card, where `write_card` finds it; none without metrics."""
+    from .plots import floor_chart, save
+
+    path = Path(folder, cards.FLOORS_FILE)
+    path.unlink(missing_ok=True)  # that of other metrics
+    measured = cards.read_metrics(metrics)
+    if measured is not None:
+        save(floor_chart(measured), path)
 
 
 __all__ = ["push_folder", "push_to_hub"]

@@ -23,11 +23,15 @@ from .bases.loading import (
 )
 from .bases.lora import has_lora, load_lora, lora_rank, merged, save_lora
 from .configuration_intervention import InterventionConfig
+from .logging import get_logger
 from .modeling_intervention import InterventionHead
 
 
 if TYPE_CHECKING:
     from .model import InterventionModel
+
+
+logger = get_logger(__name__)
 
 
 def save_pretrained(
@@ -114,6 +118,7 @@ def from_pretrained(
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
     options = hub.pop_options(kwargs)
     path = hub.folder(name, **options)
+    logger.info("loading the model %s from %s", name, path)
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()
     if base is None:

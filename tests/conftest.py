@@ -1,6 +1,7 @@
 """One thread and no network for every test; for those of the Hub, one on loopback."""
 
 import os
+import tempfile
 
 from hub_server import HubServer
 
@@ -10,6 +11,7 @@ os.environ["HF_ENDPOINT"] = (HUB := HubServer()).url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_DATASETS_CACHE"] = (CACHE := tempfile.TemporaryDirectory()).name  # nothing is left in the user's own
 
 import time
 

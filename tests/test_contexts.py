@@ -21,7 +21,7 @@ from hf_intervene.contexts import (
 CONCEPTS = ("quad1", "quad2", "size")
 
 names = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_characters="+=,@", exclude_categories=["Z", "C"]), min_size=1, max_size=8),
+    st.text(st.characters(codec="utf-8", exclude_characters="+=,@/\\", exclude_categories=["Z", "C"]), min_size=1, max_size=8),
     min_size=1,
     max_size=6,
     unique=True,
@@ -141,7 +141,26 @@ def test_what_is_no_context(context):
 
 
 @pytest.mark.parametrize(
-    "concepts", [[], ["a", "a"], ["obs"], ["OBS"], ["a+b"], ["a=1"], ["a,b"], ["a@b"], [""], [" a"], [3], "quad1", None]
+    "concepts",
+    [
+        [],
+        ["a", "a"],
+        ["obs"],
+        ["OBS"],
+        ["a+b"],
+        ["a=1"],
+        ["a,b"],
+        ["a@b"],
+        ["a/b"],
+        ["..\\a"],
+        ["a\nb"],
+        ["a\x1bb"],
+        [""],
+        [" a"],
+        [3],
+        "quad1",
+        None,
+    ],
 )
 def test_bad_concept_names(concepts):
     with pytest.raises(ValueError):

@@ -1,6 +1,10 @@
 """evaluate.py and the command line, end to end on tiny models."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,10 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli,
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.training import ablation, evaluate, train
+from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -61,6 +69,44 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     text = (tmp_path / "m" / "metrics.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
+
+
+def numbers(value):
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers(part)
+    elif not isinstance(value, str):
+        yield value
+
+
+def test_two_processes_share_out_the_contexts(saved, tmp_path):
+    options = ["--images", "70", "--projections", "10", "--protocol", "both"]
+    assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "training/evaluate.py"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--model", str(saved), "--output", str(tmp_path / "two"), *options],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("mean composition") == 2  # one table for each protocol, of one process
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert list(one["contexts"]) == list(two["contexts"])
+    assert list(numbers(one["contexts"])) == pytest.approx(list(numbers(two["contexts"])), rel=1e-5)
+    assert list(numbers(one["means"])) == pytest.approx(list(numbers(two["means"])), rel=1e-5)
+
+
+def test_what_is_drawn_on_demand_is_what_is_drawn_at_once():
+    for simulated in (SIMULATED["quad"](16, 3), SIMULATED["mnist"](28, 1)):
+        at_once, on_demand = simulated.held_out_images(6, 1), held_out_on_demand(simulated, 6, 1)
+        for a, b in zip(at_once, on_demand):
+            assert list(a) == list(b) and len(b) == len(a)
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+    with pytest.raises(KeyError):
+        on_demand[0]["quad1"]
 
 
 def test_own_images(saved, model, tmp_path, capsys):

@@ -17,7 +17,9 @@ from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
 from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
-from hf_intervene.training import benchmark, train
+from hf_intervene.training import benchmark_bases as benchmark
+from hf_intervene.training import train
+from hf_intervene.training.arguments import fast_bf16
 
 
 CONFIG = {
@@ -71,7 +73,9 @@ def test_variants_and_shards(vae, tmp_path, dtype, max_shard_size):
     assert weight_hash(AutoencoderKL.from_pretrained(folder / "base", **options)) == weight_hash(vae)
     assert weight_hash(InterventionHead.from_pretrained(folder, variant=variant, dtype=dtype)) == weight_hash(model.head)
     assert torch.equal(sample(InterventionModel.from_pretrained(folder, **options)), sample(model))
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises(
+        OSError, match="the base of .* no whole weights in safetensors format .diffusion_pytorch_model.safetensors missing"
+    ):
         InterventionModel.from_pretrained(folder)
     pipe = InterventionPipeline.from_model(model)
     pipe.save_pretrained(tmp_path / "pipe", variant=variant, max_shard_size=max_shard_size)
@@ -315,7 +319,8 @@ def test_a_frozen_base_keeps_only_what_the_adapter_needs(vae, monkeypatch, autoc
         monkeypatch.setattr(AutoencoderBase, "_lean", lambda self: nullcontext())
         plain, kept_by_autograd = gradients(model)
     assert not any(name.startswith("base.model") for name in found)
-    assert_same(found, plain, 0.02 if autocast else 1e-4)
+    # Where bf16 is not computed in hardware, the two ways round in different places.
+    assert_same(found, plain, (0.02 if fast_bf16() else 0.1) if autocast else 1e-4)
     assert kept < kept_by_autograd < trained
     # Of the decoder alone, at least the third of it that is inputs of convolutions; of the encoder, nothing at all.
     latents = torch.rand(1, 4, 8, 8, requires_grad=True)
@@ -449,7 +454,7 @@ def test_the_full_size_step(regime):
 
 
 def test_the_load_benchmark():
-    assert benchmark.load(1, CONFIG)["beyond_seconds"] < 60
+    assert benchmark.load(1, CONFIG)["beyond"]["seconds"] < 60
 
 
 def test_the_denoise_benchmark():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
 from hf_intervene import InterventionConfig, InterventionHead
-from hf_intervene.modeling_intervention import gaussian_kl
+from hf_intervene.modeling_intervention import LowRankInterventionLayer, gaussian_kl
 
 
 CONCEPTS = ["a", "b", "c"]
@@ -20,6 +21,13 @@ def make_head(seed=0, **options):
     for parameter in head.parameters():  # norms start at 1 and 0, biases at 0: no test would see them missing
         parameter.data += 0.1 * torch.randn_like(parameter)
     return head
+
+
+def edges(layer, i, j):
+    """The blocks W_obs[i, j] and W_int[i, j]; the structural form has one W."""
+    if isinstance(layer, LowRankInterventionLayer):
+        return [layer.effects[i] @ layer.causes[k, j].T for k in (0, -1)]
+    return [layer.weight[i, :, k, j] for k in (0, -1)]
 
 
 def slow_head(head, z, targets, values=None, chosen=None):
@@ -50,8 +58,7 @@ def slow_head(head, z, targets, values=None, chosen=None):
                 heard = torch.zeros(w, dtype=z.dtype)
                 for j in range(D):
                     if i != j:
-                        W = head.intervention.weight[i, :, :, j]  # (w, 2 or 1, w): the structural form has one W
-                        W_obs, W_int = W[:, 0], W[:, -1]
+                        W_obs, W_int = edges(head.intervention, i, j)
                         heard = heard + ((1 - s[j]) * W_obs + s[j] * W_int) @ c[j]
                 cut = config.intervention == "perfect" or chosen[b, i]
                 new.append(eps[i] + ((1 - s[i]) * heard if cut else heard))
@@ -66,7 +73,19 @@ def slow_head(head, z, targets, values=None, chosen=None):
 @pytest.mark.parametrize(("depth", "steps", "free_blocks"), [(1, 1, 0), (2, 1, 1), (3, 3, 2)])
 @pytest.mark.parametrize("do", [False, True])
 def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks, do):
-    head = make_head(intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks)
+    check_against_the_slow_loop(
+        make_head(intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks), do
+    )
+
+
+@pytest.mark.parametrize("intervention", ["perfect", "soft"])
+@pytest.mark.parametrize(("steps", "rank"), [(1, 2), (3, 2), (2, 1)])
+@pytest.mark.parametrize("do", [False, True])
+def test_low_rank_head_equals_the_slow_loop(intervention, steps, rank, do):
+    check_against_the_slow_loop(make_head(intervention=intervention, propagation_steps=steps, intervention_rank=rank), do)
+
+
+def check_against_the_slow_loop(head, do):
     targets = head.targets(["obs", ["a"], ["b", "c"], {"a": 0.3, "c": 0.8}, ["a", "b", "c"]]).double()
     z = torch.randn(5, head.config.num_blocks, 5, dtype=torch.float64)
     values = torch.randn(5, head.config.num_blocks, 3, dtype=torch.float64, requires_grad=True)
@@ -237,6 +256,29 @@ def test_compiles_whole(intervention, steps, do):
         z, targets = torch.randn(batch, 4, 5), head.targets([["a"], None] + [["b", "c"]] * (batch - 2))
         clamp = (torch.randn(batch, 4, 3), torch.rand(batch, 4) < 0.5) if do else ()
         torch.testing.assert_close(compiled(z, targets, *clamp).embedding, head(z, targets, *clamp).embedding)
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(1, None), (3, 2)])
+def test_one_compilation_serves_all_contexts(steps, rank):
+    concepts = [f"c{j}" for j in range(40)]  # many: a look at the targets, were there one, would find few that differ
+    head = InterventionHead(InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank))
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+
+    @torch.compile(backend=graphs, fullgraph=True)
+    def step(features, targets, noise):
+        mean, logvar = head.posterior(features, targets)
+        return head(mean + (0.5 * logvar).exp() * noise, targets).embedding
+
+    features, noise = torch.randn(4, 128), torch.randn(4, 41, 32)
+    for context in ("obs", ["c0"], ["c1", "c7"], {"c3": 0.3}, [["c0"], "obs", ["c1", "c2"], {"c39": 0.5}], concepts):
+        targets = head.targets(context, 4)
+        found = step(features, targets, noise)
+        mean, logvar = head.posterior(features, targets)
+        expected = head(mean + (0.5 * logvar).exp() * noise, targets).embedding
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found.sum().backward()
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import ot
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene.metrics import bits_per_pixel, compare, mean_interval, sliced_wasserstein
-from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, sliced_w2
+from hf_intervene.metrics import bits_per_pixel, compare, mean_interval, sliced_wasserstein, transport
+from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, project, sliced_w2
 
 
 def images(n, seed=0, shift=0.0, side=4):
@@ -22,6 +24,54 @@ def test_distance_is_pots(n, m):
     a, b = images(n, 1), images(m, 2, 0.05)
     expected = ot.sliced_wasserstein_distance(a.reshape(n, -1), b.reshape(m, -1), n_projections=70, seed=3, p=2)
     assert sliced_wasserstein(a, b, 70, seed=3) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+@pytest.mark.parametrize(
+    "chunk", [7, 10**6]
+)  # pixels projected at once: sets in one part, or in several of which the last is smaller
+def test_distance_of_large_sets_is_pots_for_the_same_directions(monkeypatch, bytes_, chunk):
+    monkeypatch.setattr(transport, "_CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    axes = directions(48, 60, 1)
+    sets = [rng.integers(0, high, (n, 4, 4, 3), dtype=np.uint8) for high, n in ((256, 1000), (250, 1000), (256, 700))]
+    exact = [x.reshape(len(x), -1) / 255 for x in sets]
+    given = sets if bytes_ else [x.astype(np.float32) for x in exact]
+    for other in (1, 2):
+        expected = ot.sliced_wasserstein_distance(exact[0], exact[other], projections=axes.astype(np.float64), p=2)
+        assert sliced_w2(*(project(given[k], axes) for k in (0, other))) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_no_float_copy_of_all_images_is_made(monkeypatch):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            self.elements = max(self.elements, output.numel()) if isinstance(output, torch.Tensor) else self.elements
+            return output
+
+    monkeypatch.setattr(transport, "_CHUNK", 6400)
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 100), dtype=np.uint8)
+    pixels.flags.writeable = False  # as of a memory map
+    axes = directions(100, 5)
+    with Largest() as largest:
+        projected = project(pixels, axes)
+    assert largest.elements == 6400
+    np.testing.assert_allclose(projected, (pixels / 255) @ axes, rtol=1e-4, atol=1e-5)
+
+
+def test_interval_is_that_of_pots_distances_of_halves():
+    sets = images(31, 1), images(40, 2), images(40, 3, 0.05)
+    axes = directions(48, 30)
+    a, _, c = (x.reshape(len(x), -1).astype(np.float64) @ axes for x in sets)
+    rng = np.random.default_rng(4)
+    halves = []
+    for _ in range(20):
+        pair = [x[rng.permutation(len(x))[: len(x) // 2]] for x in (a, c)]
+        halves.append(ot.wasserstein_1d(*pair, p=2).mean() ** 0.5)
+    result = transport.compare_projected(*(project(x, axes) for x in sets), resamples=20, seed=4)
+    assert result.interval[1] - result.distance == pytest.approx(1.96 * np.std(halves, ddof=1), rel=1e-4)
 
 
 def test_distance_of_a_shift_is_its_root_mean_square():

@@ -432,13 +432,13 @@ SETTINGS = {"dataset": "mnist", "resolution": 28, "channels": 1, "validation_ima
 @pytest.fixture
 def used(monkeypatch):
     """The digits that each request for images may be made of, as bytes."""
-    used, draw = [], mnist.images_by_context
+    used, draw = [], mnist.load_mnist
 
-    def spy(contexts, images_per_context, digits, seed):
+    def spy(contexts, images_per_context, digits, **options):
         used.append({image.tobytes() for image in digits.images})
-        return draw(contexts, images_per_context, digits, seed)
+        return draw(contexts, images_per_context, digits, **options)
 
-    monkeypatch.setattr(mnist, "images_by_context", spy)
+    monkeypatch.setattr(mnist, "load_mnist", spy)
     return used
 
 
@@ -456,12 +456,24 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
 
 
 def test_of_few_digits_there_are_few_held_out_images(monkeypatch):
-    monkeypatch.setattr(simulated.mnist, "TRAIN_CONTEXTS", ("obs",))
-    monkeypatch.setattr(simulated.mnist, "HELD_OUT", ("scale+thin",))
+    monkeypatch.setattr(simulated.Mnist, "contexts", ("obs",))
+    monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
     real, other = evaluate.held_out_images("mnist", mnist.CONCEPTS, 1280, 0, 28, 3, "dependent")
     assert {x.shape for x in (*real.values(), *other.values())} == {(200, 28, 28, 3)}
-    again = simulated.Mnist(28, 1).held_out_images(200, 1)[0]
-    assert not np.array_equal(again["obs"], real["obs"][..., :1])
+    other_seed = simulated.Mnist(28, 1).held_out_images(200, 1)[0]
+    assert not np.array_equal(other_seed["obs"], real["obs"][..., :1])
+
+
+def test_held_out_images_are_drawn_once(monkeypatch):
+    monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
+    drawn = simulated.Mnist(28, 1).held_out_images(3, 5)
+    digits = load_digits(split="test")
+    expected = mnist.images_by_context((*mnist.TRAIN_CONTEXTS, "scale+thin"), 6, digits, simulated.HELD_OUT_SEED + 5)
+    monkeypatch.setattr(mnist, "render", lambda *_: pytest.fail("drawn again"))
+    for images in (drawn, simulated.Mnist(28, 1).held_out_images(3, 5)):
+        assert list(images[0]) == list(expected)
+        for name, x in expected.items():
+            assert np.array_equal(np.concatenate([part[name] for part in images]), x)
 
 
 def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):

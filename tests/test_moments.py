@@ -1,9 +1,10 @@
 """The penalty on aggregate posteriors: its gradient against autograd through the covariance itself."""
 
+import pytest
 import torch
 
 from hf_intervene import InterventionConfig, InterventionHead
-from hf_intervene.moments import MomentMatching
+from hf_intervene.moments import BlockMomentMatching, MomentMatching, moment_matching
 
 
 def batch(seed=0):
@@ -40,9 +41,49 @@ def test_running_covariance_converges_and_leaves_absent_contexts():
     assert (matching.excess[2] == 0).all()
 
 
-def test_splitting_a_batch_does_not_change_the_loss():
+TARGETS = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # obs, and the context of the first concept
+
+
+def test_block_gradient_is_that_of_the_squared_distances_of_the_blocks_covariances():
     mean, logvar, ids = batch()
-    matching = MomentMatching(2, 6, 1.0)
+    matching = BlockMomentMatching(TARGETS, 3, weight=0.7, momentum=1.0)
+    matching.enough = 1  # four samples of each context count in full
+    matching.update(mean, logvar, ids)
+    matching.loss(mean, logvar, ids).backward()
+    found = mean.grad.clone(), logvar.grad.clone()
+    mean.grad = logvar.grad = None
+    penalty = 0
+    for block, groups in enumerate([[ids == 0, ids == 1], [ids >= 0]]):  # nothing intervenes on the second
+        for rows in groups:
+            m, v = mean[rows, block], logvar[rows, block].exp()
+            covariance = m.T @ m / len(m) + torch.diag(v.mean(0))
+            penalty = penalty + len(m) / len(ids) * 0.7 * (covariance - torch.eye(3)).square().sum()
+    penalty.backward()
+    torch.testing.assert_close(found, (mean.grad, logvar.grad))
+
+
+def test_block_covariances_of_rare_groups_move_by_less():
+    mean, logvar, _ = batch()
+    matching, rare = (BlockMomentMatching(TARGETS, 3, 1.0, momentum=0.5) for _ in range(2))
+    matching.update(mean, logvar, torch.ones(8, dtype=torch.int64))
+    rare.update(mean[:2], logvar[:2], torch.ones(2, dtype=torch.int64))
+    expected = mean[:, 0].T @ mean[:, 0] / 8 + torch.diag(logvar[:, 0].exp().mean(0)) - torch.eye(3)
+    torch.testing.assert_close(matching.excess[1, 0], 0.5 * expected)
+    expected = mean[:2, 0].T @ mean[:2, 0] / 2 + torch.diag(logvar[:2, 0].exp().mean(0)) - torch.eye(3)
+    torch.testing.assert_close(rare.excess[1, 0], 0.5 * 2 / 8 * expected)
+    assert (rare.excess[0, 0] == 0).all() and (rare.excess[1, 1] == 0).all() and (rare.excess[0, 1] != 0).all()
+
+
+def test_many_concepts_are_matched_block_by_block():
+    few, many = (moment_matching(torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)]), 32, 1.0) for d in (6, 20))
+    assert isinstance(few, MomentMatching) and few.excess.shape == (7, 224, 224)
+    assert isinstance(many, BlockMomentMatching) and many.excess.shape == (2, 21, 32, 32)
+
+
+@pytest.mark.parametrize("make", [lambda: MomentMatching(2, 6, 1.0), lambda: BlockMomentMatching(TARGETS, 3, 1.0)])
+def test_splitting_a_batch_does_not_change_the_loss(make):
+    mean, logvar, ids = batch()
+    matching = make()
     matching.update(mean, logvar, ids)
     parts = [matching.loss(mean[rows], logvar[rows], ids[rows]) for rows in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(sum(parts) / 2, matching.loss(mean, logvar, ids))

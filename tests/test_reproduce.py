@@ -158,4 +158,9 @@ def test_a_small_table_end_to_end_and_again(rows, tmp_path, capsys):
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
     assert reproduce.main([*argv, "--rows", *rows]) == 0
     assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
+    assert reproduce.main([*argv, "--rows", HEADED]) == 0
+    assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first  # a row that is not asked for stays
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} == written
+    (tmp_path / "mnist-smoke.json").write_text('{"rows": 1}')
+    assert reproduce.main([*argv, "--rows", HEADED]) == 1
+    assert "mnist-smoke.json is no table that this command wrote" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
+import math
+import reprlib
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -12,12 +15,29 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
+from hf_intervene.hub import MAX_SIZE
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+_MANY = 2**40  # more than any run needs, and torch can still count them
+# Least and greatest value of a setting, of each entry of a list.
+_RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps"), (0, _MANY))
+_RANGES |= dict.fromkeys(("hidden_width", "latent_width", "block_out_channels", "num_tokens"), (1, MAX_SIZE))
+_RANGES |= dict.fromkeys(("images_per_context", "validation_images", "batch_size", "gradient_accumulation_steps"), (1, _MANY))
+_RANGES |= dict.fromkeys(("max_steps", "patience", "keep_checkpoints"), (1, _MANY))
+_RANGES |= dict.fromkeys(("eval_every", "log_every", "sample_every", "checkpoint_every"), (1, _MANY))
+_RANGES |= {
+    "resolution": (1, 2**14),
+    "residual_layers": (0, 1000),
+    "intervention_rank": (1, MAX_SIZE),
+    "lora_rank": (0, MAX_SIZE),
+}
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -42,6 +62,9 @@ class TrainArguments:
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
+    image_cache: str | None = field(
+        default=None, metadata={"help": "Own data: folder to decode the images into, once, and to read them from by memory map."}
+    )
     # Base
     base: str = field(default="light-vae", metadata={"help": "`light-vae` (new), or folder or Hub name of a model or pipeline."})
     base_subfolder: str | None = field(default=None, metadata={"help": "Its sub-folder there, such as `vae`."})
@@ -64,6 +87,7 @@ class TrainArguments:
     norm: str = field(default="layer")
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
+    intervention_rank: int | None = field(default=None, metadata={"help": "Of the weights among many concepts; default: full."})
     posterior: str = field(default="centered")
     initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
@@ -94,6 +118,8 @@ class TrainArguments:
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
     mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
+    channels_last: bool = field(default=False, metadata={"help": "Run the base's convolutions with the channels last."})
     seed: int = field(default=0)
     # Running
     eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
@@ -112,25 +138,30 @@ class TrainArguments:
             raise ValueError("regime frozen needs a pretrained base (--base): a new light VAE would stay as random as it starts.")
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
-        for name, choices in (("regime", REGIMES), ("ablation", ABLATIONS), ("schedule", SCHEDULES)):
+        choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
+        choices_of |= {"mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("max_steps", "eval_every", "sample_every", "checkpoint_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("beta", "residual_weight", "residual_layers", "moment_matching", "group_lasso", "l2", "weight_decay"):
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not least <= number <= most:
+                    bound = f"at least {least}" if number < least else f"at most {most}"
+                    raise ValueError(f"{name} must be {bound}, not {number}.")
+        for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
+        for name in ("beta", "residual_weight", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, not {self.num_tokens}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
         for name in ("learning_rate", "base_learning_rate", "epochs", "max_grad_norm", "min_snr_gamma"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+        if math.isinf(self.epochs):
+            raise ValueError("epochs must be finite: patience or Ctrl-C ends a run before.")
 
     @property
     def precision(self) -> str:
@@ -145,7 +176,7 @@ class TrainArguments:
     def head_options(self) -> dict:
         """Those settings that are fields of `InterventionConfig`."""
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
-        names += ("initial_posterior_std",)
+        names += ("intervention_rank", "initial_posterior_std")
         return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
 
@@ -157,7 +188,7 @@ EARLIER: tuple[dict[str, object], ...] = ({"moment_matching": 100.0, "initial_po
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
-RUNNING |= {"gradient_accumulation_steps"}
+RUNNING |= {"gradient_accumulation_steps", "compile_mode", "channels_last", "image_cache"}
 _SHARED = "# hf-intervene "  # how the settings that are published with a model begin
 
 
@@ -198,6 +229,23 @@ def shared_settings(arguments: TrainArguments) -> str:
     return f"{_SHARED}{version('hf-intervene')}\n" + yaml.safe_dump(shared, sort_keys=False)
 
 
+class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults of the options, examples as they are written."""
+
+
+def make_parser() -> HfArgumentParser:
+    """The parser of the settings."""
+    examples = """examples:
+  accelerate launch training/train.py --config training/configs/quad.yaml --output_dir outputs/quad
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine
+  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine --resume auto
+
+--config FILE.yaml gives settings, these options override it. --json prints the result as JSON."""
+    return HfArgumentParser(
+        TrainArguments, description="Train an intervention head.", epilog=examples, formatter_class=_Formatter
+    )
+
+
 def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     """Settings from `--config FILE.yaml` overridden by the other options."""
     argv, config = list(argv), None
@@ -206,11 +254,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
             config = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
             del argv[position : position + (1 if "=" in word else 2)]
             break
-    parser = HfArgumentParser(
-        TrainArguments,
-        description="Train an intervention head.",
-        epilog="--config FILE.yaml: settings; these options override it.",
-    )
+    parser = make_parser()
     if config is not None:
         parser.set_defaults(**read_config(config))
     return parser.parse_args_into_dataclasses(argv)[0]
@@ -218,17 +262,9 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 
 def read_config(path: str) -> dict:
     """Settings of a YAML file, its keys and types checked; of one that a run saved, with the defaults of then."""
-    try:
-        text = Path(path).read_text()
-        settings = yaml.safe_load(text)
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `setting: value` lines.")
+    settings = read_yaml(path)
     # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today.
-    saved = text.startswith(_SHARED) or settings.keys() >= RUNNING
+    saved = Path(path).read_text().startswith(_SHARED) or settings.keys() >= {"output_dir", "resume", "tracker", "keep_checkpoints"}
     settings = earlier_defaults(settings.pop("settings_version", 0 if saved else SETTINGS_VERSION), path) | settings
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
@@ -240,7 +276,7 @@ def read_config(path: str) -> dict:
             settings[name] = _typed(value, known[name])
         except TypeError:
             kind = known[name].__name__ if isinstance(known[name], type) else str(known[name]).removesuffix(" | None")
-            raise ValueError(f"{path}: {name} must be of type {kind}, not {value!r}.") from None
+            raise ValueError(f"{path}: {name} must be of type {kind}, not {reprlib.repr(value)}.") from None
     return settings
 
 

@@ -1,247 +1,242 @@
-"""Benchmarks: ratios of two things measured in turn in one run, medians of several rounds.
+"""Benchmarks: ratios of things that take turns in one run, medians and quartiles of several rounds, peak memory of a process.
 
-    python training/benchmark.py --output benchmark.json
+    python training/benchmark.py --output benchmarks/one-thread.json          # the quick ones; or names, or `all`
+    python training/benchmark.py --compare benchmarks/before.json benchmarks/after.json
 
-- `render`: quad images of 64x64 drawn a second, one core.
-- `head`: a light VAE's training step at batch 256 with the head, over the same step without it.
-- `textbook`: time per image of a training step written the textbook way (float32, one context a batch, dense masked matrices), over ours.
-- `full-size`: a training step on the Stable Diffusion autoencoder (random weights) at 512x512, batch 1, in each regime: peak memory of a
-  process that does nothing else, and time over that of `end-to-end`.
-- `denoise`: a denoising step of a UNet of Stable Diffusion's size (random weights) at 64x64 latents, batch 2, with the head, its projections
-  and hooks, over the UNet alone.
-- `load`: seconds to load a saved head on that autoencoder, frozen, beyond those to load the autoencoder alone.
+`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`. All of it
+runs on the CPU.
 """
 
 import argparse
 import json
-import multiprocessing
-import resource
+import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import nn
 
-from hf_intervene import InterventionModel, LightVAE
-from hf_intervene.bases import DiffusionBase
-from hf_intervene.bases.lora import add_lora
-from hf_intervene.data import quad
-from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
+from hf_intervene.training.benchmark_tools import Clock, machine
+from hf_intervene.training.checkpoints import check_writable, write_whole
 
 
-# The published configuration of the Stable Diffusion 1 and 2 autoencoders.
-STABLE_DIFFUSION = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    Args:
+        where: `module:function` beside this file; the function takes the number of rounds and returns a nested dictionary of figures.
+        about: what is measured.
+        long: whether it takes many minutes, and is run only by its name or by `all`.
+    """
+
+    where: str
+    about: str
+    long: bool = False
+
+    def __call__(self, rounds: int) -> dict:
+        module, function = self.where.split(":")
+        return getattr(import_module(f"hf_intervene.training.{module}"), function)(rounds)
+
+
+BENCHMARKS = {
+    "render": Benchmark("benchmark_data:render", "quad images of 64x64 drawn a second"),
+    "head": Benchmark(
+        "benchmark_bases:head",
+        "light VAE, 64x64, batch 256: with the head over without; a training step, sampling; the head alone over that step",
+    ),
+    "autoencoder": Benchmark(
+        "benchmark_bases:autoencoder",
+        "AutoencoderKL of pretrain.py, 64x64, batch 16: with head and adapter over plain diffusers; a training step, sampling",
+    ),
+    "unet": Benchmark(
+        "benchmark_bases:unet",
+        "UNet2DModel of pretrain.py, 32x32, batch 16: with head and adapter over plain diffusers; a training step, sampling in 5 steps",
+    ),
+    "textbook": Benchmark(
+        "benchmark_textbook:textbook",
+        "train.py against a plain float32 loop: per-sample data set, one context a batch, dense masked head, Adam; light VAE, 64x64, batch 64",
+    ),
+    "variants": Benchmark(
+        "benchmark_textbook:variants", "train.py with settings that may make it faster, against its defaults", long=True
+    ),
+    "textbook-quality": Benchmark(
+        "benchmark_textbook:quality",
+        "that loop and train.py after equally many images, 32x32: likelihood and distances",
+        long=True,
+    ),
+    "data": Benchmark("benchmark_data:data", "batches onto the device, over the training step of the light VAE, 64x64, batch 64"),
+    "processes": Benchmark("benchmark_data:processes", "train.py in two processes of one core each over one; light VAE, 64x64"),
+    "concepts": Benchmark(
+        "benchmark_head:concepts",
+        "heads of 2 to 512 concepts, batch 64: forward and backward, with full and low-rank weights; the posterior, moment matching",
+    ),
+    "contexts": Benchmark(
+        "benchmark_head:contexts",
+        "one pass for a batch that mixes 7 or 64 contexts, over a pass for each; head, light VAE with head",
+    ),
+    "evaluation": Benchmark("benchmark_head:evaluation", "sliced Wasserstein distances, POT over ours", long=True),
+    "load": Benchmark(
+        "benchmark_bases:load", "a saved head on its frozen Stable Diffusion autoencoder, beyond the autoencoder alone"
+    ),
+    "denoise": Benchmark(
+        "benchmark_bases:denoise",
+        "a denoising step of a UNet of Stable Diffusion's size, batch 2, with head, projections and hooks over the UNet alone",
+        long=True,
+    ),
+    "full-size": Benchmark(
+        "benchmark_bases:full_size",
+        "a training step on the Stable Diffusion autoencoder, 512x512, batch 1, in each regime",
+        long=True,
+    ),
+    "full-size-head": Benchmark(
+        "benchmark_bases:full_size_head", "the same with head and adapter, end to end, over plain diffusers; sampling", long=True
+    ),
 }
 
-# That of its UNet, version 1; what is not named has this value by default.
-STABLE_DIFFUSION_UNET = {"sample_size": 64, "cross_attention_dim": 768}
+LOWER, HIGHER = ("ratio", "seconds", "milliseconds"), ("speedup", "images_per_second")
+RELATIVE = ("ratio", "speedup")  # hold on other machines too
+MEMORY = "peak_gib"
+NOISE = 0.02  # a change of less is none, whatever the quartiles say; memory has no quartiles
 
 
-def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each function, called in turn, after one round of warm-up."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for number in range(rounds + 1):
-        for function, record in zip(functions, seconds):
-            start = time.perf_counter()
-            function()
-            if number:
-                record.append(time.perf_counter() - start)
-    return seconds
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    kind: str
+    value: float
+    quartiles: tuple[float, float]
+
+    def gain(self, other: "Figure") -> float:
+        """By which share `other` is better; negative if it is worse."""
+        return other.value / self.value - 1 if self.kind in HIGHER else self.value / other.value - 1
+
+    def differs(self, other: "Figure") -> bool:
+        """Whether the two are apart by more than noise: their quartiles do not overlap."""
+        apart = self.quartiles[1] < other.quartiles[0] or other.quartiles[1] < self.quartiles[0]
+        return apart and abs(self.gain(other)) > NOISE
 
 
-def summary(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
-    """Median and quartiles of the ratios, round by round."""
-    ratios = torch.tensor([a / b for a, b in zip(numerator, denominator)])
-    quartiles = torch.quantile(ratios, torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return {"ratio": quartiles[1], "quartiles": [quartiles[0], quartiles[2]], "rounds": len(ratios)}
+def figures(results: dict, path: tuple[str, ...] = ()) -> Iterator[Figure]:
+    """The figures in what benchmarks returned: numbers of a known kind, with quartiles beside them; peak memory."""
+    for key, value in results.items():
+        name = ", ".join(path)
+        if isinstance(value, dict):
+            yield from figures(value, (*path, key))
+        elif key in LOWER + HIGHER and "quartiles" in results:
+            yield Figure(name, key, value, tuple(results["quartiles"]))
+        elif key.endswith(MEMORY):
+            of = key.removesuffix(MEMORY).rstrip("_")
+            yield Figure(f"{name} ({of})" if of else name, MEMORY, value, (value, value))
 
 
-def render(rounds: int) -> dict:
-    latents = quad.sample_latents("obs", 2048)
-    (seconds,) = alternate([lambda: quad.render(latents, 64)], rounds)
-    return {"images_per_second": 2048 / torch.tensor(seconds).median().item()}
-
-
-def training_step(model: InterventionModel, x: torch.Tensor, targets: torch.Tensor, autocast: bool) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(x, targets).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def build(ablation: str | None = None) -> InterventionModel:
-    return InterventionModel.build(LightVAE(), quad.CONCEPTS, ablation=ablation, **TrainArguments().head_options).train()
-
-
-def head(rounds: int, batch_size: int = 256) -> dict:
-    x = torch.rand(batch_size, 3, 64, 64)
-    with_head, without = build(), build("base")
-    targets = with_head.targets(torch.eye(7)[torch.arange(batch_size) % 7, 1:])
-    autocast = fast_bf16()
-    steps = [training_step(model, x, targets, autocast) for model in (with_head, without)]
-    return {"batch_size": batch_size, "bf16": autocast} | summary(*alternate(steps, rounds))
-
-
-class DenseMaskedHead(nn.Module):
-    """The head as one would write it first: dense matrices under 0/1 masks, one context per forward pass."""
-
-    def __init__(self, blocks: int, noise_width: int, width: int, embedding: int):
-        super().__init__()
-        middle = (noise_width + width) // 2
-        self.obs, self.int = (nn.Linear(blocks * noise_width, blocks * noise_width) for _ in range(2))
-        self.layers = nn.ModuleList(nn.Linear(blocks * a, blocks * b) for a, b in ((noise_width, middle), (middle, width)))
-        self.edges_obs, self.edges_int = (nn.Linear(blocks * width, blocks * width) for _ in range(2))
-        self.unpool = nn.Linear(blocks * width, embedding)
-        self.blocks, self.sizes = blocks, (noise_width, middle, width)
-
-    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        def masked(layer: nn.Linear, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, layer.weight * mask, layer.bias)
-
-        eye, (n, m, w) = torch.eye(self.blocks), self.sizes
-        diagonal = torch.kron(eye, torch.ones(n, n))
-        rows = context.repeat_interleave(n)
-        x = nn.functional.gelu((1 - rows) * masked(self.obs, diagonal, z) + rows * masked(self.int, diagonal, z))
-        for layer, (a, b) in zip(self.layers, ((n, m), (m, w))):
-            x = masked(layer, torch.kron(eye, torch.ones(b, a)), x)
-            x = nn.functional.gelu(nn.functional.layer_norm(x.view(-1, self.blocks, b), (b,)).flatten(1))
-        off = torch.kron((1 - eye) * (1 - context)[:, None], torch.ones(w, w))
-        source = context.repeat_interleave(w)
-        x = x + masked(self.edges_obs, off * (1 - source), x) + masked(self.edges_int, off * source, x)
-        return self.unpool(x)
-
-
-def textbook(rounds: int, batch_size: int = 64) -> dict:
-    ours = build()
-    targets = ours.targets(torch.eye(7)[torch.arange(batch_size) % 7, 1:])
-    x = torch.rand(batch_size, 3, 64, 64)
-    step = training_step(ours, x, targets, fast_bf16())
-
-    vae, blocks, n = LightVAE(), 7, 32
-    dense = DenseMaskedHead(blocks, n, 8, 128)
-    readout = nn.Linear(128, 2 * blocks * n)
-    optimizer = torch.optim.Adam([*vae.parameters(), *dense.parameters(), *readout.parameters()], 1e-4)
-
-    def plain() -> None:
-        mean, logvar = readout(vae.encoder(x)).chunk(2, 1)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        logits = vae.decode(dense(z, torch.eye(blocks)[0])).sample
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-        loss = (loss + 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()) / batch_size
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return {"batch_size": batch_size} | summary(*alternate([plain, step], rounds))
-
-
-def full_size_step(regime: str, config: dict, threads: int) -> tuple[float, float]:
-    """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once `fine-tune` has thawed its base."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = InterventionModel.build(AutoencoderKL(**config), quad.CONCEPTS, **TrainArguments().head_options).train()
-    if regime == "lora":
-        add_lora(model.base.model, TrainArguments().lora_rank)
-    elif regime == "frozen":
-        model.base.trainable(False)
-    x = torch.rand(1, *model.base.image_shape)
-    step = training_step(model, x, model.targets("quad1"), fast_bf16())
-    ((seconds,),) = alternate([step], rounds=1)  # the second step: the optimiser has its state
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, seconds
-
-
-def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
-    rounds, spawn = min(rounds, 3), multiprocessing.get_context("spawn")  # minutes each
-    measured: dict[str, list[tuple[float, float]]] = {regime: [] for regime in REGIMES}
-    for _ in range(rounds):
-        for regime in REGIMES:
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                measured[regime].append(pool.submit(full_size_step, regime, config, torch.get_num_threads()).result())
-    peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
-    return {"bf16": fast_bf16()} | {
-        regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES
-    }
-
-
-@torch.no_grad()
-def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int = 2) -> dict:
-    """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling it is run once."""
-    dtype = torch.bfloat16 if fast_bf16() else torch.float32
-    unet = UNet2DConditionModel(**config).to(dtype).eval()
-    text = torch.randn(1, 77, config["cross_attention_dim"])
-    model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()
-    for values in model.base.adapter.projections.values:  # zero in a new head: as after training
-        torch.nn.init.normal_(values.weight, std=0.02)
-    x, z = torch.randn(batch_size, *model.base.residual_shape), torch.randn(batch_size, *model.noise_shape)
-    targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)
-    texts = text.to(dtype).expand(batch_size, -1, -1)
-
-    def with_head() -> None:
-        model.base.denoise(x, t, model.embed(z, targets))
-
-    def without() -> None:
-        model.base.injection.remove()
-        unet(x.to(dtype), t, encoder_hidden_states=texts)
-
-    parameters = sum(p.numel() for p in unet.parameters())
-    return {"batch_size": batch_size, "dtype": str(dtype), "parameters": parameters} | summary(
-        *alternate([with_head, without], rounds)
-    )
-
-
-def load(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        AutoencoderKL(**config).save_pretrained(f"{folder}/vae")
-        frozen = InterventionModel.build(AutoencoderKL.from_pretrained(f"{folder}/vae"), quad.CONCEPTS)
-        frozen.save_pretrained(f"{folder}/model")
-        alone, together = alternate(
-            [
-                lambda: AutoencoderKL.from_pretrained(f"{folder}/vae"),
-                lambda: InterventionModel.from_pretrained(f"{folder}/model"),
-            ],
-            rounds,
+def markdown(report: dict) -> str:
+    """The report as a table, with what it was measured on."""
+    m = report["machine"]
+    device = f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']} cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
+    lines = [f"{device}, torch {m['torch']}:", ""]
+    lines += ["| benchmark | | median | quartiles |", "| --- | --- | --- | --- |"]
+    for f in figures(report["results"]):
+        quartiles = "" if f.kind == MEMORY else f"{_number(f.quartiles[0])} to {_number(f.quartiles[1])}"
+        lines.append(
+            f"| {f.name} | {'peak memory, GiB' if f.kind == MEMORY else f.kind.replace('_', ' ')} | {_number(f.value)} | {quartiles} |"
         )
-    beyond = torch.quantile(torch.tensor(together) - torch.tensor(alone), torch.tensor([0.25, 0.5, 0.75])).tolist()
-    base = torch.tensor(alone).median().item()
-    return {"base_seconds": base, "beyond_seconds": beyond[1], "quartiles": [beyond[0], beyond[2]], "rounds": rounds}
+    return "\n".join(lines) + "\n"
 
 
-BENCHMARKS = {"render": render, "head": head, "textbook": textbook, "full-size": full_size, "denoise": denoise, "load": load}
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+def compare(before: dict, after: dict) -> tuple[str, bool]:
+    """What of two reports changed, and whether anything got worse beyond noise. On other machines only ratios can be compared."""
+    same = before["machine"] == after["machine"]
+    old = {(f.name, f.kind): f for f in figures(before["results"])}
+    new = {(f.name, f.kind): f for f in figures(after["results"])}
+    lines, worse = [], False
+    if not same:
+        lines.append("The machines differ: only ratios are compared.")
+    for key in (key for key in old if key in new and (same or key[1] in RELATIVE)):
+        a, b = old[key], new[key]
+        verdict = ("better" if a.gain(b) > 0 else "WORSE") if a.differs(b) else "same"
+        worse = worse or verdict == "WORSE"
+        span = [f"{_number(f.value)} [{_number(f.quartiles[0])}, {_number(f.quartiles[1])}]" for f in (a, b)]
+        lines.append(f"{verdict:6}  {a.name}, {a.kind}: {span[0]} -> {span[1]} ({a.gain(b):+.1%})")
+    lines += [f"gone    {name}, {kind}" for name, kind in old if (name, kind) not in new]
+    lines += [f"new     {name}, {kind}" for name, kind in new if (name, kind) not in old]
+    return "\n".join(lines), worse
+
+
+def read(path: str) -> dict:
+    """A report.
+
+    Raises:
+        OSError, ValueError: one sentence: there is no such file, or it is no report.
+    """
+    try:
+        report = json.loads(Path(path).read_text())
+        _ = report["machine"], list(figures(report["results"]))
+        return report
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a report that --output wrote.") from error
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    unknown = [name for name in names if name != "all" and name not in BENCHMARKS]
+    if unknown:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; the benchmarks are {', '.join(BENCHMARKS)}, and all.")
+    if "all" in names:
+        return list(BENCHMARKS)
+    return list(names) or [name for name, benchmark in BENCHMARKS.items() if not benchmark.long]
+
+
+def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
+    """Run benchmarks; after each the report so far is written."""
+    report = {"machine": machine(), "rounds": rounds, "results": {}}
+    for name in names:
+        print(f"{name}: {BENCHMARKS[name].about}", flush=True)
+        report["results"][name] = BENCHMARKS[name](rounds)
+        print(markdown(report | {"results": {name: report["results"][name]}}).split("\n", 4)[-1], flush=True)
+        if output:
+            write_whole(Path(output), json.dumps(report, indent=1))
+            write_whole(Path(output).with_suffix(".md"), markdown(report))
+    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmarks", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="default: those that take no longer than minutes; or all")
+    parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time on the wall: for a busy machine")
+    parser.add_argument("--output", metavar="FILE.json", help="written after each benchmark, with a table beside it")
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="exit code 1 if something got worse")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    results = {"threads": arguments.threads, "torch": torch.__version__}
-    for name in arguments.benchmarks or BENCHMARKS:
-        results[name] = BENCHMARKS[name](arguments.rounds)
-        print(name, json.dumps(results[name]), flush=True)
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(results, indent=1))
+    try:
+        if arguments.list:
+            print("\n".join(f"{name}: {b.about}{' (long)' if b.long else ''}" for name, b in BENCHMARKS.items()))
+            return 0
+        if arguments.compare:
+            text, worse = compare(*map(read, arguments.compare))
+            print(text)
+            return int(worse)
+        names = chosen(arguments.benchmarks)
+        if arguments.rounds < 1 or arguments.threads < 1:
+            raise ValueError("rounds and threads must be at least 1.")
+        if arguments.output:
+            check_writable(Path(arguments.output).resolve().parent)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        Clock.cpu_time = arguments.cpu_time
+        torch.set_num_threads(arguments.threads)
+        torch.manual_seed(0)
+        measure(names, arguments.rounds, arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

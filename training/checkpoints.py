@@ -8,15 +8,47 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
-STATE_FILE = "state.json"
+STATE_FILE, LOCK_FILE = "state.json", ".lock"
+
+
+@contextmanager
+def sole_run(out: Path, main_process: bool = True) -> Iterator[None]:
+    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. The system releases the
+    lock of a process that dies. Of the processes of one run the main one holds it, for all.
+
+    Raises:
+        OSError: one sentence: there is another run, or the folder cannot be written.
+    """
+    lock = FileLock(out / LOCK_FILE, timeout=0) if main_process else nullcontext()
+    try:
+        with lock:
+            if main_process:
+                for folder in (out, out / "checkpoints", out / "prepared"):
+                    tidy(folder)
+            yield
+    except Timeout as error:
+        raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
+
+
+def tidy(folder: str | os.PathLike) -> None:
+    """Mend what a process that was killed left in a folder: what was to be replaced is put back, what was half written or half removed
+    is removed."""
+    for previous in Path(folder).glob(".*.previous"):
+        path = previous.with_name(previous.name.removeprefix(".").removesuffix(".previous"))
+        if not path.exists():
+            previous.rename(path)
+    for pattern in (".*.previous", ".*.writing", ".*.removing"):
+        for leftover in Path(folder).glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -36,13 +68,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            _sync(file)
+        _sync(temporary)
         if path.exists():
             shutil.rmtree(previous, ignore_errors=True)
             path.rename(previous)
         temporary.rename(path)
+        _sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
@@ -52,11 +84,51 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a machine that loses power keeps it."""
+    with suppress(OSError) if path.is_dir() else nullcontext():  # not every file system can do it for folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: one sentence: it cannot be written or the disk is full. What was there before is still there.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {_reason(error)}.") from error
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a folder so that what is left of it, if that is interrupted, is not taken for it; as far as it can be removed."""
+    removing = path.with_name(f".{path.name}.removing")
+    shutil.rmtree(removing, ignore_errors=True)
+    with suppress(OSError):
+        path.rename(removing)
+        shutil.rmtree(removing)
+
+
+def keep_history(path: Path, step: int) -> None:
+    """Remove from a history, a JSON object a line, the rows after a step: those that a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                rows.append(line + "\n")
+    write_whole(path, "".join(rows))
 
 
 def _reason(error: Exception) -> str:
@@ -113,13 +185,14 @@ def save_checkpoint(
             )
         (temporary / STATE_FILE).write_text(json.dumps({"step": step, "files": sorted(tensors), **state}, indent=1))
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_whole(old)
     return path
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*") if (path / STATE_FILE).exists())
+    """The complete checkpoints of a run, oldest first: by their steps, whatever the clock said when they were written."""
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal() and (path / STATE_FILE).exists()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:

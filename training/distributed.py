@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -37,6 +37,11 @@ def new_accelerator(**options) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
         return Accelerator(**options)
+
+
+def process_state() -> PartialState:
+    """This process among the others, for what needs no more of Accelerate than that."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Weights:

@@ -33,7 +33,7 @@ from hf_intervene.metrics.causal import (
 from hf_intervene.metrics.factors import LEVELS, FactorRegressor
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
-from hf_intervene.plots import plot_matrices, to_uint8
+from hf_intervene.plots import plot_matrices, save, to_uint8
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.evaluate import load_model
@@ -145,7 +145,8 @@ def code_scores(model: InterventionModel, variant: str, images: int, seed: int, 
     z, _ = model.abduct(model.preprocess(quad.render(latents, model.base.image_shape[1])), targets)
     c = model.head(z, targets).concepts
     scores = {}
-    for name, blocks, factors in (("z", z, latents), ("z, noise", z, noise), ("c", c, latents)):
+    parts = (("z", z, latents), ("z, noise", z, noise), ("c", c, latents))
+    for name, blocks, factors in tqdm(parts, "scoring codes", disable=None, delay=2):
         blocks = blocks.double().cpu().numpy()  # (n, D, width)
         codes = np.column_stack([disentanglement.principal_components(block, 1, seed) for block in blocks.transpose(1, 0, 2)])
         measured = disentanglement.measure(codes, factors, resamples, seed)
@@ -386,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(Path(arguments.output, "effects.json"), json.dumps(measured, indent=1))
         write_whole(Path(arguments.output, "effects.md"), text)
         for name, figure in pictures(measured, model.config.free_blocks).items():
-            figure.savefig(Path(arguments.output, name), dpi=130, bbox_inches="tight")
+            save(figure, Path(arguments.output, name))
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

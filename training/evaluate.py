@@ -3,21 +3,23 @@
     python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
 
 Held-out real images of every context against generated ones: sliced 2-Wasserstein distance with floor, ratio and interval, and the
-negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`.
+negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
+share out the contexts; the result is the same.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_intervene.cards import LOSSES, loss_in, read_settings
+from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
@@ -33,9 +35,11 @@ from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.pipeline import InterventionPipeline
+from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
-from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED
+from hf_intervene.training.distributed import process_state
+from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
 from hf_intervene.training.validation import loss_units
 
 
@@ -51,7 +55,7 @@ def evaluate(
     edits: bool = False,
     num_inference_steps: int = 50,
 ) -> dict:
-    """Measure a model on held-out images.
+    """Measure a model on held-out images. Several processes call this together, with the same arguments, and get the same result.
 
     Args:
         model: the model.
@@ -82,9 +86,11 @@ def evaluate(
     if edits:
         x = model.preprocess(real[OBS])
         abducted = model.abduct(x, model.targets(OBS, len(x)), None, batch_size, **steps)
-    generator = torch.Generator().manual_seed(seed)
-    for name in tqdm(real, desc="evaluating", disable=None):
+    process = process_state()
+    for name in tqdm(list(real)[process.process_index :: process.num_processes], desc="evaluating", disable=None):
         images = real[name]
+        # Of each context its own, so that it does not matter which contexts are measured before.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + list(real).index(name))
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
         generated = model.sample(name, noise=noise, generator=generator, batch_size=batch_size, **steps)
         generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
@@ -107,6 +113,7 @@ def evaluate(
         if leaks and contexts[name]["kind"] == "concept":
             x = model.preprocess(images)
             residuals[name] = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1].cpu().numpy()
+    contexts, residuals = (_of_all_processes(own, real) for own in (contexts, residuals))
     metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
         returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
@@ -115,6 +122,12 @@ def evaluate(
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
     return metrics
+
+
+def _of_all_processes(own: dict, order: Iterable[str]) -> dict:
+    """What the processes found of their contexts, in this order."""
+    found = {name: value for part in gather_object([own]) for name, value in part.items()}
+    return {name: found[name] for name in order if name in found}
 
 
 def _loss_name(model: InterventionModel) -> str:
@@ -191,7 +204,7 @@ def factor_effects(
     lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))
     visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
     contexts = {}
-    for name in quad.CONCEPTS + quad.HELD_OUT:
+    for name in tqdm(quad.CONCEPTS + quad.HELD_OUT, "reading edits", disable=None, delay=2):
         counterfactual = quad.counterfactual_latents(latents, name, variant)
         edited = model.predict(*abducted, name, "np", **options)
         contexts[name] = intervention_effects(regressor, returned, edited, latents, counterfactual, name, visible)
@@ -267,7 +280,7 @@ def held_out_images(
     variant: str,
     split: tuple[float, int] | None = None,
     mnist_digits: str = BUNDLED,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
     quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
@@ -278,7 +291,10 @@ def held_out_images(
         ValueError: own data that lack a concept, or a context with fewer than two images.
     """
     if dataset in SIMULATED:
-        return SIMULATED[dataset](resolution, channels, variant, mnist_digits).held_out_images(images, seed)
+        simulated = SIMULATED[dataset](resolution, channels, variant, mnist_digits)
+        if process_state().num_processes > 1:
+            return held_out_on_demand(simulated, images, seed)
+        return simulated.held_out_images(images, seed)
     data = ContextImages.from_dataset(load_contexts(dataset), None, resolution, channels)
     missing = [concept for concept in concepts if concept not in data.concepts]
     if missing:
@@ -315,15 +331,21 @@ def versions() -> dict[str, str]:
 
 
 def write(metrics: dict, folder: str | Path) -> None:
-    """Write `metrics.json` and `metrics.md`, each whole or not at all."""
+    """Write `metrics.json`, `metrics.md` and, of distances and their floors, `floors.png`, each whole or not at all."""
     for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
         write_whole(Path(folder, name), text)
+    save(floor_chart(metrics), Path(folder, FLOORS_FILE))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    examples = """examples:
+  python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+  hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
+  hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""
+    options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
-    parser.add_argument("--output", required=True, help="folder for metrics.json and metrics.md")
+    parser.add_argument("--output", required=True, help="folder for metrics.json, metrics.md and floors.png")
     parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
@@ -334,14 +356,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    process = process_state()
     try:
         check_writable(arguments.output)
-        model = load_model(arguments.model)
+        model = load_model(arguments.model).to(process.device)
         channels, height, _ = model.base.image_shape
         real, other_real = held_out_images(
             arguments.dataset,
@@ -357,12 +381,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
         options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
+        if not process.is_main_process:
+            return 0
         if arguments.edits and arguments.dataset == "quad":
             options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
             metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
         metrics["settings"] = vars(arguments)
         metrics["versions"] = versions()
-        print(table(metrics))  # before writing: what a full disk cannot take is at least on the screen
+        # Before writing: what a full disk cannot take is at least on the screen.
+        print(json.dumps(metrics) if arguments.json else table(metrics))
         write(metrics, arguments.output)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.base import weight_hash
@@ -29,11 +30,14 @@ class PreparedImages:
         batch_size: images at once.
 
     Raises:
-        OSError: one sentence: the folder cannot be written.
+        OSError, ValueError: one sentence: the folder cannot be written, or what is made of an image is not finite.
     """
 
     def __init__(self, folder: Path, base: DiffusionBase, images: ContextImages, accelerator: Accelerator, batch_size: int = 64):
-        key = {"images": hashlib.sha256(images.pixels.numpy()).hexdigest()}
+        digest = hashlib.sha256()
+        for rows in torch.arange(len(images)).split(1024):  # not all at once: they may be more than memory holds
+            digest.update(images.images(rows).numpy())
+        key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
         if accelerator.is_main_process and _read_key(folder) != key:
             with atomic_folder(folder) as temporary:
@@ -45,9 +49,13 @@ class PreparedImages:
     @staticmethod
     def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
         arrays: dict[str, np.memmap] = {}
-        for rows in torch.arange(len(images)).split(batch_size):
-            x = images.pixels[rows].to(base.model.device).float() / 255
+        batches = torch.arange(len(images)).split(batch_size)
+        for rows in tqdm(batches, "preparing images", disable=None, delay=2):
+            x = images.images(rows).to(base.model.device).float() / 255
             for name, value in base.prepare(x).items():
+                for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():
+                    context = images.contexts[images.context_ids[row]]
+                    raise ValueError(f"the {name} of image {row} ({context!r}) are not finite: look at it, or use another base.")
                 if name not in arrays:
                     shape = (len(images), *value.shape[1:])
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)

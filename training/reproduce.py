@@ -337,6 +337,22 @@ def write(
     return text
 
 
+def earlier_table(path: Path, rows: Sequence[str]) -> dict:
+    """What the JSON file of a table holds of these rows: `results` and `notes`. The rows that a call leaves out stay in the table.
+
+    Raises:
+        ValueError: one sentence: the file is there and no table.
+    """
+    if not path.exists():
+        return {"results": {}, "notes": []}
+    try:
+        table = json.loads(path.read_text())
+        results = {row: table["results"][row] for row in rows if row in table["results"]}
+        return {"results": results, "notes": [note for note in table["notes"] if note.partition(":")[0] in results]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table that this command wrote: move it away, or choose another --output.") from error
+
+
 def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> None:
     """Extras and data, before anything is trained.
 
@@ -360,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", required=True, choices=TABLES)
     parser.add_argument("--scale", default="cpu", choices=SCALES, help="smoke: seconds a run, to try it; full: the paper's")
     parser.add_argument("--output", default="outputs/reproduce")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default all)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default all); others stay as they are")
     parser.add_argument("--seeds", type=int, help="default: 2, 3 and 5, by scale")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one for each GPU, or else core)")
     parser.add_argument("--mnist_digits", default="ylecun/mnist", help="bundled, a folder, or a Hub name")
@@ -378,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--seeds and --jobs must be at least 1.")
         check_writable(out)
         check_requirements(table, rows, arguments.mnist_digits)
+        kept = earlier_table(out / f"{name}.json", [row for row in known if row not in rows])
         jobs = plan(table, rows, scale, seeds, out / name, arguments.mnist_digits)
         workers = arguments.jobs or default_workers()
         with tqdm(total=len(jobs), desc=name, disable=None) as bar:
@@ -388,17 +405,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results = {}
-    for row in (row for row in known if row in rows):
+    results = dict(kept["results"])
+    for row in rows:
         done = [jobs[row, seed].metrics() for seed in range(seeds)]
         if any(done):
             results[row] = [measures(metrics) for metrics in done if metrics is not None]
+    results = {row: results[row] for row in known if row in results}
     published = PUBLISHED.get(arguments.table, {})
     notes = [
         f"Sliced 2-Wasserstein distances and bits per pixel, mean ± half the 95 % t-interval over {seeds} seeds; {scale.images} images a "
         "side; independent protocol where nothing else is said. Published: concept / composition / bits per pixel, paper's protocol and scale.",
     ]
-    for row in (row for row in table.baselines if row in results):
+    notes += kept["notes"]
+    for row in (row for row in table.baselines if row in rows and row in results):
         settings = GRID[row][best_setting(jobs[row, 0].after)]
         notes.append(
             f"{row}: tuned to {', '.join(f'{key} {value}' for key, value in settings.items())}, of {len(jobs[row, 0].after)} settings."

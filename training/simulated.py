@@ -1,14 +1,19 @@
 """The data sets that `--dataset` knows by name: what training, pretraining and evaluation draw of each, never the same images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from hf_intervene.contexts import OBS, Context
-from hf_intervene.data import ident3d, load_digits, mnist, quad
+from hf_intervene.data import ContextImages, ident3d, load_digits, mnist, quad
 from hf_intervene.data.digits import SIDE, Digits
 from hf_intervene.training.arguments import TrainArguments
 
@@ -30,6 +35,7 @@ class Simulated:
 
     Attributes:
         concepts: the concepts; each has a training context of its own.
+        contexts: the training contexts.
         held_out: contexts that no training image comes from.
     """
 
@@ -38,18 +44,25 @@ class Simulated:
     variant: str = TrainArguments.variant
     mnist_digits: str = TrainArguments.mnist_digits
 
-    concepts = held_out = ()
+    concepts = contexts = held_out = ()
 
-    def training(self, images: int, validation_images: int, validation_fraction: float, seed: int) -> tuple[Images, Images]:
-        """So many training and validation images of each training context."""
+    def training(
+        self,
+        images: int,
+        validation_images: int,
+        validation_fraction: float,
+        seed: int,
+        contexts: Sequence[Context] | None = None,
+    ) -> tuple[Images, Images]:
+        """So many training and validation images of each training context, or of some of them: the same images."""
         raise NotImplementedError
 
     def observational(self, images: int) -> np.ndarray:
         """Images (n, H, W, C) for the pretraining of a base."""
         raise NotImplementedError
 
-    def held_out_images(self, images: int, seed: int) -> tuple[Images, Images]:
-        """So many images of each context, pairs included, and as many others."""
+    def held_out_images(self, images: int, seed: int, contexts: Sequence[Context] | None = None) -> tuple[Images, Images]:
+        """So many images of each context, pairs included, or of some of them, and as many others."""
         raise NotImplementedError
 
 
@@ -62,31 +75,33 @@ class Drawn(Simulated):
     def _draw(self, contexts: Sequence[Context], images: int, seed: int) -> Images:
         return self.source.images_by_context(contexts, images, self.resolution, self.variant, seed)
 
-    def training(self, images, validation_images, validation_fraction, seed):
-        return tuple(self._draw(self.source.TRAIN_CONTEXTS, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
+    def training(self, images, validation_images, validation_fraction, seed, contexts=None):
+        contexts = self.contexts if contexts is None else contexts
+        return tuple(self._draw(contexts, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
 
     def observational(self, images):
         return self._draw((OBS,), images, PRETRAINING_SEED)[OBS]
 
-    def held_out_images(self, images, seed):
-        contexts = self.source.TRAIN_CONTEXTS + self.source.HELD_OUT
+    def held_out_images(self, images, seed, contexts=None):
+        contexts = self.contexts + self.held_out if contexts is None else contexts
         return tuple(self._draw(contexts, images, HELD_OUT_SEED + 2 * seed + k) for k in (0, 1))
 
 
 class Quad(Drawn):
-    source, concepts, held_out = quad, quad.CONCEPTS, quad.HELD_OUT
+    source, concepts, contexts, held_out = quad, quad.CONCEPTS, quad.TRAIN_CONTEXTS, quad.HELD_OUT
 
 
 class Ident3d(Drawn):
-    source, concepts, held_out = ident3d, ident3d.CONCEPTS, ident3d.HELD_OUT
+    source, concepts, contexts, held_out = ident3d, ident3d.CONCEPTS, ident3d.TRAIN_CONTEXTS, ident3d.HELD_OUT
 
 
 @dataclass(frozen=True)
 class Mnist(Simulated):
     """Training images of MNIST's training digits, `validation_fraction` of them for validation; held-out images of its test digits, no
-    digit twice in a context: of few digits there are fewer images than were asked for."""
+    digit twice in a context: of few digits there are fewer images than were asked for. Drawn into the cache of `datasets` and found there by
+    the next run: drawing what a model is measured on takes longer than many a training."""
 
-    concepts, held_out = mnist.CONCEPTS, mnist.HELD_OUT
+    concepts, contexts, held_out = mnist.CONCEPTS, mnist.TRAIN_CONTEXTS, mnist.HELD_OUT
 
     def __post_init__(self):
         if self.resolution != SIDE:
@@ -95,22 +110,93 @@ class Mnist(Simulated):
             raise ValueError(f"mnist images have 1 channel (grey), or 3 for a base that takes colours, not {self.channels}.")
 
     def _draw(self, contexts: Sequence[Context], images: int, digits: Digits, seed: int) -> Images:
-        drawn = mnist.images_by_context(contexts, images, digits, seed)
-        return {name: np.repeat(x, self.channels, axis=-1) for name, x in drawn.items()}
+        data = mnist.load_mnist(contexts, images, digits, seed=seed)
+        pixels = np.stack([np.asarray(image) for image in data["image"]])[..., None].repeat(self.channels, -1)
+        return dict(zip(data["context"][::images], pixels.reshape(-1, images, *pixels.shape[1:])))
 
-    def training(self, images, validation_images, validation_fraction, seed):
+    def training(self, images, validation_images, validation_fraction, seed, contexts=None):
+        contexts = self.contexts if contexts is None else contexts
         parts = load_digits(self.mnist_digits, "train").split(validation_fraction, seed)
         sizes = images, validation_images
-        return tuple(self._draw(mnist.TRAIN_CONTEXTS, n, part, 2 * seed + k) for k, (n, part) in enumerate(zip(sizes, parts)))
+        return tuple(self._draw(contexts, n, part, 2 * seed + k) for k, (n, part) in enumerate(zip(sizes, parts)))
 
     def observational(self, images):
         return self._draw((OBS,), images, load_digits(self.mnist_digits, "train"), PRETRAINING_SEED)[OBS]
 
-    def held_out_images(self, images, seed):
+    def held_out_images(self, images, seed, contexts=None):
+        contexts = self.contexts + self.held_out if contexts is None else contexts
         digits = load_digits(self.mnist_digits, "test")
         half = min(images, len(digits) // 2)
-        drawn = self._draw(mnist.TRAIN_CONTEXTS + mnist.HELD_OUT, 2 * half, digits, HELD_OUT_SEED + seed)
+        drawn = self._draw(contexts, 2 * half, digits, HELD_OUT_SEED + seed)
         return {name: x[:half] for name, x in drawn.items()}, {name: x[half:] for name, x in drawn.items()}
 
 
 SIMULATED: dict[str, type[Simulated]] = {"quad": Quad, "mnist": Mnist, "ident3d": Ident3d}
+
+
+def draw_together(
+    simulated: Simulated, sizes: tuple[int, int, float, int], folder: Path, accelerator: Accelerator
+) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images, of which every process draws some contexts; all read them from files, by memory map.
+
+    Args:
+        simulated: the data.
+        sizes: the arguments of its `training`.
+        folder: of the files; on a disk that all processes share.
+        accelerator: its processes call this together.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    own = simulated.contexts[accelerator.process_index :: accelerator.num_processes]
+    parts = simulated.training(*sizes, contexts=own) if own else ({}, {})
+    return tuple(
+        _joined(images, folder / f"{name}.bin", simulated, accelerator) for name, images in zip(("train", "validation"), parts)
+    )
+
+
+def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelerator) -> ContextImages:
+    shapes = dict(item for drawn in gather_object([{name: x.shape for name, x in own.items()}]) for item in drawn.items())
+    counts = [shapes[name][0] for name in simulated.contexts]
+    height, width, channels = shapes[simulated.contexts[0]][1:]
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    accelerator.wait_for_everyone()
+    with open(path, "r+b") as file:  # and not a memory map: a full disk would kill the process
+        for name, images in own.items():
+            file.seek(sum(counts[: simulated.contexts.index(name)]) * height * width * channels)
+            file.write(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    accelerator.wait_for_everyone()
+    stored = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width)))
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True).checked()
+
+
+class OnDemand(Mapping):
+    """What a function gives for some names, each when it is first asked for."""
+
+    def __init__(self, names: Sequence[str], function: Callable[[str], np.ndarray]):
+        self._names, self._function = tuple(names), function
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._function(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def held_out_on_demand(simulated: Simulated, images: int, seed: int) -> tuple[OnDemand, OnDemand]:
+    """`held_out_images`, of which a process draws only the contexts that it reads."""
+
+    @cache
+    def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(half[name] for half in simulated.held_out_images(images, seed, (name,)))
+
+    names = simulated.contexts + simulated.held_out
+    return tuple(OnDemand(names, lambda name, k=k: draw(name)[k]) for k in (0, 1))

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
-from hf_intervene.data import ContextImages, ContextSchedule, load_contexts, shard
-from hf_intervene.model import InterventionModel
-from hf_intervene.moments import MomentMatching
+from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
+from hf_intervene.logging import get_logger
+from hf_intervene.model import InterventionModel, InterventionModelOutput
+from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import (
     RUNNING,
     SETTINGS_VERSION,
@@ -42,17 +43,32 @@ from hf_intervene.training.checkpoints import (
     check_writable,
     checkpoints,
     flatten_optimizer,
+    keep_history,
     load_checkpoint,
     newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
+    sole_run,
+    write_whole,
 )
 from hf_intervene.training.distributed import Weights, new_accelerator
+from hf_intervene.training.feeding import Feed, resident
+from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
-from hf_intervene.training.simulated import SIMULATED
-from hf_intervene.training.validation import TERMS, loss_units, model_inputs, sample_grid, save_model, step_noise, validation_loss
+from hf_intervene.training.simulated import SIMULATED, draw_together
+from hf_intervene.training.validation import (
+    TERMS,
+    bad_images,
+    draw_curves,
+    loss_units,
+    sample_grid,
+    save_model,
+    tracking,
+    validation_loss,
+)
 
 
+logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
@@ -74,15 +90,25 @@ class TrainResult:
     interrupted: bool = False
 
 
-def load_data(arguments: TrainArguments) -> tuple[ContextImages, ContextImages]:
-    """Training and validation images."""
+def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images; several processes share the work of drawing or of decoding into a cache."""
     a = arguments
+    several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
-        parts = simulated.training(a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed)
-        train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in parts)
+        sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+        if several:
+            train, validation = draw_together(simulated, sizes, Path(a.output_dir, "drawn"), accelerator)
+        else:
+            train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in simulated.training(*sizes))
     else:
-        data = ContextImages.from_dataset(load_contexts(a.dataset), a.concepts, a.resolution, a.channels)
+        with ExitStack() as turns:
+            # One process fills the cache, or one on each machine where they share no disk; the others find it.
+            if several and a.image_cache:
+                turns.enter_context(accelerator.main_process_first())
+                turns.enter_context(accelerator.local_main_process_first())
+            data = load_contexts(a.dataset)
+            data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
         train, validation = data.split(a.validation_fraction, a.data_seed)
     if a.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
@@ -94,8 +120,8 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     a = arguments
     if a.base == "light-vae":
         base = LightVAE(
-            in_channels=data.pixels.shape[1],
-            sample_size=data.pixels.shape[-1],
+            in_channels=data.image_shape[0],
+            sample_size=data.image_shape[-1],
             block_out_channels=tuple(a.block_out_channels),
             hidden_width=a.hidden_width,
             latent_width=a.latent_width,
@@ -103,7 +129,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
-        base = load_base(a.base, data.pixels.shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+        base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation
@@ -155,33 +181,46 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         on_log: called with each logged row, for progress displays.
 
     Raises:
-        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, unwritable folder, a loss that is not finite.
+        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable folder or one that another run is
+            writing in, a loss that is not finite.
     """
-    a = arguments
-    out = Path(a.output_dir)
+    out = Path(arguments.output_dir)
     check_writable(out)
     accelerator = new_accelerator(
-        mixed_precision=a.precision,
-        log_with=None if a.tracker == "none" else a.tracker,
+        mixed_precision=arguments.precision,
+        log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
-    rank, world = accelerator.process_index, accelerator.num_processes
+    with sole_run(out, accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        return _train(arguments, out, accelerator, on_log)
+
+
+def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None) -> TrainResult:
+    a = arguments
+    world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
         raise ValueError(
             f"batch_size {a.batch_size} does not divide by {world} processes x {a.gradient_accumulation_steps} accumulation steps."
         )
 
-    data, validation = load_data(a)
+    keep_freed_memory()
+    data, validation = load_data(a, accelerator)
+    logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
+    if a.channels_last:
+        use_channels_last(model.base)
     weights = Weights(accelerator, model)
-    targets = data.targets(model.config.free_blocks).to(accelerator.device)  # (contexts, D)
     prepared = prepared_validation = None
     if model.base.companion_models():  # frozen: what they make of the images is computed once
         prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
         prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
+    elif resident(data, accelerator.device):
+        data = data.on(accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
+    feed = Feed(model, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
     total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
@@ -198,13 +237,15 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         groups += [group | {"peak": peak} for group in weights.groups(chosen)]
     optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, use_ema_warmup=True)
+    options = {"use_ema_warmup": True, "foreach": not weights.sharded}  # sharded and whole ones cannot be averaged at once
+    ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, **options)
     if ema is not None:
         ema.to(accelerator.device)
 
     moments = None
     if a.moment_matching and model.head is not None:
-        moments = MomentMatching(len(data.contexts), math.prod(model.noise_shape), a.moment_matching, device=accelerator.device)
+        contexts = data.targets(model.config.free_blocks)  # (contexts, D)
+        moments = moment_matching(contexts, model.noise_shape[-1], a.moment_matching, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
@@ -215,7 +256,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
         weights.load(tensors["model"] | _companion_state(model))
         restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
-        schedule.load_state_dict(state["schedule"])
+        feed.load_state_dict(state)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         if ema is not None:
@@ -228,15 +269,17 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (out / SETTINGS_FILE).write_text(yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
+        write_whole(out / SETTINGS_FILE, yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
+        keep_history(out / "history.jsonl", step)
     if a.tracker != "none":
-        accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
+        with tracking(accelerator):
+            accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
     def wrapped(frozen: bool):
         """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
-        module = torch.compile(model) if a.compile else model
+        module = torch.compile(model, mode=a.compile_mode) if a.compile else model
         return weights.prepared(module, optimizer)
 
     def save(kind: str) -> Path | None:
@@ -244,7 +287,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         state = {
             "best": None if math.isinf(best) else best,
             "waited": waited,
-            "schedule": schedule.state_dict(),
+            **feed.state_dict(),
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
             "settings": settings,
@@ -281,12 +324,14 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if on_log is not None:
                 on_log({"step": step, "total": total, **row})
         if a.tracker != "none":
-            accelerator.log(row, step=step)
+            with tracking(accelerator):
+                accelerator.log(row, step=step)
 
     frozen = step < frozen_steps
     runner = wrapped(frozen)
     sums, unlogged = torch.zeros(len(TERMS), device=accelerator.device), 0
     bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
+    recent = []  # steps since that was looked at: number, rows of the global batch, losses of this process's share
     bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
     with Stop() as stop:
         while step < total and waited < a.patience:
@@ -296,22 +341,17 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             model.train()
             if frozen:
                 model.base.model.eval()
-            indices = schedule.next_batch()
-            noise = {name: shard(value, rank, world) for name, value in step_noise(model, a.seed, step, a.batch_size).items()}
-            mine = shard(indices, rank, world)
-            beta = a.beta * ramp(step, a.beta_warmup * total)
+            batch = feed.batch(step)
+            # As a number it would be compiled in.
+            beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
-            size = len(mine) // a.gradient_accumulation_steps
-            for number, rows in enumerate(mine.split(size)):
-                draws = {name: value.split(size)[number].to(accelerator.device) for name, value in noise.items()}
-                inputs = model_inputs(data, prepared, rows, accelerator.device)
-                ids = data.context_ids[rows].to(accelerator.device)  # (b,)
-                s = targets[ids]  # (b, D)
-                last = number + 1 == a.gradient_accumulation_steps
+            for rows, inputs in zip(batch.parts, batch.inputs):
+                s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
+                last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last), accelerator.autocast():
-                    output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs, **draws)
+                    output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
                     if moments is not None:
                         penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
@@ -319,23 +359,24 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
-                terms = torch.stack([output[term].detach().float() for term in TERMS], dim=1)  # (b, 3)
-                seen.append((terms, output.posterior_mean.detach(), output.posterior_logvar.detach(), s, ids))
+                seen.append(packed(output))
             weights.step(optimizer, parameters, a.max_grad_norm)
             if ema is not None:
                 ema.step(parameters)
 
-            terms, mean, logvar, s, ids = (torch.cat(parts) for parts in zip(*seen))
-            elbo = terms.sum(1)
+            own = torch.cat(seen)
+            elbo = own[:, : len(TERMS)].sum(1)
             bad_step = torch.where(torch.isfinite(elbo).all(), bad_step, bad_step.clamp(max=step))
-            sums += terms.sum(0)  # on the device: fetched when logged
-            if world > 1:
-                elbo, mean, logvar, s, ids = (accelerator.gather(value) for value in (elbo, mean, logvar, s, ids))
-            if model.head is not None:
-                model.head.center_posterior(mean, s)
-            if moments is not None:
-                moments.update(mean, logvar, ids)
-            schedule.update(ids, elbo)
+            sums += own[:, : len(TERMS)].sum(0)  # on the device: fetched when logged
+            if model.head is not None or a.schedule == "adaptive":
+                whole_batch = accelerator.gather(own) if world > 1 else own
+                terms, mean, logvar = unpacked(whole_batch, model.noise_shape)
+                if model.head is not None:
+                    model.head.center_posterior(mean, batch.targets)
+                if moments is not None:
+                    moments.update(mean, logvar, batch.ids)
+                feed.learn(terms.sum(1))
+            recent.append((step, batch.indices, elbo))
             unlogged += 1
             step += 1
             bar.update()
@@ -345,10 +386,13 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 first_bad = accelerator.gather(bad_step[None]).min().item()
                 if math.isfinite(first_bad):
                     newest = checkpoints(out / "checkpoints")
+                    rows, losses = next((i, e) for number, i, e in recent if number == int(first_bad))
                     raise FloatingPointError(
-                        f"the loss of step {int(first_bad)} is not finite: lower the learning rate or use mixed_precision=no; "
+                        f"the loss of step {int(first_bad)} is not finite {bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: lower the "
+                        "learning rate or use mixed_precision=no, unless the images are wrong; "
                         f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
                     )
+                recent.clear()
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
                 reconstruction, kl, residual_kl = loss_units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
@@ -368,15 +412,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
                 with _averaged(ema, parameters):
                     score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator)
                     weights.release()
-                    improved = score < best
+                    saved = improved = score < best
                     whole = weights.whole() if improved else None
                     if whole is not None and accelerator.is_main_process:
                         try:
                             with atomic_folder(out / "best") as folder:
                                 save_model(whole, folder, data)
                         except OSError as error:
+                            saved = False
                             accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
-                best, waited = (score, 0) if improved else (best, waited + 1)
+                waited = 0 if improved else waited + 1
+                if improved and _agreed(saved, accelerator):  # what could not be saved is not the best there is
+                    best = score
                 log({"validation": score})
             if step % sample_every == 0 or finished:
                 with _averaged(ema, parameters):
@@ -388,18 +435,23 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
             if _agreed_stop(stop, accelerator, step) and not finished:
                 path = save("last")
                 bar.close()
-                accelerator.end_training()
+                feed.close()
+                with tracking(accelerator):
+                    accelerator.end_training()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
                 return TrainResult(None, step, best, interrupted=True)
     bar.close()
+    feed.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
+        draw_curves(out, accelerator)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with tracking(accelerator):
+        accelerator.end_training()
     return TrainResult(model_dir, step, best)
 
 
@@ -423,6 +475,20 @@ def _check_same(now: dict, state: dict, path: Path) -> None:
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+
+
+def packed(output: InterventionModelOutput) -> torch.Tensor:
+    """What the step needs of a batch after its backward pass, float32 (b, terms + 2 * noise entries): processes exchange it in one go."""
+    terms = torch.stack([output[term] for term in TERMS], dim=1)  # (b, 3)
+    moments = output.posterior_mean, output.posterior_logvar
+    return torch.cat([value.detach().flatten(1).float() for value in (terms, *moments)], dim=1)
+
+
+def unpacked(values: torch.Tensor, noise_shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Terms of the loss (B, 3), posterior means and log-variances (B, *noise_shape) of what `packed` returned."""
+    width = math.prod(noise_shape)
+    terms, mean, logvar = values.split([len(TERMS), width, width], dim=1)
+    return terms, mean.unflatten(1, noise_shape), logvar.unflatten(1, noise_shape)
 
 
 def ramp(step: int, steps: float) -> float:
@@ -449,6 +515,11 @@ def _averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
         ema.restore(parameters)
 
 
+def _agreed(value: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in all processes."""
+    return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
+
+
 def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
     if accelerator.num_processes == 1:
         return stop.asked
@@ -458,13 +529,24 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = train(parse_arguments(sys.argv[1:] if argv is None else argv))
+        result = train(parse_arguments([word for word in words if word != "--json"]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if result.interrupted:
-        return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            print("error: there is not enough memory: lower batch_size, resolution or the widths.", file=sys.stderr)
+            return 1
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
+        return 1
+    if "--json" in words:
+        print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
+    if result.interrupted or "--json" in words:
+        return 130 if result.interrupted else 0
     print(
         f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error and "
         f"KL per entry); model in {result.model_dir}"

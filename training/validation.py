@@ -3,17 +3,20 @@
 import copy
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from diffusers.utils import make_image_grid
+from diffusers.utils import make_image_grid, numpy_to_pil
 
 from hf_intervene.data import ContextImages
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
+from hf_intervene.plots import read_history, save, training_curves
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED
@@ -27,10 +30,15 @@ def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) 
     return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """Images of bytes as float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
 def model_inputs(data: ContextImages, prepared: PreparedImages | None, rows: torch.Tensor, device: torch.device) -> dict:
     """Images (b, C, H, W) in [0, 1], or what was prepared of them, as arguments of the model's `forward`."""
     if prepared is None:
-        return {"pixel_values": data.pixels[rows].to(device, non_blocking=True).float() / 255}
+        return {"pixel_values": to_unit(data.images(rows).to(device))}
     return {"pixel_values": None, "prepared": {name: value.to(device) for name, value in prepared[rows].items()}}
 
 
@@ -71,6 +79,27 @@ def save_model(model: InterventionModel, folder: Path, data: ContextImages) -> N
     model.save_pretrained(folder)
 
 
+def bad_images(data: ContextImages, rows: torch.Tensor, losses: torch.Tensor, out: Path, accelerator: Accelerator) -> str:
+    """Words for the images of a batch whose losses (batch,) are not finite; the first ones are drawn, to be looked at."""
+    bad = rows[~torch.isfinite(losses).cpu()]
+    shown, picture = bad[:8], out / "not_finite.png"
+    names = [f"{row} ({data.contexts[data.context_ids[row]]!r})" for row in shown.tolist()]
+    names += [f"{len(bad) - len(shown)} more"] * (len(bad) > len(shown))
+    if accelerator.is_main_process:
+        images = numpy_to_pil(data.images(shown).cpu().permute(0, 2, 3, 1).numpy() / 255)
+        with suppress(OSError):
+            make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(picture)
+    return f"for {len(bad)} of its {len(rows)} images (training images {', '.join(names)}; see {picture})"
+
+
+def draw_curves(out: Path, accelerator: Accelerator) -> None:
+    """The picture of the run's history.jsonl."""
+    try:
+        save(training_curves(read_history(out / "history.jsonl")), out / "curves.png")
+    except (OSError, ValueError) as error:
+        accelerator.print(f"warning: cannot draw {out / 'curves.png'}: {error}", file=sys.stderr)
+
+
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
     """A row of samples for each context, held-out pairs of simulated data included, always of the same noise."""
     model.eval()
@@ -93,4 +122,16 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            with tracking(accelerator):
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+
+
+@contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a tracker that cannot write is given up with a warning: a run is not lost for its logs."""
+    try:
+        yield
+    except OSError as error:
+        accelerator.trackers = []
+        why = error.strerror or error
+        accelerator.print(f"warning: the tracker cannot write ({why}) and is left out. Training goes on.", file=sys.stderr)

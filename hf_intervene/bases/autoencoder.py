@@ -162,7 +162,8 @@ class AutoencoderBase(Base):
         # Checkpointing must save the same when it computes a block again, outside; a compiled graph saves only what it needs anyway.
         if self.model.is_gradient_checkpointing or torch.compiler.is_compiling():
             return nullcontext()
-        return LeanConvolutions()
+        frozen = torch.is_grad_enabled() and not all(p.requires_grad for p in self.model.parameters())
+        return LeanConvolutions() if frozen else nullcontext()
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         return self._gaussian(decoded, pixel_values, self.adapter.log_variance)

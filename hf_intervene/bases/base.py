@@ -204,7 +204,7 @@ def running_hash(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def model_class_named(name: str) -> type[ModelMixin]:
+def model_class_named(name: str | None) -> type[ModelMixin]:
     """The registered model class of a name, as stored in a saved base's `_class_name`.
 
     Raises:

@@ -13,8 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
+from tqdm.auto import tqdm
 
 
+_BAR = {"disable": None, "delay": 2, "leave": False}  # of steps that take longer than two seconds, on a terminal
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 Predict = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
@@ -112,7 +114,7 @@ def generate(
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in accepts else {}
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for t in scheduler.timesteps:
+    for t in tqdm(scheduler.timesteps, "denoising", **_BAR):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(predict(scaled, t), t, x, **options).prev_sample
     return x
@@ -157,7 +159,7 @@ def follow(predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, ste
     """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...)."""
     kind, x = prediction_type(scheduler), noise
     points: list[tuple[Any, float, float]] = [*path(scheduler, steps, noise.device), (None, 1.0, 0.0)]
-    for (t, a, s), (_, a_next, s_next) in zip(points[:-1], points[1:]):
+    for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
     return x
@@ -171,7 +173,7 @@ def invert(predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps:
     """
     kind, x = prediction_type(scheduler), x0
     points: list[tuple[Any, float, float]] = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
-    for (t, a, s), (_, a_next, s_next) in reversed(list(zip(points[:-1], points[1:]))):
+    for (t, a, s), (_, a_next, s_next) in tqdm(list(zip(points[:-1], points[1:]))[::-1], "noising", **_BAR):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         guess = x
         for _ in range(iterations):

@@ -1,6 +1,5 @@
 """The parts of a saved model on disk, and by what a frozen base that is not among them is known again."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,29 +9,28 @@ import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoModel, AutoTokenizer
+from transformers.models.auto import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from `transformers`, older ones want torchvision
 from transformers.models.clip import CLIPTextModel
 
 from .. import hub
 from ..configuration_intervention import InterventionConfig
-from ..modeling_intervention import check_loaded
+from ..modeling_intervention import check_fit, check_loaded
 from .autoencoder import AutoencoderBase
 from .base import Base, base_family, model_class_named, running_hash, weight_hash
 from .diffusion import DiffusionBase
 
 
+_MAX_SIDE = 1024  # of the latents of a transformer, which keeps a table of all positions
 BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 
 
 def load_model_config(folder: Path) -> dict | None:
     """The configuration of a saved diffusers model of any class, or `None` if there is none."""
     file = folder / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise OSError(f"{file} is not valid JSON: {error}.") from error
+    found = hub.read_config(file) if file.exists() else {}
     return found if "_class_name" in found else None
 
 
@@ -125,11 +123,12 @@ def _pipeline_parts(path: Path, what: str) -> dict[str, Any]:
         saved = load_model_config(path / "vae") or {}
         parts["vae"] = load_part(model_class_named(saved.get("_class_name", "")), path / "vae", f"the vae of {what}")
     if (path / "text_encoder" / "config.json").exists() and not (path / "text_encoder_2").exists():
-        config = json.loads((path / "text_encoder" / "config.json").read_text())
+        config = hub.read_config(path / "text_encoder" / "config.json")
         if config.get("model_type") == "clip_text_model":  # Stable Diffusion 1 and 2
-            tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-            encoder = CLIPTextModel.from_pretrained(path / "text_encoder", use_safetensors=True).eval()
-            tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            encoder = _load_transformers(CLIPTextModel, path / "text_encoder", f"the text encoder of {what}").eval()
+            tokenizer = _load_transformers(AutoTokenizer, path / "tokenizer", f"the tokenizer of {what}", weights=False)
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
             with torch.no_grad():
                 parts["text"] = encoder(tokens).last_hidden_state
     return parts
@@ -144,15 +143,14 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     file = folder / "scheduler_config.json"
     if not file.exists():
         raise OSError(f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again.")
-    try:
-        name = json.loads(file.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{file} is not a scheduler's configuration: it is truncated or corrupt; fetch it again.") from error
-    found: Any = getattr(diffusers, str(name), None)
-    known = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    if not known:
+    name = hub.read_config(file).get("_class_name")
+    found: type[Any] | None = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{file} is of a {name!r}, which is no scheduler of this version of diffusers.")
-    return found.from_pretrained(folder)
+    try:
+        return found.from_pretrained(folder)
+    except Exception as error:  # whatever it says to values that it was not made for
+        raise ValueError(f"{file} is no configuration of a {name}: {_one_line(error)}") from error
 
 
 def load_vision(
@@ -164,16 +162,51 @@ def load_vision(
         OSError, ValueError: one sentence.
     """
     path = hub.folder(name_or_path, ["*.json", "model*.safetensors"])
-    hub.check_weights(path, f"the vision model {name_or_path}")
     try:
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=dtype or torch.float32)
-        found = AutoImageProcessor.from_pretrained(processor or path)
+        model = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32)
+        found = _load_transformers(AutoImageProcessor, processor or path, "the image processor", weights=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_path} is no vision model with an image processor: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name_or_path} is no vision model with an image processor: {error}") from error
     return {
         "image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model,
         "image_processor": found,
     }
+
+
+def _load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **options: Any) -> Any:
+    """Something of transformers from a folder; no code that came with it is run, whatever its configuration asks for.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    if weights:
+        check_transformers(auto, path, what)
+        options["use_safetensors"] = True
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # whatever it says to values that it was not made for
+        raise ValueError(f"{what} cannot be loaded: {_one_line(error)}") from error
+
+
+def check_transformers(model_class: Any, path: Path, what: str) -> None:
+    """Refuse a model of transformers in a folder, of a class or of `AutoModel`, by what can be seen without weights in memory.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    files = hub.check_weights(path, what, "model")
+    hub.read_config(path / "config.json")
+
+    def build() -> nn.Module:
+        if model_class is AutoModel:
+            return AutoModel.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False), trust_remote_code=False)
+        return model_class(model_class.config_class.from_pretrained(path))
+
+    check_fit(build, files, what)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def base_reference(
@@ -308,9 +341,21 @@ def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str
     Raises:
         OSError, ValueError: one sentence.
     """
-    hub.check_weights(path, what, variant)
+    check_part(model_class, path, what, variant)
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True, "variant": variant}
     return check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
+
+
+def check_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None) -> nn.Module:
+    """The diffusers model in a folder on the meta device, after all checks that need no weights in memory. Errors as of `load_part`."""
+    files = hub.check_weights(path, what, "diffusion_pytorch_model", variant)
+    config = hub.read_config(path / "config.json")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{what} is quantised: load the weights that it was made of.")
+    side = config.get("pos_embed_max_size") or config.get("sample_size")
+    if "patch_size" in config and isinstance(side, int) and side > _MAX_SIDE:  # a table of its square is made
+        raise ValueError(f"the configuration of {what} cannot be used: a side of {side} is more than {_MAX_SIDE}.")
+    return check_fit(lambda: model_class.from_config(model_class.load_config(path)), files, what)
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:

@@ -4,6 +4,7 @@ import copy
 import os
 from pathlib import Path
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,9 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..hub import check_weights
+from ..hub import check_weights, read_config
 
 
+# Settings of a LoraConfig by which its layers would compute something else.
+_OTHERWISE: tuple[str, ...] = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "lora_bias",
+)
+_OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
 _PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 
 
@@ -53,15 +66,40 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     Raises:
         OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the model is left as it was.
     """
-    check_weights(folder, what)  # or PEFT would go on to a pickle file
+    check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
         saved = load_peft_weights(str(folder), device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
-    model.peft_config = PeftModel.from_pretrained(model, folder).peft_config
+    config = _saved_config(folder, saved, what)
+    try:
+        model.peft_config = PeftModel.from_pretrained(model, folder, config=config).peft_config
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} does not fit the base: {' '.join(str(error).split())[:300]}") from error
     missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(_PREFIX) for name in saved}
     if missing:  # PEFT only warns
         raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
+
+
+def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> LoraConfig:
+    """The configuration of saved LoRA layers as far as `add_lora` makes one. PEFT would follow it further: to modules it imports, to
+    patterns it searches for, to ranks that no weights are there for."""
+    file = folder / "adapter_config.json"
+    found = read_config(file)
+    rank, alpha, names = found.get("r"), found.get("lora_alpha"), found.get("target_modules")
+    ranks = {value.shape[0] for name, value in saved.items() if ".lora_A." in name and value.ndim}
+    listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    more = [key for key in _OTHERWISE if found.get(key) not in (None, False, "none", [], {})]
+    if (
+        more
+        or found.get("peft_type") != "LORA"
+        or not listed
+        or type(rank) is not int
+        or ranks != {rank}
+        or type(alpha) is not int
+    ):
+        raise ValueError(f"{file} is no configuration of {what}: it is corrupt, or was not saved by this package.")
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
 
 
 def merged(model: ModelMixin) -> ModelMixin:

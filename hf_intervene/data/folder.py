@@ -1,9 +1,11 @@
 """Your own images: a folder, a saved `datasets` data set or a Hub data set, brought to the columns `image` and `context`."""
 
+import errno
 import logging
 import os
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
@@ -53,10 +55,7 @@ def load_contexts(
         folder = _of_split(path, split)
         if not any((folder / name).exists() for name in _METADATA):
             return _folder_of_contexts(folder)
-        try:
-            dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
-        except (ValueError, OSError, DatasetGenerationError) as error:
-            raise ValueError(f"the metadata file of {folder} cannot be used: {error.__cause__ or error}.") from error
+        dataset = _folder_with_metadata(folder)
     for column, name in ((image_column, "image"), (context_column, "context")):
         if column not in dataset.column_names:
             raise ValueError(
@@ -88,7 +87,7 @@ def read_saved(path: Path, split: str) -> Dataset:
     """One split of a data set written by `save_to_disk`, or an error of one sentence."""
     try:
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OSError(f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again.") from error
     if isinstance(dataset, dict):
         if split not in dataset:
@@ -107,13 +106,37 @@ def _of_split(path: Path, split: str) -> Path:
     return path
 
 
+def _folder_with_metadata(folder: Path) -> Dataset:
+    def load(mode: str | None) -> Dataset:
+        return load_dataset("imagefolder", data_dir=str(folder), split="train", download_mode=mode)
+
+    errors = (ValueError, OSError, DatasetGenerationError)
+    try:
+        return load(None)
+    except errors:  # perhaps what the cache has of it is corrupt
+        try:
+            return load("force_redownload")
+        except errors as error:
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
+                where = datasets.config.HF_DATASETS_CACHE
+                raise OSError(
+                    f"the cache of data sets {where} cannot be written ({error.strerror}): set HF_DATASETS_CACHE to a folder that can."
+                ) from error
+            reason = str(error.__cause__ or error).rstrip(".")
+            raise ValueError(f"the metadata file of {folder} cannot be used: {reason}.") from error
+
+
 def _folder_of_contexts(path: Path) -> Dataset:
     readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     images: list[str] = []
     contexts: list[str] = []
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
         files = sorted(
-            f for f in folder.rglob("*") if f.suffix.lower() in readable and not f.name.startswith(".") and f.is_file()
+            f
+            for f in folder.rglob("*")
+            if f.suffix.lower() in readable
+            and not f.name.startswith(".")
+            and (f.is_file() or not f.exists())  # a link to nowhere is complained of when it is read
         )
         if not files:
             logger.warning("%s holds no images and is left out.", folder)

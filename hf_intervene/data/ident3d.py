@@ -28,10 +28,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy.special import ndtr
+from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name
 from .raycast import Scene, cast
-from .requests import Shard, checked_contexts, generated, generator, intervened, png, whole_numbers
+from .requests import Shard, checked_request, generated, generator, intervened, png
 
 
 CONCEPTS = ("background", "object", "spotlight")
@@ -164,7 +165,7 @@ def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
         raise ValueError(f"ident3d images need a resolution of at least 8 pixels, not {resolution}.")
     rows = scenes(latents)
     images = np.empty((len(rows), resolution, resolution, 3), dtype=np.uint8)
-    for image, row in zip(images, rows.tolist()):
+    for image, row in zip(images, tqdm(rows.tolist(), "drawing scenes", disable=None, delay=2, leave=False)):
         image[:] = cast(scene(row), resolution)
     return images
 
@@ -205,7 +206,7 @@ def images_by_context(
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """uint8 images (n, resolution, resolution, 3) by canonical context name, without the way through files. Arguments: `load_ident3d`."""
-    a = _arguments(contexts, images_per_context, resolution, variant, seed)
+    a = checked_request(sample_latents, render, CONCEPTS, contexts, images_per_context, resolution, variant, seed)
     return {
         context: render(sample_latents(context, a["images_per_context"], variant, a["seed"]), a["resolution"])
         for context in a["contexts"]
@@ -239,19 +240,10 @@ def load_ident3d(
         ValueError, TypeError: one sentence: an argument that is out of range or unknown.
         OSError: the cache cannot be written.
     """
-    arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
+    arguments = checked_request(sample_latents, render, CONCEPTS, contexts, images_per_context, resolution, variant, seed)
     features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=len(LATENTS))})
     key = (_RENDERER, sorted(arguments.items()))
     return generated(_rows, features, arguments, "ident3d", key, cache_dir, num_proc, streaming)
-
-
-def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
-    """Checked and in one form, so that equal requests share a cache entry and bad ones fail before anything is drawn."""
-    numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
-    names = checked_contexts(contexts, CONCEPTS)
-    for name in names:
-        render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])  # complains in its own words
-    return {"contexts": names, "variant": variant, **numbers}
 
 
 def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:

@@ -1,8 +1,13 @@
-"""`ContextImages`: images from several contexts as one resident uint8 tensor, checked once, so that a step needs no per-sample Python."""
+"""`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked once, so that a step needs no per-sample
+Python."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,19 +26,48 @@ MIN_IMAGES = 8  # below this a context can neither be learnt nor split
 class ContextImages:
     """
     Args:
-        pixels: images, uint8, (N, C, H, W).
+        stored: images, uint8, (M, C, H, W); a part of a set shares them with the other parts.
         context_ids: context of each image, int64, (N,).
         contexts: canonical names of the contexts; `contexts[context_ids[n]]` is that of image n.
         concepts: names of the concepts.
+        rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
+        mapped: whether `stored` is a file that is read as it is used.
     """
 
-    pixels: torch.Tensor
+    stored: torch.Tensor
     context_ids: torch.Tensor
     contexts: list[str]
     concepts: tuple[str, ...] = field(default_factory=tuple)
+    rows: torch.Tensor | None = None
+    mapped: bool = False
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.context_ids)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.stored.shape[1:]
+        return channels, height, width
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """All images, uint8, (N, C, H, W): a copy in memory if others are stored with them."""
+        return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
+
+    def images(self, index: torch.Tensor) -> torch.Tensor:
+        """Some of the images, uint8, (n, C, H, W), on the device where they are stored, by an index (n,) of integers."""
+        index = index.to(self.stored.device)
+        return self.stored.index_select(0, index if self.rows is None else self.rows[index])
+
+    def on(self, device: torch.device | str) -> "ContextImages":
+        """The images stored on a device; their contexts stay where they are."""
+        rows = None if self.rows is None else self.rows.to(device)
+        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False)
+
+    def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
+        rows = index.to(self.stored.device)
+        return replace(self, rows=rows if self.rows is None else self.rows[rows], **changes)
 
     def targets(self, free_blocks: int = 0) -> torch.Tensor:
         """Targets of each context, (contexts, D): those of image n are row `context_ids[n]`."""
@@ -56,7 +90,7 @@ class ContextImages:
             names.append(name)
         keep = [torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names]
         ids = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(keep)])
-        return ContextImages(self.pixels[torch.cat(keep)], ids, names, self.concepts)
+        return self._part(torch.cat(keep), context_ids=ids, contexts=names)
 
     def split(self, validation_fraction: float, seed: int = 0) -> tuple["ContextImages", "ContextImages"]:
         """Training and validation images, the fraction taken from every context alike."""
@@ -70,16 +104,15 @@ class ContextImages:
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
         training, validation = (
-            ContextImages(self.pixels[rows], self.context_ids[rows], self.contexts, self.concepts)
+            self._part(rows, context_ids=self.context_ids[rows])
             for rows in (torch.from_numpy(np.concatenate(part)) for part in parts)
         )
         return training, validation
 
     def by_context(self) -> dict[str, np.ndarray]:
         """uint8 images (n, H, W, C) of each context."""
-        return {
-            name: self.pixels[self.context_ids == number].permute(0, 2, 3, 1).numpy() for number, name in enumerate(self.contexts)
-        }
+        rows = {name: torch.nonzero(self.context_ids == number)[:, 0] for number, name in enumerate(self.contexts)}
+        return {name: self.images(index).permute(0, 2, 3, 1).cpu().numpy() for name, index in rows.items()}
 
     @classmethod
     def from_arrays(cls, images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> "ContextImages":
@@ -109,7 +142,7 @@ class ContextImages:
                 )
         pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))) for array in arrays])
         ids = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(array) for array in arrays]))
-        return cls(pixels, ids, names, concepts)._checked()
+        return cls(pixels, ids, names, concepts).checked()
 
     @classmethod
     def from_dataset(
@@ -119,6 +152,7 @@ class ContextImages:
         resolution: int | None = None,
         channels: int = 3,
         complete: bool = True,
+        cache_dir: str | os.PathLike | None = None,
     ) -> "ContextImages":
         """Decode and check a data set with an `image` and a `context` column.
 
@@ -129,8 +163,11 @@ class ContextImages:
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
             channels: 3 (RGB) or 1 (grey).
             complete: whether to refuse contexts that nothing can be trained on (`metrics.check` says what they lack).
+            cache_dir: folder to decode the images into, as uint8, once: they are found there the next time, and read by memory map, so
+                that the set may be larger than memory. `None`: they are decoded into memory.
 
         Raises:
+            OSError: one sentence: the cache cannot be written.
             ValueError: one sentence: a missing column, an image without a context, no observational context, an unknown concept, a
                 concept without a context of its own, an unreadable or 16-bit image, images of several sizes, too few in a context.
         """
@@ -163,13 +200,22 @@ class ContextImages:
                 dataset = dataset.cast_column("image", ImageFeature())
             except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
                 raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
-        column = dataset.cast_column("image", ImageFeature(decode=False))["image"]
-        pixels = _decode(column, names, resolution, channels)
+        dataset = dataset.cast_column("image", ImageFeature(decode=False))
+        files = ", ".join(file["filename"] for file in dataset.cache_files)
+        decoded = _decode(dataset["image"], names, resolution, channels, files)
+        pixels = (
+            _in_memory(decoded, len(names)) if cache_dir is None else _on_disk(decoded, dataset, resolution, channels, cache_dir)
+        )
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts)
-        return images._checked() if complete else images
+        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None)
+        return images.checked() if complete else images
 
-    def _checked(self) -> "ContextImages":
+    def checked(self) -> "ContextImages":
+        """The set itself, if something can be learnt from it.
+
+        Raises:
+            ValueError: one sentence: no observational context, a concept without a context of its own, too few images in a context.
+        """
         if OBS not in self.contexts:
             raise ValueError(
                 f"there are no observational images: add images whose context is {OBS!r} (the contexts are {', '.join(self.contexts)})."
@@ -208,13 +254,17 @@ def _order(name: str, concepts: Sequence[str]) -> tuple:
     return len(positions), positions
 
 
-def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int) -> torch.Tensor:
+def _decode(
+    column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int, files: str
+) -> Iterator[np.ndarray]:
+    """The images one by one, uint8, (C, H, W), all of one shape; `files` are those that they are in where they have no path."""
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
-    pixels = None
+    first = None
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
-        where = f"image {row}{' (' + item['path'] + ')' if item and item.get('path') else ''} of context {context!r}"
+        file = (item or {}).get("path") or files
+        where = f"image {row}{f' ({file})' if file else ''} of context {context!r}"
         try:
             image = ImageFeature().decode_example(item)
             deep = image.mode.startswith(("I", "F"))
@@ -226,16 +276,58 @@ def _decode(column: Sequence[dict], contexts: Sequence[str], resolution: int | N
         if resolution is not None:
             if image.size != (resolution, resolution):
                 image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-        elif image.width != image.height or (pixels is not None and image.size != (pixels.shape[2], pixels.shape[1])):
-            expected = "square" if pixels is None else f"{pixels.shape[2]}x{pixels.shape[1]} like the others"
+        elif image.width != image.height or (first is not None and image.size != first):
+            expected = "square" if first is None else f"{first[0]}x{first[1]} like the others"
             raise ValueError(
                 f"{where} is {image.width}x{image.height}, not {expected}: give a resolution to crop and resize all images to."
             )
-        array = np.asarray(image)
+        first = image.size
+        yield np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
+
+
+def _in_memory(decoded: Iterator[np.ndarray], count: int) -> torch.Tensor:
+    pixels = None
+    for row, image in enumerate(decoded):
         if pixels is None:
-            pixels = np.empty((len(column), *array.shape[:2], channels), dtype=np.uint8)
-        pixels[row] = array.reshape(*array.shape[:2], channels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            pixels = np.empty((count, *image.shape), dtype=np.uint8)
+        pixels[row] = image
+    return torch.from_numpy(pixels)
+
+
+def _on_disk(
+    decoded: Iterator[np.ndarray], dataset: Dataset, resolution: int | None, channels: int, cache_dir: str | os.PathLike
+) -> torch.Tensor:
+    """The images as a file in `cache_dir`, written whole or not at all if it is not there, by memory map."""
+    path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.writing")
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    for row, image in enumerate(decoded):
+                        if row == 0:
+                            header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), *image.shape)}
+                            np.lib.format.write_array_header_1_0(file, header)
+                        file.write(image.tobytes())  # and not into a memory map: a full disk would kill the process
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    except OSError as error:
+        raise OSError(
+            f"the decoded images cannot be kept in {cache_dir} ({error.strerror or error}): choose another folder."
+        ) from error
+
+
+def _fingerprint(dataset: Dataset, resolution: int | None, channels: int) -> str:
+    """Of the images of a data set, whose image column is not decoded; it changes when a file that they are in does."""
+    digest = hashlib.sha256(f"{dataset._fingerprint} {resolution} {channels}".encode())
+    for item in dataset["image"]:
+        if item and item.get("bytes") is None and item.get("path") and os.path.exists(item["path"]):
+            found = os.stat(item["path"])
+            digest.update(f"{item['path']} {found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
 
 
 __all__ = ["MIN_IMAGES", "ContextImages"]

@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy import ndimage
+from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name
 from .digits import BUNDLED, SIDE, Digits, load_digits
@@ -127,7 +128,7 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     if not np.isfinite(latents).all() or not (latents[:, [LATENTS.index("scale"), LATENTS.index("swell_strength")]] > 0).all():
         raise ValueError("latents must be finite, scale and swell_strength positive: there is no image to draw.")
     images = np.empty((len(digits), SIDE, SIDE, 1), dtype=np.uint8)
-    for start in range(0, len(digits), _CHUNK):
+    for start in tqdm(range(0, len(digits), _CHUNK), "drawing digits", disable=None, delay=2, leave=False):
         rows = slice(start, start + _CHUNK)
         images[rows] = _render_chunk(digits[rows], latents[rows])
     return images
@@ -230,7 +231,7 @@ def images_by_context(
 def load_mnist(
     contexts: Sequence[Context] = TRAIN_CONTEXTS,
     images_per_context: int = 4000,
-    source: str | os.PathLike = BUNDLED,
+    source: str | os.PathLike | Digits = BUNDLED,
     split: str = "train",
     seed: int = 0,
     cache_dir: str | None = None,
@@ -243,8 +244,8 @@ def load_mnist(
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
         images_per_context: rows of each context.
-        source: where the digits come from, as in `load_digits`.
-        split: that of the digits, `"train"` or `"test"`.
+        source: the digits, or where they come from, as in `load_digits`.
+        split: that of the digits, `"train"` or `"test"`, where they are loaded.
         seed: of parameters and choice of digits.
         cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
@@ -256,7 +257,7 @@ def load_mnist(
         OSError: the digits cannot be read, or the cache cannot be written.
     """
     names, numbers = _arguments(contexts, images_per_context, seed)
-    digits = load_digits(source, split)
+    digits = source if isinstance(source, Digits) else load_digits(source, split)
     content = hashlib.sha256(digits.images.tobytes() + digits.labels.tobytes()).hexdigest()
     key = (_RENDERER, names, sorted(numbers.items()), content)
     features = Features(

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from scipy.special import ndtr
 
 from ..contexts import OBS, Context, context_name
-from .requests import Shard, checked_contexts, generated, generator, intervened, png, whole_numbers
+from .requests import Shard, checked_request, generated, generator, intervened, png
 
 
 LATENTS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
@@ -227,7 +227,7 @@ def images_by_context(
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """uint8 images (n, resolution, resolution, 3) by canonical context name, without the way through files. Arguments: `load_quad`."""
-    a = _arguments(contexts, images_per_context, resolution, variant, seed)
+    a = checked_request(sample_latents, render, LATENTS, contexts, images_per_context, resolution, variant, seed)
     return {
         context: render(sample_latents(context, a["images_per_context"], variant, a["seed"]), a["resolution"])
         for context in a["contexts"]
@@ -261,19 +261,10 @@ def load_quad(
         ValueError, TypeError: one sentence: an argument that is out of range or unknown.
         OSError: the cache cannot be written.
     """
-    arguments = _arguments(contexts, images_per_context, resolution, variant, seed)
+    arguments = checked_request(sample_latents, render, LATENTS, contexts, images_per_context, resolution, variant, seed)
     features = Features({"image": Image(), "context": Value("string"), "latents": List(Value("float32"), length=8)})
     key = (_RENDERER, sorted(arguments.items()))
     return generated(_rows, features, arguments, "quad", key, cache_dir, num_proc, streaming)
-
-
-def _arguments(contexts: Sequence[Context], images_per_context: int, resolution: int, variant: str, seed: int) -> dict:
-    """Checked and in one form, so that equal requests share a cache entry and bad ones fail before anything is drawn."""
-    numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
-    names = checked_contexts(contexts, LATENTS)
-    for name in names:
-        render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])  # complains in its own words
-    return {"contexts": names, "variant": variant, **numbers}
 
 
 def _rows(shards: list[Shard], images_per_context: int, resolution: int, variant: str, seed: int) -> Iterator[dict[str, object]]:

@@ -3,11 +3,17 @@
 import hashlib
 import io
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.io.generator import GeneratorDatasetInputStream
 from PIL import Image as PILImage
 
 from ..contexts import Context, context_name, parse_context
@@ -16,6 +22,16 @@ from ..contexts import Context, context_name, parse_context
 Shard = tuple[str, int, int]  # context, its first row and the one after its last
 SHARD_ROWS = 1024
 MAX_SHARDS = 64  # of one context: a shard draws the numbers of the rows before it anew
+
+
+class Request(TypedDict):
+    """What is asked of a simulator, checked and in one form."""
+
+    contexts: list[str]
+    variant: str
+    images_per_context: int
+    resolution: int
+    seed: int
 
 
 def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
@@ -57,6 +73,31 @@ def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.nd
     return np.array([name in strengths for name in concepts])
 
 
+def checked_request(
+    sample_latents: Callable[..., np.ndarray],
+    render: Callable[..., np.ndarray],
+    concepts: Sequence[str],
+    contexts: Sequence[Context],
+    images_per_context: int,
+    resolution: int,
+    variant: str,
+    seed: int,
+) -> Request:
+    """The arguments of a request by name, checked and in one form, so that equal requests share a cache entry and bad ones fail before
+    anything is drawn: one image of each context is, and complains in the simulator's own words."""
+    numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
+    names = checked_contexts(contexts, concepts)
+    for name in names:
+        render(sample_latents(name, 1, variant, numbers["seed"]), numbers["resolution"])
+    return {
+        "contexts": names,
+        "variant": variant,
+        "images_per_context": numbers["images_per_context"],
+        "resolution": numbers["resolution"],
+        "seed": numbers["seed"],
+    }
+
+
 def png(image: np.ndarray) -> dict[str, bytes]:
     """An image, uint8 (H, W) or (H, W, 3), as a row of the `datasets` library keeps it."""
     file = io.BytesIO()
@@ -75,7 +116,7 @@ def shards(contexts: Sequence[str], images_per_context: int) -> list[Shard]:
 def generated(
     rows: Callable[..., Iterator[dict]],
     features: Features,
-    arguments: dict,
+    arguments: Mapping[str, Any],
     name: str,
     key: tuple,
     cache_dir: str | None = None,
@@ -96,25 +137,35 @@ def generated(
 
     Raises:
         TypeError, ValueError: one sentence: a number of processes that is none.
-        OSError: one sentence: the cache cannot be written.
+        OSError: one sentence: the cache cannot be written or is corrupt, a process has died.
     """
     if num_proc is not None and whole_numbers(num_proc=num_proc)["num_proc"] < 1:
         raise ValueError(f"num_proc must be at least 1, not {num_proc}.")
     others = {key: value for key, value in arguments.items() if key != "contexts"}
     others = {"shards": shards(arguments["contexts"], arguments["images_per_context"]), **others}
     if streaming:
-        return IterableDataset.from_generator(rows, features=features, gen_kwargs=others)
+        # As IterableDataset.from_generator, which would make a cache that it does not use, where that may not be possible.
+        with TemporaryDirectory() as nowhere:
+            return GeneratorDatasetInputStream(rows, features, nowhere, streaming=True, gen_kwargs=others).read()
     num_proc = num_proc and min(num_proc, len(others["shards"]))
     fingerprint = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
     try:
         return Dataset.from_generator(
             rows, features=features, cache_dir=cache_dir, gen_kwargs=others, num_proc=num_proc, fingerprint=fingerprint
         )
-    except (OSError, DatasetGenerationError) as error:  # the arguments are checked: what is left to fail is the writing
-        where = f"in {cache_dir}" if cache_dir else "of the datasets library"
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+        if isinstance(error, RuntimeError):  # the arguments are checked: what is left to fail are the processes, ...
+            raise OSError(
+                f"one of the {num_proc} processes that draw images has died, perhaps for lack of memory: try a smaller num_proc."
+            ) from error
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None):  # ... the reading, ...
+            entry = next(Path(cache).glob(f"generator/*{fingerprint}*"), cache)
+            raise OSError(f"the images in the cache are corrupt: remove {entry}, and they are drawn again.") from error
+        why = re.search(r"^[\w.]+: (.*)", str(error.__cause__ or error), re.M)  # ... and the writing, in whichever process
         raise OSError(
-            f"the images could not be written to the cache {where} ({error.__cause__ or error}): free some space or give another "
-            "cache_dir."
+            f"the images could not be written to the cache {cache} ({why[1] if why else error.__cause__ or error}): free some space or give "
+            "another cache_dir."
         ) from error
 
 

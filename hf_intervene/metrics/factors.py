@@ -23,6 +23,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from ..contexts import Context, parse_context
 from ..data.quad import LATENTS, render
@@ -150,7 +151,7 @@ def train_regressor(resolution: int, seed: int = 0, steps: int = 1500, batch_siz
         regressor = FactorRegressor(resolution)
     optimizer = torch.optim.Adam(regressor.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "training the regressor", disable=None, delay=2):
         latents = _independent_latents(batch_size, rng)
         x = F.adaptive_avg_pool2d(_pixel_values(render(latents, resolution)), regressor.side)
         blur = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)

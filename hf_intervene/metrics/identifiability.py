@@ -8,9 +8,11 @@ be seen in images. `hf_intervene.metrics.recovery` shows on simulated data what 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..contexts import OBS, context_name, named_concepts, parse_context, validate_concepts
 from .disentanglement import MIN_SAMPLES, TwoSampleTest, principal_components, two_sample_test
@@ -117,13 +119,14 @@ def check(
     space = principal_components(np.concatenate([x.reshape(len(x), -1) for x in tested.values()]), 32, seed)
     parts = np.split(space, np.cumsum([len(x) for x in tested.values()])[:-1])
     spaces = dict(zip(tested, parts))
+    bar = partial(tqdm, desc="telling contexts apart", disable=None, delay=2)
     if OBS in tested:
         level = 1 - _RISK / max(1, len(own))
-        result.from_obs = {name: two_sample_test(spaces[OBS], spaces[name], level, seed) for name in own}
+        result.from_obs = {name: two_sample_test(spaces[OBS], spaces[name], level, seed) for name in bar(own)}
         result.findings += [_told_from_obs(name, test) for name, test in result.from_obs.items()]
     pairs = list(combinations(own, 2))
     level = 1 - _RISK / max(1, len(pairs))
-    result.pairs = {f"{a} / {b}": two_sample_test(spaces[a], spaces[b], level, seed) for a, b in pairs}
+    result.pairs = {f"{a} / {b}": two_sample_test(spaces[a], spaces[b], level, seed) for a, b in bar(pairs)}
     result.findings += _told_apart(result.pairs)
     if OBS in tested and len(own) > 1:
         result.shifts = shift_spectrum(spaces[OBS][:, :_MOMENTS], {name: spaces[name][:, :_MOMENTS] for name in own}, seed)

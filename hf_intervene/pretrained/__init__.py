@@ -1,5 +1,6 @@
 """Trained pipelines that come with the package. How each was trained, and how good it is, says its model card."""
 
+import os
 from pathlib import Path
 
 
@@ -17,6 +18,11 @@ def bundled(name: str) -> str:
 def bundled_names() -> list[str]:
     """Names of the pipelines that come with the package."""
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json"))
+
+
+def located(name: str | os.PathLike) -> str | os.PathLike:
+    """The folder of a pipeline that comes with the package if `name` is one and there is nothing else of that name, else `name`."""
+    return bundled(name) if isinstance(name, str) and name in bundled_names() and not Path(name).exists() else name
 
 
 __all__ = ["bundled", "bundled_names"]

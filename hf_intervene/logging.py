@@ -1,0 +1,78 @@
+"""How much the package says, in the way of transformers: `set_verbosity_info()` and its like, or HF_INTERVENE_VERBOSITY=info (debug,
+warning, error, critical). Messages go to standard error; by default warnings and errors do."""
+
+import logging
+import os
+import sys
+from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
+from typing import TextIO
+
+
+LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
+_ROOT = __name__.partition(".")[0]
+
+
+class _Handler(logging.StreamHandler):
+    """To standard error, whatever that is when a message comes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text.replace(record.levelname, record.levelname.lower(), 1)
+
+
+def get_logger(name: str = _ROOT) -> logging.Logger:
+    """The logger of a module of the package; what it lets through is what `set_verbosity` says."""
+    root = logging.getLogger(_ROOT)
+    if not root.handlers:  # the first call
+        root.addHandler(_Handler())
+        root.propagate = False
+        try:
+            set_verbosity(os.environ.get("HF_INTERVENE_VERBOSITY") or WARNING)
+        except ValueError as error:
+            set_verbosity(WARNING)
+            root.warning("HF_INTERVENE_VERBOSITY: %s", error)
+    return logging.getLogger(name)
+
+
+def get_verbosity() -> int:
+    """The level, one of those of Python's logging."""
+    return get_logger().getEffectiveLevel()
+
+
+def set_verbosity(level: int | str) -> None:
+    """Let messages of this level and above through: a level of Python's logging, or one of `LEVELS`.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if isinstance(level, str):
+        if level.lower() not in LEVELS:
+            raise ValueError(f"verbosity must be one of {', '.join(LEVELS)}, not {level!r}.")
+        level = LEVELS[level.lower()]
+    logging.getLogger(_ROOT).setLevel(level)
+
+
+def set_verbosity_debug() -> None:
+    set_verbosity(DEBUG)
+
+
+def set_verbosity_info() -> None:
+    set_verbosity(INFO)
+
+
+def set_verbosity_warning() -> None:
+    set_verbosity(WARNING)
+
+
+def set_verbosity_error() -> None:
+    set_verbosity(ERROR)

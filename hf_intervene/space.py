@@ -1,0 +1,103 @@
+"""The page of a pipeline (see `app.py`) as a Space of the Hub: a folder that `python app.py` serves."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import distribution, requires, version
+from pathlib import Path
+
+import yaml
+from huggingface_hub.utils import filter_repo_objects
+from packaging.requirements import Requirement
+
+from . import hub
+from .app import FILES
+from .pipeline import InterventionPipeline
+from .pretrained import located
+from .push import CARD_FILES, MODEL_FILES
+
+
+APP = '''\
+"""The page of {title}; see README.md."""
+
+from pathlib import Path
+
+from hf_intervene.app import launch
+
+
+HERE = Path(__file__).parent
+
+launch({arguments})
+'''
+README = """\
+---
+{metadata}---
+
+# {title}
+
+Switch concepts on, alone or together, and see what changes and what stays as it was. Made by `hf-intervene app --export` with
+hf-intervene {version}, whose sources are in `hf_intervene/`. It runs elsewhere too: `pip install -r requirements.txt && python app.py`.
+"""
+
+
+def export(name: str, folder: str | os.PathLike) -> Path:
+    """Write the page of a pipeline as a Space: app.py, requirements.txt, README.md, and the pipeline's files; of a repository on the Hub its
+    name and commit instead. The package's own sources go along, so that the Space needs nothing that is not on PyPI.
+
+    Args:
+        name: folder or Hub name of a saved pipeline, or of one that comes with the package.
+        folder: a new or an empty one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be written.
+    """
+    folder, source = Path(folder), hub.folder(located(name), FILES)
+    InterventionPipeline.from_pretrained(source)  # raises unless it is one
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} already holds something: choose another folder to export to, or remove it.")
+    title = Path(name).resolve().name
+    metadata = {
+        "title": title,
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+        "pinned": False,
+        "tags": ["hf-intervene"],
+    }
+    if source.parent.name == "snapshots":  # in the cache of the Hub, by commit
+        arguments, metadata = f"{name!r}, revision={source.name!r}", metadata | {"models": [name]}
+    else:
+        arguments = f"HERE / {('pipelines/' + title)!r}"
+        files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+        _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), folder / "pipelines" / title)
+    package = Path(__file__).parent
+    _copy(package, [file.relative_to(package) for file in package.rglob("*.py")], folder / package.name)
+    for file in distribution("hf-intervene").files or []:
+        licence = Path(file.locate())
+        if file.name == "LICENSE" and licence.exists():
+            shutil.copy(licence, folder / package.name / file.name)
+    text = {"title": title, "arguments": arguments, "version": version("hf-intervene")}
+    text["metadata"] = yaml.safe_dump(metadata, sort_keys=False)
+    (folder / "app.py").write_text(APP.format(**text), encoding="utf-8")
+    (folder / "README.md").write_text(README.format(**text), encoding="utf-8")
+    (folder / "requirements.txt").write_text(_requirements())
+    return folder
+
+
+def _copy(source: Path, files: Iterable[str | Path], folder: Path) -> None:
+    for file in files:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target)
+
+
+def _requirements() -> str:
+    """The package's own requirements, and Gradio, at the versions installed here; of a local build the version that it is one of."""
+    parsed = [Requirement(line) for line in requires("hf-intervene") or []]
+    names = ["gradio", *(requirement.name for requirement in parsed if requirement.marker is None)]
+    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in names)

@@ -1,0 +1,349 @@
+"""The page: what its buttons do, how it is served, exported, and used in a real browser (where there is a Chromium)."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusion_models import with_head
+from PIL import Image
+
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
+
+
+pytest.importorskip("gradio", reason="the page needs the extra `app`")
+
+from gradio_client import Client, handle_file  # noqa: E402
+
+from hf_intervene import app  # noqa: E402
+from hf_intervene.space import export  # noqa: E402
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_OPTIONS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+CHROMIUM_OPTIONS += " --disable-component-update --disable-sync"
+
+
+def save(model, folder):
+    InterventionPipeline.from_model(model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quad():
+    return app.Page("quad")
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    torch.manual_seed(0)
+    base = LightVAE(1, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
+    model = InterventionModel.build(base, ["thin", "wide"], noise_width=4, initializer_range=0.5)
+    return app.Page(save(model, tmp_path_factory.mktemp("saved") / "digits"))
+
+
+# What the buttons do
+
+
+def test_samples_share_their_noise(quad):
+    before, after = quad.sample({"quad1": 1.0}, 4, 3)
+    again, half = quad.sample({"quad1": 0.5}, 4, 3)
+    assert before.shape == after.shape == (4, 64, 64, 3) and before.dtype == np.uint8
+    assert np.array_equal(before, again) and not np.array_equal(before, quad.sample({}, 4, 4)[0])
+    change = abs(after.astype(int) - before).mean((0, 3))  # (64, 64)
+    assert change[56:, :8].mean() > 3 * change[56:, 56:].mean()  # the first quadrant, and not the second
+    assert 0 < abs(half.astype(int) - before).mean() < change.mean()
+    assert np.array_equal(*quad.sample({"quad1": 0.0}, 4, 3))
+
+
+def test_an_edit_of_any_image(quad):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 4), dtype=np.uint8), "RGBA")
+    given, unchanged, edited = quad.edit(photo, [], {"quad1": 1.0})
+    assert given.shape == unchanged.shape == edited.shape == (64, 64, 3)
+    example = quad.examples()[0]
+    given, unchanged, edited = quad.edit(Image.fromarray(example), [], {})
+    assert np.array_equal(given, example) and np.array_equal(unchanged, edited)
+    assert not np.array_equal(
+        unchanged, quad.edit(Image.fromarray(example), ["quad3"], {})[1]
+    )  # it depends on where it came from
+
+
+def test_a_grid_of_pairs(quad):
+    two, three = quad.compose(["size", "quad1"], 0), quad.compose(["quad1", "quad2", "size"], 0)
+    assert three.width > two.width > 200
+    for number in (1, 9):
+        with pytest.raises(ValueError, match=f"two to 8 concepts to compose, not {number}"):
+            quad.compose([f"c{k}" for k in range(number)], 0)
+
+
+def test_the_card_is_shown(quad, grey):
+    card = quad.card()
+    assert "## Measured" in card and "| `quad1+quad2` |" in card
+    assert "![" not in card and "library_name" not in card and "<!--" not in card
+    assert [Path(path).name for path, _ in quad.pictures()][-1] == "samples.png"
+    assert "has no card" in grey.card() and "thin, wide" in grey.card() and grey.pictures() == []
+
+
+# The page as it is served
+
+
+@pytest.fixture(scope="module")
+def client(grey):
+    blocks = app.build(grey)
+    url = app.serve(blocks)[1]
+    yield Client(url, verbose=False, download_files=False)
+    blocks.close(verbose=False)
+
+
+def test_grey_images_over_the_wire(client, tmp_path):
+    Image.new("L", (40, 30), 128).save(tmp_path / "photo.png")
+    before, after, change = client.predict(True, False, 1.0, 1.0, 3, 5, api_name="/sample")
+    assert len(before) == len(after["value"]) == len(change) == 3 and after["label"] == "thin"
+    compared = client.predict(handle_file(tmp_path / "photo.png"), [], False, True, 1.0, 0.5, api_name="/edit")
+    assert compared["label"] == "Edited: wide=0.5"
+    assert [item["caption"] for item in compared["value"]] == ["given", "unchanged", "edited", "change"]
+
+
+def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
+    (tmp_path / "photo.png").write_text("no picture")
+    for message, call in {
+        "give a seed: a whole number": ((True, False, 1.0, 1.0, 3, None), "/sample"),
+        "give an image first": ((None, [], False, True, 1.0, 1.0), "/edit"),
+        "photo.png is not an image that can be read": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
+        "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
+    }.items():
+        with pytest.raises(Exception, match=message):
+            client.predict(*call[0], api_name=call[1])
+
+
+def test_nothing_is_fetched_from_elsewhere(client):
+    html = urllib.request.urlopen(client.src).read().decode()
+    style = urllib.request.urlopen(f"{client.src}theme.css").read().decode()
+    fetched = re.findall(r"""(?:<script[^>]+src|<link[^>]+href)\s*=\s*["'](https?:[^"']+)""", html)
+    fetched += re.findall(r"(?:@import|url\()[\s\"']*(https?:[^\"')]+)", style + html)
+    assert fetched == []
+    assert "Content-Security-Policy" in html
+    assert client.config["analytics_enabled"] is False
+
+
+def test_a_denoiser_has_its_own_controls(tmp_path):
+    page = app.Page(save(with_head(), tmp_path / "pipe"))
+    before, after = page.sample({"a": 1.0}, 2, 0, 2, 3.0)
+    assert not np.array_equal(before, after)
+    assert len(page.edit(Image.fromarray(before[0]), [], {"a": 1.0}, 2, 1.5)) == 3
+    functions = {function.api_name: function for function in app.build(page).fns.values()}
+    for name in ("sample", "edit", "compose"):
+        assert "Denoising steps" in [part.label for part in functions[name].inputs]
+
+
+def test_without_gradio(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "hf_intervene.app")
+    assert cli.main(["app"]) == 1
+    assert 'pip install "hf-intervene[app]"' in capsys.readouterr().err
+
+
+def test_no_such_pipeline(tmp_path, capsys):
+    assert cli.main(["app", str(tmp_path)]) == 1
+    assert "is not an intervention pipeline" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(client, grey, capsys):
+    port = client.src.rstrip("/").rpartition(":")[2]
+    assert cli.main(["app", str(grey.folder), "--port", port]) == 1
+    assert capsys.readouterr().err == f"error: cannot listen at port {port}: it is taken, or not allowed; choose another one.\n"
+
+
+# As a Space
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """The exported page of the bundled pipeline, served by `python app.py` as on the Hub. Returns the folder and the URL."""
+    folder = export("quad", tmp_path_factory.mktemp("space") / "quad")
+    environment = os.environ | {"PYTHONPATH": "", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder.parent / "files")}
+    command = [sys.executable, "app.py"]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"http://\S+", line):
+            break
+    else:
+        pytest.fail(f"the exported app did not start: {''.join(lines)}")
+    yield folder, found[0]
+    process.terminate()
+    process.wait(30)
+
+
+def test_an_exported_space(space):
+    folder, url = space
+    metadata = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert metadata["sdk"] == "gradio" and (folder / metadata["app_file"]).exists()
+    pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
+    assert pins["gradio"] == metadata["sdk_version"]
+    assert pins["torch"] == torch.__version__.partition("+")[0]
+    assert not any("hf-intervene" in name for name in pins)  # its sources are there
+    before, *_ = Client(url, verbose=False, download_files=False).predict(*[False] * 6, *[1.0] * 6, 2, 0, api_name="/sample")
+    assert len(before) == 2
+    with pytest.raises(ValueError, match="already holds something"):
+        export("quad", folder)
+    served = {path.suffix for path in (folder / "pipelines" / "quad").rglob("*") if path.is_file()}
+    assert served == {".json", ".safetensors", ".md", ".png", ".yaml"}
+
+
+def test_export_on_the_command_line(grey, tmp_path, capsys):
+    assert cli.main(["app", str(grey.folder), "--export", str(tmp_path / "space")]) == 0
+    assert "a Space" in capsys.readouterr().out
+    assert (tmp_path / "space" / "pipelines" / "digits" / "model_index.json").exists()
+    assert (tmp_path / "space" / "hf_intervene" / "app.py").exists()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS.split())
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser, space):
+    """The page in a fresh tab; no request of it may leave this machine, and nothing may fail in it."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(60_000)
+    requests, errors = [], []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(space[1])
+    tab.locator(".pixels img").first.wait_for()
+    yield tab
+    elsewhere = [url for url in requests if not url.startswith((space[1], "data:", "blob:"))]
+    tab.close()
+    assert elsewhere == [] and errors == []
+
+
+def gallery(page, label):
+    return page.locator(".pixels", has=page.locator(f"label:text-is('{label}')"))
+
+
+def pixels(page, label, number=0):
+    """An image of a gallery, by the gallery's label."""
+    source = gallery(page, label).locator("img").nth(number).get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")).astype(int)
+
+
+def test_two_concepts_are_switched_on(page):
+    first = pixels(page, "Observational")
+    page.get_by_label("quad1", exact=True).first.uncheck()
+    page.get_by_label("quad4", exact=True).first.check()
+    page.get_by_label("size", exact=True).first.check()
+    gallery(page, "quad4+size").wait_for()
+    assert np.array_equal(pixels(page, "Observational"), first)
+    assert abs(pixels(page, "quad4+size") - first).mean() > 2
+    assert pixels(page, "Changed").min() < 128  # somewhere a quarter of the range
+    assert gallery(page, "quad4+size").locator("img").count() == 8
+    source = gallery(page, "Observational").locator("img").first.get_attribute("src")
+    page.get_by_label("Seed").first.fill("11")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("src => document.querySelector('.pixels img').src !== src", arg=source)
+    assert abs(pixels(page, "Observational") - first).mean() > 2
+
+
+def test_an_image_is_picked_and_edited(page):
+    page.get_by_role("tab", name="Edit").click()
+    gallery(page, "or one of these").locator("button").nth(2).click()
+    gallery(page, "Edited: quad1").wait_for()
+    page.get_by_label("quad1", exact=True).nth(1).uncheck()
+    gallery(page, "Edited: obs").wait_for()
+    assert np.array_equal(pixels(page, "Edited: obs", 1), pixels(page, "Edited: obs", 2))
+    page.get_by_label("quad4", exact=True).nth(1).check()
+    gallery(page, "Edited: quad4").wait_for()
+    unchanged, edited = (pixels(page, "Edited: quad4", number) for number in (1, 2))
+    assert abs(edited - unchanged).mean() > 2
+    page.get_by_role("tab", name="Compose").click()
+    page.get_by_alt_text("A grid of all pairs of concepts").wait_for()
+    page.get_by_role("tab", name="About").click()
+    page.get_by_role("heading", name="Measured").wait_for()
+
+
+def test_an_image_is_uploaded(page, tmp_path):
+    Image.new("RGB", (100, 80), (200, 40, 40)).save(tmp_path / "photo.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
+    gallery(page, "Edited: quad1").wait_for()
+    assert pixels(page, "Edited: quad1").shape == (64, 64, 3)
+    page.get_by_role("button", name="Remove Image").click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    page.get_by_text("broken.png is not an image that can be read").wait_for()
+
+
+def test_with_the_keyboard_alone(page):
+    page.get_by_role("tab", name="Sample").focus()
+    for _ in range(30):  # to the switch of the second concept
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('label')?.innerText") == "quad2":
+            break
+    page.keyboard.press("Space")
+    gallery(page, "quad1+quad2").wait_for()
+    page.keyboard.press("Tab")
+    while page.evaluate("document.activeElement.type") != "range":
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowLeft")
+    gallery(page, "quad1+quad2=0.95").wait_for()
+
+
+def test_at_the_width_of_a_phone(page):
+    page.set_viewport_size({"width": 375, "height": 700})
+    for tab in ("Sample", "Edit", "Compose", "About"):
+        button = page.get_by_role("tab", name=tab)
+        if not button.is_visible():
+            page.locator(".overflow-menu > button").click()
+            button = page.locator(".overflow-dropdown button", has_text=tab)
+        button.click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+@pytest.mark.slow  # a matter of the machine: on two quiet cores
+def test_speed(browser):
+    """From the command to the first picture in the browser within ten seconds; eight other images within two."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "hf_intervene.cli", "app"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        served = time.perf_counter() - start
+        tab = browser.new_page()
+        tab.set_default_timeout(120_000)
+        tab.goto(url)
+        seen = "number => document.querySelectorAll('.pixels img')[number]?.naturalWidth > 0"
+        tab.wait_for_function(seen, arg=8)  # the first of those intervened on
+        first = time.perf_counter() - start
+        source = gallery(tab, "quad1").locator("img").first.get_attribute("src")
+        start = time.perf_counter()
+        tab.get_by_role("button", name="Other images").click()
+        tab.wait_for_function("src => ![null, src].includes(document.querySelectorAll('.pixels img')[8]?.src)", arg=source)
+        tab.wait_for_function(seen, arg=23)
+        other = time.perf_counter() - start
+    finally:
+        process.terminate()
+        process.wait(30)
+    print(f"served after {served:.1f} s, first picture after {first:.1f} s; eight other images after {other:.2f} s")
+    assert first < 10 and other < 2

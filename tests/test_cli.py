@@ -1,0 +1,111 @@
+"""The command line: words, machines' output, completion; what it says and when it is quiet."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hf_intervene import cli, logging
+from hf_intervene.training import evaluate, train
+
+
+COMMANDS = [name for name in cli.EXAMPLES if name is not None]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_every_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*([command] if command else []), "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "examples:\n  " in text
+    if command is None:
+        assert all(f"    {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "evaluate")])
+def test_examples_are_commands(command):
+    """Every example of a command is one that its parser takes."""
+    for line in cli.EXAMPLES[command].strip().splitlines():
+        words = line.partition(" > ")[0].split()
+        assert words[0] == "hf-intervene"
+        assert cli.make_parser().parse_args(words[1:]).run is not None
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("hf-intervene", "sample", "num-images", "learning_rate", "num-inference-steps", "config"):
+        assert word in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_quiet_and_light(tmp_path):
+    """No terminal: no bar and no word beside the result. Nothing is imported that the command has no use for."""
+    code = f"""if True:
+        import sys
+        from hf_intervene import cli
+        code = cli.main(["sample", "quad", "--num-images", "2", "--output", {str(tmp_path / "pair")!r}, "--json"])
+        heavy = {{"datasets", "gradio", "matplotlib", "sklearn", "ot", "tensorboard", "shtab"}} & sys.modules.keys()
+        sys.exit(code or (f"imported {{heavy}}" if heavy else 0))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    files = [str(tmp_path / "pair" / f"000{number}.png") for number in range(2)]
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "pair"), "files": files}
+
+
+def test_json_and_pictures_of_a_run(tiny, tmp_path, capsys):
+    settings = [f"--{name}={value}" for name, value in tiny.items() if not isinstance(value, list)]
+    settings += ["--block_out_channels", "8", "8"]
+    assert cli.main(["train", *settings, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 8 and result["interrupted"] is False
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+    options = ["--images", "16", "--projections", "10", "--output", str(tmp_path / "metrics")]
+    assert cli.main(["evaluate", "--model", result["model_dir"], *options, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics == json.loads((tmp_path / "metrics" / "metrics.json").read_text())
+    assert (tmp_path / "metrics" / "floors.png").stat().st_size > 1000
+    assert cli.main(["card", result["model_dir"], "--metrics", str(tmp_path / "metrics"), "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)["card"]
+    assert "](floors.png)" in open(card).read() and (tmp_path / "run" / "model" / "floors.png").exists()
+    assert cli.main(["card", result["model_dir"]]) == 0  # without metrics there is nothing to show
+    assert "](floors.png)" not in open(card).read() and not (tmp_path / "run" / "model" / "floors.png").exists()
+
+
+def test_parsers_of_the_recipes():
+    assert train.parse_arguments(["--epochs", "3"]).epochs == 3
+    assert evaluate.make_parser().parse_args(["--model", "m", "--output", "o"]).json is False
+
+
+@pytest.fixture
+def verbosity():
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
+def test_verbosity(verbosity, capsys):
+    logger = logging.get_logger("hf_intervene.some.module")
+    assert logging.get_verbosity() == logging.WARNING
+    logger.info("hidden"), logger.warning("shown %d", 1)
+    logging.set_verbosity_info()
+    logger.info("as asked for"), logger.debug("hidden")
+    logging.set_verbosity("error")
+    logger.warning("hidden")
+    captured = capsys.readouterr()
+    assert captured.err == "warning: shown 1\ninfo: as asked for\n" and captured.out == ""
+    with pytest.raises(ValueError, match="one of debug, info, warning, error, critical, not 'loud'"):
+        logging.set_verbosity("loud")
+
+
+def test_verbosity_of_the_environment(verbosity, monkeypatch, capsys):
+    root = logging.get_logger()
+    for value, level in (("debug", logging.DEBUG), ("", logging.WARNING), ("loud", logging.WARNING)):
+        monkeypatch.setattr(root, "handlers", [])
+        monkeypatch.setenv("HF_INTERVENE_VERBOSITY", value)
+        assert logging.get_verbosity() == level
+    assert capsys.readouterr().err.startswith("warning: HF_INTERVENE_VERBOSITY: verbosity must be one of")

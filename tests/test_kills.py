@@ -1,0 +1,207 @@
+"""Runs that are killed, at random or at every step of a write, that find the disk full, or that are two in one folder."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import harm
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from safetensors.torch import load_file
+from test_train import error_of, last_state
+
+from hf_intervene import InterventionModel
+from hf_intervene.training import checkpoints
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments_of(settings):
+    """Options of the script for settings; a file, so that lists and `None` need no care."""
+    config = Path(settings["output_dir"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings))
+    return ["--config", str(config), "--resume", "auto"]
+
+
+def hidden(folder):
+    return sorted(path.name for path in Path(folder).rglob(".*") if path.name != checkpoints.LOCK_FILE)
+
+
+def all_whole(out):
+    """The steps of the checkpoints, every one of which was written in one go."""
+    steps = []
+    for path in checkpoints.checkpoints(out / "checkpoints"):
+        tensors, state = checkpoints.load_checkpoint(path)
+        assert tensors["model"]["w"].tolist() == 8 * [state["best"]] and tensors["optimizer"]["0.step"] == state["best"]
+        steps.append(state["step"])
+    return steps
+
+
+def test_whatever_step_of_a_write_is_killed_what_remains_is_whole(tmp_path):
+    harm.write(tmp_path / "before", 1)
+    for at in count(1):
+        out = tmp_path / str(at)
+        shutil.copytree(tmp_path / "before", out)
+        status = harm.run(harm.write_and_die, str(out), 2, at)
+        assert status in (0, -signal.SIGKILL)
+        assert all_whole(out)[-1] in (1, 2, 3)
+        with checkpoints.sole_run(out):
+            assert all_whole(out)[-1] in (2, 3) and not hidden(out)
+        assert set(load_file(out / "best" / "model.safetensors")["w"].tolist()) in ({1.0}, {2.0})
+        assert (out / "settings.yaml").read_text() in ("value: 1\n", "value: 2\n")
+        harm.write(out, 2)  # nothing stands in its way
+        assert [path.name for path in checkpoints.checkpoints(out / "checkpoints")] == ["step-00000002", "step-00000003"]
+        if status == 0:
+            break
+    assert at > 20
+
+
+def new_rows(history, before):
+    rows = len(history.read_bytes().splitlines()) if history.exists() else 0
+    return rows - before
+
+
+def kill_after(process, history, rows, delay):
+    """SIGKILL once so many rows have come to the history since it began, and after a delay; the exit status."""
+    before, deadline = new_rows(history, 0), time.monotonic() + 600
+    while process.is_alive() and new_rows(history, before) < rows:
+        assert time.monotonic() < deadline, "training hangs"
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.join(60)
+    return process.exitcode
+
+
+def check_what_a_kill_left(out, before):
+    """Every checkpoint loads, none is older than before, and a best model that was there is there still. Returns the last step."""
+    steps = [checkpoints.load_checkpoint(path)[1]["step"] for path in checkpoints.checkpoints(out / "checkpoints")]
+    last = steps[-1] if steps else 0
+    assert last >= before["step"] and steps == sorted(steps)
+    best = next((path for path in (out / "best", out / ".best.previous") if path.exists()), None)
+    assert best is not None or not before["best"]
+    if best is not None:
+        InterventionModel.from_pretrained(best)
+    before |= {"step": last, "best": best is not None}
+    return last
+
+
+def files_of(folder):
+    """The contents of a run's folder by name, without the place that it is in, which diffusers keeps."""
+    paths, place = sorted(Path(folder).rglob("*")), str(Path(folder).parent).encode()
+    return {path.relative_to(folder).as_posix(): path.read_bytes().replace(place, b"") for path in paths if path.is_file()}
+
+
+def assert_the_same_run(a, b):
+    """Bit by bit: the last checkpoint, best and final model, and the history."""
+    (tensors, state), (others, other) = last_state(a), last_state(b)
+    assert {name: sorted(values) for name, values in tensors.items()} == {n: sorted(v) for n, v in others.items()}
+    for name, values in tensors.items():
+        assert all(torch.equal(value, others[name][key]) for key, value in values.items()), name
+    folders = Path(a["output_dir"]), Path(b["output_dir"])
+    assert state | {"settings": None} == other | {"settings": None}
+    for part in ("best", "model", "samples"):
+        first, second = (files_of(folder / part) for folder in folders)
+        assert first == second, part
+    histories = [(folder / "history.jsonl").read_text() for folder in folders]
+    assert histories[0] == histories[1]
+    assert [p.name for p in checkpoints.checkpoints(folders[0] / "checkpoints")] == [
+        p.name for p in checkpoints.checkpoints(folders[1] / "checkpoints")
+    ]
+    assert not hidden(folders[1])
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps", "seed"), [(3, 30, 0), *(pytest.param(20, 200, seed, marks=pytest.mark.slow) for seed in range(1, 3))]
+)
+def test_kills_at_random_moments_change_nothing(tmp_path, kills, steps, seed):
+    every = {"checkpoint_every": 1, "eval_every": 2, "sample_every": 7, "log_every": 1}
+    settings = TINY | every | {"max_steps": steps, "patience": 1000, "ema_decay": 0.9, "schedule": "adaptive"}
+    whole, killed = ({**settings, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
+    assert harm.run(harm.trainer, arguments_of(whole)) == 0
+    out, before, draw, died = tmp_path / "killed", {"step": 0, "best": False}, random.Random(seed), 0
+    while died < kills:
+        process = harm.start(harm.trainer, arguments_of(killed))
+        rows = draw.choice((0, 1, 1, 2, 2, 3, 4))
+        status = kill_after(process, out / "history.jsonl", rows, draw.random() * (0.15 if rows else 0.6))
+        assert status == -signal.SIGKILL, f"ended with status {status} after {died} kills"
+        died += 1
+        check_what_a_kill_left(out, before)
+    assert harm.run(harm.trainer, arguments_of(killed)) == 0
+    assert_the_same_run(whole, killed)
+
+
+@pytest.mark.slow
+def test_the_script_itself_is_killed_and_resumed(tmp_path):
+    settings = TINY | {"checkpoint_every": 1, "log_every": 1, "max_steps": 40, "output_dir": str(tmp_path / "run")}
+    command = [sys.executable, "training/train.py", *arguments_of(settings)]
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process.is_alive, process.join, process.exitcode = lambda p=process: p.poll() is None, process.wait, None
+        kill_after(process, tmp_path / "run" / "history.jsonl", 3, 0.01)
+        check_what_a_kill_left(tmp_path / "run", {"step": 1, "best": False})
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_the_way(tiny, tmp_path, capsys):
+    settings = tiny | {"max_steps": 100_000, "log_every": 1, "checkpoint_every": 2}
+    argv, history = arguments_of(settings), tmp_path / "run" / "history.jsonl"
+    first = harm.start(harm.trainer, argv)
+    while not (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    rows = len(history.read_text().splitlines())
+    assert "another run is writing in" in error_of(capsys, argv)
+    assert len(history.read_text().splitlines()) >= rows and first.is_alive()
+    first.kill()
+    first.join(60)
+    resumed = harm.start(harm.trainer, argv)
+    assert kill_after(resumed, history, 1, 0) == -signal.SIGKILL
+    assert json.loads(history.read_text().splitlines()[-1])["step"] > 2
+
+
+@pytest.mark.parametrize(("free", "status"), [(10_000, 1), (80_000, 0)])
+def test_files_that_cannot_grow_leave_the_last_checkpoint(tiny, tmp_path, free, status):
+    """Nothing can be written any more, or the model can and checkpoints cannot."""
+    argv = arguments_of(tiny | {"max_steps": 4})
+    assert harm.run(harm.trainer, argv) == 0
+    argv = arguments_of(tiny | {"max_steps": 8})
+    state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(state.read_text().replace('"max_steps": 4', '"max_steps": 8'))
+    best = files_of(tmp_path / "run" / "best")
+    assert harm.run(harm.trainer_on_full_disk, argv, str(tmp_path / "errors"), free) == status
+    errors = (tmp_path / "errors").read_text()
+    assert "File too large" in errors and "Traceback" not in errors
+    assert len(re.findall("^error: ", errors, re.M)) == status
+    assert checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] == 4
+    assert (files_of(tmp_path / "run" / "best") == best) == bool(status) and not hidden(tmp_path / "run")
+    InterventionModel.from_pretrained(tmp_path / "run" / "best")
+    assert harm.run(harm.trainer, argv) == 0  # the disk has been cleared
+
+
+@pytest.mark.parametrize("tracker", ["none", "tensorboard"])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny, tmp_path, tracker):
+    disk, errors = tmp_path / "disk", tmp_path / "errors"
+    disk.mkdir()
+    settings = tiny | {"max_steps": 40, "checkpoint_every": 2, "keep_checkpoints": 100, "log_every": 1, "tracker": tracker}
+    (tmp_path / "disk.yaml").write_text(yaml.safe_dump(settings | {"output_dir": str(disk / "run")}))
+    argv = ["--config", str(tmp_path / "disk.yaml")]
+    status = harm.run(harm.trainer_on_small_disk, argv, str(errors), str(disk), 1 << 20)
+    if status == 77:
+        pytest.skip("mounting is not allowed here")
+    text = errors.read_text()
+    assert "No space left on device" in text and status in (0, 1)
+    assert ("Traceback" in text) <= (tracker == "tensorboard")  # its thread shows one
+    assert ("the tracker cannot write" in text) == (tracker == "tensorboard")
+    assert len(re.findall("^error: ", text, re.M)) == status
+    assert int(re.search(r"newest checkpoint: (\d+)", text)[1]) >= 2

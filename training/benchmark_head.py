@@ -1,0 +1,148 @@
+"""Benchmarks of the head alone, of mixtures of contexts, and of the distances of an evaluation."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, LightVAE
+from hf_intervene.data import quad
+from hf_intervene.metrics.transport import directions, project, sliced_w2
+from hf_intervene.moments import moment_matching
+from hf_intervene.training.arguments import TrainArguments, fast_bf16
+from hf_intervene.training.benchmark_tools import alternate, figure, summary
+
+
+RANK = 16
+
+
+def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_size: int = 64) -> dict:
+    """Forward and backward of heads of more and more concepts, every sample in the context of one of them: with full and with low-rank
+    weights among concepts, the posterior's readout, and the penalty of moment matching with its update.
+
+    `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the cost is linear.
+    """
+    functions: dict[tuple[str, int], Callable[[], None]] = {}
+    for d in numbers:
+        names = [f"c{j}" for j in range(d)]
+        targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[torch.arange(batch_size) % (d + 1)]
+        z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
+        for kind, rank in (("full", None), ("low_rank", RANK)):
+            head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
+            functions[kind, d] = _gradients(lambda head=head, z=z, s=targets: head(z, s).embedding, [z, *_of_the_way_to_e(head)])
+            if fast_bf16():
+                functions[f"{kind}_bf16", d] = _under_bf16(functions[kind, d])
+        features = torch.randn(batch_size, head.config.feature_width, requires_grad=True)
+        functions["posterior", d] = _gradients(
+            lambda head=head, x=features, s=targets: torch.cat(head.posterior(x, s)),
+            [features, *head.encoder_readout.parameters()],
+        )
+        functions["moments", d] = _moments(z, d)
+    seconds = dict(zip(functions, alternate(list(functions.values()), rounds)))
+    results: dict[str, dict] = {"batch_size": batch_size, "rank": RANK}
+    for (kind, d), times in seconds.items():
+        results.setdefault(kind, {})[f"{d} concepts"] = figure("milliseconds", [1e3 * t for t in times])
+    for kind in [key for key in results if isinstance(results[key], dict)]:
+        few, many = (torch.tensor(seconds[kind, d]).median().item() for d in numbers[-2:])
+        results[kind]["slope"] = math.log(many / few) / math.log(numbers[-1] / numbers[-2])
+    results["low_rank_over_full"] = {f"{d} concepts": summary(seconds["low_rank", d], seconds["full", d]) for d in numbers}
+    return results
+
+
+def _of_the_way_to_e(head: InterventionHead) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in head.named_parameters() if not name.startswith("encoder_readout")]
+
+
+def _gradients(forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tensor]) -> Callable[[], None]:
+    inputs = list(inputs)
+    gradient = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), inputs, gradient) and None
+
+
+def _under_bf16(function: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            function()
+
+    return run
+
+
+def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
+    matching = moment_matching(torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)]), mean.shape[2], 1.0)
+    logvar, ids = torch.randn_like(mean).requires_grad_(), torch.arange(len(mean)) % (d + 1)
+
+    def run() -> None:
+        torch.autograd.grad(matching.loss(mean, logvar, ids), [mean, logvar])
+        matching.update(mean.detach(), logvar.detach(), ids)
+
+    return run
+
+
+def contexts(rounds: int, batch_size: int = 64) -> dict:
+    """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
+    one pass for each of its contexts: of the head alone, and of the light VAE at 64x64."""
+    autocast = fast_bf16()
+    model = InterventionModel.build(LightVAE(), quad.CONCEPTS, **TrainArguments().head_options).train()
+    x, z = torch.rand(batch_size, 3, 64, 64), torch.randn(batch_size, *model.noise_shape)
+    subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
+    results = {"batch_size": batch_size, "bf16": autocast}
+    for number, rows in ((7, subsets[subsets.sum(1) <= 1]), (64, subsets)):
+        targets = model.targets(rows[torch.arange(batch_size) % number])
+        parts = [torch.arange(first, batch_size, number) for first in range(number)]
+        for name, loss in (
+            ("head", lambda rows, s=targets: model.head(z[rows], s[rows]).embedding.float().square().mean()),
+            ("light VAE", lambda rows, s=targets: model(x[rows], s[rows]).loss),
+        ):
+
+            def passes(batches: Sequence[torch.Tensor], loss=loss) -> None:
+                for batch in batches:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        part = loss(batch)
+                    part.backward()
+                model.zero_grad()
+
+            mixed, single = alternate([lambda: passes([torch.arange(batch_size)]), lambda parts=parts: passes(parts)], rounds)
+            results[f"{name}, {number} contexts"] = summary(single, mixed, "speedup")
+    return results
+
+
+def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) -> dict:
+    """The sliced Wasserstein distance of two sets of so many 3x64x64 images, uint8 as an evaluation has them, for the same directions: ours
+    against POT's (NumPy and torch; images converted to float first), and what comes after the projection against POT's."""
+    import ot
+
+    rng = np.random.default_rng(0)
+    sets = [rng.integers(0, high, (number, 64, 64, 3), dtype=np.uint8) for high in (256, 250)]
+    axes = directions(sets[0][0].size, num_projections)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        found["ours"] = sliced_w2(*(project(x, axes) for x in sets))
+
+    def pot(backend: Callable) -> None:
+        a, b = (backend(x.reshape(number, -1).astype(np.float32) / 255) for x in sets)
+        found["pot"] = float(ot.sliced_wasserstein_distance(a, b, projections=backend(axes), p=2))
+
+    projected = [project(x, axes) for x in sets]
+    seconds = alternate(
+        [
+            ours,
+            lambda: pot(np.asarray),
+            lambda: pot(torch.from_numpy),
+            lambda: sliced_w2(*projected),
+            lambda: ot.wasserstein_1d(*projected, p=2),
+        ],
+        rounds,
+    )
+    exact = float(np.sqrt(ot.wasserstein_1d(*(x.astype(np.float64) for x in projected), p=2).mean()))
+    return {
+        "images": number,
+        "projections": num_projections,
+        "difference": abs(found["ours"] - found["pot"]),
+        "difference_of_float64": abs(found["ours"] - exact),
+        "ours": figure("seconds", seconds[0]),
+        "over POT": summary(seconds[1], seconds[0], "speedup"),
+        "over POT with torch": summary(seconds[2], seconds[0], "speedup"),
+        "projected, over POT": summary(seconds[4], seconds[3], "speedup"),
+    }

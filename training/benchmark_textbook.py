@@ -1,0 +1,241 @@
+"""The trainer against the textbook: a plain PyTorch loop over a plain data set, one context a batch, with dense masked matrices.
+
+Everything around the method is what one writes first: float32, a `Dataset` that turns one image at a time into a tensor, `DataLoader`, Adam.
+The light VAE, the sizes of the head, the batch and the images are ours.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from hf_intervene import LightVAE
+from hf_intervene.contexts import parse_context
+from hf_intervene.data import quad
+from hf_intervene.metrics import bits_per_pixel
+from hf_intervene.metrics.transport import sliced_wasserstein
+from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.benchmark_tools import Turns, contest, figure, rate, summary
+from hf_intervene.training.evaluate import load_model
+from hf_intervene.training.simulated import Quad
+from hf_intervene.training.train import train
+
+
+NEVER = 10**9
+SETTINGS = {"dataset": "quad", "images_per_context": 1000, "validation_images": 8, "beta_warmup": 0.8, "tracker": "none"}
+BLOCKS = len(quad.CONCEPTS) + 1  # with one free block, as ours
+
+
+class DenseMaskedHead(nn.Module):
+    """The head as one would write it first: dense matrices under 0/1 masks, one context per forward pass."""
+
+    def __init__(self, blocks: int, noise_width: int, width: int, embedding: int):
+        super().__init__()
+        middle = (noise_width + width) // 2
+        self.obs, self.int = (nn.Linear(blocks * noise_width, blocks * noise_width) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(blocks * a, blocks * b) for a, b in ((noise_width, middle), (middle, width)))
+        self.edges_obs, self.edges_int = (nn.Linear(blocks * width, blocks * width) for _ in range(2))
+        self.unpool = nn.Linear(blocks * width, embedding)
+        self.blocks, self.sizes = blocks, (noise_width, middle, width)
+
+    def forward(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """z (B, D * noise_width), context (D,) -> embedding (B, embedding)."""
+
+        def masked(layer: nn.Linear, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, layer.weight * mask, layer.bias)
+
+        eye, (n, m, w) = torch.eye(self.blocks), self.sizes
+        diagonal = torch.kron(eye, torch.ones(n, n))
+        rows = context.repeat_interleave(n)
+        x = nn.functional.gelu((1 - rows) * masked(self.obs, diagonal, z) + rows * masked(self.int, diagonal, z))
+        for layer, (a, b) in zip(self.layers, ((n, m), (m, w))):
+            x = masked(layer, torch.kron(eye, torch.ones(b, a)), x)
+            x = nn.functional.gelu(nn.functional.layer_norm(x.view(-1, self.blocks, b), (b,)).flatten(1))
+        off = torch.kron((1 - eye) * (1 - context)[:, None], torch.ones(w, w))
+        source = context.repeat_interleave(w)
+        x = x + masked(self.edges_obs, off * (1 - source), x) + masked(self.edges_int, off * source, x)
+        return self.unpool(x)
+
+
+class TextbookVAE(nn.Module):
+    def __init__(self, resolution: int, noise_width: int = 32, width: int = 8):
+        super().__init__()
+        self.vae = LightVAE(sample_size=resolution)
+        self.vae.quant.requires_grad_(False)  # the readout stands in its place
+        self.readout = nn.Linear(self.vae.config.hidden_width, 2 * BLOCKS * noise_width)
+        self.head = DenseMaskedHead(BLOCKS, noise_width, width, self.vae.config.latent_width)
+        self.noise = BLOCKS * noise_width
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood and KL of a batch of one context, sums in nats."""
+        mean, logvar = self.readout(self.vae.encoder(x)).chunk(2, 1)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        logits = self.vae.decode(self.head(z, context)).sample
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        return loss, 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()
+
+    @torch.no_grad()
+    def sample(self, name: str, count: int) -> np.ndarray:
+        logits = self.vae.decode(self.head(torch.randn(count, self.noise), context_vector(name))).sample
+        return logits.sigmoid().permute(0, 2, 3, 1).numpy()
+
+
+def context_vector(name: str) -> torch.Tensor:
+    vector = torch.zeros(BLOCKS)
+    vector[[quad.CONCEPTS.index(concept) for concept in parse_context(name, quad.CONCEPTS)]] = 1
+    return vector
+
+
+class ImageDataset(Dataset):
+    """Images that are decoded already, one at a time."""
+
+    def __init__(self, images: dict[str, np.ndarray]):
+        self.images = [Image.fromarray(image) for array in images.values() for image in array]
+        self.contexts = [name for name, array in images.items() for _ in array]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        x = torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1).float() / 255
+        return x, self.contexts[index]
+
+
+def batches(data: ImageDataset, batch_size: int) -> Iterator[list[int]]:
+    """Batches of one context each, for ever."""
+    contexts = np.array(data.contexts)
+    names = list(dict.fromkeys(data.contexts))
+    while True:
+        rows = [np.random.permutation(np.flatnonzero(contexts == name)) for name in names]
+        full = [part[i : i + batch_size] for part in rows for i in range(0, len(part) - batch_size + 1, batch_size)]
+        for number in np.random.permutation(len(full)):
+            yield full[number].tolist()
+
+
+class Textbook:
+    """The loop, a step at a time."""
+
+    def __init__(self, images: dict[str, np.ndarray], batch_size: int, beta: float, total: int | None = None):
+        data = ImageDataset(images)
+        self.loader = iter(DataLoader(data, batch_sampler=batches(data, batch_size)))
+        self.model = TextbookVAE(data.images[0].size[0])
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total or NEVER)
+        self.beta, self.running = beta, 0.0
+
+    def step(self) -> None:
+        x, names = next(self.loader)
+        nll, kl = self.model(x, context_vector(names[0]))
+        loss = (nll + self.beta * kl) / len(x)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.decay.step()
+        self.running += loss.item()
+
+
+def plain_loop(turns: Turns, settings: dict, steps: int) -> None:
+    """A contestant: so many steps of the textbook a round."""
+    a = TrainArguments(**settings)
+    loop = Textbook(training_images(a)[0], a.batch_size, a.beta)
+    loop.step()
+    while True:
+        turns.next()
+        for _ in range(steps):
+            loop.step()
+
+
+def trainer(turns: Turns, settings: dict, steps: int) -> None:
+    """A contestant: so many steps of `train.py` a round, with all that it does in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            TrainArguments(**settings | {"output_dir": folder, "log_every": steps, "eval_every": NEVER, "max_steps": NEVER}),
+            on_log=lambda row: turns.next(),
+        )
+
+
+def training_images(a: TrainArguments) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Those of the trainer, by context."""
+    return Quad(a.resolution, 3, a.variant).training(
+        a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+    )
+
+
+def textbook(rounds: int, steps: int = 3, **settings) -> dict:
+    settings = SETTINGS | settings
+    found = contest({"textbook": (plain_loop, (settings, steps)), "trainer": (trainer, (settings, steps))}, rounds)
+    images = steps * TrainArguments(**settings).batch_size
+    gain = summary(found["textbook"].seconds, found["trainer"].seconds, "speedup")
+    return {name: rate(images, outcome.seconds) | {"peak_gib": outcome.peak_gib} for name, outcome in found.items()} | {
+        "gain": gain
+    }
+
+
+VARIANTS = {
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "compile, channels_last": {"compile": True, "channels_last": True},
+    "float32": {"mixed_precision": "no"},
+}
+
+
+def variants(rounds: int, steps: int = 3, chosen: dict[str, dict] = VARIANTS, **settings) -> dict:
+    settings = SETTINGS | settings
+    contestants = {"default": (trainer, (settings, steps))}
+    contestants |= {name: (trainer, (settings | options, steps)) for name, options in chosen.items()}
+    found = contest(contestants, rounds)
+    return {
+        name: summary(found["default"].seconds, outcome.seconds, "speedup")
+        | {"first_seconds": outcome.first_seconds, "peak_gib": outcome.peak_gib}
+        for name, outcome in found.items()
+    }
+
+
+QUALITY = {"resolution": 32, "validation_images": 200, "beta": 2.0, "moment_matching": 5.0}
+
+
+def quality(rounds: int, steps: int = 1312, images: int = 640, **settings) -> dict:
+    """Both trained on the same images, equally many; then measured on others. Rounds are seeds."""
+    settings = SETTINGS | QUALITY | settings | {"max_steps": steps}
+    rows: dict[str, list[tuple[float, ...]]] = {"textbook": [], "trainer": []}
+    for seed in range(min(rounds, 3)):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        a = TrainArguments(**settings | {"data_seed": seed, "seed": seed})
+        train_images, validation = training_images(a)
+        loop = Textbook(train_images, a.batch_size, a.beta, steps)
+        for _ in range(steps):
+            loop.step()
+        rows["textbook"].append((_textbook_loss(loop.model, validation), *_distances(loop.model.sample, a, images)))
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(TrainArguments(**settings | {"output_dir": folder, "data_seed": seed, "seed": seed}))
+            ours = load_model(result.model_dir).eval()
+        sample = partial(ours.sample, output_type="np")
+        rows["trainer"].append((result.validation, *_distances(sample, a, images)))
+    names = "bits_per_pixel", "concept_distance", "composition_distance"
+    return {
+        who: {name: figure(name, [row[i] for row in found]) for i, name in enumerate(names)} for who, found in rows.items()
+    } | {"images": steps * TrainArguments(**settings).batch_size}
+
+
+@torch.no_grad()
+def _textbook_loss(model: TextbookVAE, validation: dict[str, np.ndarray]) -> float:
+    """The negative ELBO in bits per pixel."""
+    nats, count = 0.0, 0
+    for name, images in validation.items():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        nats += sum(model(x, context_vector(name))).item()
+        count += len(x)
+    return bits_per_pixel(nats / count, *x.shape[-2:])
+
+
+def _distances(sample: Callable[[str, int], np.ndarray], a: TrainArguments, images: int) -> tuple[float, float]:
+    """Mean sliced Wasserstein distances of samples from held-out images: of the training contexts, and of pairs never seen."""
+    real, _ = Quad(a.resolution, 3, a.variant).held_out_images(images, a.data_seed)
+    found = {name: sliced_wasserstein(x, sample(name, len(x))) for name, x in real.items()}
+    return tuple(float(np.mean([found[name] for name in names])) for names in (quad.TRAIN_CONTEXTS, quad.HELD_OUT))
