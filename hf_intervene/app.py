@@ -299,7 +299,7 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         "observational image in the corner."
     )
 
-    def compose(names: list[str], chosen_seed: int | None, *options: float) -> Image.Image:
+    def compose(names: list[str], chosen_seed: int | None, *options: int) -> Image.Image:
         return page.compose(names, _checked(chosen_seed), *options)
 
     _on([button.click, *([] if page.denoises else [tab.select])], compose, [chosen, seed, *steps], picture, "compose")

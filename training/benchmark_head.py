@@ -79,14 +79,13 @@ def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
     return run
 
 
-def contexts(rounds: int, batch_size: int = 64) -> dict:
+def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
-    one pass for each of its contexts: of the head alone, and of the light VAE at 64x64."""
-    autocast = fast_bf16()
-    model = InterventionModel.build(LightVAE(), quad.CONCEPTS, **TrainArguments().head_options).train()
-    x, z = torch.rand(batch_size, 3, 64, 64), torch.randn(batch_size, *model.noise_shape)
+    one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
+    model = InterventionModel.build(LightVAE(sample_size=resolution), quad.CONCEPTS, **TrainArguments().head_options).train()
+    x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
-    results = {"batch_size": batch_size, "bf16": autocast}
+    results = {"batch_size": batch_size, "bf16": fast_bf16()}
     for number, rows in ((7, subsets[subsets.sum(1) <= 1]), (64, subsets)):
         targets = model.targets(rows[torch.arange(batch_size) % number])
         parts = [torch.arange(first, batch_size, number) for first in range(number)]
@@ -94,17 +93,23 @@ def contexts(rounds: int, batch_size: int = 64) -> dict:
             ("head", lambda rows, s=targets: model.head(z[rows], s[rows]).embedding.float().square().mean()),
             ("light VAE", lambda rows, s=targets: model(x[rows], s[rows]).loss),
         ):
-
-            def passes(batches: Sequence[torch.Tensor], loss=loss) -> None:
-                for batch in batches:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                        part = loss(batch)
-                    part.backward()
-                model.zero_grad()
-
-            mixed, single = alternate([lambda: passes([torch.arange(batch_size)]), lambda parts=parts: passes(parts)], rounds)
+            mixed, single = (_passes(model, loss, batches) for batches in ([torch.arange(batch_size)], parts))
+            mixed, single = alternate([mixed, single], rounds)
             results[f"{name}, {number} contexts"] = summary(single, mixed, "speedup")
     return results
+
+
+def _passes(model: InterventionModel, loss: Callable, batches: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A forward and a backward pass for each batch of rows."""
+
+    def run() -> None:
+        for rows in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+                part = loss(rows)
+            part.backward()
+        model.zero_grad()
+
+    return run
 
 
 def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) -> dict:
