@@ -23,6 +23,7 @@ from hf_intervene.hub import MAX_SIZE
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+_LARGE = 1e30  # of a weight in the loss, which is computed in float32
 _MANY = 2**40  # more than any run needs, and torch can still count them
 # Least and greatest value of a setting, of each entry of a list.
 _RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps"), (0, _MANY))
@@ -155,6 +156,8 @@ class TrainArguments:
         for name in ("beta", "residual_weight", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
+            if getattr(self, name) > _LARGE:
+                raise ValueError(f"{name} must be at most {_LARGE:g}, not {getattr(self, name)}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
         for name in ("learning_rate", "base_learning_rate", "epochs", "max_grad_norm", "min_snr_gamma"):
@@ -264,12 +267,7 @@ def read_config(path: str) -> dict:
     """Settings of a YAML file, its keys and types checked; of one that a run saved, with the defaults of then."""
     settings = read_yaml(path)
     # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today.
-    saved = Path(path).read_text().startswith(_SHARED) or settings.keys() >= {
-        "output_dir",
-        "resume",
-        "tracker",
-        "keep_checkpoints",
-    }
+    saved = Path(path).read_text().startswith(_SHARED) or {"output_dir", "resume", "tracker"} <= settings.keys()
     settings = earlier_defaults(settings.pop("settings_version", 0 if saved else SETTINGS_VERSION), path) | settings
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():

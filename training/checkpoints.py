@@ -16,8 +16,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_intervene.hub import read_json
+
 
 STATE_FILE, LOCK_FILE = "state.json", ".lock"
+FILES = ("model", "ema", "optimizer", "moments")  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager
@@ -205,14 +208,21 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
-        state = json.loads((path / STATE_FILE).read_text())
-        names = state.get("files")
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in names or ()}
-    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
-        raise OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.") from error
-    if names is None:
+        state = read_json(path / STATE_FILE)
+        names = state.get("files", ())
+        if type(state["step"]) is not int or state["step"] < 0 or not set(names) <= set(FILES):
+            raise ValueError("no checkpoint of this trainer")
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise broken(path) from error
+    if "files" not in state:
         raise OSError(f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run anew elsewhere.")
     return tensors, state
+
+
+def broken(path: Path) -> OSError:
+    """The error of a checkpoint that cannot be used."""
+    return OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.")
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:

@@ -40,6 +40,7 @@ from hf_intervene.training.arguments import (
 )
 from hf_intervene.training.checkpoints import (
     atomic_folder,
+    broken,
     check_writable,
     checkpoints,
     flatten_optimizer,
@@ -252,18 +253,22 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     restored = _resume(a, out)
     if restored is not None:
         path, tensors, state = restored
-        _check_same(settings, state, path)
-        step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
-        weights.load(tensors["model"] | _companion_state(model))
-        restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
-        feed.load_state_dict(state)
-        if accelerator.scaler is not None and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
-            ema.optimization_step = step
-        if moments is not None:
-            moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        try:
+            then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
+            _check_same(settings, then | state["settings"], path)
+            step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
+            weights.load(tensors["model"] | _companion_state(model))
+            restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
+            feed.load_state_dict(state)
+            if accelerator.scaler is not None and state.get("scaler"):
+                accelerator.scaler.load_state_dict(state["scaler"])
+            if ema is not None:
+                ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
+                ema.optimization_step = step
+            if moments is not None:
+                moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
+            raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
@@ -290,8 +295,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             **feed.state_dict(),
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
-            "settings": settings,
-            "settings_version": SETTINGS_VERSION,
         }
         tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), parameters)}
         for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
@@ -307,6 +310,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             accelerator.print(f"warning: weights of step {step} are not finite and are not saved.", file=sys.stderr)
             return None
         try:
+            state |= {"settings": settings, "settings_version": SETTINGS_VERSION}
             return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
@@ -466,11 +470,9 @@ def _resume(arguments: TrainArguments, out: Path):
     return Path(arguments.resume), *load_checkpoint(arguments.resume)
 
 
-def _check_same(now: dict, state: dict, path: Path) -> None:
-    """Raise a ValueError unless the settings are those of the run that a checkpoint is of."""
-    then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
-    before = asdict(TrainArguments()) | then | state["settings"]
-    free = RUNNING | {"initial_posterior_std"}  # how a run starts matters no more
+def _check_same(now: dict, before: dict, path: Path) -> None:
+    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
+    free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
     changed = [name for name in now if name not in free and now[name] != before[name]]
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
