@@ -54,7 +54,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "transformers>=5.5,<6",
-        "diffusers>=0.37,<1",
+        "diffusers>=0.38,<1",
         "accelerate>=1.0,<2",
         "peft>=0.18,<1",
         "datasets>=4.6,<6",
