@@ -145,7 +145,9 @@ def test_a_run_of_the_first_day_says_that_it_cannot_go_on(tmp_path, capsys):
     with pytest.raises(OSError, match="no checkpoint in .* can be read"):
         resumed("run-e76ea4f", tmp_path)
     assert "is of a version before 0.1, which cannot be resumed" in capsys.readouterr().err
-    assert InterventionModel.from_pretrained(tmp_path / "run" / "best").sample([["quad1"]]).isfinite().all()  # its model is of use
+    assert (
+        InterventionModel.from_pretrained(tmp_path / "run" / "best").sample([["quad1"]]).isfinite().all()
+    )  # its model is of use
 
 
 def test_a_run_of_a_later_version(tmp_path):
