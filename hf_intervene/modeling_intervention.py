@@ -9,32 +9,21 @@ lies innermost, (D, width, B): blocks are narrow, and products with B columns an
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from json import JSONDecodeError
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_intervention import InterventionConfig
+from .checks import check_fit, check_loaded
+from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .hub import MAX_SIZE, check_weights, folder, pop_options
-
-
-_Model = TypeVar("_Model", bound=nn.Module)
-_LAYERS = 64  # registrations a weight, at most, of a model that is made
+from .hub import check_weights, folder, pop_options
+from .posterior import PosteriorLinear, Whitening, gaussian_kl, mixture
 
 
 @dataclass
@@ -318,25 +307,6 @@ def _norm(squares: torch.Tensor) -> torch.Tensor:
     return (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
 
 
-class PosteriorLinear(nn.Linear):
-    """Last layer of the posterior, (B, in_width) -> (B, 2 n): means, then log-variances.
-
-    It starts at a standard deviation of about `std`, with means larger by 1 / std than nn.Linear starts them. Next to the prior, where
-    that would start, z says hardly anything, and a deep head takes long to hear it.
-    """
-
-    def __init__(self, in_width: int, out_width: int, std: float):
-        self.std = std
-        super().__init__(in_width, out_width)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        means = self.out_features // 2
-        with torch.no_grad():
-            self.weight[:means] /= self.std
-            self.bias[means:] += 2 * math.log(self.std)
-
-
 class InterventionHead(PreTrainedModel):
     r"""
     Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
@@ -377,9 +347,11 @@ class InterventionHead(PreTrainedModel):
                 nn.GELU(),
                 PosteriorLinear(hidden, posterior_width, config.initial_posterior_std),
             )
-        if config.posterior == "centered":
+        contexts = 1 + len(config.concepts)
+        if config.posterior in CENTERED:
             # Row 0: the mean of the posterior means over the observational context; row 1 + j: over the context of concept j.
-            self.register_buffer("posterior_offset", torch.zeros(1 + len(config.concepts), blocks, noise_width))
+            self.register_buffer("posterior_offset", torch.zeros(contexts, blocks, noise_width))
+        self.whitening = Whitening(contexts, blocks * noise_width) if config.posterior == "whitened" else None
         self.post_init()
 
     @torch.no_grad()
@@ -431,7 +403,8 @@ class InterventionHead(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`), float32, each (B, D, noise_width).
+        """Mean and log-variance of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`), float32, each (B, D, noise_width); of a
+        whitened posterior those of y (see `posterior.py`): `whiten` makes a draw z, and `kl` is that of z.
 
         Args:
             features: encoder features, (B, feature_width).
@@ -443,7 +416,7 @@ class InterventionHead(PreTrainedModel):
             features = torch.cat([features, s.to(features.dtype)], dim=1)
         moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
         mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
-        if self.config.posterior == "centered":
+        if self.config.posterior in CENTERED:
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
             weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
             few, offset = _few(weights), self.posterior_offset.float()
@@ -452,6 +425,36 @@ class InterventionHead(PreTrainedModel):
             else:
                 mean = mean.index_add(0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1)
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
+
+    def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Exogenous noise z of a draw y from what `posterior` returned, both (B, D, noise_width); y itself unless it is whitened."""
+        return y if self.whitening is None else self.whitening(y, self._mixture(targets))
+
+    def kl(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,), of what `posterior` returned. An upper bound of it where a whitened
+        posterior is asked for a context that is not of the training data."""
+        return gaussian_kl(mean, logvar) if self.whitening is None else self.whitening.kl(mean, logvar, self._mixture(targets))
+
+    def marginals(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of each entry of z, of what `posterior` returned; all (B, D, noise_width)."""
+        if self.whitening is None:
+            return mean, logvar
+        weights = self._mixture(targets)
+        return self.whitening(mean, weights), self.whitening.variance(logvar.exp(), weights).log()
+
+    def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
+        return mixture(targets[:, : len(self.config.concepts)])
+
+    def whiten_posterior(self, targets: torch.Tensor, covariance: torch.Tensor) -> None:
+        """Let z be white in contexts over which y has these covariances; no effect unless the posterior is whitened.
+
+        Args:
+            targets: of the contexts, (n, D), each with nothing or one concept intervened on.
+            covariance: of y, (n, D noise_width, D noise_width), blocks in order.
+        """
+        if self.whitening is not None:
+            s = targets[:, : len(self.config.concepts)]
+            self.whitening.update(torch.where(s.any(1), 1 + s.argmax(1), 0), covariance)
 
     @torch.no_grad()
     def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
@@ -465,7 +468,7 @@ class InterventionHead(PreTrainedModel):
             targets: (B, D); only rows with nothing or one whole concept intervened on count.
             momentum: weight of this batch in the running mean.
         """
-        if self.config.posterior != "centered":
+        if self.config.posterior not in CENTERED:
             return
         s = targets[:, : len(self.config.concepts)].float()
         single = ((s == 0) | (s == 1)).all(1) & (s.sum(1) <= 1)
@@ -504,98 +507,6 @@ class InterventionHead(PreTrainedModel):
         if kwargs.pop("output_loading_info", False):
             return load(path, *args, output_loading_info=True, **kwargs)
         return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)
-
-
-def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
-    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before any of it is in memory.
-
-    Args:
-        build: makes the model; here on the meta device, and it is stopped when it makes many more layers than there are weights.
-        files: those of the weights, of which the headers are read.
-        what: in a message.
-
-    Returns:
-        The model on the meta device.
-
-    Raises:
-        OSError, ValueError: one sentence.
-    """
-    there: dict[str, list[int]] = {}
-    try:
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                there |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
-    sizes = sum(math.prod(shape) for shape in there.values())
-    try:
-        with torch.device("meta"), _at_most(_LAYERS * (len(there) + _LAYERS)):
-            model = build()
-    except Exception as error:  # whatever a constructor says to values that it was not made for
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(f"the configuration of {what} cannot be used: {reason}.") from error
-    wanted = sum(value.numel() for value in model.state_dict().values())
-    if wanted > 2 * sizes + MAX_SIZE:
-        raise ValueError(
-            f"the weights of {what} do not fit its configuration: it asks for {wanted:,} numbers, and there are {sizes:,}."
-        )
-    return model
-
-
-@contextmanager
-def _at_most(limit: int) -> Iterator[None]:
-    """Inside, modules that are made may register no more than so many parameters, buffers and modules."""
-    count = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise ValueError(f"it makes more than {limit} layers, far more than there are weights")
-
-    handles = [
-        register(hook)
-        for register in (
-            register_module_parameter_registration_hook,
-            register_module_buffer_registration_hook,
-            register_module_module_registration_hook,
-        )
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -> _Model:
-    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
-    try:
-        model, info = load()
-    except (SafetensorError, OSError, JSONDecodeError) as error:
-        # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
-        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
-            raise
-        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "mismatched" not in str(error):
-            raise
-        raise ValueError(f"the weights of {what} do not fit its configuration: sizes differ ({_first(error)}).") from error
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
-    if wrong:
-        listing = "; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:3])}" for key, names in wrong.items())
-        raise ValueError(f"the weights of {what} do not fit its configuration ({listing}).")
-    return model
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "mismatch" in line]
-    return lines[0] if lines else str(error)
-
-
-def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
 __all__ = ["InterventionHead", "InterventionHeadOutput"]

@@ -19,6 +19,7 @@ from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
+from hf_intervene.posterior import fits
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
@@ -89,7 +90,7 @@ class TrainArguments:
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
     intervention_rank: int | None = field(default=None, metadata={"help": "Of the weights among many concepts; default: full."})
-    posterior: str = field(default="centered")
+    posterior: str | None = field(default=None, metadata={"help": "Default: whitened, of many concepts centered."})
     initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
     regime: str = field(default="end-to-end", metadata={"help": ", ".join(REGIMES)})
@@ -175,12 +176,16 @@ class TrainArguments:
         """Optimiser steps of a run over so many training images."""
         return self.max_steps or max(1, round(self.epochs * images / self.batch_size))
 
-    @property
-    def head_options(self) -> dict:
-        """Those settings that are fields of `InterventionConfig`."""
+    def head_options(self, concepts: int) -> dict:
+        """Those settings that are fields of `InterventionConfig`, for so many concepts."""
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
         names += ("intervention_rank", "initial_posterior_std")
-        return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
+        options = {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
+        if self.posterior is None:
+            options["posterior"] = (
+                "whitened" if fits(1 + concepts, (concepts + self.free_blocks) * self.noise_width) else "centered"
+            )
+        return options
 
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.

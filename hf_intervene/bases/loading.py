@@ -16,8 +16,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.models.clip import CLIPTextModel
 
 from .. import hub
+from ..checks import check_fit, check_loaded
 from ..configuration_intervention import InterventionConfig
-from ..modeling_intervention import check_fit, check_loaded
 from .autoencoder import AutoencoderBase
 from .base import Base, base_family, model_class_named, running_hash, weight_hash
 from .diffusion import DiffusionBase
