@@ -55,7 +55,7 @@ setup(
         "torch>=2.13",
         "transformers>=5.5,<6",
         "diffusers>=0.38,<1",
-        "accelerate>=1.0,<2",
+        "accelerate>=1.10,<2",
         "peft>=0.18,<1",
         "datasets>=4.6,<6",
         "huggingface_hub>=1.23,<3",

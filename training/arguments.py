@@ -192,7 +192,7 @@ class TrainArguments:
 # Files before the first one that was written down count as 0.
 SETTINGS_VERSION = 1
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
-EARLIER: tuple[dict[str, object], ...] = ({"moment_matching": 100.0, "initial_posterior_std": 1.0},)
+EARLIER: tuple[dict[str, object], ...] = ({"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},)
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
