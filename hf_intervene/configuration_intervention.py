@@ -31,6 +31,12 @@ _REFERENCE = {
     "sha256": r"[0-9a-f]{64}",
 }
 
+# Of saved configurations. It is raised when a package that knows only the former one would misread a new configuration: a field that
+# changes what is computed, other weights, another meaning. Versions before the first one that was written down count as 0.
+FORMAT_VERSION = 1
+# EARLIER[v]: what fields that a configuration of format v does not have stood for then, where that is not today's default.
+EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0},)
+
 
 @strict
 class InterventionConfig(PreTrainedConfig):
@@ -62,6 +68,7 @@ class InterventionConfig(PreTrainedConfig):
             `bases/loading.py`); `None` for a base that was made anew.
         companion_references: the same of the frozen models beside a denoiser, by name: `vae` and `image_encoder`.
         lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
+        format_version: of the configuration as it is saved; see `from_dict`.
     """
 
     model_type = "intervention"
@@ -84,6 +91,7 @@ class InterventionConfig(PreTrainedConfig):
     base_reference: dict[str, str | None] | None = None
     companion_references: dict[str, dict[str, str | None]] | None = None
     lora_rank: int = 0
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.concepts = list(validate_concepts(self.concepts))
@@ -148,11 +156,12 @@ class InterventionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InterventionConfig":
-        """As in transformers.
+        """As in transformers; a configuration that an earlier version of this package saved has the meaning that it had then.
 
         Raises:
-            ValueError: one sentence: an entry of another type, or what cannot be.
+            ValueError: one sentence: a later version saved it, an entry of another type, or what cannot be.
         """
+        config_dict = _of_today(config_dict)
         for name in ("dtype", "torch_dtype"):
             if config_dict.get(name) not in (None, *DTYPES):
                 raise ValueError(f"{name} of a configuration must be one of {', '.join(DTYPES)}, not {config_dict[name]!r}.")
@@ -165,6 +174,24 @@ class InterventionConfig(PreTrainedConfig):
     def num_blocks(self) -> int:
         """D = d + f."""
         return len(self.concepts) + self.free_blocks
+
+
+def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration in the format of today."""
+    version = saved.get("format_version", 0)
+    if not isinstance(version, int) or version < 0:
+        raise ValueError(f"format_version must be a whole number, not {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"the configuration has the format {version}, and this hf-intervene knows those up to {FORMAT_VERSION}: a later one saved it; "
+            "upgrade with `pip install --upgrade hf-intervene`."
+        )
+    then = {name: value for fields in reversed(EARLIER[version:]) for name, value in fields.items()}
+    found = then | saved | {"format_version": FORMAT_VERSION}
+    reference = found.get("base_reference")
+    if isinstance(reference, dict) and "dtype" not in reference:  # the first references, all of models in float32
+        found["base_reference"] = reference | {"variant": None, "dtype": "float32", "hash": "running"}
+    return found
 
 
 def _check_reference(name: str, reference: dict[str, str | None]) -> None:

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusion_models import KINDS, conditional, make, save_pipeline, save_vision, unet, vae, with_head
 from PIL import Image
-from transformers import AutoImageProcessor, ViTModel
+from transformers import ViTModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, cli, load_base, wrap_base
 from hf_intervene.bases import denoising

@@ -188,9 +188,32 @@ class TrainArguments:
         return options
 
 
+# Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
+# Files before the first one that was written down count as 0.
+SETTINGS_VERSION = 1
+# EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
+EARLIER: tuple[dict[str, object], ...] = ({"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},)
+
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
 RUNNING |= {"gradient_accumulation_steps", "compile_mode", "channels_last", "image_cache"}
+_SHARED = "# hf-intervene "  # how the settings that are published with a model begin
+
+
+def earlier_defaults(version: object, source: str) -> dict[str, object]:
+    """Today's defaults as they differ from those of an earlier version of the settings.
+
+    Raises:
+        ValueError: one sentence: no version, or a later one than is known here.
+    """
+    if not isinstance(version, int) or version < 0:
+        raise ValueError(f"{source}: settings_version must be a whole number, not {version!r}.")
+    if version > SETTINGS_VERSION:
+        raise ValueError(
+            f"{source} was written by a later version of hf-intervene (settings_version {version}, known here are those up to "
+            f"{SETTINGS_VERSION}): upgrade with `pip install --upgrade hf-intervene`."
+        )
+    return {name: value for older in reversed(EARLIER[version:]) for name, value in older.items()}
 
 
 def fast_bf16() -> bool:
@@ -210,7 +233,8 @@ def shared_settings(arguments: TrainArguments) -> str:
     for name in ("dataset", "base", "mnist_digits"):
         if name in changed and Path(changed[name]).exists():
             changed[name] = Path(changed[name]).resolve().name
-    return f"# hf-intervene {version('hf-intervene')}\n" + yaml.safe_dump(changed, sort_keys=False)
+    shared = {"settings_version": SETTINGS_VERSION} | changed
+    return f"{_SHARED}{version('hf-intervene')}\n" + yaml.safe_dump(shared, sort_keys=False)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -245,8 +269,11 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 
 
 def read_config(path: str) -> dict:
-    """Settings of a YAML file, its keys and types checked."""
+    """Settings of a YAML file, its keys and types checked; of one that a run saved, with the defaults of then."""
     settings = read_yaml(path)
+    # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today.
+    saved = Path(path).read_text().startswith(_SHARED) or len(settings) > 40  # all that there were, which nobody writes by hand
+    settings = earlier_defaults(settings.pop("settings_version", 0 if saved else SETTINGS_VERSION), path) | settings
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
         if name not in known:

@@ -202,18 +202,22 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     """Tensors and state as given to `save_checkpoint`.
 
     Raises:
-        OSError: one sentence: no checkpoint, or truncated or corrupt.
+        OSError: one sentence: no checkpoint, truncated or corrupt, or older than what can be resumed.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         state = read_json(path / STATE_FILE)
-        if type(state["step"]) is not int or state["step"] < 0 or not set(state["files"]) <= set(FILES):
+        names = state.get("files", ())
+        if type(state["step"]) is not int or state["step"] < 0 or not set(names) <= set(FILES):
             raise ValueError("no checkpoint of this trainer")
-        return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise broken(path) from error
+    if "files" not in state:
+        raise OSError(f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run anew elsewhere.")
+    return tensors, state
 
 
 def broken(path: Path) -> OSError:

@@ -30,7 +30,14 @@ from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.logging import get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import moment_matching
-from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
+from hf_intervene.training.arguments import (
+    RUNNING,
+    SETTINGS_VERSION,
+    TrainArguments,
+    earlier_defaults,
+    parse_arguments,
+    shared_settings,
+)
 from hf_intervene.training.checkpoints import (
     atomic_folder,
     broken,
@@ -252,7 +259,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if restored is not None:
         path, tensors, state = restored
         try:
-            _check_same(settings, state["settings"], path)
+            then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
+            _check_same(settings, then | state["settings"], path)
             step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
             weights.load(tensors["model"] | _companion_state(model))
             restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
@@ -271,7 +279,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_whole(out / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False))
+        write_whole(out / SETTINGS_FILE, yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
         keep_history(out / "history.jsonl", step)
     if a.tracker != "none":
         with tracking(accelerator):
@@ -307,7 +315,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             accelerator.print(f"warning: weights of step {step} are not finite and are not saved.", file=sys.stderr)
             return None
         try:
-            return save_checkpoint(out / "checkpoints", step, tensors, state | {"settings": settings}, a.keep_checkpoints)
+            state |= {"settings": settings, "settings_version": SETTINGS_VERSION}
+            return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
                 raise
@@ -471,7 +480,8 @@ def _resume(arguments: TrainArguments, out: Path):
 
 def _check_same(now: dict, before: dict, path: Path) -> None:
     before = asdict(TrainArguments()) | before  # what has become a setting since had its default
-    changed = [name for name in now if name not in RUNNING and now[name] != before[name]]
+    free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
+    changed = [name for name in now if name not in free and now[name] != before[name]]
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")

@@ -195,6 +195,15 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights)))).hexdigest()
 
 
+def running_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's weights one after the other, as the first references have it (`hash` in them is `"running"`)."""
+    found = hashlib.sha256()
+    for name, value in sorted(base_weights(model).items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def model_class_named(name: str | None) -> type[ModelMixin]:
     """The registered model class of a name, as stored in a saved base's `_class_name`.
 

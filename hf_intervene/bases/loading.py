@@ -11,14 +11,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.models.auto import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from `transformers`, older ones want torchvision
 from transformers.models.clip import CLIPTextModel
 
 from .. import hub
 from ..checks import check_fit, check_loaded
 from ..configuration_intervention import InterventionConfig
 from .autoencoder import AutoencoderBase
-from .base import Base, base_family, model_class_named, weight_hash
+from .base import Base, base_family, model_class_named, running_hash, weight_hash
 from .diffusion import DiffusionBase
 
 
@@ -229,7 +230,7 @@ def is_referenced(model: ModelMixin, reference: dict[str, str | None]) -> bool:
     """Whether a model has exactly the weights that a reference is of, in whatever precision it is now."""
     now, then = _precision(model), getattr(torch, str(reference["dtype"]))
     if now == then:
-        return weight_hash(model) == reference["sha256"]
+        return (running_hash if reference.get("hash") == "running" else weight_hash)(model) == reference["sha256"]
     if _key(now) in reference:
         return weight_hash(model, now) == reference[_key(now)]
     # In a wider type than then: the weights must still be values of the narrower one, or they have been trained since.

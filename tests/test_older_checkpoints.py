@@ -1,0 +1,159 @@
+"""What earlier versions saved loads with the meaning that it had then, or it is said what to do; what later ones saved is refused.
+
+The checkpoints in `fixtures/` were written by the commits in their names (see `make_checkpoints.py` there).
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
+
+import hf_intervene
+from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline
+from hf_intervene.bases.loading import check_reference
+from hf_intervene.configuration_intervention import FORMAT_VERSION
+from hf_intervene.training import train
+from hf_intervene.training.arguments import SETTINGS_VERSION, TrainArguments, read_config, shared_settings
+
+
+FIXTURES = Path(__file__).with_name("fixtures")
+
+
+def assert_does_what_it_did(model, folder):
+    expected = load_file(folder / "expected.safetensors")
+    sampled = model.sample([["a"], None, ["a", "b"]], noise=expected["noise"])
+    torch.testing.assert_close(sampled, expected["sampled"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.edit(expected["images"], ["b"]), expected["edited"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_the_first_commit():
+    folder = FIXTURES / "model-0a66273"
+    model = InterventionModel.from_pretrained(folder)
+    assert_does_what_it_did(model, folder)
+    assert model.config.posterior == "conditional" and model.config.propagation_steps == 1
+    assert model.config.initial_posterior_std == 1.0, "what there was before it was a setting, not today's default"
+
+
+def test_a_pipeline_of_before_the_posterior_started_sure(tmp_path):
+    folder = FIXTURES / "pipeline-874628a"
+    pipe = InterventionPipeline.from_pretrained(folder)
+    assert_does_what_it_did(pipe.model, folder)
+    pipe.save_pretrained(tmp_path)  # and saved again it is one of today's
+    saved = json.loads((tmp_path / "head" / "config.json").read_text())
+    assert saved["format_version"] == FORMAT_VERSION and saved["initial_posterior_std"] == 1.0
+    assert_does_what_it_did(InterventionPipeline.from_pretrained(tmp_path).model, folder)
+
+
+@pytest.mark.parametrize("load", [InterventionHead.from_pretrained, AutoModel.from_pretrained])
+def test_a_head_however_it_is_loaded(load):
+    assert load(FIXTURES / "model-0a66273").config.initial_posterior_std == 1.0
+
+
+def test_the_bundled_pipeline_is_one_of_before_the_posterior_started_sure():
+    folder = Path(hf_intervene.bundled("quad"), "head")
+    assert "initial_posterior_std" not in json.loads((folder / "config.json").read_text())
+    assert InterventionConfig.from_pretrained(folder).initial_posterior_std == 1.0
+
+
+def test_a_base_is_known_by_its_first_kind_of_hash():
+    folder = FIXTURES / "frozen-5a52867"
+    reference = InterventionConfig.from_pretrained(folder).base_reference
+    base = AutoencoderTiny.from_pretrained(folder / "the-base")
+    check_reference(base, reference)
+    next(base.parameters()).data += 0.1
+    with pytest.raises(ValueError, match="is not the base that the head was trained on"):
+        check_reference(base, reference)
+
+
+@pytest.mark.parametrize(
+    "load", [InterventionConfig.from_pretrained, AutoConfig.from_pretrained, InterventionModel.from_pretrained]
+)
+def test_a_later_format_is_refused(load, tmp_path):
+    shutil.copytree(FIXTURES / "model-0a66273", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"format_version": FORMAT_VERSION + 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"has the format {FORMAT_VERSION + 1}, .*pip install --upgrade hf-intervene"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["1", -1, 1.5, None])
+def test_a_format_that_is_none(version):
+    with pytest.raises(ValueError, match="format_version must be a whole number"):
+        InterventionConfig.from_dict({"concepts": ["a"], "format_version": version})
+
+
+def test_defaults_change_with_the_version_alone():
+    """Whoever changes a default raises FORMAT_VERSION or SETTINGS_VERSION, and gives EARLIER the former value."""
+    listed = json.loads((FIXTURES / "defaults-1.json").read_text())
+    config = InterventionConfig.from_dict({"concepts": ["concept"], "format_version": 1}).to_dict()
+    assert {name: config[name] for name in listed["configuration"]} == listed["configuration"]
+    settings = json.loads(json.dumps(asdict(TrainArguments(**read(FIXTURES / "settings-1.yaml")))))
+    assert {name: settings[name] for name in listed["settings"]} == listed["settings"]
+
+
+def read(path):
+    return read_config(str(path))
+
+
+def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
+    settings = read(Path(hf_intervene.bundled("quad"), "training_arguments.yaml"))  # names what differed from the defaults
+    assert settings["moment_matching"] == 100.0 and settings["initial_posterior_std"] == 1.0 and settings["epochs"] == 6.0
+    settings = read(FIXTURES / "run-874628a" / "training_arguments.yaml")  # names everything that was a setting
+    assert settings["initial_posterior_std"] == 1.0 and settings["max_steps"] == 8
+    (tmp_path / "mine.yaml").write_text("epochs: 6\n")  # written by hand, for today
+    assert read(tmp_path / "mine.yaml") == {"epochs": 6.0}
+
+
+def test_settings_of_today_and_of_later_ones(tmp_path):
+    arguments = TrainArguments(epochs=3.0, seed=4)
+    (tmp_path / "s.yaml").write_text(shared_settings(arguments))
+    assert TrainArguments(**read(tmp_path / "s.yaml")) == arguments
+    for version, words in ((SETTINGS_VERSION + 1, "pip install --upgrade hf-intervene"), ("new", "must be a whole number")):
+        (tmp_path / "s.yaml").write_text(f"settings_version: {version}\nepochs: 3\n")
+        with pytest.raises(ValueError, match=words):
+            read(tmp_path / "s.yaml")
+
+
+def resumed(run, tmp_path, **options):
+    shutil.copytree(FIXTURES / run, tmp_path / "run")
+    settings = read(tmp_path / "run" / "training_arguments.yaml") | {"output_dir": str(tmp_path / "run"), "resume": "auto"}
+    return train.train(TrainArguments(**settings | options))
+
+
+def test_an_older_run_goes_on(tmp_path, capsys):
+    result = resumed("run-874628a", tmp_path, initial_posterior_std=0.25)  # of a start it does not matter any more
+    assert result.step == 8 and "step 4" in capsys.readouterr().out
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history if "kl" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    saved = yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())
+    assert saved["settings_version"] == SETTINGS_VERSION
+
+
+def test_an_older_run_does_not_go_on_with_the_defaults_of_today(tmp_path):
+    with pytest.raises(ValueError, match="moment_matching was 100.0, is 10.0"):
+        resumed("run-874628a", tmp_path, moment_matching=10.0)
+
+
+def test_a_run_of_the_first_day_says_that_it_cannot_go_on(tmp_path, capsys):
+    with pytest.raises(OSError, match="no checkpoint in .* can be read"):
+        resumed("run-e76ea4f", tmp_path)
+    assert "is of a version before 0.1, which cannot be resumed" in capsys.readouterr().err
+    assert (
+        InterventionModel.from_pretrained(tmp_path / "run" / "best").sample([["quad1"]]).isfinite().all()
+    )  # its model is of use
+
+
+def test_a_run_of_a_later_version(tmp_path):
+    state = FIXTURES / "run-874628a/checkpoints/step-00000004/state.json"
+    shutil.copytree(state.parents[2], tmp_path / "later")
+    later = json.loads(state.read_text()) | {"settings_version": SETTINGS_VERSION + 1}
+    (tmp_path / "later/checkpoints/step-00000004/state.json").write_text(json.dumps(later))
+    with pytest.raises(ValueError, match="written by a later version of hf-intervene"):
+        resumed("run-874628a", tmp_path, resume=str(tmp_path / "later/checkpoints/step-00000004"))
