@@ -293,8 +293,12 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = "o" if len(training) < 3 else None
-    left.plot(*zip(*totals), color=BLUE, lw=1.2, marker=marker, label="training") if totals else None
-    left.plot(*zip(*scores), color=ORANGE, lw=1.2, marker="o", ms=3, ls="--", label="validation") if scores else None
+    for values, style in (
+        (totals, {"color": BLUE, "marker": marker, "label": "training"}),
+        (scores, {"color": ORANGE, "marker": "o", "ms": 3, "ls": "--", "label": "validation"}),
+    ):
+        if values:
+            left.plot(*zip(*values), lw=1.2, **style)
     right.plot([row["step"] for row in training], [row["kl"] for row in training], color=GREEN, lw=1.2, marker=marker)
     last = max(step for step, _ in totals + scores)
     late = [value for step, value in totals + scores if step >= 0.05 * last and np.isfinite(value)]

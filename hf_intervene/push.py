@@ -145,7 +145,6 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
     from .plots import floor_chart, save
 
     path = Path(folder, cards.FLOORS_FILE)
-    path.unlink(missing_ok=True)  # that of other metrics
     measured = cards.read_metrics(metrics)
     if measured is not None:
         save(floor_chart(measured), path)
