@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .logging import disable_progress_bars
 from .pretrained import located
 
 
@@ -95,17 +96,8 @@ def edit(arguments: argparse.Namespace) -> int:
 def _load(name: str) -> "InterventionModel":
     from . import pipeline
 
-    _quiet()
+    disable_progress_bars()
     return pipeline.load_model(located(name))
-
-
-def _quiet() -> None:
-    """No bars of the libraries: loading takes less than two seconds."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (transformers_logging, diffusers_logging):
-        library.disable_progress_bar()
 
 
 def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionModel") -> "Image.Image":
@@ -174,7 +166,7 @@ def card(arguments: argparse.Namespace) -> int:
 
     if (arguments.private or arguments.revision) and not arguments.push:
         raise ValueError("--private and --revision need --push.")
-    _quiet()
+    disable_progress_bars()
     model = load_model(arguments.model)
     path = card_path(arguments.model)
     name = full_name(arguments.push) if arguments.push else None
@@ -206,13 +198,13 @@ def check(arguments: argparse.Namespace) -> int:
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
     if arguments.export is None:
-        from .app import launch
+        from .page import launch
 
         launch(arguments.pipeline, arguments.host, arguments.port)
         return 0
     from .space import export
 
-    _quiet()
+    disable_progress_bars()
     folder = export(arguments.pipeline, arguments.export)
     print(f"{folder}   (a Space: push it to the Hub as it is; here: pip install -r requirements.txt && python app.py)")
     return 0
