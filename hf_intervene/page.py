@@ -20,6 +20,7 @@ from PIL import Image
 
 from . import cards, hub
 from .logging import disable_progress_bars
+from .pixels import difference, to_uint8
 from .pretrained import located
 
 
@@ -72,10 +73,9 @@ class Page:
     def sample(
         self, strengths: dict[str, float], num_images: int, seed: int, steps: int = STEPS, guidance: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-        """Observational samples; of the same noise, samples under interventions; how they differ, see `plots.difference`, each uint8
+        """Observational samples; of the same noise, samples under interventions; how they differ, see `pixels.difference`, each uint8
         (n, H, W, channels); and the name of the context."""
         from .contexts import OBS, context_name
-        from .plots import difference
 
         before, name = self._observational(num_images, seed, steps), context_name(strengths, self.concepts)
         options = {"num_inference_steps": int(steps), "guidance_scale": guidance}
@@ -94,7 +94,6 @@ class Page:
         each uint8 (H, W, channels); and the name of the context."""
         from .contexts import context_name
         from .pipeline import fit_image, open_image
-        from .plots import difference, to_uint8
 
         image = fit_image(image if isinstance(image, Image.Image) else open_image(image), self.model)
         x = self.model.preprocess(image)
@@ -149,8 +148,6 @@ class Page:
 
     def _draw(self, context: "Context", num_images: int, seed: int, **options: Any) -> np.ndarray:
         import torch
-
-        from .plots import to_uint8
 
         generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
         return to_uint8(np.asarray(self.model.sample(context, num_images, generator, output_type="np", **options)))
@@ -218,10 +215,11 @@ class PageApart(Page):
 def _answer(folder: Path, connection: Connection) -> None:
     """What the process of a `PageApart` does until that has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page
-    from . import pipeline, plots  # noqa: F401  # before they are asked for
+    from . import pipeline  # noqa: F401  # before it is asked for
 
     disable_progress_bars()
     page = Page(folder)
+    answer: tuple[Any, Exception | None]
     try:
         while True:
             method, arguments = connection.recv()

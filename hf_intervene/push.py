@@ -127,7 +127,8 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
-    from .plots import save, strips, to_uint8  # here, or every import of the package would load Matplotlib
+    from .pixels import to_uint8
+    from .plots import save, strips  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
     contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]

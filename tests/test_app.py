@@ -119,13 +119,17 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
 
 
 def test_the_page_waits_for_no_model(grey):
-    """What is laid out is read from the files: torch is not imported for it, nor by the layout itself."""
+    """What is laid out is read from the files: torch is not imported for it, nor by the layout itself; Matplotlib not for samples either."""
     code = f"""if True:
         import sys
         from hf_intervene import app, page
-        app.build(page.Page({str(grey.folder)!r}))
+        shown = page.Page({str(grey.folder)!r})
+        app.build(shown)
         heavy = {{"torch", "transformers", "diffusers", "matplotlib"}} & sys.modules.keys()
-        sys.exit(f"imported {{heavy}}" if heavy else 0)"""
+        assert not heavy, f"imported {{heavy}}"
+        page.disable_progress_bars()
+        shown.sample({{"thin": 1.0}}, 1, 0)
+        assert "matplotlib" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
