@@ -6,7 +6,6 @@ checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensor
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,7 +15,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_intervene.logging import get_logger
 
+
+logger = get_logger("hf_intervene.training")
 STATE_FILE, LOCK_FILE = "state.json", ".lock"
 
 
@@ -217,7 +219,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
         try:
             return path, *load_checkpoint(path)
         except OSError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            logger.warning("%s", error)
     return None
 
 
