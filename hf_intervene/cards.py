@@ -376,7 +376,8 @@ def loss_in(row: Mapping) -> str:
 
 def shown_protocol(metrics: Mapping) -> str:
     """The protocol shown: distinct images on both sides, where it was measured."""
-    return next(name for name in ("independent", "paper") if name in next(iter(metrics["contexts"].values())))
+    first = next(iter(metrics["contexts"].values()))
+    return next(name for name in ("independent", "paper") if name in first)
 
 
 def _data_name(metrics: dict) -> str:

@@ -26,7 +26,8 @@ from .bases.loading import base_reference
 from .batch_norm import reestimate_batch_norm
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_choices, parse_interventions
-from .modeling_intervention import InterventionHead, gaussian_kl
+from .modeling_intervention import InterventionHead
+from .posterior import gaussian_kl
 from .push import push_to_hub
 from .saving import from_pretrained, save_pretrained
 from .values import Values, model_values
@@ -47,8 +48,8 @@ class InterventionModelOutput(ModelOutput):
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
-        posterior_mean: mean of q(z | x, s), shape (B, *noise_shape).
-        posterior_logvar: log-variance of q(z | x, s), shape (B, *noise_shape).
+        posterior_mean: mean of q(z | x, s), shape (B, *noise_shape); of y where the head whitens its posterior (see `posterior.py`).
+        posterior_logvar: log-variance, likewise.
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
     """
 
@@ -159,17 +160,22 @@ class InterventionModel(PreTrainedModel):
     # The objective
 
     def posterior(self, pixel_values: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of q(z | x, s), each (B, *noise_shape), of images (B, C, H, W) under targets (B, D)."""
-        return self._posterior_of(self.base.encode(pixel_values), targets)
+        """Mean and log-variance of each entry of z under q(z | x, s), each (B, *noise_shape), of images (B, C, H, W) under targets (B, D)."""
+        mean, logvar = self._posterior_of(self.base.encode(pixel_values), targets)
+        return (mean, logvar) if self.head is None else self.head.marginals(mean, logvar, self.seen(targets))
 
     def _posterior_of(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of y where the head whitens its posterior, otherwise of z."""
         if self.head is None:
             return self.base.posterior(features)
-        return self.head.posterior(features, self._seen(targets))
+        return self.head.posterior(features, self.seen(targets))
+
+    def _noise_of(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return y if self.head is None else self.head.whiten(y, self.seen(targets))
 
     def embed(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None = None) -> torch.Tensor:
         """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D), some concepts at chosen values."""
-        return z if self.head is None else self.head(z, self._seen(targets), *(values or ())).embedding
+        return z if self.head is None else self.head(z, self.seen(targets), *(values or ())).embedding
 
     def decode(
         self,
@@ -187,7 +193,7 @@ class InterventionModel(PreTrainedModel):
         decode: Callable[..., torch.Tensor] = self.base.decode  # of some families with residual noise and more
         return decode(embedding) if residual is None else decode(embedding, residual, **denoising)
 
-    def _seen(self, targets: torch.Tensor) -> torch.Tensor:
+    def seen(self, targets: torch.Tensor) -> torch.Tensor:
         """The targets the head sees: none in the ablation that pools the contexts."""
         return torch.zeros_like(targets) if self.config.ablation == "head-pooled" else targets
 
@@ -252,8 +258,9 @@ class InterventionModel(PreTrainedModel):
         mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
         if noise is None:
             noise = torch.randn_like(mean)
-        embedding = self.embed(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *embedding_shape)
-        kl = gaussian_kl(mean, logvar)  # (B,)
+        z = self._noise_of(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *noise_shape)
+        embedding = self.embed(z, targets)  # (B, *embedding_shape)
+        kl = gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, self.seen(targets))  # (B,)
         residual_kl, bottleneck_loss = torch.zeros_like(kl), None
         decoded: Any = None
         if self.base.denoises:
@@ -461,7 +468,7 @@ class InterventionModel(PreTrainedModel):
         else:
             features, latents, _ = self.base.encode_latents(pixel_values, noise(self.base.residual_shape))
         mean, logvar = self._posterior_of(features, targets)
-        z = mean.float() + (0.5 * logvar.float()).exp() * noise(self.noise_shape)
+        z = self._noise_of(mean.float() + (0.5 * logvar.float()).exp() * noise(self.noise_shape), targets)
         if self.base.residual_shape is None:
             return z, None
         return z, self.base.residual_noise(latents, self.embed(z, targets), **denoising)

@@ -28,9 +28,10 @@ from torch.nn.modules.module import (
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_intervention import InterventionConfig
+from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .hub import MAX_SIZE, check_weights, folder, pop_options
+from .posterior import PosteriorLinear, Whitening, gaussian_kl, mixture
 
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -318,25 +319,6 @@ def _norm(squares: torch.Tensor) -> torch.Tensor:
     return (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
 
 
-class PosteriorLinear(nn.Linear):
-    """Last layer of the posterior, (B, in_width) -> (B, 2 n): means, then log-variances.
-
-    It starts at a standard deviation of about `std`, with means larger by 1 / std than nn.Linear starts them. Next to the prior, where
-    that would start, z says hardly anything, and a deep head takes long to hear it.
-    """
-
-    def __init__(self, in_width: int, out_width: int, std: float):
-        self.std = std
-        super().__init__(in_width, out_width)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        means = self.out_features // 2
-        with torch.no_grad():
-            self.weight[:means] /= self.std
-            self.bias[means:] += 2 * math.log(self.std)
-
-
 class InterventionHead(PreTrainedModel):
     r"""
     Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
@@ -377,9 +359,11 @@ class InterventionHead(PreTrainedModel):
                 nn.GELU(),
                 PosteriorLinear(hidden, posterior_width, config.initial_posterior_std),
             )
-        if config.posterior == "centered":
+        contexts = 1 + len(config.concepts)
+        if config.posterior in CENTERED:
             # Row 0: the mean of the posterior means over the observational context; row 1 + j: over the context of concept j.
-            self.register_buffer("posterior_offset", torch.zeros(1 + len(config.concepts), blocks, noise_width))
+            self.register_buffer("posterior_offset", torch.zeros(contexts, blocks, noise_width))
+        self.whitening = Whitening(contexts, blocks * noise_width) if config.posterior == "whitened" else None
         self.post_init()
 
     @torch.no_grad()
@@ -431,7 +415,8 @@ class InterventionHead(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`), float32, each (B, D, noise_width).
+        """Mean and log-variance of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`), float32, each (B, D, noise_width); of a
+        whitened posterior those of y (see `posterior.py`): `whiten` makes a draw z, and `kl` is that of z.
 
         Args:
             features: encoder features, (B, feature_width).
@@ -443,7 +428,7 @@ class InterventionHead(PreTrainedModel):
             features = torch.cat([features, s.to(features.dtype)], dim=1)
         moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
         mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
-        if self.config.posterior == "centered":
+        if self.config.posterior in CENTERED:
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
             weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
             few, offset = _few(weights), self.posterior_offset.float()
@@ -452,6 +437,36 @@ class InterventionHead(PreTrainedModel):
             else:
                 mean = mean.index_add(0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1)
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
+
+    def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Exogenous noise z of a draw y from what `posterior` returned, both (B, D, noise_width); y itself unless it is whitened."""
+        return y if self.whitening is None else self.whitening(y, self._mixture(targets))
+
+    def kl(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,), of what `posterior` returned. An upper bound of it where a whitened
+        posterior is asked for a context that is not of the training data."""
+        return gaussian_kl(mean, logvar) if self.whitening is None else self.whitening.kl(mean, logvar, self._mixture(targets))
+
+    def marginals(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of each entry of z, of what `posterior` returned; all (B, D, noise_width)."""
+        if self.whitening is None:
+            return mean, logvar
+        weights = self._mixture(targets)
+        return self.whitening(mean, weights), self.whitening.variance(logvar.exp(), weights).log()
+
+    def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
+        return mixture(targets[:, : len(self.config.concepts)])
+
+    def whiten_posterior(self, targets: torch.Tensor, covariance: torch.Tensor) -> None:
+        """Let z be white in contexts over which y has these covariances; no effect unless the posterior is whitened.
+
+        Args:
+            targets: of the contexts, (n, D), each with nothing or one concept intervened on.
+            covariance: of y, (n, D noise_width, D noise_width), blocks in order.
+        """
+        if self.whitening is not None:
+            s = targets[:, : len(self.config.concepts)]
+            self.whitening.update(torch.where(s.any(1), 1 + s.argmax(1), 0), covariance)
 
     @torch.no_grad()
     def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
@@ -465,7 +480,7 @@ class InterventionHead(PreTrainedModel):
             targets: (B, D); only rows with nothing or one whole concept intervened on count.
             momentum: weight of this batch in the running mean.
         """
-        if self.config.posterior != "centered":
+        if self.config.posterior not in CENTERED:
             return
         s = targets[:, : len(self.config.concepts)].float()
         single = ((s == 0) | (s == 1)).all(1) & (s.sum(1) <= 1)
@@ -591,11 +606,6 @@ def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -
 def _first(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if "mismatch" in line]
     return lines[0] if lines else str(error)
-
-
-def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
 __all__ = ["InterventionHead", "InterventionHeadOutput"]

@@ -2,13 +2,14 @@
 
 Samples come from the prior N(0, I); what training saw is the aggregate posterior of each context, q_k(z) = E_{x ~ context k} q(z | x, s).
 Where the two differ, samples miss (METHOD section 7: most of the distance of a prior sample from a reconstruction). The ELBO holds them
-together only by the few nats it has for that. The first moment is taken out by `InterventionHead.center_posterior`; this file pulls on
-the second:
+together only by the few nats it has for that. The first moment is taken out by `InterventionHead.center_posterior`; this file follows
+the second, by which `InterventionHead.whiten_posterior` takes it out too, and pulls on it:
 
     weight * mean over contexts k of || Cov_{q_k}[z] - I ||_F^2
 
 A batch holds too few samples of a context for its covariance, so a running one is kept, C_k. With it fixed, the gradient is that of a sum
-over samples, 2 weight <C_k - I, m m^T + diag(var)>: the same however the batch is split over processes and micro-batches.
+over samples, 2 weight <C_k - I, m m^T + diag(var)>: the same however the batch is split over processes and micro-batches. Under a whitened
+posterior these are covariances of y; there the pull keeps y well-conditioned, without which training is slower.
 
 Time and memory of that grow with the cube of the number of concepts. With many, `BlockMomentMatching` keeps the covariances within blocks
 only, in two groups of contexts for each block, and is linear.
@@ -16,8 +17,7 @@ only, in two groups of contexts for each block, and is linear.
 
 import torch
 
-
-LARGEST = 2**22  # numbers in the covariances of all contexts: those of 15 concepts and a free block of the default width, 16 MiB
+from .posterior import fits
 
 
 def moment_matching(
@@ -25,7 +25,7 @@ def moment_matching(
 ) -> "MomentMatching | BlockMomentMatching":
     """The penalty for contexts with these targets, (contexts, D): of whole covariances, or for many concepts of those within blocks."""
     contexts, blocks = targets.shape
-    if contexts * (blocks * noise_width) ** 2 <= LARGEST:
+    if fits(contexts, blocks * noise_width):
         return MomentMatching(contexts, blocks * noise_width, weight, device=device)
     return BlockMomentMatching(targets, noise_width, weight, device=device)
 
@@ -57,13 +57,18 @@ class MomentMatching:
         diagonal = (variance * self.excess.diagonal(dim1=1, dim2=2)[:, None]).sum()
         return 2 * self.weight * (quadratic + diagonal) / len(mean)
 
+    @property
+    def covariance(self) -> torch.Tensor:
+        """C_k, (contexts, width, width)."""
+        return self.excess + torch.eye(self.excess.shape[1], device=self.excess.device)
+
     @torch.no_grad()
-    def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> None:
-        """Move the running covariances towards those of a global batch; arguments as for `loss`."""
+    def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor, pace: float = 1.0) -> None:
+        """Move the running covariances towards those of a global batch, `pace` times as fast; other arguments as for `loss`."""
         m, membership = self._by_context(mean, context_ids)
         counts = membership.sum(1, keepdim=True)  # (k, 1, 1)
         variance = (logvar.float().exp().flatten(1) * membership).sum(1) / counts[:, 0].clamp(min=1)  # (k, w)
-        share = self.momentum * (counts > 0)  # (k, 1, 1)
+        share = pace * self.momentum * (counts > 0)  # (k, 1, 1)
         self.excess.mul_(1 - share).baddbmm_((share / counts.clamp(min=1) * m).mT, m)
         self.excess.diagonal(dim1=1, dim2=2).add_(share[:, 0] * (variance - 1))
 
@@ -102,12 +107,12 @@ class BlockMomentMatching:
         return 2 * self.weight * (quadratic + diagonal) / len(mean)
 
     @torch.no_grad()
-    def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> None:
+    def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor, pace: float = 1.0) -> None:
         """As `MomentMatching.update`."""
         m, variance, own = self._by_block(mean, logvar, context_ids)
         for excess, group in zip(self.excess, (~own, own)):  # (D, n, n), (D, B, 1)
             counts = group.sum(1, keepdim=True)  # (D, 1, 1)
-            share = self.momentum * (counts / self.enough).clamp(max=1)
+            share = pace * self.momentum * (counts / self.enough).clamp(max=1)
             weights = share / counts.clamp(min=1) * group  # (D, B, 1)
             excess.mul_(1 - share).baddbmm_((weights * m).mT, m)
             excess.diagonal(dim1=1, dim2=2).add_((weights * (variance - 1)).sum(1))

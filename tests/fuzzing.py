@@ -7,7 +7,7 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
@@ -21,8 +21,8 @@ class Hang(BaseException):
 
 
 @contextmanager
-def bounds():
-    """Inside, nothing may take more than `MEMORY` bytes or `SECONDS`."""
+def bounds(memory=MEMORY, seconds=SECONDS):
+    """Inside, nothing may take more than so much memory beside what is taken already, or so long."""
 
     def stop(*_):
         raise Hang
@@ -30,8 +30,8 @@ def bounds():
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     previous = signal.signal(signal.SIGALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
-    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, before[1]))
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -55,7 +55,13 @@ def fuzz(strategy, check, examples, seed):
     """Run a check on drawn examples, the same ones for the same seed."""
 
     @with_seed(seed)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
     @given(strategy)
     def run(example):
         check(example)

@@ -20,12 +20,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import TINY
 from diffusers import AutoencoderTiny
+from diffusion_models import stable_diffusion, with_head
 from fuzzing import bounds, fuzz, harmed, mutations, numbers, only_ours, scalars, values, words
 from huggingface_hub import ModelCard
 from hypothesis import strategies as st
 from shared_models import build, frozen_on
 
-from hf_intervene import InterventionHead, InterventionModel, InterventionPipeline, Quantile
+from hf_intervene import InterventionHead, InterventionModel, InterventionPipeline, Quantile, load_base
 from hf_intervene.cards import write_card
 from hf_intervene.contexts import context_name, parse_choices, parse_interventions, parse_values, validate_concepts
 from hf_intervene.training import checkpoints, train
@@ -155,6 +156,8 @@ KINDS = {
     "lora": InterventionModel.from_pretrained,
     "pipeline": InterventionPipeline.from_pretrained,
     "head": InterventionHead.from_pretrained,
+    "denoiser": InterventionModel.from_pretrained,
+    "source": lambda folder: load_base(folder, 16),
 }
 harms = st.tuples(st.floats(0, 1), mutations)
 
@@ -167,6 +170,8 @@ def saved(tmp_path_factory):
     model.save_pretrained(folder / "model")
     model.head.save_pretrained(folder / "head")
     InterventionPipeline.from_model(model).save_pretrained(folder / "pipeline")
+    with_head("dit").save_pretrained(folder / "denoiser")
+    stable_diffusion(with_head("conditional"), folder).save_pretrained(folder / "source")
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder / "vae")
@@ -260,7 +265,7 @@ def run_target(name, seconds, first_seed, saved, folder, examples):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_little_of_everything(name, saved, tmp_path):
-    run_target(name, SECONDS / len(TARGETS), 0, saved, tmp_path, 10)
+    run_target(name, SECONDS / len(TARGETS), 0, saved, tmp_path, 4)
 
 
 @pytest.mark.slow

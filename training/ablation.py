@@ -27,9 +27,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "batch norm in the head": {"norm": "batch"},
     "batch norm in the base": {"base_norm": "batch"},
     "reduced form of the paper": {"propagation_steps": "1"},
+    "posterior centred, not whitened": {"posterior": "centered"},
     "posterior told the targets, not centred": {"posterior": "conditional"},
     "posterior not told the targets": {"posterior": "unconditional"},
     "no moment matching": {"moment_matching": "0"},
+    "posterior centred, no moment matching": {"posterior": "centered", "moment_matching": "0"},
 }
 MEASURES = ("concept", "composition", "bits per pixel")
 

@@ -19,10 +19,12 @@ from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
+from hf_intervene.posterior import fits
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+_LARGE = 1e30  # of a weight in the loss, which is computed in float32
 _MANY = 2**40  # more than any run needs, and torch can still count them
 # Least and greatest value of a setting, of each entry of a list.
 _RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps"), (0, _MANY))
@@ -88,7 +90,7 @@ class TrainArguments:
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
     intervention_rank: int | None = field(default=None, metadata={"help": "Of the weights among many concepts; default: full."})
-    posterior: str = field(default="centered")
+    posterior: str | None = field(default=None, metadata={"help": "Default: whitened, of many concepts centered."})
     initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
     regime: str = field(default="end-to-end", metadata={"help": ", ".join(REGIMES)})
@@ -155,6 +157,8 @@ class TrainArguments:
         for name in ("beta", "residual_weight", "moment_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
+            if getattr(self, name) > _LARGE:
+                raise ValueError(f"{name} must be at most {_LARGE:g}, not {getattr(self, name)}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}.")
         for name in ("learning_rate", "base_learning_rate", "epochs", "max_grad_norm", "min_snr_gamma"):
@@ -172,12 +176,16 @@ class TrainArguments:
         """Optimiser steps of a run over so many training images."""
         return self.max_steps or max(1, round(self.epochs * images / self.batch_size))
 
-    @property
-    def head_options(self) -> dict:
-        """Those settings that are fields of `InterventionConfig`."""
+    def head_options(self, concepts: int) -> dict:
+        """Those settings that are fields of `InterventionConfig`, for so many concepts."""
         names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
         names += ("intervention_rank", "initial_posterior_std")
-        return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
+        options = {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
+        if self.posterior is None:
+            options["posterior"] = (
+                "whitened" if fits(1 + concepts, (concepts + self.free_blocks) * self.noise_width) else "centered"
+            )
+        return options
 
 
 # Settings that may change between an interrupted run and its resumption.

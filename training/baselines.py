@@ -40,7 +40,7 @@ from hf_intervene.data import ContextImages, ContextSchedule
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
-from hf_intervene.modeling_intervention import gaussian_kl
+from hf_intervene.posterior import gaussian_kl
 from hf_intervene.training.arguments import TrainArguments, parse_arguments
 from hf_intervene.training.baseline_losses import averaged_posteriors, beta_tcvae, decomposed_kl, triplet_loss
 from hf_intervene.training.checkpoints import atomic_folder, check_writable

@@ -52,7 +52,9 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 
 
 def head_on(base: nn.Module, ablation: str | None = None) -> InterventionModel:
-    return InterventionModel.build(base, quad.CONCEPTS, ablation=ablation, **TrainArguments().head_options).train()
+    return InterventionModel.build(
+        base, quad.CONCEPTS, ablation=ablation, **TrainArguments().head_options(len(quad.CONCEPTS))
+    ).train()
 
 
 def mixed(model: InterventionModel, batch_size: int) -> torch.Tensor:

@@ -82,7 +82,9 @@ def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
 def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
-    model = InterventionModel.build(LightVAE(sample_size=resolution), quad.CONCEPTS, **TrainArguments().head_options).train()
+    model = InterventionModel.build(
+        LightVAE(sample_size=resolution), quad.CONCEPTS, **TrainArguments().head_options(len(quad.CONCEPTS))
+    ).train()
     x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
     results = {"batch_size": batch_size, "bf16": fast_bf16()}

@@ -15,11 +15,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf_intervene.hub import read_json
 from hf_intervene.logging import get_logger
 
 
 logger = get_logger("hf_intervene.training")
 STATE_FILE, LOCK_FILE = "state.json", ".lock"
+FILES = ("model", "ema", "optimizer", "moments")  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager
@@ -207,10 +209,17 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
-        state = json.loads((path / STATE_FILE).read_text())
+        state = read_json(path / STATE_FILE)
+        if type(state["step"]) is not int or state["step"] < 0 or not set(state["files"]) <= set(FILES):
+            raise ValueError("no checkpoint of this trainer")
         return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.") from error
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise broken(path) from error
+
+
+def broken(path: Path) -> OSError:
+    """The error of a checkpoint that cannot be used."""
+    return OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.")
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:

@@ -33,6 +33,7 @@ from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import RUNNING, TrainArguments, parse_arguments, shared_settings
 from hf_intervene.training.checkpoints import (
     atomic_folder,
+    broken,
     check_writable,
     checkpoints,
     flatten_optimizer,
@@ -64,6 +65,8 @@ from hf_intervene.training.validation import (
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
+WHITEN_EVERY = 16  # steps between two looks at the covariances of a whitened posterior
+LEAST_PACE = 0.25  # of following them
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -126,7 +129,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation
-    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options)
+    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options(len(data.concepts)))
     if a.regime == "lora":
         add_lora(model.base.model, a.lora_rank)
     if a.gradient_checkpointing:
@@ -236,8 +239,11 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         ema.to(accelerator.device)
 
     moments = None
-    if a.moment_matching and model.head is not None:
-        contexts = data.targets(model.config.free_blocks)  # (contexts, D)
+    contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
+    aggregate = torch.arange(len(contexts), device=accelerator.device)  # posterior that each context is part of
+    if model.config.ablation == "head-pooled":
+        contexts, aggregate = contexts[:1], torch.zeros_like(aggregate)
+    if model.head is not None and (a.moment_matching or model.head.whitening is not None):
         moments = moment_matching(contexts, model.noise_shape[-1], a.moment_matching, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
@@ -245,18 +251,21 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     restored = _resume(a, out)
     if restored is not None:
         path, tensors, state = restored
-        _check_same(settings, state["settings"], path)
-        step, best, waited = state["step"], state["best"] or math.inf, state["waited"]
-        weights.load(tensors["model"] | _companion_state(model))
-        restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
-        feed.load_state_dict(state)
-        if accelerator.scaler is not None and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
-            ema.optimization_step = step
-        if moments is not None:
-            moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        try:
+            _check_same(settings, state["settings"], path)
+            step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
+            weights.load(tensors["model"] | _companion_state(model))
+            restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
+            feed.load_state_dict(state)
+            if accelerator.scaler is not None and state.get("scaler"):
+                accelerator.scaler.load_state_dict(state["scaler"])
+            if ema is not None:
+                ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
+                ema.optimization_step = step
+            if moments is not None:
+                moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
+            raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
@@ -344,8 +353,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 with weights.accumulating(runner, not last), accelerator.autocast():
                     output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
-                    if moments is not None:
-                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, ids)
+                    if moments is not None and a.moment_matching:
+                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, aggregate[ids])
                         loss = loss + ramp(step, a.moment_warmup * total) * penalty
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
@@ -363,9 +372,12 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 whole_batch = accelerator.gather(own) if world > 1 else own
                 terms, mean, logvar = unpacked(whole_batch, model.noise_shape)
                 if model.head is not None:
-                    model.head.center_posterior(mean, batch.targets)
+                    model.head.center_posterior(mean, model.seen(batch.targets))
                 if moments is not None:
-                    moments.update(mean, logvar, batch.ids)
+                    # Covariances settle as the weights do: few samples make noise, and early ones are soon out of date.
+                    moments.update(mean, logvar, aggregate[batch.ids], pace=max(learning_rate_factor(a, step, total), LEAST_PACE))
+                    if model.head.whitening is not None and step % WHITEN_EVERY == 0:
+                        model.head.whiten_posterior(contexts, moments.covariance)
                 feed.learn(terms.sum(1))
             recent.append((step, batch.indices, elbo))
             unlogged += 1
