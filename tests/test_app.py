@@ -279,7 +279,7 @@ def page(browser, space):
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(space[1])
-    tab.locator(".pixels img").first.wait_for()
+    tab.locator(".pixels img").first.wait_for(timeout=180_000)  # the model is loaded while the page is there
     yield tab
     elsewhere = [url for url in requests if not url.startswith((space[1], "data:", "blob:"))]
     tab.close()
