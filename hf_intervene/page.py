@@ -166,7 +166,7 @@ class PageApart(Page):
     """A `Page` whose model is in a process of its own, which starts at once. One call at a time.
 
     Raises:
-        RuntimeError: one sentence, by any call: that process has ended.
+        ChildProcessError: one sentence, by any call: that process has ended.
     """
 
     def __init__(self, name: str | os.PathLike, revision: str | None = None):
@@ -198,7 +198,7 @@ class PageApart(Page):
                 self._connection.send((method, arguments))
                 result, error = self._connection.recv()
             except (EOFError, OSError) as ended:
-                raise RuntimeError(
+                raise ChildProcessError(
                     "the process of the model has ended, perhaps for want of memory: start the page again."
                 ) from ended
         if error is not None:

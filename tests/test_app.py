@@ -112,7 +112,7 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
         with pytest.raises(ValueError, match="choose two"):
             apart.compose(["thin"], 0)
         apart._process.kill()
-        with pytest.raises(RuntimeError, match="the process of the model has ended"):
+        with pytest.raises(ChildProcessError, match="the process of the model has ended"):
             apart.sample({}, 1, 0)
     finally:
         apart.close()
