@@ -42,7 +42,7 @@ def mathml(self, node: nodes.Node) -> None:
 
 
 def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """The docstrings are written for people who read source, with Markdown's code in single backticks; this makes reStructuredText of them."""
+    """The docstrings are written for readers of the source, with Markdown's code; this makes reStructuredText of them."""
     text = "\n".join(lines)
     text = re.sub(
         r"^( *)```(\w+)\n(.*?)\n *```$",
@@ -50,12 +50,7 @@ def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         text,
         flags=re.DOTALL | re.MULTILINE,
     )
-    # Blocks that are set off by indentation: diagrams and formulas of modules and classes.
-    text = (
-        re.sub(r"(?m)^(\S.*[^:\n])?(:?)\n\n(?= {4}\S)", lambda m: f"{m[1] or ''}{m[2]}\n\n::\n\n", text)
-        if what == "module"
-        else text
-    )
+    text = re.sub(r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text)  # diagrams and formulas, set off by indentation
     text = re.sub(r"(?<![`:])`([^`\n]+)`(?!`)", r"``\1``", text)
     parts = re.split(r"(``[^`]+``)", text)
     parts[::2] = [re.sub(r"(?<!\w)[*|]+(?=\w)", lambda m: re.sub(r"(.)", r"\\\1", m[0]), part) for part in parts[::2]]

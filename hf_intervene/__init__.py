@@ -3,39 +3,26 @@
 The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled representations", arXiv:2507.04754.
 """
 
-import diffusers
-from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
-from transformers.models.auto import AutoConfig, AutoModel
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from .attach import attach, detach, intervene
-from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
-from .configuration_intervention import InterventionConfig
-from .contexts import OBS, Quantile, context_name, parse_interventions
-from .model import InterventionModel, InterventionModelOutput
-from .modeling_intervention import InterventionHead, InterventionHeadOutput
-from .pipeline import InterventionPipeline
 from .pretrained import bundled
-from .push import push_to_hub
 
+
+if TYPE_CHECKING:
+    from .attaching import attach, detach, intervene
+    from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
+    from .configuration_intervention import InterventionConfig
+    from .contexts import OBS, Quantile, context_name, parse_interventions
+    from .model import InterventionModel, InterventionModelOutput
+    from .modeling_intervention import InterventionHead, InterventionHeadOutput
+    from .pipeline import InterventionPipeline
 
 __version__ = "0.1.0"
-
-AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
-AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
-# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package...
-InterventionConfig.register_for_auto_class()
-InterventionHead.register_for_auto_class("AutoModel")
-# ...so it cannot know of model cards; here it learns.
-InterventionHead.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]  # other arguments than transformers'
-# diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
-# parts by these tables; a part of another library it refuses to load from the Hub.
-diffusers.InterventionPipeline = InterventionPipeline
-_PARTS = {
-    part.__name__: ["save_pretrained", "from_pretrained"]
-    for part in (InterventionHead, DiffusionAdapter, LatentAdapter, LightVAE)
-}
-LOADABLE_CLASSES["hf_intervene"] = _PARTS
-ALL_IMPORTABLE_CLASSES.update(_PARTS)
 
 __all__ = [
     "OBS",
@@ -61,3 +48,36 @@ __all__ = [
     "register_base",
     "wrap_base",
 ]
+
+_DEFINED_IN = ("attaching", "bases", "configuration_intervention", "contexts", "model", "modeling_intervention", "pipeline")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Imports make millions of objects and hardly any garbage: looking for it in between takes a fifth of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        """The public names and the modules, imported when first asked for (PEP 562): torch and the Hugging Face libraries take seconds,
+        which neither the command line's help nor the page has to wait for. The names come all at once, so that transformers and diffusers
+        know every class of the package from then on (see the ends of `model.py` and `pipeline.py`)."""
+        with _no_collection():
+            if name in __all__:
+                modules = [import_module(f".{module}", __name__) for module in _DEFINED_IN]
+                globals().update({n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)})
+                return globals()[name]
+            if not name.startswith("_") and find_spec(f".{name}", __name__):
+                return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
-"""The page of `hf-intervene app`: sample under interventions, edit images, compose pairs, read the card. Thin: `Page` holds what the
-buttons do, by the pipeline and the pictures of `plots.py`; `build` lays it out with Gradio.
+"""The page of `hf-intervene app`, laid out with Gradio: sample under interventions, edit images, compose pairs, read the card. Thin:
+what the buttons do is in `page.py`, and torch is not imported here.
 
 Nothing is fetched at run time, neither fonts nor scripts, and nothing is reported to anybody.
 """
@@ -7,22 +7,13 @@ Nothing is fetched at run time, neither fonts nor scripts, and nothing is report
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, wraps
-from io import BytesIO
-from itertools import combinations
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 
-from . import cards, hub
-from .contexts import OBS, Context, context_name
-from .pipeline import InterventionPipeline, open_image
-from .plots import difference, pairs_grid, to_uint8
-from .pretrained import located
+from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -30,13 +21,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError('the page needs Gradio, which is not installed: pip install "hf-intervene[app]".') from error
+    raise ImportError(NO_GRADIO) from error
 
 
-FILES = (*hub.SAVED_FILES, cards.CARD_FILE, "*.png")  # of a repository on the Hub, what the page shows
 MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
-MAX_COMPOSED = 8  # concepts in the grid of pairs
-STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
 
 # The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
 CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
@@ -72,98 +60,9 @@ CSS = """
 """
 
 
-class Page:
-    """What the buttons of the page do, for one pipeline.
-
-    Args:
-        name: folder or Hub name of a saved pipeline, or of one that comes with the package.
-        revision: of a repository on the Hub: branch, tag or commit.
-    """
-
-    def __init__(self, name: str | os.PathLike, revision: str | None = None):
-        self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
-        self.model = InterventionPipeline.from_pretrained(self.folder).model
-        self.concepts, self.denoises = self.model.concepts, self.model.base.denoises
-        self._observational = lru_cache(maxsize=4)(self._draw_observational)  # of a denoiser it takes as long as the rest
-
-    @property
-    def title(self) -> str:
-        return Path(self.name).resolve().name
-
-    def sample(
-        self, strengths: dict[str, float], num_images: int, seed: int, steps: int = STEPS, guidance: float = 1.0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Observational samples and, of the same noise, samples under interventions, each uint8 (n, H, W, C)."""
-        before = self._observational(num_images, seed, steps)
-        if context_name(strengths, self.concepts) == OBS:
-            return before, before
-        return before, self._draw(strengths, num_images, seed, num_inference_steps=int(steps), guidance_scale=guidance)
-
-    def edit(
-        self, image: Image.Image, came_from: list[str], strengths: dict[str, float], steps: int = STEPS, guidance: float = 1.0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """An image as the model takes it (cropped and resized), as it returns it unchanged, and edited, each uint8 (H, W, C)."""
-        channels, height, width = self.model.base.image_shape
-        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), (width, height))
-        x = self.model.preprocess(image)
-        options: dict[str, Any] = {"num_inference_steps": int(steps)} if self.denoises else {}
-        noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
-        same = self.model.predict(*noise, came_from, "np", **options)
-        other = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
-        given, unchanged, edited = (to_uint8(np.asarray(images)[0]) for images in (x.movedim(1, -1).cpu(), same, other))
-        return given, unchanged, edited
-
-    def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
-        """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
-        if not 1 < len(concepts) <= MAX_COMPOSED:
-            raise ValueError(f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}.")
-        contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
-        images = [self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts]
-        names = [context_name(context, self.concepts) for context in contexts]
-        figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
-        return _drawn(figure)
-
-    @property
-    def few(self) -> int:
-        """Images at once, unless more are asked for: of a denoiser each takes a while."""
-        return 2 if self.denoises else 8
-
-    def examples(self) -> np.ndarray:
-        """Observational samples to edit, uint8 (few, H, W, C)."""
-        return self._observational(self.few, 1, STEPS)
-
-    def card(self) -> str:
-        """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""
-        return cards.card_text(self.folder) or (
-            f"This pipeline has no card; `hf-intervene card {self.name}` writes one. Its concepts are {', '.join(self.concepts)}."
-        )
-
-    def pictures(self) -> list[tuple[str, str]]:
-        """The pictures of the card, with captions."""
-        captions = {
-            cards.FLOORS_FILE: "Distances to real images, and their floors",
-            cards.SAMPLES_FILE: "Samples of every context",
-        }
-        return [(str(self.folder / name), text) for name, text in captions.items() if (self.folder / name).exists()]
-
-    def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
-        return self._draw(OBS, num_images, seed, num_inference_steps=int(steps))
-
-    def _draw(self, context: Context, num_images: int, seed: int, **options: Any) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
-        return to_uint8(np.asarray(self.model.sample(context, num_images, generator, output_type="np", **options)))
-
-
 def _shown(images: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Images (H, W, C) as Gradio takes them: grey ones as (H, W)."""
     return [image.squeeze(-1) if image.shape[-1] == 1 else image for image in images]
-
-
-def _drawn(figure: Figure) -> Image.Image:
-    """A Matplotlib figure as an image."""
-    with BytesIO() as file:
-        figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-        return Image.open(file).convert("RGB")
 
 
 def build(page: Page) -> gr.Blocks:
@@ -206,11 +105,9 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
 
     def sample(*values: Any) -> tuple[list[np.ndarray], gr.Gallery, list[np.ndarray]]:
         strengths, (n, chosen_seed, *options) = _strengths(page, values)
-        observational, intervened = page.sample(strengths, int(n), _checked(chosen_seed), *options)
-        name = context_name(strengths, page.concepts)
-        label = "Nothing is intervened on" if name == OBS else name
-        change = _shown(difference(observational, intervened))
-        return _shown(observational), gr.Gallery(_shown(intervened), label=label), change
+        observational, intervened, change, name = page.sample(strengths, int(n), _checked(chosen_seed), *options)
+        label = "Nothing is intervened on" if name == "obs" else name
+        return _shown(observational), gr.Gallery(_shown(intervened), label=label), _shown(change)
 
     inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
     at_once = [] if page.denoises else [blocks.load, *(part.change for part in (*controls, num_images, seed))]
@@ -260,10 +157,9 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         if file is None:
             raise ValueError("give an image first: upload one, or pick one of those below.")
         strengths, options = _strengths(page, values)
-        given, unchanged, edited = page.edit(open_image(file["path"]), context or [], strengths, *options)
-        pictures = [given, unchanged, edited, *difference(unchanged[None], edited[None])]
+        *pictures, name = page.edit(file["path"], context or [], strengths, *options)
         captions = ["given", "unchanged", "edited", "change"]
-        return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {context_name(strengths, page.concepts)}")
+        return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {name}")
 
     def pick(event: gr.SelectData) -> np.ndarray:
         return _shown(page.examples())[event.index]
@@ -377,24 +273,6 @@ def _on(
     options |= {"api_name": name} if name else {"api_visibility": "private"}
     options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
     gr.on(triggers, spoken, inputs, outputs, **options)
-
-
-def launch(name: str | os.PathLike, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
-    """Serve the page of a pipeline until Ctrl-C.
-
-    Args:
-        name, revision: see `Page`.
-        host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
-        port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
-
-    Raises:
-        OSError, ValueError: one sentence: no such pipeline, the port is taken.
-    """
-    page = Page(name, revision)
-    blocks = build(page)
-    _, url, _ = serve(blocks, host, port)
-    print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
-    blocks.block_thread()
 
 
 def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:

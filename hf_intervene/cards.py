@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_intervention import InterventionConfig
 from .hub import is_on_hub
+
+
+if TYPE_CHECKING:
+    from .configuration_intervention import InterventionConfig
 
 
 CARD_FILE, SAMPLES_FILE, SETTINGS_FILE = "README.md", "samples.png", "training_arguments.yaml"
@@ -157,11 +161,13 @@ class _Saved:
 
     folder: Path
     kind: str
-    config: InterventionConfig
+    config: "InterventionConfig"
     settings_text: str
 
     @classmethod
     def read(cls, folder: Path, head_only: bool) -> "_Saved":
+        from .configuration_intervention import InterventionConfig  # here, or whoever shows a card would wait for transformers
+
         kind = PIPELINE if (folder / "model_index.json").exists() else HEAD if head_only else MODEL
         config = InterventionConfig.from_pretrained(folder / "head" if kind == PIPELINE else folder)
         settings = folder / SETTINGS_FILE
@@ -238,7 +244,7 @@ def _summary(saved: _Saved) -> str:
     )
 
 
-def _blocks(config: InterventionConfig) -> str:
+def _blocks(config: "InterventionConfig") -> str:
     free = (
         f" and {config.free_blocks} free block{'s' * (config.free_blocks != 1)} for everything else" if config.free_blocks else ""
     )

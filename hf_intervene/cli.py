@@ -1,4 +1,5 @@
-"""The command `hf-intervene`. Thin: every sub-command calls what Python users call, and imports it only when it runs."""
+"""The command `hf-intervene`. Thin: every sub-command calls what Python users call, and imports it only when it runs: help and completion
+of words come at once."""
 
 import argparse
 import json
@@ -6,17 +7,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
-from .contexts import OBS, Value, parse_values
-from .pipeline import InterventionPipeline, open_image
+from .logging import disable_progress_bars
 from .pretrained import located
 
 
-PIPELINE = "folder or Hub name of a saved pipeline, or `quad`, which comes with the package"
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .contexts import Value
+    from .model import InterventionModel
+
+
+PIPELINE = "folder or Hub name of a saved pipeline or model, or `quad`, which comes with the package"
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = {
     None: """
@@ -42,10 +46,11 @@ HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what
   hf-intervene sample user/name --interventions smile@0.9 --output smiles.png""",
     "edit": """
   hf-intervene edit quad photo.png --interventions quad1 --output edited.png
+  hf-intervene edit outputs/mine/model photo.png --resize --interventions smile --output edited.png
   hf-intervene edit quad photo.png --reference quad1=other.png --output edited.png""",
     "concepts": """
   hf-intervene concepts quad
-  hf-intervene concepts outputs/demo/pipeline""",
+  hf-intervene concepts outputs/mine/model --json""",
     "check": """
   hf-intervene check my-images --resolution 64
   hf-intervene check quad --json > report.json""",
@@ -72,35 +77,50 @@ def demonstrate(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    """Sample images from a saved pipeline into one picture or a folder of them."""
+    """Sample images from a saved pipeline or model into one picture or a folder of them."""
+    model = _load(arguments.pipeline)
     import torch
 
-    pipe = InterventionPipeline.from_pretrained(located(arguments.pipeline))
-    generator = torch.Generator().manual_seed(arguments.seed)
-    images = pipe(_interventions(arguments, pipe.concepts), arguments.num_images, generator, **_options(arguments)).images
+    interventions, generator = _interventions(arguments, model), torch.Generator().manual_seed(arguments.seed)
+    images = model.sample(interventions, arguments.num_images, generator, output_type="pil", **_options(arguments))
     return _save_images(images, arguments)
 
 
 def edit(arguments: argparse.Namespace) -> int:
-    """Edit an image with a saved pipeline."""
-    pipe = InterventionPipeline.from_pretrained(located(arguments.pipeline))
-    interventions = _interventions(arguments, pipe.concepts)
-    edited = pipe.edit(open_image(arguments.image), interventions, arguments.context, **_options(arguments)).images
-    return _save_images(edited, arguments)
+    """Edit an image with a saved pipeline or model."""
+    model = _load(arguments.pipeline)
+    image, interventions = _open_image(arguments.image, arguments, model), _interventions(arguments, model)
+    return _save_images(model.edit(image, interventions, arguments.context, "pil", **_options(arguments)), arguments)
 
 
-def _interventions(arguments: argparse.Namespace, concepts: Sequence[str]) -> dict[str, Value]:
+def _load(name: str) -> "InterventionModel":
+    from . import pipeline
+
+    disable_progress_bars()
+    return pipeline.load_model(located(name))
+
+
+def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionModel") -> "Image.Image":
+    from .pipeline import fit_image, open_image
+
+    image = open_image(path)
+    return fit_image(image, model) if arguments.resize else image
+
+
+def _interventions(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
     """What `--interventions` and `--reference` say together."""
+    from .contexts import parse_values
+
     if arguments.interventions is None and not arguments.reference:
         raise ValueError("nothing is intervened on: give --interventions or --reference.")
-    values = parse_values(arguments.interventions, concepts)
+    values = parse_values(arguments.interventions, model.concepts)
     for reference in arguments.reference:
         name, _, path = reference.partition("=")
         if not path:
             raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
         if name in values:
             raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
-        values[name] = open_image(path)
+        values[name] = _open_image(path, arguments, model)
     return values
 
 
@@ -108,7 +128,7 @@ def _options(arguments: argparse.Namespace) -> dict:
     return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "reference_context")}
 
 
-def _save_images(images: list, arguments: argparse.Namespace) -> int:
+def _save_images(images: Any, arguments: argparse.Namespace) -> int:
     from diffusers.utils import make_image_grid
 
     path = Path(arguments.output)
@@ -131,10 +151,11 @@ def _print(arguments: argparse.Namespace, result: dict, text: object) -> int:
 
 
 def concepts(arguments: argparse.Namespace) -> int:
-    """Print what a saved pipeline can be intervened on."""
-    names = list(InterventionPipeline.from_pretrained(located(arguments.pipeline)).concepts)
-    print(json.dumps({"concepts": names, "contexts": [OBS, *names]}))
-    return 0
+    """Print what a saved pipeline or model can be intervened on."""
+    names = list(_load(arguments.pipeline).concepts)
+    from .contexts import OBS
+
+    return _print(arguments, {"concepts": names, "contexts": [OBS, *names]}, "\n".join(names))
 
 
 def card(arguments: argparse.Namespace) -> int:
@@ -145,6 +166,7 @@ def card(arguments: argparse.Namespace) -> int:
 
     if (arguments.private or arguments.revision) and not arguments.push:
         raise ValueError("--private and --revision need --push.")
+    disable_progress_bars()
     model = load_model(arguments.model)
     path = card_path(arguments.model)
     name = full_name(arguments.push) if arguments.push else None
@@ -176,12 +198,13 @@ def check(arguments: argparse.Namespace) -> int:
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
     if arguments.export is None:
-        from .app import launch
+        from .page import launch
 
         launch(arguments.pipeline, arguments.host, arguments.port)
         return 0
     from .space import export
 
+    disable_progress_bars()
     folder = export(arguments.pipeline, arguments.export)
     print(f"{folder}   (a Space: push it to the Hub as it is; here: pip install -r requirements.txt && python app.py)")
     return 0
@@ -204,6 +227,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
     )
+    command.add_argument("--resize", action="store_true", help="crop and resize the images given to the model's size")
 
 
 def make_parser(whole: bool = False) -> argparse.ArgumentParser:
@@ -247,13 +271,13 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 
     command = add("edit", edit, "edit an image by interventions", json=True)
     command.add_argument("pipeline", help=PIPELINE)
-    command.add_argument("image", help="the image, of the pipeline's size")
+    command.add_argument("image", help="the image, of the model's size unless --resize is given")
     command.add_argument("--interventions", help="as of sample")
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
     _add_options(command)
     command.add_argument("--output", required=True, help="as of sample")
 
-    command = add("concepts", concepts, "print what a pipeline can be intervened on, as JSON")
+    command = add("concepts", concepts, "print what a pipeline can be intervened on", json=True)
     command.add_argument("pipeline", help=PIPELINE)
 
     command = add("check", check, "say whether a data set's contexts can identify its concepts, before training", json=True)
@@ -308,8 +332,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .training import evaluate
 
         return evaluate.main(argv[1:])
-    for library in (transformers_logging, diffusers_logging):  # loading takes less than two seconds
-        library.disable_progress_bar()
     arguments = make_parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -17,7 +17,8 @@ from .cards import SETTINGS_FILE
 from .data import quad
 from .model import InterventionModel
 from .pipeline import InterventionPipeline
-from .plots import contexts_grid, edit_strips, save, to_uint8
+from .pixels import to_uint8
+from .plots import contexts_grid, edit_strips, save
 from .training import evaluate as evaluation
 from .training import pretrain
 from .training import train as training

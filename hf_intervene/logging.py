@@ -76,3 +76,12 @@ def set_verbosity_warning() -> None:
 
 def set_verbosity_error() -> None:
     set_verbosity(ERROR)
+
+
+def disable_progress_bars() -> None:
+    """Those of diffusers and transformers while they load: that takes less than two seconds."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (transformers_logging, diffusers_logging):
+        library.disable_progress_bar()

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from .bases import Base, wrap_base
@@ -530,3 +531,12 @@ class InterventionModel(PreTrainedModel):
     push_to_hub = push_to_hub  # type: ignore[assignment]
     save_pretrained = save_pretrained  # type: ignore[assignment]
     from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+
+
+AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
+AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
+# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package...
+InterventionConfig.register_for_auto_class()
+InterventionHead.register_for_auto_class("AutoModel")
+# ...so it cannot know of model cards; here it learns.
+InterventionHead.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]  # other arguments than transformers'

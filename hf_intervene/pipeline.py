@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
+from .bases import DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE
 from .bases.base import base_family, model_class_named
-from .bases.diffusion import DiffusionBase
 from .bases.loading import check_part, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
@@ -202,6 +204,22 @@ class InterventionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
 
 
+def load_model(name: str | os.PathLike, **options: Any) -> InterventionModel:
+    """The model of a saved pipeline, or a saved model, as training writes it.
+
+    Args:
+        name: folder, or repository on the Hub.
+        **options: see `hub.folder`.
+
+    Raises:
+        OSError, ValueError: one sentence; see the two `from_pretrained`.
+    """
+    path = hub.folder(name, **options)
+    if (path / "model_index.json").exists() or not (path / "config.json").exists():
+        return InterventionPipeline.from_pretrained(path).model
+    return InterventionModel.from_pretrained(path)
+
+
 def open_image(path: str | os.PathLike) -> Image.Image:
     """An image from a file.
 
@@ -217,6 +235,13 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
     return image
+
+
+def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
+    """An image as a model takes it: turned as its camera says, cropped around its centre and resized."""
+    channels, height, width = model.base.image_shape
+    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
@@ -261,3 +286,14 @@ def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None,
             raise ValueError(f"a head on {name} needs no {part}: leave it out.")
         options |= {part: value} if value is not None else {}
     return InterventionModel(head.config, family(base, **options), head)
+
+
+# diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
+# parts by these tables; a part of another library it refuses to load from the Hub.
+diffusers.InterventionPipeline = InterventionPipeline
+_PARTS = {
+    part.__name__: ["save_pretrained", "from_pretrained"]
+    for part in (InterventionHead, DiffusionAdapter, LatentAdapter, LightVAE)
+}
+LOADABLE_CLASSES["hf_intervene"] = _PARTS
+ALL_IMPORTABLE_CLASSES.update(_PARTS)

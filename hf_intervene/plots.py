@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from .cards import shown_protocol
 from .contexts import OBS, Interventions, Quantile, context_name
 from .model import ImageInput, InterventionModel
+from .pixels import difference, to_uint8
 
 
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
@@ -62,11 +63,6 @@ def _strip(images: np.ndarray) -> np.ndarray:
     return np.concatenate(list(padded), axis=1)
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Float images in [0, 1] as uint8."""
-    return (images * 255).round().astype("uint8")
-
-
 def contexts_grid(
     real: Mapping[str, np.ndarray],
     generated: Mapping[str, np.ndarray],
@@ -97,20 +93,6 @@ def contexts_grid(
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     return figure
-
-
-def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """How much images differ, mean over the channels: white where they do not, black from half of the range on.
-
-    Args:
-        before: uint8 images (n, H, W, C).
-        after: likewise.
-
-    Returns:
-        uint8 images (n, H, W, 1).
-    """
-    change = np.abs(np.asarray(after, dtype=np.float32) - before).mean(-1, keepdims=True)  # (n, H, W, 1)
-    return (255 - np.minimum(2 * change, 255)).round().astype("uint8")
 
 
 def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray], unchanged: np.ndarray | None = None) -> Figure:
@@ -293,8 +275,12 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = "o" if len(training) < 3 else None
-    left.plot(*zip(*totals), color=BLUE, lw=1.2, marker=marker, label="training") if totals else None
-    left.plot(*zip(*scores), color=ORANGE, lw=1.2, marker="o", ms=3, ls="--", label="validation") if scores else None
+    for values, style in (
+        (totals, {"color": BLUE, "marker": marker, "label": "training"}),
+        (scores, {"color": ORANGE, "marker": "o", "ms": 3, "ls": "--", "label": "validation"}),
+    ):
+        if values:
+            left.plot(*zip(*values), lw=1.2, **style)
     right.plot([row["step"] for row in training], [row["kl"] for row in training], color=GREEN, lw=1.2, marker=marker)
     last = max(step for step, _ in totals + scores)
     late = [value for step, value in totals + scores if step >= 0.05 * last and np.isfinite(value)]

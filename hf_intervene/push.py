@@ -20,7 +20,7 @@ from .hub import clear_errors
 PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
-MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py"]
+MODEL_FILES += ["configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py", "posterior.py"]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
 CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 
@@ -127,7 +127,8 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
-    from .plots import save, strips, to_uint8  # here, or every import of the package would load Matplotlib
+    from .pixels import to_uint8
+    from .plots import save, strips  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
     contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
@@ -145,7 +146,6 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
     from .plots import floor_chart, save
 
     path = Path(folder, cards.FLOORS_FILE)
-    path.unlink(missing_ok=True)  # that of other metrics
     measured = cards.read_metrics(metrics)
     if measured is not None:
         save(floor_chart(measured), path)

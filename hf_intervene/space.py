@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from importlib.metadata import distribution, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
 import yaml
@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from packaging.requirements import Requirement
 
 from . import hub
-from .app import FILES
+from .page import FILES, NO_GRADIO
 from .pipeline import InterventionPipeline
 from .pretrained import located
 from .push import CARD_FILES, MODEL_FILES
@@ -23,12 +23,13 @@ APP = '''\
 
 from pathlib import Path
 
-from hf_intervene.app import launch
+from hf_intervene.page import launch
 
 
 HERE = Path(__file__).parent
 
-launch({arguments})
+if __name__ == "__main__":  # the model has a process of its own, which reads this file too
+    launch({arguments})
 '''
 README = """\
 ---
@@ -56,6 +57,10 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be written.
     """
     folder, source = Path(folder), hub.folder(located(name), FILES)
+    try:
+        gradio = version("gradio")
+    except PackageNotFoundError as error:
+        raise ImportError(NO_GRADIO) from error
     InterventionPipeline.from_pretrained(source)  # raises unless it is one
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} already holds something: choose another folder to export to, or remove it.")
@@ -63,7 +68,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     metadata = {
         "title": title,
         "sdk": "gradio",
-        "sdk_version": version("gradio"),
+        "sdk_version": gradio,
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "pinned": False,

@@ -31,16 +31,11 @@ ROOT = Path(__file__).parents[1]
 _PART = re.compile(
     r"^<!-- test: (?P<comment>.*?)\s*-->$|^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-_NAMES = {"max_steps": 2, "eval_every": 2}  # of TINY, yet less
-_OPTIONS = TINY | _NAMES
+_SETTINGS = TINY | {"max_steps": 2, "eval_every": 2}
 
 # What the commands of all pages get, so that each takes a second or two.
 TINY_OPTIONS = {
-    "train": [
-        word
-        for name, value in _OPTIONS.items()
-        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ],
+    "train": " ".join(f"--{name} {value}" for name, value in _SETTINGS.items()).translate(str.maketrans("", "", "[],")).split(),
     "evaluate": ["--images", "8", "--projections", "5", "--num-inference-steps", "2"],
     "pretrain": ["--images", "16", "--resolution", "16", "--steps", "2", "--batch-size", "8"],
     "check": ["--images", "24", "--resolution", "16"],

@@ -25,6 +25,7 @@ pytest.importorskip("gradio", reason="the page needs the extra `app`")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from hf_intervene import app  # noqa: E402
+from hf_intervene.page import Page, PageApart  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
 
 
@@ -40,7 +41,7 @@ def save(model, folder):
 
 @pytest.fixture(scope="module")
 def quad():
-    return app.Page("quad")
+    return Page("quad")
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +49,31 @@ def grey(tmp_path_factory):
     torch.manual_seed(0)
     base = LightVAE(1, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     model = InterventionModel.build(base, ["thin", "wide"], noise_width=4, initializer_range=0.5)
-    return app.Page(save(model, tmp_path_factory.mktemp("saved") / "digits"))
+    return Page(save(model, tmp_path_factory.mktemp("saved") / "digits"))
 
 
 # What the buttons do
 
 
 def test_samples_share_their_noise(quad):
-    before, after = quad.sample({"quad1": 1.0}, 4, 3)
-    again, half = quad.sample({"quad1": 0.5}, 4, 3)
+    before, after, *_ = quad.sample({"quad1": 1.0}, 4, 3)
+    again, half, *_ = quad.sample({"quad1": 0.5}, 4, 3)
     assert before.shape == after.shape == (4, 64, 64, 3) and before.dtype == np.uint8
     assert np.array_equal(before, again) and not np.array_equal(before, quad.sample({}, 4, 4)[0])
     change = abs(after.astype(int) - before).mean((0, 3))  # (64, 64)
     assert change[56:, :8].mean() > 3 * change[56:, 56:].mean()  # the first quadrant, and not the second
     assert 0 < abs(half.astype(int) - before).mean() < change.mean()
-    assert np.array_equal(*quad.sample({"quad1": 0.0}, 4, 3))
+    before, after, difference, name = quad.sample({"quad1": 0.0}, 4, 3)
+    assert np.array_equal(before, after) and (difference == 255).all() and name == "obs"
 
 
 def test_an_edit_of_any_image(quad):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 4), dtype=np.uint8), "RGBA")
-    given, unchanged, edited = quad.edit(photo, [], {"quad1": 1.0})
+    given, unchanged, edited, change, name = quad.edit(photo, [], {"quad1": 1.0})
+    assert change.shape == (64, 64, 1) and name == "quad1"
     assert given.shape == unchanged.shape == edited.shape == (64, 64, 3)
     example = quad.examples()[0]
-    given, unchanged, edited = quad.edit(Image.fromarray(example), [], {})
+    given, unchanged, edited, *_ = quad.edit(Image.fromarray(example), [], {})
     assert np.array_equal(given, example) and np.array_equal(unchanged, edited)
     assert not np.array_equal(
         unchanged, quad.edit(Image.fromarray(example), ["quad3"], {})[1]
@@ -91,6 +94,51 @@ def test_the_card_is_shown(quad, grey):
     assert "![" not in card and "library_name" not in card and "<!--" not in card
     assert [Path(path).name for path, _ in quad.pictures()][-1] == "samples.png"
     assert "has no card" in grey.card() and "thin, wide" in grey.card() and grey.pictures() == []
+
+
+# The process of the model
+
+
+def test_a_model_in_a_process_of_its_own(grey, tmp_path):
+    apart = PageApart(grey.folder)
+    try:
+        assert apart.concepts == grey.concepts == ["thin", "wide"] and not apart.denoises
+        for theirs, ours in zip(apart.sample({"wide": 0.5}, 3, 1), grey.sample({"wide": 0.5}, 3, 1)):
+            assert np.array_equal(theirs, ours)
+        assert apart.examples().shape == (8, 16, 16, 1)
+        (tmp_path / "photo.png").write_text("no picture")
+        with pytest.raises(ValueError, match="photo.png is not an image"):
+            apart.edit(str(tmp_path / "photo.png"), [], {})
+        with pytest.raises(ValueError, match="choose two"):
+            apart.compose(["thin"], 0)
+        apart._process.kill()
+        with pytest.raises(ChildProcessError, match="the process of the model has ended"):
+            apart.sample({}, 1, 0)
+    finally:
+        apart.close()
+
+
+def test_the_page_waits_for_no_model(grey):
+    """What is laid out is read from the files: torch is not imported for it, nor by the layout itself; Matplotlib not for samples either."""
+    code = f"""if True:
+        import sys
+        from hf_intervene import app, page
+        shown = page.Page({str(grey.folder)!r})
+        app.build(shown)
+        heavy = {{"torch", "transformers", "diffusers", "matplotlib"}} & sys.modules.keys()
+        assert not heavy, f"imported {{heavy}}"
+        page.disable_progress_bars()
+        shown.sample({{"thin": 1.0}}, 1, 0)
+        assert "matplotlib" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_weights_that_cannot_be_read(grey, tmp_path, capsys):
+    shutil.copytree(grey.folder, tmp_path / "digits")
+    (tmp_path / "digits" / "head" / "model.safetensors").write_bytes(b"nothing")
+    assert cli.main(["app", str(tmp_path / "digits")]) == 1
+    assert "its weights are truncated or corrupt" in capsys.readouterr().err
 
 
 # The page as it is served
@@ -136,10 +184,10 @@ def test_nothing_is_fetched_from_elsewhere(client):
 
 
 def test_a_denoiser_has_its_own_controls(tmp_path):
-    page = app.Page(save(with_head(), tmp_path / "pipe"))
-    before, after = page.sample({"a": 1.0}, 2, 0, 2, 3.0)
+    page = Page(save(with_head(), tmp_path / "pipe"))
+    before, after, *_ = page.sample({"a": 1.0}, 2, 0, 2, 3.0)
     assert not np.array_equal(before, after)
-    assert len(page.edit(Image.fromarray(before[0]), [], {"a": 1.0}, 2, 1.5)) == 3
+    assert page.denoises and len(page.edit(Image.fromarray(before[0]), [], {"a": 1.0}, 2, 1.5)) == 5
     functions = {function.api_name: function for function in app.build(page).fns.values()}
     for name in ("sample", "edit", "compose"):
         assert "Denoising steps" in [part.label for part in functions[name].inputs]
@@ -231,7 +279,7 @@ def page(browser, space):
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(space[1])
-    tab.locator(".pixels img").first.wait_for()
+    tab.locator(".pixels img").first.wait_for(timeout=180_000)  # the model is loaded while the page is there
     yield tab
     elsewhere = [url for url in requests if not url.startswith((space[1], "data:", "blob:"))]
     tab.close()

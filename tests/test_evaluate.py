@@ -158,9 +158,10 @@ def test_bad_input_is_one_sentence(saved, tmp_path, capsys, monkeypatch, change,
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_sample_edit_and_concepts_commands(model, tmp_path, capsys):
-    InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipe")
+@pytest.mark.parametrize("kind", ["pipeline", "model"])
+def test_sample_edit_and_concepts_commands(model, kind, tmp_path, capsys):
     pipe = str(tmp_path / "pipe")
+    (InterventionPipeline.from_model(model) if kind == "pipeline" else model).save_pretrained(pipe)
     argv = ["sample", pipe, "--interventions", "quad1+size=0.5", "--num-images", "3", "--output"]
     assert cli.main([*argv, str(tmp_path / "row.png")]) == 0
     assert Image.open(tmp_path / "row.png").size == (48, 16)
@@ -168,9 +169,15 @@ def test_sample_edit_and_concepts_commands(model, tmp_path, capsys):
     assert len(list((tmp_path / "many").glob("*.png"))) == 3
     image = str(tmp_path / "many" / "0000.png")
     assert cli.main(["edit", pipe, image, "--interventions", "quad1", "--output", str(tmp_path / "edited.png")]) == 0
-    capsys.readouterr()
+    Image.new("RGB", (40, 30), (200, 40, 40)).save(photo := str(tmp_path / "photo.png"))
+    resized = ["edit", pipe, photo, "--reference", f"quad1={photo}", "--output", str(tmp_path / "photo-edited.png")]
+    assert cli.main([*resized, "--resize"]) == 0 and Image.open(resized[-1]).size == (16, 16)
+    assert cli.main(resized) == 1
+    assert "not 3x30x40: resize them first." in capsys.readouterr().err
     assert cli.main(["concepts", pipe]) == 0
-    assert json.loads(capsys.readouterr().out)["concepts"] == list(quad.CONCEPTS)
+    assert capsys.readouterr().out.split() == list(quad.CONCEPTS)
+    assert cli.main(["concepts", pipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"concepts": list(quad.CONCEPTS), "contexts": ["obs", *quad.CONCEPTS]}
     assert cli.main(["sample", pipe, "--interventions", "quad9", "--output", image]) == 1
     assert "unknown concept 'quad9'" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import yaml
 from diffusion_models import save_pipeline, save_vision
 from safetensors.torch import load_file
 
-from hf_intervene import InterventionModel
+from hf_intervene import InterventionModel, logging
 from hf_intervene.training import checkpoints, train
 from hf_intervene.training.train import TrainArguments, main, parse_arguments
 
@@ -179,7 +179,13 @@ def test_training_learns(tiny, capsys):
 
 def test_a_silent_z_is_said(tiny, capsys):
     run(tiny, max_steps=20, eval_every=20, beta=1000.0, initial_posterior_std=1.0)
-    assert "next to nothing" in capsys.readouterr().err
+    assert "warning: z carries" in capsys.readouterr().err
+    logging.set_verbosity_error()
+    try:
+        run(tiny, output_dir=f"{tiny['output_dir']}-quiet", max_steps=20, eval_every=20, beta=1000.0, initial_posterior_std=1.0)
+    finally:
+        logging.set_verbosity_warning()
+    assert "z carries" not in capsys.readouterr().err
 
 
 def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):

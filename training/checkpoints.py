@@ -6,7 +6,6 @@ checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensor
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -17,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_intervene.hub import read_json
+from hf_intervene.logging import get_logger
 
 
+logger = get_logger("hf_intervene.training")
 STATE_FILE, LOCK_FILE = "state.json", ".lock"
 FILES = ("model", "ema", "optimizer", "moments")  # a checkpoint may hold, each a file of tensors
 
@@ -231,7 +232,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
         try:
             return path, *load_checkpoint(path)
         except OSError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            logger.warning("%s", error)
     return None
 
 

@@ -33,7 +33,8 @@ from hf_intervene.metrics.causal import (
 from hf_intervene.metrics.factors import LEVELS, FactorRegressor
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
-from hf_intervene.plots import plot_matrices, save, to_uint8
+from hf_intervene.pixels import to_uint8
+from hf_intervene.plots import plot_matrices, save
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.evaluate import load_model

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from hf_intervene import pipeline
 from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
@@ -34,7 +35,6 @@ from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
-from hf_intervene.pipeline import InterventionPipeline
 from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
@@ -316,13 +316,10 @@ def training_split(folder: str) -> tuple[float, int]:
 
 
 def load_model(folder: str) -> InterventionModel:
-    """A model saved by `InterventionModel.save_pretrained`, or the one of a saved pipeline."""
-    path = Path(folder)
-    if not path.is_dir():
+    """The model in a folder; see `hf_intervene.pipeline.load_model`."""
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}.")
-    if (path / "model_index.json").exists():
-        return InterventionPipeline.from_pretrained(path).model
-    return InterventionModel.from_pretrained(path)
+    return pipeline.load_model(folder)
 
 
 def versions() -> dict[str, str]:

@@ -312,7 +312,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         if not accelerator.is_main_process:
             return None
         if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
-            accelerator.print(f"warning: weights of step {step} are not finite and are not saved.", file=sys.stderr)
+            logger.warning("weights of step %d are not finite and are not saved.", step)
             return None
         try:
             state |= {"settings": settings, "settings_version": SETTINGS_VERSION}
@@ -320,7 +320,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         except OSError as error:
             if kind == "last":
                 raise
-            accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
+            logger.warning("%s Training goes on.", error)
             return None
 
     def log(row: dict) -> None:
@@ -329,7 +329,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 with open(out / "history.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, **row}) + "\n")
             except OSError as error:
-                accelerator.print(f"warning: cannot write {out / 'history.jsonl'}: {error.strerror}.", file=sys.stderr)
+                logger.warning("cannot write %s: %s.", out / "history.jsonl", error.strerror)
             if on_log is not None:
                 on_log({"step": step, "total": total, **row})
         if a.tracker != "none":
@@ -414,11 +414,12 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 unlogged = 0
                 bar.set_postfix(loss=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
                 log(row | {"learning_rate": optimizer.param_groups[0]["lr"]})
-                if finished and model.head is not None and (nats := means[1].item()) < SILENT:
-                    accelerator.print(
-                        f"warning: z carries {nats:.2f} nats of an image, next to nothing, and what interventions do rests on it: train "
-                        "for longer, or lower beta or moment_matching.",
-                        file=sys.stderr,
+                silent = model.head is not None and means[1].item() < SILENT
+                if finished and silent and accelerator.is_main_process:
+                    logger.warning(
+                        "z carries %.2f nats of an image, next to nothing, and what interventions do rests on it: train for longer, or "
+                        "lower beta or moment_matching.",
+                        means[1].item(),
                     )
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
@@ -432,7 +433,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                                 save_model(whole, folder, data)
                         except OSError as error:
                             saved = False
-                            accelerator.print(f"warning: {error} Training goes on.", file=sys.stderr)
+                            logger.warning("%s Training goes on.", error)
                 waited = 0 if improved else waited + 1
                 if improved and _agreed(saved, accelerator):  # what could not be saved is not the best there is
                     best = score
@@ -456,7 +457,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     feed.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
-        draw_curves(out, accelerator)
+        draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
         with atomic_folder(model_dir) as folder:
             trained.save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate.utils import reduce
 from diffusers.utils import make_image_grid, numpy_to_pil
 
 from hf_intervene.data import ContextImages
+from hf_intervene.logging import get_logger
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import read_history, save, training_curves
@@ -22,6 +22,7 @@ from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED
 
 
+logger = get_logger("hf_intervene.training")
 TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
 
 
@@ -92,12 +93,12 @@ def bad_images(data: ContextImages, rows: torch.Tensor, losses: torch.Tensor, ou
     return f"for {len(bad)} of its {len(rows)} images (training images {', '.join(names)}; see {picture})"
 
 
-def draw_curves(out: Path, accelerator: Accelerator) -> None:
+def draw_curves(out: Path) -> None:
     """The picture of the run's history.jsonl."""
     try:
         save(training_curves(read_history(out / "history.jsonl")), out / "curves.png")
     except (OSError, ValueError) as error:
-        accelerator.print(f"warning: cannot draw {out / 'curves.png'}: {error}", file=sys.stderr)
+        logger.warning("cannot draw %s: %s", out / "curves.png", error)
 
 
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
@@ -119,7 +120,7 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
     except OSError as error:
-        accelerator.print(f"warning: cannot write {path}: {error.strerror}. Training goes on.", file=sys.stderr)
+        logger.warning("cannot write %s: %s. Training goes on.", path, error.strerror)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             with tracking(accelerator):
@@ -133,5 +134,4 @@ def tracking(accelerator: Accelerator) -> Iterator[None]:
         yield
     except OSError as error:
         accelerator.trackers = []
-        why = error.strerror or error
-        accelerator.print(f"warning: the tracker cannot write ({why}) and is left out. Training goes on.", file=sys.stderr)
+        logger.warning("the tracker cannot write (%s) and is left out. Training goes on.", error.strerror or error)

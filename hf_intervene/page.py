@@ -1,0 +1,257 @@
+"""What the buttons of the page do (`Page`), and serving it (`launch`); its layout is in `app.py`.
+
+Until a picture is in the browser, most of the time goes by with imports: torch and the Hugging Face libraries, Gradio, the browser's own.
+So the model has a process of its own (`PageApart`), and the three go on beside each other: this module imports nothing heavy.
+"""
+
+import multiprocessing
+import os
+import signal
+from functools import cached_property, lru_cache
+from io import BytesIO
+from itertools import combinations
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from . import cards, hub
+from .logging import disable_progress_bars
+from .pixels import difference, to_uint8
+from .pretrained import located
+
+
+if TYPE_CHECKING:
+    from .contexts import Context
+    from .model import InterventionModel
+
+FILES = (*hub.SAVED_FILES, cards.CARD_FILE, "*.png")  # of a repository on the Hub, what the page shows
+MAX_COMPOSED = 8  # concepts in the grid of pairs
+NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
+STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
+
+
+class Page:
+    """What the buttons of the page do, for one pipeline or model. What the layout needs is read from its files; the model is loaded when
+    it is first used.
+
+    Args:
+        name: folder or Hub name of a saved pipeline or model, or of a pipeline that comes with the package.
+        revision: of a repository on the Hub: branch, tag or commit.
+
+    Raises:
+        OSError, ValueError: one sentence: there is none.
+    """
+
+    def __init__(self, name: str | os.PathLike, revision: str | None = None):
+        self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
+        self.concepts = _concepts(self.folder, name)
+        self.denoises = (self.folder / "scheduler").is_dir()
+        self._observational = lru_cache(maxsize=4)(self._draw_observational)  # of a denoiser it takes as long as the rest
+
+    @property
+    def title(self) -> str:
+        return Path(self.name).resolve().name
+
+    @cached_property
+    def model(self) -> "InterventionModel":
+        from . import pipeline
+
+        return pipeline.load_model(self.folder)
+
+    def load(self) -> None:
+        """Load the model now.
+
+        Raises:
+            OSError, ValueError, TypeError: one sentence: it cannot be loaded.
+        """
+        _ = self.model
+
+    def sample(
+        self, strengths: dict[str, float], num_images: int, seed: int, steps: int = STEPS, guidance: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """Observational samples; of the same noise, samples under interventions; how they differ, see `pixels.difference`, each uint8
+        (n, H, W, channels); and the name of the context."""
+        from .contexts import OBS, context_name
+
+        before, name = self._observational(num_images, seed, steps), context_name(strengths, self.concepts)
+        options = {"num_inference_steps": int(steps), "guidance_scale": guidance}
+        after = before if name == OBS else self._draw(strengths, num_images, seed, **options)
+        return before, after, difference(before, after), name
+
+    def edit(
+        self,
+        image: Image.Image | str,
+        came_from: list[str],
+        strengths: dict[str, float],
+        steps: int = STEPS,
+        guidance: float = 1.0,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
+        """An image (or its file) as the model takes it, cropped and resized; as it returns it unchanged; edited; how the last two differ,
+        each uint8 (H, W, channels); and the name of the context."""
+        from .contexts import context_name
+        from .pipeline import fit_image, open_image
+
+        image = fit_image(image if isinstance(image, Image.Image) else open_image(image), self.model)
+        x = self.model.preprocess(image)
+        options: dict[str, Any] = {"num_inference_steps": int(steps)} if self.denoises else {}
+        noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
+        same = self.model.predict(*noise, came_from, "np", **options)
+        other = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
+        given, unchanged, edited = (to_uint8(np.asarray(images)[:1]) for images in (x.movedim(1, -1).cpu(), same, other))
+        change = difference(unchanged, edited)
+        return given[0], unchanged[0], edited[0], change[0], context_name(strengths, self.concepts)
+
+    def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
+        """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
+        if not 1 < len(concepts) <= MAX_COMPOSED:
+            raise ValueError(f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}.")
+        from .contexts import context_name
+        from .plots import pairs_grid
+
+        contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
+        images = [self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts]
+        names = [context_name(context, self.concepts) for context in contexts]
+        figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
+        with BytesIO() as file:
+            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+            return Image.open(file).convert("RGB")
+
+    @property
+    def few(self) -> int:
+        """Images at once, unless more are asked for: of a denoiser each takes a while."""
+        return 2 if self.denoises else 8
+
+    def examples(self) -> np.ndarray:
+        """Observational samples to edit, uint8 (few, H, W, C)."""
+        return self._observational(self.few, 1, STEPS)
+
+    def card(self) -> str:
+        """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""
+        return cards.card_text(self.folder) or (
+            f"This pipeline has no card; `hf-intervene card {self.name}` writes one. Its concepts are {', '.join(self.concepts)}."
+        )
+
+    def pictures(self) -> list[tuple[str, str]]:
+        """The pictures of the card, with captions."""
+        captions = {
+            cards.FLOORS_FILE: "Distances to real images, and their floors",
+            cards.SAMPLES_FILE: "Samples of every context",
+        }
+        return [(str(self.folder / name), text) for name, text in captions.items() if (self.folder / name).exists()]
+
+    def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
+        return self._draw("obs", num_images, seed, num_inference_steps=int(steps))
+
+    def _draw(self, context: "Context", num_images: int, seed: int, **options: Any) -> np.ndarray:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
+        return to_uint8(np.asarray(self.model.sample(context, num_images, generator, output_type="np", **options)))
+
+
+def _concepts(folder: Path, name: str | os.PathLike) -> list[str]:
+    files = (folder / "head" / "config.json", folder / "config.json")
+    config = next((hub.read_config(file) for file in files if file.exists()), {})
+    concepts = config.get("concepts")
+    if not isinstance(concepts, list) or not concepts or not all(isinstance(concept, str) for concept in concepts):
+        raise ValueError(f"{name} is not an intervention pipeline or model: it has no config.json that names concepts.")
+    return concepts
+
+
+class PageApart(Page):
+    """A `Page` whose model is in a process of its own, which starts at once. One call at a time.
+
+    Raises:
+        ChildProcessError: one sentence, by any call: that process has ended.
+    """
+
+    def __init__(self, name: str | os.PathLike, revision: str | None = None):
+        super().__init__(name, revision)
+        context, self._lock = multiprocessing.get_context("spawn"), Lock()
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_answer, args=(self.folder, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # or neither would see the other's end
+
+    def load(self) -> None:
+        self._call("load")
+
+    def sample(self, *arguments: Any) -> Any:
+        return self._call("sample", *arguments)
+
+    def edit(self, *arguments: Any) -> Any:
+        return self._call("edit", *arguments)
+
+    def compose(self, *arguments: Any) -> Any:
+        return self._call("compose", *arguments)
+
+    def examples(self) -> np.ndarray:
+        return self._call("examples")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        with self._lock:
+            try:
+                self._connection.send((method, arguments))
+                result, error = self._connection.recv()
+            except (EOFError, OSError) as ended:
+                raise ChildProcessError(
+                    "the process of the model has ended, perhaps for want of memory: start the page again."
+                ) from ended
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+        self._connection.close()
+
+
+def _answer(folder: Path, connection: Connection) -> None:
+    """What the process of a `PageApart` does until that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page
+    from . import pipeline  # noqa: F401  # before it is asked for
+
+    disable_progress_bars()
+    page = Page(folder)
+    answer: tuple[Any, Exception | None]
+    try:
+        while True:
+            method, arguments = connection.recv()
+            try:
+                answer = getattr(page, method)(*arguments), None
+            except Exception as error:  # raised again where it was asked for
+                answer = None, error
+            connection.send(answer)
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def launch(name: str | os.PathLike, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
+    """Serve the page of a pipeline until Ctrl-C.
+
+    Args:
+        name, revision: see `Page`.
+        host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
+        port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
+
+    Raises:
+        OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
+        ImportError: Gradio is not installed.
+    """
+    page = PageApart(name, revision)
+    try:
+        from .app import build, serve  # Gradio: after the other process has started
+
+        blocks = build(page)
+        _, url, _ = serve(blocks, host, port)
+        print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
+        page.load()
+        blocks.block_thread()
+    finally:
+        page.close()
