@@ -4,11 +4,14 @@ The method is that of Markham et al., "Intervening to learn and compose (causall
 """
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 from .pretrained import bundled
 
@@ -64,16 +67,32 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _import_all() -> None:
+    """All public names, after which transformers and diffusers know every class of the package (see the ends of `model.py` and
+    `pipeline.py`)."""
+    modules = [import_module(f".{module}", __name__) for module in _DEFINED_IN]
+    globals().update({n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)})
+
+
+def _make_known(_: object) -> None:
+    if not any(f"{__name__}.{module}" in sys.modules for module in _DEFINED_IN):  # or this is the import of one of them
+        with _no_collection():
+            _import_all()
+
+
+# Whoever imports this package and transformers or diffusers, in any order, can load what it saved by their Auto classes and pipelines.
+for _library in ("transformers", "diffusers"):
+    wrapt.register_post_import_hook(_make_known, _library)
+
+
 if not TYPE_CHECKING:  # or a type checker would take any name
 
     def __getattr__(name: str) -> Any:
         """The public names and the modules, imported when first asked for (PEP 562): torch and the Hugging Face libraries take seconds,
-        which neither the command line's help nor the page has to wait for. The names come all at once, so that transformers and diffusers
-        know every class of the package from then on (see the ends of `model.py` and `pipeline.py`)."""
+        which neither the command line's help nor the page has to wait for."""
         with _no_collection():
             if name in __all__:
-                modules = [import_module(f".{module}", __name__) for module in _DEFINED_IN]
-                globals().update({n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)})
+                _import_all()
                 return globals()[name]
             if not name.startswith("_") and find_spec(f".{name}", __name__):
                 return import_module(f".{name}", __name__)

@@ -205,4 +205,7 @@ def _check_reference(name: str, reference: dict[str, str | None]) -> None:
             )
 
 
+# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package.
+InterventionConfig.register_for_auto_class()
+
 __all__ = ["InterventionConfig"]

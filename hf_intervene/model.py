@@ -535,8 +535,5 @@ class InterventionModel(PreTrainedModel):
 
 AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
 AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
-# The head's code travels with every checkpoint, for AutoModel.from_pretrained(..., trust_remote_code=True) without this package...
-InterventionConfig.register_for_auto_class()
-InterventionHead.register_for_auto_class("AutoModel")
-# ...so it cannot know of model cards; here it learns.
+# The head's code travels with checkpoints and cannot know of model cards; here it learns.
 InterventionHead.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]  # other arguments than transformers'

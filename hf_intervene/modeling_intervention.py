@@ -509,4 +509,6 @@ class InterventionHead(PreTrainedModel):
         return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)
 
 
+InterventionHead.register_for_auto_class("AutoModel")  # see configuration_intervention.py
+
 __all__ = ["InterventionHead", "InterventionHeadOutput"]

@@ -1,5 +1,8 @@
 """The pipeline: diffusers' own save and load, sampling and editing."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -30,6 +33,26 @@ def test_round_trip(pipe, tmp_path, pipeline_class):
     assert images.shape == (8, 3, 16, 16)
     assert torch.equal(images, loaded(generator=generator(), **call).images)
     assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_intervene; from transformers import AutoModel; from diffusers import DiffusionPipeline",
+        "from diffusers import DiffusionPipeline; from transformers import AutoModel; import hf_intervene",
+        "from transformers import AutoModel; import hf_intervene.contexts; from diffusers import DiffusionPipeline",
+    ],
+)
+def test_importing_the_package_makes_its_classes_known(pipe, tmp_path, imports):
+    """In any order, and without one of its names."""
+    pipe.save_pretrained(tmp_path)
+    code = f"""if True:
+        {imports}
+        print(type(AutoModel.from_pretrained({str(tmp_path / "head")!r})).__name__)
+        print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__name__)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == ["InterventionHead", "InterventionPipeline"], found.stderr[-2000:]
 
 
 def test_output_types(pipe):
