@@ -110,6 +110,7 @@ def _command(words: list[str], appended: list[str], tiny: dict[str, list[str]]) 
         name, main, first = words[1], cli.main, 1
     else:
         return Command(words)
+    assert not any(word.startswith("/") for word in words), f"a command of a page would write outside its folder: {words}"
     words = words + tiny.get(name, []) + appended
     return Command(words, name, main, words[first:])
 
