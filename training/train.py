@@ -29,7 +29,7 @@ from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.logging import get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
-from hf_intervene.moments import moment_matching
+from hf_intervene.training.aggregate import AggregatePosteriors
 from hf_intervene.training.arguments import (
     RUNNING,
     SETTINGS_VERSION,
@@ -72,8 +72,6 @@ from hf_intervene.training.validation import (
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
-WHITEN_EVERY = 16  # steps between two looks at the covariances of a whitened posterior
-LEAST_PACE = 0.25  # of following them
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -245,13 +243,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if ema is not None:
         ema.to(accelerator.device)
 
-    moments = None
-    contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
-    aggregate = torch.arange(len(contexts), device=accelerator.device)  # posterior that each context is part of
-    if model.config.ablation == "head-pooled":
-        contexts, aggregate = contexts[:1], torch.zeros_like(aggregate)
-    if model.head is not None and (a.moment_matching or model.head.whitening is not None):
-        moments = moment_matching(contexts, model.noise_shape[-1], a.moment_matching, accelerator.device)
+    posteriors = None if model.head is None else AggregatePosteriors(model, data, a.moment_matching, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
@@ -270,8 +262,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             if ema is not None:
                 ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
                 ema.optimization_step = step
-            if moments is not None:
-                moments.excess = tensors["moments"]["excess"].to(accelerator.device)
+            if posteriors is not None:
+                posteriors.load_state_dict(tensors.get("moments", {}))
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
             raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
@@ -307,8 +299,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
         tensors = {name: weights.full(values) for name, values in tensors.items()}
-        if moments is not None:
-            tensors["moments"] = {"excess": moments.excess}
+        if posteriors is not None and (state_of_moments := posteriors.state_dict()):
+            tensors["moments"] = state_of_moments
         if not accelerator.is_main_process:
             return None
         if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
@@ -362,9 +354,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 with weights.accumulating(runner, not last), accelerator.autocast():
                     output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
-                    if moments is not None and a.moment_matching:
-                        penalty = moments.loss(output.posterior_mean, output.posterior_logvar, aggregate[ids])
-                        loss = loss + ramp(step, a.moment_warmup * total) * penalty
+                    if posteriors is not None:
+                        loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, ids)
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
@@ -380,13 +371,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             if model.head is not None or a.schedule == "adaptive":
                 whole_batch = accelerator.gather(own) if world > 1 else own
                 terms, mean, logvar = unpacked(whole_batch, model.noise_shape)
-                if model.head is not None:
-                    model.head.center_posterior(mean, model.seen(batch.targets))
-                if moments is not None:
-                    # Covariances settle as the weights do: few samples make noise, and early ones are soon out of date.
-                    moments.update(mean, logvar, aggregate[batch.ids], pace=max(learning_rate_factor(a, step, total), LEAST_PACE))
-                    if model.head.whitening is not None and step % WHITEN_EVERY == 0:
-                        model.head.whiten_posterior(contexts, moments.covariance)
+                if posteriors is not None:
+                    posteriors.follow(mean, logvar, batch.targets, batch.ids, step, learning_rate_factor(a, step, total))
                 feed.learn(terms.sum(1))
             recent.append((step, batch.indices, elbo))
             unlogged += 1
