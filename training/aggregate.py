@@ -62,6 +62,7 @@ class AggregatePosteriors:
         return {} if self.moments is None else {"excess": self.moments.excess}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` returned. Raises a KeyError if covariances are followed and there are none."""
         if self.moments is not None:
             self.moments.excess = state["excess"].to(self.moments.excess.device)
 
