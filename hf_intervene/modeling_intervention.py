@@ -23,7 +23,7 @@ from .checks import check_fit, check_loaded
 from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .hub import check_weights, folder, pop_options
-from .posterior import PosteriorLinear, Whitening, gaussian_kl, mixture
+from .posterior import PosteriorLinear, Whitening, gaussian_kl, mixture, row_of
 
 
 @dataclass
@@ -453,8 +453,7 @@ class InterventionHead(PreTrainedModel):
             covariance: of y, (n, D noise_width, D noise_width), blocks in order.
         """
         if self.whitening is not None:
-            s = targets[:, : len(self.config.concepts)]
-            self.whitening.update(torch.where(s.any(1), 1 + s.argmax(1), 0), covariance)
+            self.whitening.update(row_of(targets[:, : len(self.config.concepts)]), covariance)
 
     @torch.no_grad()
     def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
@@ -472,7 +471,7 @@ class InterventionHead(PreTrainedModel):
             return
         s = targets[:, : len(self.config.concepts)].float()
         single = ((s == 0) | (s == 1)).all(1) & (s.sum(1) <= 1)
-        context = torch.where(s.any(1), 1 + s.argmax(1), 0)  # (B,)
+        context = row_of(s)  # (B,)
         counts = torch.zeros(1 + s.shape[1], device=s.device).index_add(0, context, single.float())  # (1 + d,)
         weight = momentum * single / counts[context].clamp(min=1)  # (B,)
         # Only these rows: the offsets of all contexts are many.

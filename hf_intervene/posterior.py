@@ -98,6 +98,11 @@ def fits(contexts: int, width: int) -> bool:
     return contexts * width**2 <= LARGEST
 
 
+def row_of(targets: torch.Tensor) -> torch.Tensor:
+    """The training context of each row of targets, (B, d), with nothing or one concept intervened on: 0 or 1 + j, (B,)."""
+    return torch.where(targets.any(1), 1 + targets.argmax(1), 0)
+
+
 def mixture(targets: torch.Tensor) -> torch.Tensor:
     """How much a row of targets, (B, d), is of each training context: weights (B, 1 + d) that are not negative and sum to 1.
 
@@ -113,4 +118,4 @@ def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-__all__ = ["PosteriorLinear", "Whitening", "fits", "gaussian_kl", "mixture"]
+__all__ = ["PosteriorLinear", "Whitening", "fits", "gaussian_kl", "mixture", "row_of"]
