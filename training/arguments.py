@@ -271,8 +271,9 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 def read_config(path: str) -> dict:
     """Settings of a YAML file, its keys and types checked; of one that a run saved, with the defaults of then."""
     settings = read_yaml(path)
-    # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today.
-    saved = Path(path).read_text().startswith(_SHARED) or len(settings) > 40  # all that there were, which nobody writes by hand
+    # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today. By hand
+    # nobody writes all the settings that there were.
+    saved = Path(path).read_text(encoding="utf-8").startswith(_SHARED) or len(settings) > 40
     settings = earlier_defaults(settings.pop("settings_version", 0 if saved else SETTINGS_VERSION), path) | settings
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
