@@ -50,6 +50,7 @@ class InterventionModelOutput(ModelOutput):
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
         posterior_mean: mean of q(z | x, s), shape (B, *noise_shape); of y where the head whitens its posterior (see `posterior.py`).
         posterior_logvar: log-variance, likewise.
+        exogenous_noise: z, the draw that was decoded, shape (B, *noise_shape).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
     """
 
@@ -60,6 +61,7 @@ class InterventionModelOutput(ModelOutput):
     bottleneck_loss: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
+    exogenous_noise: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
 
 
@@ -283,6 +285,7 @@ class InterventionModel(PreTrainedModel):
             bottleneck_loss=bottleneck_loss,
             posterior_mean=mean,
             posterior_logvar=logvar,
+            exogenous_noise=z,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
         )
         return output if return_dict is not False else output.to_tuple()

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "posterior told the targets, not centred": {"posterior": "conditional"},
     "posterior not told the targets": {"posterior": "unconditional"},
     "no moment matching": {"moment_matching": "0"},
+    "no prior matching": {"prior_matching": "0"},
     "posterior centred, no moment matching": {"posterior": "centered", "moment_matching": "0"},
 }
 MEASURES = ("concept", "composition", "bits per pixel")

@@ -1,10 +1,12 @@
-"""What a run follows of the aggregate posteriors of its contexts (see `hf_intervene/posterior.py` and `hf_intervene/moments.py`)."""
+"""What a run follows of the aggregate posteriors of its contexts (see `posterior.py`, `moments.py` and `prior_matching.py` of the package)."""
 
 import torch
 
 from hf_intervene.data import ContextImages
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import moment_matching
+from hf_intervene.prior_matching import PriorMatching
+from hf_intervene.training.arguments import TrainArguments
 
 
 WHITEN_EVERY = 16  # steps between two looks at the covariances of a whitened posterior
@@ -12,31 +14,39 @@ LEAST_PACE = 0.25  # of following them
 
 
 class AggregatePosteriors:
-    """Their means, which are taken out; their covariances, which are whitened and matched to the prior's.
+    """Their means, which are taken out; their covariances, which are whitened and matched to the prior's; and what else a critic sees.
 
     Args:
         model: with a head.
         data: the training images.
-        weight: of moment matching, in nats; 0: none.
+        a: the settings; of them the weights of moment matching and of prior matching (0: none), and the seed.
         device: of the state.
     """
 
-    def __init__(self, model: InterventionModel, data: ContextImages, weight: float, device: torch.device):
-        self.model, self.weight = model, weight
+    def __init__(self, model: InterventionModel, data: ContextImages, a: TrainArguments, device: torch.device):
+        self.model, self.weight, self.seed = model, a.moment_matching, a.seed
         self.contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
         self.group = torch.arange(len(self.contexts), device=device)  # of contexts with one aggregate posterior
         if model.config.ablation == "head-pooled":
             self.contexts, self.group = self.contexts[:1], torch.zeros_like(self.group)
         self.whitened = model.head.whitening is not None
         self.moments = None
-        if weight or self.whitened:
-            self.moments = moment_matching(self.contexts, model.noise_shape[-1], weight, device)
+        if self.weight or self.whitened:
+            self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)
+        self.prior = None
+        if a.prior_matching:
+            blocks, noise_width = model.noise_shape
+            self.prior = PriorMatching(blocks * noise_width, blocks, a.prior_matching * a.beta, a.seed, device)
 
-    def penalty(self, output: InterventionModelOutput, ids: torch.Tensor) -> torch.Tensor | float:
-        """That of moment matching for samples of the contexts `ids`, (B,); its gradient counts. A scalar in nats."""
-        if self.moments is None or not self.weight:
-            return 0.0
-        return self.moments.loss(output.posterior_mean, output.posterior_logvar, self.group[ids])
+    def penalty(self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | float:
+        """Those of moment matching and prior matching for samples under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A
+        scalar in nats."""
+        penalty: torch.Tensor | float = 0.0
+        if self.moments is not None and self.weight:
+            penalty = penalty + self.moments.loss(output.posterior_mean, output.posterior_logvar, self.group[ids])
+        if self.prior is not None:
+            penalty = penalty + self.prior.loss(output.exogenous_noise, self.model.seen(targets))
+        return penalty
 
     def follow(
         self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, step: int, pace: float
@@ -51,20 +61,29 @@ class AggregatePosteriors:
             pace: share of the peak learning rate. Covariances settle as the weights do: few samples make noise, and early ones are soon
                 out of date.
         """
-        self.model.head.center_posterior(mean, self.model.seen(targets))
+        head, seen = self.model.head, self.model.seen(targets)
+        if self.prior is not None:
+            many = [x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen)]
+            generator = torch.Generator(mean.device).manual_seed(-1 - self.seed * 1_000_003 - step)  # numbers of no `step_noise`
+            y = many[0] + many[1] * torch.randn(many[0].shape, generator=generator, device=mean.device)
+            self.prior.update(head.whiten(y, many[2]), many[2], generator)
+        head.center_posterior(mean, seen)
         if self.moments is not None:
             self.moments.update(mean, logvar, self.group[ids], pace=max(pace, LEAST_PACE))
             if self.whitened and step % WHITEN_EVERY == 0:
-                self.model.head.whiten_posterior(self.contexts, self.moments.covariance)
+                head.whiten_posterior(self.contexts, self.moments.covariance)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps beside the model: nothing unless covariances are followed."""
-        return {} if self.moments is None else {"excess": self.moments.excess}
+        """What a checkpoint keeps beside the model: nothing unless covariances are followed or there is a critic."""
+        moments = {} if self.moments is None else {"excess": self.moments.excess}
+        return moments if self.prior is None else moments | self.prior.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` returned. Raises a KeyError if covariances are followed and there are none."""
+        """Go on from what `state_dict` returned. Raises a KeyError or RuntimeError if it is of something else."""
         if self.moments is not None:
             self.moments.excess = state["excess"].to(self.moments.excess.device)
+        if self.prior is not None:
+            self.prior.load_state_dict(state)
 
 
 __all__ = ["AggregatePosteriors"]

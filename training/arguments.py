@@ -101,7 +101,8 @@ class TrainArguments:
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     moment_matching: float = field(default=10.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
-    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which that weight rises from 0."})
+    prior_matching: float = field(default=2.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
+    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which both weights rise from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
     # Optimisation
@@ -154,7 +155,7 @@ class TrainArguments:
         for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
-        for name in ("beta", "residual_weight", "moment_matching", "group_lasso", "l2", "weight_decay"):
+        for name in ("beta", "residual_weight", "moment_matching", "prior_matching", "group_lasso", "l2", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
             if getattr(self, name) > _LARGE:
@@ -190,9 +191,12 @@ class TrainArguments:
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
 # Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 1
+SETTINGS_VERSION = 2
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
-EARLIER: tuple[dict[str, object], ...] = ({"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},)
+EARLIER: tuple[dict[str, object], ...] = (
+    {"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},
+    {"prior_matching": 0.0},
+)
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}

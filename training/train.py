@@ -243,7 +243,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if ema is not None:
         ema.to(accelerator.device)
 
-    posteriors = None if model.head is None else AggregatePosteriors(model, data, a.moment_matching, accelerator.device)
+    posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
@@ -355,7 +355,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     output = runner(targets=s, beta=beta, residual_weight=a.residual_weight, **inputs)
                     loss = output.loss
                     if posteriors is not None:
-                        loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, ids)
+                        loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, s, ids)
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)

@@ -1,0 +1,88 @@
+r"""Matching each context's aggregate posterior to the prior, in all that a critic tells apart (an addition to the paper's objective).
+
+The KL of the ELBO, averaged over the images of a context k, has two parts (Hoffman and Johnson, 2016):
+
+    E_{x ~ k} KL(q(z | x, s) || N(0, I)) = I_k(x; z) + KL(q_k || N(0, I)),    q_k(z) = E_{x ~ k} q(z | x, s).
+
+The first is the information about an image, which its reconstruction needs. The second is what samples miss: they come from N(0, I), and the
+decoder has learnt what q_k draws. So only the second gets more weight here. `moments.py` and the whitening of `posterior.py` see means and
+covariances; a concept of one dimension that the encoder lays as a curve into a block of many has the right ones too. The ratio of densities is
+that of a classifier that tells the two apart (Sugiyama et al., 2012; used on latents by Makhzani et al., 2015, and Kim and Mnih, 2018):
+
+    KL(q_k || N(0, I)) = E_{z ~ q_k} log q_k(z) / p(z) ~ E_{z ~ q_k} logit(z, s).
+
+One small classifier serves all contexts. It learns once a step, from draws of the whole global batch and as many of the prior.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+
+class PriorMatching:
+    """
+    Args:
+        width: of z, D * noise_width.
+        blocks: D, the width of the targets.
+        weight: of the penalty, in nats.
+        seed: of the classifier's weights and draws.
+        device: of the state.
+    """
+
+    hidden = 256
+    draws = 4  # of z from the posterior of an image, and as many of the prior
+    learning_rate = 1e-3
+
+    def __init__(self, width: int, blocks: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"):
+        self.weight, self.seed = weight, seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = (
+                *(nn.Linear(width + blocks, self.hidden), nn.LeakyReLU(0.2)),
+                *(nn.Linear(self.hidden, self.hidden), nn.LeakyReLU(0.2)),
+                nn.Linear(self.hidden, 1),
+            )
+        self.critic = nn.Sequential(*layers).to(device).requires_grad_(False)
+        self.parameters = list(self.critic.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9))
+
+    def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, ...) in contexts with targets (B, D)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.critic(torch.cat([z.flatten(1).float(), targets.float()], dim=1))[:, 0]
+
+    def loss(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The penalty, weight * mean log ratio, a scalar in nats: draws (B, D, noise_width) of the posteriors, targets (B, D)."""
+        return self.weight * self.log_ratio(z, targets).mean()
+
+    def update(self, z: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> None:
+        """Let the classifier learn from draws (n, D, noise_width) of the posteriors of a global batch, targets (n, D)."""
+        z = z.detach()
+        prior = torch.randn(z.shape, generator=generator, device=z.device)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean()
+            gradients = torch.autograd.grad(loss, self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.requires_grad_(False)
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The classifier's weights and its optimiser's state."""
+        adam = {f"adam.{i}.{key}": value for i, p in enumerate(self.parameters) for key, value in self.optimizer.state[p].items()}
+        return {f"critic.{name}": value for name, value in self.critic.state_dict().items()} | adam
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` returned. Raises a KeyError or RuntimeError if it is of something else."""
+        self.critic.load_state_dict({name: state[f"critic.{name}"] for name in self.critic.state_dict()})
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                parameter = self.parameters[int(index)]
+                self.optimizer.state[parameter][key] = value.to(parameter.device if key != "step" else "cpu")
+
+
+__all__ = ["PriorMatching"]
