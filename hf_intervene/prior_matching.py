@@ -11,45 +11,69 @@ that of a classifier that tells the two apart (Sugiyama et al., 2012; used on la
 
     KL(q_k || N(0, I)) = E_{z ~ q_k} log q_k(z) / p(z) ~ E_{z ~ q_k} logit(z, s).
 
-One small classifier serves all contexts. It learns once a step, from draws of the whole global batch and as many of the prior.
+One small classifier serves all contexts. It learns a little every step, from draws of the whole global batch and as many of the prior.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn.functional import leaky_relu, softplus
+
+from .modeling_intervention import BlockLinear
+
+
+class Critic(nn.Module):
+    """log q_k(z) / p(z) as a sum: of each block by itself, which takes few draws to learn, and of all blocks together.
+
+    Args:
+        blocks, noise_width: D and n.
+    """
+
+    block_width, width = 64, 128
+
+    def __init__(self, blocks: int, noise_width: int):
+        super().__init__()
+        sizes = (noise_width + 1, self.block_width, self.block_width, 1)
+        self.alone = nn.ModuleList(BlockLinear(blocks, a, b) for a, b in zip(sizes, sizes[1:]))
+        for layer in self.alone:
+            layer.reset_parameters()
+        sizes = (blocks * (noise_width + 1), self.width, self.width, 1)
+        self.together = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+
+    def forward(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """z (B, D, n), targets (B, D) -> (B,), float32."""
+        x = torch.cat([z.float(), targets.float()[..., None]], dim=2)  # (B, D, n + 1)
+        first, second, last = self.alone
+        alone = last(leaky_relu(second(leaky_relu(first(x.transpose(0, 1)), 0.2)), 0.2))  # (D, B, 1)
+        first, second, last = self.together
+        together = last(leaky_relu(second(leaky_relu(first(x.flatten(1)), 0.2)), 0.2))  # (B, 1)
+        return alone.sum(0)[:, 0] + together[:, 0]
 
 
 class PriorMatching:
     """
     Args:
-        width: of z, D * noise_width.
-        blocks: D, the width of the targets.
+        blocks, noise_width: D and n.
         weight: of the penalty, in nats.
-        seed: of the classifier's weights and draws.
+        seed: of the classifier's weights.
         device: of the state.
     """
 
-    hidden = 256
-    draws = 4  # of z from the posterior of an image, and as many of the prior
-    learning_rate = 1e-3
+    draws = 4  # of z from the posterior of an image, and as many of the prior, each time the classifier learns
+    updates = 2  # times it learns, a step
+    learning_rate = 3e-3
 
-    def __init__(self, width: int, blocks: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"):
-        self.weight, self.seed = weight, seed
+    def __init__(self, blocks: int, noise_width: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"):
+        self.weight = weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = (
-                *(nn.Linear(width + blocks, self.hidden), nn.LeakyReLU(0.2)),
-                *(nn.Linear(self.hidden, self.hidden), nn.LeakyReLU(0.2)),
-                nn.Linear(self.hidden, 1),
-            )
-        self.critic = nn.Sequential(*layers).to(device).requires_grad_(False)
+            self.critic = Critic(blocks, noise_width).to(device).requires_grad_(False)
         self.parameters = list(self.critic.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9))
 
     def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, ...) in contexts with targets (B, D)."""
+        """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, D, n) in contexts with targets (B, D)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.critic(torch.cat([z.flatten(1).float(), targets.float()], dim=1))[:, 0]
+            return self.critic(z, targets)
 
     def loss(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The penalty, weight * mean log ratio, a scalar in nats: draws (B, D, noise_width) of the posteriors, targets (B, D)."""

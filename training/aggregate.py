@@ -35,8 +35,7 @@ class AggregatePosteriors:
             self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)
         self.prior = None
         if a.prior_matching:
-            blocks, noise_width = model.noise_shape
-            self.prior = PriorMatching(blocks * noise_width, blocks, a.prior_matching * a.beta, a.seed, device)
+            self.prior = PriorMatching(*model.noise_shape, a.prior_matching * a.beta, a.seed, device)
 
     def penalty(self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | float:
         """Those of moment matching and prior matching for samples under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A
@@ -65,8 +64,9 @@ class AggregatePosteriors:
         if self.prior is not None:
             many = [x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen)]
             generator = torch.Generator(mean.device).manual_seed(-1 - self.seed * 1_000_003 - step)  # numbers of no `step_noise`
-            y = many[0] + many[1] * torch.randn(many[0].shape, generator=generator, device=mean.device)
-            self.prior.update(head.whiten(y, many[2]), many[2], generator)
+            for _ in range(self.prior.updates):
+                y = many[0] + many[1] * torch.randn(many[0].shape, generator=generator, device=mean.device)
+                self.prior.update(head.whiten(y, many[2]), many[2], generator)
         head.center_posterior(mean, seen)
         if self.moments is not None:
             self.moments.update(mean, logvar, self.group[ids], pace=max(pace, LEAST_PACE))
