@@ -68,7 +68,8 @@ class PriorMatching:
             torch.manual_seed(seed)
             self.critic = Critic(blocks, noise_width).to(device).requires_grad_(False)
         self.parameters = list(self.critic.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9))
+        # With the usual eps of 1e-8 gradients of rounding alone make whole steps, and two processes part from one.
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9), eps=1e-6)
 
     def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, D, n) in contexts with targets (B, D)."""
