@@ -33,7 +33,7 @@ SETTINGS = dict(
     log_every=100,
     tracker="none",
 )
-LIGHT = SETTINGS | dict(images_per_context=3000, epochs=7)
+LIGHT = SETTINGS | dict(images_per_context=3000, epochs=7, prior_matching=5.0)
 PRETRAINED = SETTINGS | dict(images_per_context=1500, max_steps=600, eval_every=200)
 PRETRAINING_STEPS = 800
 MEASURED_IMAGES = 640  # a side of a distance

@@ -101,7 +101,7 @@ class TrainArguments:
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     moment_matching: float = field(default=10.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
-    prior_matching: float = field(default=5.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
+    prior_matching: float = field(default=1.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
     moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which both weights rise from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
