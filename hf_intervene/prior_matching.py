@@ -33,9 +33,10 @@ class Critic(nn.Module):
     def __init__(self, blocks: int, noise_width: int):
         super().__init__()
         sizes = (noise_width + 1, self.block_width, self.block_width, 1)
-        self.alone = nn.ModuleList(BlockLinear(blocks, a, b) for a, b in zip(sizes, sizes[1:]))
-        for layer in self.alone:
+        alone = [BlockLinear(blocks, a, b) for a, b in zip(sizes, sizes[1:])]
+        for layer in alone:
             layer.reset_parameters()
+        self.alone = nn.ModuleList(alone)
         sizes = (blocks * (noise_width + 1), self.width, self.width, 1)
         self.together = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
 
@@ -69,7 +70,7 @@ class PriorMatching:
             self.critic = Critic(blocks, noise_width).to(device).requires_grad_(False)
         self.parameters = list(self.critic.parameters())
         # With the usual eps of 1e-8 gradients of rounding alone make whole steps, and two processes part from one.
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9), eps=1e-6)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9), eps=1e-6, fused=True)
 
     def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, D, n) in contexts with targets (B, D)."""
@@ -107,7 +108,7 @@ class PriorMatching:
             if name.startswith("adam."):
                 _, index, key = name.split(".")
                 parameter = self.parameters[int(index)]
-                self.optimizer.state[parameter][key] = value.to(parameter.device if key != "step" else "cpu")
+                self.optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 __all__ = ["PriorMatching"]
