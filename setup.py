@@ -60,7 +60,7 @@ setup(
         "datasets>=4.6,<6",
         "huggingface_hub>=1.23,<3",
         "filelock>=3.16",
-        "jinja2>=3.1.2",
+        "jinja2>=3.1.5",
         "numpy>=2.0",
         "scipy>=1.13",
         "safetensors>=0.8",
