@@ -16,7 +16,7 @@ One small classifier serves all contexts. It learns a little every step, from dr
 
 import torch
 from torch import nn
-from torch.nn.functional import leaky_relu, softplus
+from torch.nn.functional import softplus
 
 from .modeling_intervention import BlockLinear
 
@@ -32,22 +32,20 @@ class Critic(nn.Module):
 
     def __init__(self, blocks: int, noise_width: int):
         super().__init__()
-        sizes = (noise_width + 1, self.block_width, self.block_width, 1)
-        alone = [BlockLinear(blocks, a, b) for a, b in zip(sizes, sizes[1:])]
+        w, v = self.block_width, self.width
+        alone = [BlockLinear(blocks, *sizes) for sizes in ((noise_width + 1, w), (w, w), (w, 1))]
         for layer in alone:
             layer.reset_parameters()
-        self.alone = nn.ModuleList(alone)
-        sizes = (blocks * (noise_width + 1), self.width, self.width, 1)
-        self.together = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        together = [nn.Linear(*sizes) for sizes in ((blocks * (noise_width + 1), v), (v, v), (v, 1))]
+        self.alone = nn.Sequential(alone[0], nn.LeakyReLU(0.2), alone[1], nn.LeakyReLU(0.2), alone[2])
+        self.together = nn.Sequential(together[0], nn.LeakyReLU(0.2), together[1], nn.LeakyReLU(0.2), together[2])
 
     def forward(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """z (B, D, n), targets (B, D) -> (B,), float32."""
         x = torch.cat([z.float(), targets.float()[..., None]], dim=2)  # (B, D, n + 1)
-        first, second, last = self.alone
-        alone = last(leaky_relu(second(leaky_relu(first(x.transpose(0, 1)), 0.2)), 0.2))  # (D, B, 1)
-        first, second, last = self.together
-        together = last(leaky_relu(second(leaky_relu(first(x.flatten(1)), 0.2)), 0.2))  # (B, 1)
-        return alone.sum(0)[:, 0] + together[:, 0]
+        alone = self.alone(x.transpose(0, 1))  # (D, B, 1)
+        together = self.together(x.flatten(1))  # (B, 1)
+        return (alone.sum(0) + together)[:, 0]
 
 
 class PriorMatching:

@@ -34,8 +34,8 @@ class AggregatePosteriors:
         if self.weight or self.whitened:
             self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)
         self.prior = None
-        if a.prior_matching:
-            self.prior = PriorMatching(*model.noise_shape, a.prior_matching * a.beta, a.seed, device)
+        if weight := a.prior_matching * a.beta:
+            self.prior = PriorMatching(*model.noise_shape, weight, a.seed, device)
 
     def penalty(self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | float:
         """Those of moment matching and prior matching for samples under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A
@@ -62,11 +62,11 @@ class AggregatePosteriors:
         """
         head, seen = self.model.head, self.model.seen(targets)
         if self.prior is not None:
-            many = [x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen)]
+            means, stds, contexts = (x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen))
             generator = torch.Generator(mean.device).manual_seed(-1 - self.seed * 1_000_003 - step)  # numbers of no `step_noise`
             for _ in range(self.prior.updates):
-                y = many[0] + many[1] * torch.randn(many[0].shape, generator=generator, device=mean.device)
-                self.prior.update(head.whiten(y, many[2]), many[2], generator)
+                y = means + stds * torch.randn(means.shape, generator=generator, device=means.device)
+                self.prior.update(head.whiten(y, contexts), contexts, generator)
         head.center_posterior(mean, seen)
         if self.moments is not None:
             self.moments.update(mean, logvar, self.group[ids], pace=max(pace, LEAST_PACE))
