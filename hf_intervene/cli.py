@@ -198,7 +198,7 @@ def check(arguments: argparse.Namespace) -> int:
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
     if arguments.export is None:
-        from .page import launch
+        from .page_process import launch
 
         launch(arguments.pipeline, arguments.host, arguments.port)
         return 0

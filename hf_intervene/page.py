@@ -1,25 +1,19 @@
-"""What the buttons of the page do (`Page`), and serving it (`launch`); its layout is in `app.py`.
-
-Until a picture is in the browser, most of the time goes by with imports: torch and the Hugging Face libraries, Gradio, the browser's own.
-So the model has a process of its own (`PageApart`), and the three go on beside each other: this module imports nothing heavy.
+"""What the buttons of the page do: `Page`, and `PageApart`, whose model is in another process. Its layout is in `app.py`; it is served by
+`page_process.py`. Torch is imported with the model only.
 """
 
-import multiprocessing
 import os
-import signal
 from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import combinations
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from . import cards, hub
-from .logging import disable_progress_bars
+from .page_process import ModelProcess
 from .pixels import difference, to_uint8
 from .pretrained import located
 
@@ -163,95 +157,28 @@ def _concepts(folder: Path, name: str | os.PathLike) -> list[str]:
 
 
 class PageApart(Page):
-    """A `Page` whose model is in a process of its own, which starts at once. One call at a time.
+    """A `Page` whose model is in a process of its own. One call at a time.
 
     Raises:
         ChildProcessError: one sentence, by any call: that process has ended.
     """
 
-    def __init__(self, name: str | os.PathLike, revision: str | None = None):
+    def __init__(self, name: str | os.PathLike, process: ModelProcess, revision: str | None = None):
         super().__init__(name, revision)
-        context, self._lock = multiprocessing.get_context("spawn"), Lock()
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_answer, args=(self.folder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()  # or neither would see the other's end
+        self._process = process
+        process.open(self.folder)
 
     def load(self) -> None:
-        self._call("load")
+        self._process.call("load")
 
     def sample(self, *arguments: Any) -> Any:
-        return self._call("sample", *arguments)
+        return self._process.call("sample", *arguments)
 
     def edit(self, *arguments: Any) -> Any:
-        return self._call("edit", *arguments)
+        return self._process.call("edit", *arguments)
 
     def compose(self, *arguments: Any) -> Any:
-        return self._call("compose", *arguments)
+        return self._process.call("compose", *arguments)
 
     def examples(self) -> np.ndarray:
-        return self._call("examples")
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        with self._lock:
-            try:
-                self._connection.send((method, arguments))
-                result, error = self._connection.recv()
-            except (EOFError, OSError) as ended:
-                raise ChildProcessError(
-                    "the process of the model has ended, perhaps for want of memory: start the page again."
-                ) from ended
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.join()
-        self._connection.close()
-
-
-def _answer(folder: Path, connection: Connection) -> None:
-    """What the process of a `PageApart` does until that has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page
-    from . import pipeline  # noqa: F401  # before it is asked for
-
-    disable_progress_bars()
-    page = Page(folder)
-    answer: tuple[Any, Exception | None]
-    try:
-        while True:
-            method, arguments = connection.recv()
-            try:
-                answer = getattr(page, method)(*arguments), None
-            except Exception as error:  # raised again where it was asked for
-                answer = None, error
-            connection.send(answer)
-    except (EOFError, BrokenPipeError):
-        pass
-
-
-def launch(name: str | os.PathLike, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
-    """Serve the page of a pipeline until Ctrl-C.
-
-    Args:
-        name, revision: see `Page`.
-        host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
-        port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
-
-    Raises:
-        OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
-        ImportError: Gradio is not installed.
-    """
-    page = PageApart(name, revision)
-    try:
-        from .app import build, serve  # Gradio: after the other process has started
-
-        blocks = build(page)
-        _, url, _ = serve(blocks, host, port)
-        print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
-        page.load()
-        blocks.block_thread()
-    finally:
-        page.close()
+        return self._process.call("examples")

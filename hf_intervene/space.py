@@ -23,7 +23,7 @@ APP = '''\
 
 from pathlib import Path
 
-from hf_intervene.page import launch
+from hf_intervene.page_process import launch
 
 
 HERE = Path(__file__).parent

@@ -26,6 +26,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 from hf_intervene import app  # noqa: E402
 from hf_intervene.page import Page, PageApart  # noqa: E402
+from hf_intervene.page_process import ModelProcess  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
 
 
@@ -100,8 +101,9 @@ def test_the_card_is_shown(quad, grey):
 
 
 def test_a_model_in_a_process_of_its_own(grey, tmp_path):
-    apart = PageApart(grey.folder)
+    process = ModelProcess()
     try:
+        apart = PageApart(grey.folder, process)
         assert apart.concepts == grey.concepts == ["thin", "wide"] and not apart.denoises
         for theirs, ours in zip(apart.sample({"wide": 0.5}, 3, 1), grey.sample({"wide": 0.5}, 3, 1)):
             assert np.array_equal(theirs, ours)
@@ -111,11 +113,11 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
             apart.edit(str(tmp_path / "photo.png"), [], {})
         with pytest.raises(ValueError, match="choose two"):
             apart.compose(["thin"], 0)
-        apart._process.kill()
+        process._process.kill()
         with pytest.raises(ChildProcessError, match="the process of the model has ended"):
             apart.sample({}, 1, 0)
     finally:
-        apart.close()
+        process.close()
 
 
 def test_the_page_waits_for_no_model(grey):
@@ -127,7 +129,8 @@ def test_the_page_waits_for_no_model(grey):
         app.build(shown)
         heavy = {{"torch", "transformers", "diffusers", "matplotlib"}} & sys.modules.keys()
         assert not heavy, f"imported {{heavy}}"
-        page.disable_progress_bars()
+        from hf_intervene.logging import disable_progress_bars
+        disable_progress_bars()
         shown.sample({{"thin": 1.0}}, 1, 0)
         assert "matplotlib" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
