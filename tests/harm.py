@@ -45,6 +45,14 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dying_rows(rows, parent, shards, **arguments):
+    """What `quad._rows` yields, up to the fourth row in another process than the parent."""
+    for number, row in enumerate(rows(shards, **arguments)):
+        if number == 3 and os.getpid() != parent:
+            die()
+        yield row
+
+
 def trainer(argv, errors=None):
     """The trainer's script; its standard error goes to a file."""
     faulthandler.enable()
