@@ -40,7 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training", "hf_intervene.model_cards"],
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
     package_data={

@@ -3,8 +3,9 @@
 Each `type: ignore` marks a mistake that must be seen; one that is not seen any more is an error (`warn_unused_ignores`).
 """
 
+from typing import assert_type
+
 import torch
-from typing_extensions import assert_type
 
 import hf_intervene
 from hf_intervene import (
