@@ -54,6 +54,10 @@ BENCHMARKS = {
         "benchmark_bases:unet",
         "UNet2DModel of pretrain.py, 32x32, batch 16: with head and adapter over plain diffusers; a training step, sampling in 5 steps",
     ),
+    "aggregate": Benchmark(
+        "benchmark_bases:aggregate",
+        "training steps of the light VAE, 64x64, batch 64: with a whitened posterior, and with prior matching too, over a centred one",
+    ),
     "textbook": Benchmark(
         "benchmark_textbook:textbook",
         "train.py against a plain float32 loop: per-sample data set, one context a batch, dense masked head, Adam; light VAE, 64x64, batch 64",

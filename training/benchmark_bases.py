@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
@@ -12,7 +13,9 @@ from torch import nn
 from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.lora import add_lora
-from hf_intervene.data import quad
+from hf_intervene.data import ContextImages, quad
+from hf_intervene.data.images import MIN_IMAGES
+from hf_intervene.training.aggregate import WHITEN_EVERY, AggregatePosteriors
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_tools import alternate, contest, figure, over, peak_gib, repeat, summary
 from hf_intervene.training.performance import keep_freed_memory
@@ -116,6 +119,47 @@ def head_alone(batch_size: int) -> Callable[[], None]:
         model.zero_grad()
 
     return step
+
+
+# What the trainer follows of the aggregate posteriors.
+
+AGGREGATE = {
+    "centered": {"posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0},
+    "whitened": {"prior_matching": 0.0},
+    "prior matching": {},  # the defaults
+}
+
+
+def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], None]:
+    """As many training steps as lie between two whitenings."""
+    settings = TrainArguments(**AGGREGATE[kind])
+    model = InterventionModel.build(LightVAE(**config), quad.CONCEPTS, **settings.head_options(len(quad.CONCEPTS))).train()
+    x, ids = torch.rand(batch_size, *model.base.image_shape), torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
+    images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
+    data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
+    targets = data.targets(model.config.free_blocks)[ids]
+    posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
+    posterior = []
+
+    def loss() -> torch.Tensor:
+        output = model(x, targets)
+        posterior[:] = output.posterior_mean.detach().float(), output.posterior_logvar.detach().float()
+        return output.loss + posteriors.penalty(output, targets, ids)
+
+    step = training_step(model, loss)
+
+    def steps() -> None:
+        for number in range(WHITEN_EVERY):
+            step()
+            posteriors.follow(*posterior, targets, ids, number, 1.0)
+
+    return steps
+
+
+def aggregate(rounds: int, batch_size: int = 64, config: dict | None = None) -> dict:
+    contestants = {kind: (repeat, (aggregate_steps, kind, batch_size, config or {})) for kind in AGGREGATE}
+    outcomes = contest(contestants, rounds)
+    return {"batch_size": batch_size} | {kind: over(outcomes, kind, "centered") for kind in ("whitened", "prior matching")}
 
 
 # An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of the pixels.
