@@ -65,7 +65,8 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     assert evaluate.main(argv) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
-    assert metrics["settings"]["images"] == 70 and metrics["versions"]["torch"] == torch.__version__
+    assert metrics["settings"]["images"] == 70
+    assert torch.__version__.startswith(metrics["versions"]["torch"])  # a package may leave out "+cu130"
     text = (tmp_path / "m" / "metrics.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text

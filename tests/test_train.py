@@ -276,6 +276,7 @@ def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
         ("learning_rat: 1", "unknown setting 'learning_rat': did you mean learning_rate"),
         ("batch_size: many", "batch_size must be of type int"),
         ("max_steps: soon", "max_steps must be of type int, not"),
+        (f"beta: 1{'0' * 400}", "beta must be of type float, not"),
         ("block_out_channels: 32", "block_out_channels must be of type list[int]"),
         ("block_out_channels: [32, wide]", "block_out_channels must be of type list[int]"),
         ("concepts: smile", "concepts must be of type"),

@@ -213,7 +213,7 @@ def test_bundled_colours_follow_a_reference():
     """Mean absolute error of the corners' colours when images take a quadrant from another observational image.
 
     By chance: the error to the reference of another edit, so that it does not count that an intervention moves all colours alike.
-    Of the bundled model's blocks that of quad4 holds some of its colour, that of quad1 a little, and those of quad2 and quad3 nothing.
+    Each block of the bundled model holds some of its colour, that of quad3 most, that of quad2 hardly any.
     `pytest -s` prints all of it.
     """
     model = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad")).model
@@ -241,7 +241,7 @@ def test_bundled_colours_follow_a_reference():
             f"{name}: to the reference {to_reference:.3f}, by chance {chance:.3f}, reconstructed {error(returned, before, name):.3f}; "
             f"others to their own {rest}; influence {influence(model.head, name):.4f}"
         )
-    assert found["quad4"][0] < 0.8 and found["quad1"][0] < 0.95
+    assert found["quad3"][0] < 0.7 and found["quad1"][0] < 0.9 and max(ratio for ratio, _ in found.values()) < 0.98
     assert all(value < 0.25 for value in found["quad1"][1].values())  # quad1 causes none of them, quad4 all
 
     edited = colours(model.edit(own, {"quad1": own}, output_type="np"))

@@ -305,7 +305,7 @@ def _typed(value: object, kind: type) -> object:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise TypeError from None
     if type(value) is not kind:
         raise TypeError
