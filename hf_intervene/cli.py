@@ -24,7 +24,7 @@ PIPELINE = "folder or Hub name of a saved pipeline or model, or `quad`, which co
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = {
     None: """
-  hf-intervene demo                                      everything once, in two minutes
+  hf-intervene demo                                      everything once, in a few minutes
   hf-intervene app                                       a page to play with
   hf-intervene sample quad --interventions quad1+size --num-images 8 --output pair.png
   hf-intervene COMMAND --help                            options and examples of a command

@@ -44,13 +44,15 @@ _EDITS = ("obs", "quad1", "quad2", "quad4", "size", "quad1+size", "quad2+quad4")
 def run(out: Path) -> int:
     """Simulate quad, train, save a pipeline, measure it, draw it. Returns an exit code."""
     start = time.perf_counter()
-    check_empty(out)
+    if not (out / "run").is_dir() or (out / "pipeline").exists():  # or it was interrupted, and goes on
+        check_empty(out)
     print(
         f"Training on quad (dependent, 32x32): {LIGHT['images_per_context']} images in each of {', '.join(quad.TRAIN_CONTEXTS)}.\n"
-        "No image ever carries two interventions. This takes two to four minutes on two cores."
+        "No image ever carries two interventions. This takes one to eight minutes on two cores."
     )
-    model = _train(out / "run", LIGHT)
+    model = _train(out / "run", LIGHT | {"resume": "auto"})
     if model is None:
+        print("`hf-intervene demo`, in the same folder, goes on from there.")
         return 130
     _save(model, out / "run", out / "pipeline")
     print(f"\n{_measure_and_draw(model, out)}")
@@ -81,6 +83,7 @@ def run_pretrained(out: Path) -> int:
         print(f"{number}. A head on the saved autoencoder, regime {regime}: {PRETRAINED['max_steps']} steps on all contexts.")
         model = _train(out / regime / "run", PRETRAINED | {"base": str(out / "vae"), "regime": regime})
         if model is None:
+            print(f"The demo itself starts from the beginning: remove {out}, or choose another folder with --output.")
             return 130
         _save(model, out / regime / "run", out / regime / "pipeline")
         print(f"\n{_measure_and_draw(model, out / regime)}")

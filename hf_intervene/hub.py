@@ -55,7 +55,7 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
     """
     if os.path.isdir(name):
         return Path(name)
-    with clear_errors(f"cannot load {name} from the Hub", str(name), options.get("revision")):
+    with clear_errors(f"there is no folder {name}, and it cannot be loaded from the Hub", str(name), options.get("revision")):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
     if not path.is_dir():
         raise OSError(f"there is no saved model in {name} on the Hub: it has none of the files {', '.join(files)}.")

@@ -5,6 +5,7 @@
 Sampling enters at z; editing enters at the image and leaves at the image.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -489,6 +490,8 @@ class InterventionModel(PreTrainedModel):
 
     def preprocess(self, images: ImageInput) -> torch.Tensor:
         """Check images and bring them to a float tensor (N, C, H, W) in [0, 1] on the model's device."""
+        if isinstance(images, (str, os.PathLike)):
+            raise TypeError(f"an image was expected, not the name of a file: PIL.Image.open({str(images)!r}) opens it.")
         if isinstance(images, np.ndarray) and images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         channels, height, width = self.base.image_shape

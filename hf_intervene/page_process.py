@@ -118,5 +118,7 @@ def launch(name: str | os.PathLike, host: str | None = None, port: int | None = 
         print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
         page.load()
         blocks.block_thread()
+    except KeyboardInterrupt:  # while something is imported or loaded; after that Gradio says good-bye
+        print("closed.")
     finally:
         process.close()

@@ -224,14 +224,16 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """An image from a file.
 
     Raises:
-        OSError: there is no such file.
+        OSError: one sentence: there is no such file.
         ValueError: it is not an image, is damaged or is unreasonably large.
     """
     try:
         image = Image.open(path)
         image.load()
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}.") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise type(error)(f"{path} is a folder, or may not be read.") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
     return image

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -257,6 +258,16 @@ def test_export_on_the_command_line(grey, tmp_path, capsys):
     assert "a Space" in capsys.readouterr().out
     assert (tmp_path / "space" / "pipelines" / "digits" / "model_index.json").exists()
     assert (tmp_path / "space" / "hf_intervene" / "app.py").exists()
+
+
+def test_an_interruption_while_the_model_is_loaded(grey):
+    command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "http://" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "") and "clos" in said
 
 
 # In a browser

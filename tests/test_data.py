@@ -103,7 +103,7 @@ def remove(context):
     [
         (remove("obs"), {}, "no observational images"),
         (remove("smile"), {}, "'smile' has no context in which it alone"),
-        (None, {"concepts": ["glasses"]}, "unknown concept 'smile'; the known ones are obs, glasses"),
+        (None, {"concepts": ["hat"]}, "no context names the concept 'hat'; the concepts of the data set are glasses, smile"),
         (lambda f: (f / "smile" / "000.png").write_bytes(b"\x89PNG nothing"), {}, "000.png.*of context 'smile' cannot be read"),
         (lambda f: image(1, (12, 13)).save(f / "smile" / "000.png"), {}, "is 12x13, not .*give a resolution"),
         (lambda f: image(1, (13, 13)).save(f / "smile" / "000.png"), {}, "is 13x13, not 12x12 like the others"),
@@ -116,6 +116,15 @@ def test_what_is_wrong_with_the_images(folder, harm, options, message):
         harm(folder)
     with pytest.raises(ValueError, match=message):
         ContextImages.from_dataset(load_contexts(folder), **options)
+
+
+def test_some_of_the_concepts(folder):
+    """Images under other interventions are left out, those of pairs with them too."""
+    data = ContextImages.from_dataset(load_contexts(folder), ["smile"])
+    everything = ContextImages.from_dataset(load_contexts(folder)).by_context()
+    assert data.concepts == ("smile",) and data.contexts == ["obs", "smile"]
+    for name, images in data.by_context().items():
+        assert np.array_equal(images, everything[name])
 
 
 def test_missing_columns():

@@ -203,6 +203,21 @@ def test_demo_makes_everything_it_names(quick_demo, tmp_path, capsys):
     assert "already holds something" in capsys.readouterr().err
 
 
+def test_an_interrupted_demo_goes_on(quick_demo, tmp_path, monkeypatch, capsys):
+    argv = ["demo", "--output", str(tmp_path)]
+
+    def interrupted(arguments, **options):
+        Path(arguments.output_dir).mkdir()
+        return train.TrainResult(None, 1, float("inf"), interrupted=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert cli.main(argv) == 130
+    assert "goes on from there" in capsys.readouterr().out and not (tmp_path / "pipeline").exists()
+    assert cli.main(argv) == 0
+    assert (tmp_path / "pipeline").exists()
+
+
 def test_pretrained_demo(quick_demo, tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--pretrained", "--output", str(out)]) == 0

@@ -251,7 +251,7 @@ def test_private_repositories():
 def test_what_the_hub_answers_to_a_load(kind, status, message):
     HUB.put("alice/m", {})
     HUB.fail("GET", "/api/models/alice/m", status)
-    with pytest.raises(OSError, match=f"^cannot load alice/m from the Hub: .*{message}") as error:
+    with pytest.raises(OSError, match=f"^there is no folder alice/m, and it cannot be loaded from the Hub: .*{message}") as error:
         LOADERS[kind].from_pretrained("alice/m")
     one_sentence(error)
     chain = [error.value]

@@ -198,6 +198,7 @@ def test_command_line(tmp_path, capsys):
         ([*edit, *reference, "--interventions", "a"], "concept 'a' is named twice"),
         ([*edit, "--reference", f"c={tmp_path / 'other.png'}"], "unknown concept 'c'"),
         ([*edit, "--interventions", "a@2"], "a quantile must be"),
+        ([*edit, "--reference", "a=nowhere.png"], "error: there is no file nowhere.png."),
         ([*edit, "--reference", f"a={tmp_path / 'pipe' / 'model_index.json'}"], "is not an image that can be read"),
     ):
         assert cli.main(bad) == 1

@@ -299,8 +299,8 @@ def held_out_images(
     missing = [concept for concept in concepts if concept not in data.concepts]
     if missing:
         raise ValueError(f"{dataset} has no context for {', '.join(missing)}; the model's concepts are {', '.join(concepts)}.")
-    if split is not None and list(data.concepts) != list(concepts):
-        # As in training: the split depends on the order of the contexts.
+    if list(data.concepts) != list(concepts):
+        # As in training: the split depends on the order of the contexts, and the model may know but some of the concepts.
         data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
     by_context = (data if split is None else data.split(*split)[1]).by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]

@@ -159,7 +159,8 @@ class ContextImages:
         Args:
             dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
                 list of concept names, or a class label.
-            concepts: the concepts; `None`: all that the contexts name, in alphabetical order.
+            concepts: the concepts; `None`: all that the contexts name, in alphabetical order. Images whose context names others are
+                left out.
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
             channels: 3 (RGB) or 1 (grey).
             complete: whether to refuse contexts that nothing can be trained on (`metrics.check` says what they lack).
@@ -168,8 +169,8 @@ class ContextImages:
 
         Raises:
             OSError: one sentence: the cache cannot be written.
-            ValueError: one sentence: a missing column, an image without a context, no observational context, an unknown concept, a
-                concept without a context of its own, an unreadable or 16-bit image, images of several sizes, too few in a context.
+            ValueError: one sentence: a missing column, an image without a context, no observational context, a concept that
+                no context names, or none by itself, an unreadable or 16-bit image, images of several sizes, too few in a context.
         """
         for column in ("image", "context"):
             if column not in dataset.column_names:
@@ -179,13 +180,20 @@ class ContextImages:
         if resolution is not None and resolution < 1:
             raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
         raw = [_as_context(row, value, dataset.features["context"]) for row, value in enumerate(dataset["context"])]
+        named = [set(named_concepts(value)) - {OBS} for value in raw]
+        found = sorted(set().union(*named))
         if concepts is None:
-            concepts = sorted({name for value in raw for name in named_concepts(value)} - {OBS})
+            concepts = found
             if not concepts:
                 raise ValueError(
                     "the data set has no context but the observational one: nothing was intervened on, nothing can be learnt."
                 )
         concepts = validate_concepts(concepts)
+        if missing := [name for name in concepts if name not in found]:
+            raise ValueError(f"no context names the concept {missing[0]!r}; the concepts of the data set are {', '.join(found)}.")
+        kept = [row for row, names_of_row in enumerate(named) if names_of_row <= set(concepts)]
+        if len(kept) < len(raw):
+            dataset, raw = dataset.select(kept), [raw[row] for row in kept]
         cache: dict[str, str] = {}
         names = []
         for value in raw:
