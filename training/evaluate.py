@@ -24,6 +24,7 @@ from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.logging import disable_progress_bars
 from hf_intervene.metrics import (
     context_leakage,
     intervention_effects,
@@ -360,6 +361,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         check_writable(arguments.output)
         model = load_model(arguments.model).to(process.device)

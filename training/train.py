@@ -27,7 +27,7 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
-from hf_intervene.logging import get_logger
+from hf_intervene.logging import disable_progress_bars, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.training.aggregate import AggregatePosteriors
 from hf_intervene.training.arguments import (
@@ -527,6 +527,8 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         result = train(parse_arguments([word for word in words if word != "--json"]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:
