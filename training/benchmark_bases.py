@@ -54,10 +54,9 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
     return step
 
 
-def head_on(base: nn.Module, ablation: str | None = None) -> InterventionModel:
-    return InterventionModel.build(
-        base, quad.CONCEPTS, ablation=ablation, **TrainArguments().head_options(len(quad.CONCEPTS))
-    ).train()
+def head_on(base: nn.Module, ablation: str | None = None, settings: TrainArguments | None = None) -> InterventionModel:
+    options = (settings or TrainArguments()).head_options(len(quad.CONCEPTS))
+    return InterventionModel.build(base, quad.CONCEPTS, ablation=ablation, **options).train()
 
 
 def mixed(model: InterventionModel, batch_size: int) -> torch.Tensor:
@@ -133,11 +132,11 @@ AGGREGATE = {
 def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], None]:
     """As many training steps as lie between two whitenings."""
     settings = TrainArguments(**AGGREGATE[kind])
-    model = InterventionModel.build(LightVAE(**config), quad.CONCEPTS, **settings.head_options(len(quad.CONCEPTS))).train()
-    x, ids = torch.rand(batch_size, *model.base.image_shape), torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
+    model = head_on(LightVAE(**config), settings=settings)
+    x, targets = torch.rand(batch_size, *model.base.image_shape), mixed(model, batch_size)
+    ids = torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
-    targets = data.targets(model.config.free_blocks)[ids]
     posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
     posterior = []
 

@@ -141,7 +141,7 @@ def _turned(turn: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 def _near(directions: np.ndarray, squares: np.ndarray | np.float32, offset: np.ndarray) -> np.ndarray:
-    """Which rays (3, N), of squared lengths (N,) or one for all, meet the sphere around the object, `offset` from where they start; bool (N,)."""
+    """Which rays (3, N), of squared lengths (N,) or one for all, meet the sphere around the object, `offset` from their start; bool (N,)."""
     along = dot(directions, offset)
     return (along > 0) & (along * along >= (dot(offset, offset) - np.float32(REACH**2)) * squares)
 
