@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,6 +322,8 @@ def _recipe_parser(name: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    # The source line is for who wrote it.
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # the other libraries look for a terminal themselves
     # train and evaluate have option parsers of their own; they are handed everything.

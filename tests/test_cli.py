@@ -43,6 +43,16 @@ def test_completion(shell, capsys):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_warnings_without_their_source_line():
+    code = """if True:
+        import warnings
+        from hf_intervene import cli
+        cli.completion = lambda arguments: warnings.warn("mind the gap")
+        cli.main(["completion", "bash"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: mind the gap\n"
+
+
 def test_quiet_and_light(tmp_path):
     """No terminal: no bar and no word beside the result. Nothing is imported that the command has no use for."""
     code = f"""if True:

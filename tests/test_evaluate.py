@@ -117,6 +117,7 @@ def test_own_images(saved, model, tmp_path, capsys):
             Image.fromarray(image).save(tmp_path / "images" / name / f"{number}.png")
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--dataset", str(tmp_path / "images")]
     assert evaluate.main([*argv, "--all"]) == 0
+    assert "6 held-out images of obs a side" in capsys.readouterr().err
     rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
     assert {row["images"] for row in rows.values()} == {6} and len(rows) == 7
     assert evaluate.main(argv) == 1  # the tenth that training holds out by default is one image
@@ -138,7 +139,7 @@ def test_own_images(saved, model, tmp_path, capsys):
         assert {x.tobytes() for half in halves for x in half[name]} == {x.tobytes() for x in expected}
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="has no context for size"):
+    with pytest.raises(ValueError, match="no context names the concept 'size'"):
         evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 5, 0, 16, 3, "dependent")
 
 
