@@ -119,7 +119,7 @@ def test_what_the_figures_say(results):
 
 def test_a_table_without_pairs_or_with_a_single_seed(tmp_path):
     text = reproduce.write("t", {HEADED: [reproduce.measures(metrics(0.1))]}, {}, [], tmp_path)
-    assert "0.100 ± nan" in text and np.isnan(pd.read_csv(tmp_path / "t.csv")["low"]).all()
+    assert "| end-to-end | 0.100 | 5.0 |" in text and np.isnan(pd.read_csv(tmp_path / "t.csv")["low"]).all()
 
 
 @pytest.mark.parametrize(

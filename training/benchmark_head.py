@@ -12,6 +12,7 @@ from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_tools import alternate, figure, summary
+from hf_intervene.training.performance import keep_freed_memory
 
 
 RANK = 16
@@ -23,6 +24,7 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
 
     `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the cost is linear.
     """
+    keep_freed_memory()  # as the trainer does
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     for d in numbers:
         names = [f"c{j}" for j in range(d)]
@@ -82,6 +84,7 @@ def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
 def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
+    keep_freed_memory()
     model = InterventionModel.build(
         LightVAE(sample_size=resolution), quad.CONCEPTS, **TrainArguments().head_options(len(quad.CONCEPTS))
     ).train()

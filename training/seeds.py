@@ -19,6 +19,6 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_cell(values: Sequence[float], decimals: int = 3) -> str:
-    """`seed_interval` as text: mean +- half width."""
+    """`seed_interval` as text: mean +- half width, or the mean alone of a single seed."""
     mean, width = seed_interval(values)
-    return f"{mean:.{decimals}f} ± {width:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + (f" ± {width:.{decimals}f}" if len(values) > 1 else "")
