@@ -46,7 +46,7 @@ from hf_intervene.training.validation import loss_units
 
 logger = get_logger("hf_intervene.training")
 
-FEW_IMAGES = 100  # a side of a context: the floor of quad, 32x32, is 0.1 there, where a base without a head has 0.15 over many images
+FEW_IMAGES = 100  # a side of a context: the floor of quad, 32x32, is 0.1 there; a base without a head has 0.15 over many
 
 
 @torch.no_grad()
