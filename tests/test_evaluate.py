@@ -48,7 +48,9 @@ def test_evaluate_measures_what_it_says(model):
         near = bits_per_pixel((output.reconstruction_loss + output.kl).mean().item(), 16, 16)
         assert row["bits_per_pixel"] == pytest.approx(near, rel=0.05)
     distances = [metrics["contexts"][name]["independent"]["distance"] for name in ("obs", "quad1")]
-    assert metrics["means"]["concept"]["independent"]["distance"] == pytest.approx(np.mean(distances))
+    mean = metrics["means"]["concept"]["independent"]
+    assert mean["distance"] == pytest.approx(np.mean(distances)) and 0 < mean["mean_shift"] < mean["distance"]
+    assert f"make {mean['mean_shift']:.3f} (concept; floor {mean['mean_shift_floor']:.3f}), " in evaluate.table(metrics)
     assert evaluate.evaluate(model, real, other, ("independent",), num_projections=30) == metrics
 
 

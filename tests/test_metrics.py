@@ -82,6 +82,19 @@ def test_distance_of_a_shift_is_its_root_mean_square():
     assert sliced_w2(*projected) == pytest.approx(np.sqrt((shift**2).mean()), rel=0.05)
 
 
+@pytest.mark.parametrize("protocol", transport.PROTOCOLS)
+def test_the_shift_of_means_and_the_rest_make_the_distance(protocol):
+    sets = [images(n, seed, shift) for n, seed, shift in ((90, 1, 0), (70, 2, 0), (70, 3, 0.05))]
+    axes = directions(48, 30)
+    a, b, c = (project(x, axes) for x in sets)
+    result = transport.compare_projected(a, b, c, protocol)
+    used = slice(PAPER_DISTINCT) if protocol == "paper" else slice(None)
+    for other, distance, shift in ((c, result.distance, result.mean_shift), (b, result.floor, result.mean_shift_floor)):
+        centred = sliced_w2(a - a.mean(0), other[used] - other[used].mean(0))
+        assert np.hypot(shift, centred) == pytest.approx(distance, rel=1e-4)
+    assert result.mean_shift > 3 * result.mean_shift_floor
+
+
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 100))
 @settings(deadline=None, max_examples=30)
 def test_distance_is_a_distance(n, m, seed):

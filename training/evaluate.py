@@ -160,16 +160,15 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
         loss = loss_in(rows[0])
         means[kind] = {"contexts": len(rows), loss: float(np.mean([row[loss] for row in rows]))}
         for protocol in protocols:
-            distance, floor = (float(np.mean([row[protocol][key] for row in rows])) for key in ("distance", "floor"))
+            mean = {
+                key: float(np.mean([row[protocol][key] for row in rows]))
+                for key in ("distance", "floor", "mean_shift", "mean_shift_floor")
+            }
+            distance, floor = mean["distance"], mean["floor"]
             # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
             margins = [(row[protocol]["interval"][1] - row[protocol]["distance"]) for row in rows]
             margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
-            means[kind][protocol] = {
-                "distance": distance,
-                "interval": (distance - margin, distance + margin),
-                "floor": floor,
-                "ratio": distance / floor,
-            }
+            means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin), "ratio": distance / floor}
         edited = [row["edit"] for row in rows if "edit" in row]
         if edited:
             means[kind]["edit"] = {key: float(np.nanmean([row[key] for row in edited])) for key in edited[0]}
@@ -253,6 +252,13 @@ def table(metrics: dict) -> str:
                 f"| {name} | {row[protocol]['distance']:.3f} [{low:.3f}, {high:.3f}] | {row[protocol]['floor']:.3f} "
                 f"| {row[protocol]['ratio']:.1f} | {row[loss]:.3f} |"
             )
+        shifts = [
+            f"{mean[protocol]['mean_shift']:.3f} ({kind}; floor {mean[protocol]['mean_shift_floor']:.3f})"
+            for kind, mean in metrics["means"].items()
+            if "mean_shift" in mean[protocol]  # not in older files
+        ]
+        if shifts:
+            lines += ["", f"Of it, the mean images alone make {', '.join(shifts)}; squares add up."]
         lines.append("")
     edited = [(name, row) for name, row in rows if "edit" in row]
     if edited:

@@ -242,8 +242,9 @@ def measures(metrics: dict) -> dict[str, float]:
     found = {}
     for kind, mean in metrics["means"].items():
         for protocol in ("independent", "paper"):
-            for key in ("distance", "floor", "ratio"):
-                found[f"{kind} {key}, {protocol}"] = mean[protocol][key]
+            for key in ("distance", "floor", "ratio", "mean_shift", "mean_shift_floor"):
+                if key in mean[protocol]:  # older jobs have no shifts
+                    found[f"{kind} {key.replace('_', ' ')}, {protocol}"] = mean[protocol][key]
         found[f"{kind} bits per pixel"] = mean["bits_per_pixel"]
     return found
 
@@ -288,7 +289,7 @@ def long_form(results: Mapping[str, Sequence[dict]], published: Mapping[str, tup
     lines = []
     for row, seeds in results.items():
         known = dict(zip(names, published.get(row, ())))
-        for measure in seeds[0]:
+        for measure in (name for name in seeds[0] if all(name in found for found in seeds)):
             values = [found[measure] for found in seeds]
             mean, width = seed_interval(values)
             lines.append((row, measure, mean, mean - width, mean + width, len(values), known.get(measure)))
