@@ -86,7 +86,8 @@ class PriorMatching:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            loss = softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean()
+            ratios = self.log_ratio(torch.cat([z, prior]), torch.cat([targets, targets]))
+            loss = softplus(-ratios[: len(z)]).mean() + softplus(ratios[len(z) :]).mean()
             gradients = torch.autograd.grad(loss, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients):
             parameter.requires_grad_(False)
