@@ -65,12 +65,14 @@ class Whitening(nn.Module):
     def forward(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """z = T(s) y, float32, (B, D, n), of centred y (B, D, n), with T(s) = sum_k weights_k T_k, weights (B, 1 + d) (see `mixture`)."""
         with torch.autocast(y.device.type, enabled=False):
-            return _mixed(y.flatten(1).float(), self.matrix.float(), weights.float()).view_as(y)  # T_k is symmetric
+            z = y.flatten(1).float() @ self.matrix.float()  # (1 + d, B, D n): T_k is symmetric
+            return torch.einsum("bk,kbi->bi", weights.float(), z).view_as(y)
 
     def variance(self, variance: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Marginal variances of z, (B, D, n), of those of y; where `weights` mix contexts, an upper bound (squares are convex)."""
         with torch.autocast(variance.device.type, enabled=False):
-            return _mixed(variance.flatten(1).float(), self.matrix.float().square(), weights.float()).view_as(variance)
+            each = variance.flatten(1).float() @ self.matrix.float().square()  # (1 + d, B, D n)
+            return torch.einsum("bk,kbi->bi", weights.float(), each).view_as(variance)
 
     def kl(self, mean: torch.Tensor, logvar: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,), of mean and log-variance of y, (B, D, n). Where `weights` mix contexts,
@@ -89,16 +91,6 @@ class Whitening(nn.Module):
         eigenvalues = eigenvalues.clamp(min=_LEAST)
         self.matrix[rows] = ((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT).to(self.matrix.dtype)
         self.log_det[rows] = (-0.5 * eigenvalues.log().sum(1)).to(self.log_det.dtype)
-
-
-def _mixed(x: torch.Tensor, matrices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_k weights_bk x_b M_k, (B, w), of x (B, w) and M (k, w, w): each row by the matrices only that have a weight in it, where finding
-    those costs next to nothing (not on a device, which the host would have to wait for, nor in a graph)."""
-    if x.device.type != "cpu" or weights.requires_grad or torch.compiler.is_compiling():
-        return torch.einsum("bk,kbi->bi", weights, x @ matrices)
-    rows = [column.nonzero()[:, 0] for column in weights.unbind(1)]
-    parts = [weights[row, k, None] * (x[row] @ matrices[k]) for k, row in enumerate(rows)]
-    return torch.zeros_like(x).index_add(0, torch.cat(rows), torch.cat(parts))
 
 
 def fits(contexts: int, width: int) -> bool:

@@ -86,8 +86,7 @@ class PriorMatching:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            ratios = self.log_ratio(torch.cat([z, prior]), torch.cat([targets, targets]))
-            loss = softplus(-ratios[: len(z)]).mean() + softplus(ratios[len(z) :]).mean()
+            loss = softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean()
             gradients = torch.autograd.grad(loss, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients):
             parameter.requires_grad_(False)

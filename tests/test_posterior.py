@@ -61,20 +61,6 @@ def exact(head, mean, logvar, targets):
     )
 
 
-def test_rows_by_themselves_and_all_at_once(monkeypatch):
-    """What a graph or a device computes of all contexts is what the CPU computes of those in a row, mixed ones too, with its gradient."""
-    head, y = make_head(), torch.randn(5, 3, 4, requires_grad=True)
-    targets = head.targets([["obs"], ["b"], ["a", "b"], ["a"], ["b"]])
-    targets[4] /= 4
-    results = []
-    for compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda answer=compiling: answer)
-        z, variance = head.whiten(y, targets), head.marginals(y, y, targets)[1]
-        results.append((z, variance, *torch.autograd.grad(z.square().sum() + variance.sum(), y)))
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
 def test_kl_and_marginals_against_torch():
     head, mean, logvar = make_head(), torch.randn(5, 3, 4), torch.randn(5, 3, 4) - 2
     targets = head.targets([["obs"], ["a"], ["b"], ["a"], ["obs"]])
