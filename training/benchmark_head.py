@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, LightVAE
-from hf_intervene.data import quad
 from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
+from hf_intervene.training.benchmark_bases import head_on
 from hf_intervene.training.benchmark_tools import alternate, figure, summary
 from hf_intervene.training.performance import keep_freed_memory
 
@@ -85,9 +85,7 @@ def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
     keep_freed_memory()
-    model = InterventionModel.build(
-        LightVAE(sample_size=resolution), quad.CONCEPTS, **TrainArguments().head_options(len(quad.CONCEPTS))
-    ).train()
+    model = head_on(LightVAE(sample_size=resolution))
     x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
     results = {"batch_size": batch_size, "bf16": fast_bf16()}
