@@ -5,6 +5,7 @@
 Sampling enters at z; editing enters at the image and leaves at the image.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .contexts import Interventions, parse_choices, parse_interventions
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
+from .sample_matching import energy_distance
 from .saving import from_pretrained, save_pretrained
 from .values import Values, model_values
 
@@ -43,7 +45,8 @@ class InterventionModelOutput(ModelOutput):
     """
     Args:
         loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl; for a base with residual latents, of
-            reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl.
+            reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl; with `samples`, and of
+            sample_weight * sample_distance for each value of an image.
         reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a base with residual latents; for a
             denoiser its squared error at one time, summed over the entries of x.
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
@@ -53,6 +56,8 @@ class InterventionModelOutput(ModelOutput):
         posterior_logvar: log-variance, likewise.
         exogenous_noise: z, the draw that was decoded, shape (B, *noise_shape).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
+        sample_distance: scalar, the energy distance of samples to images, less its constant term (see `sample_matching.py`); only with
+            `samples`.
     """
 
     loss: torch.Tensor | None = None
@@ -64,6 +69,7 @@ class InterventionModelOutput(ModelOutput):
     posterior_logvar: torch.Tensor | None = None
     exogenous_noise: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
+    sample_distance: torch.Tensor | None = None
 
 
 class InterventionModel(PreTrainedModel):
@@ -224,6 +230,8 @@ class InterventionModel(PreTrainedModel):
         residual_noise: torch.Tensor | None = None,
         time: torch.Tensor | None = None,
         prepared: dict[str, torch.Tensor] | None = None,
+        samples: dict[str, torch.Tensor] | None = None,
+        sample_weight: float | torch.Tensor = 1.0,
         return_reconstruction: bool = False,
         return_dict: bool | None = None,
     ) -> InterventionModelOutput | tuple:
@@ -240,6 +248,8 @@ class InterventionModel(PreTrainedModel):
                 (B, *residual_shape); `None` draws them.
             time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
             prepared: for a denoiser, what its `prepare` made of the images.
+            samples: for sample matching, the arguments of `sample_distance`; not for a denoiser.
+            sample_weight: weight of that term, in nats for each value of an image.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
         found = None if pixel_values is None else tuple(pixel_values.shape)
@@ -278,8 +288,12 @@ class InterventionModel(PreTrainedModel):
             reconstruction_loss = self.base.residual_reconstruction_loss(decoded, x)  # (B,)
             residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
             loss = loss + reconstruction_loss + residual_weight * residual_kl
+        loss, distance = loss.mean(), None
+        if samples is not None:
+            distance = self.sample_distance(**samples)
+            loss = loss + sample_weight * math.prod(self.base.image_shape) * distance
         output = InterventionModelOutput(
-            loss=loss.mean(),
+            loss=loss,
             reconstruction_loss=reconstruction_loss,
             kl=kl,
             residual_kl=residual_kl,
@@ -288,8 +302,31 @@ class InterventionModel(PreTrainedModel):
             posterior_logvar=logvar,
             exogenous_noise=z,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
+            sample_distance=distance,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def sample_distance(
+        self, noise: torch.Tensor, targets: torch.Tensor, images: torch.Tensor, residual_noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean energy distance of G groups of samples to images of their contexts, less its constant term: a scalar (see
+        `sample_matching.py`).
+
+        Args:
+            noise: standard normal draws, (G n, *noise_shape): n samples of a group follow each other.
+            targets: of the groups, (G, D).
+            images: in [0, 1], (G m, C, H, W): m for each group.
+            residual_noise: for a base with residual latents, standard normal draws, (G n, *residual_shape).
+
+        Raises:
+            ValueError: the base is a denoiser, whose samples take many steps.
+        """
+        if self.base.denoises:
+            raise ValueError("sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0.")
+        groups = len(targets)
+        s = targets.repeat_interleave(len(noise) // groups, dim=0)
+        drawn = self.base.to_pixels(self.decode(noise, s, residual_noise))  # (G n, C, H, W)
+        return energy_distance(drawn.unflatten(0, (groups, -1)), images.unflatten(0, (groups, -1))).mean()
 
     # What a user asks for
 

@@ -102,7 +102,10 @@ class TrainArguments:
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     moment_matching: float = field(default=10.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
     prior_matching: float = field(default=1.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
-    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which both weights rise from 0."})
+    sample_matching: float = field(
+        default=0.0, metadata={"help": "That of hf_intervene/sample_matching.py, in nats for each value of an image."}
+    )
+    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which these weights rise from 0."})
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
     # Optimisation
@@ -155,7 +158,16 @@ class TrainArguments:
         for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
-        for name in ("beta", "residual_weight", "moment_matching", "prior_matching", "group_lasso", "l2", "weight_decay"):
+        for name in (
+            "beta",
+            "residual_weight",
+            "moment_matching",
+            "prior_matching",
+            "sample_matching",
+            "group_lasso",
+            "l2",
+            "weight_decay",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}.")
             if getattr(self, name) > _LARGE:

@@ -16,9 +16,10 @@ from accelerate import Accelerator, PartialState
 
 from hf_intervene.data import ContextImages, ContextSchedule, shard
 from hf_intervene.model import InterventionModel
+from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
-from hf_intervene.training.validation import step_noise, to_unit
+from hf_intervene.training.validation import step_generator, to_unit
 
 
 RESIDENT_SHARE = 0.5  # of the device's free memory that images may take
@@ -60,6 +61,9 @@ class Feed:
         schedule: which of them a step trains on.
         arguments: the settings.
         accelerator: its processes share every batch.
+
+    Raises:
+        ValueError: one sentence: sample matching with a denoiser, or with micro-batches that do not hold whole groups.
     """
 
     def __init__(
@@ -76,6 +80,9 @@ class Feed:
         self.accumulation = arguments.gradient_accumulation_steps
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.targets = data.targets(model.config.free_blocks).to(self.device)  # (contexts, D)
+        self.groups = 0  # of samples for sample matching, in a global batch
+        if arguments.sample_matching and model.head is not None:
+            self._match_samples()
         self.pins = self.device.type == "cuda"
         self.at_hand = prepared is None and not data.mapped and data.stored.device.type == self.device.type
         # With the images in the memory of the device there is nothing to fetch ahead; and with losses still to come, nothing that could be.
@@ -83,6 +90,21 @@ class Feed:
         self._ahead: tuple[int, Future] | None = None
         self._state: dict | None = None  # of the schedule, before it drew ahead
         self._losses: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def _match_samples(self) -> None:
+        parts = self.world * self.accumulation
+        if self.model.base.denoises:
+            raise ValueError("sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0.")
+        if self.batch_size % (parts * EVERY):
+            raise ValueError(
+                f"sample_matching draws samples for every {EVERY} images of a micro-batch: batch_size must be a multiple of "
+                f"{parts * EVERY}, not {self.batch_size}."
+            )
+        self.groups = self.batch_size // EVERY
+        # The images of each context, one context after the other.
+        self.by_context = self.data.context_ids.argsort(stable=True)
+        self.images_of = self.data.context_ids.bincount(minlength=len(self.data.contexts))
+        self.first_of = self.images_of.cumsum(0) - self.images_of
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; steps come in order."""
@@ -106,15 +128,24 @@ class Feed:
         size = self.batch_size // self.world // self.accumulation
         first = self.rank * size * self.accumulation
         parts = [slice(start, start + size) for start in range(first, first + size * self.accumulation, size)]
-        return Batch(indices, ids, self.targets[ids], parts, (self._inputs(own, size, n) for n in range(self.accumulation)))
+        return Batch(indices, ids, self.targets[ids], parts, (self._inputs(own, n) for n in range(self.accumulation)))
 
     def _fetch(self, step: int, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """What of a batch is on the host, of this process's samples; the contexts of all."""
         rows = shard(indices, self.rank, self.world)
-        noise = step_noise(self.model, self.seed, step, self.batch_size)
-        host = {"indices": indices, "ids": self.data.context_ids[indices]} | {
-            n: shard(v, self.rank, self.world) for n, v in noise.items()
-        }
+        generator = step_generator(self.seed, step)
+        noise = self.model.posterior_draws(self.batch_size, generator)
+        ids = self.data.context_ids[indices]
+        if self.groups:
+            noise |= {
+                f"samples.{name}": value for name, value in self.model.posterior_draws(self.groups * GROUP, generator).items()
+            }
+            of = ids[::EVERY, None]  # their contexts, (groups, 1)
+            places = self.first_of[of] + (torch.rand(self.groups, IMAGES, generator=generator) * self.images_of[of]).long()
+            noise |= {"samples.ids": of[:, 0], "samples.rows": self.by_context[places.flatten()]}
+        host = {"indices": indices, "ids": ids} | {n: shard(v, self.rank, self.world) for n, v in noise.items()}
+        if self.groups and not self.at_hand:
+            host["samples.images"] = self.data.images(host.pop("samples.rows"))
         if self.prepared is not None:
             host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
         elif self.at_hand:
@@ -123,13 +154,18 @@ class Feed:
             host["images"] = self.data.images(rows)
         return {name: value.pin_memory() for name, value in host.items()} if self.pins else host
 
-    def _inputs(self, own: dict[str, torch.Tensor], size: int, number: int) -> dict:
-        part = {name: value.split(size)[number] for name, value in own.items()}
+    def _inputs(self, own: dict[str, torch.Tensor], number: int) -> dict:
+        part = {name: value.chunk(self.accumulation)[number] for name, value in own.items()}
+        inputs: dict = {}
+        if self.groups:
+            samples = _taken(part, "samples.")
+            samples["targets"] = self.targets[samples.pop("ids")]
+            images = self.data.images(samples.pop("rows")) if "rows" in samples else samples["images"]
+            inputs["samples"] = samples | {"images": to_unit(images)}
         if self.prepared is not None:
-            names = [name for name in part if name.startswith("prepared.")]
-            return {"pixel_values": None, "prepared": {n.removeprefix("prepared."): part.pop(n) for n in names}} | part
+            return inputs | {"pixel_values": None, "prepared": _taken(part, "prepared.")} | part
         images = self.data.images(part.pop("rows")) if "rows" in part else part.pop("images")
-        return {"pixel_values": to_unit(images)} | part
+        return inputs | {"pixel_values": to_unit(images)} | part
 
     def learn(self, losses: torch.Tensor) -> None:
         """Tell the schedule the losses (B,) of the global batch at hand, if it asks for them; it hears of them `DELAY` steps later."""
@@ -168,3 +204,8 @@ class Feed:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+
+def _taken(values: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin so, without it, taken out."""
+    return {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}

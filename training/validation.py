@@ -26,9 +26,14 @@ logger = get_logger("hf_intervene.training")
 TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Of the draws of a step, on the CPU: the same in every process."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
 def step_noise(model: InterventionModel, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`: the same in every process."""
-    return model.posterior_draws(batch_size, torch.Generator().manual_seed(seed * 1_000_003 + step))
+    """Posterior noise of the whole global batch of a step, as arguments of the model's `forward`."""
+    return model.posterior_draws(batch_size, step_generator(seed, step))
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
