@@ -1,7 +1,5 @@
 """Energy distances of samples to images: against a slow loop, without bias, in the objective, however a batch is split."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -83,10 +81,12 @@ def light():
     return InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), ["a", "b"], noise_width=4)
 
 
-def feed(data, accumulation=1):
+def feed(data, accumulation=1, moment_warmup=0.0):
     torch.manual_seed(0)
     model = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), quad.CONCEPTS, noise_width=4)
-    a = TrainArguments(batch_size=32, gradient_accumulation_steps=accumulation, sample_matching=1.0)
+    a = TrainArguments(
+        batch_size=32, gradient_accumulation_steps=accumulation, sample_matching=1.0, moment_warmup=moment_warmup, max_steps=10
+    )
     return Feed(model, data, None, ContextSchedule(data.context_ids, "balanced", 32, 0), a, PartialState(cpu=True))
 
 
@@ -111,6 +111,8 @@ def test_groups_are_compared_with_images_of_their_own_context_however_the_batch_
         seen |= {image.numpy().tobytes() for image in samples["images"]}
     assert len(seen) > 150  # of 210, in 768 draws
     parts.close()
+    late = feed(data, moment_warmup=0.5)
+    assert ["samples" in next(late.batch(step).inputs) for step in range(10)] == [False] * 5 + [True] * 5
 
 
 def test_accumulation_processes_and_a_resume_do_not_change_the_result(tiny, tmp_path):

@@ -105,7 +105,9 @@ class TrainArguments:
     sample_matching: float = field(
         default=0.0, metadata={"help": "That of hf_intervene/sample_matching.py, in nats for each value of an image."}
     )
-    moment_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which these weights rise from 0."})
+    moment_warmup: float = field(
+        default=0.5, metadata={"help": "Share of the steps over which the first two rise from 0, and before samples are matched."}
+    )
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
     # Optimisation

@@ -15,6 +15,7 @@ from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import ContextImages, quad
 from hf_intervene.data.images import MIN_IMAGES
+from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
 from hf_intervene.training.aggregate import WHITEN_EVERY, AggregatePosteriors
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_tools import alternate, contest, figure, over, peak_gib, repeat, summary
@@ -126,6 +127,7 @@ AGGREGATE = {
     "centered": {"posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0},
     "whitened": {"prior_matching": 0.0},
     "prior matching": {},  # the defaults
+    "sample matching": {"sample_matching": 0.4},  # and this, once it has begun
 }
 
 
@@ -138,10 +140,16 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
     posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
-    posterior = []
+    posterior: list[torch.Tensor] = []
+    groups = batch_size // EVERY
+    pictures = torch.rand(groups * IMAGES, *model.base.image_shape)
 
     def loss() -> torch.Tensor:
-        output = model(x, targets)
+        matched = {}
+        if settings.sample_matching:
+            samples = model.posterior_draws(groups * GROUP, torch.default_generator)
+            matched["samples"] = samples | {"targets": targets[::EVERY], "images": pictures}
+        output = model(x, targets, sample_weight=settings.sample_matching, **matched)
         posterior[:] = output.posterior_mean.detach().float(), output.posterior_logvar.detach().float()
         return output.loss + posteriors.penalty(output, targets, ids)
 
@@ -158,7 +166,7 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
 def aggregate(rounds: int, batch_size: int = 64, config: dict | None = None) -> dict:
     contestants = {kind: (repeat, (aggregate_steps, kind, batch_size, config or {})) for kind in AGGREGATE}
     outcomes = contest(contestants, rounds)
-    return {"batch_size": batch_size} | {kind: over(outcomes, kind, "centered") for kind in ("whitened", "prior matching")}
+    return {"batch_size": batch_size} | {kind: over(outcomes, kind, "centered") for kind in list(AGGREGATE)[1:]}
 
 
 # An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of the pixels.

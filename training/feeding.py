@@ -80,9 +80,9 @@ class Feed:
         self.accumulation = arguments.gradient_accumulation_steps
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.targets = data.targets(model.config.free_blocks).to(self.device)  # (contexts, D)
-        self.groups = 0  # of samples for sample matching, in a global batch
+        self.groups = 0  # of samples for sample matching, in a global batch, from some step on
         if arguments.sample_matching and model.head is not None:
-            self._match_samples()
+            self._match_samples(arguments)
         self.pins = self.device.type == "cuda"
         self.at_hand = prepared is None and not data.mapped and data.stored.device.type == self.device.type
         # With the images in the memory of the device there is nothing to fetch ahead; and with losses still to come, nothing that could be.
@@ -91,7 +91,7 @@ class Feed:
         self._state: dict | None = None  # of the schedule, before it drew ahead
         self._losses: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def _match_samples(self) -> None:
+    def _match_samples(self, a: TrainArguments) -> None:
         parts = self.world * self.accumulation
         if self.model.base.denoises:
             raise ValueError("sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0.")
@@ -100,7 +100,7 @@ class Feed:
                 f"sample_matching draws samples for every {EVERY} images of a micro-batch: batch_size must be a multiple of "
                 f"{parts * EVERY}, not {self.batch_size}."
             )
-        self.groups = self.batch_size // EVERY
+        self.groups, self.match_from = self.batch_size // EVERY, a.moment_warmup * a.total_steps(len(self.data))
         # The images of each context, one context after the other.
         self.by_context = self.data.context_ids.argsort(stable=True)
         self.images_of = self.data.context_ids.bincount(minlength=len(self.data.contexts))
@@ -136,7 +136,8 @@ class Feed:
         generator = step_generator(self.seed, step)
         noise = self.model.posterior_draws(self.batch_size, generator)
         ids = self.data.context_ids[indices]
-        if self.groups:
+        matched = self.groups and step >= self.match_from
+        if matched:
             noise |= {
                 f"samples.{name}": value for name, value in self.model.posterior_draws(self.groups * GROUP, generator).items()
             }
@@ -144,7 +145,7 @@ class Feed:
             places = self.first_of[of] + (torch.rand(self.groups, IMAGES, generator=generator) * self.images_of[of]).long()
             noise |= {"samples.ids": of[:, 0], "samples.rows": self.by_context[places.flatten()]}
         host = {"indices": indices, "ids": ids} | {n: shard(v, self.rank, self.world) for n, v in noise.items()}
-        if self.groups and not self.at_hand:
+        if matched and not self.at_hand:
             host["samples.images"] = self.data.images(host.pop("samples.rows"))
         if self.prepared is not None:
             host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
@@ -157,7 +158,7 @@ class Feed:
     def _inputs(self, own: dict[str, torch.Tensor], number: int) -> dict:
         part = {name: value.chunk(self.accumulation)[number] for name, value in own.items()}
         inputs: dict = {}
-        if self.groups:
+        if "samples.ids" in part:
             samples = _taken(part, "samples.")
             samples["targets"] = self.targets[samples.pop("ids")]
             images = self.data.images(samples.pop("rows")) if "rows" in samples else samples["images"]

@@ -343,10 +343,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             if frozen:
                 model.base.model.eval()
             batch = feed.batch(step)
-            rising = ramp(step, a.moment_warmup * total)
-            # As numbers they would be compiled in.
-            loss_weights = {"beta": a.beta * ramp(step, a.beta_warmup * total), "sample_weight": a.sample_matching * rising}
-            loss_weights = {name: torch.full((), value, device=accelerator.device) for name, value in loss_weights.items()}
+            # As a number it would be compiled in.
+            beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
+            weighted = {"beta": beta, "residual_weight": a.residual_weight, "sample_weight": a.sample_matching}
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
@@ -354,10 +353,10 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
                 last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last), accelerator.autocast():
-                    output = runner(targets=s, residual_weight=a.residual_weight, **loss_weights, **inputs)
+                    output = runner(targets=s, **weighted, **inputs)
                     loss = output.loss
                     if posteriors is not None:
-                        loss = loss + rising * posteriors.penalty(output, s, ids)
+                        loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, s, ids)
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
