@@ -113,11 +113,11 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
 
 
 def test_when_everything_overflows_the_best_model_is_kept(tiny, tmp_path, capsys, monkeypatch):
-    def overflow(model, seed, step, batch_size, original=feeding.step_noise):
-        noise = original(model, seed, step, batch_size)
-        return noise if step < 5 else {name: value * float("inf") for name, value in noise.items()}
+    def overflow(self, step, indices, original=feeding.Feed._fetch):
+        host = original(self, step, indices)
+        return host if step < 5 else host | {"noise": host["noise"] * float("inf")}
 
-    monkeypatch.setattr(feeding, "step_noise", overflow)
+    monkeypatch.setattr(feeding.Feed, "_fetch", overflow)
     error = error_of(capsys, options(tiny | {"checkpoint_every": 1, "max_steps": 20}))
     assert "step 5 is not finite for 16 of its 16 images" in error and "8 more" in error
     assert f"the last good state is {tmp_path / 'run' / 'checkpoints' / 'step-00000005'}" in error

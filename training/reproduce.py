@@ -319,8 +319,8 @@ def reading(results: Mapping[str, Sequence[dict]]) -> list[str]:
     ours = results[HEADED]
     pairs = [found["composition distance, independent"] / found["concept distance, independent"] for found in ours]
     lines.append(f"Composition distance over concept distance of {HEADED}: {mean_cell(pairs, 2)}.")
-    if len(results.get("base pooled", ())) == len(ours):
-        ratios = [a["concept bits per pixel"] / b["concept bits per pixel"] for a, b in zip(ours, results["base pooled"])]
+    if pooled := results.get("base pooled"):  # rows may have other numbers of seeds: those that both have
+        ratios = [a["concept bits per pixel"] / b["concept bits per pixel"] for a, b in zip(ours, pooled)]
         lines.append(f"Bits per pixel of {HEADED} over those of base pooled, in distribution: {mean_cell(ratios)}.")
     return lines
 
