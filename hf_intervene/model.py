@@ -31,7 +31,7 @@ from .contexts import Interventions, parse_choices, parse_interventions
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
-from .sample_matching import energy_distance
+from .sample_matching import NOT_FOR_DENOISERS, energy_distance
 from .saving import from_pretrained, save_pretrained
 from .values import Values, model_values
 
@@ -322,7 +322,7 @@ class InterventionModel(PreTrainedModel):
             ValueError: the base is a denoiser, whose samples take many steps.
         """
         if self.base.denoises:
-            raise ValueError("sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0.")
+            raise ValueError(NOT_FOR_DENOISERS)
         groups = len(targets)
         s = targets.repeat_interleave(len(noise) // groups, dim=0)
         drawn = self.base.to_pixels(self.decode(noise, s, residual_noise))  # (G n, C, H, W)

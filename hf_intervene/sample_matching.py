@@ -18,6 +18,7 @@ import torch
 GROUP = 4  # samples of a context that are compared with one another
 IMAGES = 16  # of the context, which they are compared with
 EVERY = 4  # rows of a batch for a group; it is of the context of the first
+NOT_FOR_DENOISERS = "sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0."
 
 
 def energy_distance(samples: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -35,4 +36,4 @@ def energy_distance(samples: torch.Tensor, images: torch.Tensor) -> torch.Tensor
     return (2 * across.mean((1, 2)) - (within * others).sum((1, 2)) / (n * (n - 1))) / scale
 
 
-__all__ = ["EVERY", "GROUP", "IMAGES", "energy_distance"]
+__all__ = ["EVERY", "GROUP", "IMAGES", "NOT_FOR_DENOISERS", "energy_distance"]

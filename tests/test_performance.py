@@ -88,23 +88,25 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
     assert "_local_scalar_dense" in waiting.seen  # it would have been seen
 
 
-@pytest.mark.parametrize("schedule", ["balanced", "single"])
-def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
+def compiled_by_step(settings, monkeypatch, **changes):
+    """How often something has been compiled before each of ten steps."""
     counter, compiled = CompileCounter(), []
     monkeypatch.setattr(torch, "compile", lambda model, mode, real=torch.compile: real(model, backend=counter))
     original = Feed.batch
     monkeypatch.setattr(Feed, "batch", lambda self, step: (compiled.append(counter.frame_count), original(self, step))[1])
-    run(tiny, compile=True, schedule=schedule, beta_warmup=1.0, moment_warmup=1.0, max_steps=10, eval_every=1000)
+    run(settings, compile=True, max_steps=10, eval_every=1000, **changes)
+    return compiled
+
+
+@pytest.mark.parametrize("schedule", ["balanced", "single"])
+def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
+    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, moment_warmup=1.0)
     assert compiled[0] == 0 and compiled[1] > 0 and set(compiled[1:]) == {compiled[1]}
 
 
 def test_samples_to_match_compile_nothing_again(tiny, monkeypatch):
     torch.compiler.reset()  # of what other tests compiled
-    counter, compiled = CompileCounter(), []
-    monkeypatch.setattr(torch, "compile", lambda model, mode, real=torch.compile: real(model, backend=counter))
-    original = Feed.batch
-    monkeypatch.setattr(Feed, "batch", lambda self, step: (compiled.append(counter.frame_count), original(self, step))[1])
-    run(tiny, compile=True, sample_matching=0.4, moment_warmup=0.5, max_steps=10, eval_every=1000)
+    compiled = compiled_by_step(tiny, monkeypatch, sample_matching=0.4, moment_warmup=0.5)
     assert compiled[1] > 0 and set(compiled[1:6]) == {compiled[1]} and set(compiled[6:]) == {compiled[6]}  # once when they begin
 
 

@@ -77,13 +77,13 @@ def test_it_is_a_term_of_the_loss(residual):
     torch.testing.assert_close(matched.loss, plain.loss + 0.5 * channels * height * width * distance)
 
 
-def light():
-    return InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), ["a", "b"], noise_width=4)
+def light(concepts=("a", "b")):
+    return InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), concepts, noise_width=4)
 
 
 def feed(data, accumulation=1, moment_warmup=0.0):
     torch.manual_seed(0)
-    model = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), quad.CONCEPTS, noise_width=4)
+    model = light(quad.CONCEPTS)
     a = TrainArguments(
         batch_size=32, gradient_accumulation_steps=accumulation, sample_matching=1.0, moment_warmup=moment_warmup, max_steps=10
     )

@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 
 from hf_intervene.data import ContextImages, ContextSchedule, shard
 from hf_intervene.model import InterventionModel
-from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
+from hf_intervene.sample_matching import EVERY, GROUP, IMAGES, NOT_FOR_DENOISERS
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.validation import step_generator, to_unit
@@ -94,7 +94,7 @@ class Feed:
     def _match_samples(self, a: TrainArguments) -> None:
         parts = self.world * self.accumulation
         if self.model.base.denoises:
-            raise ValueError("sample matching is not for denoisers, whose samples take many steps: set sample_matching to 0.")
+            raise ValueError(NOT_FOR_DENOISERS)
         if self.batch_size % (parts * EVERY):
             raise ValueError(
                 f"sample_matching draws samples for every {EVERY} images of a micro-batch: batch_size must be a multiple of "

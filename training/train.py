@@ -345,7 +345,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             batch = feed.batch(step)
             # As a number it would be compiled in.
             beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
-            weighted = {"beta": beta, "residual_weight": a.residual_weight, "sample_weight": a.sample_matching}
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
             seen = []
@@ -353,7 +352,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
                 last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last), accelerator.autocast():
-                    output = runner(targets=s, **weighted, **inputs)
+                    output = runner(
+                        targets=s, beta=beta, residual_weight=a.residual_weight, sample_weight=a.sample_matching, **inputs
+                    )
                     loss = output.loss
                     if posteriors is not None:
                         loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, s, ids)
