@@ -12,6 +12,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -99,6 +100,13 @@ def stable_diffusion(model, folder, pipeline_class=StableDiffusionPipeline):
     pipe = pipeline_class(vae=model.base.vae, unet=model.base.model, **text_parts(folder / "text"), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def stable_diffusion_3(model):
+    """A pipeline of a model with a head on an `SD3Transformer2DModel`; it has no text encoders: give it embeddings."""
+    model.base.vae.register_to_config(shift_factor=0.1)  # which this pipeline does not do without
+    text = dict.fromkeys(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    return StableDiffusion3Pipeline(transformer=model.base.model, scheduler=model.base.scheduler, vae=model.base.vae, **text)
 
 
 def save_pipeline(kind, folder, seed=0):

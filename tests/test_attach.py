@@ -11,11 +11,12 @@ from diffusers import (
     DDPMPipeline,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from diffusion_models import conditional, dit, save_pipeline, stable_diffusion, with_head
+from diffusion_models import conditional, dit, save_pipeline, stable_diffusion, stable_diffusion_3, with_head
 from peft import LoraConfig
 from PIL import Image
 
@@ -39,6 +40,14 @@ def images(pipe, num_images=2, **options):
         call["batch_size"] = num_images
     elif isinstance(pipe, DiTPipeline):
         call["class_labels"] = list(range(num_images))
+    elif isinstance(pipe, StableDiffusion3Pipeline):
+        sizes = pipe.transformer.config
+        tokens, pooled = (
+            torch.randn(2, num_images, *shape, generator=generator(1))
+            for shape in ((5, sizes.joint_attention_dim), (sizes.pooled_projection_dim,))
+        )
+        call |= {"prompt_embeds": tokens[0], "negative_prompt_embeds": tokens[1], "height": 16, "width": 16}
+        call |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
     else:
         call["prompt"] = ["a", "b"][:num_images]
     if isinstance(pipe, StableDiffusionImg2ImgPipeline):
@@ -62,12 +71,15 @@ def pipeline(kind, tmp_path):
     if kind == "dit":
         model = with_head("dit")
         return quiet(DiTPipeline(model.base.model, model.base.vae, model.base.scheduler)), model
+    if kind == "sd3":
+        model = with_head("sd3")
+        return quiet(stable_diffusion_3(model)), model
     kinds = {"text": StableDiffusionPipeline, "image": StableDiffusionImg2ImgPipeline, "inpaint": StableDiffusionInpaintPipeline}
     model = with_head("conditional")
     return stable_diffusion(model, tmp_path, kinds[kind]), model
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dit", "text", "image", "inpaint"])
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dit", "sd3", "text", "image", "inpaint"])
 def test_attach_intervene_detach(kind, tmp_path):
     pipe, model = pipeline(kind, tmp_path)
     before, hooks_before = images(pipe), hooks(pipe)
@@ -87,7 +99,7 @@ def test_attach_intervene_detach(kind, tmp_path):
     assert hooks(pipe) == hooks_before
 
 
-@pytest.mark.parametrize("kind", ["ddim", "text", "dit"])
+@pytest.mark.parametrize("kind", ["ddim", "text", "dit", "sd3"])
 def test_each_image_has_its_own_interventions(kind, tmp_path):
     pipe, model = pipeline(kind, tmp_path)
     attach(pipe, model)

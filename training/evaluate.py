@@ -316,7 +316,8 @@ def held_out_images(
     if few:
         raise ValueError(f"two held-out images of {', '.join(few)} are needed at least: hold out more (validation_fraction).")
     smallest = min(by_context, key=lambda name: len(by_context[name]))
-    if (side := min(len(by_context[smallest]) // 2, images)) < FEW_IMAGES:
+    side = min(len(by_context[smallest]) // 2, images)
+    if side < FEW_IMAGES and process_state().is_main_process:
         logger.warning(
             "%d held-out images of %s a side: the floor of so few hides most of what models differ in; use more (--images), or hold out more "
             "(validation_fraction).",
