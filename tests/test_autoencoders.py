@@ -222,6 +222,15 @@ def test_lora_is_not_lost(tmp_path):
         InterventionModel.from_pretrained(tmp_path / "model")
 
 
+def test_lora_on_a_frozen_base_is_one_sentence(tmp_path):
+    vae = saved("kl", tmp_path).requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="this AutoencoderKL has no linear map or convolution that is not frozen: thaw it before"
+    ):
+        add_lora(vae, 2)
+    assert not hasattr(vae, "peft_config")
+
+
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune", "end-to-end"])
 def test_an_ablation_without_a_head_trains_the_posterior_it_has(tiny, tmp_path, regime):
     saved("kl", tmp_path)

@@ -35,9 +35,16 @@ def add_lora(model: ModelMixin, rank: int) -> None:
     """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
 
     Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none.
+
+    Raises:
+        ValueError: one sentence: there is no layer left to add any to.
     """
     kinds = (nn.Linear, nn.Conv2d)
     names = [name for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.requires_grad]
+    if not names:
+        raise ValueError(
+            f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw it before adding LoRA (trainable(True))."
+        )
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
