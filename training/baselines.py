@@ -60,7 +60,12 @@ GRID: dict[str, list[dict[str, float]]] = {
     "conditional-vae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
     "beta-tcvae": [{"beta": 0.5, "weight": 2.0}, {"beta": 1.0, "weight": 4.0}, {"beta": 2.0, "weight": 8.0}],
     "ada-gvae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
-    "tvae": [{"beta": 0.5, "weight": 10.0}, {"beta": 2.0, "weight": 10.0}, {"beta": 2.0, "weight": 100.0}],
+    "tvae": [
+        {"beta": 0.5, "weight": 10.0},
+        {"beta": 2.0, "weight": 10.0},
+        {"beta": 2.0, "weight": 100.0},
+        {"beta": 0.25, "weight": 10.0},
+    ],
 }
 
 # Settings of train.py that a baseline has no use for: any other value than the default is an error.
