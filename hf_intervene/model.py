@@ -54,6 +54,7 @@ class InterventionModelOutput(ModelOutput):
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
         posterior_mean: mean of q(z | x, s), shape (B, *noise_shape); of y where the head whitens its posterior (see `posterior.py`).
         posterior_logvar: log-variance, likewise.
+        observational_mean: what `posterior_mean` would be if all images were observational; only with `predict_contexts=True`.
         exogenous_noise: z, the draw that was decoded, shape (B, *noise_shape).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
         sample_distance: scalar, the energy distance of samples to images, less its constant term (see `sample_matching.py`); only with
@@ -67,6 +68,7 @@ class InterventionModelOutput(ModelOutput):
     bottleneck_loss: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
+    observational_mean: torch.Tensor | None = None
     exogenous_noise: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     sample_distance: torch.Tensor | None = None
@@ -232,6 +234,7 @@ class InterventionModel(PreTrainedModel):
         prepared: dict[str, torch.Tensor] | None = None,
         samples: dict[str, torch.Tensor] | None = None,
         sample_weight: float | torch.Tensor = 1.0,
+        predict_contexts: bool = False,
         return_reconstruction: bool = False,
         return_dict: bool | None = None,
     ) -> InterventionModelOutput | tuple:
@@ -250,6 +253,7 @@ class InterventionModel(PreTrainedModel):
             prepared: for a denoiser, what its `prepare` made of the images.
             samples: for sample matching, the arguments of `sample_distance`; not for a denoiser.
             sample_weight: weight of that term, in nats for each value of an image.
+            predict_contexts: whether to return what `context_prediction.py` reads contexts from.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
         found = None if pixel_values is None else tuple(pixel_values.shape)
@@ -269,6 +273,7 @@ class InterventionModel(PreTrainedModel):
         else:
             features, latents, log_q = self.base.encode_latents(x, rho)
         mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
+        observational = self._posterior_of(features, torch.zeros_like(targets))[0] if predict_contexts else None
         if noise is None:
             noise = torch.randn_like(mean)
         z = self._noise_of(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *noise_shape)
@@ -300,6 +305,7 @@ class InterventionModel(PreTrainedModel):
             bottleneck_loss=bottleneck_loss,
             posterior_mean=mean,
             posterior_logvar=logvar,
+            observational_mean=observational,
             exogenous_noise=z,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
             sample_distance=distance,

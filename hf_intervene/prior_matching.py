@@ -11,13 +11,15 @@ that of a classifier that tells the two apart (Sugiyama et al., 2012; used on la
 
     KL(q_k || N(0, I)) = E_{z ~ q_k} log q_k(z) / p(z) ~ E_{z ~ q_k} logit(z, s).
 
-One small classifier serves all contexts. It learns a little every step, from draws of the whole global batch and as many of the prior.
+One small classifier serves all contexts. It learns a little every step (see `auxiliary.py`), from draws of the posteriors and as many of the
+prior.
 """
 
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from .auxiliary import Auxiliary
 from .modeling_intervention import BlockLinear
 
 
@@ -48,7 +50,7 @@ class Critic(nn.Module):
         return (alone.sum(0) + together)[:, 0]
 
 
-class PriorMatching:
+class PriorMatching(Auxiliary):
     """
     Args:
         blocks, noise_width: D and n.
@@ -59,21 +61,15 @@ class PriorMatching:
 
     draws = 4  # of z from the posterior of an image, and as many of the prior, each time the classifier learns
     updates = 2  # times it learns, a step
-    learning_rate = 3e-3
 
     def __init__(self, blocks: int, noise_width: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"):
         self.weight = weight
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.critic = Critic(blocks, noise_width).to(device).requires_grad_(False)
-        self.parameters = list(self.critic.parameters())
-        # With the usual eps of 1e-8 gradients of rounding alone make whole steps, and two processes part from one.
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.5, 0.9), eps=1e-6, fused=True)
+        super().__init__(lambda: Critic(blocks, noise_width), seed, device, 3e-3, (0.5, 0.9))
 
     def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, D, n) in contexts with targets (B, D)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.critic(z, targets)
+            return self.network(z, targets)
 
     def loss(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The penalty, weight * mean log ratio, a scalar in nats: draws (B, D, noise_width) of the posteriors, targets (B, D)."""
@@ -83,30 +79,7 @@ class PriorMatching:
         """Let the classifier learn from draws (n, D, noise_width) of the posteriors of a global batch, targets (n, D)."""
         z = z.detach()
         prior = torch.randn(z.shape, generator=generator, device=z.device)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            loss = softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean()
-            gradients = torch.autograd.grad(loss, self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients):
-            parameter.requires_grad_(False)
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The classifier's weights and its optimiser's state."""
-        adam = {f"adam.{i}.{key}": value for i, p in enumerate(self.parameters) for key, value in self.optimizer.state[p].items()}
-        return {f"critic.{name}": value for name, value in self.critic.state_dict().items()} | adam
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` returned. Raises a KeyError or RuntimeError if it is of something else."""
-        self.critic.load_state_dict({name: state[f"critic.{name}"] for name in self.critic.state_dict()})
-        for name, value in state.items():
-            if name.startswith("adam."):
-                _, index, key = name.split(".")
-                parameter = self.parameters[int(index)]
-                self.optimizer.state[parameter][key] = value.to(parameter.device)
+        self.learn(lambda: softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean())
 
 
 __all__ = ["PriorMatching"]

@@ -39,7 +39,7 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     """Weights, average and optimiser state; the second half of the run resumed, on another number of processes than the first."""
     skip_without_deepspeed(name)
     settings = tiny | {"ema_decay": 0.9, "base_norm": "none", "l2": 0.1, "gradient_accumulation_steps": 2, "max_steps": 6}
-    settings |= {"eval_every": 3, "validation_images": 11, "sample_matching": 0.4}
+    settings |= {"eval_every": 3, "validation_images": 11, "sample_matching": 0.4, "context_prediction": 0.1}
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)

@@ -42,7 +42,7 @@ def test_the_penalty_pulls_draws_to_the_prior_and_leaves_the_critic_alone(traine
     loss.backward()
     assert (z.grad[0] > 0).all() and (z.grad[1] < 0).all()  # out of the lumps
     assert z.grad[2].norm() < 0.2 * z.grad[0].norm()  # where there are none
-    assert not any(p.requires_grad or p.grad is not None for p in trained.critic.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in trained.network.parameters())
 
 
 def test_it_goes_on_from_its_state():

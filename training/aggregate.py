@@ -1,7 +1,11 @@
-"""What a run follows of the aggregate posteriors of its contexts (see `posterior.py`, `moments.py` and `prior_matching.py` of the package)."""
+"""What a run follows of the aggregate posteriors of its contexts (see `posterior.py`, `moments.py`, `prior_matching.py` and
+`context_prediction.py` of the package)."""
+
+import math
 
 import torch
 
+from hf_intervene.context_prediction import ContextPrediction
 from hf_intervene.data import ContextImages
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import moment_matching
@@ -11,15 +15,17 @@ from hf_intervene.training.arguments import TrainArguments
 
 WHITEN_EVERY = 16  # steps between two looks at the covariances of a whitened posterior
 LEAST_PACE = 0.25  # of following them
+_PREDICTION = "contexts."  # how names of its state begin
 
 
 class AggregatePosteriors:
-    """Their means, which are taken out; their covariances, which are whitened and matched to the prior's; and what else a critic sees.
+    """Their means, which are taken out; their covariances, which are whitened and matched to the prior's; what else a critic sees; and,
+    before these, whether each concept's block tells its context apart.
 
     Args:
         model: with a head.
         data: the training images.
-        a: the settings; of them the weights of moment matching and of prior matching (0: none), and the seed.
+        a: the settings; of them the weights of moment matching, of prior matching and of context prediction (0: none), and the seed.
         device: of the state.
     """
 
@@ -36,24 +42,40 @@ class AggregatePosteriors:
         self.prior = None
         if weight := a.prior_matching * a.beta:
             self.prior = PriorMatching(*model.noise_shape, weight, a.seed, device)
+        self.prediction = None
+        if len(self.contexts) > 1 and (weight := a.context_prediction * math.prod(model.base.image_shape)):
+            concepts = self.contexts[:, : len(model.concepts)]
+            self.prediction = ContextPrediction(concepts, model.noise_shape[-1], weight, a.seed, device)
 
-    def penalty(self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | float:
-        """Those of moment matching and prior matching for samples under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A
-        scalar in nats."""
+    def penalty(
+        self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor, matched: float = 1.0
+    ) -> torch.Tensor | float:
+        """Those of moment matching and prior matching, `matched` times, and that of context prediction, 1 - matched times, for samples
+        under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A scalar in nats."""
         penalty: torch.Tensor | float = 0.0
         if self.moments is not None and self.weight:
-            penalty = penalty + self.moments.loss(output.posterior_mean, output.posterior_logvar, self.group[ids])
+            penalty = penalty + matched * self.moments.loss(output.posterior_mean, output.posterior_logvar, self.group[ids])
         if self.prior is not None:
-            penalty = penalty + self.prior.loss(output.exogenous_noise, self.model.seen(targets))
+            penalty = penalty + matched * self.prior.loss(output.exogenous_noise, self.model.seen(targets))
+        if self.prediction is not None and output.observational_mean is not None:
+            penalty = penalty + (1 - matched) * self.prediction.loss(output.observational_mean, ids)
         return penalty
 
     def follow(
-        self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, step: int, pace: float
+        self,
+        mean: torch.Tensor,
+        logvar: torch.Tensor,
+        observational: torch.Tensor | None,
+        targets: torch.Tensor,
+        ids: torch.Tensor,
+        step: int,
+        pace: float,
     ) -> None:
         """Go on by a global batch.
 
         Args:
             mean, logvar: as `InterventionHead.posterior` returned them, (B, D, noise_width).
+            observational: the mean that it returns for observational images, for context prediction; `None`: that is over.
             targets: (B, D).
             ids: contexts, (B,).
             step: the number of the step.
@@ -61,6 +83,8 @@ class AggregatePosteriors:
                 out of date.
         """
         head, seen = self.model.head, self.model.seen(targets)
+        if self.prediction is not None and observational is not None:
+            self.prediction.update(observational, ids)
         if self.prior is not None:
             means, stds, contexts = (x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen))
             generator = torch.Generator(mean.device).manual_seed(-1 - self.seed * 1_000_003 - step)  # numbers of no `step_noise`
@@ -74,9 +98,13 @@ class AggregatePosteriors:
                 head.whiten_posterior(self.contexts, self.moments.covariance)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps beside the model: nothing unless covariances are followed or there is a critic."""
-        moments = {} if self.moments is None else {"excess": self.moments.excess}
-        return moments if self.prior is None else moments | self.prior.state_dict()
+        """What a checkpoint keeps beside the model: nothing unless covariances are followed or something is learnt."""
+        state = {} if self.moments is None else {"excess": self.moments.excess}
+        if self.prior is not None:
+            state |= self.prior.state_dict()
+        if self.prediction is not None:
+            state |= {_PREDICTION + name: value for name, value in self.prediction.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from what `state_dict` returned. Raises a KeyError or RuntimeError if it is of something else."""
@@ -84,6 +112,9 @@ class AggregatePosteriors:
             self.moments.excess = state["excess"].to(self.moments.excess.device)
         if self.prior is not None:
             self.prior.load_state_dict(state)
+        if self.prediction is not None:
+            own = {name.removeprefix(_PREDICTION): value for name, value in state.items() if name.startswith(_PREDICTION)}
+            self.prediction.load_state_dict(own)
 
 
 __all__ = ["AggregatePosteriors"]

@@ -105,8 +105,15 @@ class TrainArguments:
     sample_matching: float = field(
         default=0.0, metadata={"help": "That of hf_intervene/sample_matching.py, in nats for each value of an image."}
     )
+    context_prediction: float = field(
+        default=0.0, metadata={"help": "That of hf_intervene/context_prediction.py, in nats for each value of an image."}
+    )
     moment_warmup: float = field(
-        default=0.5, metadata={"help": "Share of the steps over which the first two rise from 0, and before samples are matched."}
+        default=0.5,
+        metadata={
+            "help": "Share of the steps over which moment and prior matching rise from 0 and context prediction falls to 0; then "
+            "samples are matched."
+        },
     )
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
@@ -166,6 +173,7 @@ class TrainArguments:
             "moment_matching",
             "prior_matching",
             "sample_matching",
+            "context_prediction",
             "group_lasso",
             "l2",
             "weight_decay",

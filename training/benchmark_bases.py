@@ -158,7 +158,7 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     def steps() -> None:
         for number in range(WHITEN_EVERY):
             step()
-            posteriors.follow(*posterior, targets, ids, number, 1.0)
+            posteriors.follow(*posterior, None, targets, ids, number, 1.0)
 
     return steps
 

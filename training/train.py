@@ -347,17 +347,24 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
+            matched = ramp(step, a.moment_warmup * total)
+            predicting = posteriors is not None and posteriors.prediction is not None and matched < 1
             seen = []
             for rows, inputs in zip(batch.parts, batch.inputs):
                 s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
                 last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last), accelerator.autocast():
                     output = runner(
-                        targets=s, beta=beta, residual_weight=a.residual_weight, sample_weight=a.sample_matching, **inputs
+                        targets=s,
+                        beta=beta,
+                        residual_weight=a.residual_weight,
+                        sample_weight=a.sample_matching,
+                        predict_contexts=predicting,
+                        **inputs,
                     )
                     loss = output.loss
                     if posteriors is not None:
-                        loss = loss + ramp(step, a.moment_warmup * total) * posteriors.penalty(output, s, ids)
+                        loss = loss + posteriors.penalty(output, s, ids, matched)
                     if last and model.head is not None and (a.group_lasso or a.l2):
                         loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
@@ -372,9 +379,10 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             sums += own[:, : len(TERMS)].sum(0)  # on the device: fetched when logged
             if model.head is not None or a.schedule == "adaptive":
                 whole_batch = accelerator.gather(own) if world > 1 else own
-                terms, mean, logvar = unpacked(whole_batch, model.noise_shape)
+                terms, mean, logvar, observational = unpacked(whole_batch, model.noise_shape)
                 if posteriors is not None:
-                    posteriors.follow(mean, logvar, batch.targets, batch.ids, step, learning_rate_factor(a, step, total))
+                    pace = learning_rate_factor(a, step, total)
+                    posteriors.follow(mean, logvar, observational, batch.targets, batch.ids, step, pace)
                 feed.learn(terms.sum(1))
             recent.append((step, batch.indices, elbo))
             unlogged += 1
@@ -477,17 +485,22 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
-    """What the step needs of a batch after its backward pass, float32 (b, terms + 2 * noise entries): processes exchange it in one go."""
+    """What the step needs of a batch after its backward pass, float32 (b, terms + 2 or 3 * noise entries): processes exchange it in one go."""
     terms = torch.stack([output[term] for term in TERMS], dim=1)  # (b, 3)
-    moments = output.posterior_mean, output.posterior_logvar
-    return torch.cat([value.detach().flatten(1).float() for value in (terms, *moments)], dim=1)
+    values = [terms, output.posterior_mean, output.posterior_logvar]
+    if output.observational_mean is not None:
+        values.append(output.observational_mean)
+    return torch.cat([value.detach().flatten(1).float() for value in values], dim=1)
 
 
-def unpacked(values: torch.Tensor, noise_shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Terms of the loss (B, 3), posterior means and log-variances (B, *noise_shape) of what `packed` returned."""
-    width = math.prod(noise_shape)
-    terms, mean, logvar = values.split([len(TERMS), width, width], dim=1)
-    return terms, mean.unflatten(1, noise_shape), logvar.unflatten(1, noise_shape)
+def unpacked(
+    values: torch.Tensor, noise_shape: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Terms of the loss (B, 3), posterior means, log-variances and, if they were asked for, observational means, (B, *noise_shape), of what
+    `packed` returned."""
+    terms, entries = values[:, : len(TERMS)], values[:, len(TERMS) :]
+    mean, logvar, *observational = entries.unflatten(1, (-1, *noise_shape)).unbind(1)
+    return terms, mean, logvar, observational[0] if observational else None
 
 
 def ramp(step: int, steps: float) -> float:
