@@ -1,6 +1,8 @@
 """Chosen values of concepts, do(c_j = v): quantiles of the learnt range and reference images, from what a user says to the image."""
 
+import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import hf_intervene
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, cli
 from hf_intervene.data import quad
 from hf_intervene.plots import traversal
+from hf_intervene.training.effects import chosen_values
 from hf_intervene.values import influence, learnt_range, quantile_value
 
 
@@ -211,39 +214,47 @@ def test_traversal_draws_a_strip_for_each_concept():
 
 
 def test_bundled_colours_follow_a_reference():
-    """Mean absolute error of the corners' colours when images take a quadrant from another observational image.
-
-    By chance: the error to the reference of another edit, so that it does not count that an intervention moves all colours alike.
-    Each block of the bundled model holds some of its colour, that of quad3 most, that of quad2 hardly any.
-    `pytest -s` prints all of it.
-    """
+    """Each block of the bundled model holds some of its colour, that of quad3 most, that of quad2 hardly any. `pytest -s` prints all of it."""
     model = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad")).model
-    number = 256
-    own = quad.render(quad.sample_latents("obs", number, seed=11))
-    corners = {"quad1": np.s_[:, -8:, :8], "quad2": np.s_[:, -8:, -8:], "quad3": np.s_[:, :8, :8], "quad4": np.s_[:, :8, -8:]}
+    found = chosen_values(model, "dependent", images=256, seed=0)
+    print(json.dumps(found, indent=1))
+    ratios = {name: found[name]["reference"] / found[name]["chance"] for name in quad.CONCEPTS[:4]}
+    assert ratios["quad3"] < 0.7 and ratios["quad1"] < 0.9 and max(ratios.values()) < 0.98
+    assert all(value < 0.25 for value in found["quad1"]["kept"].values())  # quad1 causes none of them, quad4 all
+    assert found["reconstructed"] < 0.02
 
-    def colours(x):
-        return {name: np.asarray(x, dtype=np.float64)[where].mean((1, 2)) for name, where in corners.items()}
 
-    def error(a, b, name):
-        return np.abs(a[name] - b[name]).mean()
+@pytest.mark.parametrize("taken", ["own", "the next"])
+def test_what_is_measured_of_chosen_values(taken):
+    """A model that takes the right quadrant from another image, or in place of quad1 the one beside it, quad2."""
 
-    other = quad.render(quad.sample_latents("obs", number, seed=12))
-    before, reference, returned = colours(own / 255), colours(other / 255), colours(model.reconstruct(own, output_type="np"))
-    found = {}
-    for name in corners:
-        edited = colours(model.edit(own, {name: other}, output_type="np"))
-        to_reference = error(edited, reference, name)
-        chance = np.mean([error(edited, {name: np.roll(reference[name], k, axis=0)}, name) for k in range(1, number)])
-        others = {rest: error(edited, before, rest) for rest in corners if rest != name}
-        found[name] = to_reference / chance, others
-        rest = ", ".join(f"{key} {value:.3f}" for key, value in others.items())
-        print(
-            f"{name}: to the reference {to_reference:.3f}, by chance {chance:.3f}, reconstructed {error(returned, before, name):.3f}; "
-            f"others to their own {rest}; influence {influence(model.head, name):.4f}"
-        )
-    assert found["quad3"][0] < 0.7 and found["quad1"][0] < 0.9 and max(ratio for ratio, _ in found.values()) < 0.98
-    assert all(value < 0.25 for value in found["quad1"][1].values())  # quad1 causes none of them, quad4 all
+    def edit(own, choice, **_):
+        edited = own / 255
+        if choice != "obs":
+            ((name, other),) = choice.items()
+            right = name in ("quad2", "quad4") or (name == "quad1" and taken == "the next")
+            rows = slice(16, None) if name in ("quad1", "quad2") else slice(16)
+            columns = slice(16, None) if right else slice(16)
+            edited[:, rows, columns] = other[:, rows, columns] / 255
+        return edited
 
-    edited = colours(model.edit(own, {"quad1": own}, output_type="np"))
-    assert all(error(edited, returned, name) < 0.02 for name in corners)
+    model = SimpleNamespace(edit=edit, head=None, base=SimpleNamespace(image_shape=(3, 32, 32)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_intervene.training.effects.influence", lambda head, name: 0.5)
+        found = chosen_values(model, "independent", images=64, seed=0)
+    assert found["reconstructed"] == 0
+    for name in ("quad2", "quad3", "quad4"):
+        assert found[name]["reference"] == 0 and found[name]["chance"] > 0.4 and found[name]["influence"] == 0.5
+        assert max(found[name]["kept"].values()) == 0
+    if taken == "own":
+        assert found["quad1"]["reference"] == 0
+    else:
+        assert found["quad1"]["reference"] == pytest.approx(found["quad1"]["chance"], abs=0.1)
+        assert found["quad1"]["kept"]["quad2"] > 0.4 and found["quad1"]["kept"]["quad3"] == 0
+
+
+def test_a_value_of_its_own_changes_nothing():
+    model = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad")).model
+    own = quad.render(quad.sample_latents("obs", 16, seed=11))
+    returned, edited = model.reconstruct(own, output_type="np"), model.edit(own, {"quad1": own}, output_type="np")
+    assert np.abs(edited - returned).mean() < 0.02

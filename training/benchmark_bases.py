@@ -127,7 +127,8 @@ AGGREGATE = {
     "centered": {"posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0},
     "whitened": {"prior_matching": 0.0},
     "prior matching": {},  # the defaults
-    "sample matching": {"sample_matching": 0.4},  # and this, once it has begun
+    "context prediction": {"context_prediction": 0.1},  # and this, before it is over
+    "sample matching": {"sample_matching": 0.4},  # or this, once it has begun
 }
 
 
@@ -140,7 +141,8 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
     posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
-    posterior: list[torch.Tensor] = []
+    posterior: list[torch.Tensor | None] = []
+    predicting = bool(settings.context_prediction)
     groups = batch_size // EVERY
     pictures = torch.rand(groups * IMAGES, *model.base.image_shape)
 
@@ -149,16 +151,17 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
         if settings.sample_matching:
             samples = model.posterior_draws(groups * GROUP, torch.default_generator)
             matched["samples"] = samples | {"targets": targets[::EVERY], "images": pictures}
-        output = model(x, targets, sample_weight=settings.sample_matching, **matched)
-        posterior[:] = output.posterior_mean.detach().float(), output.posterior_logvar.detach().float()
-        return output.loss + posteriors.penalty(output, targets, ids)
+        output = model(x, targets, sample_weight=settings.sample_matching, predict_contexts=predicting, **matched)
+        moments = output.posterior_mean, output.posterior_logvar, output.observational_mean
+        posterior[:] = (None if value is None else value.detach().float() for value in moments)
+        return output.loss + posteriors.penalty(output, targets, ids, matched=0.5 if predicting else 1.0)
 
     step = training_step(model, loss)
 
     def steps() -> None:
         for number in range(WHITEN_EVERY):
             step()
-            posteriors.follow(*posterior, None, targets, ids, number, 1.0)
+            posteriors.follow(*posterior, targets, ids, number, 1.0)
 
     return steps
 

@@ -1,4 +1,5 @@
-"""What a trained model does to the true factors of quad, what its codes say of them, and how its causal layer reads (METHOD section 5).
+"""What a trained model does to the true factors of quad, what its codes say of them, whether values that are chosen for concepts are
+theirs, and how its causal layer reads (METHOD section 5).
 
     python training/effects.py --model outputs/quad/model --variant dependent --output outputs/quad/effects
 
@@ -9,9 +10,11 @@ factors) and `causal.png` (concepts x concepts, the truth beside what is read of
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +42,11 @@ from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import HELD_OUT_SEED
+from hf_intervene.values import influence
 
 
 CONTEXTS = quad.CONCEPTS + quad.HELD_OUT
+_QUADRANTS = quad.CONCEPTS[:4]
 _CONCEPTS = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
 _READINGS = (
     "weights, Frobenius",
@@ -51,6 +56,7 @@ _READINGS = (
     "distribution of c under do",
 )
 _DRAWS = 4096  # of the concepts under the prior
+_EDITED = 256  # images at most that take a value
 
 
 def check_model(model: InterventionModel, folder: str, variant: str) -> None:
@@ -155,6 +161,40 @@ def code_scores(model: InterventionModel, variant: str, images: int, seed: int, 
         scores[name] = {key: score.to_dict() for key, score in measured.items()}
         scores[name]["blocks"] = disentanglement.block_correlations(blocks, factors).tolist()
     return scores
+
+
+def chosen_values(model: InterventionModel, variant: str, images: int, seed: int, num_inference_steps: int = 50) -> dict:
+    """Whether a chosen value is the concept's: observational images take a quadrant's colour from others, `edit(x, {"quad1": other})`.
+
+    Returns:
+        By quadrant: `reference`, the mean absolute error of its corner's colour to that of the reference; `chance`, to those of the
+        references of other images; `kept`, for each other quadrant, how far its colour ends from where it was; `influence` of the block.
+        And `reconstructed`: the error of all four in images that are encoded and decoded.
+    """
+    side = model.base.image_shape[1]
+    latents = (quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed + half) for half in (0, 1))
+    own, other = (quad.render(half, side) for half in latents)
+    near, far, steps = slice(None, side // 8), slice(-(side // 8), None), {"num_inference_steps": num_inference_steps}
+    corners = {"quad1": (far, near), "quad2": (far, far), "quad3": (near, near), "quad4": (near, far)}
+
+    def colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: pixels[:, rows, columns].mean((1, 2), dtype=np.float64) for name, (rows, columns) in corners.items()}
+
+    before, reference = colours(own / 255), colours(other / 255)
+    returned = colours(np.asarray(model.edit(own, OBS, output_type="np", **steps)))
+    found: dict[str, Any] = {"reconstructed": np.mean([np.abs(returned[name] - before[name]).mean() for name in corners])}
+    for name in tqdm(corners, "choosing values", disable=None, delay=2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a block without influence, which is reported
+            edited = colours(np.asarray(model.edit(own, {name: other}, output_type="np", **steps)))
+        apart = np.abs(edited[name][:, None] - reference[name]).mean(2)  # (image, reference)
+        found[name] = {
+            "reference": apart.diagonal().mean(),
+            "chance": apart[~np.eye(images, dtype=bool)].mean(),
+            "kept": {rest: np.abs(edited[rest] - before[rest]).mean() for rest in corners if rest != name},
+            "influence": influence(model.head, name),
+        }
+    return found
 
 
 def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: int) -> dict:
@@ -275,6 +315,21 @@ def table(measured: dict) -> str:
         "are correlated, so that a block which knows one tells something of others. The lasso gives unrelated codes few weights, or "
         "none: disentanglement and completeness have high floors, and mean little by themselves.",
         "",
+        "## Chosen values: a quadrant's colour taken from another image",
+        "",
+        f"| taken | error to the reference | by chance | others end from where they were: {', '.join(_QUADRANTS)} | influence of the block |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in _QUADRANTS:
+        row = measured["values"][name]
+        kept = " / ".join(f"{row['kept'][rest]:.3f}" if rest in row["kept"] else "-" for rest in _QUADRANTS)
+        lines.append(f"| {name} | {row['reference']:.3f} | {row['chance']:.3f} | {kept} | {row['influence']:.3f} |")
+    lines += [
+        "",
+        f"Mean absolute errors of colours in [0, 1], in the corners; reconstructions have {measured['values']['reconstructed']:.3f}. By chance: "
+        "to the reference of another image, so that it does not count that an intervention moves all colours alike. Quadrants that the taken "
+        "one causes should move too.",
+        "",
         "## Causal reading",
         "",
         "| reading | AUROC (p) | rank correlation (p) | direction |",
@@ -379,6 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = {
             "effects": sampled,
             "codes": code_scores(model, variant, images, seed, arguments.resamples),
+            "values": chosen_values(model, variant, min(images, _EDITED), seed, arguments.num_inference_steps),
             "causal": causal_reading(model, variant, sampled, seed),
             "regressor": regressor.scores,
             "settings": vars(arguments),
