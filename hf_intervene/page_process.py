@@ -19,6 +19,10 @@ from typing import Any
 from . import _no_collection
 
 
+# Seconds after which Ctrl-C is heard at the latest: one that comes just before a wait begins does not end it.
+_HEARD = 0.2
+
+
 class ModelProcess:
     """A process that answers calls of a `Page`'s methods, one at a time, once it is told the folder (see `page.PageApart`). What the model
     needs is imported before that."""
@@ -48,6 +52,8 @@ class ModelProcess:
         """
         with self._lock, _ended_in_a_sentence():
             self._connection.send((method, arguments))
+            while not self._connection.poll(_HEARD):
+                pass
             result, error = self._connection.recv()
         if error is not None:
             raise error

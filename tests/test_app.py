@@ -1,12 +1,15 @@
 """The page: what its buttons do, how it is served, exported, and used in a real browser (where there is a Chromium)."""
 
+import _thread
 import io
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -268,6 +271,21 @@ def test_an_interruption_while_the_model_is_loaded(grey):
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "") and "clos" in said
+
+
+def test_an_interruption_that_does_not_end_a_wait_is_heard():
+    process = object.__new__(ModelProcess)
+    process._lock = threading.Lock()
+    process._connection, other = multiprocessing.Pipe()
+    interrupt = threading.Timer(0.3, _thread.interrupt_main)  # a signal that comes just before the wait looks like this
+    answer = threading.Timer(5.0, other.send, [(None, None)])
+    interrupt.start()
+    answer.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        process.call("load")
+    answer.cancel()
+    assert time.monotonic() - started < 4
 
 
 # In a browser
