@@ -8,9 +8,9 @@ The value of concept j is its representation c_j, (concept_width,), in the inter
   stays where the draws are.
 
 Nothing in the data says which end of a range is "large": the direction is not identified, only fixed (the component's largest entry is
-positive). A concept whose range is not a curve, such as an angle, is followed along its main direction only. And nothing in the objective
-makes the model put a concept into its own block. One that training left empty has no value worth choosing, which is warned of; whether
-what another one holds is its concept can only be seen in images (`plots.traversal`).
+positive). A concept whose range is not a curve, such as an angle, is followed along its main direction only. And nothing but context
+prediction, while training, asks the model to put a concept into its own block. One that training left empty has no value worth choosing,
+which is warned of; whether what another one holds is its concept can only be seen in images (`plots.traversal`).
 """
 
 import warnings
