@@ -56,7 +56,7 @@ BENCHMARKS = {
     ),
     "aggregate": Benchmark(
         "benchmark_bases:aggregate",
-        "training steps of the light VAE, 64x64, batch 64: with a whitened posterior, with prior matching too, and with sample matching besides, over a centred one",
+        "training steps of the light VAE, 64x64, batch 64: with a whitened posterior, with prior matching too, and with context prediction or sample matching besides, over a centred one",
     ),
     "textbook": Benchmark(
         "benchmark_textbook:textbook",
