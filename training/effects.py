@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_intervene.cards import read_settings
-from hf_intervene.contexts import OBS
+from hf_intervene.contexts import OBS, Interventions
 from hf_intervene.data import quad
 from hf_intervene.metrics import disentanglement, effects, train_regressor
 from hf_intervene.metrics.causal import (
@@ -163,6 +163,13 @@ def code_scores(model: InterventionModel, variant: str, images: int, seed: int, 
     return scores
 
 
+def corner_colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean colours, (n, 3), in the corner of each quadrant of images of quad, (n, H, W, 3), in [0, 1]."""
+    near, far = slice(None, pixels.shape[1] // 8), slice(-(pixels.shape[1] // 8), None)
+    corners = {"quad1": (far, near), "quad2": (far, far), "quad3": (near, near), "quad4": (near, far)}
+    return {name: pixels[:, rows, columns].mean((1, 2), dtype=np.float64) for name, (rows, columns) in corners.items()}
+
+
 def chosen_values(model: InterventionModel, variant: str, images: int, seed: int, num_inference_steps: int = 50) -> dict:
     """Whether a chosen value is the concept's: observational images take a quadrant's colour from others, `edit(x, {"quad1": other})`.
 
@@ -171,27 +178,24 @@ def chosen_values(model: InterventionModel, variant: str, images: int, seed: int
         references of other images; `kept`, for each other quadrant, how far its colour ends from where it was; `influence` of the block.
         And `reconstructed`: the error of all four in images that are encoded and decoded.
     """
-    side = model.base.image_shape[1]
     latents = (quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed + half) for half in (0, 1))
-    own, other = (quad.render(half, side) for half in latents)
-    near, far, steps = slice(None, side // 8), slice(-(side // 8), None), {"num_inference_steps": num_inference_steps}
-    corners = {"quad1": (far, near), "quad2": (far, far), "quad3": (near, near), "quad4": (near, far)}
+    own, other = (quad.render(half, model.base.image_shape[1]) for half in latents)
 
-    def colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: pixels[:, rows, columns].mean((1, 2), dtype=np.float64) for name, (rows, columns) in corners.items()}
+    def edited_colours(interventions: Interventions) -> dict[str, np.ndarray]:
+        edited = model.edit(own, interventions, output_type="np", num_inference_steps=num_inference_steps)
+        return corner_colours(np.asarray(edited))
 
-    before, reference = colours(own / 255), colours(other / 255)
-    returned = colours(np.asarray(model.edit(own, OBS, output_type="np", **steps)))
-    found: dict[str, Any] = {"reconstructed": np.mean([np.abs(returned[name] - before[name]).mean() for name in corners])}
-    for name in tqdm(corners, "choosing values", disable=None, delay=2):
+    before, reference, returned = corner_colours(own / 255), corner_colours(other / 255), edited_colours(OBS)
+    found: dict[str, Any] = {"reconstructed": np.mean([np.abs(returned[name] - before[name]).mean() for name in _QUADRANTS])}
+    for name in tqdm(_QUADRANTS, "choosing values", disable=None, delay=2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a block without influence, which is reported
-            edited = colours(np.asarray(model.edit(own, {name: other}, output_type="np", **steps)))
+            edited = edited_colours({name: other})
         apart = np.abs(edited[name][:, None] - reference[name]).mean(2)  # (image, reference)
         found[name] = {
             "reference": apart.diagonal().mean(),
             "chance": apart[~np.eye(images, dtype=bool)].mean(),
-            "kept": {rest: np.abs(edited[rest] - before[rest]).mean() for rest in corners if rest != name},
+            "kept": {rest: np.abs(edited[rest] - before[rest]).mean() for rest in _QUADRANTS if rest != name},
             "influence": influence(model.head, name),
         }
     return found
