@@ -118,7 +118,12 @@ class Table:
 
 TABLES = {
     "quad-dependent": Table("quad"),
-    "quad-independent": Table("quad", "independent"),
+    # Half of the KL for the head: chosen among 1, 0.5 and 0.25 like the settings of the baselines, with a seed that the table does not use.
+    "quad-independent": Table(
+        "quad",
+        "independent",
+        REGIMES | {row: REGIMES[row] | {"beta": 0.5} for row in REGIMES if row not in ("base", "base pooled")},
+    ),
     # Half of this KL is for the head, whose z falls silent early. What has none loses likelihood by it: TVAE has 0.244 bits with 0.5, 0.258 with 0.25.
     "mnist": Table("mnist", rows=REGIMES | {row: REGIMES[row] | {"beta": 0.5} for row in ("base", "base pooled")}),
     "ident3d": Table("ident3d"),
