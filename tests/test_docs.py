@@ -289,6 +289,32 @@ def test_figures_are_those_that_were_measured():
                 assert figure in text, f"{page.name}: {figure} in {line}"
 
 
+PAPER = {"quad (dependent)": "quad-dependent", "quad (independent)": "quad-independent", "MNIST": "mnist"}
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    """Cells of the rows of tables by the letters of their names: the results' `beta-tcvae` is the guides' BetaTCVAE."""
+    found = [
+        [cell.strip() for cell in line[1:].removesuffix("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return {re.sub("[^a-z]", "", name.lower()): cells for name, *cells in found if name.strip("- ")}
+
+
+def test_tables_of_the_paper_are_those_that_were_written():
+    """In the README concept and composition of all tables side by side, in the results bits per pixel and the paper's protocol too."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    summary = table_rows(README.read_text(encoding="utf-8").split("\n## What it reaches")[1].split("\n## ")[0])
+    for number, (heading, name) in enumerate(PAPER.items()):
+        written = table_rows((ROOT / "training" / "results" / f"{name}-cpu.md").read_text(encoding="utf-8"))
+        detailed = table_rows(re.split(r"\n#+ ", text.split(f"\n### {heading}\n")[1])[0])
+        assert {"endtoend", "finetune", "tvae", "floor"} <= written.keys() <= detailed.keys() & summary.keys(), heading
+        for row, (concept, _, composition, _, bits, bits_out, *paper, _) in written.items():
+            means = [cell.partition(" ±")[0] for cell in (bits_out, *paper)]
+            assert summary[row][2 * number : 2 * number + 2] == [concept, composition], f"README: {heading}, {row}"
+            assert detailed[row][:2] == [concept, composition], f"{heading}, {row}"
+            assert detailed[row][2:4] == [f"{bits} / {means[0]}" if bits else "", f"{means[1]} / {means[2]}"], f"{heading}, {row}"
+
+
 def test_messages_of_tables_are_those_of_the_source():
     """The messages in the failures' tables, in pieces between what differs."""
     said = []
