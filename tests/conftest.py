@@ -1,6 +1,7 @@
 """One thread and no network for every test; for those of the Hub, one on loopback."""
 
 import os
+import signal
 import tempfile
 
 from hub_server import HubServer
@@ -22,6 +23,8 @@ from huggingface_hub import constants
 
 
 torch.set_num_threads(1)
+# A script that starts its commands in the background has them, and their children, ignore Ctrl-C, of which some tests want to see what it does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 TINY = {
