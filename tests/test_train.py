@@ -32,12 +32,28 @@ def weights(folder):
     }
 
 
-def launch(launcher, settings):
-    """Train in processes of a launcher (words after `python -m`), on CPUs."""
+# train.py, which fails where DDP is still there when the group of processes is ended.
+ENDS_IN_ORDER = """
+import gc, sys
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from hf_intervene.training.train import main
+
+def end_training(self, end=Accelerator.end_training):
+    assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "DDP outlives the group"
+    end(self)
+
+Accelerator.end_training = end_training
+sys.exit(main())
+"""
+
+
+def launch(launcher, settings, script="training/train.py"):
+    """Train in processes of a launcher (words after `python -m`), on CPUs; what they print."""
     config = Path(settings["output_dir"]).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(settings))
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "training/train.py", "--config", str(config)],
+        [sys.executable, "-m", *launcher, str(script), "--config", str(config)],
         cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
@@ -45,6 +61,7 @@ def launch(launcher, settings):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-9000:]
+    return done.stdout
 
 
 def last_state(settings):
@@ -98,7 +115,9 @@ def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     # On a machine without accelerators `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun starts two.
-    launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two)
+    script = tmp_path / "train.py"
+    script.write_text(ENDS_IN_ORDER)
+    assert launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two, script).count("trained 6 steps") == 1
     (_, state_a), (_, state_b) = last_state(settings), last_state(two)
     assert (state_a["processes"], state_b["processes"]) == (1, 2)
     assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]

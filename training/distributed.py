@@ -7,6 +7,7 @@ and nothing that has scalar parameters; under DeepSpeed it would cast the weight
 """
 
 import copy
+import gc
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,17 @@ def new_accelerator(**options) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
         return Accelerator(**options)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """End trackers and the group of processes, when nothing outside refers to what `accelerator` prepared any more.
+
+    DDP goes first: where it is the last that holds the group, it ends it with Python's lock held, for which a thread of the group may be
+    waiting to let go of a tensor, and neither ever goes on.
+    """
+    accelerator.free_memory()
+    gc.collect()  # the modules, which refer to themselves
+    accelerator.end_training()
 
 
 def process_state() -> PartialState:

@@ -52,7 +52,7 @@ from hf_intervene.training.checkpoints import (
     sole_run,
     write_whole,
 )
-from hf_intervene.training.distributed import Weights, new_accelerator
+from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
 from hf_intervene.training.feeding import Feed, resident
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
@@ -194,7 +194,10 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     )
     with sole_run(out, accelerator.is_main_process):
         accelerator.wait_for_everyone()
-        return _train(arguments, out, accelerator, on_log)
+        result = _train(arguments, out, accelerator, on_log)
+        with tracking(accelerator):
+            end_training(accelerator)
+        return result
 
 
 def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None) -> TrainResult:
@@ -445,8 +448,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 path = save("last")
                 bar.close()
                 feed.close()
-                with tracking(accelerator):
-                    accelerator.end_training()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
                 return TrainResult(None, step, best, interrupted=True)
     bar.close()
@@ -459,8 +460,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
-    with tracking(accelerator):
-        accelerator.end_training()
     return TrainResult(model_dir, step, best)
 
 
@@ -557,15 +556,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
         return 1
-    if "--json" in words:
-        print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
-    if result.interrupted or "--json" in words:
-        return 130 if result.interrupted else 0
-    print(
-        f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error and "
-        f"KL per entry); model in {result.model_dir}"
-    )
-    return 0
+    if process_state().is_main_process:
+        if "--json" in words:
+            print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
+        elif not result.interrupted:
+            print(
+                f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error "
+                f"and KL per entry); model in {result.model_dir}"
+            )
+    return 130 if result.interrupted else 0
 
 
 __all__ = ["TrainResult", "train"]
