@@ -62,6 +62,29 @@ def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypat
     assert row["independent"]["ratio"] == pytest.approx(1, abs=0.4)
 
 
+def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model, monkeypatch):
+    real, other = (quad.images_by_context(("obs", "quad1"), 40, 16, seed=seed) for seed in (1, 2))
+    seen = []
+    abduct, predict = model.abduct, model.predict
+
+    def remembered(pixel_values, targets, generator, *rest, **options):
+        seen.append((pixel_values, targets, generator is None))
+        return abduct(pixel_values, targets, generator, *rest, **options)
+
+    def perfect(noise, residual, name, *rest, **options):
+        assert noise.std() > 0 and predict(noise, residual, name, *rest, **options).shape == other[name].shape
+        return other[name] / 255
+
+    monkeypatch.setattr(model, "abduct", remembered)
+    monkeypatch.setattr(model, "predict", perfect)
+    metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=50)
+    for (x, targets, mean), (name, row) in zip(seen, metrics["contexts"].items(), strict=True):
+        assert torch.equal(x, model.preprocess(other[name])) and torch.equal(targets, model.targets(name, 40)) and not mean
+        assert row["reconstruction"]["distance"] == pytest.approx(row["independent"]["floor"], rel=1e-5)
+    mean = metrics["means"]["concept"]["reconstruction"]["distance"]
+    assert f"at {mean:.3f} (concept), " in evaluate.table(metrics)
+
+
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10", "--protocol", "both"]
     assert evaluate.main(argv) == 0
