@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .logging import disable_progress_bars
+from .logging import bars_on_terminals_only, disable_progress_bars
 from .pretrained import located
 
 
@@ -72,6 +72,7 @@ def demonstrate(arguments: argparse.Namespace) -> int:
     """Simulate, train, save, measure, draw; see `demo.py`."""
     from . import demo
 
+    bars_on_terminals_only()
     default = "outputs/demo-pretrained" if arguments.pretrained else "outputs/demo"
     run = demo.run_pretrained if arguments.pretrained else demo.run
     return run(Path(arguments.output or default))
@@ -105,7 +106,14 @@ def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionMo
     from .pipeline import fit_image, open_image
 
     image = open_image(path)
-    return fit_image(image, model) if arguments.resize else image
+    _, height, width = model.base.image_shape
+    if arguments.resize:
+        return fit_image(image, model)
+    if image.size != (width, height):
+        raise ValueError(
+            f"{path} is {image.width}x{image.height}, and the model's images are {width}x{height}: --resize crops and resizes it."
+        )
+    return image
 
 
 def _interventions(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
@@ -186,6 +194,7 @@ def check(arguments: argparse.Namespace) -> int:
     from .metrics import identifiability
     from .training.simulated import SIMULATED
 
+    bars_on_terminals_only()
     if arguments.dataset in SIMULATED:
         images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(arguments.images, 1, 0.1, arguments.seed)
     else:

@@ -159,13 +159,14 @@ def _is_reference(value: Any) -> bool:
     return image(value) or getattr(value, "ndim", 0) == 4
 
 
-def _split_value(text: str) -> tuple[str, float | Quantile]:
+def _split_value(text: str) -> tuple[str, float | Quantile | str]:
+    """Name and value of "size=0.5", "size@0.9" or "size"; what is no number stays as it was written, for the message."""
     name, separator, strength = text.partition("=")
     if separator:
         try:
             return name.strip(), float(strength)
         except ValueError:
-            return name.strip(), math.nan
+            return name.strip(), strength.strip()
     name, separator, quantile = text.partition("@")
     return name.strip(), Quantile(quantile.strip()) if separator else 1.0  # type: ignore[arg-type]  # a number as text is read
 

@@ -203,7 +203,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
         return next((e for e in chain if isinstance(e, kind)), None)
 
     if raised(HFValidationError):
-        return f"there is no folder {repo_id}, and it is not a name on the Hub either, user/name."
+        return "that is not a name there, user/name."
     if raised(GatedRepoError):
         return f"{repo_id} is gated: ask for access on its page, then {_LOGIN}."
     if raised(RevisionNotFoundError):
@@ -223,7 +223,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     if isinstance(chain[-1], (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return "it is not, or not whole, in the local cache, and this is offline: load it once with a connection."
     if raised(HTTPError) or raised(ConnectionError):
-        return "the connection failed or was cut: try again, or work from the local cache with HF_HUB_OFFLINE=1."
+        return "the connection failed or was cut: try again; what is in the local cache loads with HF_HUB_OFFLINE=1."
     return _one_line(error)
 
 

@@ -85,3 +85,13 @@ def disable_progress_bars() -> None:
 
     for library in (transformers_logging, diffusers_logging):
         library.disable_progress_bar()
+
+
+def bars_on_terminals_only() -> None:
+    """No progress bars of the libraries, those of datasets included, where standard error is a file or a pipe."""
+    if sys.stderr.isatty():
+        return
+    import datasets
+
+    disable_progress_bars()
+    datasets.disable_progress_bars()

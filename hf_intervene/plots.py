@@ -120,7 +120,7 @@ def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figur
     """
     count = max(len(images) for images in rows.values())
     height, width = next(iter(rows.values())).shape[1:3]
-    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0)
+    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0, compress=True)  # or it reckons with wider axes than images are
     figure = Figure(figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout)
     labelled = False
     for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):

@@ -82,7 +82,7 @@ def test_tensors_are_checked_and_used_as_they_are():
         ({"size": float("nan")}, "strength of 'size'"),
         ({"size": -0.1}, "strength of 'size'"),
         ({"size": "much"}, "strength of 'size'"),
-        ("size=lots", "strength of 'size'"),
+        ("size=lots", "strength of 'size' must be .*, not 'lots'"),
         ("", "unknown concept ''"),
         ("size@lots", "quantile must be a number between 0 and 1, both excluded, not 'lots'"),
         ("size@1", "quantile must be a number between 0 and 1"),

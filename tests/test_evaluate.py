@@ -200,7 +200,7 @@ def test_sample_edit_and_concepts_commands(model, kind, tmp_path, capsys):
     resized = ["edit", pipe, photo, "--reference", f"quad1={photo}", "--output", str(tmp_path / "photo-edited.png")]
     assert cli.main([*resized, "--resize"]) == 0 and Image.open(resized[-1]).size == (16, 16)
     assert cli.main(resized) == 1
-    assert "not 3x30x40: resize them first." in capsys.readouterr().err
+    assert "is 40x30, and the model's images are 16x16: --resize crops and resizes it." in capsys.readouterr().err
     assert cli.main(["concepts", pipe]) == 0
     assert capsys.readouterr().out.split() == list(quad.CONCEPTS)
     assert cli.main(["concepts", pipe, "--json"]) == 0

@@ -29,7 +29,7 @@ def measured(names):
 
 
 def check_texts(figure):
-    """No text of a figure lies over another one."""
+    """No text of a figure lies over another one, or is cut off at the figure's sides."""
     figure.draw_without_rendering()
     texts = [axis.title for axis in figure.axes] + [axis.yaxis.label for axis in figure.axes]
     texts += [text for axis in figure.axes for text in axis.texts]
@@ -39,6 +39,7 @@ def check_texts(figure):
         texts += [tick.label2 for tick in ruler.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
     assert len(boxes) > 2
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for _, box in boxes)
     for (name, box), (other, other_box) in combinations(boxes, 2):
         width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
         height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)

@@ -274,6 +274,8 @@ def options(settings):
     [
         ({"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
         ({"batch_size": 15, "gradient_accumulation_steps": 2}, "does not divide"),
+        ({"concepts": ["quad1", "sise"]}, "orientation, all of them: leave concepts out"),
+        ({"lerning_rate": 1.0}, "unknown option --lerning_rate: did you mean --learning_rate"),
         ({"regime": "lora2"}, "regime must be one of"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"ema_decay": 1.5}, "ema_decay must lie in"),

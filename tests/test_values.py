@@ -214,13 +214,13 @@ def test_traversal_draws_a_strip_for_each_concept():
 
 
 def test_bundled_colours_follow_a_reference():
-    """Each block of the bundled model holds some of its colour, that of quad3 most, that of quad2 hardly any. `pytest -s` prints all of it."""
+    """The block of quad4 holds its colour, those of quad1 and quad2 much of theirs, that of quad3 little. `pytest -s` prints all of it."""
     model = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad")).model
     found = chosen_values(model, "dependent", images=256, seed=0)
     print(json.dumps(found, indent=1))
     ratios = {name: found[name]["reference"] / found[name]["chance"] for name in quad.CONCEPTS[:4]}
-    assert ratios["quad3"] < 0.7 and ratios["quad1"] < 0.9 and max(ratios.values()) < 0.98
-    assert all(value < 0.25 for value in found["quad1"]["kept"].values())  # quad1 causes none of them, quad4 all
+    assert ratios["quad4"] < 0.2 and ratios["quad2"] < 0.7 and ratios["quad1"] < 0.8 and ratios["quad3"] < 0.95
+    assert all(value < 0.25 for name in ratios for value in found[name]["kept"].values())
     assert found["reconstructed"] < 0.02
 
 

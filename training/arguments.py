@@ -291,7 +291,12 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = make_parser()
     if config is not None:
         parser.set_defaults(**read_config(config))
-    return parser.parse_args_into_dataclasses(argv)[0]
+    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        near = get_close_matches(rest[0].lstrip("-").replace("-", "_"), get_type_hints(TrainArguments), 3)
+        hint = f"did you mean {' or '.join(f'--{name}' for name in near)}?" if near else "see --help."
+        raise ValueError(f"unknown option {rest[0]}: {hint}")
+    return arguments
 
 
 def read_config(path: str) -> dict:

@@ -24,7 +24,7 @@ from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
-from hf_intervene.logging import disable_progress_bars, get_logger
+from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import (
     context_leakage,
     intervention_effects,
@@ -275,7 +275,7 @@ def table(metrics: dict) -> str:
     if returned:
         lines += [
             f"Reconstructions of other real images are at {', '.join(returned)}, under the independent protocol: what they are above the floor "
-            "is the decoder's, what samples are above them the prior's.",
+            "is the decoder's; what samples are above them, if anything, the prior's.",
             "",
         ]
     edited = [(name, row) for name, row in rows if "edit" in row]
@@ -396,8 +396,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    bars_on_terminals_only()
     try:
         check_writable(arguments.output)
         model = load_model(arguments.model).to(process.device)

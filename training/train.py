@@ -27,7 +27,7 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
-from hf_intervene.logging import disable_progress_bars, get_logger
+from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.training.aggregate import AggregatePosteriors
 from hf_intervene.training.arguments import (
@@ -97,6 +97,8 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
     several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+        if a.concepts is not None and a.concepts != list(simulated.concepts):
+            raise ValueError(f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave concepts out.")
         sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
         if several:
             train, validation = draw_together(simulated, sizes, Path(a.output_dir, "drawn"), accelerator)
@@ -541,8 +543,7 @@ def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    bars_on_terminals_only()
     try:
         result = train(parse_arguments([word for word in words if word != "--json"]))
     except (OSError, ValueError, TypeError, FloatingPointError) as error:

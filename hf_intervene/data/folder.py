@@ -31,7 +31,7 @@ def load_contexts(
 
     Args:
         source: see above. What is a path (an `os.PathLike`, or a string that is absolute, starts with `.` or `~`, ends with a slash, has
-            more than one, or goes through a folder that exists) is never looked up on the Hub.
+            more than one or none, or goes through a folder that exists) is never looked up on the Hub, where names are `user/name`.
         split: split of a data set that has several; a folder or data set without splits is `"train"`.
         image_column: name of its image column.
         context_column: name of its context column.
@@ -45,7 +45,7 @@ def load_contexts(
     path = Path(source).expanduser()
     if not path.exists():
         if is_local(source):
-            raise FileNotFoundError(f"there is no folder {source}: give an image folder, a saved data set or a Hub name.")
+            raise FileNotFoundError(f"there is no folder {source}: give an image folder, a saved data set or a Hub name, user/name.")
         dataset = from_hub(source, split)
     elif path.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds the images.")
@@ -80,7 +80,7 @@ def is_local(source: str | os.PathLike) -> bool:
     text = str(source)
     if isinstance(source, os.PathLike) or text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text:
         return True
-    return text.count("/") > 1 or ("/" in text and Path(text).parent.is_dir())
+    return text.count("/") != 1 or Path(text).parent.is_dir()
 
 
 def read_saved(path: Path, split: str) -> Dataset:
