@@ -295,21 +295,21 @@ def _usage(saved: _Saved, name: str) -> str:
     if saved.kind == PIPELINE:
         load = [f'pipe = {PIPELINE}.from_pretrained("{name}")']
         sample = f"images = pipe({together}, num_images=8, generator=g).images"
-        edit = f"edited = pipe.edit(images[0], {{{one}: 0.5}}).images"
+        edit = f"edited = pipe.edit(images[0], {{{one}: 0.5}}, context={together}).images"
     else:
         load = [f'model = {MODEL}.from_pretrained("{name}")']
         if saved.base_is_elsewhere:
             load = [f'base = {base_class}.from_pretrained("path/to/the/base")']
             load += [f'model = {MODEL}.from_pretrained("{name}", base=base)']
         sample = f'images = model.sample({together}, num_samples=8, generator=g, output_type="pil")'
-        edit = f'edited = model.edit(images[0], {{{one}: 0.5}}, output_type="pil")'
+        edit = f'edited = model.edit(images[0], {{{one}: 0.5}}, context={together}, output_type="pil")'
     imports = ["import torch"]
     if saved.base_is_elsewhere:
         imports += [f"from diffusers import {base_class}"]
     imports += [f"from hf_intervene import {saved.kind}"]
     sample += "  # together" if len(concepts) > 1 else ""
     lines = [*imports, "", *load, "g = torch.Generator().manual_seed(0)", sample]
-    return "\n".join([*lines, edit + "  # at half strength, everything else kept"])
+    return "\n".join([*lines, edit + f"  # from there to {concepts[0]} at half strength"])
 
 
 def _head_call(targets: str) -> list[str]:

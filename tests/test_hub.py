@@ -310,7 +310,9 @@ def test_what_is_not_ours(kind, tmp_path):
     HUB.put("org/empty", {"notes.txt": b""})
     with pytest.raises((OSError, ValueError), match="there is no saved model in org/empty"):
         LOADERS[kind].from_pretrained("org/empty")
-    with pytest.raises(OSError, match="there is no folder .*nowhere, and it cannot be loaded from the Hub: that is not a name there") as error:
+    with pytest.raises(
+        OSError, match="there is no folder .*nowhere, and it cannot be loaded from the Hub: that is not a name there"
+    ) as error:
         LOADERS[kind].from_pretrained(tmp_path / "nowhere")
     one_sentence(error)
 

@@ -80,7 +80,9 @@ def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Di
             return _from_dataset(read_saved(path, split), source)
         return _checked(_read(path, split, "images", 3), _read(path, split, "labels", 1), source)
     if path.exists() or is_local(source):
-        raise FileNotFoundError(f"there is no folder {source}: give `{BUNDLED}`, a folder with MNIST's files, or a Hub name, user/name.")
+        raise FileNotFoundError(
+            f"there is no folder {source}: give `{BUNDLED}`, a folder with MNIST's files, or a Hub name, user/name."
+        )
     return _from_dataset(from_hub(source, split), source)
 
 

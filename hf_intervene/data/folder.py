@@ -45,7 +45,9 @@ def load_contexts(
     path = Path(source).expanduser()
     if not path.exists():
         if is_local(source):
-            raise FileNotFoundError(f"there is no folder {source}: give an image folder, a saved data set or a Hub name, user/name.")
+            raise FileNotFoundError(
+                f"there is no folder {source}: give an image folder, a saved data set or a Hub name, user/name."
+            )
         dataset = from_hub(source, split)
     elif path.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds the images.")
