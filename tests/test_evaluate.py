@@ -234,7 +234,7 @@ def test_an_interrupted_demo_goes_on(quick_demo, tmp_path, monkeypatch, capsys):
 
     def interrupted(arguments, **options):
         Path(arguments.output_dir).mkdir()
-        return train.TrainResult(None, 1, float("inf"), interrupted=True)
+        return train.TrainResult(None, 1, float("inf"), "bits per pixel", interrupted=True)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", interrupted)

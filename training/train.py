@@ -82,12 +82,14 @@ class TrainResult:
         model_dir: folder of the trained model, or `None` when the run was interrupted.
         step: optimiser steps done.
         validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see `loss_units`.
+        unit: what that is counted in.
         interrupted: whether the run was stopped before its end.
     """
 
     model_dir: Path | None
     step: int
     validation: float
+    unit: str
     interrupted: bool = False
 
 
@@ -251,6 +253,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
+    unit = "per entry, squared error and KL" if model.base.denoises else "bits per pixel"
     settings = json.loads(json.dumps(asdict(a)))
     restored = _resume(a, out)
     if restored is not None:
@@ -451,7 +454,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 bar.close()
                 feed.close()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
-                return TrainResult(None, step, best, interrupted=True)
+                return TrainResult(None, step, best, unit, interrupted=True)
     bar.close()
     feed.close()
     model_dir, last = out / "model", weights.whole()
@@ -462,7 +465,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
-    return TrainResult(model_dir, step, best)
+    return TrainResult(model_dir, step, best, unit)
 
 
 def _resume(arguments: TrainArguments, out: Path):
@@ -562,8 +565,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
         elif not result.interrupted:
             print(
-                f"trained {result.step} steps; lowest validation loss {result.validation:.4f} (bits per pixel; of a denoiser, squared error "
-                f"and KL per entry); model in {result.model_dir}"
+                f"trained {result.step} steps; lowest validation loss {result.validation:.4f} {result.unit}; model in {result.model_dir}"
             )
     return 130 if result.interrupted else 0
 
