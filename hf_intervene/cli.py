@@ -106,9 +106,9 @@ def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionMo
     from .pipeline import fit_image, open_image
 
     image = open_image(path)
-    _, height, width = model.base.image_shape
     if arguments.resize:
         return fit_image(image, model)
+    _, height, width = model.base.image_shape
     if image.size != (width, height):
         raise ValueError(
             f"{path} is {image.width}x{image.height}, and the model's images are {width}x{height}: --resize crops and resizes it."
@@ -333,8 +333,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # The source line is for who wrote it.
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # the other libraries look for a terminal themselves
     # train and evaluate have option parsers of their own; they are handed everything.
     if argv[:1] == ["train"]:
         from .training import train

@@ -293,8 +293,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
         parser.set_defaults(**read_config(config))
     arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
-        near = get_close_matches(rest[0].lstrip("-").replace("-", "_"), get_type_hints(TrainArguments), 3)
-        hint = f"did you mean {' or '.join(f'--{name}' for name in near)}?" if near else "see --help."
+        hint = _did_you_mean(rest[0].lstrip("-").replace("-", "_"), "--") or "see --help."
         raise ValueError(f"unknown option {rest[0]}: {hint}")
     return arguments
 
@@ -309,8 +308,7 @@ def read_config(path: str) -> dict:
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
         if name not in known:
-            near = get_close_matches(str(name), known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the settings are {', '.join(known)}."
+            hint = _did_you_mean(str(name)) or f"the settings are {', '.join(known)}."
             raise ValueError(f"{path} has an unknown setting {name!r}: {hint}")
         try:
             settings[name] = _typed(value, known[name])
@@ -318,6 +316,12 @@ def read_config(path: str) -> dict:
             kind = known[name].__name__ if isinstance(known[name], type) else str(known[name]).removesuffix(" | None")
             raise ValueError(f"{path}: {name} must be of type {kind}, not {reprlib.repr(value)}.") from None
     return settings
+
+
+def _did_you_mean(name: str, prefix: str = "") -> str:
+    """A question that names the settings nearest to one that there is not; empty if none is near."""
+    near = get_close_matches(name, get_type_hints(TrainArguments), 3)
+    return f"did you mean {' or '.join(prefix + found for found in near)}?" if near else ""
 
 
 def _typed(value: object, kind: type) -> object:

@@ -46,8 +46,9 @@ def end_training(accelerator: Accelerator) -> None:
     DDP goes first: where it is the last that holds the group, it ends it with Python's lock held, for which a thread of the group may be
     waiting to let go of a tensor, and neither ever goes on.
     """
-    accelerator.free_memory()
-    gc.collect()  # the modules, which refer to themselves
+    if accelerator.num_processes > 1:
+        accelerator.free_memory()
+        gc.collect()  # the modules, which refer to themselves
     accelerator.end_training()
 
 

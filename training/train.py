@@ -61,6 +61,7 @@ from hf_intervene.training.validation import (
     TERMS,
     bad_images,
     draw_curves,
+    loss_unit,
     loss_units,
     sample_grid,
     save_model,
@@ -253,7 +254,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator.device)
 
     step, best, waited = 0, math.inf, 0
-    unit = "per entry, squared error and KL" if model.base.denoises else "bits per pixel"
     settings = json.loads(json.dumps(asdict(a)))
     restored = _resume(a, out)
     if restored is not None:
@@ -454,7 +454,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 bar.close()
                 feed.close()
                 accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
-                return TrainResult(None, step, best, unit, interrupted=True)
+                return TrainResult(None, step, best, loss_unit(model), interrupted=True)
     bar.close()
     feed.close()
     model_dir, last = out / "model", weights.whole()
@@ -465,7 +465,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
-    return TrainResult(model_dir, step, best, unit)
+    return TrainResult(model_dir, step, best, loss_unit(model))
 
 
 def _resume(arguments: TrainArguments, out: Path):

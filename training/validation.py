@@ -55,6 +55,11 @@ def loss_units(model: InterventionModel, loss: torch.Tensor | np.ndarray) -> tor
     return bits_per_pixel(loss, *model.base.image_shape[-2:])
 
 
+def loss_unit(model: InterventionModel) -> str:
+    """What `loss_units` counts in, in words."""
+    return "per entry, squared error and KL" if model.base.denoises else "bits per pixel"
+
+
 def validation_loss(
     model: InterventionModel, data: ContextImages, prepared: PreparedImages | None, seed: int, accelerator: Accelerator
 ) -> float:
