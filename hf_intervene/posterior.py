@@ -65,14 +65,12 @@ class Whitening(nn.Module):
     def forward(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """z = T(s) y, float32, (B, D, n), of centred y (B, D, n), with T(s) = sum_k weights_k T_k, weights (B, 1 + d) (see `mixture`)."""
         with torch.autocast(y.device.type, enabled=False):
-            z = y.flatten(1).float() @ self.matrix.float()  # (1 + d, B, D n): T_k is symmetric
-            return torch.einsum("bk,kbi->bi", weights.float(), z).view_as(y)
+            return _mixed_product(y.flatten(1).float(), weights.float(), self.matrix.float()).view_as(y)  # T_k is symmetric
 
     def variance(self, variance: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Marginal variances of z, (B, D, n), of those of y; where `weights` mix contexts, an upper bound (squares are convex)."""
         with torch.autocast(variance.device.type, enabled=False):
-            each = variance.flatten(1).float() @ self.matrix.float().square()  # (1 + d, B, D n)
-            return torch.einsum("bk,kbi->bi", weights.float(), each).view_as(variance)
+            return _mixed_product(variance.flatten(1).float(), weights.float(), self.matrix.float().square()).view_as(variance)
 
     def kl(self, mean: torch.Tensor, logvar: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,), of mean and log-variance of y, (B, D, n). Where `weights` mix contexts,
@@ -91,6 +89,21 @@ class Whitening(nn.Module):
         eigenvalues = eigenvalues.clamp(min=_LEAST)
         self.matrix[rows] = ((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT).to(self.matrix.dtype)
         self.log_det[rows] = (-0.5 * eigenvalues.log().sum(1)).to(self.log_det.dtype)
+
+
+def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """sum_k weights_k y M_k of rows y (B, n), weights (B, 1 + d) and matrices M_k (1 + d, n, n) -> (B, n).
+
+    Most rows are of one context only. The other products are left out where finding out costs next to nothing: not on a device, which the
+    host would have to wait for, nor in a graph, whose shapes would depend on it.
+    """
+    if y.device.type != "cpu" or weights.requires_grad or torch.compiler.is_compiling():
+        return torch.einsum("bk,kbi->bi", weights, y @ matrix)
+    product = torch.zeros_like(y)
+    for weight, M in zip(weights.T, matrix):
+        rows = weight.nonzero()[:, 0]
+        product.index_add_(0, rows, weight[rows, None] * (y[rows] @ M))
+    return product
 
 
 def fits(contexts: int, width: int) -> bool:

@@ -79,7 +79,13 @@ class PriorMatching(Auxiliary):
         """Let the classifier learn from draws (n, D, noise_width) of the posteriors of a global batch, targets (n, D)."""
         z = z.detach()
         prior = torch.randn(z.shape, generator=generator, device=z.device)
-        self.learn(lambda: softplus(-self.log_ratio(z, targets)).mean() + softplus(self.log_ratio(prior, targets)).mean())
+        both, contexts = torch.cat([z, prior]), torch.cat([targets, targets])
+
+        def loss() -> torch.Tensor:
+            of_posterior, of_prior = self.log_ratio(both, contexts).chunk(2)
+            return softplus(-of_posterior).mean() + softplus(of_prior).mean()
+
+        self.learn(loss)
 
 
 __all__ = ["PriorMatching"]

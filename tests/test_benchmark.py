@@ -14,6 +14,17 @@ from hf_intervene.training.benchmark_tools import Turns, alternate, contest, fig
 
 TINY = {"resolution": 16, "images_per_context": 16, "batch_size": 8, "block_out_channels": [8, 8], "hidden_width": 16}
 
+STEPS = [
+    lambda: benchmark_bases.light_step(None, 4, {"sample_size": 16}),
+    lambda: benchmark_bases.light_sampling("base", 4, {"sample_size": 16}),
+    lambda: benchmark_bases.head_alone(4),
+    *(lambda kind=kind: benchmark_bases.aggregate_steps(kind, 8, {"sample_size": 16}) for kind in benchmark_bases.AGGREGATE),
+    *(lambda kind=kind: benchmark_bases.autoencoder_step(kind, 2, 16) for kind in ("head", "base")),
+    *(lambda kind=kind: benchmark_bases.autoencoder_sampling(kind, 2, 16) for kind in ("head", "base")),
+    *(lambda kind=kind: benchmark_bases.unet_step(kind, 2, 16) for kind in ("head", "base")),
+    *(lambda kind=kind: benchmark_bases.unet_sampling(kind, 2, 16) for kind in ("head", "base")),
+]
+
 
 def report(values, kind="ratio", **machine_changes):
     return {"machine": machine() | machine_changes, "results": {"thing": {"training": figure(kind, values) | {"peak_gib": 2.0}}}}
@@ -111,19 +122,7 @@ def test_every_benchmark_can_be_found():
                 assert callable(getattr(module, entry.where.partition(":")[2]))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: benchmark_bases.light_step(None, 4, {"sample_size": 16}),
-        lambda: benchmark_bases.light_sampling("base", 4, {"sample_size": 16}),
-        lambda: benchmark_bases.head_alone(4),
-        *(lambda kind=kind: benchmark_bases.aggregate_steps(kind, 8, {"sample_size": 16}) for kind in benchmark_bases.AGGREGATE),
-        *(lambda kind=kind: benchmark_bases.autoencoder_step(kind, 2, 16) for kind in ("head", "base")),
-        *(lambda kind=kind: benchmark_bases.autoencoder_sampling(kind, 2, 16) for kind in ("head", "base")),
-        *(lambda kind=kind: benchmark_bases.unet_step(kind, 2, 16) for kind in ("head", "base")),
-        *(lambda kind=kind: benchmark_bases.unet_sampling(kind, 2, 16) for kind in ("head", "base")),
-    ],
-)
+@pytest.mark.parametrize("make", STEPS)
 def test_what_takes_turns_runs(make):
     step = make()
     step()

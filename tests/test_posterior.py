@@ -137,6 +137,17 @@ def test_mixtures(rows):
             torch.testing.assert_close(mixed, torch.cat([1 - row.sum()[None], row]))
 
 
+def test_contexts_that_a_row_has_no_part_in_are_left_out_and_nothing_changes():
+    whitening, y = make_head().whitening, torch.randn(5, 3, 4, requires_grad=True)
+    weights = mixture(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.25]]))
+    whole = weights.clone().requires_grad_()  # so that every context is multiplied with
+    up = torch.randn(5, 3, 4)
+    for method in (whitening, whitening.variance):
+        found, expected = method(y, weights), method(y, whole)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(z, y, up)[0] for z in (found, expected)))
+
+
 def test_under_autocast_it_stays_in_float32():
     head, mean, logvar = make_head(), torch.randn(4, 3, 4), torch.randn(4, 3, 4) - 2
     targets = head.targets("a", 4)

@@ -3,8 +3,8 @@
     python training/benchmark.py --output benchmarks/one-thread.json          # the quick ones; or names, or `all`
     python training/benchmark.py --compare benchmarks/before.json benchmarks/after.json
 
-`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`. All of it
-runs on the CPU.
+`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`. On
+the CPU, unless `--device` names another one.
 """
 
 import argparse
@@ -138,7 +138,8 @@ def figures(results: dict, path: tuple[str, ...] = ()) -> Iterator[Figure]:
 def markdown(report: dict) -> str:
     """The report as a table, with what it was measured on."""
     m = report["machine"]
-    device = f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']} cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
+    device = f"{m['device']}, " if "device" in m else ""
+    device += f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']} cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
     lines = [f"{device}, torch {m['torch']}:", ""]
     lines += ["| benchmark | | median | quartiles |", "| --- | --- | --- | --- |"]
     for f in figures(report["results"]):
@@ -197,6 +198,15 @@ def chosen(names: Sequence[str]) -> list[str]:
     return list(names) or [name for name, benchmark in BENCHMARKS.items() if not benchmark.long]
 
 
+def chosen_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0].rstrip('.')}).") from error
+
+
 def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
     """Run benchmarks; after each the report so far is written."""
     report = {"machine": machine(), "rounds": rounds, "results": {}}
@@ -216,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of models and batches, such as cuda; default: cpu")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time on the wall: for a busy machine")
     parser.add_argument("--output", metavar="FILE.json", help="written after each benchmark, with a table beside it")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="exit code 1 if something got worse")
@@ -233,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("rounds and threads must be at least 1.")
         if arguments.output:
             check_writable(Path(arguments.output).resolve().parent)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        Clock.cpu_time = arguments.cpu_time
+        Clock.cpu_time, Clock.device = arguments.cpu_time, chosen_device(arguments.device)
+        if Clock.device.type == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does the trainer find another one
+        elif arguments.cpu_time:
+            raise ValueError("processor time says nothing of another device: leave out --cpu-time.")
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         measure(names, arguments.rounds, arguments.output)

@@ -18,7 +18,7 @@ from hf_intervene.data.images import MIN_IMAGES
 from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
 from hf_intervene.training.aggregate import WHITEN_EVERY, AggregatePosteriors
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
-from hf_intervene.training.benchmark_tools import alternate, contest, figure, over, peak_gib, repeat, summary
+from hf_intervene.training.benchmark_tools import Clock, alternate, contest, figure, over, peak_gib, repeat, summary
 from hf_intervene.training.performance import keep_freed_memory
 from hf_intervene.training.pretrain import new_autoencoder, new_unet
 
@@ -46,7 +46,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        with Clock.autocast():
             value = loss()
         value.backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def head_alone(batch_size: int) -> Callable[[], None]:
     targets, features = mixed(model, batch_size), torch.randn(batch_size, model.base.feature_width, requires_grad=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+        with Clock.autocast():
             mean, logvar = model.head.posterior(features, targets)
             embedding = model.head(mean + (0.5 * logvar).exp() * torch.randn_like(mean), targets).embedding
         (embedding.float().sum() + mean.sum() + logvar.sum()).backward()
@@ -140,7 +140,7 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     ids = torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
-    posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
+    posteriors = AggregatePosteriors(model, data, settings, Clock.device)
     posterior: list[torch.Tensor | None] = []
     predicting = bool(settings.context_prediction)
     groups = batch_size // EVERY
@@ -149,7 +149,8 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     def loss() -> torch.Tensor:
         matched = {}
         if settings.sample_matching:
-            samples = model.posterior_draws(groups * GROUP, torch.default_generator)
+            draws = model.posterior_draws(groups * GROUP, torch.default_generator)  # on the host
+            samples = {name: value.to(x.device) for name, value in draws.items()}
             matched["samples"] = samples | {"targets": targets[::EVERY], "images": pictures}
         output = model(x, targets, sample_weight=settings.sample_matching, predict_contexts=predicting, **matched)
         moments = output.posterior_mean, output.posterior_logvar, output.observational_mean
@@ -209,8 +210,9 @@ def autoencoder(rounds: int, batch_size: int = 16, config: dict | int = 64) -> d
     return {"batch_size": batch_size} | with_and_without(rounds, autoencoder_step, autoencoder_sampling, arguments)
 
 
-def full_size_head(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
-    return autoencoder(min(rounds, 3), 1, config)  # minutes each
+def full_size_head(rounds: int, config: dict = STABLE_DIFFUSION | {"sample_size": 256}) -> dict:
+    """Images of 256x256, so that two models fit into the memory of a small machine; larger ones cost the base more, and the head the same."""
+    return autoencoder(min(rounds, 5), 1, config)  # a minute each
 
 
 # A UNet2DModel in pixels: alone as a DDPM is trained, and sampled by DDIM.
@@ -223,7 +225,7 @@ def unet_step(kind: str, batch_size: int, resolution: int) -> Callable[[], None]
     x = 2 * torch.rand(batch_size, 3, resolution, resolution) - 1
 
     def loss() -> torch.Tensor:
-        noise, t = torch.randn_like(x), torch.randint(1000, (batch_size,))
+        noise, t = torch.randn_like(x), torch.randint(1000, (batch_size,), device=x.device)
         predicted = unet(scheduler.add_noise(x, noise, t), t).sample
         return (predicted.float() - scheduler.get_velocity(x, noise, t)).square().flatten(1).sum(1).mean()
 
@@ -237,7 +239,7 @@ def unet_sampling(kind: str, batch_size: int, resolution: int) -> Callable[[], N
 
     @torch.no_grad()
     def sample() -> None:
-        x = torch.randn(batch_size, 3, resolution, resolution)
+        x = torch.randn(batch_size, 3, resolution, resolution, device=Clock.device)
         scheduler.set_timesteps(SAMPLING_STEPS)
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
@@ -253,16 +255,20 @@ def unet(rounds: int, batch_size: int = 16, resolution: int = 32) -> dict:
 # Full size
 
 
-def full_size_step(regime: str, config: dict, threads: int) -> tuple[float, float]:
+def full_size_step(regime: str, config: dict, threads: int, device: torch.device) -> tuple[float, float]:
     """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once `fine-tune` has thawed its base."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = head_on(AutoencoderKL(**config))
+    Clock.device = device
+    with device:
+        model = head_on(AutoencoderKL(**config))
     if regime == "lora":
         add_lora(model.base.model, TrainArguments().lora_rank)
     elif regime == "frozen":
         model.base.trainable(False)
-    ((seconds,),) = alternate([model_step(model, 1)], rounds=1)  # the second step: the optimiser has its state
+    with device:
+        step = model_step(model, 1)
+    ((seconds,),) = alternate([step], rounds=1)  # the second step: the optimiser has its state
     return peak_gib(), seconds
 
 
@@ -272,7 +278,7 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     for _ in range(rounds):
         for regime in REGIMES:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                measured[regime].append(pool.submit(full_size_step, regime, config, torch.get_num_threads()).result())
+                measured[regime].append(pool.submit(full_size_step, regime, config, torch.get_num_threads(), Clock.device).result())
     peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
     return {regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES}
 
@@ -281,14 +287,15 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
 def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int = 2) -> dict:
     """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling it is run once."""
     dtype = torch.bfloat16 if fast_bf16() else torch.float32
-    unet = UNet2DConditionModel(**config).to(dtype).eval()
-    text = torch.randn(1, 77, config["cross_attention_dim"])
-    model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()
-    for values in model.base.adapter.projections.values:  # zero in a new head: as after training
-        torch.nn.init.normal_(values.weight, std=0.02)
-    x, z = torch.randn(batch_size, *model.base.residual_shape), torch.randn(batch_size, *model.noise_shape)
-    targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)
-    texts = text.to(dtype).expand(batch_size, -1, -1)
+    with Clock.device:
+        unet = UNet2DConditionModel(**config).to(dtype).eval()
+        text = torch.randn(1, 77, config["cross_attention_dim"])
+        model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()
+        for values in model.base.adapter.projections.values:  # zero in a new head: as after training
+            torch.nn.init.normal_(values.weight, std=0.02)
+        x, z = torch.randn(batch_size, *model.base.residual_shape), torch.randn(batch_size, *model.noise_shape)
+        targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)
+        texts = text.to(dtype).expand(batch_size, -1, -1)
 
     def with_head() -> None:
         model.base.denoise(x, t, model.embed(z, targets))

@@ -11,7 +11,7 @@ from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_bases import head_on
-from hf_intervene.training.benchmark_tools import alternate, figure, summary
+from hf_intervene.training.benchmark_tools import Clock, alternate, figure, summary
 from hf_intervene.training.performance import keep_freed_memory
 
 
@@ -27,20 +27,8 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
     keep_freed_memory()  # as the trainer does
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     for d in numbers:
-        names = [f"c{j}" for j in range(d)]
-        targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[torch.arange(batch_size) % (d + 1)]
-        z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
-        for kind, rank in (("full", None), ("low_rank", RANK)):
-            head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
-            functions[kind, d] = _gradients(lambda head=head, z=z, s=targets: head(z, s).embedding, [z, *_of_the_way_to_e(head)])
-            if fast_bf16():
-                functions[f"{kind}_bf16", d] = _under_bf16(functions[kind, d])
-        features = torch.randn(batch_size, head.config.feature_width, requires_grad=True)
-        functions["posterior", d] = _gradients(
-            lambda head=head, x=features, s=targets: torch.cat(head.posterior(x, s)),
-            [features, *head.encoder_readout.parameters()],
-        )
-        functions["moments", d] = _moments(z, d)
+        with Clock.device:
+            functions |= _functions_of(d, batch_size)
     seconds = dict(zip(functions, alternate(list(functions.values()), rounds)))
     results: dict[str, dict] = {"batch_size": batch_size, "rank": RANK}
     for (kind, d), times in seconds.items():
@@ -50,6 +38,24 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
         results[kind]["slope"] = math.log(many / few) / math.log(numbers[-1] / numbers[-2])
     results["low_rank_over_full"] = {f"{d} concepts": summary(seconds["low_rank", d], seconds["full", d]) for d in numbers}
     return results
+
+
+def _functions_of(d: int, batch_size: int) -> dict[tuple[str, int], Callable[[], None]]:
+    functions: dict[tuple[str, int], Callable[[], None]] = {}
+    names = [f"c{j}" for j in range(d)]
+    targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[torch.arange(batch_size) % (d + 1)]
+    z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
+    for kind, rank in (("full", None), ("low_rank", RANK)):
+        head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
+        functions[kind, d] = _gradients(lambda head=head: head(z, targets).embedding, [z, *_of_the_way_to_e(head)])
+        if fast_bf16():
+            functions[f"{kind}_bf16", d] = _under_bf16(functions[kind, d])
+    features = torch.randn(batch_size, head.config.feature_width, requires_grad=True)
+    functions["posterior", d] = _gradients(
+        lambda: torch.cat(head.posterior(features, targets)), [features, *head.encoder_readout.parameters()]
+    )
+    functions["moments", d] = _moments(z, d)
+    return functions
 
 
 def _of_the_way_to_e(head: InterventionHead) -> list[torch.nn.Parameter]:
@@ -64,14 +70,15 @@ def _gradients(forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tenso
 
 def _under_bf16(function: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with Clock.autocast():
             function()
 
     return run
 
 
 def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
-    matching = moment_matching(torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)]), mean.shape[2], 1.0)
+    targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])
+    matching = moment_matching(targets, mean.shape[2], 1.0, mean.device)
     logvar, ids = torch.randn_like(mean).requires_grad_(), torch.arange(len(mean)) % (d + 1)
 
     def run() -> None:
@@ -85,8 +92,9 @@ def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
     keep_freed_memory()
-    model = head_on(LightVAE(sample_size=resolution))
-    x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
+    with Clock.device:
+        model = head_on(LightVAE(sample_size=resolution))
+        x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
     results = {"batch_size": batch_size, "bf16": fast_bf16()}
     for number, rows in ((7, subsets[subsets.sum(1) <= 1]), (64, subsets)):
@@ -107,7 +115,7 @@ def _passes(model: InterventionModel, loss: Callable, batches: Sequence[torch.Te
 
     def run() -> None:
         for rows in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            with Clock.autocast():
                 part = loss(rows)
             part.backward()
         model.zero_grad()

@@ -20,7 +20,7 @@ from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Turns, contest, figure, rate, summary
+from hf_intervene.training.benchmark_tools import Clock, Turns, contest, figure, rate, summary
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import Quad
 from hf_intervene.training.train import train
@@ -49,14 +49,14 @@ class DenseMaskedHead(nn.Module):
         def masked(layer: nn.Linear, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(x, layer.weight * mask, layer.bias)
 
-        eye, (n, m, w) = torch.eye(self.blocks), self.sizes
-        diagonal = torch.kron(eye, torch.ones(n, n))
+        eye, (n, m, w) = torch.eye(self.blocks, device=z.device), self.sizes
+        diagonal = torch.kron(eye, z.new_ones(n, n))
         rows = context.repeat_interleave(n)
         x = nn.functional.gelu((1 - rows) * masked(self.obs, diagonal, z) + rows * masked(self.int, diagonal, z))
         for layer, (a, b) in zip(self.layers, ((n, m), (m, w))):
-            x = masked(layer, torch.kron(eye, torch.ones(b, a)), x)
+            x = masked(layer, torch.kron(eye, z.new_ones(b, a)), x)
             x = nn.functional.gelu(nn.functional.layer_norm(x.view(-1, self.blocks, b), (b,)).flatten(1))
-        off = torch.kron((1 - eye) * (1 - context)[:, None], torch.ones(w, w))
+        off = torch.kron((1 - eye) * (1 - context)[:, None], z.new_ones(w, w))
         source = context.repeat_interleave(w)
         x = x + masked(self.edges_obs, off * (1 - source), x) + masked(self.edges_int, off * source, x)
         return self.unpool(x)
@@ -81,14 +81,15 @@ class TextbookVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, name: str, count: int) -> np.ndarray:
-        logits = self.vae.decode(self.head(torch.randn(count, self.noise), context_vector(name))).sample
-        return logits.sigmoid().permute(0, 2, 3, 1).numpy()
+        z = torch.randn(count, self.noise, device=Clock.device)
+        logits = self.vae.decode(self.head(z, context_vector(name))).sample
+        return logits.sigmoid().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def context_vector(name: str) -> torch.Tensor:
     vector = torch.zeros(BLOCKS)
     vector[[quad.CONCEPTS.index(concept) for concept in parse_context(name, quad.CONCEPTS)]] = 1
-    return vector
+    return vector.to(Clock.device)
 
 
 class ImageDataset(Dataset):
@@ -123,14 +124,14 @@ class Textbook:
     def __init__(self, images: dict[str, np.ndarray], batch_size: int, beta: float, total: int | None = None):
         data = ImageDataset(images)
         self.loader = iter(DataLoader(data, batch_sampler=batches(data, batch_size)))
-        self.model = TextbookVAE(data.images[0].size[0])
+        self.model = TextbookVAE(data.images[0].size[0]).to(Clock.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total or NEVER)
         self.beta, self.running = beta, 0.0
 
     def step(self) -> None:
         x, names = next(self.loader)
-        nll, kl = self.model(x, context_vector(names[0]))
+        nll, kl = self.model(x.to(Clock.device), context_vector(names[0]))
         loss = (nll + self.beta * kl) / len(x)
         self.optimizer.zero_grad()
         loss.backward()
@@ -228,7 +229,7 @@ def _textbook_loss(model: TextbookVAE, validation: dict[str, np.ndarray]) -> flo
     """The negative ELBO in bits per pixel."""
     nats, count = 0.0, 0
     for name, images in validation.items():
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(Clock.device).float() / 255
         nats += sum(model(x, context_vector(name))).item()
         count += len(x)
     return bits_per_pixel(nats / count, *x.shape[-2:])

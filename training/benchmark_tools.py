@@ -20,17 +20,26 @@ from hf_intervene.training.arguments import fast_bf16
 
 
 class Clock:
-    """What a round's seconds are: those on the wall, or on a machine with other work the processor time of this process."""
+    """What a round's seconds are: those on the wall, or on a machine with other work the processor time of this process; until the device
+    is done with its work, which otherwise goes on beside the host's."""
 
     cpu_time = False
+    device = torch.device("cpu")  # of the models and batches
 
     @classmethod
     def now(cls) -> float:
+        if cls.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.process_time() if cls.cpu_time else time.perf_counter()
+
+    @classmethod
+    def autocast(cls) -> torch.autocast:
+        """bf16, as the trainer does it where it is computed in hardware."""
+        return torch.autocast(cls.device.type, torch.bfloat16, enabled=fast_bf16())
 
 
 def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each function, called in turn, after one round of warm-up."""
+    """Seconds of each function, called in turn, after one round of warm-up. """
     seconds: list[list[float]] = [[] for _ in functions]
     for number in range(rounds + 1):
         for function, record in zip(functions, seconds):
@@ -103,7 +112,7 @@ def contest(contestants: dict[str, tuple[Callable, tuple]], rounds: int) -> dict
     try:
         for name, (function, arguments) in contestants.items():  # one after the other: each start has the machine to itself
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_take_part, args=(there, threads, Clock.cpu_time, function, arguments))
+            process = spawn.Process(target=_take_part, args=(there, threads, Clock.cpu_time, Clock.device, function, arguments))
             process.start()
             there.close()
             running[name] = process, here
@@ -132,8 +141,10 @@ def _answer(name: str, connection: Connection) -> float:
         raise RuntimeError(f"the process of {name!r} ended with the error above.") from None
 
 
-def _take_part(connection: Connection, threads: int, cpu_time: bool, function: Callable, arguments: tuple) -> None:
-    Clock.cpu_time = cpu_time
+def _take_part(
+    connection: Connection, threads: int, cpu_time: bool, device: torch.device, function: Callable, arguments: tuple
+) -> None:
+    Clock.cpu_time, Clock.device = cpu_time, device
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
@@ -143,8 +154,9 @@ def _take_part(connection: Connection, threads: int, cpu_time: bool, function: C
 
 
 def repeat(turns: Turns, make: Callable[..., Callable[[], None]], *arguments) -> None:
-    """A contestant whose rounds are calls of the function that `make` makes."""
-    step = make(*arguments)
+    """A contestant whose rounds are calls of the function that `make` makes, with what it makes on the device."""
+    with Clock.device:
+        step = make(*arguments)
     step()
     while True:
         turns.next()
@@ -158,7 +170,9 @@ def over(outcomes: dict[str, Outcome], name: str, other: str) -> dict:
 
 
 def peak_gib() -> float:
-    """Peak memory of this process so far, in GiB."""
+    """Peak memory of this process so far, in GiB: the device's, if there is one."""
+    if Clock.device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2**30
     try:  # not what getrusage says: a process started by a larger one begins with the peak of that
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
@@ -176,4 +190,6 @@ def machine() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"processor": processor, "cores": cores, "threads": torch.get_num_threads(), "bf16": fast_bf16()}
     found["clock"] = "processor" if Clock.cpu_time else "wall"
+    if Clock.device.type != "cpu":
+        found["device"] = torch.cuda.get_device_name() if Clock.device.type == "cuda" else Clock.device.type
     return found | {"instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}

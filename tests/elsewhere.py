@@ -1,0 +1,160 @@
+"""A device that is not the CPU, without one: `DEVICE`, "elsewhere".
+
+Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an operation on tensors of both is an error, as
+is noise from the other's generator. What needs this process for itself: PyTorch takes one such backend, and keeps it.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("elsewhere", _Backend())
+DEVICE = torch.device("elsewhere", 0)
+
+
+class ElsewhereTensor(torch.Tensor):
+    """Says that it is elsewhere; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held):
+        about = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, held.size(), device=DEVICE, **about)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo):
+        copied = ElsewhereTensor(self.held.clone()).requires_grad_(self.requires_grad)
+        copied._is_param = isinstance(self, torch.nn.Parameter)
+        memo[id(self)] = copied
+        return copied
+
+    def tolist(self):
+        return self.held.tolist()
+
+    def storage(self):  # whose address tells tensors that share it
+        return self.held.storage()
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def numpy(self, *, force=False):
+        raise TypeError("a tensor elsewhere is no array: use .cpu() first.")
+
+    __array__ = numpy
+
+
+class _Dispatch(TorchDispatchMode):
+    """Functions that make tensors have none to tell them where to."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class Generator(torch.Generator):
+    """`torch.Generator` with a device that is said to be elsewhere."""
+
+    elsewhere: dict[int, "Generator"] = {}  # kept, so that no other one gets its address
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        self._device = torch.device(device)
+        if self._device.type == DEVICE.type:
+            self.elsewhere[self._cdata] = self
+
+    @property
+    def device(self):
+        return self._device
+
+
+MOVES = {"aten::_to_copy", "aten::copy_", "aten::_foreach_copy_"}
+WAITS = {
+    f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+}
+waits: list = []  # operations on what is elsewhere for whose result a host has to wait
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
+
+
+def _held(value):
+    return value.held if isinstance(value, ElsewhereTensor) else value
+
+
+def _is(value):
+    return isinstance(value, ElsewhereTensor)
+
+
+def _run(func, args, kwargs):
+    name, device, tensors = func._schema.name, kwargs.get("device"), [x for x in tree_leaves((args, kwargs)) if _is_tensor(x)]
+    there = [x for x in tensors if _is(x)]
+    goes_there = bool(there) if device is None else torch.device(device).type == DEVICE.type
+    if name == "aten::copy_":
+        goes_there = _is(args[0])
+    if there and name not in MOVES:
+        # On the CPU there may be single numbers, and what an index is.
+        beside = (args[0], args[2:]) if name in INDEXING else (args, kwargs)
+        if any(_is_tensor(x) and not _is(x) and x.ndim for x in tree_leaves(beside)):
+            raise RuntimeError(f"{func}: tensors on the CPU and elsewhere.")
+    if (generator := kwargs.get("generator")) is not None and (generator._cdata in Generator.elsewhere) != goes_there:
+        raise RuntimeError(f"{func}: a generator that is not where its tensor is.")
+    if device is not None:
+        kwargs = kwargs | {"device": torch.device("cpu") if goes_there else device}
+    if there and (name in WAITS or (not goes_there and name in MOVES)):
+        waits.append(func)
+    result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if not goes_there:
+        return result
+    same = {id(x.held): x for x in there}  # an operation in place returns what it was given
+    return tree_map(lambda x: _back(x, same), result)
+
+
+def _back(value, same):
+    if not _is_tensor(value):
+        return value
+    return same[id(value)] if id(value) in same else ElsewhereTensor(value)
+
+
+def _is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+# What `torch.tensor(..., device=...)` calls below the reach of modes.
+
+
+@torch.library.impl("aten::empty_strided", "privateuseone")
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return ElsewhereTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+@torch.library.impl("aten::_copy_from", "privateuseone")
+def _copy_from(source, target, non_blocking=False):
+    _held(target).copy_(_held(source))
+    return target
+
+
+@contextmanager
+def elsewhere():
+    """Inside, tensors can be there."""
+    whole, torch.Generator = torch.Generator, Generator
+    try:
+        with _Dispatch():
+            yield DEVICE
+    finally:
+        torch.Generator = whole
