@@ -9,6 +9,7 @@ import torch
 
 from hf_intervene.data import quad
 from hf_intervene.training import benchmark, benchmark_bases, benchmark_data, benchmark_textbook, benchmark_tools
+from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.benchmark_tools import Turns, alternate, contest, figure, machine, over, summary
 
 
@@ -163,10 +164,24 @@ def test_the_quality_benchmark():
         assert 2 < row["bits_per_pixel"]["bits_per_pixel"] < 6 and 0 < row["composition_distance"]["composition_distance"] < 1
 
 
+def test_operations_are_counted():
+    """Twice those of the forward pass again for the backward pass, but for what meets the images, which need no gradient."""
+    a = TrainArguments(dataset="quad", resolution=16)
+    convolutions = [(3, 32, 8), (32, 64, 4), (64, 128, 2), (128, 256, 1)]
+    forward = sum(
+        2 * 16 * before * after * side**2 for before, after, side in convolutions
+    )  # multiplied and added, by 4 x 4 weights
+    found = benchmark_textbook._operations(a)
+    least = 3 * 2 * forward - 2 * 16 * 3 * 32 * 8**2  # encoder and decoder
+    assert least < found < 1.6 * least  # and linear layers, the head among them
+
+
 @pytest.mark.slow
 def test_the_benchmarks_of_the_trainer(tmp_path):
     found = benchmark_textbook.textbook(1, 2, **TINY)
     assert found["gain"]["speedup"] > 0 and found["trainer"]["peak_gib"] > 0.1
+    found = benchmark_textbook.utilisation(1, 2, 64, **TINY)
+    assert 0 < found["share"]["utilisation"] and found["trainer"]["images_per_second"] > 0
     found = benchmark_textbook.variants(1, 2, {"float32": {"mixed_precision": "no"}}, **TINY)
     assert found["float32"]["speedup"] > 0
     found = benchmark_data.processes(1, 2, **TINY | {"resolution": 16})

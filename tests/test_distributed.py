@@ -1,5 +1,8 @@
 """The trainer under the shipped configurations of accelerate, with two processes on CPUs."""
 
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from diffusers import AutoencoderKL
 from test_train import assert_same, error_of, last_state, launch, options, run, weights
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import distributed
+from hf_intervene.training import checkpoints, distributed
 
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +57,42 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     alone = settings | {"output_dir": str(tmp_path / "alone"), "resume": two_first}
     run(alone)
     assert_same(last_state(alone)[0]["model"], last_state(settings)[0]["model"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_machines_give_the_result_of_one_and_resume(tiny, tmp_path, launcher):
+    """As docs/cluster.md starts them, one process on each, here both on this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = tiny | {
+        "max_steps": 6,
+        "base_norm": "none",
+        "eval_every": 3,
+        "sample_matching": 0.4,
+        "image_cache": str(tmp_path / "cache"),
+    }
+    run(settings)
+    two = settings | {"output_dir": str(tmp_path / "two"), "checkpoint_every": 3}
+
+    def machine(rank):
+        words = {
+            "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
+            + ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", port],
+            "torchrun": ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "run"]
+            + ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"],
+        }[launcher]
+        return launch(words, two | {"resume": "auto"}, name=f"machine-{rank}")
+
+    with ThreadPoolExecutor(2) as machines:
+        said = list(machines.map(machine, range(2)))
+        assert_same_run(settings, two, rtol=1e-3, atol=1e-5)
+        assert "".join(said).count("trained 6 steps") == 1
+        shutil.rmtree(checkpoints.checkpoints(tmp_path / "two" / "checkpoints")[-1])  # of step 6
+        said = list(machines.map(machine, range(2)))
+    assert all("resuming from" in words for words in said)  # each machine says so
+    assert_same_run(settings, two, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero2"])

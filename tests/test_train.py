@@ -48,9 +48,9 @@ sys.exit(main())
 """
 
 
-def launch(launcher, settings, script="training/train.py"):
-    """Train in processes of a launcher (words after `python -m`), on CPUs; what they print."""
-    config = Path(settings["output_dir"]).with_suffix(".yaml")
+def launch(launcher, settings, script="training/train.py", name=None):
+    """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings of this name; what they print."""
+    config = Path(settings["output_dir"]).with_name(f"{name or Path(settings['output_dir']).name}.yaml")
     config.write_text(yaml.safe_dump(settings))
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(script), "--config", str(config)],

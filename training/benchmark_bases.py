@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
 from hf_intervene import InterventionModel, LightVAE
@@ -197,7 +198,12 @@ def autoencoder_sampling(kind: str, batch_size: int, config: dict | int) -> Call
         return model_sampling(head_on(vae), batch_size)
     latents = vae.encode(torch.zeros(1, 3, vae.config.sample_size, vae.config.sample_size)).latent_dist.mean
     latents = torch.randn(batch_size, *latents.shape[1:])
-    return torch.no_grad()(lambda: vae.decode(latents).sample)
+
+    @torch.no_grad()
+    def sample() -> None:
+        VaeImageProcessor.denormalize(vae.decode(latents).sample)  # pixels in [0, 1], as a pipeline's
+
+    return sample
 
 
 def _autoencoder(config: dict | int) -> AutoencoderKL:
@@ -243,6 +249,7 @@ def unet_sampling(kind: str, batch_size: int, resolution: int) -> Callable[[], N
         scheduler.set_timesteps(SAMPLING_STEPS)
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        VaeImageProcessor.denormalize(x)
 
     return sample
 
@@ -278,7 +285,9 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     for _ in range(rounds):
         for regime in REGIMES:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                measured[regime].append(pool.submit(full_size_step, regime, config, torch.get_num_threads(), Clock.device).result())
+                measured[regime].append(
+                    pool.submit(full_size_step, regime, config, torch.get_num_threads(), Clock.device).result()
+                )
     peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
     return {regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES}
 

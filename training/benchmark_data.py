@@ -35,7 +35,14 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
     a = TrainArguments(batch_size=batch_size)
     with Clock.device:
         model = head_on(LightVAE(sample_size=data.image_shape[-1]))
-    feed = Feed(model, data, None, ContextSchedule(data.context_ids, a.schedule, batch_size), a, PartialState(cpu=Clock.device.type == "cpu"))
+    feed = Feed(
+        model,
+        data,
+        None,
+        ContextSchedule(data.context_ids, a.schedule, batch_size),
+        a,
+        PartialState(cpu=Clock.device.type == "cpu"),
+    )
     steps = count()
 
     def batches() -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_intervene import LightVAE
 from hf_intervene.contexts import parse_context
@@ -20,7 +21,8 @@ from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Clock, Turns, contest, figure, rate, summary
+from hf_intervene.training.benchmark_bases import head_on, mixed
+from hf_intervene.training.benchmark_tools import Clock, Turns, contest, figure, rate, repeat, summary
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import Quad
 from hf_intervene.training.train import train
@@ -175,6 +177,45 @@ def textbook(rounds: int, steps: int = 3, **settings) -> dict:
     return {name: rate(images, outcome.seconds) | {"peak_gib": outcome.peak_gib} for name, outcome in found.items()} | {
         "gain": gain
     }
+
+
+def utilisation(rounds: int, steps: int = 3, side: int = 2048, **settings) -> dict:
+    """What `train.py` computes a second, as a share of what a matrix product of `side` by `side` does in the same precision. Counted is what the
+    loss and its gradient multiply and add, and of that the convolutions and matrix products only."""
+    settings = SETTINGS | settings
+    a = TrainArguments(**settings)
+    contestants = {"trainer": (trainer, (settings, steps)), "product": (repeat, (_product, side, a.precision == "bf16"))}
+    found = contest(contestants, rounds)
+    images = steps * a.batch_size
+    operations = _operations(a) * images
+    speeds = {
+        "trainer": [operations / s for s in found["trainer"].seconds],
+        "product": [2 * side**3 / s for s in found["product"].seconds],
+    }
+    return {
+        "trainer": rate(images, found["trainer"].seconds) | {"peak_gib": found["trainer"].peak_gib},
+        "gflop_an_image": operations / images / 1e9,
+        **{f"{name}, speed": figure("gflops", [speed / 1e9 for speed in values]) for name, values in speeds.items()},
+        "share": summary(speeds["trainer"], speeds["product"], "utilisation"),
+    }
+
+
+def _product(side: int, bf16: bool) -> Callable[[], None]:
+    x = torch.randn(side, side, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    def multiply() -> None:
+        x @ x
+
+    return multiply
+
+
+def _operations(a: TrainArguments) -> float:
+    """Floating-point operations of the loss of an image and its gradient."""
+    model = head_on(LightVAE(sample_size=a.resolution), settings=a)
+    x, targets = torch.rand(a.batch_size, *model.base.image_shape), mixed(model, a.batch_size)
+    with FlopCounterMode(display=False) as counter:
+        model(x, targets).loss.backward()
+    return counter.get_total_flops() / a.batch_size
 
 
 VARIANTS = {

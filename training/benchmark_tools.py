@@ -39,7 +39,7 @@ class Clock:
 
 
 def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each function, called in turn, after one round of warm-up. """
+    """Seconds of each function, called in turn, after one round of warm-up."""
     seconds: list[list[float]] = [[] for _ in functions]
     for number in range(rounds + 1):
         for function, record in zip(functions, seconds):
