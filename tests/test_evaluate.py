@@ -267,3 +267,8 @@ def test_ablation_table(tmp_path, monkeypatch):
     assert ablation.main(["--output", str(tmp_path), "--seeds", "2", "--variants", "default"]) == 0
     # Two values 0.1 apart: the t-interval's half width is 12.706 * 0.0707 / sqrt(2).
     assert "| default | 0.150 ± 0.635 | 0.150 ± 0.635 | 1.000 ± 0.000 |" in (tmp_path / "ablation.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--num-inference-steps", "--num_inference_steps"])
+def test_options_are_spelled_as_those_of_training_may_be(option):
+    assert evaluate.make_parser().parse_args(["--model", "m", "--output", "o", option, "7"]).num_inference_steps == 7

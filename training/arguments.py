@@ -2,14 +2,14 @@
 
 import math
 import reprlib
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -100,7 +100,10 @@ class TrainArguments:
     beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
     beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
-    moment_matching: float = field(default=10.0, metadata={"help": "Weight of the penalty of hf_intervene/moments.py."})
+    moment_matching: float = field(
+        default=10.0,
+        metadata={"help": "Weight of the penalty of hf_intervene/moments.py; much more than a few times beta is unstable."},
+    )
     prior_matching: float = field(default=1.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
     sample_matching: float = field(
         default=0.0, metadata={"help": "That of hf_intervene/sample_matching.py, in nats for each value of an image."}
@@ -261,6 +264,15 @@ def shared_settings(arguments: TrainArguments) -> str:
             changed[name] = Path(changed[name]).resolve().name
     shared = {"settings_version": SETTINGS_VERSION} | changed
     return f"{_SHARED}{version('hf-intervene')}\n" + yaml.safe_dump(shared, sort_keys=False)
+
+
+class RecipeParser(ArgumentParser):
+    """Takes names of options with `-` or `_`, as `HfArgumentParser` takes those of train.py."""
+
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        other = [f"--{name[2:].replace('-', '_')}" for name in names if name.startswith("--")]
+        other += [f"--{name[2:].replace('_', '-')}" for name in names if name.startswith("--")]
+        return super().add_argument(*dict.fromkeys([*names, *other]), **options)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

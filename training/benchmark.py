@@ -7,7 +7,6 @@
 the CPU, unless `--device` names another one.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.benchmark_tools import Clock, machine
 from hf_intervene.training.checkpoints import check_writable, write_whole
 
@@ -226,7 +226,7 @@ def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="default: those that take no longer than minutes; or all")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--rounds", type=int, default=15)

@@ -38,7 +38,7 @@ from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
 from hf_intervene.pixels import to_uint8
 from hf_intervene.plots import plot_matrices, save
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.arguments import RecipeParser, TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import HELD_OUT_SEED
@@ -406,7 +406,7 @@ def pictures(measured: dict, free_blocks: int) -> dict:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline, of the concepts of quad")
     parser.add_argument("--output", required=True, help="folder for effects.json, effects.md and the pictures")
     parser.add_argument("--variant", default="dependent", help=f"of quad: {' or '.join(quad.VARIANTS)} (default dependent)")

@@ -37,7 +37,7 @@ from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import floor_chart, save
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.arguments import RecipeParser, TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
@@ -376,7 +376,7 @@ def make_parser() -> argparse.ArgumentParser:
   hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
   hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""
     options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], **options)
+    parser = RecipeParser(description=__doc__.splitlines()[0], **options)
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
     parser.add_argument("--output", required=True, help="folder for metrics.json, metrics.md and floors.png")
     parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")

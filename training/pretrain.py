@@ -8,7 +8,6 @@ DDPMPipeline of a UNet2DModel and its scheduler. Models, losses and saved folder
 of the contexts is seen.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
-from hf_intervene.training.arguments import fast_bf16
+from hf_intervene.training.arguments import RecipeParser, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.simulated import SIMULATED
 
@@ -140,14 +139,14 @@ def _fit(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--model", choices=["autoencoder", "unet"], default="autoencoder")
     parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
     parser.add_argument("--images", type=int, default=10_000, help="simulated data: number of images (default 10,000)")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
     parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)

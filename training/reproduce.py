@@ -7,7 +7,6 @@ command goes on where it was interrupted. Baselines are tuned first, over the gr
 Writes `TABLE-SCALE.md`, `.csv`, `.tex` and `.json`.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_intervene.data import load_digits
 from hf_intervene.metrics.transport import directions
+from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.baseline_losses import beta_tcvae
 from hf_intervene.training.baselines import BASELINES, GRID
 from hf_intervene.training.checkpoints import check_writable, write_whole
@@ -382,7 +382,7 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", required=True, choices=TABLES)
     parser.add_argument("--scale", default="cpu", choices=SCALES, help="smoke: seconds a run, to try it; full: the paper's")
     parser.add_argument("--output", default="outputs/reproduce")
