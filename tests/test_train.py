@@ -8,10 +8,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusion_models import save_pipeline, save_vision
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_intervene import InterventionModel, logging
@@ -187,7 +189,9 @@ def test_options_train(tiny, tmp_path, options):
     result = run(tiny, **options, beta_warmup=0.5)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert result.validation == min(row["validation"] for row in history if "validation" in row)
-    assert (tmp_path / "run" / "samples" / "step-00000008.png").exists()
+    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000008.png"))
+    assert grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16  # seven contexts and nine pairs, by name
+    assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(16, -1))
 
 
 def test_training_learns(tiny, capsys):

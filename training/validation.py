@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
 from diffusers.utils import make_image_grid, numpy_to_pil
+from PIL import Image, ImageDraw, ImageFont
 
 from hf_intervene.data import ContextImages
 from hf_intervene.logging import get_logger
@@ -112,7 +113,7 @@ def draw_curves(out: Path) -> None:
 
 
 def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments, out: Path, step: int, accelerator):
-    """A row of samples for each context, held-out pairs of simulated data included, always of the same noise."""
+    """A row of samples for each context, its name before it, held-out pairs of simulated data included; always of the same noise."""
     model.eval()
     held_out = SIMULATED[a.dataset].held_out if a.dataset in SIMULATED and len(data.contexts) > 1 else ()
     contexts = [*data.contexts, *held_out]
@@ -124,7 +125,7 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
 
     with accelerator.autocast():
         images = [image for name in contexts for image in samples(name)]
-    grid = make_image_grid([image.convert("RGB") for image in images], len(contexts), 8)
+    grid = _with_names(make_image_grid([image.convert("RGB") for image in images], len(contexts), 8), contexts)
     path = out / "samples" / f"step-{step:08d}.png"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -135,6 +136,19 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         if tracker.name == "tensorboard":
             with tracking(accelerator):
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+
+
+def _with_names(grid: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A grid of as many rows with their names to the left."""
+    height = grid.height / len(names)
+    font = ImageFont.load_default(min(14, height))
+    margin = 8 + max(round(font.getlength(name)) for name in names)
+    whole = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    whole.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(whole)
+    for row, name in enumerate(names):
+        draw.text((4, (row + 0.5) * height), name, fill="black", anchor="lm", font=font)
+    return whole
 
 
 @contextmanager
