@@ -1,7 +1,7 @@
 """A device that is not the CPU, without one: `DEVICE`, "elsewhere".
 
 Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an operation on tensors of both is an error, as
-is noise from the other's generator. What needs this process for itself: PyTorch takes one such backend, and keeps it.
+is noise from the other's generator. It takes a process of its own: PyTorch has room for one such backend, and keeps it.
 """
 
 from contextlib import contextmanager

@@ -17,7 +17,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quan
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.training import benchmark_data, benchmark_head, benchmark_textbook, feeding, pretrain
 from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Clock
+from hf_intervene.training.benchmark_tools import Conditions
 from hf_intervene.training.evaluate import evaluate
 from hf_intervene.training.train import train
 
@@ -194,8 +194,8 @@ def test_evaluation(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", test_benchmark.STEPS)
 def test_benchmarks(device, monkeypatch, make):
-    monkeypatch.setattr(Clock, "device", device)
-    monkeypatch.setattr(Clock, "autocast", nullcontext)  # this device has none
+    monkeypatch.setattr(Conditions, "device", device)
+    monkeypatch.setattr(Conditions, "autocast", nullcontext)  # this device has none
     with device:
         step = make()
     step()
@@ -203,8 +203,8 @@ def test_benchmarks(device, monkeypatch, make):
 
 @pytest.mark.slow
 def test_benchmarks_of_heads_and_data(device, monkeypatch):
-    monkeypatch.setattr(Clock, "device", device)
-    monkeypatch.setattr(Clock, "autocast", nullcontext)
+    monkeypatch.setattr(Conditions, "device", device)
+    monkeypatch.setattr(Conditions, "autocast", nullcontext)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     assert benchmark_head.concepts(1, (2, 3), 8)["full"]["3 concepts"]["milliseconds"] > 0
     assert benchmark_head.contexts(1, 64, 16)["head, 7 contexts"]["speedup"] > 0

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hf_intervene.training.arguments import RecipeParser
-from hf_intervene.training.benchmark_tools import Clock, machine
+from hf_intervene.training.benchmark_tools import Conditions, machine
 from hf_intervene.training.checkpoints import check_writable, write_whole
 
 
@@ -249,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("rounds and threads must be at least 1.")
         if arguments.output:
             check_writable(Path(arguments.output).resolve().parent)
-        Clock.cpu_time, Clock.device = arguments.cpu_time, chosen_device(arguments.device)
-        if Clock.device.type == "cpu":
+        Conditions.cpu_time, Conditions.device = arguments.cpu_time, chosen_device(arguments.device)
+        if Conditions.device.type == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does the trainer find another one
         elif arguments.cpu_time:
             raise ValueError("processor time says nothing of another device: leave out --cpu-time.")

@@ -19,7 +19,7 @@ from hf_intervene.data.images import MIN_IMAGES
 from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
 from hf_intervene.training.aggregate import WHITEN_EVERY, AggregatePosteriors
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
-from hf_intervene.training.benchmark_tools import Clock, alternate, contest, figure, over, peak_gib, repeat, summary
+from hf_intervene.training.benchmark_tools import Conditions, alternate, contest, figure, over, peak_gib, repeat, summary
 from hf_intervene.training.performance import keep_freed_memory
 from hf_intervene.training.pretrain import new_autoencoder, new_unet
 
@@ -47,7 +47,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
     def step() -> None:
-        with Clock.autocast():
+        with Conditions.autocast():
             value = loss()
         value.backward()
         optimizer.step()
@@ -113,7 +113,7 @@ def head_alone(batch_size: int) -> Callable[[], None]:
     targets, features = mixed(model, batch_size), torch.randn(batch_size, model.base.feature_width, requires_grad=True)
 
     def step() -> None:
-        with Clock.autocast():
+        with Conditions.autocast():
             mean, logvar = model.head.posterior(features, targets)
             embedding = model.head(mean + (0.5 * logvar).exp() * torch.randn_like(mean), targets).embedding
         (embedding.float().sum() + mean.sum() + logvar.sum()).backward()
@@ -141,7 +141,7 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     ids = torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
-    posteriors = AggregatePosteriors(model, data, settings, Clock.device)
+    posteriors = AggregatePosteriors(model, data, settings, Conditions.device)
     posterior: list[torch.Tensor | None] = []
     predicting = bool(settings.context_prediction)
     groups = batch_size // EVERY
@@ -245,7 +245,7 @@ def unet_sampling(kind: str, batch_size: int, resolution: int) -> Callable[[], N
 
     @torch.no_grad()
     def sample() -> None:
-        x = torch.randn(batch_size, 3, resolution, resolution, device=Clock.device)
+        x = torch.randn(batch_size, 3, resolution, resolution, device=Conditions.device)
         scheduler.set_timesteps(SAMPLING_STEPS)
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
@@ -266,7 +266,7 @@ def full_size_step(regime: str, config: dict, threads: int, device: torch.device
     """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once `fine-tune` has thawed its base."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    Clock.device = device
+    Conditions.device = device
     with device:
         model = head_on(AutoencoderKL(**config))
     if regime == "lora":
@@ -286,7 +286,7 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
         for regime in REGIMES:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 measured[regime].append(
-                    pool.submit(full_size_step, regime, config, torch.get_num_threads(), Clock.device).result()
+                    pool.submit(full_size_step, regime, config, torch.get_num_threads(), Conditions.device).result()
                 )
     peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
     return {regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES}
@@ -296,7 +296,7 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
 def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int = 2) -> dict:
     """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling it is run once."""
     dtype = torch.bfloat16 if fast_bf16() else torch.float32
-    with Clock.device:
+    with Conditions.device:
         unet = UNet2DConditionModel(**config).to(dtype).eval()
         text = torch.randn(1, 77, config["cross_attention_dim"])
         model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()

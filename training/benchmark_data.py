@@ -19,7 +19,7 @@ from hf_intervene.data import ContextImages, ContextSchedule, quad
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.benchmark_bases import head_on, model_step
 from hf_intervene.training.benchmark_textbook import NEVER, SETTINGS
-from hf_intervene.training.benchmark_tools import Clock, alternate, figure, rate, summary
+from hf_intervene.training.benchmark_tools import Conditions, alternate, figure, rate, summary
 from hf_intervene.training.feeding import Feed
 from hf_intervene.training.train import train
 
@@ -33,7 +33,7 @@ def render(rounds: int) -> dict:
 def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
     """What the trainer does before a step: the schedule, the noise, the images on the device in [0, 1]."""
     a = TrainArguments(batch_size=batch_size)
-    with Clock.device:
+    with Conditions.device:
         model = head_on(LightVAE(sample_size=data.image_shape[-1]))
     feed = Feed(
         model,
@@ -41,7 +41,7 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
         None,
         ContextSchedule(data.context_ids, a.schedule, batch_size),
         a,
-        PartialState(cpu=Clock.device.type == "cpu"),
+        PartialState(cpu=Conditions.device.type == "cpu"),
     )
     steps = count()
 
@@ -56,7 +56,7 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
 def data(rounds: int, batch_size: int = 64, resolution: int = 64, images: int = 2000) -> dict:
     """Ten batches out of memory, and out of a file by memory map, over ten training steps of the light VAE."""
     drawn = ContextImages.from_arrays(quad.images_by_context(images_per_context=images, resolution=resolution), quad.CONCEPTS)
-    with Clock.device:
+    with Conditions.device:
         step = model_step(head_on(LightVAE(sample_size=resolution)), batch_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.npy")

@@ -11,7 +11,7 @@ from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_bases import head_on
-from hf_intervene.training.benchmark_tools import Clock, alternate, figure, summary
+from hf_intervene.training.benchmark_tools import Conditions, alternate, figure, summary
 from hf_intervene.training.performance import keep_freed_memory
 
 
@@ -27,7 +27,7 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
     keep_freed_memory()  # as the trainer does
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     for d in numbers:
-        with Clock.device:
+        with Conditions.device:
             functions |= _functions_of(d, batch_size)
     seconds = dict(zip(functions, alternate(list(functions.values()), rounds)))
     results: dict[str, dict] = {"batch_size": batch_size, "rank": RANK}
@@ -70,7 +70,7 @@ def _gradients(forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tenso
 
 def _under_bf16(function: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        with Clock.autocast():
+        with Conditions.autocast():
             function()
 
     return run
@@ -92,7 +92,7 @@ def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
     keep_freed_memory()
-    with Clock.device:
+    with Conditions.device:
         model = head_on(LightVAE(sample_size=resolution))
         x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
@@ -115,7 +115,7 @@ def _passes(model: InterventionModel, loss: Callable, batches: Sequence[torch.Te
 
     def run() -> None:
         for rows in batches:
-            with Clock.autocast():
+            with Conditions.autocast():
                 part = loss(rows)
             part.backward()
         model.zero_grad()

@@ -22,7 +22,7 @@ from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.benchmark_bases import head_on, mixed
-from hf_intervene.training.benchmark_tools import Clock, Turns, contest, figure, rate, repeat, summary
+from hf_intervene.training.benchmark_tools import Conditions, Turns, contest, figure, rate, repeat, summary
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import Quad
 from hf_intervene.training.train import train
@@ -83,7 +83,7 @@ class TextbookVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, name: str, count: int) -> np.ndarray:
-        z = torch.randn(count, self.noise, device=Clock.device)
+        z = torch.randn(count, self.noise, device=Conditions.device)
         logits = self.vae.decode(self.head(z, context_vector(name))).sample
         return logits.sigmoid().permute(0, 2, 3, 1).cpu().numpy()
 
@@ -91,7 +91,7 @@ class TextbookVAE(nn.Module):
 def context_vector(name: str) -> torch.Tensor:
     vector = torch.zeros(BLOCKS)
     vector[[quad.CONCEPTS.index(concept) for concept in parse_context(name, quad.CONCEPTS)]] = 1
-    return vector.to(Clock.device)
+    return vector.to(Conditions.device)
 
 
 class ImageDataset(Dataset):
@@ -126,14 +126,14 @@ class Textbook:
     def __init__(self, images: dict[str, np.ndarray], batch_size: int, beta: float, total: int | None = None):
         data = ImageDataset(images)
         self.loader = iter(DataLoader(data, batch_sampler=batches(data, batch_size)))
-        self.model = TextbookVAE(data.images[0].size[0]).to(Clock.device)
+        self.model = TextbookVAE(data.images[0].size[0]).to(Conditions.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total or NEVER)
         self.beta, self.running = beta, 0.0
 
     def step(self) -> None:
         x, names = next(self.loader)
-        nll, kl = self.model(x.to(Clock.device), context_vector(names[0]))
+        nll, kl = self.model(x.to(Conditions.device), context_vector(names[0]))
         loss = (nll + self.beta * kl) / len(x)
         self.optimizer.zero_grad()
         loss.backward()
@@ -270,7 +270,7 @@ def _textbook_loss(model: TextbookVAE, validation: dict[str, np.ndarray]) -> flo
     """The negative ELBO in bits per pixel."""
     nats, count = 0.0, 0
     for name, images in validation.items():
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(Clock.device).float() / 255
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(Conditions.device).float() / 255
         nats += sum(model(x, context_vector(name))).item()
         count += len(x)
     return bits_per_pixel(nats / count, *x.shape[-2:])

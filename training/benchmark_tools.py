@@ -19,12 +19,12 @@ import torch
 from hf_intervene.training.arguments import fast_bf16
 
 
-class Clock:
-    """What a round's seconds are: those on the wall, or on a machine with other work the processor time of this process; until the device
-    is done with its work, which otherwise goes on beside the host's."""
+class Conditions:
+    """How this process measures: which device models and batches are on, and what a round's seconds are. Those on the wall, or on a machine
+    with other work the processor time of this process; until the device is done with its work, which otherwise goes on beside the host's."""
 
     cpu_time = False
-    device = torch.device("cpu")  # of the models and batches
+    device = torch.device("cpu")
 
     @classmethod
     def now(cls) -> float:
@@ -43,10 +43,10 @@ def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list
     seconds: list[list[float]] = [[] for _ in functions]
     for number in range(rounds + 1):
         for function, record in zip(functions, seconds):
-            start = Clock.now()
+            start = Conditions.now()
             function()
             if number:
-                record.append(Clock.now() - start)
+                record.append(Conditions.now() - start)
     return seconds
 
 
@@ -76,13 +76,13 @@ class Turns:
     """A contestant's side of a contest: it calls `next` before each of its rounds, for as long as that returns."""
 
     def __init__(self, connection: Connection):
-        self._connection, self._start = connection, Clock.now()
+        self._connection, self._start = connection, Conditions.now()
 
     def next(self) -> None:
-        self._connection.send(Clock.now() - self._start)
+        self._connection.send(Conditions.now() - self._start)
         if not self._connection.recv():
             raise _Over
-        self._start = Clock.now()
+        self._start = Conditions.now()
 
 
 @dataclass
@@ -112,7 +112,9 @@ def contest(contestants: dict[str, tuple[Callable, tuple]], rounds: int) -> dict
     try:
         for name, (function, arguments) in contestants.items():  # one after the other: each start has the machine to itself
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_take_part, args=(there, threads, Clock.cpu_time, Clock.device, function, arguments))
+            process = spawn.Process(
+                target=_take_part, args=(there, threads, Conditions.cpu_time, Conditions.device, function, arguments)
+            )
             process.start()
             there.close()
             running[name] = process, here
@@ -144,7 +146,7 @@ def _answer(name: str, connection: Connection) -> float:
 def _take_part(
     connection: Connection, threads: int, cpu_time: bool, device: torch.device, function: Callable, arguments: tuple
 ) -> None:
-    Clock.cpu_time, Clock.device = cpu_time, device
+    Conditions.cpu_time, Conditions.device = cpu_time, device
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
@@ -155,7 +157,7 @@ def _take_part(
 
 def repeat(turns: Turns, make: Callable[..., Callable[[], None]], *arguments) -> None:
     """A contestant whose rounds are calls of the function that `make` makes, with what it makes on the device."""
-    with Clock.device:
+    with Conditions.device:
         step = make(*arguments)
     step()
     while True:
@@ -171,7 +173,7 @@ def over(outcomes: dict[str, Outcome], name: str, other: str) -> dict:
 
 def peak_gib() -> float:
     """Peak memory of this process so far, in GiB: the device's, if there is one."""
-    if Clock.device.type != "cpu":
+    if Conditions.device.type != "cpu":
         return torch.accelerator.max_memory_allocated() / 2**30
     try:  # not what getrusage says: a process started by a larger one begins with the peak of that
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -189,7 +191,7 @@ def machine() -> dict:
         processor = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"processor": processor, "cores": cores, "threads": torch.get_num_threads(), "bf16": fast_bf16()}
-    found["clock"] = "processor" if Clock.cpu_time else "wall"
-    if Clock.device.type != "cpu":
-        found["device"] = torch.cuda.get_device_name() if Clock.device.type == "cuda" else Clock.device.type
+    found["clock"] = "processor" if Conditions.cpu_time else "wall"
+    if Conditions.device.type != "cpu":
+        found["device"] = torch.cuda.get_device_name() if Conditions.device.type == "cuda" else Conditions.device.type
     return found | {"instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
