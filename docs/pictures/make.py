@@ -1,4 +1,5 @@
-"""The pictures of the guides, from the pipeline that comes with the package: `python docs/pictures/make.py` (about ten seconds)."""
+"""The pictures of the guides, from the pipeline that comes with the package: `python docs/pictures/make.py` (about ten seconds). `ident3d.png` is
+the last grid of samples that the README's training on ident3d writes."""
 
 from pathlib import Path
 
