@@ -23,7 +23,7 @@ from .checks import check_fit, check_loaded
 from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .hub import check_weights, folder, pop_options
-from .posterior import PosteriorLinear, Whitening, gaussian_kl, mixture, row_of
+from .posterior import PosteriorLinear, Whitening, at_hand, gaussian_kl, mixture, row_of
 
 
 @dataclass
@@ -156,9 +156,8 @@ class ExogenousLayer(nn.Module):
 
 
 def _few(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """Where s is not 0, if that is in few places and finding them costs next to nothing: not on a device, which the host would have to
-    wait for, nor in a graph, whose shapes would depend on it. What is computed in those places only is the same up to rounding."""
-    if s.device.type != "cpu" or s.requires_grad or torch.compiler.is_compiling():
+    """Where s is not 0, if that is in few places and can be looked up. What is computed in those places only is the same up to rounding."""
+    if not at_hand(s):
         return None
     places = s.nonzero(as_tuple=True)
     return places if 32 * len(places[0]) <= s.numel() else None

@@ -94,16 +94,21 @@ class Whitening(nn.Module):
 def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """sum_k weights_k y M_k of rows y (B, n), weights (B, 1 + d) and matrices M_k (1 + d, n, n) -> (B, n).
 
-    Most rows are of one context only. The other products are left out where finding out costs next to nothing: not on a device, which the
-    host would have to wait for, nor in a graph, whose shapes would depend on it.
+    Most rows are of one context only. Where that can be looked up, the other products are left out.
     """
-    if y.device.type != "cpu" or weights.requires_grad or torch.compiler.is_compiling():
+    if not at_hand(weights):
         return torch.einsum("bk,kbi->bi", weights, y @ matrix)
     product = torch.zeros_like(y)
     for weight, M in zip(weights.T, matrix):
         rows = weight.nonzero()[:, 0]
         product.index_add_(0, rows, weight[rows, None] * (y[rows] @ M))
     return product
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether the host can look at values at next to no cost: not on a device, which it would have to wait for, nor in a graph, whose
+    shapes would depend on them."""
+    return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
 
 
 def fits(contexts: int, width: int) -> bool:

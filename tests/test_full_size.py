@@ -449,7 +449,7 @@ def test_the_family_of_the_readme(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("regime", ["frozen", "lora", "fine-tune", "end-to-end"])
 def test_the_full_size_step(regime):
-    peak, seconds = benchmark.full_size_step(regime, CONFIG, 1)
+    peak, seconds = benchmark.full_size_step(regime, CONFIG, 1, torch.device("cpu"))
     assert 0.1 < peak < 16 and seconds > 0
 
 

@@ -12,7 +12,7 @@ from test_train import assert_same, launch, run, weights
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene import InterventionModel, LightVAE, modeling_intervention
+from hf_intervene import InterventionModel, LightVAE, modeling_intervention, posterior
 from hf_intervene.data import ContextImages, ContextSchedule, images, load_contexts, quad
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments
@@ -55,7 +55,8 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
 
         monkeypatch.setattr(torch.Tensor, name, noted)
     # What is done on CPUs only, where nothing has to be waited for: to look where targets are not 0, and at the greatest index.
-    monkeypatch.setattr(modeling_intervention, "_few", lambda s: None)
+    for module in (modeling_intervention, posterior):
+        monkeypatch.setattr(module, "at_hand", lambda x: False)
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long())
     original_batch = Feed.batch
 
