@@ -93,24 +93,23 @@ waits: list = []  # operations on what is elsewhere for whose result a host has 
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
-def _held(value):
-    return value.held if isinstance(value, ElsewhereTensor) else value
-
-
 def _is(value):
     return isinstance(value, ElsewhereTensor)
 
 
+def _held(value):
+    return value.held if _is(value) else value
+
+
 def _run(func, args, kwargs):
-    name, device, tensors = func._schema.name, kwargs.get("device"), [x for x in tree_leaves((args, kwargs)) if _is_tensor(x)]
-    there = [x for x in tensors if _is(x)]
+    name, device, there = func._schema.name, kwargs.get("device"), [x for x in tree_leaves((args, kwargs)) if _is(x)]
     goes_there = bool(there) if device is None else torch.device(device).type == DEVICE.type
     if name == "aten::copy_":
         goes_there = _is(args[0])
     if there and name not in MOVES:
         # On the CPU there may be single numbers, and what an index is.
         beside = (args[0], args[2:]) if name in INDEXING else (args, kwargs)
-        if any(_is_tensor(x) and not _is(x) and x.ndim for x in tree_leaves(beside)):
+        if any(isinstance(x, torch.Tensor) and not _is(x) and x.ndim for x in tree_leaves(beside)):
             raise RuntimeError(f"{func}: tensors on the CPU and elsewhere.")
     if (generator := kwargs.get("generator")) is not None and (generator._cdata in Generator.elsewhere) != goes_there:
         raise RuntimeError(f"{func}: a generator that is not where its tensor is.")
@@ -122,17 +121,13 @@ def _run(func, args, kwargs):
     if not goes_there:
         return result
     same = {id(x.held): x for x in there}  # an operation in place returns what it was given
-    return tree_map(lambda x: _back(x, same), result)
 
+    def back(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return same[id(value)] if id(value) in same else ElsewhereTensor(value)
 
-def _back(value, same):
-    if not _is_tensor(value):
-        return value
-    return same[id(value)] if id(value) in same else ElsewhereTensor(value)
-
-
-def _is_tensor(value):
-    return isinstance(value, torch.Tensor)
+    return tree_map(back, result)
 
 
 # What `torch.tensor(..., device=...)` calls below the reach of modes.

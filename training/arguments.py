@@ -270,8 +270,8 @@ class RecipeParser(ArgumentParser):
     """Takes names of options with `-` or `_`, as `HfArgumentParser` takes those of train.py."""
 
     def add_argument(self, *names: str, **options: Any) -> Action:
-        other = [f"--{name[2:].replace('-', '_')}" for name in names if name.startswith("--")]
-        other += [f"--{name[2:].replace('_', '-')}" for name in names if name.startswith("--")]
+        long = [name[2:] for name in names if name.startswith("--")]
+        other = [f"--{name.replace(*swap)}" for swap in ("-_", "_-") for name in long]
         return super().add_argument(*dict.fromkeys([*names, *other]), **options)
 
 

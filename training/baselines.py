@@ -17,7 +17,6 @@ How a baseline samples a context:
 Their ELBO, in bits per pixel, is under the prior of their objective, N(0, I).
 """
 
-import argparse
 import copy
 import json
 import math
@@ -41,7 +40,7 @@ from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.posterior import gaussian_kl
-from hf_intervene.training.arguments import TrainArguments, parse_arguments
+from hf_intervene.training.arguments import RecipeParser, TrainArguments, parse_arguments
 from hf_intervene.training.baseline_losses import averaged_posteriors, beta_tcvae, decomposed_kl, triplet_loss
 from hf_intervene.training.checkpoints import atomic_folder, check_writable
 from hf_intervene.training.distributed import new_accelerator
@@ -368,9 +367,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="and any setting of train.py", allow_abbrev=False
-    )
+    parser = RecipeParser(description=__doc__.splitlines()[0], epilog="and any setting of train.py", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--baseline", choices=BASELINES)
     what.add_argument("--explain", choices=SIMULATED, help="print what images without content score on this data set")

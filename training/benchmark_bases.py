@@ -269,11 +269,10 @@ def full_size_step(regime: str, config: dict, threads: int, device: torch.device
     Conditions.device = device
     with device:
         model = head_on(AutoencoderKL(**config))
-    if regime == "lora":
-        add_lora(model.base.model, TrainArguments().lora_rank)
-    elif regime == "frozen":
-        model.base.trainable(False)
-    with device:
+        if regime == "lora":
+            add_lora(model.base.model, TrainArguments().lora_rank)
+        elif regime == "frozen":
+            model.base.trainable(False)
         step = model_step(model, 1)
     ((seconds,),) = alternate([step], rounds=1)  # the second step: the optimiser has its state
     return peak_gib(), seconds

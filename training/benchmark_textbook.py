@@ -186,17 +186,14 @@ def utilisation(rounds: int, steps: int = 3, side: int = 2048, **settings) -> di
     a = TrainArguments(**settings)
     contestants = {"trainer": (trainer, (settings, steps)), "product": (repeat, (_product, side, a.precision == "bf16"))}
     found = contest(contestants, rounds)
-    images = steps * a.batch_size
-    operations = _operations(a) * images
-    speeds = {
-        "trainer": [operations / s for s in found["trainer"].seconds],
-        "product": [2 * side**3 / s for s in found["product"].seconds],
-    }
+    images, gflop_an_image = steps * a.batch_size, _operations(a) / 1e9
+    work = {"trainer": images * gflop_an_image, "product": 2 * side**3 / 1e9}
+    each = {name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()}  # seconds of a gigaflop
     return {
         "trainer": rate(images, found["trainer"].seconds) | {"peak_gib": found["trainer"].peak_gib},
-        "gflop_an_image": operations / images / 1e9,
-        **{f"{name}, speed": figure("gflops", [speed / 1e9 for speed in values]) for name, values in speeds.items()},
-        "share": summary(speeds["trainer"], speeds["product"], "utilisation"),
+        "gflop_an_image": gflop_an_image,
+        **{f"{name}, speed": rate(1, seconds, "gflops") for name, seconds in each.items()},
+        "share": summary(each["product"], each["trainer"], "utilisation"),
     }
 
 
