@@ -160,8 +160,10 @@ def test_the_data_benchmark():
 def test_the_quality_benchmark():
     found = benchmark_textbook.quality(1, 4, 8, **TINY, mixed_precision="no")
     assert found["images"] == 32
-    for row in (found["textbook"], found["trainer"]):
-        assert 2 < row["bits_per_pixel"]["bits_per_pixel"] < 6 and 0 < row["composition_distance"]["composition_distance"] < 1
+    shown = {f.name: f.value for f in benchmark.figures({"quality": found})}
+    for who in ("textbook", "trainer", "trainer, half of the images"):
+        assert 2 < shown[f"quality, {who}, likelihood"] < 6 and 0 < shown[f"quality, {who}, compositions"] < 1
+    assert 0 < shown["quality, trainer, half of the images, time over the loop's"]
 
 
 def test_operations_are_counted():

@@ -7,6 +7,7 @@ The light VAE, the sizes of the head, the batch and the images are ours.
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from hf_intervene.contexts import parse_context
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.arguments import TrainArguments, read_config
 from hf_intervene.training.benchmark_bases import head_on, mixed
 from hf_intervene.training.benchmark_tools import Conditions, Turns, contest, figure, rate, repeat, summary
 from hf_intervene.training.evaluate import load_model
@@ -235,31 +236,43 @@ def variants(rounds: int, steps: int = 3, chosen: dict[str, dict] = VARIANTS, **
     }
 
 
-QUALITY = {"resolution": 32, "validation_images": 200, "beta": 2.0, "moment_matching": 5.0}
+RECIPE = Path(__file__).parent / "configs" / "reproduce" / "quad.yaml"
 
 
-def quality(rounds: int, steps: int = 1312, images: int = 640, **settings) -> dict:
-    """Both trained on the same images, equally many; then measured on others. Rounds are seeds."""
-    settings = SETTINGS | QUALITY | settings | {"max_steps": steps}
-    rows: dict[str, list[tuple[float, ...]]] = {"textbook": [], "trainer": []}
+def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> dict:
+    """The loop, the trainer with its recipe, and that for half of the steps: how good they are after it on held-out images, and what it took.
+    Rounds are seeds."""
+    settings = read_config(str(RECIPE)) | {"tracker": "none"} | settings
+    runs = {"trainer": steps, "trainer, half of the images": steps // 2}
+    rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("textbook", *runs)}
     for seed in range(min(rounds, 3)):
+        seeds = {"data_seed": seed, "seed": seed}
+        a = TrainArguments(**settings | seeds)
         torch.manual_seed(seed)
         np.random.seed(seed)
-        a = TrainArguments(**settings | {"data_seed": seed, "seed": seed})
         train_images, validation = training_images(a)
+        started = Conditions.now()
         loop = Textbook(train_images, a.batch_size, a.beta, steps)
         for _ in range(steps):
             loop.step()
-        rows["textbook"].append((_textbook_loss(loop.model, validation), *_distances(loop.model.sample, a, images)))
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(TrainArguments(**settings | {"output_dir": folder, "data_seed": seed, "seed": seed}))
-            ours = load_model(result.model_dir).eval()
-        sample = partial(ours.sample, output_type="np")
-        rows["trainer"].append((result.validation, *_distances(sample, a, images)))
-    names = "bits_per_pixel", "concept_distance", "composition_distance"
-    return {
-        who: {name: figure(name, [row[i] for row in found]) for i, name in enumerate(names)} for who, found in rows.items()
-    } | {"images": steps * TrainArguments(**settings).batch_size}
+        taken = Conditions.now() - started
+        rows["textbook"].append((taken, _textbook_loss(loop.model, validation), *_distances(loop.model.sample, a, images)))
+        for name, number in runs.items():
+            with tempfile.TemporaryDirectory() as folder:
+                started = Conditions.now()
+                result = train(TrainArguments(**settings | seeds | {"output_dir": folder, "max_steps": number}))
+                taken = Conditions.now() - started
+                ours = load_model(result.model_dir).eval()
+            sample = partial(ours.sample, output_type="np")
+            rows[name].append((taken, result.validation, *_distances(sample, a, images)))
+    kinds = {"time": "seconds", "likelihood": "bits_per_pixel", "concepts": "distance", "compositions": "distance"}
+    found: dict = {
+        who: {name: figure(kind, [row[i] for row in seeds]) for i, (name, kind) in enumerate(kinds.items())}
+        for who, seeds in rows.items()
+    }
+    for who in runs:
+        found[who]["time over the loop's"] = summary(*([row[0] for row in rows[which]] for which in (who, "textbook")))
+    return found | {"images": steps * a.batch_size}
 
 
 @torch.no_grad()
