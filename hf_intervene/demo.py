@@ -25,15 +25,21 @@ from .training import train as training
 from .training.checkpoints import check_empty
 
 
+# As in training/configs/reproduce/quad.yaml, which says why.
 SETTINGS = dict(
     resolution=32,
     validation_images=100,
-    beta=2.0,  # weights in nats: a 32x32 image has a quarter of the nats of the 64x64 one the defaults are for
-    moment_matching=5.0,
+    learning_rate=0.002,
+    beta=1.0,
+    beta_warmup=0.8,
+    moment_matching=2.0,
+    prior_matching=5.0,
+    sample_matching=0.4,
+    context_prediction=0.1,
     log_every=100,
     tracker="none",
 )
-LIGHT = SETTINGS | dict(images_per_context=3000, epochs=7, prior_matching=5.0)
+LIGHT = SETTINGS | dict(images_per_context=3000, epochs=5)
 PRETRAINED = SETTINGS | dict(images_per_context=1500, max_steps=600, eval_every=200)
 PRETRAINING_STEPS = 800
 MEASURED_IMAGES = 640  # a side of a distance
