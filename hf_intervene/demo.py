@@ -82,7 +82,9 @@ def run_pretrained(out: Path) -> int:
     """Pretrain an autoencoder with diffusers alone, add heads to it in two regimes, load one in a new process. Returns an exit code."""
     start = time.perf_counter()
     check_empty(out)
-    print(f"1. A plain AutoencoderKL of diffusers, {PRETRAINING_STEPS} steps on observational images (about ten minutes in all).")
+    print(
+        f"1. A plain AutoencoderKL of diffusers, {PRETRAINING_STEPS} steps on observational images (36 minutes of one core without bf16, in all)."
+    )
     images = pretrain.observational_images("quad", 10_000, SETTINGS["resolution"])
     pretrain.pretrain(images, PRETRAINING_STEPS).save_pretrained(out / "vae")
     for number, regime in enumerate(("frozen", "lora"), start=2):
