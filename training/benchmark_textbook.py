@@ -267,8 +267,8 @@ def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> d
             rows[name].append((taken, result.validation, *_distances(sample, a, images)))
     kinds = {"time": "seconds", "likelihood": "bits_per_pixel", "concepts": "distance", "compositions": "distance"}
     found: dict = {
-        who: {name: figure(kind, [row[i] for row in seeds]) for i, (name, kind) in enumerate(kinds.items())}
-        for who, seeds in rows.items()
+        who: {name: figure(kind, [row[i] for row in measured]) for i, (name, kind) in enumerate(kinds.items())}
+        for who, measured in rows.items()
     }
     for who in runs:
         found[who]["time over the loop's"] = summary(*([row[0] for row in rows[which]] for which in (who, "textbook")))
