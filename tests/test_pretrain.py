@@ -1,27 +1,55 @@
 """The recipe for a pretrained base: a plain autoencoder of diffusers, better than the mean image, that a head can be added to."""
 
+import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiTPipeline
 
 from hf_intervene import InterventionModel
 from hf_intervene.training import pretrain, train
 from hf_intervene.training.train import TrainArguments
 
 
-def test_pretrain_then_add_a_head(tiny, tmp_path):
-    folder = tmp_path / "vae"
-    options = {"output": folder, "images": 64, "resolution": 16, "steps": 150, "batch-size": 16}
-    assert pretrain.main([word for key, value in options.items() for word in (f"--{key}", str(value))]) == 0
-    vae = AutoencoderKL.from_pretrained(folder)
+OPTIONS = ["--images", "64", "--resolution", "16", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained") / "vae"
+    assert pretrain.main(["--output", str(folder), "--steps", "150", *OPTIONS]) == 0
+    return folder
+
+
+def test_pretrain_then_add_a_head(tiny, autoencoder):
+    vae = AutoencoderKL.from_pretrained(autoencoder)
     x = pretrain.observational_images("quad", 64, 16).float() / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mean
         error = (vae.decode(latents).sample - x).square().mean()
     assert error < 0.6 * (x - x.mean(0)).square().mean()
     assert 0.8 < vae.config.scaling_factor * latents.std() < 1.25
-    result = train.train(TrainArguments(**tiny | {"base": str(folder), "regime": "frozen", "mixed_precision": "auto"}))
+    result = train.train(TrainArguments(**tiny | {"base": str(autoencoder), "regime": "frozen", "mixed_precision": "auto"}))
     assert not (result.model_dir / "base").exists()
     assert InterventionModel.from_pretrained(result.model_dir).sample("quad1", 2).shape == (2, 3, 16, 16)
+
+
+def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tmp_path):
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    x = pretrain.latents(vae, pretrain.observational_images("quad", 64, 16))
+    assert x.shape == (64, 4, 4, 4) and 0.9 < x.std() < 1.1
+    options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "40"]
+    assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
+    pipe = DiTPipeline.from_pretrained(tmp_path / "dit")
+    assert pipe([1000], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    for name, value in pipe.vae.state_dict().items():
+        assert torch.equal(value, vae.state_dict()[name]), name
+    t = torch.full((64,), 999)  # where next to all is noise, v is -x: what is nearest to it without looking is the mean image's
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = pipe.transformer(pipe.scheduler.add_noise(x, noise, t), t, class_labels=torch.full((64,), 1000)).sample
+    assert (v + x).square().mean() < 0.95 * x.square().mean()
+    arguments = tiny | {"base": str(tmp_path / "dit"), "regime": "frozen", "mixed_precision": "no"}
+    result = train.train(TrainArguments(**arguments))
+    assert InterventionModel.from_pretrained(result.model_dir).sample("quad1", 2, num_inference_steps=2).shape == (2, 3, 16, 16)
 
 
 def test_errors_are_one_sentence(tmp_path, capsys):
@@ -34,3 +62,9 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     for wrong in (["--resolution", "30"], ["--batch-size", "0"]):
         assert pretrain.main(["--output", str(tmp_path / "vae"), *wrong]) == 1
         assert "multiple of 4" in capsys.readouterr().err
+    for wrong in (["--model", "dit"], ["--autoencoder", str(tmp_path)]):
+        assert pretrain.main(["--output", str(tmp_path / "dit"), *wrong]) == 1
+        assert "--autoencoder FOLDER is for --model dit" in capsys.readouterr().err
+    nowhere = ["--model", "dit", "--autoencoder", str(tmp_path / "none"), "--images", "8"]
+    assert pretrain.main(["--output", str(tmp_path / "dit"), *nowhere]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

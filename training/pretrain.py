@@ -2,10 +2,11 @@
 
     python training/pretrain.py --output outputs/vae --resolution 32
     python training/pretrain.py --model unet --output outputs/ddpm --resolution 32
+    python training/pretrain.py --model dit --autoencoder outputs/vae --output outputs/dit --resolution 32
 
 `autoencoder`: an AutoencoderKL, with the loss of latent diffusion's (Gaussian pixels with a learnt variance, a small KL). `unet`: a
-DDPMPipeline of a UNet2DModel and its scheduler. Models, losses and saved folders are diffusers'; of this package only the images. Nothing
-of the contexts is seen.
+DDPMPipeline of a UNet2DModel and its scheduler. `dit`: a DiTPipeline of a DiTTransformer2DModel on the latents of that autoencoder. Models,
+losses and saved folders are diffusers'; of this package only the images. Nothing of the contexts is seen.
 """
 
 import math
@@ -15,10 +16,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from hf_intervene.bases.loading import load_part
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
@@ -64,10 +74,16 @@ def pretrain(
         return (nll + kl_weight * posterior.kl()).mean()
 
     _fit(vae, [*vae.parameters(), log_variance], loss, pixels, steps, batch_size, learning_rate)
-    with torch.no_grad():
-        latents = vae.encode(pixels[:256].to(vae.device).float() / 127.5 - 1).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=round(1 / latents(vae, pixels[:256]).std().item(), 4))
     return vae
+
+
+@torch.no_grad()
+def latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (N, c, h, h), float32, of uint8 images (N, 3, S, S)."""
+    means = [vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in pixels.split(256)]
+    return torch.cat(means) * vae.config.scaling_factor
 
 
 def new_unet(resolution: int) -> UNet2DModel:
@@ -84,47 +100,69 @@ def new_unet(resolution: int) -> UNet2DModel:
     )
 
 
+def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
+    """A narrow DiT of six blocks on latents (channels, size, size), four of them a token, for the images of no class: 5.7 M parameters, a
+    fifth of them rows for ImageNet's classes, which a DiTPipeline counts on."""
+    return DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=6,
+        sample_size=size,
+        patch_size=2,
+    )
+
+
 def pretrain_diffusion(
-    pixels: torch.Tensor, steps: int, batch_size: int = 64, learning_rate: float = 5e-4, seed: int = 0
-) -> DDPMPipeline:
-    """Train a DDPM on uint8 images (N, 3, S, S); the pipeline has the averaged weights."""
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    autoencoder: AutoencoderKL | None = None,
+) -> DiffusionPipeline:
+    """Train a denoiser on uint8 images (N, 3, S, S), a UNet, or on what an autoencoder makes of them, a DiT; the pipeline has the averaged
+    weights."""
     torch.manual_seed(seed)
-    unet = new_unet(pixels.shape[-1])
+    images = pixels if autoencoder is None else latents(autoencoder, pixels)
+    denoiser = new_unet(pixels.shape[-1]) if autoencoder is None else new_dit(*images.shape[1:3])
     # v rather than the noise itself: what decides a flat region's colour are the noisiest steps, where the noise says little of it.
     scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
         noise = torch.randn_like(x)
         t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        no_class = {} if autoencoder is None else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
         with autocast():
-            v = unet(scheduler.add_noise(x, noise, t), t).sample
+            v = denoiser(scheduler.add_noise(x, noise, t), t, **no_class).sample
         return (v.float() - scheduler.get_velocity(x, noise, t)).square().mean()
 
-    _fit(unet, list(unet.parameters()), loss, pixels, steps, batch_size, learning_rate, ema)
-    ema.copy_to(unet.parameters())
-    return DDPMPipeline(unet, scheduler)
+    _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, learning_rate, ema)
+    ema.copy_to(denoiser.parameters())
+    return DDPMPipeline(denoiser, scheduler) if autoencoder is None else DiTPipeline(denoiser, autoencoder, scheduler)
 
 
 def _fit(
     model: torch.nn.Module,
     parameters: list[torch.nn.Parameter],
     loss: Callable[[torch.Tensor, Callable], torch.Tensor],
-    pixels: torch.Tensor,
+    images: torch.Tensor,
     steps: int,
     batch_size: int,
     learning_rate: float,
     ema: EMAModel | None = None,
 ) -> None:
-    """Minimise the loss of batches of images in [-1, 1] over the parameters, in place."""
+    """Minimise the loss of batches of images, in [-1, 1] if they are uint8 and as they are otherwise, over the parameters, in place."""
     accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
     model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     bar = tqdm(range(steps), desc="pretraining", disable=None)
     for _ in bar:
-        x = pixels[torch.randint(len(pixels), (batch_size,))].to(accelerator.device).float() / 127.5 - 1
-        value = loss(x, accelerator.autocast)
+        x = images[torch.randint(len(images), (batch_size,))].to(accelerator.device)
+        value = loss(x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, accelerator.autocast)
         accelerator.backward(value)
         torch.nn.utils.clip_grad_norm_(parameters, 1000.0)
         optimizer.step()
@@ -141,7 +179,8 @@ def _fit(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
-    parser.add_argument("--model", choices=["autoencoder", "unet"], default="autoencoder")
+    parser.add_argument("--model", choices=["autoencoder", "unet", "dit"], default="autoencoder")
+    parser.add_argument("--autoencoder", help="dit: folder of the AutoencoderKL whose latents it is to denoise")
     parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
     parser.add_argument("--images", type=int, default=10_000, help="simulated data: number of images (default 10,000)")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
@@ -153,11 +192,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = Path(arguments.output).resolve()
         check_empty(out)
-        multiple, train = (4, pretrain) if arguments.model == "autoencoder" else (8, pretrain_diffusion)
+        if (arguments.model == "dit") != (arguments.autoencoder is not None):
+            raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
+        multiple = 4 if arguments.model == "autoencoder" else 8
         if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
             raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
         pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits)
-        model = train(pixels, arguments.steps, arguments.batch_size, seed=arguments.seed)
+        options = (pixels, arguments.steps, arguments.batch_size)
+        if arguments.model == "autoencoder":
+            model = pretrain(*options, seed=arguments.seed)
+        else:
+            folder = arguments.autoencoder
+            vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
+            model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
         with atomic_folder(out) as folder:
             model.save_pretrained(folder)
     except (OSError, ValueError, FloatingPointError) as error:
