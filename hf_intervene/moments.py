@@ -7,9 +7,12 @@ the second, by which `InterventionHead.whiten_posterior` takes it out too, and p
 
     weight * mean over contexts k of || Cov_{q_k}[z] - I ||_F^2
 
-A batch holds too few samples of a context for its covariance, so a running one is kept, C_k. With it fixed, the gradient is that of a sum
-over samples, 2 weight <C_k - I, m m^T + diag(var)>: the same however the batch is split over processes and micro-batches. Under a whitened
-posterior these are covariances of y; there the pull keeps y well-conditioned, without which training is slower.
+A batch holds too few samples of a context for its covariance, so a running one is kept, C_k = E[m m^T + diag(var)]. With it fixed, the
+gradient is that of a sum over samples, 2 weight <C_k - I, m m^T>: the same however the batch is split over processes and micro-batches.
+Under a whitened posterior these are covariances of y; there the pull keeps y well-conditioned, without which training is slower.
+
+The means m alone are pulled. Variances are the KL's to decide, and they are exponentials: where C_k, which follows late, is below I, a pull
+on them raised them by orders of magnitude before it showed, and drowned z in noise.
 
 Time and memory of that grow with the cube of the number of concepts. With many, `BlockMomentMatching` keeps the covariances within blocks
 only, in two groups of contexts for each block, and is linear.
@@ -44,18 +47,16 @@ class MomentMatching:
         self.weight, self.momentum = weight, momentum
         self.excess = torch.zeros(contexts, width, width, device=device)  # C_k - I
 
-    def loss(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
-        """Mean over the batch of the penalty's linear form: its gradient is the penalty's, its value is not. Scalar, in nats.
+    def loss(self, mean: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+        """Mean over the batch of the penalty's linear form: its gradient is the penalty's by the means, its value is not. Scalar, in nats.
 
         Args:
-            mean, logvar: of the posterior, (B, D, noise_width).
+            mean: of the posterior, (B, D, noise_width).
             context_ids: context of each sample, (B,) integers.
         """
-        m, membership = self._by_context(mean, context_ids)  # (k, B, w), (k, B, 1)
+        m, _ = self._by_context(mean, context_ids)  # (k, B, w)
         quadratic = 2 * (torch.bmm(m.detach(), self.excess) * m).sum()  # m^T (C - I) m has the gradient 2 (C - I) m
-        variance = logvar.float().exp().flatten(1) * membership  # (k, B, w)
-        diagonal = (variance * self.excess.diagonal(dim1=1, dim2=2)[:, None]).sum()
-        return 2 * self.weight * (quadratic + diagonal) / len(mean)
+        return 2 * self.weight * quadratic / len(mean)
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -64,7 +65,7 @@ class MomentMatching:
 
     @torch.no_grad()
     def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor, pace: float = 1.0) -> None:
-        """Move the running covariances towards those of a global batch, `pace` times as fast; other arguments as for `loss`."""
+        """Move the running covariances towards those of a global batch, `pace` times as fast; logvar like mean, others as for `loss`."""
         m, membership = self._by_context(mean, context_ids)
         counts = membership.sum(1, keepdim=True)  # (k, 1, 1)
         variance = (logvar.float().exp().flatten(1) * membership).sum(1) / counts[:, 0].clamp(min=1)  # (k, w)
@@ -97,19 +98,18 @@ class BlockMomentMatching:
         self.intervened = (targets > 0).T.contiguous().to(device)  # (D, contexts)
         self.excess = torch.zeros(2, targets.shape[1], noise_width, noise_width, device=device)  # C - I: others, own
 
-    def loss(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, mean: torch.Tensor, context_ids: torch.Tensor) -> torch.Tensor:
         """As `MomentMatching.loss`."""
-        m, variance, own = self._by_block(mean, logvar, context_ids)
+        m, own = self._by_block(mean, context_ids)
         others, intervened = (m.detach() @ torch.cat(tuple(self.excess), dim=2)).chunk(2, dim=2)  # (D, B, n)
         quadratic = 2 * (torch.where(own, intervened, others) * m).sum()
-        others, intervened = self.excess.diagonal(dim1=2, dim2=3)[:, :, None]  # (D, 1, n)
-        diagonal = (torch.where(own, intervened, others) * variance).sum()
-        return 2 * self.weight * (quadratic + diagonal) / len(mean)
+        return 2 * self.weight * quadratic / len(mean)
 
     @torch.no_grad()
     def update(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor, pace: float = 1.0) -> None:
         """As `MomentMatching.update`."""
-        m, variance, own = self._by_block(mean, logvar, context_ids)
+        m, own = self._by_block(mean, context_ids)
+        variance = logvar.float().exp().transpose(0, 1)
         for excess, group in zip(self.excess, (~own, own)):  # (D, n, n), (D, B, 1)
             counts = group.sum(1, keepdim=True)  # (D, 1, 1)
             share = pace * self.momentum * (counts / self.enough).clamp(max=1)
@@ -117,9 +117,8 @@ class BlockMomentMatching:
             excess.mul_(1 - share).baddbmm_((weights * m).mT, m)
             excess.diagonal(dim1=1, dim2=2).add_((weights * (variance - 1)).sum(1))
 
-    def _by_block(self, mean: torch.Tensor, logvar: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        m, variance = (x.float().transpose(0, 1) for x in (mean, logvar.float().exp()))  # (D, B, n)
-        return m, variance, self.intervened[:, context_ids, None]  # (D, B, 1)
+    def _by_block(self, mean: torch.Tensor, context_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return mean.float().transpose(0, 1), self.intervened[:, context_ids, None]  # (D, B, n), (D, B, 1)
 
 
 __all__ = ["BlockMomentMatching", "MomentMatching", "moment_matching"]

@@ -54,7 +54,7 @@ class AggregatePosteriors:
         under targets (B, D) of the contexts `ids`, (B,); the gradient counts. A scalar in nats."""
         penalty: torch.Tensor | float = 0.0
         if self.moments is not None and self.weight:
-            penalty = penalty + matched * self.moments.loss(output.posterior_mean, output.posterior_logvar, self.group[ids])
+            penalty = penalty + matched * self.moments.loss(output.posterior_mean, self.group[ids])
         if self.prior is not None:
             penalty = penalty + matched * self.prior.loss(output.exogenous_noise, self.model.seen(targets))
         if self.prediction is not None and output.observational_mean is not None:
