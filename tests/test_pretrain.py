@@ -39,6 +39,7 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "40"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
     pipe = DiTPipeline.from_pretrained(tmp_path / "dit")
+    assert not pipe.scheduler.config.clip_sample  # at 1, where pixels end
     assert pipe([1000], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, vae.state_dict()[name]), name

@@ -128,7 +128,8 @@ def pretrain_diffusion(
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     denoiser = new_unet(pixels.shape[-1]) if autoencoder is None else new_dit(*images.shape[1:3])
     # v rather than the noise itself: what decides a flat region's colour are the noisiest steps, where the noise says little of it.
-    scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    # Pixels end at 1, latents do not.
+    scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=autoencoder is None)
     ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
