@@ -414,6 +414,18 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         load_base(source, 16, image_encoder=tmp_path / "unet")
 
 
+def test_a_scheduler_that_clips_latents_is_warned_of(capsys):
+    for kind, scheduler, warned in (
+        ("dit", DDPMScheduler(), True),
+        ("dit", DDPMScheduler(clip_sample=False), False),
+        ("dit", DDPMScheduler(clip_sample_range=8.0), False),
+        ("unet", DDPMScheduler(), False),  # of pixels
+    ):
+        model, parts = make(kind)
+        wrap_base(model, **parts | {"scheduler": scheduler})
+        assert ("the scheduler clips samples at 1" in capsys.readouterr().err) == warned
+
+
 def test_a_scheduler_is_nothing_but_a_scheduler(tmp_path):
     for name in ("DiffusionPipeline", "os", "UNet2DModel"):
         (tmp_path / "scheduler_config.json").write_text(f'{{"_class_name": "{name}"}}')

@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..logging import get_logger
 from .autoencoder import latent_shape, latents_of, scale_and_shift
 from .base import Base, plain, register_base
 from .denoising import (
@@ -38,6 +39,8 @@ from .encoders import VisionEncoder
 from .injection import Injection, Projections, Sites, find_sites
 from .light_vae import convolutional_encoder
 
+
+logger = get_logger(__name__)
 
 _LEFT_SET: WeakKeyDictionary[nn.Module, Injection] = WeakKeyDictionary()  # of each denoiser, if any
 
@@ -152,6 +155,11 @@ class DiffusionBase(Base):
                 raise ValueError(
                     f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes latents of "
                     f"{self.residual_shape[0]}: pass the vae of its pipeline."
+                )
+            if scheduler.config.get("clip_sample") and scheduler.config.get("clip_sample_range", 1.0) <= 1:
+                logger.warning(
+                    "the scheduler clips samples at 1, where pixels end, but the latents of a %s go beyond: make it with clip_sample=False.",
+                    type(vae).__name__,
                 )
         if adapter is None:
             adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
