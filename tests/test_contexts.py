@@ -25,7 +25,7 @@ names = st.lists(
     min_size=1,
     max_size=6,
     unique=True,
-).filter(lambda values: not any(value.lower() == "obs" for value in values))
+).filter(lambda values: not any(value.lower() in ("obs", ".", "..") for value in values))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def test_a_sharded_pretrained_base(tiny, tmp_path, regime, name):
     vae = AutoencoderKL(**blocks, block_out_channels=(4, 5), norm_num_groups=1, layers_per_block=1, sample_size=16)
     vae.save_pretrained(tmp_path / "base")
     settings = tiny | {"base": str(tmp_path / "base"), "regime": regime, "lora_rank": 2, "residual_layers": 1, "max_steps": 5}
-    settings |= {"learning_rate": 1e-4, "moment_matching": 1.0}
+    # With the default seed one unit of the critic lies at the kink of its LeakyReLU, where rounding decides.
+    settings |= {"learning_rate": 1e-4, "moment_matching": 1.0, "seed": 1}
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)
