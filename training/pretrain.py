@@ -28,6 +28,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from hf_intervene.bases.autoencoder import latents_of
 from hf_intervene.bases.loading import load_part
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
@@ -74,16 +75,20 @@ def pretrain(
         return (nll + kl_weight * posterior.kl()).mean()
 
     _fit(vae, [*vae.parameters(), log_variance], loss, pixels, steps, batch_size, learning_rate)
-    vae.register_to_config(scaling_factor=1.0)
-    vae.register_to_config(scaling_factor=round(1 / latents(vae, pixels[:256]).std().item(), 4))
+    vae.register_to_config(scaling_factor=round(vae.config.scaling_factor / latents(vae, pixels[:256]).std().item(), 4))
     return vae
 
 
 @torch.no_grad()
 def latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Scaled latents (N, c, h, h), float32, of uint8 images (N, 3, S, S)."""
-    means = [vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in pixels.split(256)]
+    means = [latents_of(vae, _signed(x.to(vae.device)))[0].cpu() for x in pixels.split(256)]
     return torch.cat(means) * vae.config.scaling_factor
+
+
+def _signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 images in [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1
 
 
 def new_unet(resolution: int) -> UNet2DModel:
@@ -163,7 +168,7 @@ def _fit(
     bar = tqdm(range(steps), desc="pretraining", disable=None)
     for _ in bar:
         x = images[torch.randint(len(images), (batch_size,))].to(accelerator.device)
-        value = loss(x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, accelerator.autocast)
+        value = loss(_signed(x) if x.dtype == torch.uint8 else x, accelerator.autocast)
         accelerator.backward(value)
         torch.nn.utils.clip_grad_norm_(parameters, 1000.0)
         optimizer.step()
