@@ -6,15 +6,19 @@ import torch
 from torch import nn
 
 
+Average = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Auxiliary:
-    """A network with an optimiser of its own. It learns from the whole global batch, by `learn` alone: the gradient of the model's
-    objective passes through it and leaves its weights alone, so that every process has the same ones.
+    """A network with an optimiser of its own. It learns by `learn` alone: the gradient of the model's objective passes through it and
+    leaves its weights alone. Every process has the same ones.
 
     Args:
         build: makes the network.
         seed: of its weights.
         device: of the state.
         learning_rate, betas: of Adam.
+        average: a tensor's mean over the processes, each of which learns from as large a share of a global batch; `None`: there is one.
     """
 
     def __init__(
@@ -24,7 +28,9 @@ class Auxiliary:
         device: torch.device | str,
         learning_rate: float,
         betas: tuple[float, float],
+        average: Average | None = None,
     ):
+        self.average = average
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = build().to(device).requires_grad_(False)
@@ -33,14 +39,19 @@ class Auxiliary:
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=betas, eps=1e-6, fused=True)
 
     def learn(self, loss: Callable[[], torch.Tensor]) -> None:
-        """A step of its optimiser down the gradient of `loss`, a scalar."""
+        """A step of its optimiser down the gradient of `loss`, a scalar, the mean over this process's share."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients):
+            # Not torch.autograd.grad: a gradient must lie in memory as its parameter does, or fused Adam takes other entries for it.
+            loss().backward(inputs=self.parameters)
+        for parameter in self.parameters:
             parameter.requires_grad_(False)
-            parameter.grad = gradient
+        if self.average is not None:
+            averaged = self.average(torch.cat([parameter.grad.flatten() for parameter in self.parameters]))  # all at once
+            sizes = [parameter.numel() for parameter in self.parameters]
+            for parameter, part in zip(self.parameters, averaged.split(sizes)):
+                parameter.grad = part.view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -59,4 +70,4 @@ class Auxiliary:
                 self.optimizer.state[parameter][key] = value.to(parameter.device)
 
 
-__all__ = ["Auxiliary"]
+__all__ = ["Auxiliary", "Average"]

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .auxiliary import Auxiliary
+from .auxiliary import Auxiliary, Average
 from .modeling_intervention import BlockLinear
 
 
@@ -53,13 +53,20 @@ class ContextPrediction(Auxiliary):
         weight: of the classifier's cross-entropy, in nats.
         seed: of the classifiers' weights.
         device: of the state.
+        average: see `Auxiliary`.
     """
 
     def __init__(
-        self, contexts: torch.Tensor, noise_width: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        contexts: torch.Tensor,
+        noise_width: int,
+        weight: float,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        average: Average | None = None,
     ):
         self.contexts, self.weight = contexts.float().to(device), weight
-        super().__init__(lambda: BlockClassifiers(contexts.shape[1], noise_width), seed, device, 3e-3, (0.9, 0.999))
+        super().__init__(lambda: BlockClassifiers(contexts.shape[1], noise_width), seed, device, 3e-3, (0.9, 0.999), average)
 
     def loss(self, mean: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The penalty, weight * mean cross-entropy, a scalar in nats.
@@ -71,7 +78,7 @@ class ContextPrediction(Auxiliary):
         return self.weight * self._cross_entropy(mean, ids)
 
     def update(self, mean: torch.Tensor, ids: torch.Tensor) -> None:
-        """Let the classifiers learn from a global batch; arguments as of `loss`."""
+        """Let the classifiers learn from a batch; arguments as of `loss`."""
         mean = mean.detach()
         self.learn(lambda: self._cross_entropy(mean, ids))
 

@@ -60,7 +60,8 @@ class BlockLinear(nn.Module):
                     other.copy_(first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias.mT, self.weight.mT, x.mT).mT  # (D, B, out)
+        bias = self.bias.squeeze(1).unsqueeze(2)  # not .mT: its gradient's strides would be others than DDP expects, and copied
+        return torch.baddbmm(bias, self.weight.mT, x.mT).mT  # (D, B, out)
 
 
 class BlockLayerNorm(nn.Module):
@@ -148,7 +149,7 @@ class ExogenousLayer(nn.Module):
             return nn.functional.gelu(torch.lerp(obs, intervened, s.to(obs.dtype)))
         # A_obs z + b_obs, and s (A_int - A_obs) z + s (b_int - b_obs) where s is not 0.
         (A_obs, A_int), (b_obs, b_int) = (parameter.chunk(2, dim=-1) for parameter in self.slices.parameters())
-        u = torch.baddbmm(b_obs.mT, A_obs.mT, z.mT).mT  # (D, B, n)
+        u = torch.baddbmm(b_obs.squeeze(1).unsqueeze(2), A_obs.mT, z.mT).mT  # (D, B, n)
         block, sample = few
         A, b = ((after - before).index_select(0, block) for before, after in ((A_obs, A_int), (b_obs, b_int)))
         change = z.mT[block, :, sample][:, None] @ A + b  # (few, 1, n)

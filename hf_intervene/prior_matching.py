@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from .auxiliary import Auxiliary
+from .auxiliary import Auxiliary, Average
 from .modeling_intervention import BlockLinear
 
 
@@ -57,14 +57,23 @@ class PriorMatching(Auxiliary):
         weight: of the penalty, in nats.
         seed: of the classifier's weights.
         device: of the state.
+        average: see `Auxiliary`.
     """
 
     draws = 4  # of z from the posterior of an image, and as many of the prior, each time the classifier learns
     updates = 2  # times it learns, a step
 
-    def __init__(self, blocks: int, noise_width: int, weight: float, seed: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        blocks: int,
+        noise_width: int,
+        weight: float,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        average: Average | None = None,
+    ):
         self.weight = weight
-        super().__init__(lambda: Critic(blocks, noise_width), seed, device, 3e-3, (0.5, 0.9))
+        super().__init__(lambda: Critic(blocks, noise_width), seed, device, 3e-3, (0.5, 0.9), average)
 
     def log_ratio(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The classifier's logit, an estimate of log q_k(z) / p(z), (B,), float32, of noise (B, D, n) in contexts with targets (B, D)."""
@@ -75,11 +84,9 @@ class PriorMatching(Auxiliary):
         """The penalty, weight * mean log ratio, a scalar in nats: draws (B, D, noise_width) of the posteriors, targets (B, D)."""
         return self.weight * self.log_ratio(z, targets).mean()
 
-    def update(self, z: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> None:
-        """Let the classifier learn from draws (n, D, noise_width) of the posteriors of a global batch, targets (n, D)."""
-        z = z.detach()
-        prior = torch.randn(z.shape, generator=generator, device=z.device)
-        both, contexts = torch.cat([z, prior]), torch.cat([targets, targets])
+    def update(self, z: torch.Tensor, prior: torch.Tensor, targets: torch.Tensor) -> None:
+        """Let the classifier learn from draws of the posteriors and as many of the prior, both (n, D, noise_width), targets (n, D)."""
+        both, contexts = torch.cat([z.detach(), prior]), torch.cat([targets, targets])
 
         def loss() -> torch.Tensor:
             of_posterior, of_prior = self.log_ratio(both, contexts).chunk(2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import PartialState
 from test_train import assert_same, last_state, run, weights
 
 from hf_intervene import InterventionModel
@@ -102,7 +103,7 @@ def test_each_block_comes_to_carry_its_concept():
     """By the penalty alone: then the half of a concept is in its block, whichever way the weights began."""
     model, data = light(), halves(2000, torch.Generator().manual_seed(0))
     settings = TrainArguments(context_prediction=0.1, moment_matching=0.0, prior_matching=0.0)
-    posteriors = AggregatePosteriors(model, data, settings, torch.device("cpu"))
+    posteriors = AggregatePosteriors(model, data, settings, PartialState(cpu=True))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     targets = data.targets(1)
     for step in range(300):

@@ -1,7 +1,10 @@
 """The critic of aggregate posteriors: against a KL known in closed form, and what its penalty makes of a posterior."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from hf_intervene.prior_matching import PriorMatching
 
@@ -17,7 +20,8 @@ def trained():
     critic, generator = PriorMatching(blocks=1, noise_width=2, weight=3.0), torch.Generator().manual_seed(0)
     contexts = torch.arange(512) % 2
     for _ in range(600):
-        critic.update(draws(contexts, generator).view(-1, 1, 2), contexts[:, None].float(), generator)
+        z, prior = draws(contexts, generator), torch.randn(512, 2, generator=generator)
+        critic.update(z.view(-1, 1, 2), prior.view(-1, 1, 2), contexts[:, None].float())
     return critic
 
 
@@ -45,11 +49,28 @@ def test_the_penalty_pulls_draws_to_the_prior_and_leaves_the_critic_alone(traine
     assert not any(p.requires_grad or p.grad is not None for p in trained.network.parameters())
 
 
+def test_it_learns_as_plain_adam_does():
+    """Fused Adam takes the entries of a gradient as they lie in memory, and those of a block's weights come transposed."""
+    critic, generator = PriorMatching(3, 4, 1.0), torch.Generator().manual_seed(0)
+    network = copy.deepcopy(critic.network).requires_grad_(True)
+    adam = torch.optim.Adam(network.parameters(), lr=3e-3, betas=(0.5, 0.9), eps=1e-6, foreach=False)
+    targets = torch.ones(16, 3)
+    for _ in range(3):
+        z, prior = torch.randn(2, 16, 3, 4, generator=generator)
+        critic.update(z + 1, prior, targets)
+        adam.zero_grad()
+        (softplus(-network(z + 1, targets)).mean() + softplus(network(prior, targets)).mean()).backward()
+        adam.step()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(critic.network.state_dict()[name], value, msg=name)
+
+
 def test_it_goes_on_from_its_state():
     def learn(critic, steps):
         for step in steps:
             generator = torch.Generator().manual_seed(step)
-            critic.update(torch.randn(16, 3, 4, generator=generator) + 1, torch.ones(16, 3), generator)
+            z, prior = torch.randn(2, 16, 3, 4, generator=generator)
+            critic.update(z + 1, prior, torch.ones(16, 3))
         return critic
 
     whole, first, second = (PriorMatching(3, 4, 1.0, seed) for seed in (0, 0, 1))

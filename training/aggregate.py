@@ -2,11 +2,14 @@
 `context_prediction.py` of the package)."""
 
 import math
+from functools import partial
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import reduce
 
 from hf_intervene.context_prediction import ContextPrediction
-from hf_intervene.data import ContextImages
+from hf_intervene.data import ContextImages, shard
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import moment_matching
 from hf_intervene.prior_matching import PriorMatching
@@ -26,11 +29,13 @@ class AggregatePosteriors:
         model: with a head.
         data: the training images.
         a: the settings; of them the weights of moment matching, of prior matching and of context prediction (0: none), and the seed.
-        device: of the state.
+        accelerator: its device holds the state, and its processes share what there is to learn.
     """
 
-    def __init__(self, model: InterventionModel, data: ContextImages, a: TrainArguments, device: torch.device):
+    def __init__(self, model: InterventionModel, data: ContextImages, a: TrainArguments, accelerator: Accelerator | PartialState):
         self.model, self.weight, self.seed = model, a.moment_matching, a.seed
+        self.rank, self.world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        learning = {"seed": a.seed, "device": device, "average": partial(reduce, reduction="mean") if self.world > 1 else None}
         self.contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
         self.group = torch.arange(len(self.contexts), device=device)  # of contexts with one aggregate posterior
         if model.config.ablation == "head-pooled":
@@ -41,11 +46,11 @@ class AggregatePosteriors:
             self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)
         self.prior = None
         if weight := a.prior_matching * a.beta:
-            self.prior = PriorMatching(*model.noise_shape, weight, a.seed, device)
+            self.prior = PriorMatching(*model.noise_shape, weight, **learning)
         self.prediction = None
         if len(self.contexts) > 1 and (weight := a.context_prediction * math.prod(model.base.image_shape)):
             concepts = self.contexts[:, : len(model.concepts)]
-            self.prediction = ContextPrediction(concepts, model.noise_shape[-1], weight, a.seed, device)
+            self.prediction = ContextPrediction(concepts, model.noise_shape[-1], weight, **learning)
 
     def penalty(
         self, output: InterventionModelOutput, targets: torch.Tensor, ids: torch.Tensor, matched: float = 1.0
@@ -84,18 +89,24 @@ class AggregatePosteriors:
         """
         head, seen = self.model.head, self.model.seen(targets)
         if self.prediction is not None and observational is not None:
-            self.prediction.update(observational, ids)
+            self.prediction.update(self._share(observational), self._share(ids))
         if self.prior is not None:
-            means, stds, contexts = (x.repeat_interleave(self.prior.draws, dim=0) for x in (mean, (0.5 * logvar).exp(), seen))
+            own = (self._share(x) for x in (mean, (0.5 * logvar).exp(), seen))
+            means, stds, contexts = (x.repeat_interleave(self.prior.draws, dim=0) for x in own)
             generator = torch.Generator(mean.device).manual_seed(-1 - self.seed * 1_000_003 - step)  # numbers of no `step_noise`
+            shape = (self.prior.draws * len(mean), *mean.shape[1:])  # drawn for the global batch, whoever learns from it
             for _ in range(self.prior.updates):
-                y = means + stds * torch.randn(means.shape, generator=generator, device=means.device)
-                self.prior.update(head.whiten(y, contexts), contexts, generator)
+                noise, prior = (self._share(torch.randn(shape, generator=generator, device=mean.device)) for _ in range(2))
+                self.prior.update(head.whiten(means + stds * noise, contexts), prior, contexts)
         head.center_posterior(mean, seen)
         if self.moments is not None:
             self.moments.update(mean, logvar, self.group[ids], pace=max(pace, LEAST_PACE))
             if self.whitened and step % WHITEN_EVERY == 0:
                 head.whiten_posterior(self.contexts, self.moments.covariance)
+
+    def _share(self, x: torch.Tensor) -> torch.Tensor:
+        """This process's rows of those of a global batch."""
+        return shard(x, self.rank, self.world)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps beside the model: nothing unless covariances are followed or something is learnt."""

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
@@ -141,7 +142,7 @@ def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], No
     ids = torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
     images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
-    posteriors = AggregatePosteriors(model, data, settings, Conditions.device)
+    posteriors = AggregatePosteriors(model, data, settings, PartialState(cpu=Conditions.device.type == "cpu"))
     posterior: list[torch.Tensor | None] = []
     predicting = bool(settings.context_prediction)
     groups = batch_size // EVERY

@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     is_deepspeed_available,
     parse_flag_from_env,
@@ -31,6 +32,7 @@ from hf_intervene.model import InterventionModel
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
+OF_THE_GLOBAL_BATCH = ("head.posterior_offset", "head.whitening.matrix", "head.whitening.log_det")  # buffers
 ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
 
@@ -84,7 +86,14 @@ class Weights:
         if self._zero:
             self._engine = self._partitioned(module, optimizer.optimizer)
             return self._engine
-        return self.accelerator.prepare_model(module) if self._ddp else module
+        if not self._ddp:
+            return module
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,  # one copy of the gradients, not two
+            # Those of the head follow from the global batch, the same in every process; a batch norm's do not.
+            broadcast_buffers=any(name not in OF_THE_GLOBAL_BATCH for name, _ in self.model.named_buffers()),
+        )
+        return self.accelerator.prepare_model(module)
 
     def accumulating(self, module: torch.nn.Module, more: bool) -> AbstractContextManager:
         """Inside, a backward pass of a prepared module leaves its gradients in the process if `more` passes come before the step; those

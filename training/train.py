@@ -251,7 +251,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if ema is not None:
         ema.to(accelerator.device)
 
-    posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator.device)
+    posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator)
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
