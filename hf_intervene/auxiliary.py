@@ -43,15 +43,14 @@ class Auxiliary:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            # Not torch.autograd.grad: a gradient must lie in memory as its parameter does, or fused Adam takes other entries for it.
-            loss().backward(inputs=self.parameters)
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
+            gradients = torch.autograd.grad(loss(), self.parameters)
         if self.average is not None:
-            averaged = self.average(torch.cat([parameter.grad.flatten() for parameter in self.parameters]))  # all at once
-            sizes = [parameter.numel() for parameter in self.parameters]
-            for parameter, part in zip(self.parameters, averaged.split(sizes)):
-                parameter.grad = part.view_as(parameter)
+            averaged = self.average(torch.cat([gradient.flatten() for gradient in gradients]))  # all at once
+            parts = averaged.split([parameter.numel() for parameter in self.parameters])
+            gradients = tuple(part.view_as(parameter) for part, parameter in zip(parts, self.parameters))
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.requires_grad_(False)
+            parameter.grad = gradient.contiguous()  # as its parameter: fused Adam takes entries in the order of memory
         self.optimizer.step()
         self.optimizer.zero_grad()
 
