@@ -1,7 +1,7 @@
 """A device that is not the CPU, without one: `DEVICE`, "elsewhere".
 
 Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an operation on tensors of both is an error, as
-is noise from the other's generator. It takes a process of its own: PyTorch has room for one such backend, and keeps it.
+is noise from the other's generator, or a fused optimiser's step on tensors laid out in other ways. It takes a process of its own: PyTorch has room for one such backend, and keeps it.
 """
 
 from contextlib import contextmanager
@@ -101,6 +101,10 @@ def _held(value):
     return value.held if _is(value) else value
 
 
+def _layout(x):
+    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
+
+
 def _run(func, args, kwargs):
     name, device, there = func._schema.name, kwargs.get("device"), [x for x in tree_leaves((args, kwargs)) if _is(x)]
     goes_there = bool(there) if device is None else torch.device(device).type == DEVICE.type
@@ -113,6 +117,11 @@ def _run(func, args, kwargs):
             raise RuntimeError(f"{func}: tensors on the CPU and elsewhere.")
     if (generator := kwargs.get("generator")) is not None and (generator._cdata in Generator.elsewhere) != goes_there:
         raise RuntimeError(f"{func}: a generator that is not where its tensor is.")
+    if there and name.startswith("aten::_fused_adam"):
+        # As on CUDA. The CPU computes what is wrong instead: it takes entries in the order of memory.
+        for parameter, *others in zip(*args[:4]):
+            if any(_layout(x) != _layout(parameter) for x in others):
+                raise RuntimeError(f"{func}: gradients or moments that do not lie in memory as their parameters.")
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu") if goes_there else device}
     if there and (name in WAITS or (not goes_there and name in MOVES)):
