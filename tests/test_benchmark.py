@@ -187,4 +187,4 @@ def test_the_benchmarks_of_the_trainer(tmp_path):
     found = benchmark_textbook.variants(1, 2, {"float32": {"mixed_precision": "no"}}, **TINY)
     assert found["float32"]["speedup"] > 0
     found = benchmark_data.processes(1, 2, **TINY | {"resolution": 16})
-    assert found["gain"]["speedup"] > 0
+    assert found["two, gain"]["speedup"] > 0 and found["two, twice the batch, gain"]["speedup"] > 0

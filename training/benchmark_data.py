@@ -72,20 +72,21 @@ def data(rounds: int, batch_size: int = 64, resolution: int = 64, images: int = 
 
 
 def processes(rounds: int, steps: int = 5, **settings) -> dict:
-    """The trainer in one process and in two of one thread each, each on a core of its own; the batch is the same in total."""
+    """The trainer in one process and in two of one thread each, each on a core of its own: with the same batch in total, and with the same
+    in each process."""
     settings = SETTINGS | {"resolution": 64} | settings
-    speeds: dict[int, list[float]] = {1: [], 2: []}
+    batch_size = TrainArguments(**settings).batch_size
+    started = {"one": (1, batch_size), "two": (2, batch_size), "two, twice the batch": (2, 2 * batch_size)}
+    speeds: dict[str, list[float]] = {name: [] for name in started}
     for _ in range(min(rounds, 5)):
-        for number, record in speeds.items():
-            record.append(_launched(number, settings, steps))
-    one, two = speeds.values()
-    cores = len(os.sched_getaffinity(0))
-    return {
-        "cores": cores,
-        "one": figure("images_per_second", one),
-        "two": figure("images_per_second", two),
-        "gain": summary(two, one, "speedup"),
-    }
+        for name, (number, size) in started.items():
+            speeds[name].append(_launched(number, settings | {"batch_size": size}, steps))
+    found: dict = {"cores": len(os.sched_getaffinity(0))}
+    for name, speed in speeds.items():
+        found[name] = figure("images_per_second", speed)
+        if name != "one":
+            found[f"{name}, gain"] = summary(speed, speeds["one"], "speedup")
+    return found
 
 
 def _launched(number: int, settings: dict, steps: int) -> float:
