@@ -71,6 +71,14 @@ def test_class_labels_and_arrays(folder):
     check(ContextImages.from_arrays(decoded.by_context(), decoded.concepts))
 
 
+def test_contexts_of_several_strengths_have_an_order():
+    """And not that of a set of names, which Python changes from process to process."""
+    names = ["obs", "a=0.25", "a=0.5", "a", "b=0.125", "b=0.75", "b", "a=0.5+b", "a+b=0.5", "a+b"]
+    for shuffled in (names, names[::-1], names[::3] + names[1::3] + names[2::3]):
+        data = datasets.Dataset.from_dict({"image": [image(0)] * len(names), "context": shuffled})
+        assert ContextImages.from_dataset(data, complete=False).contexts == names
+
+
 def test_resolution_crops_and_resizes(folder):
     image(5, (30, 20)).save(folder / "obs" / "wide.png")
     data = ContextImages.from_dataset(load_contexts(folder), resolution=8)

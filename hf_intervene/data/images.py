@@ -258,8 +258,9 @@ def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
 
 
 def _order(name: str, concepts: Sequence[str]) -> tuple:
-    positions = [concepts.index(concept) for concept in parse_context(name, concepts)]
-    return len(positions), positions
+    strengths = parse_context(name, concepts)
+    positions = [concepts.index(concept) for concept in strengths]
+    return len(positions), positions, list(strengths.values())
 
 
 def _decode(
