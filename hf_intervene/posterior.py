@@ -5,7 +5,7 @@ The readout gives a diagonal Gaussian over numbers y,
     q(y | x, s) = N(m(x, s), diag(var(x, s))),
 
 and z = T_k (y - o_k), k being the context of s, o_k the mean of y over the images of that context and T_k = Cov_k[y]^(-1/2) (an addition to
-the paper, where z = y). So whatever the encoder does, z has mean 0 and covariance I over every training context, as the prior from which
+the paper, where z = y). So whatever the encoder does, z has mean 0 and covariance I over every context with at most one intervention, as the prior from which
 samples come has in every context. Without that an encoder shifts and correlates z by context, and keeps copies of one number in many places;
 then samples from the prior miss what A_int and W should carry. Neither does z pay nats for it: with e_i the i-th unit vector,
 

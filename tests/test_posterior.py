@@ -1,14 +1,18 @@
 """The whitened posterior: against a slow loop, torch's own KL, and the moments that it is for."""
 
+import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel
 from hf_intervene.bases.light_vae import LightVAE
+from hf_intervene.data import ContextImages
 from hf_intervene.posterior import Whitening, fits, gaussian_kl, mixture
+from hf_intervene.training.aggregate import AggregatePosteriors
 from hf_intervene.training.arguments import TrainArguments
 
 
@@ -101,6 +105,21 @@ def test_draws_are_white_in_every_context_whatever_the_encoder_does():
         own = z[rows == k]
         assert own.mean(0).abs().max() < 0.05
         assert (own.T @ own / len(own) - torch.eye(WIDTH)).abs().max() < 0.06
+
+
+def test_training_whitens_by_contexts_of_one_concept():
+    """Whatever other contexts the data have, whose covariances are others."""
+    names = {"obs": 2.0, "a": 1.0, "b=0.5": 3.0, "b": 0.5, "a+b": 0.1}  # the standard deviation of y in each
+    data = ContextImages.from_arrays({name: np.zeros((16, 16, 16, 3), np.uint8) for name in names}, ("a", "b"))
+    model = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8)), ("a", "b"), noise_width=4, posterior="whitened")
+    posteriors = AggregatePosteriors(model, data, TrainArguments(prior_matching=0.0), PartialState(cpu=True))
+    targets, ids = data.targets(1), torch.arange(200 * len(data.contexts)) % len(data.contexts)
+    sizes = torch.tensor([names[name] for name in data.contexts])[ids, None, None]
+    for step in range(0, 16 * 300, 16):
+        mean = sizes * torch.randn(len(ids), *model.noise_shape, generator=torch.Generator().manual_seed(step))
+        posteriors.follow(mean, torch.full_like(mean, -30.0), None, targets[ids], ids, step, 1.0)
+    inverse_roots = model.head.whitening.matrix.diagonal(dim1=1, dim2=2).mean(1)  # of obs, a and b
+    torch.testing.assert_close(inverse_roots, torch.tensor([0.5, 1.0, 2.0]), rtol=0.1, atol=0)
 
 
 def test_gaussian_kl_against_torch():

@@ -41,6 +41,9 @@ class AggregatePosteriors:
         if model.config.ablation == "head-pooled":
             self.contexts, self.group = self.contexts[:1], torch.zeros_like(self.group)
         self.whitened = model.head.whitening is not None
+        # Contexts that are whitened, those with nothing or one concept intervened on; others, in data that have them, are mixtures of these.
+        concepts = self.contexts[:, : len(model.concepts)]
+        self.single = (((concepts == 0) | (concepts == 1)).all(1) & (concepts.sum(1) <= 1)).nonzero()[:, 0]
         self.moments = None
         if self.weight or self.whitened:
             self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)
@@ -49,7 +52,6 @@ class AggregatePosteriors:
             self.prior = PriorMatching(*model.noise_shape, weight, **learning)
         self.prediction = None
         if len(self.contexts) > 1 and (weight := a.context_prediction * math.prod(model.base.image_shape)):
-            concepts = self.contexts[:, : len(model.concepts)]
             self.prediction = ContextPrediction(concepts, model.noise_shape[-1], weight, **learning)
 
     def penalty(
@@ -102,7 +104,7 @@ class AggregatePosteriors:
         if self.moments is not None:
             self.moments.update(mean, logvar, self.group[ids], pace=max(pace, LEAST_PACE))
             if self.whitened and step % WHITEN_EVERY == 0:
-                head.whiten_posterior(self.contexts, self.moments.covariance)
+                head.whiten_posterior(self.contexts[self.single], self.moments.covariance[self.single])
 
     def _share(self, x: torch.Tensor) -> torch.Tensor:
         """This process's rows of those of a global batch."""
