@@ -6,10 +6,10 @@ import math
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusion_models import KINDS, conditional, make, save_pipeline, save_vision, unet, vae, with_head
 from PIL import Image
-from transformers import ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, cli, load_base, wrap_base
@@ -202,6 +202,13 @@ def test_targets_of_a_flow():
     assert sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01  # 3 u / (1 + 2 u), u = 1/2
     with pytest.raises(ValueError, match="a flow has no such weights"):
         denoising.noised(scheduler, x0, noise, time, 5.0)
+    # A solver of other kinds too, whose sigmas are not the flow's before it samples.
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    found = denoising.noised(denoising.training_scheduler(solver), x0, noise, time)
+    for one, other in zip(found, (noisy, timesteps, target, weight)):
+        torch.testing.assert_close(one, other)
+    solver.set_timesteps(7)
+    torch.testing.assert_close(solver.sigmas[:-1], solver.timesteps / 1000, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -361,6 +368,10 @@ def test_features_of_a_vision_model(tmp_path):
         expected = ViTModel.from_pretrained(tmp_path / "vit").eval()(**expected).pooler_output
     torch.testing.assert_close(base.train().encode(images.float() / 255), expected)  # dropout stays off
     assert base.feature_width == 16 and not hasattr(base.adapter, "encoder")
+    # One that was saved as part of a classifier has no pooler, and none is drawn.
+    ViTForImageClassification(ViTConfig.from_pretrained(tmp_path / "vit")).save_pretrained(tmp_path / "vit")
+    features = [load_base(tmp_path / "ddpm", 16, image_encoder=tmp_path / "vit").encode(images.float() / 255) for _ in range(2)]
+    assert features[0].shape == (3, 16) and torch.equal(*features)
     model = InterventionModel.build(base, ["a"], posterior="unconditional")
     assert isinstance(model.head.encoder_readout, torch.nn.Linear)  # the linear readout of the paper
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
@@ -60,8 +60,14 @@ def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
-    kind = DDPMScheduler if prediction_type(scheduler) != "flow" else type(scheduler)
-    return kind.from_config(scheduler.config)
+    if prediction_type(scheduler) != "flow":
+        return DDPMScheduler.from_config(scheduler.config)
+    if not type(scheduler).__name__.startswith(
+        "FlowMatch"
+    ):  # a solver that takes flows too: its sigmas are those of noise until it samples
+        steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")
+        return FlowMatchEulerDiscreteScheduler(steps, shift=1.0 if shift is None else shift)
+    return type(scheduler).from_config(scheduler.config)
 
 
 def noised(
@@ -87,8 +93,8 @@ def noised(
         if min_snr_gamma is not None:
             raise ValueError("min_snr_gamma weighs epsilon and v_prediction; a flow has no such weights: leave it out.")
         density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
-        index = (density * len(scheduler.timesteps)).long().cpu()
-        timesteps, sigma = scheduler.timesteps[index].to(x0.device), scheduler.sigmas[index].to(x0.device, x0.dtype)
+        index = (density * len(scheduler.timesteps)).long()
+        timesteps, sigma = (table.to(x0.device)[index] for table in (scheduler.timesteps, scheduler.sigmas.to(x0.dtype)))
         sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise, timesteps, noise - x0, weight
     timesteps = (time.double() * scheduler.config.num_train_timesteps).long()

@@ -163,7 +163,12 @@ def load_vision(
     """
     path = hub.folder(name_or_path, ["*.json", "model*.safetensors"])
     try:
-        model = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32)
+        model, report = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True)
+        missing = sorted(report["missing_keys"])
+        if missing and all(name.startswith("pooler.") for name in missing):
+            model.pooler = None  # saved without, as part of a classifier: it would be drawn anew in every load
+        elif missing:
+            raise ValueError(f"its weights lack {', '.join(missing[:3])}.")
         found = _load_transformers(AutoImageProcessor, processor or path, "the image processor", weights=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path} is no vision model with an image processor: {error}") from error
