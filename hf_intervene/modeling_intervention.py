@@ -421,7 +421,8 @@ class InterventionHead(PreTrainedModel):
             weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
             few, offset = _few(weights), self.posterior_offset.float()
             if few is None:
-                mean = mean - torch.einsum("bk,kdn->bdn", weights, offset)
+                with torch.autocast(mean.device.type, enabled=False):  # as exact as it is added up
+                    mean = mean - torch.einsum("bk,kdn->bdn", weights, offset)
             else:
                 mean = mean.index_add(0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1)
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian

@@ -12,9 +12,11 @@ from accelerate.state import AcceleratorState
 from conftest import TINY
 from diffusion_models import KINDS, save_pipeline, with_head
 from elsewhere import DEVICE, elsewhere, waits
+from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, pipeline
 from hf_intervene.bases.lora import add_lora
+from hf_intervene.page import Page
 from hf_intervene.training import benchmark_data, benchmark_head, benchmark_textbook, feeding, pretrain
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.benchmark_tools import Conditions
@@ -131,7 +133,7 @@ def trained(folder, on_log=None, **settings):
 )
 def test_training(device, tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(feeding, "resident", lambda data, place: place.type != "cpu")
+    monkeypatch.setattr(feeding, "resident", lambda size, place: place.type != "cpu")
     model_elsewhere, found = trained(tmp_path / "elsewhere", **settings)
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     model, expected = trained(tmp_path / "here", **settings)
@@ -144,7 +146,7 @@ def test_training(device, tmp_path, monkeypatch, settings):
 
 def test_no_step_waits_for_the_device(device, tmp_path, monkeypatch):
     waited, batch = [], feeding.Feed.batch
-    monkeypatch.setattr(feeding, "resident", lambda data, place: place.type != "cpu")
+    monkeypatch.setattr(feeding, "resident", lambda size, place: place.type != "cpu")
     monkeypatch.setattr(feeding.Feed, "batch", lambda self, step: waited.append(len(waits)) or batch(self, step))
     never = dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1000)
     trained(tmp_path, **never, context_prediction=0.1, sample_matching=0.2, gradient_accumulation_steps=2)
@@ -179,6 +181,17 @@ def test_pretraining(device):
     pixels = pretrain.observational_images("quad", 16, 16)
     assert pretrain.pretrain(pixels, 2, 4).device == device
     assert pretrain.pretrain_diffusion(pixels, 2, 4).device == device
+
+
+def test_the_page(device, tmp_path, monkeypatch):
+    InterventionPipeline.from_model(light()).save_pretrained(tmp_path / "pair")
+    found = []
+    for place in (device, "cpu"):
+        monkeypatch.setattr(pipeline, "load_for_use", lambda name, place=place: pipeline.load_model(name).to(place))
+        page = Page(tmp_path / "pair")
+        before, after, *_ = page.sample({"a": 1.0}, 2, 0)
+        found.append(np.stack([*before, *after, *page.edit(Image.fromarray(before[0]), [], {"b": 1.0})[:3]]).astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1 < np.ptp(found[1])
 
 
 def test_evaluation(device):

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from hf_intervene.training import jobs as recipe
 from hf_intervene.training.jobs import Job, Processes, run_jobs
@@ -103,6 +104,15 @@ def test_stopped_processes_start_no_more():
 def test_an_interrupted_run_interrupts_all():
     with pytest.raises(KeyboardInterrupt):
         Processes().run([sys.executable, "-c", "raise SystemExit(130)"], dict(os.environ))
+
+
+@pytest.mark.parametrize(("given", "names"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])])
+def test_gpus_are_those_that_one_was_given(monkeypatch, given, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert recipe.visible_gpus() == names
 
 
 def test_job_json_is_what_was_told(job, tmp_path):

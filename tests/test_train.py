@@ -194,6 +194,14 @@ def test_options_train(tiny, tmp_path, options):
     assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(16, -1))
 
 
+def test_validation_is_the_same_however_many_images_at_once(tiny):
+    settings = TrainArguments(**tiny)
+    _, data = train.load_data(settings)
+    model, accelerator = train.build_model(settings, data), train.new_accelerator(mixed_precision="no")
+    found = [train.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
 def test_training_learns(tiny, capsys):
     result = run(tiny, max_steps=300, eval_every=100, images_per_context=64, learning_rate=5e-3, beta=1.0, moment_matching=0.0)
     assert result.validation < 2.5  # an untrained model has 3 bits per pixel, one per channel
@@ -289,6 +297,7 @@ def options(settings):
         ({"resume": "nowhere"}, "no checkpoint nowhere"),
         ({"block_out_channels": [8] * 6}, "cannot be halved"),
         ({"norm": "group"}, "norm must be one of"),
+        ({"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2}, "replays CUDA graphs"),
     ],
 )
 def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):

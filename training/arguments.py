@@ -39,7 +39,8 @@ _RANGES |= {
     "lora_rank": (0, MAX_SIZE),
 }
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record them
+COMPILE_MODES = ("default", *CUDA_GRAPHS)
 
 
 @dataclass
@@ -133,7 +134,9 @@ class TrainArguments:
     final_learning_rate: float = field(default=0.01, metadata={"help": "Share of the peak at the end of the cosine."})
     weight_decay: float = field(default=0.0)
     max_grad_norm: float = field(default=1000.0, metadata={"help": "Gradient norms above are clipped."})
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; none by default."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the averaged weights, at step t at most 1 - (1 + t)^(-2/3); none by default."}
+    )
     mixed_precision: str = field(default="auto", metadata={"help": "`no`, `bf16`, `fp16`, or `auto`: bf16 where fast."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
     compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
@@ -167,6 +170,11 @@ class TrainArguments:
                 if number is not None and not least <= number <= most:
                     bound = f"at least {least}" if number < least else f"at most {most}"
                     raise ValueError(f"{name} must be {bound}, not {number}.")
+        if self.compile and self.compile_mode in CUDA_GRAPHS and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"compile_mode {self.compile_mode} replays CUDA graphs, whose gradients do not last from one micro-batch to the next: leave "
+                "gradient_accumulation_steps at 1, or choose the compile_mode default."
+            )
         for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")

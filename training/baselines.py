@@ -237,6 +237,7 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
     total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.learning_rate, weight_decay=a.weight_decay, fused=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     best, waited, kept = math.inf, 0, None
     for step in tqdm(range(total), disable=None, desc=baseline):
         model.train()
@@ -250,8 +251,8 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
         with accelerator.autocast():
             loss = model.objective(x, targets[ids], ids, noise, beta, weight, len(data))
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), a.max_grad_norm)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
         optimizer.step()
         if (step + 1) % eval_every == 0 or step + 1 == total:
             score = validation_loss(model, validation, None, a.seed + 1, accelerator)

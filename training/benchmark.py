@@ -256,6 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does the trainer find another one
         elif arguments.cpu_time:
             raise ValueError("processor time says nothing of another device: leave out --cpu-time.")
+        elif Conditions.device.index:
+            raise ValueError(
+                f"the trainer takes the first device that it sees: give it {Conditions.device.type} and let it see no other."
+            )
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         measure(names, arguments.rounds, arguments.output)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,15 +48,20 @@ def _functions_of(d: int, batch_size: int) -> dict[tuple[str, int], Callable[[],
     z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
     for kind, rank in (("full", None), ("low_rank", RANK)):
         head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
-        functions[kind, d] = _gradients(lambda head=head: head(z, targets).embedding, [z, *_of_the_way_to_e(head)])
+        forward = partial(_embedding, head, z, targets)
+        functions[kind, d] = _gradients(forward, [z, *_of_the_way_to_e(head)])
         if fast_bf16():
-            functions[f"{kind}_bf16", d] = _under_bf16(functions[kind, d])
+            functions[f"{kind}_bf16", d] = _gradients(_under_bf16(forward), [z, *_of_the_way_to_e(head)])
     features = torch.randn(batch_size, head.config.feature_width, requires_grad=True)
     functions["posterior", d] = _gradients(
         lambda: torch.cat(head.posterior(features, targets)), [features, *head.encoder_readout.parameters()]
     )
     functions["moments", d] = _moments(z, d)
     return functions
+
+
+def _embedding(head: InterventionHead, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return head(z, targets).embedding
 
 
 def _of_the_way_to_e(head: InterventionHead) -> list[torch.nn.Parameter]:
@@ -68,10 +74,10 @@ def _gradients(forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tenso
     return lambda: torch.autograd.grad(forward(), inputs, gradient) and None
 
 
-def _under_bf16(function: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
+def _under_bf16(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
         with Conditions.autocast():
-            function()
+            return forward()
 
     return run
 

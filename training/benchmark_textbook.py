@@ -180,10 +180,12 @@ def textbook(rounds: int, steps: int = 3, **settings) -> dict:
     }
 
 
-def utilisation(rounds: int, steps: int = 3, side: int = 2048, **settings) -> dict:
-    """What `train.py` computes a second, as a share of what a matrix product of `side` by `side` does in the same precision. Counted is what the
-    loss and its gradient multiply and add, and of that the convolutions and matrix products only."""
+def utilisation(rounds: int, steps: int = 3, side: int | None = None, **settings) -> dict:
+    """What `train.py` computes a second, as a share of what a matrix product of `side` by `side` does in the same precision: 2048, or on a
+    device 16384, which takes it some milliseconds. Counted is what the loss and its gradient multiply and add, and of that the convolutions
+    and matrix products only."""
     settings = SETTINGS | settings
+    side = side or (2048 if Conditions.device.type == "cpu" else 16384)
     a = TrainArguments(**settings)
     contestants = {"trainer": (trainer, (settings, steps)), "product": (repeat, (_product, side, a.precision == "bf16"))}
     found = contest(contestants, rounds)

@@ -11,6 +11,7 @@ import gc
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,6 +20,7 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     is_deepspeed_available,
     parse_flag_from_env,
     patch_environment,
@@ -33,13 +35,14 @@ from hf_intervene.model import InterventionModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
 OF_THE_GLOBAL_BATCH = ("head.posterior_offset", "head.whitening.matrix", "head.whitening.log_det")  # buffers
+PATIENCE = timedelta(hours=6)  # of processes that wait while one decodes or encodes all images; NCCL's own is ten minutes
 ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
 
 def new_accelerator(**options) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
-        return Accelerator(**options)
+        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -56,7 +59,7 @@ def end_training(accelerator: Accelerator) -> None:
 
 def process_state() -> PartialState:
     """This process among the others, for what needs no more of Accelerate than that."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 class Weights:

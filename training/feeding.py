@@ -9,7 +9,7 @@ from the host's memory or from a file, the next batch is fetched while the devic
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -44,11 +44,20 @@ class Batch:
     inputs: Iterator[dict]
 
 
-def resident(data: ContextImages, device: torch.device) -> bool:
-    """Whether images are to be kept on a device: those on the host are there already."""
+def resident(size: int, device: torch.device) -> bool:
+    """Whether images of so many bytes are to be kept on a device: those on the host are there already."""
     if device.type != "cuda":
         return False
-    return data.stored.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def kept_at_hand(data: ContextImages, validation: ContextImages, device: torch.device) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images, on the device if it has room for them."""
+    together = validation.stored is data.stored
+    if not resident(data.stored.nbytes + (0 if together else validation.stored.nbytes), device):
+        return data, validation
+    data = data.on(device)
+    return data, (replace(validation, stored=data.stored) if together else validation).on(device)
 
 
 class Feed:

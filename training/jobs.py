@@ -78,10 +78,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], No
         KeyboardInterrupt: when stopped, by Ctrl-C or SIGTERM; what was begun has saved its state.
         ValueError: one sentence: a folder holds a job that was told otherwise.
     """
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     devices: queue.SimpleQueue = queue.SimpleQueue()
     for number in range(workers):
-        devices.put(str(number % gpus) if gpus else None)
+        devices.put(gpus[number % len(gpus)] if gpus else None)
     processes = Processes()
     futures: dict[Job, Future] = {}
 
@@ -150,6 +150,12 @@ def as_told(job: Job, commands: Sequence[Command]) -> str:
     for place, name in ((job.folder, "{folder}"), (job.folder.parent, "{parent}"), (HERE, "{recipes}")):
         told = told.replace(str(place), name)
     return told
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that this process may use, as a child's `CUDA_VISIBLE_DEVICES` takes them."""
+    number, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(number)] if given is None else given.split(",")[:number]
 
 
 def _run(job: Job, device: str | None, workers: int, processes: Processes) -> None:

@@ -35,6 +35,7 @@ from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.training.arguments import RecipeParser, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
+from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import SIMULATED
 
 
@@ -63,8 +64,9 @@ def pretrain(
 ) -> AutoencoderKL:
     """Train an autoencoder on uint8 images (N, 3, S, S); its `scaling_factor` makes the latents' standard deviation 1."""
     torch.manual_seed(seed)
-    vae = new_autoencoder(pixels.shape[-1])
-    log_variance = torch.nn.Parameter(torch.tensor(0.0))
+    device = process_state().device
+    vae = new_autoencoder(pixels.shape[-1]).to(device)
+    log_variance = torch.nn.Parameter(torch.zeros((), device=device))
 
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
         with autocast():
@@ -132,6 +134,7 @@ def pretrain_diffusion(
     torch.manual_seed(seed)
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     denoiser = new_unet(pixels.shape[-1]) if autoencoder is None else new_dit(*images.shape[1:3])
+    denoiser.to(process_state().device)  # before its weights are copied to be averaged
     # v rather than the noise itself: what decides a flat region's colour are the noisiest steps, where the noise says little of it.
     # Pixels end at 1, latents do not.
     scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=autoencoder is None)
@@ -162,7 +165,7 @@ def _fit(
 ) -> None:
     """Minimise the loss of batches of images, in [-1, 1] if they are uint8 and as they are otherwise, over the parameters, in place."""
     accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
-    model.to(accelerator.device).train()
+    model.train()
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     bar = tqdm(range(steps), desc="pretraining", disable=None)

@@ -53,7 +53,7 @@ from hf_intervene.training.checkpoints import (
     write_whole,
 )
 from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
-from hf_intervene.training.feeding import Feed, resident
+from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.simulated import SIMULATED, draw_together
@@ -151,7 +151,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
 
 
 def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
-    """Share of the peak: linear warm-up, then cosine down to `final_learning_rate`."""
+    """Share of the peak: a cosine down to `final_learning_rate`, times a linear warm-up."""
     warmup = min(1.0, (step + 1) / max(1, arguments.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / total))
     floor = arguments.final_learning_rate
@@ -226,8 +226,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if model.base.companion_models():  # frozen: what they make of the images is computed once
         prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
         prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
-    elif resident(data, accelerator.device):
-        data = data.on(accelerator.device)
+    else:
+        data, validation = kept_at_hand(data, validation, accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
     feed = Feed(model, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
@@ -361,15 +361,17 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             for rows, inputs in zip(batch.parts, batch.inputs):
                 s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
                 last = len(seen) + 1 == a.gradient_accumulation_steps
-                with weights.accumulating(runner, not last), accelerator.autocast():
-                    output = runner(
-                        targets=s,
-                        beta=beta,
-                        residual_weight=a.residual_weight,
-                        sample_weight=a.sample_matching,
-                        predict_contexts=predicting,
-                        **inputs,
-                    )
+                with weights.accumulating(runner, not last):
+                    with accelerator.autocast():
+                        output = runner(
+                            targets=s,
+                            beta=beta,
+                            residual_weight=a.residual_weight,
+                            sample_weight=a.sample_matching,
+                            predict_contexts=predicting,
+                            **inputs,
+                        )
+                    # Outside: under autocast a backward pass would be in half precision where the forward pass was not, too.
                     loss = output.loss
                     if posteriors is not None:
                         loss = loss + posteriors.penalty(output, s, ids, matched)
@@ -427,7 +429,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     )
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
-                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator)
+                    micro_batch = a.batch_size // world // a.gradient_accumulation_steps
+                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, micro_batch)
                     weights.release()
                     saved = improved = score < best
                     whole = weights.whole() if improved else None

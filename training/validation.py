@@ -62,23 +62,30 @@ def loss_unit(model: InterventionModel) -> str:
 
 
 def validation_loss(
-    model: InterventionModel, data: ContextImages, prepared: PreparedImages | None, seed: int, accelerator: Accelerator
+    model: InterventionModel,
+    data: ContextImages,
+    prepared: PreparedImages | None,
+    seed: int,
+    accelerator: Accelerator,
+    batch_size: int = 256,
 ) -> float:
-    """Loss (see `loss_units`) of validation images, with noise fixed by the seed; all processes together."""
+    """Loss (see `loss_units`) of validation images, with noise fixed by the seed; all processes together, each so many images at once."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     model.eval()
     targets = data.targets(model.config.free_blocks).to(device)  # (contexts, D)
     sums = torch.zeros(2, device=device, dtype=torch.float64)
     for number, rows in enumerate(torch.arange(len(data)).split(256)):
-        own = len(rows[rank::world])  # 0 if fewer rows are left than processes, which call the model together all the same
-        picks = torch.arange(rank, rank + max(own, 1) * world, world) % len(rows)
-        noise = {name: value[picks].to(device) for name, value in step_noise(model, seed, number, len(rows)).items()}
-        inputs = model_inputs(data, prepared, rows[picks], device)
-        s = targets[data.context_ids[rows[picks]].to(device)]
-        with torch.no_grad(), accelerator.autocast():
-            output = model(targets=s, **inputs, **noise)
-        sums[0] += sum(output[term] for term in TERMS)[:own].double().sum()
-        sums[1] += own
+        noise = step_noise(model, seed, number, len(rows))
+        # The rows from `rank` on, `world` apart. Where they end, some from the beginning: processes call the model together.
+        places = torch.arange(rank, rank + world * -(-len(rows) // world), world)
+        for part in places.split(batch_size):
+            picks, own = part % len(rows), int((part < len(rows)).sum())
+            inputs = model_inputs(data, prepared, rows[picks], device)
+            inputs |= {name: value[picks].to(device) for name, value in noise.items()}
+            with torch.no_grad(), accelerator.autocast():
+                output = model(targets=targets[data.context_ids[rows[picks]].to(device)], **inputs)
+            sums[0] += sum(output[term] for term in TERMS)[:own].double().sum()
+            sums[1] += own
     sums = reduce(sums, "sum")
     return loss_units(model, sums[0] / sums[1]).item()
 
