@@ -99,7 +99,7 @@ def _load(name: str) -> "InterventionModel":
     from . import pipeline
 
     disable_progress_bars()
-    return pipeline.load_model(located(name))
+    return pipeline.load_for_use(located(name))
 
 
 def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionModel") -> "Image.Image":

@@ -54,7 +54,7 @@ class Page:
     def model(self) -> "InterventionModel":
         from . import pipeline
 
-        return pipeline.load_model(self.folder)
+        return pipeline.load_for_use(self.folder)
 
     def load(self) -> None:
         """Load the model now.

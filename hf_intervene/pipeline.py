@@ -220,6 +220,12 @@ def load_model(name: str | os.PathLike, **options: Any) -> InterventionModel:
     return InterventionModel.from_pretrained(path)
 
 
+def load_for_use(name: str | os.PathLike) -> InterventionModel:
+    """`load_model`, onto a GPU if there is one: for programs, whose users cannot say `.to("cuda")`."""
+    model: Any = load_model(name)  # transformers' hints of `cuda` are of a function, not of a method
+    return model.cuda() if torch.cuda.is_available() else model
+
+
 def open_image(path: str | os.PathLike) -> Image.Image:
     """An image from a file.
 

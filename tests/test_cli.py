@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from hf_intervene import cli, logging
+from hf_intervene import InterventionModel, cli, logging
+from hf_intervene.page import Page
 from hf_intervene.training import evaluate, train
 
 
@@ -86,6 +88,14 @@ def test_json_and_pictures_of_a_run(tiny, tmp_path, capsys):
     assert "](floors.png)" in open(card).read() and (tmp_path / "run" / "model" / "floors.png").exists()
     assert cli.main(["card", result["model_dir"]]) == 0  # without metrics there is nothing to show
     assert "](floors.png)" not in open(card).read()
+
+
+def test_a_gpu_is_used_if_there_is_one(monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(InterventionModel, "cuda", lambda self: moved.append("cuda") or self)
+    assert cli.main(["concepts", "quad"]) == 0
+    assert Page("quad").model.concepts and moved == ["cuda", "cuda"]
 
 
 def test_parsers_of_the_recipes():
