@@ -1,6 +1,8 @@
-"""What runs on the CPU runs on another device too, to the same results. Run by `test_elsewhere.py`, in a process of its own."""
+"""What runs on the CPU runs on another device too, to the same results. Run by `test_elsewhere.py`, in a process of its own; on a real
+device by `TEST_DEVICE=cuda python -m pytest -m "" tests/elsewhere_cases.py`."""
 
 import json
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,7 +13,6 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY
 from diffusion_models import KINDS, save_pipeline, with_head
-from elsewhere import DEVICE, elsewhere, waits
 from PIL import Image
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, pipeline
@@ -24,6 +25,11 @@ from hf_intervene.training.evaluate import evaluate
 from hf_intervene.training.train import train
 
 
+REAL = os.environ.get("TEST_DEVICE")
+if REAL is None:  # PyTorch has no room for it beside a real one
+    from elsewhere import DEVICE, elsewhere, waits
+
+
 def assert_near(found, expected, what):
     """As near as other ways to the same numbers come: the CPU takes some that a device does not, and convolutions pick theirs."""
     error, size = (found - expected).abs().max(), expected.abs().max()
@@ -32,7 +38,11 @@ def assert_near(found, expected, what):
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(DEVICE))
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", REAL or str(DEVICE))
+    if REAL is not None:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the CPU has no such thing
+        yield torch.device(REAL)
+        return
     with elsewhere() as device:
         yield device
 
@@ -144,6 +154,7 @@ def test_training(device, tmp_path, monkeypatch, settings):
     assert_near(*(m.sample("quad1", noise=noise, output_type="pt") for m in (model_elsewhere, model)), "samples")
 
 
+@pytest.mark.skipif(REAL is not None, reason="waits are counted on the tests' own device")
 def test_no_step_waits_for_the_device(device, tmp_path, monkeypatch):
     waited, batch = [], feeding.Feed.batch
     monkeypatch.setattr(feeding, "resident", lambda size, place: place.type != "cpu")
