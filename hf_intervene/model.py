@@ -336,6 +336,12 @@ class InterventionModel(PreTrainedModel):
 
     # What a user asks for
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images are processed at once unless said otherwise: 256 of up to 64x64 pixels, and fewer of larger ones."""
+        _, height, width = self.base.image_shape
+        return max(1, min(256, 256 * 64**2 // (height * width)))
+
     @torch.no_grad()
     def sample(
         self,
@@ -344,7 +350,7 @@ class InterventionModel(PreTrainedModel):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         output_type: str = "pt",
-        batch_size: int = 256,
+        batch_size: int | None = None,
         residual_scale: float = 1.0,
         residual_noise: torch.Tensor | None = None,
         num_inference_steps: int = 50,
@@ -360,7 +366,7 @@ class InterventionModel(PreTrainedModel):
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions under the same noise.
             output_type: `"pt"` (float tensor (N, C, H, W) in [0, 1]), `"np"` (N, H, W, C) or `"pil"`.
-            batch_size: images decoded at once.
+            batch_size: images decoded at once; `None`: `images_at_once`.
             residual_scale: standard deviation of the residual noise, for a base with residual latents: 1 is the model's own, 0 leaves
                 the residual out (what the concepts decide, alone).
             residual_noise: residual noise to use, of those latents or of a denoiser (x_T), (num_samples, *residual_shape).
@@ -399,7 +405,7 @@ class InterventionModel(PreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: ImageInput, context: Interventions = None, output_type: str = "pt", batch_size: int = 256
+        self, images: ImageInput, context: Interventions = None, output_type: str = "pt", batch_size: int | None = None
     ) -> Images:
         """Encode images under the context they came from and decode the posterior mean. See `edit`."""
         return self.edit(images, context, context=context, output_type=output_type, batch_size=batch_size)
@@ -411,7 +417,7 @@ class InterventionModel(PreTrainedModel):
         interventions: Interventions,
         context: Interventions = None,
         output_type: str = "pt",
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
@@ -424,7 +430,7 @@ class InterventionModel(PreTrainedModel):
             interventions: the interventions to apply, in any form of `hf_intervene.contexts`, chosen values among them.
             context: the context that the images came from: observational unless said otherwise.
             output_type: see `sample`.
-            batch_size: images processed at once.
+            batch_size: images processed at once; `None`: `images_at_once`.
             num_inference_steps: of a denoiser, each way.
             guidance_scale, reference_context: see `sample`.
         """
@@ -442,7 +448,7 @@ class InterventionModel(PreTrainedModel):
         residual: torch.Tensor | None,
         interventions: Interventions,
         output_type: str = "pt",
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
@@ -458,7 +464,7 @@ class InterventionModel(PreTrainedModel):
         residual: torch.Tensor | None,
         after: tuple[torch.Tensor, Values | None],
         output_type: str,
-        batch_size: int,
+        batch_size: int | None,
         num_inference_steps: int,
         guidance_scale: float,
     ) -> Images:
@@ -483,7 +489,7 @@ class InterventionModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         targets: torch.Tensor,
         generator: torch.Generator | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_inference_steps: int = 50,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The noise of images, float32: z, (B, *noise_shape), and the residual noise (B, *residual_shape) that belongs to it, or `None`
@@ -493,10 +499,11 @@ class InterventionModel(PreTrainedModel):
             pixel_values: images, (B, C, H, W).
             targets: of the context they came from, (B, D).
             generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under the model.
-            batch_size: images processed at once.
+            batch_size: images processed at once; `None`: `images_at_once`.
             num_inference_steps: of a denoiser.
         """
         options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
+        batch_size = batch_size or self.images_at_once
         batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
         noise, residuals = zip(*[self._abduct_batch(x, s, generator, **options) for x, s in batches])
         return torch.cat(noise), None if residuals[0] is None else torch.cat(residuals)
@@ -525,7 +532,7 @@ class InterventionModel(PreTrainedModel):
         return parse_interventions(interventions, self.concepts, num_samples, self.config.free_blocks).to(self.device)
 
     def _chosen(
-        self, interventions: Interventions, num_samples: int | None, reference_context: Interventions, batch_size: int
+        self, interventions: Interventions, num_samples: int | None, reference_context: Interventions, batch_size: int | None
     ) -> tuple[torch.Tensor, Values | None]:
         """Targets (num_samples, D) and the chosen values of interventions."""
         targets, choices = parse_choices(interventions, self.concepts, num_samples, self.config.free_blocks)
@@ -558,11 +565,11 @@ class InterventionModel(PreTrainedModel):
         targets: torch.Tensor,
         values: Values | None,
         output_type: str,
-        batch_size: int,
+        batch_size: int | None,
         residual: torch.Tensor | None,
         **denoising: Any,
     ) -> Images:
-        noise = noise.to(self.device)
+        noise, batch_size = noise.to(self.device), batch_size or self.images_at_once
         residuals, chosen = ([None] * len(noise) if part is None else part.split(batch_size) for part in (residual, values))
         images = torch.cat(
             [

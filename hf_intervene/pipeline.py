@@ -148,7 +148,7 @@ class InterventionPipeline(DiffusionPipeline):
         residual_noise: torch.Tensor | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         return_dict: bool = True,
         reference_context: Interventions = None,
     ) -> ImagePipelineOutput:
@@ -165,7 +165,7 @@ class InterventionPipeline(DiffusionPipeline):
             residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images, *residual_shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without interventions.
-            batch_size: images at once.
+            batch_size: images at once; `None`: 256 of up to 64x64 pixels, and fewer of larger ones.
             return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the annotation says.
             reference_context: the context that reference images came from: observational unless said otherwise.
         """
@@ -193,7 +193,7 @@ class InterventionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         return_dict: bool = True,
         reference_context: Interventions = None,
     ) -> ImagePipelineOutput:

@@ -123,7 +123,7 @@ def model_values(
     choices: Sequence[dict[str, Value]],
     num_samples: int,
     reference_context: Interventions,
-    batch_size: int,
+    batch_size: int | None,
 ) -> Values | None:
     """`head_values` of an `InterventionModel`; reference images are abducted under `reference_context`, one for all or for each sample.
 
@@ -146,8 +146,8 @@ def model_values(
 
     def encode(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
         pixel_values = torch.cat([_pixel_values(model, name, image) for name, image in zip(names, images)])
-        targets = contexts[rows]
-        batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
+        targets, size = contexts[rows], batch_size or model.images_at_once
+        batches = zip(pixel_values.split(size), targets.split(size))
         return torch.cat([head(model.posterior(x, s)[0], s).concepts.float() for x, s in batches])
 
     return head_values(head, choices, num_samples, encode)

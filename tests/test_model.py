@@ -102,6 +102,19 @@ def test_sampling_is_reproducible_and_composes_per_sample():
     assert isinstance(model.sample("a", 2, output_type="pil")[1], Image.Image)
 
 
+def test_fewer_images_at_once_where_they_are_large(monkeypatch):
+    model, decoded = tiny_model().eval(), []
+    whole = model.sample("a", 5, torch.Generator().manual_seed(0))
+    for side, number in ((28, 256), (64, 256), (128, 64), (512, 4), (2048, 1)):
+        monkeypatch.setattr(model.base, "image_shape", (3, side, side))
+        assert model.images_at_once == number
+    decode = model.base.decode
+    monkeypatch.setattr(model.base, "image_shape", (3, 512, 512))
+    monkeypatch.setattr(model.base, "decode", lambda e: decoded.append(len(e)) or decode(e))
+    torch.testing.assert_close(model.sample("a", 5, torch.Generator().manual_seed(0)), whole)
+    assert decoded == [4, 1]
+
+
 def test_edit_keeps_the_noise_and_replaces_the_targets():
     model = tiny_model().eval()
     x = torch.rand(3, 3, 16, 16)

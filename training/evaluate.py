@@ -57,7 +57,7 @@ def evaluate(
     protocols: Sequence[str] = PROTOCOLS,
     num_projections: int = 500,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     edits: bool = False,
     num_inference_steps: int = 50,
 ) -> dict:
@@ -70,7 +70,7 @@ def evaluate(
         protocols: see `hf_intervene.metrics.transport`.
         num_projections: random directions of the distance.
         seed: of noise, directions and resampling.
-        batch_size: images at once.
+        batch_size: images at once; `None`: the model's `images_at_once`.
         edits: whether to measure edits too: the real observational images, edited to each other context.
         num_inference_steps: of a denoiser.
 
@@ -147,10 +147,10 @@ def _loss_name(model: InterventionModel) -> str:
     return "denoising_loss" if model.base.denoises else "bits_per_pixel"
 
 
-def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int) -> np.ndarray:
+def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None) -> np.ndarray:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
     nats = []
-    for batch in pixel_values.split(batch_size):
+    for batch in pixel_values.split(batch_size or model.images_at_once):
         noise = {key: value.to(model.device) for key, value in model.posterior_draws(len(batch), generator).items()}
         x = batch.to(model.device).float() / 255
         output = model(x, model.targets(context, len(batch)), **noise)
@@ -209,7 +209,7 @@ def factor_effects(
     regressor = train_regressor(resolution, seed, steps)
     latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
     real = quad.render(latents, resolution)
-    options = {"batch_size": 256, "num_inference_steps": num_inference_steps}
+    options = {"num_inference_steps": num_inference_steps}
     abducted = model.abduct(model.preprocess(real), model.targets(OBS, len(real)), **options)
     returned = model.predict(*abducted, OBS, "np", **options)
     kinds = true_factors(latents).kinds.argmax(1)
