@@ -62,9 +62,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
     if prediction_type(scheduler) != "flow":
         return DDPMScheduler.from_config(scheduler.config)
-    if not type(scheduler).__name__.startswith(
-        "FlowMatch"
-    ):  # a solver that takes flows too: its sigmas are those of noise until it samples
+    if not type(scheduler).__name__.startswith("FlowMatch"):
+        # A solver that takes flows too: its sigmas are those of other kinds until it samples.
         steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")
         return FlowMatchEulerDiscreteScheduler(steps, shift=1.0 if shift is None else shift)
     return type(scheduler).from_config(scheduler.config)
