@@ -34,7 +34,6 @@ from hf_intervene.model import InterventionModel
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
-OF_THE_GLOBAL_BATCH = ("head.posterior_offset", "head.whitening.matrix", "head.whitening.log_det")  # buffers
 PATIENCE = timedelta(hours=6)  # of processes that wait while one decodes or encodes all images; NCCL's own is ten minutes
 ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
@@ -42,7 +41,11 @@ ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 def new_accelerator(**options) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)
+        handlers = [
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # one copy of the gradients, not two
+        ]
+        return Accelerator(kwargs_handlers=handlers, **options)
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -89,14 +92,7 @@ class Weights:
         if self._zero:
             self._engine = self._partitioned(module, optimizer.optimizer)
             return self._engine
-        if not self._ddp:
-            return module
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
-            gradient_as_bucket_view=True,  # one copy of the gradients, not two
-            # Those of the head follow from the global batch, the same in every process; a batch norm's do not.
-            broadcast_buffers=any(name not in OF_THE_GLOBAL_BATCH for name, _ in self.model.named_buffers()),
-        )
-        return self.accelerator.prepare_model(module)
+        return self.accelerator.prepare_model(module) if self._ddp else module
 
     def accumulating(self, module: torch.nn.Module, more: bool) -> AbstractContextManager:
         """Inside, a backward pass of a prepared module leaves its gradients in the process if `more` passes come before the step; those
