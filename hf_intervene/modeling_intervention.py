@@ -23,7 +23,7 @@ from .checks import check_fit, check_loaded
 from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .hub import check_weights, folder, pop_options
-from .posterior import PosteriorLinear, Whitening, at_hand, gaussian_kl, mixture, row_of
+from .posterior import PosteriorLinear, Whitening, at_hand, gaussian_kl, has_row, mixture, row_of
 
 
 @dataclass
@@ -471,7 +471,7 @@ class InterventionHead(PreTrainedModel):
         if self.config.posterior not in CENTERED:
             return
         s = targets[:, : len(self.config.concepts)].float()
-        single = ((s == 0) | (s == 1)).all(1) & (s.sum(1) <= 1)
+        single = has_row(s)
         context = row_of(s)  # (B,)
         counts = torch.zeros(1 + s.shape[1], device=s.device).index_add(0, context, single.float())  # (1 + d,)
         weight = momentum * single / counts[context].clamp(min=1)  # (B,)

@@ -121,6 +121,11 @@ def row_of(targets: torch.Tensor) -> torch.Tensor:
     return torch.where(targets.any(1), 1 + targets.argmax(1), 0)
 
 
+def has_row(targets: torch.Tensor) -> torch.Tensor:
+    """Whether each row of targets, (B, d), has nothing or one whole concept intervened on, (B,): `row_of` is for those."""
+    return ((targets == 0) | (targets == 1)).all(1) & (targets.sum(1) <= 1)
+
+
 def mixture(targets: torch.Tensor) -> torch.Tensor:
     """How much a row of targets, (B, d), is of each training context: weights (B, 1 + d) that are not negative and sum to 1.
 
@@ -136,4 +141,4 @@ def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-__all__ = ["PosteriorLinear", "Whitening", "fits", "gaussian_kl", "mixture", "row_of"]
+__all__ = ["PosteriorLinear", "Whitening", "fits", "gaussian_kl", "has_row", "mixture", "row_of"]

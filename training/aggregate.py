@@ -12,6 +12,7 @@ from hf_intervene.context_prediction import ContextPrediction
 from hf_intervene.data import ContextImages, shard
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.moments import moment_matching
+from hf_intervene.posterior import has_row
 from hf_intervene.prior_matching import PriorMatching
 from hf_intervene.training.arguments import TrainArguments
 
@@ -41,9 +42,10 @@ class AggregatePosteriors:
         if model.config.ablation == "head-pooled":
             self.contexts, self.group = self.contexts[:1], torch.zeros_like(self.group)
         self.whitened = model.head.whitening is not None
-        # Contexts that are whitened, those with nothing or one concept intervened on; others, in data that have them, are mixtures of these.
         concepts = self.contexts[:, : len(model.concepts)]
-        self.single = (((concepts == 0) | (concepts == 1)).all(1) & (concepts.sum(1) <= 1)).nonzero()[:, 0]
+        self.single = has_row(concepts).nonzero()[
+            :, 0
+        ]  # contexts that are whitened; others, in data that have them, are mixtures of these
         self.moments = None
         if self.weight or self.whitened:
             self.moments = moment_matching(self.contexts, model.noise_shape[-1], self.weight, device)

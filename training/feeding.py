@@ -88,6 +88,7 @@ class Feed:
         self.seed, self.batch_size = arguments.seed, arguments.batch_size
         self.accumulation = arguments.gradient_accumulation_steps
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.micro_batch = self.batch_size // self.world // self.accumulation  # images
         self.targets = data.targets(model.config.free_blocks).to(self.device)  # (contexts, D)
         self.groups = 0  # of samples for sample matching, in a global batch, from some step on
         if arguments.sample_matching and model.head is not None:
@@ -134,8 +135,7 @@ class Feed:
         self._ids = host.pop("ids")
         ids = self._ids.to(self.device, non_blocking=True)
         own = {name: value.to(self.device, non_blocking=True) for name, value in host.items()}
-        size = self.batch_size // self.world // self.accumulation
-        first = self.rank * size * self.accumulation
+        size, first = self.micro_batch, self.rank * self.micro_batch * self.accumulation
         parts = [slice(start, start + size) for start in range(first, first + size * self.accumulation, size)]
         return Batch(indices, ids, self.targets[ids], parts, (self._inputs(own, n) for n in range(self.accumulation)))
 

@@ -429,8 +429,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     )
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
-                    micro_batch = a.batch_size // world // a.gradient_accumulation_steps
-                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, micro_batch)
+                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, feed.micro_batch)
                     weights.release()
                     saved = improved = score < best
                     whole = weights.whole() if improved else None

@@ -30,7 +30,7 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
         ValueError: something else.
     """
     config = scheduler.config
-    if type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+    if _is_flow_match(scheduler) or config.get("prediction_type") == "flow_prediction":
         return "flow"
     found = config.get("prediction_type", "epsilon")
     if found not in PREDICTIONS:
@@ -39,6 +39,10 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
             f"{', '.join(PREDICTIONS)} (flow: a flow-matching scheduler)."
         )
     return found
+
+
+def _is_flow_match(scheduler: SchedulerMixin) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
 
 
 def check_prediction(scheduler: SchedulerMixin, expected: str, what: str) -> None:
@@ -62,7 +66,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
     if prediction_type(scheduler) != "flow":
         return DDPMScheduler.from_config(scheduler.config)
-    if not type(scheduler).__name__.startswith("FlowMatch"):
+    if not _is_flow_match(scheduler):
         # A solver that takes flows too: its sigmas are those of other kinds until it samples.
         steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")
         return FlowMatchEulerDiscreteScheduler(steps, shift=1.0 if shift is None else shift)
