@@ -45,7 +45,7 @@ setup(
     package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
     package_data={
         "hf_intervene": ["py.typed"],
-        "hf_intervene.data": ["mnist_digits/*"],
+        "hf_intervene.data": ["avatar_faces/*", "mnist_digits/*"],
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
         "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/reproduce/*.yaml"],
         "hf_intervene.model_cards": ["template.md", "datasets/*.md"],

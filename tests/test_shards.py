@@ -7,13 +7,14 @@ import pytest
 from datasets import Image
 from datasets.distributed import split_dataset_by_node
 
-from hf_intervene.data import load_ident3d, load_mnist, load_quad, mnist, quad, requests
+from hf_intervene.data import load_avatars, load_ident3d, load_mnist, load_quad, mnist, quad, requests
 
 
 LOADERS = {
     "quad": lambda **options: load_quad(["obs", "quad1+size"], 40, 8, **options),
     "ident3d": lambda **options: load_ident3d(["obs", "background+object"], 40, 8, **options),
     "mnist": lambda **options: load_mnist(["obs", "scale+thin"], 40, **options),
+    "avatars": lambda **options: load_avatars(["obs", "smile"], 40, **options),
 }
 
 

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_intervene.contexts import OBS, Context
-from hf_intervene.data import ContextImages, ident3d, load_digits, mnist, quad
+from hf_intervene.data import ContextImages, avatars, ident3d, load_digits, mnist, quad
 from hf_intervene.data.digits import SIDE, Digits
+from hf_intervene.data.requests import split_rows, whole_numbers
 from hf_intervene.training.arguments import TrainArguments
 
 
@@ -131,7 +132,50 @@ class Mnist(Simulated):
         return {name: x[:half] for name, x in drawn.items()}, {name: x[half:] for name, x in drawn.items()}
 
 
-SIMULATED: dict[str, type[Simulated]] = {"quad": Quad, "mnist": Mnist, "ident3d": Ident3d}
+@dataclass(frozen=True)
+class Avatars(Simulated):
+    """Faces that come with the package; always in colour. Training images are of the persons of the
+    split `"train"`, of whom `validation_fraction` are for validation. Held-out images are of the
+    persons of `"holdout"`, the same ones in every context of a half: image i of `obs` and image i
+    of another context of that half are an image and the true answer of its edit. There are fewer
+    images than were asked for where there are fewer persons."""
+
+    concepts, contexts, held_out = avatars.CONCEPTS, avatars.TRAIN_CONTEXTS, avatars.HELD_OUT
+
+    def _first(
+        self, persons: np.ndarray, images: int, contexts: Sequence[Context], split: str
+    ) -> Images:
+        """Images of the first so many of the persons."""
+        whole_numbers(images_per_context=images)
+        return avatars.images_of(persons[:images], contexts, self.resolution, split)
+
+    def training(self, images, validation_images, validation_fraction, seed, contexts=None):
+        contexts = self.contexts if contexts is None else contexts
+        _, persons = avatars.available("train")
+        training, validation = split_rows(persons, validation_fraction, seed, "persons")
+        return (
+            self._first(training, images, contexts, "train"),
+            self._first(validation, validation_images, contexts, "train"),
+        )
+
+    def observational(self, images):
+        _, persons = avatars.available("train")
+        return self._first(np.arange(persons), images, (OBS,), "train")[OBS]
+
+    def held_out_images(self, images, seed, contexts=None):
+        contexts = self.contexts + self.held_out if contexts is None else contexts
+        _, number = avatars.available("holdout")
+        persons = np.random.default_rng(seed).permutation(number)
+        halves = persons[: number // 2], persons[number // 2 :]
+        return tuple(self._first(half, images, contexts, "holdout") for half in halves)
+
+
+SIMULATED: dict[str, type[Simulated]] = {
+    "quad": Quad,
+    "mnist": Mnist,
+    "ident3d": Ident3d,
+    "avatars": Avatars,
+}
 
 
 def draw_together(

@@ -1,5 +1,7 @@
-"""Context data: `quad` (drawn), `ident3d` (rendered), `mnist` (real digits) and your own images (`folder`), as `ContextImages`; and context schedules."""
+"""Context data: `quad` (drawn), `ident3d` (rendered), `mnist` (real digits), `avatars` (faces) and
+your own images (`folder`), as `ContextImages`; and context schedules."""
 
+from .avatars import load_avatars
 from .digits import load_digits
 from .folder import load_contexts
 from .ident3d import load_ident3d
@@ -12,6 +14,7 @@ from .schedule import ContextSchedule, shard
 __all__ = [
     "ContextImages",
     "ContextSchedule",
+    "load_avatars",
     "load_contexts",
     "load_digits",
     "load_ident3d",

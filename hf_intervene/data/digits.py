@@ -12,6 +12,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from .folder import from_hub, is_local, read_saved
+from .requests import split_rows
 
 
 BUNDLED = "bundled"
@@ -43,13 +44,8 @@ class Digits:
         Raises:
             ValueError: a fraction that leaves one of the two empty.
         """
-        second = round(fraction * len(self)) if 0 < fraction < 1 else 0
-        if not 0 < second < len(self):
-            raise ValueError(f"a share of {fraction} cannot be held out of {len(self)} digits.")
-        rows = np.random.default_rng(seed).permutation(len(self))
-        first, held_out = (
-            Digits(self.images[part], self.labels[part]) for part in (np.sort(rows[second:]), np.sort(rows[:second]))
-        )
+        parts = map(np.sort, split_rows(len(self), fraction, seed, "digits"))
+        first, held_out = (Digits(self.images[part], self.labels[part]) for part in parts)
         return first, held_out
 
 

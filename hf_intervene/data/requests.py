@@ -61,6 +61,28 @@ def whole_numbers(**numbers: int) -> dict[str, int]:
     return numbers
 
 
+def split_rows(count: int, fraction: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers 0 to `count` - 1 in two parts without a common one, each in random order.
+
+    Args:
+        count: how many there are.
+        fraction: share of the second part.
+        seed: of the order.
+        what: what the rows are, for the message.
+
+    Returns:
+        int64 arrays; the second has `round(fraction * count)` entries, the first the others.
+
+    Raises:
+        ValueError: one sentence: a fraction that leaves one of the two empty.
+    """
+    second = round(fraction * count) if 0 < fraction < 1 else 0
+    if not 0 < second < count:
+        raise ValueError(f"a share of {fraction} cannot be held out of {count} {what}.")
+    rows = np.random.default_rng(seed).permutation(count)
+    return rows[second:], rows[:second]
+
+
 def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.ndarray:
     """Which of the concepts a context intervenes on, bool (concepts,).
 
