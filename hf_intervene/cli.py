@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 PIPELINE = "folder or Hub name of a saved pipeline or model, or `quad`, which comes with the package"
+DEMO_DATASETS = ("avatars", "quad")  # those of demo.py, which takes long to import
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = {
     None: """
@@ -33,6 +34,7 @@ EXAMPLES = {
 HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what is done.""",
     "demo": """
   hf-intervene demo
+  hf-intervene demo --dataset quad --output outputs/demo-quad
   hf-intervene demo --pretrained --output outputs/two-regimes""",
     "train": """
   hf-intervene train --config my.yaml --output_dir outputs/mine
@@ -69,13 +71,13 @@ HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
-    """Simulate, train, save, measure, draw; see `demo.py`."""
+    """Train, save, measure, draw; see `demo.py`."""
     from . import demo
 
     bars_on_terminals_only()
     default = "outputs/demo-pretrained" if arguments.pretrained else "outputs/demo"
     run = demo.run_pretrained if arguments.pretrained else demo.run
-    return run(Path(arguments.output or default))
+    return run(Path(arguments.output or default), arguments.dataset)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -261,8 +263,14 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
         return command
 
-    command = add("demo", demonstrate, "simulate, train, measure and draw, in a few minutes and without network")
+    command = add("demo", demonstrate, "train, measure and draw, in minutes and without network")
     command.add_argument("--pretrained", action="store_true", help="heads on a pretrained autoencoder, frozen and with LoRA")
+    command.add_argument(
+        "--dataset",
+        choices=DEMO_DATASETS,
+        default=DEMO_DATASETS[0],
+        help="avatars: faces (default); quad: the paper's coloured shapes",
+    )
     command.add_argument("--output", help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
 
     for name, help in (("train", "train a head: the options of training/train.py"), ("evaluate", "measure a model")):
@@ -292,7 +300,9 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 
     command = add("check", check, "say whether a data set's contexts can identify its concepts, before training", json=True)
     command.add_argument(
-        "dataset", help="quad, ident3d, mnist (--resolution 28), an image folder, a saved data set or a Hub name"
+        "dataset",
+        help="quad, ident3d, avatars, mnist (--resolution 28), an image folder, a saved data set "
+        "or a Hub name",
     )
     command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,20 +213,38 @@ def test_sample_edit_and_concepts_commands(model, kind, tmp_path, capsys):
 @pytest.fixture
 def quick_demo(tiny, monkeypatch):
     settings = {key: value for key, value in tiny.items() if key != "output_dir"} | {"max_steps": 4, "mixed_precision": "auto"}
-    for name in ("LIGHT", "PRETRAINED", "SETTINGS"):
-        monkeypatch.setattr(demo, name, settings)
+    for name, shown in demo.DEMONSTRATIONS.items():
+        quick = settings | {"dataset": name}
+        quick = replace(shown, light=quick, pretrained=quick)
+        monkeypatch.setitem(demo.DEMONSTRATIONS, name, quick)
     monkeypatch.setattr(demo, "MEASURED_IMAGES", 16)
     monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
 
 
-def test_demo_makes_everything_it_names(quick_demo, tmp_path, capsys):
+def test_the_demo_knows_the_data_sets_of_its_option():
+    assert tuple(demo.DEMONSTRATIONS) == cli.DEMO_DATASETS
+    for name, shown in demo.DEMONSTRATIONS.items():
+        data = SIMULATED[name]
+        for settings in (shown.light, shown.pretrained):
+            assert train.TrainArguments(**settings).dataset == name
+        assert shown.edits[0] == "obs" and shown.pair in data.held_out
+        assert set(shown.edits) <= {*data.contexts, *data.held_out}
+        assert Path(train.__file__).with_name("configs").joinpath(shown.better[0]).exists()
+
+
+@pytest.mark.parametrize("dataset", cli.DEMO_DATASETS)
+def test_demo_makes_everything_it_names(quick_demo, dataset, tmp_path, capsys):
     out = tmp_path / "demo"
-    assert cli.main(["demo", "--output", str(out)]) == 0
+    argv = ["demo", "--dataset", dataset, "--output", str(out)]
+    assert cli.main(argv) == 0
     for name in ("contexts.png", "edits.png", "metrics.md", "metrics.json", "pipeline/model_index.json"):
         assert (out / name).stat().st_size > 100
     printed = capsys.readouterr().out
     assert "mean composition" in printed and "Try next" in printed
-    assert cli.main(["demo", "--output", str(out)]) == 1
+    assert f"--interventions {demo.DEMONSTRATIONS[dataset].pair} " in printed
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["contexts"]) == {*SIMULATED[dataset].contexts, *SIMULATED[dataset].held_out}
+    assert cli.main(argv) == 1
     assert "already holds something" in capsys.readouterr().err
 
 

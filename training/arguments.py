@@ -50,18 +50,35 @@ class TrainArguments:
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder of the run."})
     # Data
     dataset: str = field(
-        default="quad", metadata={"help": "`quad`, `mnist`, `ident3d`, an image folder, a saved data set or a Hub name."}
+        default="quad",
+        metadata={
+            "help": "`quad`, `mnist`, `ident3d`, `avatars`, an image folder, a saved data set or a "
+            "Hub name."
+        },
     )
     variant: str = field(default="dependent", metadata={"help": "quad, ident3d: `dependent` or `independent`."})
-    images_per_context: int = field(default=4000, metadata={"help": "Simulated data: training images of each context."})
-    validation_images: int = field(default=400, metadata={"help": "Simulated data: validation images of each context."})
+    images_per_context: int = field(
+        default=4000,
+        metadata={"help": "Simulated data and avatars: training images of each context."},
+    )
+    validation_images: int = field(
+        default=400,
+        metadata={"help": "Simulated data and avatars: validation images of each context."},
+    )
     mnist_digits: str = field(
         default=BUNDLED, metadata={"help": "mnist: `bundled` (few), a folder with its files or a saved data set, or a Hub name."}
     )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Own data: share of the images held out for validation; mnist: share of the digits."}
+        default=0.1,
+        metadata={
+            "help": "Own data: share of the images held out for validation; mnist: share of the "
+            "digits; avatars: of the persons."
+        },
     )
-    data_seed: int = field(default=0, metadata={"help": "Seed of the data (if simulated) or of the split (own data)."})
+    data_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the data (if simulated) or of the split (own data, avatars)."},
+    )
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})

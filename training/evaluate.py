@@ -313,7 +313,9 @@ def held_out_images(
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
-    quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
+    quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most
+    once in a context. avatars: two halves of the held-out persons, the same persons in every
+    context of a half, in the same order. Own data: each context's
     images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
     all, of data that training did not see.
 
@@ -379,7 +381,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = RecipeParser(description=__doc__.splitlines()[0], **options)
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
     parser.add_argument("--output", required=True, help="folder for metrics.json, metrics.md and floors.png")
-    parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
+    parser.add_argument(
+        "--dataset",
+        default="quad",
+        help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
+    )
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
     parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")

@@ -190,8 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--model", choices=["autoencoder", "unet", "dit"], default="autoencoder")
     parser.add_argument("--autoencoder", help="dit: folder of the AutoencoderKL whose latents it is to denoise")
-    parser.add_argument("--dataset", default="quad", help="quad, mnist, ident3d, an image folder, a saved data set or a Hub name")
-    parser.add_argument("--images", type=int, default=10_000, help="simulated data: number of images (default 10,000)")
+    parser.add_argument(
+        "--dataset",
+        default="quad",
+        help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=10_000,
+        help="simulated data: number of images (default 10,000); avatars has 4,000 at most",
+    )
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)")
