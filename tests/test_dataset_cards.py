@@ -1,4 +1,4 @@
-"""The cards of the simulated data sets say what the modules do."""
+"""The cards of the data sets that come with the package say what the modules do."""
 
 import re
 from importlib.resources import as_file, files
@@ -6,11 +6,16 @@ from importlib.resources import as_file, files
 import pytest
 from huggingface_hub import DatasetCard
 
-from hf_intervene.data import ident3d, mnist, quad
+from hf_intervene.data import avatars, ident3d, mnist, quad
 
 
-MODULES = {"quad": quad, "mnist": mnist, "ident3d": ident3d}
-LICENSES = {"quad": "apache-2.0", "mnist": "cc-by-sa-3.0", "ident3d": "apache-2.0"}
+MODULES = {"quad": quad, "mnist": mnist, "ident3d": ident3d, "avatars": avatars}
+LICENSES = {
+    "quad": "apache-2.0",
+    "mnist": "cc-by-sa-3.0",
+    "ident3d": "apache-2.0",
+    "avatars": "cc0-1.0",
+}
 
 
 @pytest.fixture(params=MODULES)
@@ -34,19 +39,25 @@ def test_contexts_licence_and_columns(card):
     assert data["task_categories"][0] == "unconditional-image-generation" and "hf-intervene" in data["tags"]
     images = 4000 * len(module.TRAIN_CONTEXTS)
     assert data["size_categories"] == ["10K<n<100K"] and 10_000 < images < 100_000
-    for heading in ("Columns", "Contexts", "Latents", "How it was made", "Limits", "Citation"):
+    truth = "Latents" if hasattr(module, "LATENTS") else "Attributes"
+    for heading in ("Columns", "Contexts", truth, "How it was made", "Limits", "Citation"):
         assert f"\n## {heading}\n" in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     scope = {}
     exec(code.replace("images_per_context=100", "images_per_context=2, streaming=True"), scope)
     row = next(iter(scope["data"]))
     assert list(row) == re.findall(r"^\| `(\w+)` \|", card.text.split("## Columns")[1].split("##")[0], re.MULTILINE)
+    if truth == "Attributes":
+        return
     assert f"{len(row['latents'])} float32" in card.text
     assert all(f"`{latent}`" in card.text for latent in module.LATENTS if not latent.startswith("quad"))
 
 
 def test_numbers_of_the_tables(card):
     name, card = card
+    if name == "avatars":
+        check_attributes(card.text)
+        return
     if name == "mnist":
         rows = {
             row[0].split("`")[1]: row[1:] for row in table(card.text, "## Latents", "latent | concept | from | to | otherwise")
@@ -63,3 +74,18 @@ def test_numbers_of_the_tables(card):
         assert tuple(row[0].split("`")[1] for row in rows) == ident3d.LATENTS
         ranges = [[float(re.match(r"-?[\d.]+", cell)[0]) for cell in row[1:]] for row in rows]
         assert ranges == ident3d.RANGES.tolist()
+
+
+def check_attributes(text):
+    """Rates and numbers of kinds, against what was drawn for the training images."""
+    columns = avatars.attributes_by_context()
+    natural = avatars.concepts_present(columns["obs"]).mean(0)
+    rows = table(text, "## Attributes", "concept | column | in `obs` | under an intervention")
+    assert [row[0].strip("`") for row in rows] == list(avatars.CONCEPTS)
+    for (concept, column, rate, kinds), share in zip(rows, natural):
+        drawn = columns[concept.strip("`")][column.strip("`")]
+        assert int(re.search(r"one of (\d+)", kinds)[1]) == len(set(drawn))
+        if percent := re.match(r"(\d+) %", rate):
+            assert abs(int(percent[1]) / 100 - share) < 0.01
+        else:
+            assert share == 0 and f"one of {len(set(columns['obs']['mouth']))} sad" in rate

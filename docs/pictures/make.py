@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import hf_intervene
-from hf_intervene.data import quad
+from hf_intervene.data import avatars, quad
 from hf_intervene.metrics import block_effects, total_effect_operator
 from hf_intervene.metrics.causal import head_draws, head_readout
 from hf_intervene.plots import contexts_grid, edit_strips, plot_matrices, strips, to_uint8
@@ -46,6 +46,9 @@ def main() -> None:
     edits = {"nothing changed": edited("obs")} | {name: edited(name) for name in ("quad1", "quad2", "quad4", "quad2+quad4")}
     save(edit_strips(real["obs"], edits), "edits")
     save(strips({f"quad2={s:g}": samples({"quad2": s}) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}), "strength")
+
+    faces = avatars.twins((*avatars.TRAIN_CONTEXTS, *avatars.HELD_OUT), 64)
+    save(strips({name: x[:IMAGES] for name, x in faces.items()}), "avatars")
 
     concepts = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
     eps, _ = head_draws(pipe.head, ["obs"], 4096)

@@ -88,7 +88,7 @@ def concepts_present(attributes: Attributes) -> np.ndarray:
                 f"the attributes lack {name!r}: give the columns glasses, beard, hat and mouth."
             )
     drawn = [[value is not None for value in attributes[name]] for name in CONCEPTS[:3]]
-    smiles = [mouth.startswith("happy") for mouth in attributes["mouth"]]
+    smiles = [str(mouth).startswith("happy") for mouth in attributes["mouth"]]
     return np.array([*drawn, smiles], dtype=bool).T
 
 
