@@ -155,6 +155,7 @@ def test_a_small_table_end_to_end_and_again(rows, tmp_path, capsys):
     assert reproduce.main([*argv, "--rows", *rows]) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "mnist-smoke.json").read_text())
     assert list(first["results"]) == rows and all(len(seeds) == 1 for seeds in first["results"].values())
+    assert "64 images a side" in first["notes"][0]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
     assert reproduce.main([*argv, "--rows", *rows]) == 0
     assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first

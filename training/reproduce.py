@@ -435,9 +435,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = [
         "Sliced 2-Wasserstein distances and bits per pixel, mean ± half the 95 % t-interval over "
         f"{counts} seeds; {images} images a side; independent protocol where "
-        "nothing else is said. Published: concept / composition / bits per pixel, paper's protocol and "
-        "scale.",
+        "nothing else is said."
     ]
+    if published:
+        notes[0] += " Published: concept / composition / bits per pixel, paper's protocol and scale."
     notes += kept["notes"]
     for row in (row for row in table.baselines if row in rows and row in results):
         settings = GRID[row][best_setting(jobs[row, 0].after)]
