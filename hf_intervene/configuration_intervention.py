@@ -13,6 +13,7 @@ from .hub import MAX_SIZE
 
 
 INTERVENTIONS = ("perfect", "soft")
+MECHANISMS = ("flow", "mlp")
 NORMS = ("layer", "batch", "none")
 POSTERIORS = ("whitened", "centered", "conditional", "unconditional")
 CENTERED = ("whitened", "centered")  # the means of z over the training contexts are taken out
@@ -33,9 +34,9 @@ _REFERENCE = {
 
 # Of saved configurations. It is raised when a package that knows only the former one would misread a new configuration: a field that
 # changes what is computed, other weights, another meaning. Versions before the first one that was written down count as 0.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # EARLIER[v]: what fields that a configuration of format v does not have stood for then, where that is not today's default.
-EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0},)
+EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0}, {"mechanism": "mlp"})
 
 
 @strict
@@ -46,7 +47,10 @@ class InterventionConfig(PreTrainedConfig):
         free_blocks: `f`, number of further blocks that are never intervened on, for nuisance factors. D = d + f.
         noise_width: width of each block of the exogenous noise `z`, shape (batch, D, noise_width).
         concept_width: width of each block of the concepts `c`, shape (batch, D, concept_width).
-        depth: number of (linear, norm, GELU) layers of each block's expressive MLP.
+        mechanism: how each concept comes about (see `modeling_intervention.py`): `"flow"`, invertible, with one posterior q(c | x)
+            for all contexts; or `"mlp"`, the paper's. What is said of `"mlp"` below has no effect with flows.
+        flow_depth, flow_width: couplings of each flow, and the width of their networks (see `flow.py`).
+        depth: `"mlp"`: number of (linear, norm, GELU) layers of each block's expressive MLP.
         norm: normalisation inside the expressive layers: `"layer"` (over each block's own units), `"batch"` (the paper's) or `"none"`.
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
         propagation_steps: 1: the reduced form of the paper; k > 1: the structural form, one W for all contexts, effects followed along
@@ -77,6 +81,9 @@ class InterventionConfig(PreTrainedConfig):
     free_blocks: int = 1
     noise_width: int = 32
     concept_width: int = 8
+    mechanism: str = "mlp"
+    flow_depth: int = 4
+    flow_width: int = 32
     depth: int = 2
     norm: str = "layer"
     intervention: str = "perfect"
@@ -101,6 +108,8 @@ class InterventionConfig(PreTrainedConfig):
             ("noise_width", 1, MAX_SIZE),
             ("concept_width", 1, MAX_SIZE),
             ("depth", 1, MAX_DEPTH),
+            ("flow_depth", 0, MAX_DEPTH),
+            ("flow_width", 1, MAX_SIZE),
             ("propagation_steps", 1, MAX_DEPTH),
             ("feature_width", 1, MAX_SIZE),
             ("lora_rank", 0, MAX_SIZE),
@@ -121,6 +130,7 @@ class InterventionConfig(PreTrainedConfig):
             if reference is not None:
                 _check_reference(name, reference)
         for name, choices in (
+            ("mechanism", MECHANISMS),
             ("norm", NORMS),
             ("intervention", INTERVENTIONS),
             ("posterior", POSTERIORS),
@@ -128,6 +138,11 @@ class InterventionConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}.")
+        if self.mechanism == "flow":
+            # An invertible map keeps the width, and the posterior is the same in every context.
+            self.noise_width, self.posterior = self.concept_width, "unconditional"
+            if self.intervention != "perfect" or rank is not None:
+                raise ValueError('mechanism="flow" has perfect interventions and full matrices: choose mechanism="mlp" for others.')
         super().__post_init__(**kwargs)
 
     @classmethod

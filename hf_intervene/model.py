@@ -276,9 +276,9 @@ class InterventionModel(PreTrainedModel):
         observational = self._posterior_of(features, torch.zeros_like(targets))[0] if predict_contexts else None
         if noise is None:
             noise = torch.randn_like(mean)
-        z = self._noise_of(mean + (0.5 * logvar).exp() * noise, targets)  # (B, *noise_shape)
-        embedding = self.embed(z, targets)  # (B, *embedding_shape)
-        kl = gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, self.seen(targets))  # (B,)
+        y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *noise_shape)
+        embedding = y if self.head is None else self.head.embed_draw(y, s)  # (B, *embedding_shape)
+        kl = gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, s, y)  # (B,)
         residual_kl, bottleneck_loss = torch.zeros_like(kl), None
         decoded: Any = None
         if self.base.denoises:
