@@ -41,7 +41,7 @@ class BlockLinear(nn.Module):
         return torch.baddbmm(bias, self.weight[blocks].mT, x.mT).mT  # (D, B, out)
 
 
-class ZeroBlockLinear(BlockLinear):
+class SmallBlockLinear(BlockLinear):
     """A `BlockLinear` whose outputs start out small."""
 
     def reset_parameters(self) -> None:
@@ -111,4 +111,4 @@ NORM_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-__all__ = ["NORM_LAYERS", "BlockBatchNorm", "BlockLayerNorm", "BlockLinear", "ZeroBlockLinear"]
+__all__ = ["NORM_LAYERS", "BlockBatchNorm", "BlockLayerNorm", "BlockLinear", "SmallBlockLinear"]

@@ -139,8 +139,8 @@ class InterventionConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}.")
         if self.mechanism == "flow":
-            # An invertible map keeps the width, and the posterior is the same in every context.
-            self.noise_width, self.posterior = self.concept_width, "unconditional"
+            # An invertible map keeps the width; one entry more says whether a concept is there by itself.
+            self.noise_width, self.posterior = self.concept_width + 1, "unconditional"
             if self.intervention != "perfect" or rank is not None:
                 raise ValueError('mechanism="flow" has perfect interventions and full matrices: choose mechanism="mlp" for others.')
         super().__post_init__(**kwargs)

@@ -5,7 +5,6 @@
 Sampling enters at z; editing enters at the image and leaves at the image.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from .contexts import Interventions, parse_choices, parse_interventions
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
-from .sample_matching import NOT_FOR_DENOISERS, energy_distance
 from .saving import from_pretrained, save_pretrained
 from .values import Values, model_values
 
@@ -45,20 +43,16 @@ class InterventionModelOutput(ModelOutput):
     """
     Args:
         loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl; for a base with residual latents, of
-            reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl; with `samples`, and of
-            sample_weight * sample_distance for each value of an image.
+            reconstruction_loss + bottleneck_loss + beta * kl + residual_weight * residual_kl.
         reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a base with residual latents; for a
             denoiser its squared error at one time, summed over the entries of x.
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
-        posterior_mean: mean of q(z | x, s), shape (B, *noise_shape); of y where the head whitens its posterior (see `posterior.py`).
+        posterior_mean: mean of what `InterventionHead.posterior` is of: c for a head with flows, otherwise z, shape (B, *noise_shape).
         posterior_logvar: log-variance, likewise.
-        observational_mean: what `posterior_mean` would be if all images were observational; only with `predict_contexts=True`.
-        exogenous_noise: z, the draw that was decoded, shape (B, *noise_shape).
+        draw: that of it which was decoded, likewise; for a head with flows the concepts c, (B, D, concept_width).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
-        sample_distance: scalar, the energy distance of samples to images, less its constant term (see `sample_matching.py`); only with
-            `samples`.
     """
 
     loss: torch.Tensor | None = None
@@ -68,10 +62,8 @@ class InterventionModelOutput(ModelOutput):
     bottleneck_loss: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
-    observational_mean: torch.Tensor | None = None
-    exogenous_noise: torch.Tensor | None = None
+    draw: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
-    sample_distance: torch.Tensor | None = None
 
 
 class InterventionModel(PreTrainedModel):
@@ -107,7 +99,7 @@ class InterventionModel(PreTrainedModel):
                     f"the ablation {config.ablation!r} has no head, and a denoiser has no code z of its own to do without."
                 )
             self.head, self.base.under_head = None, False
-            self.noise_shape = tuple(self.base.embedding_shape)
+            self.noise_shape = self.draw_shape = tuple(self.base.embedding_shape)
         else:
             for name in ("feature_width", "embedding_shape"):
                 expected, found = plain(getattr(self.base, name)), plain(getattr(config, name))
@@ -118,6 +110,7 @@ class InterventionModel(PreTrainedModel):
                     )
             self.head = InterventionHead(config) if head is None else head
             self.noise_shape = (config.num_blocks, config.noise_width)
+            self.draw_shape = (config.num_blocks, self.head.draw_width)
             self.base.freeze_unused()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_scale_factor=1)
 
@@ -210,9 +203,9 @@ class InterventionModel(PreTrainedModel):
 
     def posterior_draws(self, num_images: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Draws for the posterior of images, as keyword arguments of `forward`, on the CPU: standard normal `noise`,
-        (num_images, *noise_shape), and, for a base with residual latents or a denoiser, `residual_noise`,
+        (num_images, *draw_shape), and, for a base with residual latents or a denoiser, `residual_noise`,
         (num_images, *residual_shape); for a denoiser `time` too, uniform in [0, 1), (num_images,)."""
-        shapes = {"noise": self.noise_shape}
+        shapes = {"noise": self.draw_shape}
         if self.base.residual_shape is not None:
             shapes["residual_noise"] = self.base.residual_shape
         draws = {name: torch.randn(num_images, *shape, generator=generator) for name, shape in shapes.items()}
@@ -232,9 +225,6 @@ class InterventionModel(PreTrainedModel):
         residual_noise: torch.Tensor | None = None,
         time: torch.Tensor | None = None,
         prepared: dict[str, torch.Tensor] | None = None,
-        samples: dict[str, torch.Tensor] | None = None,
-        sample_weight: float | torch.Tensor = 1.0,
-        predict_contexts: bool = False,
         return_reconstruction: bool = False,
         return_dict: bool | None = None,
     ) -> InterventionModelOutput | tuple:
@@ -245,15 +235,12 @@ class InterventionModel(PreTrainedModel):
             pixel_values: images, (B, C, H, W), in [0, 1]; `None` with `prepared`.
             targets: (B, D), entries in [0, 1].
             beta: weight of the KL; as a scalar tensor, a compiled model takes another one without being compiled again.
-            noise: standard normal draws for the posterior sample, (B, *noise_shape); `None` draws them.
+            noise: standard normal draws for the posterior sample, (B, *draw_shape); `None` draws them.
             residual_weight: weight of the term of the residual latents.
             residual_noise: standard normal draws for theirs, or the noise that a denoiser is to tell from the image,
                 (B, *residual_shape); `None` draws them.
             time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
             prepared: for a denoiser, what its `prepare` made of the images.
-            samples: for sample matching, the arguments of `sample_distance`; not for a denoiser.
-            sample_weight: weight of that term, in nats for each value of an image.
-            predict_contexts: whether to return what `context_prediction.py` reads contexts from.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
         found = None if pixel_values is None else tuple(pixel_values.shape)
@@ -273,7 +260,6 @@ class InterventionModel(PreTrainedModel):
         else:
             features, latents, log_q = self.base.encode_latents(x, rho)
         mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
-        observational = self._posterior_of(features, torch.zeros_like(targets))[0] if predict_contexts else None
         if noise is None:
             noise = torch.randn_like(mean)
         y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *noise_shape)
@@ -293,46 +279,18 @@ class InterventionModel(PreTrainedModel):
             reconstruction_loss = self.base.residual_reconstruction_loss(decoded, x)  # (B,)
             residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
             loss = loss + reconstruction_loss + residual_weight * residual_kl
-        loss, distance = loss.mean(), None
-        if samples is not None:
-            distance = self.sample_distance(**samples)
-            loss = loss + sample_weight * math.prod(self.base.image_shape) * distance
         output = InterventionModelOutput(
-            loss=loss,
+            loss=loss.mean(),
             reconstruction_loss=reconstruction_loss,
             kl=kl,
             residual_kl=residual_kl,
             bottleneck_loss=bottleneck_loss,
             posterior_mean=mean,
             posterior_logvar=logvar,
-            observational_mean=observational,
-            exogenous_noise=z,
+            draw=y,
             reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
-            sample_distance=distance,
         )
         return output if return_dict is not False else output.to_tuple()
-
-    def sample_distance(
-        self, noise: torch.Tensor, targets: torch.Tensor, images: torch.Tensor, residual_noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Mean energy distance of G groups of samples to images of their contexts, less its constant term: a scalar (see
-        `sample_matching.py`).
-
-        Args:
-            noise: standard normal draws, (G n, *noise_shape): n samples of a group follow each other.
-            targets: of the groups, (G, D).
-            images: in [0, 1], (G m, C, H, W): m for each group.
-            residual_noise: for a base with residual latents, standard normal draws, (G n, *residual_shape).
-
-        Raises:
-            ValueError: the base is a denoiser, whose samples take many steps.
-        """
-        if self.base.denoises:
-            raise ValueError(NOT_FOR_DENOISERS)
-        groups = len(targets)
-        s = targets.repeat_interleave(len(noise) // groups, dim=0)
-        drawn = self.base.to_pixels(self.decode(noise, s, residual_noise))  # (G n, C, H, W)
-        return energy_distance(drawn.unflatten(0, (groups, -1)), images.unflatten(0, (groups, -1))).mean()
 
     # What a user asks for
 
@@ -522,7 +480,7 @@ class InterventionModel(PreTrainedModel):
         else:
             features, latents, _ = self.base.encode_latents(pixel_values, noise(self.base.residual_shape))
         mean, logvar = self._posterior_of(features, targets)
-        z = self._noise_of(mean.float() + (0.5 * logvar.float()).exp() * noise(self.noise_shape), targets)
+        z = self._noise_of(mean.float() + (0.5 * logvar.float()).exp() * noise(self.draw_shape), targets)
         if self.base.residual_shape is None:
             return z, None
         return z, self.base.residual_noise(latents, self.embed(z, targets), **denoising)

@@ -7,7 +7,7 @@ Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width
 
 There are two kinds of heads (`InterventionConfig.mechanism`):
 
-    "flow"   the mechanisms are invertible (`flow.py`) and n = w. The encoder gives one posterior q(c | x), which knows no
+    "flow"   the mechanisms are invertible (`flow.py`) and n = w + 1. The encoder gives one posterior q(c | x), which knows no
              context, and KL(q(c | x) || p(c | s)) is what the objective has. Contexts differ in p(c | s) alone.
     "mlp"    the paper's: the encoder gives q(z | x, s), and the KL is to N(0, I).
 """
@@ -79,7 +79,7 @@ class InterventionHead(PreTrainedModel):
             self.intervention = InterventionLayer(*layer) if rank is None else LowRankInterventionLayer(*layer, rank)
         self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
 
-        posterior_width = 2 * blocks * noise_width  # mean and log-variance
+        posterior_width = 2 * blocks * self.draw_width  # mean and log-variance
         if config.posterior == "unconditional":
             self.encoder_readout: nn.Module = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
         else:
@@ -167,6 +167,11 @@ class InterventionHead(PreTrainedModel):
     def is_flow(self) -> bool:
         return self.config.mechanism == "flow"
 
+    @property
+    def draw_width(self) -> int:
+        """Width of a block of what the posterior is of: w for c, n for z."""
+        return self.config.concept_width if self.is_flow else self.config.noise_width
+
     def log_density(self, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p(c | s) of a head with flows, in nats, (B,), float32 (see `flow.py`):
 
@@ -177,25 +182,27 @@ class InterventionHead(PreTrainedModel):
             targets: (B, D).
         """
         with torch.autocast(c.device.type, enabled=False):
-            c, s = c.float(), targets.float()
+            c, s = c.to(self.dtype), targets.to(self.dtype)
             eps = self.intervention.noise(c, s[..., None])  # (B, D, w)
             of_blocks = self.flow.log_density(eps.transpose(0, 1), s.T[..., None])  # (D, B)
-            return of_blocks.sum(0) + self.intervention.log_det(s)
+            return (of_blocks.sum(0) + self.intervention.log_det(s)).float()
 
     def context_log_densities(self, c: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
 
-        Contexts differ in what was intervened on only, so each block is computed twice and not once for each context.
+        Contexts differ in what was intervened on only, so each block is computed once for each of its states and not
+        once for each context.
 
         Args:
             c: (B, D, w).
             contexts: their targets, (contexts, D), 0 or 1.
         """
         with torch.autocast(c.device.type, enabled=False):
-            c, s, d = c.float(), contexts.float(), len(self.config.concepts)
-            obs = self.flow.log_density(self.intervention.noise(c, torch.zeros_like(c[..., :1])).transpose(0, 1), 0.0)
+            c, s, d = c.to(self.dtype), contexts.to(self.dtype), len(self.config.concepts)
+            eps = self.intervention.noise(c, torch.zeros_like(c[..., :1]))
+            obs = self.flow.log_density(eps.transpose(0, 1), 0.0)  # (D, B)
             change = self.flow.log_density(c[:, :d].transpose(0, 1), 1.0) - obs[:d]  # (d, B)
-            return obs.sum(0)[:, None] + change.T @ s[:, :d].T + self.intervention.log_det(s)
+            return (obs.sum(0)[:, None] + change.T @ s[:, :d].T + self.intervention.log_det(s)).float()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of what the encoder says, float32, each (B, D, noise_width): of q(c | x) for a head with flows,
@@ -210,8 +217,8 @@ class InterventionHead(PreTrainedModel):
         features = features.to(self.dtype)  # the base may be in another precision
         if self.config.posterior != "unconditional":
             features = torch.cat([features, s.to(features.dtype)], dim=1)
-        moments = self.encoder_readout(features).float()  # (B, 2 D n): the KL wants float32
-        mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.config.noise_width)).unbind(1)
+        moments = self.encoder_readout(features).float()  # (B, 2 D n) or (B, 2 D w): the KL wants float32
+        mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.draw_width)).unbind(1)
         if self.config.posterior in CENTERED:
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
             weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).float()  # (B, 1 + d)
@@ -228,7 +235,7 @@ class InterventionHead(PreTrainedModel):
         if self.is_flow:
             c, s = y.to(self.dtype), targets.to(self.dtype)[..., None]
             eps = self.intervention.noise(c, s).transpose(0, 1)
-            return self.flow.inverse(eps, s.transpose(0, 1))[0].transpose(0, 1)
+            return self.flow.inverse(eps, s.transpose(0, 1)).transpose(0, 1)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -254,23 +261,25 @@ class InterventionHead(PreTrainedModel):
     def marginals(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of each entry of z, of what `posterior` returned; all (B, D, noise_width).
 
-        With flows z of the posterior's mean, and its variances to first order (the map of each entry, the others fixed).
+        With flows z of the posterior's mean, and the variance around it by a few draws.
         """
         if self.is_flow:
-            step = 1e-2
-            z = self.whiten(mean, targets)
-            std = (0.5 * logvar).exp()
-            # One direction for all entries at once would mix them; the blocks' own entries matter most, and they are few.
-            moved = [
-                self.whiten(mean + step * std * unit, targets)
-                for unit in torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-            ]
-            variance = sum(((other - z) / step).square() for other in moved)
-            return z, variance.clamp(min=1e-12).log()
+            return self._noise_marginals(mean, logvar, targets)
         if self.whitening is None:
             return mean, logvar
         weights = self._mixture(targets)
         return self.whitening(mean, weights), self.whitening.variance(logvar.exp(), weights).log()
+
+    def _noise_marginals(
+        self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, draws: int = 16
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of z with flows: z of the mean of c, and the variance of z around it over draws with a fixed seed."""
+        z = self.whiten(mean, targets)
+        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean.device)
+        std, squares = (0.5 * logvar).exp(), torch.zeros_like(z)
+        for n in noise:
+            squares = squares + (self.whiten(mean + std * n, targets) - z).square()
+        return z, (squares / draws).clamp(min=1e-12).log()
 
     def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
         return mixture(targets[:, : len(self.config.concepts)])

@@ -117,13 +117,13 @@ class ExactInterventionLayer(InterventionLayer):
         if values is not None and chosen is not None:  # a chosen value depends on nothing: do(c_j = v)
             eps, s = torch.where(chosen, values.to(eps.dtype), eps), torch.where(chosen, 1.0, s)
         contexts, which = unique_rows(s[..., 0])
-        solved = torch.linalg.inv(self.matrix(contexts).float())[which]  # (B, D w, D w)
-        return (solved @ eps.flatten(1).float()[..., None])[..., 0].view_as(eps).to(eps.dtype)
+        solved = torch.linalg.inv(self.matrix(contexts))[which]  # (B, D w, D w)
+        return (solved @ eps.flatten(1)[..., None])[..., 0].view_as(eps).to(eps.dtype)
 
     def log_det(self, s: torch.Tensor) -> torch.Tensor:
         """log |det(I - S W)| of each row of s, (B, D), in nats: (B,), float32."""
         contexts, which = unique_rows(s)
-        return torch.linalg.slogdet(self.matrix(contexts).float()).logabsdet[which]
+        return torch.linalg.slogdet(self.matrix(contexts)).logabsdet[which]
 
     def matrix(self, s: torch.Tensor) -> torch.Tensor:
         """I - S W of each row of s, (B, D): (B, D w, D w)."""

@@ -19,7 +19,6 @@ from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
-from hf_intervene.posterior import fits
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
@@ -91,6 +90,9 @@ class TrainArguments:
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
     hidden_width: int = field(default=128, metadata={"help": "Width of the base's features."})
     latent_width: int = field(default=128, metadata={"help": "Width of the head's embedding (light VAE, denoiser)."})
+    likelihood: str = field(
+        default="gaussian", metadata={"help": "Light VAE: `gaussian`, with a learnt variance, or `bernoulli`, the paper's."}
+    )
     base_norm: str = field(default="group", metadata={"help": "Norm of a new base: `group`, `batch` or `none`."})
     image_encoder: str | None = field(
         default=None, metadata={"help": "Denoiser: folder or Hub name of the frozen vision model to read z from."}
@@ -100,41 +102,34 @@ class TrainArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the base."})
     residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})
     # Head: fields of InterventionConfig
-    free_blocks: int = field(default=1)
-    noise_width: int = field(default=32)
-    concept_width: int = field(default=8)
+    mechanism: str = field(
+        default="flow", metadata={"help": "`flow`: invertible, one posterior for all contexts; `mlp`: the paper's head."}
+    )
+    free_blocks: int = field(default=2)
+    concept_width: int = field(default=16)
+    flow_depth: int = field(default=4, metadata={"help": "Mechanism `flow`: couplings of each concept."})
+    flow_width: int = field(default=32, metadata={"help": "Mechanism `flow`: width of their networks."})
+    noise_width: int = field(default=32, metadata={"help": "Mechanism `mlp`, as the settings up to `posterior`."})
     depth: int = field(default=2)
     norm: str = field(default="layer")
     intervention: str = field(default="perfect")
     propagation_steps: int = field(default=3)
     intervention_rank: int | None = field(default=None, metadata={"help": "Of the weights among many concepts; default: full."})
-    posterior: str | None = field(default=None, metadata={"help": "Default: whitened, of many concepts centered."})
+    posterior: str = field(default="centered", metadata={"help": "`centered`, `conditional` or `unconditional`."})
     initial_posterior_std: float = field(default=0.25, metadata={"help": "Of q(z | x, s) before training; 1: that of the prior."})
     # Objective and regime
     regime: str = field(default="end-to-end", metadata={"help": ", ".join(REGIMES)})
     lora_rank: int = field(default=8, metadata={"help": "regime `lora`: rank of the layers on the base."})
     ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
-    beta: float = field(default=4.0, metadata={"help": "Weight of the KL."})
-    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps over which beta rises from 0."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the KL."})
+    beta_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
-    moment_matching: float = field(
-        default=10.0,
-        metadata={"help": "Weight of the penalty of hf_intervene/moments.py; much more than a few times beta is unstable."},
-    )
-    prior_matching: float = field(default=1.0, metadata={"help": "That of hf_intervene/prior_matching.py, in multiples of beta."})
-    sample_matching: float = field(
-        default=0.0, metadata={"help": "That of hf_intervene/sample_matching.py, in nats for each value of an image."}
-    )
     context_prediction: float = field(
-        default=0.0, metadata={"help": "That of hf_intervene/context_prediction.py, in nats for each value of an image."}
+        default=300.0, metadata={"help": "Weight of hf_intervene/terms/context_prediction.py, mechanism `flow`."}
     )
-    moment_warmup: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the steps over which moment and prior matching rise from 0 and context prediction falls to 0; then "
-            "samples are matched."
-        },
+    edit_consistency: float = field(
+        default=0.3, metadata={"help": "That of hf_intervene/terms/edit_consistency.py, mechanism `flow`; not for denoisers."}
     )
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
@@ -192,16 +187,14 @@ class TrainArguments:
                 f"compile_mode {self.compile_mode} replays CUDA graphs, whose gradients do not last from one micro-batch to the next: leave "
                 "gradient_accumulation_steps at 1, or choose the compile_mode default."
             )
-        for name in ("beta_warmup", "moment_warmup", "final_learning_rate"):
+        for name in ("beta_warmup", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
         for name in (
             "beta",
             "residual_weight",
-            "moment_matching",
-            "prior_matching",
-            "sample_matching",
             "context_prediction",
+            "edit_consistency",
             "group_lasso",
             "l2",
             "weight_decay",
@@ -227,16 +220,11 @@ class TrainArguments:
         """Optimiser steps of a run over so many training images."""
         return self.max_steps or max(1, round(self.epochs * images / self.batch_size))
 
-    def head_options(self, concepts: int) -> dict:
-        """Those settings that are fields of `InterventionConfig`, for so many concepts."""
-        names = ("free_blocks", "noise_width", "concept_width", "depth", "norm", "intervention", "propagation_steps", "posterior")
-        names += ("intervention_rank", "initial_posterior_std")
-        options = {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
-        if self.posterior is None:
-            options["posterior"] = (
-                "whitened" if fits(1 + concepts, (concepts + self.free_blocks) * self.noise_width) else "centered"
-            )
-        return options
+    def head_options(self) -> dict:
+        """Those settings that are fields of `InterventionConfig`."""
+        names = ("mechanism", "free_blocks", "concept_width", "flow_depth", "flow_width", "noise_width", "depth", "norm")
+        names += ("intervention", "propagation_steps", "intervention_rank", "posterior", "initial_posterior_std")
+        return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.

@@ -15,8 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from hf_intervene.data import ContextImages, ContextSchedule, shard
-from hf_intervene.model import InterventionModel
-from hf_intervene.sample_matching import EVERY, GROUP, IMAGES, NOT_FOR_DENOISERS
+from hf_intervene.objective import Objective
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.validation import step_generator, to_unit
@@ -64,35 +63,29 @@ class Feed:
     """The batches of a run, one after the other.
 
     Args:
-        model: the model, whose noise is drawn.
+        objective: whose random numbers are drawn.
         data: the training images.
         prepared: what a denoiser's frozen parts made of them, if there is one.
         schedule: which of them a step trains on.
         arguments: the settings.
         accelerator: its processes share every batch.
-
-    Raises:
-        ValueError: one sentence: sample matching with a denoiser, or with micro-batches that do not hold whole groups.
     """
 
     def __init__(
         self,
-        model: InterventionModel,
+        objective: Objective,
         data: ContextImages,
         prepared: PreparedImages | None,
         schedule: ContextSchedule,
         arguments: TrainArguments,
         accelerator: Accelerator | PartialState,
     ):
-        self.model, self.data, self.prepared, self.schedule = model, data, prepared, schedule
+        self.objective, self.data, self.prepared, self.schedule = objective, data, prepared, schedule
         self.seed, self.batch_size = arguments.seed, arguments.batch_size
         self.accumulation = arguments.gradient_accumulation_steps
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.micro_batch = self.batch_size // self.world // self.accumulation  # images
-        self.targets = data.targets(model.config.free_blocks).to(self.device)  # (contexts, D)
-        self.groups = 0  # of samples for sample matching, in a global batch, from some step on
-        if arguments.sample_matching and model.head is not None:
-            self._match_samples(arguments)
+        self.targets = data.targets(objective.model.config.free_blocks).to(self.device)  # (contexts, D)
         self.pins = self.device.type == "cuda"
         self.at_hand = prepared is None and not data.mapped and data.stored.device.type == self.device.type
         # With the images in the memory of the device there is nothing to fetch ahead; and with losses still to come, nothing that could be.
@@ -100,21 +93,6 @@ class Feed:
         self._ahead: tuple[int, Future] | None = None
         self._state: dict | None = None  # of the schedule, before it drew ahead
         self._losses: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
-
-    def _match_samples(self, a: TrainArguments) -> None:
-        parts = self.world * self.accumulation
-        if self.model.base.denoises:
-            raise ValueError(NOT_FOR_DENOISERS)
-        if self.batch_size % (parts * EVERY):
-            raise ValueError(
-                f"sample_matching draws samples for every {EVERY} images of a micro-batch: batch_size must be a multiple of "
-                f"{parts * EVERY}, not {self.batch_size}."
-            )
-        self.groups, self.match_from = self.batch_size // EVERY, a.moment_warmup * a.total_steps(len(self.data))
-        # The images of each context, one context after the other.
-        self.by_context = self.data.context_ids.argsort(stable=True)
-        self.images_of = self.data.context_ids.bincount(minlength=len(self.data.contexts))
-        self.first_of = self.images_of.cumsum(0) - self.images_of
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; steps come in order."""
@@ -143,19 +121,9 @@ class Feed:
         """What of a batch is on the host, of this process's samples; the contexts of all."""
         rows = shard(indices, self.rank, self.world)
         generator = step_generator(self.seed, step)
-        noise = self.model.posterior_draws(self.batch_size, generator)
-        ids = self.data.context_ids[indices]
-        matched = self.groups and step >= self.match_from
-        if matched:
-            noise |= {
-                f"samples.{name}": value for name, value in self.model.posterior_draws(self.groups * GROUP, generator).items()
-            }
-            of = ids[::EVERY, None]  # their contexts, (groups, 1)
-            places = self.first_of[of] + (torch.rand(self.groups, IMAGES, generator=generator) * self.images_of[of]).long()
-            noise |= {"samples.ids": of[:, 0], "samples.rows": self.by_context[places.flatten()]}
-        host = {"indices": indices, "ids": ids} | {n: shard(v, self.rank, self.world) for n, v in noise.items()}
-        if matched and not self.at_hand:
-            host["samples.images"] = self.data.images(host.pop("samples.rows"))
+        draws = self.objective.draws(self.batch_size, generator)
+        host = {"indices": indices, "ids": self.data.context_ids[indices]}
+        host |= {name: shard(value, self.rank, self.world) for name, value in draws.items()}
         if self.prepared is not None:
             host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
         elif self.at_hand:
@@ -166,16 +134,10 @@ class Feed:
 
     def _inputs(self, own: dict[str, torch.Tensor], number: int) -> dict:
         part = {name: value.chunk(self.accumulation)[number] for name, value in own.items()}
-        inputs: dict = {}
-        if "samples.ids" in part:
-            samples = _taken(part, "samples.")
-            samples["targets"] = self.targets[samples.pop("ids")]
-            images = self.data.images(samples.pop("rows")) if "rows" in samples else samples["images"]
-            inputs["samples"] = samples | {"images": to_unit(images)}
         if self.prepared is not None:
-            return inputs | {"pixel_values": None, "prepared": _taken(part, "prepared.")} | part
+            return {"pixel_values": None, "prepared": _taken(part, "prepared.")} | part
         images = self.data.images(part.pop("rows")) if "rows" in part else part.pop("images")
-        return inputs | {"pixel_values": to_unit(images)} | part
+        return {"pixel_values": to_unit(images)} | part
 
     def learn(self, losses: torch.Tensor) -> None:
         """Tell the schedule the losses (B,) of the global batch at hand, if it asks for them; it hears of them `DELAY` steps later."""

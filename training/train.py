@@ -29,7 +29,8 @@ from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
-from hf_intervene.training.aggregate import AggregatePosteriors
+from hf_intervene.objective import Objective
+from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLasso
 from hf_intervene.training.arguments import (
     RUNNING,
     SETTINGS_VERSION,
@@ -132,6 +133,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             hidden_width=a.hidden_width,
             latent_width=a.latent_width,
             norm=a.base_norm,
+            likelihood=a.likelihood,
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
@@ -139,7 +141,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation
-    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options(len(data.concepts)))
+    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options())
     if a.regime == "lora":
         add_lora(model.base.model, a.lora_rank)
     if a.gradient_checkpointing:
@@ -148,6 +150,21 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         except ValueError as error:
             raise ValueError(f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out.") from error
     return model
+
+
+def build_objective(arguments: TrainArguments, model: InterventionModel, data: ContextImages) -> Objective:
+    """The ELBO of the model, and the terms that the settings ask for."""
+    a, head = arguments, model.head
+    if head is None:
+        return Objective(model)
+    terms = [GroupLasso(a.group_lasso), L2(a.l2)]
+    if head.is_flow:
+        contexts = model.seen(data.targets(model.config.free_blocks)).unique(dim=0)
+        if len(contexts) > 1:
+            terms.append(ContextPrediction(a.context_prediction, contexts))
+            if not model.base.denoises:  # its images take many steps
+                terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
+    return Objective(model, terms).to(model.device)
 
 
 def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
@@ -229,7 +246,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     else:
         data, validation = kept_at_hand(data, validation, accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
-    feed = Feed(model, data, prepared, schedule, a, accelerator)
+    objective = build_objective(a, model, data)
+    feed = Feed(objective, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
     total = a.total_steps(len(data))
     eval_every = a.eval_every or per_epoch
@@ -251,8 +269,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if ema is not None:
         ema.to(accelerator.device)
 
-    posteriors = None if model.head is None else AggregatePosteriors(model, data, a, accelerator)
-
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
     restored = _resume(a, out)
@@ -270,8 +286,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             if ema is not None:
                 ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
                 ema.optimization_step = step
-            if posteriors is not None:
-                posteriors.load_state_dict(tensors.get("moments", {}))
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
             raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
@@ -286,10 +300,10 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
     def wrapped(frozen: bool):
-        """The model as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
+        """The objective as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
-        module = torch.compile(model, mode=a.compile_mode) if a.compile else model
+        module = torch.compile(objective, mode=a.compile_mode) if a.compile else objective
         return weights.prepared(module, optimizer)
 
     def save(kind: str) -> Path | None:
@@ -307,8 +321,6 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
         tensors = {name: weights.full(values) for name, values in tensors.items()}
-        if posteriors is not None and (state_of_moments := posteriors.state_dict()):
-            tensors["moments"] = state_of_moments
         if not accelerator.is_main_process:
             return None
         if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
@@ -338,6 +350,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     frozen = step < frozen_steps
     runner = wrapped(frozen)
+    centred = model.head is not None and model.config.posterior == "centered"
     sums, unlogged = torch.zeros(len(TERMS), device=accelerator.device), 0
     bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
     recent = []  # steps since that was looked at: number, rows of the global batch, losses of this process's share
@@ -355,28 +368,21 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
-            matched = ramp(step, a.moment_warmup * total)
-            predicting = posteriors is not None and posteriors.prediction is not None and matched < 1
+            weights_of = {name: torch.full_like(beta, w) for name, w in objective.weights(step / total).items() if w}
             seen = []
             for rows, inputs in zip(batch.parts, batch.inputs):
-                s, ids = batch.targets[rows], batch.ids[rows]  # (b, D), (b,)
                 last = len(seen) + 1 == a.gradient_accumulation_steps
                 with weights.accumulating(runner, not last):
                     with accelerator.autocast():
                         output = runner(
-                            targets=s,
+                            targets=batch.targets[rows],
+                            weights=weights_of,
                             beta=beta,
                             residual_weight=a.residual_weight,
-                            sample_weight=a.sample_matching,
-                            predict_contexts=predicting,
                             **inputs,
                         )
                     # Outside: under autocast a backward pass would be in half precision where the forward pass was not, too.
                     loss = output.loss
-                    if posteriors is not None:
-                        loss = loss + posteriors.penalty(output, s, ids, matched)
-                    if last and model.head is not None and (a.group_lasso or a.l2):
-                        loss = loss + a.gradient_accumulation_steps * model.head.penalty(a.group_lasso, a.l2)
                     accelerator.backward(loss / a.gradient_accumulation_steps)
                 seen.append(packed(output))
             weights.step(optimizer, parameters, a.max_grad_norm)
@@ -387,12 +393,10 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             elbo = own[:, : len(TERMS)].sum(1)
             bad_step = torch.where(torch.isfinite(elbo).all(), bad_step, bad_step.clamp(max=step))
             sums += own[:, : len(TERMS)].sum(0)  # on the device: fetched when logged
-            if model.head is not None or a.schedule == "adaptive":
-                whole_batch = accelerator.gather(own) if world > 1 else own
-                terms, mean, logvar, observational = unpacked(whole_batch, model.noise_shape)
-                if posteriors is not None:
-                    pace = learning_rate_factor(a, step, total)
-                    posteriors.follow(mean, logvar, observational, batch.targets, batch.ids, step, pace)
+            if centred or a.schedule == "adaptive":
+                terms, mean = unpacked(accelerator.gather(own) if world > 1 else own)
+                if centred:
+                    model.head.center_posterior(mean.unflatten(1, model.noise_shape), model.seen(batch.targets))
                 feed.learn(terms.sum(1))
             recent.append((step, batch.indices, elbo))
             unlogged += 1
@@ -424,7 +428,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                 if finished and silent and accelerator.is_main_process:
                     logger.warning(
                         "z carries %.2f nats of an image, next to nothing, and what interventions do rests on it: train for longer, or "
-                        "lower beta or moment_matching.",
+                        "lower beta.",
                         means[1].item(),
                     )
             if step % eval_every == 0 or finished:
@@ -491,22 +495,15 @@ def _check_same(now: dict, before: dict, path: Path) -> None:
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
-    """What the step needs of a batch after its backward pass, float32 (b, terms + 2 or 3 * noise entries): processes exchange it in one go."""
+    """What the step needs of a batch after its backward pass, float32 (b, terms + entries of the posterior's mean): processes
+    exchange it in one go."""
     terms = torch.stack([output[term] for term in TERMS], dim=1)  # (b, 3)
-    values = [terms, output.posterior_mean, output.posterior_logvar]
-    if output.observational_mean is not None:
-        values.append(output.observational_mean)
-    return torch.cat([value.detach().flatten(1).float() for value in values], dim=1)
+    return torch.cat([terms, output.posterior_mean.flatten(1)], dim=1).detach().float()
 
 
-def unpacked(
-    values: torch.Tensor, noise_shape: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Terms of the loss (B, 3), posterior means, log-variances and, if they were asked for, observational means, (B, *noise_shape), of what
-    `packed` returned."""
-    terms, entries = values[:, : len(TERMS)], values[:, len(TERMS) :]
-    mean, logvar, *observational = entries.unflatten(1, (-1, *noise_shape)).unbind(1)
-    return terms, mean, logvar, observational[0] if observational else None
+def unpacked(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms of the loss, (B, 3), and means of the posterior, (B, entries), of what `packed` returned."""
+    return values[:, : len(TERMS)], values[:, len(TERMS) :]
 
 
 def ramp(step: int, steps: float) -> float:

@@ -124,7 +124,7 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
     model.eval()
     held_out = SIMULATED[a.dataset].held_out if a.dataset in SIMULATED and len(data.contexts) > 1 else ()
     contexts = [*data.contexts, *held_out]
-    noise = step_noise(model, a.seed, 0, 8)["noise"].to(accelerator.device)
+    noise = torch.randn(8, *model.noise_shape, generator=step_generator(a.seed, 0)).to(accelerator.device)
 
     def samples(context: str) -> list:
         generator = torch.Generator().manual_seed(a.seed)

@@ -26,7 +26,7 @@ from torch import nn
 
 from .base import Base, register_base
 from .frozen import LeanConvolutions
-from .light_vae import LightVAE
+from .light_vae import LightVAE, gaussian_loss
 from .residual import ResidualPrior
 
 
@@ -166,15 +166,10 @@ class AutoencoderBase(Base):
         return LeanConvolutions() if frozen else nullcontext()
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._gaussian(decoded, pixel_values, self.adapter.log_variance)
+        return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.log_variance)
 
     def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._gaussian(decoded, pixel_values, self.adapter.residual_log_variance)
-
-    def _gaussian(self, decoded: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-        log_variance = log_variance.float()
-        squares = (self._unit(decoded) - pixel_values.float()).square().flatten(1)
-        return 0.5 * (squares / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(1)
+        return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.residual_log_variance)
 
     def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
         return self._unit(decoded).clamp(0, 1)

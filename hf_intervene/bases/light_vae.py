@@ -3,9 +3,14 @@
     pixels (B, C, S, S) --strided convolutions--> (B, 256, S/16, S/16) --linear--> features (B, hidden_width)
     latent (B, latent_width, 1, 1) --linear, GELU, linear--> (B, 256, S/16, S/16) --transposed convolutions--> logits (B, C, S, S)
 
-Pixels are Bernoulli: the reconstruction term is the binary cross-entropy, in nats.
+The reconstruction term, in nats, is that of pixels x in [0, 1] with the mean m, the sigmoid of the logits:
+
+    Bernoulli (the paper's):   -x log m - (1 - x) log(1 - m), the binary cross-entropy;
+    Gaussian:                  (x - m)^2 / (2 v) + log(2 pi v) / 2, one variance v for all pixels, learnt (Rybkin et al.,
+                               arXiv:2006.13202). A small v gives small and faint concepts their weight.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,6 +21,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .base import Base, register_base
+
+
+LIKELIHOODS = ("bernoulli", "gaussian")
 
 
 class LightVAE(ModelMixin, ConfigMixin):
@@ -30,6 +38,10 @@ class LightVAE(ModelMixin, ConfigMixin):
         latent_width: width of the latent, shape (B, latent_width, 1, 1).
         norm: `"group"`, `"batch"` (the paper's) or `"none"`. Batch norm's running statistics are gathered on posterior samples and do
             not fit samples from the prior; see `InterventionModel.reestimate_batch_norm`.
+        likelihood: `"bernoulli"` or `"gaussian"` (see the module docstring).
+
+    Raises:
+        ValueError: one sentence: a size that cannot be halved so often, an unknown norm or likelihood.
     """
 
     @register_to_config
@@ -41,8 +53,11 @@ class LightVAE(ModelMixin, ConfigMixin):
         hidden_width: int = 128,
         latent_width: int = 128,
         norm: str = "group",
+        likelihood: str = "bernoulli",
     ):
         super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
         if sample_size >> len(block_out_channels) < 1:
             raise ValueError(
                 f"images of {sample_size} pixels cannot be halved {len(block_out_channels)} times: "
@@ -57,6 +72,9 @@ class LightVAE(ModelMixin, ConfigMixin):
 
         self.encoder = convolutional_encoder(channels, flat, hidden_width, norm)
         self.quant = nn.Linear(hidden_width, 2 * latent_width)
+
+        if likelihood == "gaussian":
+            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
 
         up: list[nn.Module] = []
         for level in range(len(block_out_channels), 0, -1):
@@ -111,6 +129,13 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of group, batch, none, not {kind!r}.")
 
 
+def gaussian_loss(mean: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """-log N(x; mean, v) of images x, both (B, C, H, W), with one variance v: (B,), nats."""
+    log_variance = log_variance.float()
+    squares = (mean.float() - pixel_values.float()).square().flatten(1)
+    return 0.5 * (squares / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(1)
+
+
 @register_base(LightVAE)
 class LightVAEBase(Base):
     """A `LightVAE` under a head: the head's embedding takes the place of its latent."""
@@ -134,6 +159,8 @@ class LightVAEBase(Base):
 
     def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         # In float32: at bf16 the rounding of each pixel's term is of the size of the differences that matter.
+        if self.model.config.likelihood == "gaussian":
+            return gaussian_loss(self.to_pixels(decoded), pixel_values, self.model.log_variance)
         loss = nn.functional.binary_cross_entropy_with_logits(decoded.float(), pixel_values.float(), reduction="none")
         return loss.flatten(1).sum(1)
 

@@ -1,0 +1,72 @@
+r"""What is minimised: the negative ELBO of a model and a list of terms beside it,
+
+    E_q[-log p(x | c)] + beta KL(q || p) + sum_t weight_t(progress) loss_t.
+
+`DistributedDataParallel`, `FSDP` and `torch.compile` wrap an `Objective` as they wrap a model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .model import InterventionModel, InterventionModelOutput
+from .terms import Term
+
+
+@dataclass
+class ObjectiveOutput(InterventionModelOutput):
+    """
+    Args:
+        terms: the unweighted terms beside the ELBO, scalars by name, without a gradient.
+    """
+
+    terms: dict[str, torch.Tensor] | None = None
+
+
+class Objective(nn.Module):
+    """
+    Args:
+        model: the model.
+        terms: those beside the ELBO; of strength 0 they are left out.
+    """
+
+    def __init__(self, model: InterventionModel, terms: Sequence[Term] = ()):
+        super().__init__()
+        self.model = model
+        self.terms = nn.ModuleDict({term.name: term for term in terms if term.strength})
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The weight of each term at this share of the training."""
+        return {name: term.weight(progress) for name, term in self.terms.items()}
+
+    def draws(self, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """All random numbers for so many images, each (rows, ...), on the CPU: arguments of `forward`. Those of a term have
+        its name before theirs: `edit_consistency.noise`."""
+        found = self.model.posterior_draws(rows, generator)
+        for name, term in self.terms.items():
+            found |= {f"{name}.{key}": value for key, value in term.draw(rows, generator).items()}
+        return found
+
+    def forward(self, targets: torch.Tensor, weights: dict[str, torch.Tensor], **inputs: Any) -> ObjectiveOutput:
+        """The objective of a batch.
+
+        Args:
+            targets: (B, D).
+            weights: of the terms, scalar tensors: as numbers, a compiled objective would be compiled anew for each.
+                A term without one is not computed.
+            **inputs: `draws`, and further arguments of the model's `forward`.
+        """
+        own = {name: inputs.pop(name) for name in list(inputs) if "." in name}
+        output = self.model(targets=targets, **inputs)
+        loss, found = output.loss, {}
+        for name, weight in weights.items():
+            draws = {key.partition(".")[2]: value for key, value in own.items() if key.startswith(f"{name}.")}
+            term = self.terms[name].loss(self.model, output, self.model.seen(targets), draws)
+            loss, found[name] = loss + weight * term, term.detach()
+        return ObjectiveOutput(**{**output, "loss": loss}, terms=found)
+
+
+__all__ = ["Objective", "ObjectiveOutput"]

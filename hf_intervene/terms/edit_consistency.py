@@ -1,0 +1,94 @@
+r"""Edits can be read back (an addition to the paper's objective).
+
+Contexts with several interventions have no images. But what an image of one must contain is known: the concepts that it
+was made of. Some concepts T of an image are intervened on anew,
+
+    eps'_k = F_k(z'_k; 1), z'_k ~ N(0, I), for k in T,    eps'_j = eps_j otherwise,    c' = (I - S' W)^{-1} eps',
+
+c' is decoded to an image x', and the encoder has to read c' in it:
+
+    loss = E 1/2 sum (c' - m(x'))^2 / var(x'),
+
+m and var being the mean and the variance of q(c | x'). The gradient goes to the decoder only, by way of x': the encoder, c'
+and the variances are held, so that nothing but a better image makes it smaller. (On decoders that have to be read back
+under unseen combinations see Wiedemer et al., arXiv:2310.05327.)
+"""
+
+import torch
+from torch.func import functional_call
+
+from .base import Term
+
+
+LARGEST = 50.0  # nats of an entry: early, an encoder is far too sure of what it reads
+FIRST, RISING = 0.05, 0.2  # shares of the training: when it starts, and over which it rises
+SHARE = 0.4  # of the concepts are intervened on, on average
+
+
+class EditConsistency(Term):
+    """
+    Args:
+        strength: its weight, once it has risen.
+        every: one of so many images of a batch is edited.
+    """
+
+    name = "edit_consistency"
+
+    def __init__(self, strength: float, noise_shape: tuple[int, int], every: int = 2):
+        super().__init__(strength)
+        self.noise_shape, self.every = noise_shape, every
+
+    def weight(self, progress):
+        return self.strength * min(1.0, max(0.0, progress - FIRST) / RISING)
+
+    def draw(self, rows, generator):
+        blocks = self.noise_shape[0]
+        return {
+            "noise": torch.randn(rows, *self.noise_shape, generator=generator),
+            "chosen": torch.rand(rows, blocks, generator=generator) < SHARE,
+        }
+
+    def loss(self, model, output, targets, draws):
+        head, rows = model.head, slice(None, None, self.every)
+        with torch.no_grad():
+            after, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["chosen"][rows])
+        images = model.base.to_pixels(model.base.decode(head.represent(after)))
+        mean, logvar = functional_call(_Reader(model), held(model), (images, new))
+        squares = 0.5 * (after.float() - mean).square() * (-logvar.detach()).exp()
+        return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
+
+
+def edited(head, concepts, targets, noise, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+    """Concepts c' (B, D, w) after new interventions, and their targets (B, D).
+
+    Args:
+        head: an `InterventionHead` with flows.
+        concepts, targets: before, (B, D, w) and (B, D).
+        noise: for the new interventions, (B, D, w).
+        chosen: on what, bool (B, D); free blocks do not count.
+    """
+    chosen = chosen & (torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts))
+    ones = torch.ones_like(targets)
+    eps = head.intervention.noise(concepts.to(head.dtype), targets.to(head.dtype)[..., None])
+    anew = head.mechanisms(noise.to(head.dtype), ones.to(head.dtype)[..., None])
+    new = torch.where(chosen, ones, targets)
+    return head.intervention(torch.where(chosen[..., None], anew, eps), new.to(head.dtype)[..., None]), new
+
+
+class _Reader(torch.nn.Module):
+    """The way from images to the posterior, as a module whose weights `functional_call` can replace."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, targets):
+        return self.model.head.posterior(self.model.base.encode(images), targets)
+
+
+def held(model) -> dict[str, torch.Tensor]:
+    """The weights of the model, out of reach of gradients."""
+    return {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+
+
+__all__ = ["EditConsistency", "edited"]
