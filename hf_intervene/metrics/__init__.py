@@ -3,7 +3,7 @@
 from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
 from .disentanglement import DCI, Score, TwoSampleTest, block_mcc, dci, mcc, measure, mig, sap, scored, two_sample_test
 from .effects import EffectMatrix, compare_effects, effect_matrix
-from .factors import FactorRegressor, intervention_effects, train_regressor
+from .factors import Factors, intervention_effects, read_error, read_factors
 from .identifiability import CheckResult, Finding, check
 from .leakage import LeakageResult, context_leakage, share_moved
 from .reconstruction import bits_per_pixel, mean_interval
@@ -15,7 +15,7 @@ __all__ = [
     "Agreement",
     "CheckResult",
     "EffectMatrix",
-    "FactorRegressor",
+    "Factors",
     "Finding",
     "LeakageResult",
     "Score",
@@ -37,11 +37,12 @@ __all__ = [
     "mean_interval",
     "measure",
     "mig",
+    "read_error",
+    "read_factors",
     "sap",
     "scored",
     "share_moved",
     "sliced_wasserstein",
     "total_effect_operator",
-    "train_regressor",
     "two_sample_test",
 ]
