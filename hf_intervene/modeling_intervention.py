@@ -368,6 +368,7 @@ class InterventionHead(PreTrainedModel):
         values: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        edge_targets: torch.Tensor | None = None,
     ) -> InterventionHeadOutput | tuple:
         """Embedding of exogenous noise under interventions, of some concepts at chosen values.
 
@@ -377,15 +378,24 @@ class InterventionHead(PreTrainedModel):
             values: chosen values of c, (B, D, concept_width), for do(c_j = v) (see `InterventionLayer`); read where `chosen` is true.
             chosen: which, bool (B, D): there s_j counts as 1.
             return_dict: whether to return an `InterventionHeadOutput` (default) or a tuple.
+            edge_targets: (B, D), the targets that the intervention layer (step 3) sees, while `targets` go to the exogenous layer
+                (step 1); `None`: the same. To tell the two ways of an intervention apart; see `hf_intervene.metrics.routes`.
         """
         blocks = self.config.num_blocks
         if z.ndim != 3 or z.shape[1] != blocks or z.shape[2] != self.config.noise_width:
             raise ValueError(f"z must have shape (batch, {blocks}, {self.config.noise_width}), not {tuple(z.shape)}.")
         if targets.ndim != 2 or targets.shape[1] != blocks:
             raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
+        if edge_targets is not None and edge_targets.shape != targets.shape:
+            shapes = f"{tuple(targets.shape)}, not {tuple(edge_targets.shape)}"
+            raise ValueError(f"edge_targets must have the shape of targets, {shapes}.")
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
-        s = targets.to(self.dtype).T.contiguous().T[..., None]  # (B, D, 1), the batch innermost in memory
+        # (B, D, 1), the batch innermost in memory
+        s, edges = (
+            None if x is None else x.to(self.dtype).T.contiguous().T[..., None] for x in (targets, edge_targets)
+        )
+        edges = s if edges is None else edges
         if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
@@ -393,11 +403,11 @@ class InterventionHead(PreTrainedModel):
                     f"values must have shape {shape} and chosen, bool, {shape[:2]}, not {tuple(values.shape)} and {tuple(chosen.shape)}."
                 )
             chosen = chosen[..., None]  # (B, D, 1)
-            s = torch.where(chosen, 1.0, s)
+            s, edges = (torch.where(chosen, 1.0, x) for x in (s, edges))
         z = z.to(self.dtype)
         u = self.exogenous(z.transpose(0, 1), s.transpose(0, 1))  # (D, B, n)
         eps = self.expressive(u).transpose(0, 1)  # (B, D, w)
-        c = self.intervention(eps, s, values, chosen)  # (B, D, w)
+        c = self.intervention(eps, edges, values, chosen)  # (B, D, w)
         e = self.unpool(c.flatten(1)).unflatten(1, self.config.embedding_shape)  # (B, *embedding_shape)
         output = InterventionHeadOutput(embedding=e, concepts=c)
         return output if return_dict is not False else output.to_tuple()

@@ -33,7 +33,7 @@ from hf_intervene.metrics.causal import (
     single_interventions_operator,
     total_effect_operator,
 )
-from hf_intervene.metrics.factors import LEVELS, FactorRegressor
+from hf_intervene.metrics.factors import LEVELS
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
 from hf_intervene.pixels import to_uint8
@@ -80,7 +80,7 @@ def check_model(model: InterventionModel, folder: str, variant: str) -> None:
 def sampled_effects(
     model: InterventionModel, variant: str, images: int, seed: int, num_inference_steps: int = 50
 ) -> dict:
-    """Effect matrices of sampled images, of real ones and of other real ones, what they agree in, and two-sample tests.
+    """Effect matrices of sampled images, of real ones and of other real ones, and what they agree in.
 
     Args:
         model: the model.
@@ -92,11 +92,10 @@ def sampled_effects(
     Returns:
         `generated`, `real` and `other`: an `EffectMatrix` each, as a dict; `moving`: what moves in truth; `agreement` with `real` of
         `generated` and, as its floor, of `other`, by single interventions and pairs; `shifts` of means by single interventions, `true`, and of each set with their standard
-        errors; `two_sample`: a `TwoSampleTest` of real and generated images by context, as a dict, and its `floor`, the accuracy between
-        two real sets.
+        errors.
     """
     generator = torch.Generator().manual_seed(seed)
-    read, tests = {}, {}
+    read = {}
 
     def real(context: str, set_number: int) -> np.ndarray:
         latents = quad.sample_latents(context, images, variant, HELD_OUT_SEED + 2 * seed + set_number)
@@ -109,8 +108,6 @@ def sampled_effects(
     for context in tqdm((OBS, *CONTEXTS), desc="sampling", disable=None):
         sets = {"generated": generated(context), "real": real(context, 0), "other": real(context, 1)}
         read[context] = {name: read_factors(x) for name, x in sets.items()}
-        tests[context] = disentanglement.two_sample_test(sets["real"], sets["generated"], seed=seed).to_dict()
-        tests[context]["floor"] = disentanglement.two_sample_test(sets["real"], sets["other"], seed=seed).accuracy
     seconds = {"generated": read_factors(generated(OBS)), "real": read[OBS]["other"], "other": read[OBS]["real"]}
     matrices = {
         name: effects.effect_matrix(read[OBS][name], second, {c: read[c][name] for c in CONTEXTS}, seed=seed)
@@ -125,7 +122,6 @@ def sampled_effects(
             for kind, rows in (("single", quad.CONCEPTS), ("pairs", quad.HELD_OUT))
             for label, name in (("model", "generated"), ("other real images", "other"))
         },
-        "two_sample": tests,
     }
     result["shifts"] = {"true": effects.true_mean_shifts(quad.CONCEPTS, variant).tolist()}
     for name in seconds:
@@ -289,17 +285,7 @@ def table(measured: dict) -> str:
         lines.append(f"| {name} | {' | '.join(f'{a:+.2f} ± {1.96 * e:.2f} / {b:+.2f}' for a, e, b in triples)} |")
     errors = [np.abs(shifts[name] - shifts["true"]).mean() for name in ("generated", "real")]
     lines += ["", f"Mean absolute error: {errors[0]:.3f}; of real images, the reader's own: {errors[1]:.3f}.", ""]
-    lines += ["## Can generated images be told from real ones?", ""]
-    lines += ["| context | accuracy [95 %] | floor |", "| --- | --- | --- |"]
-    for name, test in sampled["two_sample"].items():
-        lines.append(
-            f"| {name} | {test['accuracy']:.3f} [{test['interval'][0]:.3f}, {test['interval'][1]:.3f}] | {test['floor']:.3f} |"
-        )
     lines += [
-        "",
-        "Held-out accuracy of boosted trees on the leading principal components of pixels; 0.5 is chance. It sees blur as readily as a "
-        "wrong concept, and nothing of what those components leave out. floor: between two real sets.",
-        "",
         "## Codes and true latents, observational images",
         "",
     ]

@@ -5,7 +5,7 @@ from .disentanglement import DCI, Score, TwoSampleTest, block_mcc, dci, mcc, mea
 from .effects import EffectMatrix, compare_effects, effect_matrix
 from .factors import Factors, intervention_effects, read_error, read_factors
 from .identifiability import CheckResult, Finding, check
-from .leakage import LeakageResult, context_leakage, share_moved
+from .leakage import LeakageResult, context_leakage
 from .reconstruction import bits_per_pixel, mean_interval
 from .transport import TransportResult, compare, sliced_wasserstein
 
@@ -41,7 +41,6 @@ __all__ = [
     "read_factors",
     "sap",
     "scored",
-    "share_moved",
     "sliced_wasserstein",
     "total_effect_operator",
     "two_sample_test",

@@ -25,7 +25,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..contexts import OBS
-from .networks import SmallNetwork, apply, blurred, fit, overlap_weights, prepared
+from .networks import SmallNetwork, apply, blurred, fit, balanced_weights, prepared
 
 
 MIN_IMAGES = 100  # of a context: fewer train no detector
@@ -154,7 +154,7 @@ def train_detector(
     # Half of the images that choose the threshold are blurred: it has to serve both.
     chosen = np.concatenate([at(calibration, 0), at(calibration, _TEST_BLUR)])
     twice = np.tile(labels[calibration], (2, 1))
-    weights = np.tile(overlap_weights(y[calibration]).numpy(), (2, 1))
+    weights = np.tile(balanced_weights(y[calibration]).numpy(), (2, 1))
     tests = {"sharp": at(test, 0), "blurred": at(test, _TEST_BLUR)}
     for k, name in enumerate(concepts):
         if name in detector.unusable:

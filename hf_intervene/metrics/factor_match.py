@@ -96,7 +96,7 @@ def correlation_slope(real: np.ndarray, other: np.ndarray) -> float | None:
     return float(a @ b / (a @ a)) if np.square(a).mean() > 4 / len(real) else None
 
 
-def defective_factors(context: Context, size: int, variant: str, seed: int, defect: str) -> np.ndarray:
+def defective_latents(context: Context, size: int, variant: str, seed: int, defect: str) -> np.ndarray:
     """Latents (size, 8) of a context whose images have one defect, for `quad.render`.
 
     Args:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 MAX_SIDE = 64  # larger images are averaged down to this side
 _BATCH = 96
+_MAX_WEIGHT = 10.0  # of one image, where 1 is that of an image whose label is there as often as not
 FEATURES = 128  # penultimate activations
 
 
@@ -101,12 +102,13 @@ def _kernel(size: int, sigma: torch.Tensor) -> torch.Tensor:
     return (-distance.square() / 2).softmax(-1)
 
 
-def overlap_weights(labels: torch.Tensor) -> torch.Tensor:
-    """Weights under which each label is as often 1 as 0 whatever the other labels are, (n, K), in [0, 1].
+def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
+    """Weights under which each label is as often 1 as 0 whatever the other labels are, (n, K).
 
     Images of single contexts seldom have two concepts at once. A network that is trained on them as they are learns that one concept
-    speaks against another, and misses them together. Among the images with the same other labels, those with the label get the share
-    of those without as their weight, and the other way round: the overlap weights of Li, Morgan and Zaslavsky (arXiv:1404.1785).
+    speaks against another, and misses them together. So each image is weighed by the inverse of the share of its answer among the
+    images with the same other labels (inverse propensity weights), with a bound. Where all of these have one answer there is nothing
+    to balance, and the weight is 0.
 
     Args:
         labels: float32 (n, K): 1, 0, or NaN where it does not count. As another label NaN is taken for 0.
@@ -118,8 +120,9 @@ def overlap_weights(labels: torch.Tensor) -> torch.Tensor:
         known = ~labels[:, k].isnan()
         group = others[known].unique(dim=0, return_inverse=True)[1]
         answer = labels[known, k]
-        share = torch.bincount(group, answer) / torch.bincount(group).clamp(min=1)
-        weights[known, k] = (answer - share[group].to(answer.dtype)).abs()
+        share = (torch.bincount(group, answer) / torch.bincount(group).clamp(min=1))[group].to(answer.dtype)
+        own = torch.where(answer > 0, share, 1 - share)
+        weights[known, k] = torch.where(own < 1, (0.5 / own).clamp(max=_MAX_WEIGHT), 0.0)
     return weights
 
 
@@ -133,7 +136,7 @@ def fit(
     max_noise: float = 0.0,
     what: str = "training a network",
 ) -> SmallNetwork:
-    """Train a network on labelled images by binary cross-entropy with `overlap_weights`, in place.
+    """Train a network on labelled images by binary cross-entropy with `balanced_weights`, in place.
 
     Args:
         network: new, its weights drawn already.
@@ -147,7 +150,7 @@ def fit(
     """
     generator = torch.Generator().manual_seed(seed + 1)
     answers = labels.nan_to_num()
-    weights = overlap_weights(labels)
+    weights = balanced_weights(labels)
     weights = weights / weights.mean(0).clamp(min=1e-12)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 2))

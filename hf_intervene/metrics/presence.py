@@ -5,7 +5,7 @@ too. Where concepts are independent, composition is perfect if a pair is there a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,17 +137,3 @@ def verdict(generated: Share, real: Share, generated_obs: Share, real_obs: Share
         words += f", {also.replace('%', ' %')}"
     return words
 
-
-def verdicts(
-    generated: Mapping[str, Presence], real: Mapping[str, Presence], concepts: Sequence[str], obs: str = "obs"
-) -> dict[str, str]:
-    """The `verdict` of each concept that has a context of its own, from the presence in sampled and real images by context. A
-    concept that the detector cannot tell: "not measured"."""
-    words = {}
-    for name in concepts:
-        if name not in generated or obs not in generated:
-            continue
-        told = name in generated[name].rates
-        shares = [side[context].rates.get(name) for context in (name, obs) for side in (generated, real)]
-        words[name] = verdict(*shares) if told else "not measured"  # type: ignore[arg-type]
-    return words
