@@ -35,6 +35,7 @@ from hf_intervene.model import InterventionModel
 from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import RecipeParser, TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
+from hf_intervene.training.distributed import process_state
 from hf_intervene.training.evaluate_content import (
     ROUTE_IMAGES,
     add_composition_ratios,
@@ -48,7 +49,6 @@ from hf_intervene.training.evaluate_content import (
     wanted,
 )
 from hf_intervene.training.evaluate_tables import table
-from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
 from hf_intervene.training.validation import loss_units
 

@@ -189,7 +189,7 @@ def distance_table(metrics: Mapping) -> list[str]:
         lines += [f"## Sliced 2-Wasserstein distance, {protocol} protocol", ""]
         lines += [f"| context | distance [95 %] | floor | ratio | obs | single | {LOSSES[loss]} |", "| --- " * 7 + "|"]
         for name, row in rows:
-            of, other = row[protocol], row.get("alternatives") or {}
+            of, other = row[protocol], (row.get("alternatives") or {}) if protocol == "independent" else {}
             cells = [f"{of['distance']:.3f} {_interval(of['interval'])}", f"{of['floor']:.3f}", _number(of["ratio"], 1)]
             cells += [_number(other.get("nothing")), _number(other.get("single")), f"{row[loss]:.3f}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -25,7 +25,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..contexts import OBS
-from .networks import SmallNetwork, apply, blurred, fit, balanced_weights, prepared
+from .networks import SmallNetwork, apply, balanced_weights, blurred, fit, prepared
 
 
 MIN_IMAGES = 100  # of a context: fewer train no detector
@@ -200,17 +200,21 @@ def train_context_detector(
 
 
 def best_threshold(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """The threshold of logits (n,) with the highest weighted balanced accuracy for labels (n,), the middle between the two logits
-    that it parts. Labels of weight 0 do not count; 0 if all are such."""
-    if not (weights > 0).any():
+    """The threshold with the highest weighted balanced accuracy, the middle between the two logits that it parts.
+
+    Args:
+        logits: (n,).
+        labels: 1, 0, or NaN where the weight is 0, (n,).
+        weights: (n,). If all of one answer are 0, the threshold is 0.
+    """
+    known = weights > 0  # other logits must not pull the threshold to their side of the gap
+    logits, labels, weights = logits[known], labels[known], weights[known]
+    shares = [weights * (labels == answer) for answer in (1, 0)]
+    if not all(share.sum() > 0 for share in shares):
         return 0.0
-    known = weights > 0
-    order = np.argsort(logits[known], kind="stable")
-    values, answers = logits[known][order], labels[known][order]
-    with_concept, without = (weights[known][order] * (answers == answer) for answer in (1, 0))
-    # Below the threshold: correct without the concept. Above: correct with it. Between row k - 1 and row k.
-    missed = np.concatenate([[0], np.cumsum(with_concept)]) / with_concept.sum()
-    rejected = np.concatenate([[0], np.cumsum(without)]) / without.sum()
+    values, index = np.unique(logits, return_inverse=True)
+    # Below each threshold: what is missed of the images with the concept, what is rightly rejected of those without.
+    missed, rejected = (np.append(0, np.cumsum(np.bincount(index, x / x.sum()))) for x in shares)
     edges = np.concatenate([[values[0] - 1], (values[:-1] + values[1:]) / 2, [values[-1] + 1]])
     return float(edges[np.argmax(rejected - missed)])
 

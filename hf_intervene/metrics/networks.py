@@ -126,6 +126,7 @@ def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
     return weights
 
 
+@torch.enable_grad()  # evaluation calls it where gradients are off
 def fit(
     network: SmallNetwork,
     images: torch.Tensor,
