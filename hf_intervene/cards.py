@@ -363,8 +363,20 @@ def read_metrics(source: str | os.PathLike | None) -> dict | None:
     path = path / "metrics.json" if path.is_dir() else path
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        _table(metrics), _presence(metrics), _results(metrics)  # they have all that is shown of them
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        (
+            _table(metrics),
+            _presence(metrics),
+            _results(metrics),
+        )  # they have all that is shown of them
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} holds no metrics: give the metrics.json that `hf-intervene evaluate` writes, or its folder."
         ) from error
@@ -412,7 +424,9 @@ def _table(metrics: dict) -> dict:
 
 def _numbers(row: dict) -> dict:
     lower, upper = row["interval"]
-    found = {name: float(row[name]) for name in ("distance", "floor")} | {"interval": [float(lower), float(upper)]}
+    found = {name: float(row[name]) for name in ("distance", "floor")} | {
+        "interval": [float(lower), float(upper)]
+    }
     return found | {"ratio": "" if row["ratio"] is None else f"{row['ratio']:.1f}"}
 
 
@@ -430,7 +444,10 @@ def _presence(metrics: dict) -> dict | None:
         for name, row in rows.items()
         if row["generated"]["all_wanted"] is not None
     ]
-    verdicts = [{"name": code(name), "words": str(words)} for name, words in metrics.get("verdicts", {}).items()]
+    verdicts = [
+        {"name": code(name), "words": str(words)}
+        for name, words in metrics.get("verdicts", {}).items()
+    ]
     kind = metrics.get("detector", {}).get("kind")
     trained = {
         "attributes": "trained on the true attributes of real images",
@@ -445,7 +462,11 @@ def _results(metrics: dict) -> list[EvalResult]:
     for kind, row in metrics["means"].items():
         seen = row.get("presence", {})
         for metric, title, value in (
-            ("presence", "share of samples with all concepts that were asked for", seen.get("generated")),
+            (
+                "presence",
+                "share of samples with all concepts that were asked for",
+                seen.get("generated"),
+            ),
             ("presence-real", "the same share of real images", seen.get("real")),
             ("sliced-wasserstein-2", "sliced 2-Wasserstein distance", row[protocol]["distance"]),
             ("sliced-wasserstein-2-floor", "its floor between real images", row[protocol]["floor"]),

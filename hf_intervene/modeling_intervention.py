@@ -307,6 +307,11 @@ def _norm(squares: torch.Tensor) -> torch.Tensor:
     return (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
 
 
+def _columns(targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Targets (B, D) as (B, D, 1), the batch innermost in memory."""
+    return targets.to(dtype).T.contiguous().T[..., None]
+
+
 class InterventionHead(PreTrainedModel):
     r"""
     Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
@@ -378,8 +383,9 @@ class InterventionHead(PreTrainedModel):
             values: chosen values of c, (B, D, concept_width), for do(c_j = v) (see `InterventionLayer`); read where `chosen` is true.
             chosen: which, bool (B, D): there s_j counts as 1.
             return_dict: whether to return an `InterventionHeadOutput` (default) or a tuple.
-            edge_targets: (B, D), the targets that the intervention layer (step 3) sees, while `targets` go to the exogenous layer
-                (step 1); `None`: the same. To tell the two ways of an intervention apart; see `hf_intervene.metrics.routes`.
+            edge_targets: (B, D), the targets that the intervention layer (step 3) sees, while `targets` go
+                to the exogenous layer (step 1); `None`: the same. It tells the two ways of an intervention
+                apart; see `hf_intervene.metrics.routes`.
         """
         blocks = self.config.num_blocks
         if z.ndim != 3 or z.shape[1] != blocks or z.shape[2] != self.config.noise_width:
@@ -391,11 +397,8 @@ class InterventionHead(PreTrainedModel):
             raise ValueError(f"edge_targets must have the shape of targets, {shapes}.")
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
-        # (B, D, 1), the batch innermost in memory
-        s, edges = (
-            None if x is None else x.to(self.dtype).T.contiguous().T[..., None] for x in (targets, edge_targets)
-        )
-        edges = s if edges is None else edges
+        s = _columns(targets, self.dtype)  # (B, D, 1)
+        edges = s if edge_targets is None else _columns(edge_targets, self.dtype)
         if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
@@ -403,7 +406,7 @@ class InterventionHead(PreTrainedModel):
                     f"values must have shape {shape} and chosen, bool, {shape[:2]}, not {tuple(values.shape)} and {tuple(chosen.shape)}."
                 )
             chosen = chosen[..., None]  # (B, D, 1)
-            s, edges = (torch.where(chosen, 1.0, x) for x in (s, edges))
+            s, edges = torch.where(chosen, 1.0, s), torch.where(chosen, 1.0, edges)
         z = z.to(self.dtype)
         u = self.exogenous(z.transpose(0, 1), s.transpose(0, 1))  # (D, B, n)
         eps = self.expressive(u).transpose(0, 1)  # (B, D, w)

@@ -13,7 +13,10 @@ TRUTH = quad.twins(["quad1"], 30, 16)["quad1"]
 
 def test_known_errors():
     right = counterfactual_error(BEFORE, TRUTH, TRUTH, BEFORE, TRUTH)
-    assert right.edited == right.ratio == right.reconstructed == right.outside == 0 and right.images == 30
+    assert (
+        right.edited == right.ratio == right.reconstructed == right.outside == 0
+        and right.images == 30
+    )
     nothing = counterfactual_error(BEFORE, TRUTH, BEFORE, BEFORE, TRUTH)
     assert nothing.ratio == 1 and nothing.edited == nothing.unedited and nothing.outside is None
     slow = [np.sqrt((((a / 255) - (b / 255)) ** 2).mean()) for a, b in zip(BEFORE, TRUTH)]
@@ -21,7 +24,9 @@ def test_known_errors():
     assert nothing.edited_interval[0] < nothing.edited < nothing.edited_interval[1]
     half = (BEFORE / 510 + TRUTH / 510).astype(np.float32)
     found = counterfactual_error(BEFORE, TRUTH, half, BEFORE, TRUTH)
-    assert found.ratio == pytest.approx(0.5, abs=1e-4) and found.ratio_interval == pytest.approx((0.5, 0.5), abs=1e-4)
+    assert found.ratio == pytest.approx(0.5, abs=1e-4) and found.ratio_interval == pytest.approx(
+        (0.5, 0.5), abs=1e-4
+    )
     assert counterfactual_error(BEFORE, BEFORE, TRUTH, BEFORE, BEFORE).ratio is None
 
 
@@ -31,7 +36,10 @@ def test_what_changes_outside():
     found = counterfactual_error(BEFORE, TRUTH, moved, BEFORE, TRUTH)
     changed = np.abs(moved.astype(int) - BEFORE)
     still = (TRUTH == BEFORE).all(-1, keepdims=True)
-    assert found.outside == pytest.approx((changed * still).sum() / changed.sum(), rel=1e-5) and found.outside > 0.5
+    assert (
+        found.outside == pytest.approx((changed * still).sum() / changed.sum(), rel=1e-5)
+        and found.outside > 0.5
+    )
 
 
 def test_images_that_do_not_belong_together():
@@ -42,8 +50,11 @@ def test_images_that_do_not_belong_together():
 def test_twins_of_quad():
     twins = quad.twins(["quad4", "size+orientation"], 20, 32, "dependent", 5)
     assert list(twins) == ["obs", "quad4", "size+orientation"]
-    np.testing.assert_array_equal(twins["obs"], quad.images_by_context(["obs"], 20, 32, seed=5)["obs"])
-    # size and orientation cause nothing that the quadrants show but quad1, of which orientation is a cause.
+    np.testing.assert_array_equal(
+        twins["obs"], quad.images_by_context(["obs"], 20, 32, seed=5)["obs"]
+    )
+    # size and orientation cause nothing that the quadrants show but quad1, of which orientation is
+    # a cause.
     np.testing.assert_array_equal(twins["size+orientation"][:, 0, -1], twins["obs"][:, 0, -1])
     assert (twins["quad4"][:, 0, -1] != twins["obs"][:, 0, -1]).any()
     latents = quad.sample_latents("obs", 20, "dependent", 5)

@@ -1,4 +1,5 @@
-"""The detector of concepts: what it finds in images, where it says that it cannot, and its parts by slow loops."""
+"""The detector of concepts: what it finds in images, where it says that it cannot, and its parts by
+slow loops."""
 
 import numpy as np
 import pytest
@@ -6,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_intervene.metrics.detector import best_threshold, detector_error, train_context_detector, train_detector
+from hf_intervene.metrics.detector import (
+    best_threshold,
+    detector_error,
+    train_context_detector,
+    train_detector,
+)
 from hf_intervene.metrics.networks import balanced_weights, blurred, prepared
 
 
@@ -56,7 +62,9 @@ def test_it_reads_uint8_and_floats_alike_and_no_other_shape(detector):
     images = drawn(["dot"], 20, 3)
     np.testing.assert_allclose(detector.logits(images), detector.logits(images / 255), atol=1e-3)
     assert detector.features(images).shape == (20, 128)
-    with pytest.raises(ValueError, match=r"trained on images of shape \(16, 16, 3\), not \(8, 8, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"trained on images of shape \(16, 16, 3\), not \(8, 8, 3\)"
+    ):
         detector.present(np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         detector.present(images.astype(float))
@@ -65,11 +73,18 @@ def test_it_reads_uint8_and_floats_alike_and_no_other_shape(detector):
 def test_the_same_training_twice(by_context, context_detector):
     again = train_context_detector(by_context, CONCEPTS, steps=120)
     assert again.to_dict() == context_detector.to_dict()
-    np.testing.assert_array_equal(again.logits(by_context["dot"]), context_detector.logits(by_context["dot"]))
+    np.testing.assert_array_equal(
+        again.logits(by_context["dot"]), context_detector.logits(by_context["dot"])
+    )
 
 
 def test_what_cannot_be_told_or_learnt_is_said(by_context):
-    images = {"obs": by_context["obs"], "dot": by_context["dot"], "same": drawn([], 300, 9), "few": drawn(["bar"], 20, 8)}
+    images = {
+        "obs": by_context["obs"],
+        "dot": by_context["dot"],
+        "same": drawn([], 300, 9),
+        "few": drawn(["bar"], 20, 8),
+    }
     detector = train_context_detector(images, ("dot", "same", "few", "none"), steps=60)
     assert detector.usable.tolist() == [True, False, False, False]
     assert "same is told with a balanced accuracy of 0." in detector.unusable["same"]
@@ -85,7 +100,11 @@ def test_what_cannot_be_told_or_learnt_is_said(by_context):
 # Its parts
 
 
-@given(st.lists(st.tuples(st.integers(-5, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(-5, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12
+    )
+)
 def test_best_threshold_by_a_slow_loop(rows):
     logits, labels, weights = (np.array(x, dtype=float) for x in zip(*rows))
 
@@ -102,7 +121,9 @@ def test_best_threshold_by_a_slow_loop(rows):
 def test_no_other_label_says_anything_under_the_weights():
     rng = np.random.default_rng(0)
     labels = torch.from_numpy((rng.random((400, 3)) < [0.3, 0.6, 0.5]).astype(np.float32))
-    labels[:, 1] = torch.where(torch.from_numpy(rng.random(400) < 0.6), 1 - labels[:, 0], labels[:, 1])
+    labels[:, 1] = torch.where(
+        torch.from_numpy(rng.random(400) < 0.6), 1 - labels[:, 0], labels[:, 1]
+    )
     weights = balanced_weights(labels)
     for k in range(3):
         for j in set(range(3)) - {k}:
@@ -120,7 +141,11 @@ def test_error_of_known_answers():
     found = np.array([True] * 9 + [False] + [True] * 2 + [False] * 8 + [True])
     labels = np.array([1.0] * 10 + [0.0] * 10 + [np.nan])
     error = detector_error(found, labels)
-    assert (error.true_positive, error.false_positive, error.balanced_accuracy) == (0.9, 0.2, pytest.approx(0.85))
+    assert (error.true_positive, error.false_positive, error.balanced_accuracy) == (
+        0.9,
+        0.2,
+        pytest.approx(0.85),
+    )
     assert (error.with_concept, error.without) == (10, 10)
     assert 0.6 < error.interval[0] < 0.85 < error.interval[1] < 0.97
 

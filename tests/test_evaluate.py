@@ -17,7 +17,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli,
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.metrics.detector import train_context_detector
-from hf_intervene.training import ablation, evaluate, train
+from hf_intervene.training import ablation, evaluate, evaluate_setup, train
 from hf_intervene.training.evaluate_content import measure_counterfactuals
 from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
 
@@ -91,7 +91,9 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10", "--protocol", "both"]
     argv += ["--detector-images", "110", "--twins", "6"]
-    monkeypatch.setattr(evaluate, "train_context_detector", partial(train_context_detector, steps=10))
+    monkeypatch.setattr(
+        evaluate_setup, "train_context_detector", partial(train_context_detector, steps=10)
+    )
     assert evaluate.main(argv) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
@@ -106,14 +108,18 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     assert row["alternatives"]["single"] < row["alternatives"]["nothing"]
     assert set(row["factors"]) == {"generated", "floor", "no triangles", "one size", "circles only"}
     assert "two_sample" not in row  # of 70 images a side
-    assert {name for name, row in metrics["contexts"].items() if "routes" in row} == set(quad.CONCEPTS)
+    assert {name for name, row in metrics["contexts"].items() if "routes" in row} == set(
+        quad.CONCEPTS
+    )
     assert list(metrics["verdicts"]) == list(quad.CONCEPTS)
     assert "No ratio to the floor below 200 distinct images a side" in text
 
 
 def test_twins_of_data_that_have_none():
     with pytest.raises(ValueError, match="ident3d has no twins.*leave --twins out"):
-        evaluate.content_options("ident3d", ("a",), 16, 3, "dependent", "bundled", None, {}, 0, 0, 4)
+        evaluate.content_options(
+            "ident3d", ("a",), 16, 3, "dependent", "bundled", None, {}, 0, 0, 4
+        )
     with pytest.raises(ValueError, match="obs among them"):
         measure_counterfactuals(None, {"quad1": np.zeros((2, 16, 16, 3), np.uint8)})
 
@@ -151,15 +157,26 @@ def test_presence_beside_its_floor_and_the_alternatives(model, monkeypatch):
     contexts = {"obs": (0.1, 0), "quad1": (1, 0), "quad2": (0.5, 1), "quad1+quad2": (1, 1)}
     real, other = ({name: marked(*rates) for name, rates in contexts.items()} for _ in range(2))
     made = {"obs": (0, 0), "quad1": (0.5, 0), "quad2": (0, 0.8), "quad1+quad2": (0.6, 0.6)}
-    samples = {name: torch.from_numpy(marked(*rates)).permute(0, 3, 1, 2) / 255 for name, rates in made.items()}
+    samples = {
+        name: torch.from_numpy(marked(*rates)).permute(0, 3, 1, 2) / 255
+        for name, rates in made.items()
+    }
     monkeypatch.setattr(model, "sample", lambda name, **options: samples[name])
     metrics = evaluate.evaluate(model, real, other, ("independent",), 10, detector=Seen())
-    assert metrics["verdicts"]["quad1"] == "partly (50 % of 100 %)" and metrics["verdicts"]["quad2"] == "partly (80 % of 100 %)"
+    assert (
+        metrics["verdicts"]["quad1"] == "partly (50 % of 100 %)"
+        and metrics["verdicts"]["quad2"] == "partly (80 % of 100 %)"
+    )
     pair = metrics["contexts"]["quad1+quad2"]["presence"]
-    assert pair["generated"]["all_wanted"]["value"] == 0.2 and pair["real"]["all_wanted"]["value"] == 1
+    assert (
+        pair["generated"]["all_wanted"]["value"] == 0.2 and pair["real"]["all_wanted"]["value"] == 1
+    )
     assert pair["nothing"]["all_wanted"]["value"] == 0
     assert pair["single_context"] == "quad2" and pair["single"]["all_wanted"]["value"] == 0.5
-    assert pair["composition"]["ratio"] == pytest.approx(0.2 / (0.5 * 0.8)) and pair["composition_floor"]["ratio"] == 1
+    assert (
+        pair["composition"]["ratio"] == pytest.approx(0.2 / (0.5 * 0.8))
+        and pair["composition_floor"]["ratio"] == 1
+    )
     alone = metrics["contexts"]["quad2"]["presence"]
     assert alone["real"]["unwanted"]["value"] == 0.5 and alone["generated"]["exact"]["value"] == 0.8
     assert metrics["means"]["composition"]["presence"]["generated"] == 0.2
@@ -177,7 +194,18 @@ def numbers(value):
 
 
 def test_two_processes_share_out_the_contexts(saved, tmp_path):
-    options = ["--images", "70", "--projections", "10", "--protocol", "both", "--detector-images", "0", "--twins", "8"]
+    options = [
+        "--images",
+        "70",
+        "--projections",
+        "10",
+        "--protocol",
+        "both",
+        "--detector-images",
+        "0",
+        "--twins",
+        "8",
+    ]
     assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "training/evaluate.py"]
     done = subprocess.run(
@@ -189,7 +217,9 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("mean composition") == 2  # one table of distances for each protocol, of one process
+    assert (
+        done.stdout.count("mean composition") == 2
+    )  # one table of distances for each protocol, of one process
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert list(one["contexts"]) == list(two["contexts"])
     assert list(numbers(one["contexts"])) == pytest.approx(list(numbers(two["contexts"])), rel=1e-5)

@@ -11,7 +11,15 @@ from scipy.special import ndtr, ndtri
 
 from hf_intervene.data import quad
 from hf_intervene.metrics import intervention_effects, read_error, read_factors
-from hf_intervene.metrics.factors import CHANCE, KINDS, LEVELS, Factors, factor_changes, palette_levels, true_factors
+from hf_intervene.metrics.factors import (
+    CHANCE,
+    KINDS,
+    LEVELS,
+    Factors,
+    factor_changes,
+    palette_levels,
+    true_factors,
+)
 from hf_intervene.metrics.networks import blurred
 
 
@@ -27,7 +35,9 @@ def latents():
 @pytest.mark.parametrize(("resolution", "shape", "size"), [(32, 0.03, 0.015), (64, 0.005, 0.008)])
 def test_factors_are_read_off_real_images(resolution, shape, size):
     error = read_error(resolution, 300)
-    assert max(error[name] for name in ("quad1", "quad2", "quad3", "quad4", "color")) < 5e-4  # of 1275 colours
+    assert (
+        max(error[name] for name in ("quad1", "quad2", "quad3", "quad4", "color")) < 5e-4
+    )  # of 1275 colours
     assert error["shape"] <= shape and error["size"] < size and error["orientation"] < 0.025
 
 
@@ -40,7 +50,9 @@ def test_blurred_images_are_read_too(latents):
 
 
 def test_large_images_are_read_as_averaged_ones(latents):
-    error = np.abs(read_factors(quad.render(latents[:20], 128)).levels - true_factors(latents[:20]).levels)
+    error = np.abs(
+        read_factors(quad.render(latents[:20], 128)).levels - true_factors(latents[:20]).levels
+    )
     assert error.max() < 0.05
 
 
@@ -60,7 +72,9 @@ def test_the_nearest_colour_by_a_slow_search():
 
 
 def test_images_that_are_not_of_quad():
-    with pytest.raises(ValueError, match=r"have the shape \(n, S, S, 3\), S at least 8, not \(2, 32, 16, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"have the shape \(n, S, S, 3\), S at least 8, not \(2, 32, 16, 3\)"
+    ):
         read_factors(np.zeros((2, 32, 16, 3), np.uint8))
 
 

@@ -29,7 +29,9 @@ def test_shares_by_a_slow_loop(wanted):
     else:
         assert shares.all_wanted is None
     assert shares.exact.value == exact / 200 and shares.unwanted.value == unwanted / 200
-    assert {name: share.value for name, share in shares.rates.items()} == dict(zip(CONCEPTS, found.mean(0)))
+    assert {name: share.value for name, share in shares.rates.items()} == dict(
+        zip(CONCEPTS, found.mean(0))
+    )
     assert shares.to_dict()["images"] == 200
 
 
@@ -48,7 +50,9 @@ def test_interval_of_a_share_is_wilsons():
     share = proportion(np.arange(50) < 20)
     z, n, p = norm.ppf(0.975), 50, 0.4
     middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert share.interval == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+    assert share.interval == pytest.approx(
+        ((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
+    )
 
 
 def test_composition_ratio():
@@ -69,8 +73,12 @@ def test_composition_ratio():
         (0.9, 0.05, "clear"),
         (0.49, 0.05, "partly (49 % of 96 %)"),
         (0.05, 0.05, "not to be told from obs"),
-        (0.97, 0.97, "not to be told from obs, in 97 % of obs samples too, where real ones have 5 %"),
-        (0.95, 0.4, "clear, in 40 % of obs samples too, where real ones have 5 %"),
+        (
+            0.97,
+            0.97,
+            "not to be told from obs, but found in 97 % of obs samples (real ones: 5 %)",
+        ),
+        (0.95, 0.4, "clear, but found in 40 % of obs samples (real ones: 5 %)"),
     ],
 )
 def test_verdicts(generated, obs, words):

@@ -139,7 +139,10 @@ def test_train_save_load_and_measure(tiny, tmp_path):
     assert metrics["leakage"]["chance"] == pytest.approx(1 / 3)
     returned = model.reconstruct(real["obs"], output_type="np")
     assert metrics["reconstruction_psnr"] == pytest.approx(-10 * np.log10(((returned - real["obs"] / 255) ** 2).mean()))
-    assert "edit" not in metrics["contexts"]["obs"] and metrics["means"]["composition"]["edit"]["distance"] > 0
+    assert (
+        "edit" not in metrics["contexts"]["obs"]
+        and metrics["means"]["composition"]["edit"]["distance"] > 0
+    )
     assert 0 < metrics["contexts"]["size"]["routes"]["change"] < 1
     table = evaluate.table(metrics)
     assert "Leakage: the context is told" in table and "| quad1+size |" in table

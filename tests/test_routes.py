@@ -62,7 +62,11 @@ def test_routes_by_hand():
     own[:, 0, 0] = 1
     edges[:6, -1, -1] = 1
     found = routes(before, whole, own, edges, "first", Reads())
-    assert found.change == pytest.approx(2 / 16) and found.own == pytest.approx(0.5) and found.edges == pytest.approx(0.3)
+    assert (
+        found.change == pytest.approx(2 / 16)
+        and found.own == pytest.approx(0.5)
+        and found.edges == pytest.approx(0.3)
+    )
     assert {name: share.value for name, share in found.rates.items()} == {
         "observational": 0,
         "intervened": 1,

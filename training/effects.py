@@ -108,7 +108,11 @@ def sampled_effects(
     for context in tqdm((OBS, *CONTEXTS), desc="sampling", disable=None):
         sets = {"generated": generated(context), "real": real(context, 0), "other": real(context, 1)}
         read[context] = {name: read_factors(x) for name, x in sets.items()}
-    seconds = {"generated": read_factors(generated(OBS)), "real": read[OBS]["other"], "other": read[OBS]["real"]}
+    seconds = {
+        "generated": read_factors(generated(OBS)),
+        "real": read[OBS]["other"],
+        "other": read[OBS]["real"],
+    }
     matrices = {
         name: effects.effect_matrix(read[OBS][name], second, {c: read[c][name] for c in CONTEXTS}, seed=seed)
         for name, second in seconds.items()
@@ -263,7 +267,8 @@ def table(measured: dict) -> str:
         "",
         "Bold: moves by the causal model. ±: half the 95 % interval. floor: mean distance of two observational sets; noise: its 99 % "
         "quantile. Wasserstein-1 distance of u in [0, 1]; shape: total variation; orientation: periods of its symmetry, up to which "
-        "alone it can be seen. read error: mean error of what is read off real images, in the same units (shape: share of wrong kinds).",
+        "alone it can be seen. read error: mean error of what is read off real images, in the same units "
+        "(shape: share of wrong kinds).",
         "",
         f"| | {' | '.join(next(iter(sampled['agreement'].values())))} |",
         "| --- " * 9 + "|",
@@ -284,7 +289,11 @@ def table(measured: dict) -> str:
         triples = zip(shifts["generated"][j], shifts["generated_error"][j], shifts["true"][j])
         lines.append(f"| {name} | {' | '.join(f'{a:+.2f} ± {1.96 * e:.2f} / {b:+.2f}' for a, e, b in triples)} |")
     errors = [np.abs(shifts[name] - shifts["true"]).mean() for name in ("generated", "real")]
-    lines += ["", f"Mean absolute error: {errors[0]:.3f}; of real images, the reader's own: {errors[1]:.3f}.", ""]
+    lines += [
+        "",
+        f"Mean absolute error: {errors[0]:.3f}; of real images, the reader's own: {errors[1]:.3f}.",
+        "",
+    ]
     lines += [
         "## Codes and true latents, observational images",
         "",

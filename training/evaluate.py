@@ -1,10 +1,11 @@
-"""Evaluate a trained model: presence of concepts, composition, edits, distances, reconstruction (METHOD section 5; arXiv:2507.04754).
+"""Evaluate a trained model on held-out real images of every context (METHOD section 5; arXiv:2507.04754).
 
     python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
 
-Held-out real images of every context against generated ones. First what people see: whether every concept that was asked for is there, by
-a detector; whether a network tells real from generated; what edits do, and by which route. Then the sliced 2-Wasserstein distance, with floor,
-ratio and interval, and the negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
+First comes what people see: whether every concept that was asked for is there, by a detector; whether a
+network tells real from generated images; what edits do, and by which route. Then come the sliced
+2-Wasserstein distance, with floor, ratio and interval, and the negative ELBO in bits per pixel. Writes
+`metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
 share out the contexts; the result is the same.
 """
 
@@ -26,9 +27,8 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.logging import bars_on_terminals_only, get_logger
-from hf_intervene.metrics import context_leakage, intervention_effects, mean_interval, read_error, read_factors
-from hf_intervene.metrics.detector import Detector, train_context_detector, train_detector
-from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
+from hf_intervene.metrics import context_leakage, mean_interval
+from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -37,26 +37,23 @@ from hf_intervene.training.arguments import RecipeParser, TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.evaluate_content import (
-    ROUTE_IMAGES,
     add_composition_ratios,
     concept_verdicts,
-    detected_correlations,
+    factor_effects,
+    measure_content,
     measure_counterfactuals,
-    measure_factors,
     measure_presence,
-    measure_routes,
-    measure_tests,
     wanted,
 )
+from hf_intervene.training.evaluate_setup import DETECTOR_IMAGES, content_options
 from hf_intervene.training.evaluate_tables import table
-from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
+from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
 from hf_intervene.training.validation import loss_units
 
 
 logger = get_logger("hf_intervene.training")
 
 FEW_IMAGES = 100  # a side of a context: the floor of quad, 32x32, is 0.1 there; a base without a head has 0.15 over many
-DETECTOR_IMAGES, TWIN_IMAGES = 4000, 256  # of each context, unless said otherwise
 
 
 @torch.no_grad()
@@ -89,18 +86,26 @@ def evaluate(
         num_inference_steps: of a denoiser.
         detector: of the concepts, for their presence; `None`: no presence.
         tests: whether to ask a network to tell real from generated images (about 15 seconds a context).
-        twins: the same individuals in every context, for the error of edits (of a denoiser with `edits` only); see `hf_intervene.metrics.counterfactual`.
+        twins: the same individuals in every context, for the error of edits (of a denoiser with `edits` only).
         quad_variant: of images of quad, the variant, for the measures of its factors.
 
     Returns:
-        `detector`: its kind and error; `verdicts`: by concept, in words; `contexts`: for each context its kind (`"concept"` or `"composition"`); with a
-        detector its `presence` (see `measure_presence` and `add_composition_ratios`) and `correlations`; with `tests` what `measure_tests` returns;
-        with `twins` its `counterfactual` error; of a single concept of a model with a head, but no denoiser, its `routes`; with `quad_variant` its `factors`;
-        a `TransportResult` per protocol, `alternatives`, the distances of observational images (`nothing`) and, of a composition, of the nearest single context (`single`); and `bits_per_pixel`
-        with its interval (of a denoiser, which has no likelihood, `denoising_loss`: squared error and KL per entry of what it denoises);
-        `reconstruction`: the `distance` of reconstructions of the further images from the real ones, by draws of their posteriors (of a
-        denoiser with `edits` only); with `edits` their `distance`, beside that of images left as they are (`unedited`), and, with a detector, the share in
-        which all wanted concepts are found (`presence`); `means`: the same averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB;
+        `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector only.
+        `contexts`, for each context:
+            `kind`: `"concept"` or `"composition"`; `images`: how many.
+            `bits_per_pixel` with its interval; of a denoiser, which has no likelihood, `denoising_loss`:
+            squared error and KL per entry of what it denoises.
+            For each protocol a `TransportResult`.
+            `alternatives`: the distances of observational images (`nothing`) and, of a composition, of the
+            nearest single context (`single`).
+            `presence`, `correlations`, `two_sample`, `kernel_distance`, `factors`, `routes`: see
+            `measure_content`. `counterfactual`, with twins: see `measure_counterfactuals`.
+            `reconstruction`: the `distance` of reconstructions of the further images from the real ones, by
+            draws of their posteriors (of a denoiser with `edits` only).
+            `edit`, with `edits`: their `distance`, beside that of images left as they are (`unedited`), and,
+            with a detector, the share in which all wanted concepts are found (`presence`).
+        `means`: the same averaged over each kind.
+        `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB.
         `leakage`: how well the context can be told from the residual noise, for a model that has it (of a denoiser with `edits` only: it
         takes longer than all the rest).
     """
@@ -134,8 +139,22 @@ def evaluate(
             f"{_loss_name(model)}_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
         if OBS in real and name != OBS:
-            contexts[name]["alternatives"] = _alternatives(name, projected[0], real, model.concepts, axes)
-        contexts[name] |= measure_content(model, name, real, others, generated, noise, generator, detector, tests, quad_variant, seed)
+            contexts[name]["alternatives"] = _alternatives(
+                name, projected[0], real, model.concepts, axes
+            )
+        contexts[name] |= measure_content(
+            model,
+            name,
+            real,
+            others,
+            generated,
+            noise,
+            generator,
+            detector,
+            tests,
+            quad_variant,
+            seed,
+        )
         if edits and name != OBS:
             images_edited = model.predict(*abducted, name, "np", batch_size, **steps)
             edit = {
@@ -143,7 +162,9 @@ def evaluate(
                 "unedited": contexts[name]["alternatives"]["nothing"],
             }
             if detector is not None:
-                edit["presence"] = measure_presence(detector, name, images_edited, real, model.concepts)["generated"]["all_wanted"]
+                edit["presence"] = measure_presence(
+                    detector, name, images_edited, real, model.concepts
+                )["generated"]["all_wanted"]
             contexts[name]["edit"] = edit
         if leaks and contexts[name]["kind"] == "concept":
             x = model.preprocess(images)
@@ -161,7 +182,10 @@ def evaluate(
                 contexts[name]["counterfactual"] = error
     if detector is not None:
         add_composition_ratios(contexts, model.concepts, seed)
-        metrics = {"detector": detector.to_dict(), "verdicts": concept_verdicts(contexts, model.concepts, detector)}
+        metrics = {
+            "detector": detector.to_dict(),
+            "verdicts": concept_verdicts(contexts, model.concepts, detector),
+        }
     metrics |= {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
         returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
@@ -172,41 +196,20 @@ def evaluate(
     return metrics
 
 
-def measure_content(
-    model: InterventionModel,
+def _alternatives(
     name: str,
+    projected: np.ndarray,
     real: Mapping[str, np.ndarray],
-    others: np.ndarray,
-    generated: np.ndarray,
-    noise: torch.Tensor,
-    generator: torch.Generator,
-    detector: Detector | None,
-    tests: bool,
-    quad_variant: str | None,
-    seed: int,
+    concepts: Sequence[str],
+    axes: np.ndarray,
 ) -> dict:
-    """What `evaluate` says of the content of the samples of one context; arguments as there."""
-    found = {}
-    if detector is not None:
-        found["presence"] = measure_presence(detector, name, generated, real, model.concepts)
-        sides = {"error": generated, "floor": others}
-        found["correlations"] = {key: detected_correlations(detector, real[name], x) for key, x in sides.items()}
-    if tests:
-        found |= measure_tests(detector, real[name], others, generated, real[OBS] if name != OBS and OBS in real else None, seed)
-    if quad_variant is not None:
-        found["factors"] = measure_factors(name, real[name], others, generated, quad_variant, seed)
-    if model.head is not None and not model.base.denoises and len(wanted(name, model.concepts)) == 1:
-        some = noise[:ROUTE_IMAGES]
-        shape = model.base.residual_shape
-        residual = None if shape is None else torch.randn(len(some), *shape, generator=generator)
-        found["routes"] = measure_routes(model, name, some, residual, detector)
-    return found
-
-
-def _alternatives(name: str, projected: np.ndarray, real: Mapping[str, np.ndarray], concepts: Sequence[str], axes: np.ndarray) -> dict:
-    """Distances of what one could pass off as a context: observational images and, of a composition, its nearest single context."""
+    """Distances of what one could pass off as a context: observational images, or the nearest single context."""
     found = {"nothing": sliced_w2(projected, project(real[OBS], axes))}
-    singles = {one: sliced_w2(projected, project(real[one], axes)) for one in wanted(name, concepts) if one in real and one != name}
+    singles = {
+        one: sliced_w2(projected, project(real[one], axes))
+        for one in wanted(name, concepts)
+        if one in real and one != name
+    }
     if singles:
         found["single_context"] = min(singles, key=singles.__getitem__)
         found["single"] = singles[found["single_context"]]
@@ -276,49 +279,15 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
             if found := [row[what] for row in rows if row.get(what)]:
                 means[kind][what] = {key: _mean([row.get(key) for row in found]) for key in keys}
         if found := [row["presence"] for row in rows if row.get("presence")]:
-            shares = {side: [(row.get(side) or {}).get("all_wanted") for row in found] for side in _SIDES}
-            means[kind]["presence"] = {side: _mean([x and x["value"] for x in of]) for side, of in shares.items()}
+            shares = {
+                side: [(row.get(side) or {}).get("all_wanted") for row in found] for side in _SIDES
+            }
+            means[kind]["presence"] = {
+                side: _mean([x and x["value"] for x in of]) for side, of in shares.items()
+            }
             ratios = [row.get("composition") for row in found]
             means[kind]["presence"]["composition"] = _mean([x and x["ratio"] for x in ratios])
     return means
-
-
-def factor_effects(
-    model: InterventionModel,
-    variant: str,
-    resolution: int,
-    seed: int,
-    images: int = 256,
-    num_inference_steps: int = 50,
-) -> dict:
-    """What edits of observational quad images do to the true factors; see `hf_intervene.metrics.factors`.
-
-    Args:
-        model: the model, its concepts those of quad.
-        variant: of quad.
-        resolution: of the model's images.
-        seed: of held-out images.
-        images: how many are edited to each context.
-        num_inference_steps: of a denoiser.
-
-    Returns:
-        `read_error`: that of what is read off real images, by factor; `lost`: how far each factor of images that are edited to nothing is from that of the real
-        ones; `visible`: the factors that are less than half as far as by chance; `contexts`: what `intervention_effects` returns for each single concept and held-out pair.
-    """
-    latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
-    real = quad.render(latents, resolution)
-    options = {"num_inference_steps": num_inference_steps}
-    abducted = model.abduct(model.preprocess(real), model.targets(OBS, len(real)), **options)
-    returned = model.predict(*abducted, OBS, "np", **options)
-    kinds = true_factors(latents).kinds.argmax(1)
-    lost = dict(zip(quad.LATENTS, factor_changes(read_factors(real), read_factors(returned), kinds).tolist()))
-    visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
-    contexts = {}
-    for name in tqdm(quad.CONCEPTS + quad.HELD_OUT, "reading edits", disable=None, delay=2):
-        counterfactual = quad.counterfactual_latents(latents, name, variant)
-        edited = model.predict(*abducted, name, "np", **options)
-        contexts[name] = intervention_effects(returned, edited, latents, counterfactual, name, visible)
-    return {"read_error": read_error(resolution, seed=seed), "lost": lost, "visible": visible, "contexts": contexts}
 
 
 def held_out_images(
@@ -364,60 +333,6 @@ def held_out_images(
             smallest,
         )
     return tuple({name: a[k::2][:images] for name, a in by_context.items()} for k in (0, 1))
-
-
-def content_options(
-    dataset: str,
-    concepts: Sequence[str],
-    resolution: int,
-    channels: int,
-    variant: str,
-    mnist_digits: str,
-    split: tuple[float, int] | None,
-    other_real: Mapping[str, np.ndarray],
-    seed: int,
-    detector_images: int = DETECTOR_IMAGES,
-    twin_images: int | None = None,
-) -> dict:
-    """The arguments of `evaluate` for the content of images: a detector, trained here, twins, and the variant of quad.
-
-    The detector learns on training images: with their true attributes where the data set knows them, otherwise "do k or obs" from the
-    contexts. Of own data that training did not see (`split=None`) it learns on `other_real`, which the presence in real images does
-    not use.
-
-    Args:
-        dataset, concepts, resolution, channels, variant, mnist_digits, split: see `held_out_images`.
-        other_real: what that returned second.
-        seed: of the detector.
-        detector_images: of each context, at most; 0: no detector.
-        twin_images: of each context; `None`: some where the data set has twins; 0: none.
-
-    Raises:
-        ValueError: one sentence: twins asked of data that have none.
-    """
-    simulated = SIMULATED[dataset](resolution, channels, variant, mnist_digits) if dataset in SIMULATED else None
-    twins = None
-    if twin_images != 0:
-        twins = None if simulated is None else simulated.twins(twin_images or TWIN_IMAGES, seed)
-        if twins is None and twin_images:
-            raise ValueError(
-                f"{dataset} has no twins, the same individuals in several contexts, so edits have no true answer: leave --twins out."
-            )
-    detector = None
-    if detector_images:
-        labelled = None if simulated is None else simulated.labelled(detector_images)
-        if labelled is not None:
-            detector = train_detector(*labelled, concepts, seed)
-        else:
-            if simulated is not None:
-                images = simulated.training(detector_images, 1, TrainArguments.validation_fraction, 0)[0]
-            elif split is None:
-                images = other_real
-            else:
-                data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
-                images = data.split(*split)[0].by_context()
-            detector = train_context_detector({name: x[:detector_images] for name, x in images.items()}, concepts, seed)
-    return {"detector": detector, "twins": twins, "quad_variant": variant if dataset == "quad" else None}
 
 
 def training_split(folder: str) -> tuple[float, int]:
@@ -467,11 +382,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--detector-images",
         type=int,
         default=DETECTOR_IMAGES,
-        help=f"training images of each context, at most, for the detector of concepts (default {DETECTOR_IMAGES}); 0: no presence",
+        help="training images of each context, at most, for the detector of concepts "
+        f"(default {DETECTOR_IMAGES}); 0: no presence",
     )
-    parser.add_argument("--no-tests", action="store_true", help="train no networks to tell real from generated images")
-    parser.add_argument("--twins", type=int, help="twins for the error of edits (default 256 where the data have twins); 0: none")
-    parser.add_argument("--seed", type=int, default=0, help="of held-out images, detector, noise and directions")
+    parser.add_argument(
+        "--no-tests",
+        action="store_true",
+        help="train no networks to tell real from generated images",
+    )
+    parser.add_argument(
+        "--twins",
+        type=int,
+        help="twins for the error of edits (default 256 where the data have twins); 0: none",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of held-out images, detector, noise and directions"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
     return parser
 
@@ -487,7 +413,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = None if arguments.all else training_split(arguments.model)
         data = (height, channels, arguments.variant)
         real, other_real = held_out_images(
-            arguments.dataset, model.concepts, arguments.images, arguments.seed, *data, split, arguments.mnist_digits
+            arguments.dataset,
+            model.concepts,
+            arguments.images,
+            arguments.seed,
+            *data,
+            split,
+            arguments.mnist_digits,
         )
         content = content_options(
             arguments.dataset,
@@ -501,7 +433,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.twins,
         ) | {"tests": not arguments.no_tests}
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        options = content | {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
+        options = content | {
+            "edits": arguments.edits,
+            "num_inference_steps": arguments.num_inference_steps,
+        }
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
         if not process.is_main_process:
             return 0

@@ -108,12 +108,17 @@ def counterfactual_latents(latents: np.ndarray, context: Context, variant: str =
 
 
 def twins(
-    contexts: Sequence[Context], size: int, resolution: int = 64, variant: str = "dependent", seed: int = 0
+    contexts: Sequence[Context],
+    size: int,
+    resolution: int = 64,
+    variant: str = "dependent",
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The same images in several contexts: row i of each has the same exogenous noise, so that an edit has a true answer.
+    """The same images in several contexts: row i of each has the same exogenous noise, so that an edit has a
+    true answer.
 
-    The observational images are those of `images_by_context` for the same seed. How the intervened value goes with the noise is a
-    choice; see `counterfactual_latents`.
+    The observational images are those of `images_by_context` for the same seed. How the intervened value goes
+    with the noise is a choice; see `counterfactual_latents`.
 
     Args:
         contexts: in any form of `contexts.parse_context`; `"obs"` is always among the results.
@@ -127,7 +132,9 @@ def twins(
     """
     latents = sample_latents(OBS, size, variant, seed)
     names = dict.fromkeys([OBS, *(context_name(context, LATENTS) for context in contexts)])
-    return {name: render(counterfactual_latents(latents, name, variant), resolution) for name in names}
+    return {
+        name: render(counterfactual_latents(latents, name, variant), resolution) for name in names
+    }
 
 
 def exogenous_noise(latents: np.ndarray, variant: str = "dependent") -> np.ndarray:
@@ -217,7 +224,9 @@ def _render_chunk(levels: np.ndarray, out: np.ndarray) -> None:
             flat[image * resolution**2 + hits % resolution**2] = colours[image, 4]
 
 
-def shape_masks(kind: np.ndarray, size: np.ndarray, turn: np.ndarray, resolution: int = 64) -> np.ndarray:
+def shape_masks(
+    kind: np.ndarray, size: np.ndarray, turn: np.ndarray, resolution: int = 64
+) -> np.ndarray:
     """Which pixels shapes cover.
 
     Args:

@@ -1,8 +1,10 @@
-"""Counterfactual error: how far edited images are from their true answers, where there are twins (METHOD section 1, task 3).
+"""Counterfactual error: how far edited images are from their true answers, where there are twins
+(METHOD section 1, task 3).
 
-Twins are images of the same individual in two contexts. An edit of the one has the other as its true answer. Three distances tell how to
-read the error: that of the image left as it is (doing nothing), that of the model's own reconstruction of the true answer (the best that
-its decoder can do), and 0.
+Twins are images of the same individual in two contexts. An edit of the one has the other as its
+true answer. Three distances tell how to read the error: that of the image left as it is (doing
+nothing), that of the model's own reconstruction of the true answer (the best that its decoder can
+do), and 0.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,10 +25,13 @@ class CounterfactualError:
         edited_interval: its 95 % interval.
         unedited: distance of the images left as they are to the true answers.
         reconstructed: distance of the model's reconstruction of the true answers to them.
-        ratio: `edited` over `unedited`; 1 is no better than doing nothing. `None` if the true answer changes nothing.
+        ratio: `edited` over `unedited`; 1 is no better than doing nothing. `None` if the true
+            answer changes nothing.
         ratio_interval: its 95 % interval, or `None`.
-        outside: share of what the edit changes that lies on pixels which the true answer leaves alone; `None` if nothing changes.
-        outside_floor: the same of the change from the model's reconstruction of the image to that of the true answer.
+        outside: share of what the edit changes that lies on pixels which the true answer leaves
+            alone; `None` if nothing changes.
+        outside_floor: the same of the change from the model's reconstruction of the image to that
+            of the true answer.
         images: how many pairs.
     """
 
@@ -53,7 +58,8 @@ def counterfactual_error(
     returned_truth: np.ndarray,
     seed: int = 0,
 ) -> CounterfactualError:
-    """Error of edits whose true answers are known. All images (n, H, W, C), uint8 or float in [0, 1]; row i is one individual.
+    """Error of edits whose true answers are known. All images (n, H, W, C), uint8 or float in [0,
+    1]; row i is one individual.
 
     Args:
         before: real images.
@@ -68,15 +74,23 @@ def counterfactual_error(
     """
     arrays = [np.asarray(x) for x in (before, truth, edited, returned, returned_truth)]
     if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 4 or len(arrays[0]) < 2:
-        raise ValueError(f"five arrays of one shape (n, H, W, C), n at least 2, are needed, not {[x.shape for x in arrays]}.")
+        raise ValueError(
+            "five arrays of one shape (n, H, W, C), n at least 2, are needed, not "
+            f"{[x.shape for x in arrays]}."
+        )
     before, truth, edited, returned, returned_truth = (
         x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32) for x in arrays
     )
     errors, idle, best = (_distances(x, truth) for x in (edited, before, returned_truth))
-    still = (np.abs(truth - before) < _CHANGED / 2).all(-1, keepdims=True)  # (n, H, W, 1)
+    still = np.all(np.abs(truth - before) < _CHANGED / 2, axis=-1, keepdims=True)  # (n, H, W, 1)
 
     def interval(*data: np.ndarray, statistic: object) -> tuple[float, float]:
-        options = {"paired": True, "n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(seed)}
+        options = {
+            "paired": True,
+            "n_resamples": 1000,
+            "method": "percentile",
+            "rng": np.random.default_rng(seed),
+        }
         found = bootstrap(data, statistic, vectorized=True, **options).confidence_interval
         return float(found.low), float(found.high)
 

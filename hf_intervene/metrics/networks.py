@@ -1,4 +1,5 @@
-"""A small convolutional network that labels images, and how it is trained: the detector of concepts and the two-sample test share it."""
+"""A small convolutional network that labels images, and how it is trained: the detector of concepts
+and the two-sample test share it."""
 
 import math
 from collections.abc import Callable
@@ -54,14 +55,17 @@ class SmallNetwork(nn.Module):
 
 
 def pixel_values(images: np.ndarray) -> torch.Tensor:
-    """uint8 or float images (n, H, W, C) as a tensor (n, C, H, W), uint8 as it is: `unit` scales a batch of it.
+    """uint8 or float images (n, H, W, C) as a tensor (n, C, H, W), uint8 as it is: `unit` scales a
+    batch of it.
 
     Raises:
         ValueError: images of another shape, or floats out of [0, 1] or NaN.
     """
     images = np.asarray(images)
     if images.ndim != 4:
-        raise ValueError(f"images must have shape (n, height, width, channels), not {images.shape}.")
+        raise ValueError(
+            f"images must have shape (n, height, width, channels), not {images.shape}."
+        )
     if images.dtype != np.uint8 and images.size and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError("pixel values must lie in [0, 1] (or be uint8); some do not, or are NaN.")
     x = torch.from_numpy(np.require(images, requirements=("C", "W"))).permute(0, 3, 1, 2)
@@ -71,8 +75,8 @@ def pixel_values(images: np.ndarray) -> torch.Tensor:
 def prepared(images: np.ndarray) -> torch.Tensor:
     """`pixel_values` of images, those of more than 64 pixels a side averaged down to 64."""
     x = pixel_values(images)
-    size = [min(n, MAX_SIDE) for n in x.shape[2:]]
-    if list(x.shape[2:]) == size:
+    size = (min(x.shape[2], MAX_SIDE), min(x.shape[3], MAX_SIDE))
+    if tuple(x.shape[2:]) == size:
         return x
     return torch.cat([F.adaptive_avg_pool2d(unit(part), size) for part in x.split(256)])
 
@@ -105,13 +109,15 @@ def _kernel(size: int, sigma: torch.Tensor) -> torch.Tensor:
 def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
     """Weights under which each label is as often 1 as 0 whatever the other labels are, (n, K).
 
-    Images of single contexts seldom have two concepts at once. A network that is trained on them as they are learns that one concept
-    speaks against another, and misses them together. So each image is weighed by the inverse of the share of its answer among the
-    images with the same other labels (inverse propensity weights), with a bound. Where all of these have one answer there is nothing
+    Images of single contexts seldom have two concepts at once. A network that is trained on them as
+    they are learns that one concept speaks against another, and misses them together. So each image
+    is weighed by the inverse of the share of its answer among the images with the same other labels
+    (inverse propensity weights), with a bound. Where all of these have one answer there is nothing
     to balance, and the weight is 0.
 
     Args:
-        labels: float32 (n, K): 1, 0, or NaN where it does not count. As another label NaN is taken for 0.
+        labels: float32 (n, K): 1, 0, or NaN where it does not count. As another label NaN is taken
+            for 0.
     """
     weights = torch.zeros_like(labels)
     for k in range(labels.shape[1]):
@@ -120,7 +126,9 @@ def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
         known = ~labels[:, k].isnan()
         group = others[known].unique(dim=0, return_inverse=True)[1]
         answer = labels[known, k]
-        share = (torch.bincount(group, answer) / torch.bincount(group).clamp(min=1))[group].to(answer.dtype)
+        share = (torch.bincount(group, answer) / torch.bincount(group).clamp(min=1))[group].to(
+            answer.dtype
+        )
         own = torch.where(answer > 0, share, 1 - share)
         weights[known, k] = torch.where(own < 1, (0.5 / own).clamp(max=_MAX_WEIGHT), 0.0)
     return weights
@@ -145,7 +153,8 @@ def fit(
         labels: float32 (n, K): 1, 0, or NaN where it does not count.
         steps: batches of 96.
         seed: of batches and augmentation.
-        max_blur: largest standard deviation of the blur, in pixels; each image is blurred by this times u^2, u uniform.
+        max_blur: largest standard deviation of the blur, in pixels; each image is blurred by this
+            times u^2, u uniform.
         max_noise: largest standard deviation of the noise added to pixels in [0, 1].
         what: shown on the progress bar.
     """

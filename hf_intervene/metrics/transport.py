@@ -27,8 +27,8 @@ class TransportResult:
         distance: sliced W2 between real and generated images.
         interval: 95 % interval of the distance.
         floor: sliced W2 between two disjoint sets of real images of the same sizes, under the same protocol.
-        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is so high that the ratio is near 1
-            whatever was generated.
+        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is so high
+            that the ratio is near 1 whatever was generated.
         ratio_interval: 95 % interval of the ratio, the floor taken as known, or `None`.
         mean_shift: the part of the distance that the mean images alone make. Exactly, distance^2 = mean_shift^2 + the square of the distance
             that is left when each side's mean image is taken out.
@@ -200,4 +200,6 @@ def compare_projected(
     enough = min(len(a), len(c)) >= MIN_IMAGES
     ratio = distance / floor if enough else None
     ratio_interval = (interval[0] / floor, interval[1] / floor) if enough else None
-    return TransportResult(distance, interval, floor, ratio, ratio_interval, _mean_shift(a, c), _mean_shift(a, b))
+    return TransportResult(
+        distance, interval, floor, ratio, ratio_interval, _mean_shift(a, c), _mean_shift(a, b)
+    )
