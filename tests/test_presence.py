@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from hf_intervene.metrics.detector import Share, proportion
-from hf_intervene.metrics.presence import composition_ratio, presence, verdict
+from hf_intervene.metrics.presence import composition_ratio, presence_shares, verdict
 
 
 CONCEPTS = ("a", "b", "c")
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize("wanted", [(), ("a",), ("a", "c")])
 def test_shares_by_a_slow_loop(wanted):
     found = RNG.random((200, 3)) < 0.6
-    shares = presence(found, wanted, CONCEPTS, np.ones(3, bool))
+    shares = presence_shares(found, wanted, CONCEPTS, np.ones(3, bool))
     hits, exact, unwanted = 0, 0, 0
     for row in found:
         there = {name for name, present in zip(CONCEPTS, row) if present}
@@ -38,12 +38,12 @@ def test_shares_by_a_slow_loop(wanted):
 def test_a_concept_that_cannot_be_told_has_no_presence_and_is_not_counted_against_others():
     found = np.array([[True, True, False], [True, False, False]])
     usable = np.array([True, False, True])
-    other, own = (presence(found, [name], CONCEPTS, usable) for name in ("a", "b"))
+    other, own = (presence_shares(found, [name], CONCEPTS, usable) for name in ("a", "b"))
     assert other.exact.value == 1 and other.unwanted.value == 0 and set(other.rates) == {"a", "c"}
     assert own.all_wanted is None and own.exact is None and own.unwanted.value == 1
-    assert presence(found, ["a", "b"], CONCEPTS, usable).all_wanted is None
+    assert presence_shares(found, ["a", "b"], CONCEPTS, usable).all_wanted is None
     with pytest.raises(ValueError, match="knows no concept 'd'; it knows a, b, c"):
-        presence(found, ["d"], CONCEPTS, usable)
+        presence_shares(found, ["d"], CONCEPTS, usable)
 
 
 def test_interval_of_a_share_is_wilsons():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_intervene import InterventionModel, LightVAE
-from hf_intervene.metrics.routes import routes
+from hf_intervene.metrics.routes import compare_routes
 from hf_intervene.training.evaluate_content import measure_routes
 
 
@@ -61,7 +61,7 @@ def test_routes_by_hand():
     whole[:, 0, 0], whole[:, -1, -1] = 1, 1
     own[:, 0, 0] = 1
     edges[:6, -1, -1] = 1
-    found = routes(before, whole, own, edges, "first", Reads())
+    found = compare_routes(before, whole, own, edges, "first", Reads())
     assert (
         found.change == pytest.approx(2 / 16)
         and found.own == pytest.approx(0.5)
@@ -74,6 +74,6 @@ def test_routes_by_hand():
         "edges": 0,
     }
     assert found.outside == pytest.approx(0.5)
-    assert routes(before, before, own, edges).own is None
+    assert compare_routes(before, before, own, edges).own is None
     with pytest.raises(ValueError, match="four arrays of one shape"):
-        routes(before, whole[:3], own, edges)
+        compare_routes(before, whole[:3], own, edges)

@@ -14,10 +14,11 @@ from hf_intervene.data import quad
 from hf_intervene.metrics import intervention_effects, read_error, read_factors
 from hf_intervene.metrics.counterfactual import counterfactual_error
 from hf_intervene.metrics.detector import Detector, Share
+from hf_intervene.metrics.disentanglement import MIN_SAMPLES
 from hf_intervene.metrics.factor_match import DEFECTS, defective_latents, match_factors
 from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
-from hf_intervene.metrics.presence import composition_ratio, presence, verdict
-from hf_intervene.metrics.routes import routes
+from hf_intervene.metrics.presence import composition_ratio, verdict
+from hf_intervene.metrics.routes import compare_routes
 from hf_intervene.metrics.two_sample import MIN_IMAGES, image_two_sample_test, kernel_distance
 from hf_intervene.model import InterventionModel
 from hf_intervene.training.simulated import HELD_OUT_SEED
@@ -68,7 +69,7 @@ def measure_content(
             real[OBS] if name != OBS and OBS in real else None,
             seed,
         )
-    if quad_variant is not None:
+    if quad_variant is not None and len(generated) >= MIN_SAMPLES:
         found["factors"] = measure_factors(name, real[name], others, generated, quad_variant, seed)
     if (
         model.head is not None
@@ -107,7 +108,7 @@ def measure_presence(
     asked = wanted(context, concepts)
 
     def of(images: np.ndarray) -> dict:
-        return presence(
+        return presence_shares(
             detector.present(images), asked, detector.concepts, detector.usable
         ).to_dict()
 
@@ -290,7 +291,7 @@ def measure_routes(
             rest = () if residual is None else (residual[rows].to(model.device),)
             parts.append(model.base.to_pixels(model.base.decode(embedding, *rest)))
         images[name] = torch.cat(parts).permute(0, 2, 3, 1).float().cpu().numpy().clip(0, 1)
-    return routes(**images, concept=context, detector=detector).to_dict()
+    return compare_routes(**images, concept=context, detector=detector).to_dict()
 
 
 def measure_factors(

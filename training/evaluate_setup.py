@@ -10,7 +10,8 @@ from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.simulated import SIMULATED
 
 
-DETECTOR_IMAGES, TWIN_IMAGES = 4000, 256  # of each context, unless said otherwise
+# Of each context, unless said otherwise: by default the images of the training, which may be in a cache.
+DETECTOR_IMAGES, TWIN_IMAGES = TrainArguments.images_per_context, 256
 
 
 def content_options(

@@ -50,7 +50,7 @@ class Presence:
         }
 
 
-def presence(
+def presence_shares(
     found: np.ndarray, wanted: Sequence[str], concepts: Sequence[str], usable: np.ndarray
 ) -> Presence:
     """Shares of the images of one context.

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from .detector import Detector, Share
-from .presence import presence
+from .presence import presence_shares
 from .reconstruction import mean_interval
 
 
@@ -48,7 +48,7 @@ class Routes:
         return asdict(self)
 
 
-def routes(
+def compare_routes(
     observational: np.ndarray,
     intervened: np.ndarray,
     own: np.ndarray,
@@ -89,7 +89,7 @@ def routes(
     if detector is None or concept not in detector.concepts or concept in detector.unusable:
         return result
     found = {
-        name: presence(detector.present(x), [concept], detector.concepts, detector.usable)
+        name: presence_shares(detector.present(x), [concept], detector.concepts, detector.usable)
         for name, x in images.items()
     }
     result.rates = {name: of.rates[concept] for name, of in found.items()}
