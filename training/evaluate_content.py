@@ -17,7 +17,7 @@ from hf_intervene.metrics.detector import Detector, Share
 from hf_intervene.metrics.disentanglement import MIN_SAMPLES
 from hf_intervene.metrics.factor_match import DEFECTS, defective_latents, match_factors
 from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
-from hf_intervene.metrics.presence import composition_ratio, verdict
+from hf_intervene.metrics.presence import composition_ratio, presence_shares, verdict
 from hf_intervene.metrics.routes import compare_routes
 from hf_intervene.metrics.two_sample import MIN_IMAGES, image_two_sample_test, kernel_distance
 from hf_intervene.model import InterventionModel
