@@ -148,6 +148,7 @@ def write_card(
             settings_file=SETTINGS_FILE,
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", saved.settings_text)), default=0)),
             metrics=_table(measured) if measured else None,
+            presence=_presence(measured) if measured else None,
             floors=FLOORS_FILE if measured and (saved.folder / FLOORS_FILE).exists() else None,
             limits=_limits(saved),
         )
@@ -333,7 +334,8 @@ def _limits(saved: _Saved) -> list[str]:
         "It knows no other concepts than these, and changes what changed together in its training images: what a concept is, is what "
         "its context shows.",
         "That interventions compose as the real world would is hoped for, not guaranteed; look at the pairs you use.",
-        "Distances are on pixels: one near its floor says that pixel statistics agree, not that every image is right.",
+        "Distances are on pixels: one near its floor says that pixel statistics agree, not that every image is right. A concept of few "
+        "pixels can be missing from all of them.",
     ]
     if saved.is_denoiser:
         limits.append(
@@ -361,8 +363,20 @@ def read_metrics(source: str | os.PathLike | None) -> dict | None:
     path = path / "metrics.json" if path.is_dir() else path
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        _table(metrics), _results(metrics)  # they have all that is shown of them
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        (
+            _table(metrics),
+            _presence(metrics),
+            _results(metrics),
+        )  # they have all that is shown of them
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} holds no metrics: give the metrics.json that `hf-intervene evaluate` writes, or its folder."
         ) from error
@@ -410,19 +424,57 @@ def _table(metrics: dict) -> dict:
 
 def _numbers(row: dict) -> dict:
     lower, upper = row["interval"]
-    return {name: float(row[name]) for name in ("distance", "floor", "ratio")} | {"interval": [float(lower), float(upper)]}
+    found = {name: float(row[name]) for name in ("distance", "floor")} | {
+        "interval": [float(lower), float(upper)]
+    }
+    return found | {"ratio": "" if row["ratio"] is None else f"{row['ratio']:.1f}"}
+
+
+def _presence(metrics: dict) -> dict | None:
+    """What a card says of the presence of concepts; `None` if it was not measured."""
+    rows = {name: row["presence"] for name, row in metrics["contexts"].items() if "presence" in row}
+    shown = [
+        {
+            "name": code(name),
+            "generated": float(row["generated"]["all_wanted"]["value"]),
+            "interval": [float(end) for end in row["generated"]["all_wanted"]["interval"]],
+            "real": float(row["real"]["all_wanted"]["value"]),
+            "nothing": float(row["nothing"]["all_wanted"]["value"]),
+        }
+        for name, row in rows.items()
+        if row["generated"]["all_wanted"] is not None
+    ]
+    verdicts = [
+        {"name": code(name), "words": str(words)}
+        for name, words in metrics.get("verdicts", {}).items()
+    ]
+    kind = metrics.get("detector", {}).get("kind")
+    trained = {
+        "attributes": "trained on the true attributes of real images",
+        "contexts": "trained to tell each concept's context from observational images, so concepts that those have count as errors",
+    }
+    return {"verdicts": verdicts, "rows": shown, "trained": trained[kind]} if verdicts else None
 
 
 def _results(metrics: dict) -> list[EvalResult]:
     protocol, name = shown_protocol(metrics), _data_name(metrics)
     results = []
     for kind, row in metrics["means"].items():
+        seen = row.get("presence", {})
         for metric, title, value in (
+            (
+                "presence",
+                "share of samples with all concepts that were asked for",
+                seen.get("generated"),
+            ),
+            ("presence-real", "the same share of real images", seen.get("real")),
             ("sliced-wasserstein-2", "sliced 2-Wasserstein distance", row[protocol]["distance"]),
             ("sliced-wasserstein-2-floor", "its floor between real images", row[protocol]["floor"]),
             ("sliced-wasserstein-2-ratio", "its ratio to the floor", row[protocol]["ratio"]),
             (loss_in(row).replace("_", "-"), LOSSES[loss_in(row)], row[loss_in(row)]),
         ):
+            if value is None:
+                continue
             results.append(
                 EvalResult(
                     task_type=TASK,

@@ -177,9 +177,19 @@ class InterventionModel(PreTrainedModel):
     def _noise_of(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return y if self.head is None else self.head.whiten(y, self.seen(targets))
 
-    def embed(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None = None) -> torch.Tensor:
-        """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D), some concepts at chosen values."""
-        return z if self.head is None else self.head(z, self.seen(targets), *(values or ())).embedding
+    def embed(
+        self,
+        z: torch.Tensor,
+        targets: torch.Tensor,
+        values: Values | None = None,
+        edge_targets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The representation e, (B, *embedding_shape), of noise (B, *noise_shape) under targets (B, D), some concepts at chosen
+        values. `edge_targets`: see `InterventionHead.forward`."""
+        if self.head is None:
+            return z
+        options = {} if edge_targets is None else {"edge_targets": self.seen(edge_targets)}
+        return self.head(z, self.seen(targets), *(values or ()), **options).embedding
 
     def decode(
         self,

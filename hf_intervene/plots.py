@@ -319,7 +319,9 @@ def floor_chart(metrics: Mapping) -> Figure:
     handles = [Line2D([], [], color=BLACK, marker="|", ls="", ms=9, mew=1.5, label="floor: real to real")]
     for kind, mean in metrics["means"].items():
         colour, marker, label = styles[kind]
-        text = f"{label}: mean {mean[protocol]['distance']:.3f}, {mean[protocol]['ratio']:.1f} x floor"
+        text = f"{label}: mean {mean[protocol]['distance']:.3f}"
+        if mean[protocol]["ratio"] is not None:
+            text += f", {mean[protocol]['ratio']:.1f} x floor"
         handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=3, label=text))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7, frameon=False)
     _plain(axis)

@@ -36,7 +36,7 @@ _SETTINGS = TINY | {"max_steps": 2, "eval_every": 2}
 # What the commands of all pages get, so that each takes a second or two.
 TINY_OPTIONS = {
     "train": " ".join(f"--{name} {value}" for name, value in _SETTINGS.items()).translate(str.maketrans("", "", "[],")).split(),
-    "evaluate": ["--images", "8", "--projections", "5", "--num-inference-steps", "2"],
+    "evaluate": "--images 8 --projections 5 --num-inference-steps 2 --detector-images 0 --twins 0".split(),
     "pretrain": ["--images", "16", "--resolution", "16", "--steps", "2", "--batch-size", "8"],
     "check": ["--images", "24", "--resolution", "16"],
 }

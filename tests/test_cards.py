@@ -186,3 +186,26 @@ def test_of_a_folder_only_its_name_is_shared(tmp_path):
     folder.mkdir()
     shared = yaml.safe_load(shared_settings(TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))))
     assert shared == {"settings_version": 2, "dataset": "faces", "base": "org/vae", "seed": 0}
+
+
+def test_presence_comes_before_distances(tmp_path):
+    build().save_pretrained(tmp_path / "m")
+    path = measured(tmp_path) / "metrics.json"
+    metrics = json.loads(path.read_text())
+    share = {"value": 0.49, "interval": [0.45, 0.53]}
+    sides = {side: {"all_wanted": share | {"value": value}} for side, value in (("real", 0.96), ("nothing", 0.05))}
+    metrics["contexts"]["a"]["presence"] = {"generated": {"all_wanted": share}} | sides
+    metrics["contexts"]["obs"]["presence"] = {"generated": {"all_wanted": None}}
+    metrics["means"]["concept"]["presence"] = {"generated": 0.49, "real": 0.96}
+    metrics["verdicts"], metrics["detector"] = {"a": "partly (49 % of 96 %)"}, {"kind": "contexts"}
+    for row in (metrics["contexts"]["a+b"], metrics["means"]["composition"]):
+        row["independent"] |= {"ratio": None}
+    path.write_text(json.dumps(metrics))
+    card = write_card(tmp_path / "m", "alice/m", tmp_path)
+    text, data = card.read_text(), ModelCard.load(card).data
+    assert text.index("- `a`: partly (49 % of 96 %)") < text.index("| `a` | 0.49 [0.45, 0.53] | 0.96 | 0.05 |")
+    assert text.index("0.49 [0.45") < text.index("Sliced 2-Wasserstein") and "so concepts that those have count as errors" in text
+    assert "| `a+b` | 0.079 [0.075, 0.083] | 0.026 |  | 0.869 |" in text
+    found = {(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results}
+    assert ("presence", "share of samples with all concepts that were asked for, concept", 0.49) in found
+    assert sum(kind == "sliced-wasserstein-2-ratio" for kind, _, _ in found) == 1

@@ -272,7 +272,7 @@ def test_recipe(tmp_path, capsys, monkeypatch):
     )  # as many as it takes by default take long
     a_model().save_pretrained(tmp_path / "model")
     argv = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--images", "60"]
-    argv += ["--regressor-steps", "5", "--resamples", "2"]
+    argv += ["--resamples", "2"]
     assert recipe.main(argv) == 0
     measured = json.loads((tmp_path / "out" / "effects.json").read_text())
     assert np.array(measured["effects"]["generated"]["values"]).shape == (15, 8)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from PIL import Image
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, demo
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
-from hf_intervene.training import ablation, evaluate, train
+from hf_intervene.metrics.detector import train_context_detector
+from hf_intervene.training import ablation, evaluate, evaluate_setup, train
+from hf_intervene.training.evaluate_content import measure_counterfactuals
 from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
 
 
@@ -86,8 +89,12 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
     assert f"at {mean:.3f} (concept), " in evaluate.table(metrics)
 
 
-def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
+def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10", "--protocol", "both"]
+    argv += ["--detector-images", "110", "--twins", "6"]
+    monkeypatch.setattr(
+        evaluate_setup, "train_context_detector", partial(train_context_detector, steps=10)
+    )
     assert evaluate.main(argv) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
@@ -96,18 +103,110 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys):
     text = (tmp_path / "m" / "metrics.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
+    row = metrics["contexts"]["quad1+quad2"]
+    assert row["counterfactual"]["images"] == 6 and row["independent"]["ratio"] is None
+    assert row["alternatives"]["single_context"] in ("quad1", "quad2")
+    assert row["alternatives"]["single"] < row["alternatives"]["nothing"]
+    assert set(row["factors"]) == {"generated", "floor", "no triangles", "one size", "circles only"}
+    assert "two_sample" not in row  # of 70 images a side
+    assert {name for name, row in metrics["contexts"].items() if "routes" in row} == set(
+        quad.CONCEPTS
+    )
+    assert list(metrics["verdicts"]) == list(quad.CONCEPTS)
+    assert "No ratio to the floor below 200 distinct images a side" in text
+
+
+def test_twins_of_data_that_have_none():
+    with pytest.raises(ValueError, match="ident3d has no twins.*leave --twins out"):
+        evaluate.content_options(
+            "ident3d", ("a",), 16, 3, "dependent", "bundled", None, {}, 0, 0, 4
+        )
+    with pytest.raises(ValueError, match="obs among them"):
+        measure_counterfactuals(None, {"quad1": np.zeros((2, 16, 16, 3), np.uint8)})
+
+
+class Seen:
+    """A detector of images whose corner pixels were marked: red says quad1, green says quad2."""
+
+    concepts, unusable, usable, kind = quad.CONCEPTS, {}, np.ones(6, bool), "attributes"
+
+    def logits(self, images):
+        marks = np.zeros((len(images), 6))
+        marks[:, :2] = images[:, 0, 0, :2] / (255 if images.dtype == np.uint8 else 1)
+        return marks - 0.5
+
+    def present(self, images):
+        return self.logits(images) > 0
+
+    def features(self, images):
+        return images[:, 0, 0].astype(np.float32)
+
+    def to_dict(self):
+        return {"kind": self.kind, "errors": {}, "unusable": {}}
+
+
+def test_presence_beside_its_floor_and_the_alternatives(model, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def marked(quad1, quad2):
+        images = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+        images[:, 0, 0] = 0
+        images[: round(40 * quad1), 0, 0, 0] = 255
+        images[40 - round(40 * quad2) :, 0, 0, 1] = 255
+        return images
+
+    contexts = {"obs": (0.1, 0), "quad1": (1, 0), "quad2": (0.5, 1), "quad1+quad2": (1, 1)}
+    real, other = ({name: marked(*rates) for name, rates in contexts.items()} for _ in range(2))
+    made = {"obs": (0, 0), "quad1": (0.5, 0), "quad2": (0, 0.8), "quad1+quad2": (0.6, 0.6)}
+    samples = {
+        name: torch.from_numpy(marked(*rates)).permute(0, 3, 1, 2) / 255
+        for name, rates in made.items()
+    }
+    monkeypatch.setattr(model, "sample", lambda name, **options: samples[name])
+    metrics = evaluate.evaluate(model, real, other, ("independent",), 10, detector=Seen())
+    assert (
+        metrics["verdicts"]["quad1"] == "partly (50 % of 100 %)"
+        and metrics["verdicts"]["quad2"] == "partly (80 % of 100 %)"
+    )
+    pair = metrics["contexts"]["quad1+quad2"]["presence"]
+    assert (
+        pair["generated"]["all_wanted"]["value"] == 0.2 and pair["real"]["all_wanted"]["value"] == 1
+    )
+    assert pair["nothing"]["all_wanted"]["value"] == 0
+    assert pair["single_context"] == "quad2" and pair["single"]["all_wanted"]["value"] == 0.5
+    assert (
+        pair["composition"]["ratio"] == pytest.approx(0.2 / (0.5 * 0.8))
+        and pair["composition_floor"]["ratio"] == 1
+    )
+    alone = metrics["contexts"]["quad2"]["presence"]
+    assert alone["real"]["unwanted"]["value"] == 0.5 and alone["generated"]["exact"]["value"] == 0.8
+    assert metrics["means"]["composition"]["presence"]["generated"] == 0.2
+    text = evaluate.table(metrics)
+    assert text.index("## Presence") < text.index("## Sliced")
+    assert "- quad1: partly (50 % of 100 %)" in text and "| quad1+quad2 | 0.200 [0.1" in text
 
 
 def numbers(value):
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from numbers(part)
-    elif not isinstance(value, str):
+    elif value is not None and not isinstance(value, str):
         yield value
 
 
 def test_two_processes_share_out_the_contexts(saved, tmp_path):
-    options = ["--images", "70", "--projections", "10", "--protocol", "both"]
+    options = [
+        "--images",
+        "70",
+        "--projections",
+        "10",
+        "--protocol",
+        "both",
+        "--detector-images",
+        "0",
+        "--twins",
+        "8",
+    ]
     assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "training/evaluate.py"]
     done = subprocess.run(
@@ -119,7 +218,9 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("mean composition") == 2  # one table for each protocol, of one process
+    assert (
+        done.stdout.count("mean composition") == 2
+    )  # one table of distances for each protocol, of one process
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert list(one["contexts"]) == list(two["contexts"])
     assert list(numbers(one["contexts"])) == pytest.approx(list(numbers(two["contexts"])), rel=1e-5)

@@ -484,7 +484,7 @@ def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):
     width, height = Image.open(grids[-1]).size
     assert width > 8 * 28 and height == len(ALL) * 28  # names, and held-out pairs
     argv = ["--model", str(result.model_dir), "--output", str(tmp_path / "m"), "--dataset", "mnist"]
-    argv += ["--images", "20", "--projections", "10", "--mnist-digits"]
+    argv += ["--images", "20", "--projections", "10", "--detector-images", "0", "--mnist-digits"]
     assert evaluate.main([*argv, str(folder), "--edits"]) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == set(ALL) and metrics["means"]["composition"]["contexts"] == 9

@@ -1,9 +1,11 @@
-"""Evaluate a trained model: concept learning, composition and reconstruction (METHOD section 5; arXiv:2507.04754).
+"""Evaluate a trained model on held-out real images of every context (METHOD section 5; arXiv:2507.04754).
 
     python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
 
-Held-out real images of every context against generated ones: sliced 2-Wasserstein distance with floor, ratio and interval, and the
-negative ELBO in bits per pixel. Writes `metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
+First comes what people see: whether every concept that was asked for is there, by a detector; whether a
+network tells real from generated images; what edits do, and by which route. Then come the sliced
+2-Wasserstein distance, with floor, ratio and interval, and the negative ELBO in bits per pixel. Writes
+`metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
 share out the contexts; the result is the same.
 """
 
@@ -20,19 +22,13 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_intervene import pipeline
-from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
-from hf_intervene.contexts import OBS, parse_context
+from hf_intervene.cards import FLOORS_FILE, loss_in, read_settings
+from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.logging import bars_on_terminals_only, get_logger
-from hf_intervene.metrics import (
-    context_leakage,
-    intervention_effects,
-    mean_interval,
-    share_moved,
-    train_regressor,
-)
-from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
+from hf_intervene.metrics import context_leakage, mean_interval
+from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -40,7 +36,18 @@ from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import RecipeParser, TrainArguments
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
-from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
+from hf_intervene.training.evaluate_content import (
+    add_composition_ratios,
+    concept_verdicts,
+    factor_effects,
+    measure_content,
+    measure_counterfactuals,
+    measure_presence,
+    wanted,
+)
+from hf_intervene.training.evaluate_setup import DETECTOR_IMAGES, content_options
+from hf_intervene.training.evaluate_tables import table
+from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
 from hf_intervene.training.validation import loss_units
 
 
@@ -60,6 +67,10 @@ def evaluate(
     batch_size: int | None = None,
     edits: bool = False,
     num_inference_steps: int = 50,
+    detector: Detector | None = None,
+    tests: bool = False,
+    twins: Mapping[str, np.ndarray] | None = None,
+    quad_variant: str | None = None,
 ) -> dict:
     """Measure a model on held-out images. Several processes call this together, with the same arguments, and get the same result.
 
@@ -73,13 +84,28 @@ def evaluate(
         batch_size: images at once; `None`: the model's `images_at_once`.
         edits: whether to measure edits too: the real observational images, edited to each other context.
         num_inference_steps: of a denoiser.
+        detector: of the concepts, for their presence; `None`: no presence.
+        tests: whether to ask a network to tell real from generated images (about 15 seconds a context).
+        twins: the same individuals in every context, for the error of edits (of a denoiser with `edits` only).
+        quad_variant: of images of quad, the variant, for the measures of its factors.
 
     Returns:
-        `contexts`: for each context its kind (`"concept"` or `"composition"`), a `TransportResult` per protocol, and `bits_per_pixel`
-        with its interval (of a denoiser, which has no likelihood, `denoising_loss`: squared error and KL per entry of what it denoises);
-        `reconstruction`: the `distance` of reconstructions of the further images from the real ones, by draws of their posteriors (of a
-        denoiser with `edits` only); with `edits` their `distance` and the `share_moved` of `hf_intervene.metrics.leakage`; `means`: the
-        same averaged over each kind; `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB;
+        `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector only.
+        `contexts`, for each context:
+            `kind`: `"concept"` or `"composition"`; `images`: how many.
+            `bits_per_pixel` with its interval; of a denoiser, which has no likelihood, `denoising_loss`:
+            squared error and KL per entry of what it denoises.
+            For each protocol a `TransportResult`.
+            `alternatives`: the distances of observational images (`nothing`) and, of a composition, of the
+            nearest single context (`single`).
+            `presence`, `correlations`, `two_sample`, `kernel_distance`, `factors`, `routes`: see
+            `measure_content`. `counterfactual`, with twins: see `measure_counterfactuals`.
+            `reconstruction`: the `distance` of reconstructions of the further images from the real ones, by
+            draws of their posteriors (of a denoiser with `edits` only).
+            `edit`, with `edits`: their `distance`, beside that of images left as they are (`unedited`), and,
+            with a detector, the share in which all wanted concepts are found (`presence`).
+        `means`: the same averaged over each kind.
+        `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB.
         `leakage`: how well the context can be told from the residual noise, for a model that has it (of a denoiser with `edits` only: it
         takes longer than all the rest).
     """
@@ -89,7 +115,7 @@ def evaluate(
         check_installed()  # now, not after all the rest
     steps = {"num_inference_steps": num_inference_steps}
     contexts: dict[str, dict] = {}
-    residuals, abducted, unchanged = {}, None, None  # the last two: of the observational images; their projections
+    residuals, abducted = {}, None  # the last: of the observational images
     if edits:
         x = model.preprocess(real[OBS])
         abducted = model.abduct(x, model.targets(OBS, len(x)), None, batch_size, **steps)
@@ -107,17 +133,39 @@ def evaluate(
         loss = _negative_elbo(model, images, name, generator, batch_size)
         loss, interval = mean_interval(loss_units(model, loss), seed=seed)
         contexts[name] = {
-            "kind": "composition" if len(parse_context(name, model.concepts)) > 1 else "concept",
+            "kind": "composition" if len(wanted(name, model.concepts)) > 1 else "concept",
             "images": len(images),
             _loss_name(model): loss,
             f"{_loss_name(model)}_interval": interval,
         } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
+        if OBS in real and name != OBS:
+            contexts[name]["alternatives"] = _alternatives(
+                name, projected[0], real, model.concepts, axes
+            )
+        contexts[name] |= measure_content(
+            model,
+            name,
+            real,
+            others,
+            generated,
+            noise,
+            generator,
+            detector,
+            tests,
+            quad_variant,
+            seed,
+        )
         if edits and name != OBS:
-            if unchanged is None:
-                unchanged = project(real[OBS], axes)
-            edited = project(model.predict(*abducted, name, "np", batch_size, **steps), axes)
-            before, after, floor = (sliced_w2(projected[0], p) for p in (unchanged, edited, projected[1]))
-            contexts[name]["edit"] = {"distance": after, "share_moved": share_moved(before, after, floor)}
+            images_edited = model.predict(*abducted, name, "np", batch_size, **steps)
+            edit = {
+                "distance": sliced_w2(projected[0], project(images_edited, axes)),
+                "unedited": contexts[name]["alternatives"]["nothing"],
+            }
+            if detector is not None:
+                edit["presence"] = measure_presence(
+                    detector, name, images_edited, real, model.concepts
+                )["generated"]["all_wanted"]
+            contexts[name]["edit"] = edit
         if leaks and contexts[name]["kind"] == "concept":
             x = model.preprocess(images)
             residuals[name] = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1].cpu().numpy()
@@ -127,7 +175,18 @@ def evaluate(
             returned = project(model.predict(noise, residual, name, "np", batch_size, **steps), axes)
             contexts[name]["reconstruction"] = {"distance": sliced_w2(projected[0], returned)}
     contexts, residuals = (_of_all_processes(own, real) for own in (contexts, residuals))
-    metrics = {"contexts": contexts, "means": _means(contexts, protocols)}
+    metrics = {}
+    if twins is not None and (edits or not model.base.denoises):
+        for name, error in measure_counterfactuals(model, twins, seed, num_inference_steps).items():
+            if name in contexts:
+                contexts[name]["counterfactual"] = error
+    if detector is not None:
+        add_composition_ratios(contexts, model.concepts, seed)
+        metrics = {
+            "detector": detector.to_dict(),
+            "verdicts": concept_verdicts(contexts, model.concepts, detector),
+        }
+    metrics |= {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
         returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
         metrics["reconstruction_psnr"] = float(-10 * np.log10(np.square(returned - real[OBS] / 255).mean()))
@@ -135,6 +194,26 @@ def evaluate(
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
         metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
     return metrics
+
+
+def _alternatives(
+    name: str,
+    projected: np.ndarray,
+    real: Mapping[str, np.ndarray],
+    concepts: Sequence[str],
+    axes: np.ndarray,
+) -> dict:
+    """Distances of what one could pass off as a context: observational images, or the nearest single context."""
+    found = {"nothing": sliced_w2(projected, project(real[OBS], axes))}
+    singles = {
+        one: sliced_w2(projected, project(real[one], axes))
+        for one in wanted(name, concepts)
+        if one in real and one != name
+    }
+    if singles:
+        found["single_context"] = min(singles, key=singles.__getitem__)
+        found["single"] = singles[found["single_context"]]
+    return found
 
 
 def _of_all_processes(own: dict, order: Iterable[str]) -> dict:
@@ -158,6 +237,24 @@ def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Gen
     return torch.cat(nats).numpy()
 
 
+# What is averaged over contexts, where it was measured.
+_MEANS = {
+    "reconstruction": ("distance",),
+    "edit": ("distance", "unedited"),
+    "alternatives": ("nothing", "single"),
+    "two_sample": ("accuracy", "floor"),
+    "kernel_distance": ("value", "floor", "nothing"),
+    "counterfactual": ("edited", "unedited", "reconstructed"),
+    "routes": ("own", "edges", "outside"),
+}
+_SIDES = ("generated", "real", "nothing", "single")  # of presence
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
     means = {}
     for kind in ("concept", "composition"):
@@ -175,129 +272,22 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
             # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
             margins = [(row[protocol]["interval"][1] - row[protocol]["distance"]) for row in rows]
             margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
-            means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin), "ratio": distance / floor}
-        for what in ("reconstruction", "edit"):
-            if found := [row[what] for row in rows if what in row]:
-                means[kind][what] = {key: float(np.nanmean([row[key] for row in found])) for key in found[0]}
+            means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin)}
+            few = any(row[protocol]["ratio"] is None for row in rows)
+            means[kind][protocol]["ratio"] = None if few else distance / floor
+        for what, keys in _MEANS.items():
+            if found := [row[what] for row in rows if row.get(what)]:
+                means[kind][what] = {key: _mean([row.get(key) for row in found]) for key in keys}
+        if found := [row["presence"] for row in rows if row.get("presence")]:
+            shares = {
+                side: [(row.get(side) or {}).get("all_wanted") for row in found] for side in _SIDES
+            }
+            means[kind]["presence"] = {
+                side: _mean([x and x["value"] for x in of]) for side, of in shares.items()
+            }
+            ratios = [row.get("composition") for row in found]
+            means[kind]["presence"]["composition"] = _mean([x and x["ratio"] for x in ratios])
     return means
-
-
-def factor_effects(
-    model: InterventionModel,
-    variant: str,
-    resolution: int,
-    seed: int,
-    images: int = 256,
-    steps: int = 1500,
-    num_inference_steps: int = 50,
-) -> dict:
-    """What edits of observational quad images do to the true factors; see `hf_intervene.metrics.factors`.
-
-    Args:
-        model: the model, its concepts those of quad.
-        variant: of quad.
-        resolution: of the model's images.
-        seed: of regressor and held-out images.
-        images: how many are edited to each context.
-        steps: of the regressor's training (about a minute on one core by default).
-        num_inference_steps: of a denoiser.
-
-    Returns:
-        `regressor`: its scores by factor; `lost`: how far each factor of images that are edited to nothing is from that of the real
-        ones; `visible`: the factors that are less than half as far as by chance; `contexts`: what `intervention_effects` returns for each single concept and held-out pair.
-    """
-    regressor = train_regressor(resolution, seed, steps)
-    latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
-    real = quad.render(latents, resolution)
-    options = {"num_inference_steps": num_inference_steps}
-    abducted = model.abduct(model.preprocess(real), model.targets(OBS, len(real)), **options)
-    returned = model.predict(*abducted, OBS, "np", **options)
-    kinds = true_factors(latents).kinds.argmax(1)
-    lost = dict(zip(quad.LATENTS, factor_changes(regressor.read(real), regressor.read(returned), kinds).tolist()))
-    visible = [name for name in quad.LATENTS if lost[name] < CHANCE[name] / 2]
-    contexts = {}
-    for name in tqdm(quad.CONCEPTS + quad.HELD_OUT, "reading edits", disable=None, delay=2):
-        counterfactual = quad.counterfactual_latents(latents, name, variant)
-        edited = model.predict(*abducted, name, "np", **options)
-        contexts[name] = intervention_effects(regressor, returned, edited, latents, counterfactual, name, visible)
-    return {"regressor": regressor.scores, "lost": lost, "visible": visible, "contexts": contexts}
-
-
-def factor_table(effects: dict) -> list[str]:
-    """Lines of the Markdown table of what `factor_effects` returns."""
-    lines = ["Edits and the true factors: mean change by the edit / in truth", ""]
-    lines += [f"| context | {' | '.join(quad.LATENTS)} | moved | leak (floor) |", "| --- " * 11 + "|"]
-    for name, row in effects["contexts"].items():
-        cells = [f"{x['change']:.2f} / {x['true_change']:.2f}" for x in row["factors"].values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['moved']:.2f} | {row['leak']:.3f} ({row['leak_floor']:.3f}) |")
-    for label, values in (("lost", effects["lost"]), ("regressor", effects["regressor"])):
-        lines.append(f"| *{label}* | {' | '.join(f'{values[name]:.2f}' for name in quad.LATENTS)} | | |")
-    return [
-        *lines,
-        "",
-        "Changes are between an image as the model returns it and the same edited. moved: change over true change of the intervened "
-        "factors (1 is right); leak: mean change of the factors that truth leaves as they are (floor: the regressor's own error). "
-        "lost: how far returned images are from real ones; regressor: its R^2 on real images (shape: accuracy). "
-        f"Counted are the factors that the model returns: {', '.join(effects['visible']) or 'none'}.",
-        "",
-    ]
-
-
-def table(metrics: dict) -> str:
-    """Readable Markdown table of what `evaluate` returns, one for each protocol."""
-    lines = []
-    first = next(iter(metrics["contexts"].values()))
-    for protocol in (name for name in PROTOCOLS if name in first):
-        lines += [f"Sliced 2-Wasserstein distance, {protocol} protocol", ""]
-        loss = loss_in(first)
-        lines += [f"| context | distance [95 %] | floor | ratio | {LOSSES[loss]} |", "| --- | --- | --- | --- | --- |"]
-        rows = list(metrics["contexts"].items())
-        rows += [(f"**mean {kind}**", row) for kind, row in metrics["means"].items()]
-        for name, row in rows:
-            low, high = row[protocol]["interval"]
-            lines.append(
-                f"| {name} | {row[protocol]['distance']:.3f} [{low:.3f}, {high:.3f}] | {row[protocol]['floor']:.3f} "
-                f"| {row[protocol]['ratio']:.1f} | {row[loss]:.3f} |"
-            )
-        shifts = [
-            f"{mean[protocol]['mean_shift']:.3f} ({kind}; floor {mean[protocol]['mean_shift_floor']:.3f})"
-            for kind, mean in metrics["means"].items()
-            if "mean_shift" in mean[protocol]  # not in older files
-        ]
-        if shifts:
-            lines += ["", f"Of it, the mean images alone make {', '.join(shifts)}; squares add up."]
-        lines.append("")
-    returned = [
-        f"{mean['reconstruction']['distance']:.3f} ({kind})"
-        for kind, mean in metrics["means"].items()
-        if "reconstruction" in mean
-    ]
-    if returned:
-        lines += [
-            f"Reconstructions of other real images are at {', '.join(returned)}, under the independent protocol: what they are above the floor "
-            "is the decoder's; what samples are above them, if anything, the prior's.",
-            "",
-        ]
-    edited = [(name, row) for name, row in rows if "edit" in row]
-    if edited:
-        lines += ["Observational images edited to each context (share moved: of the way there; 1 is all of it)", ""]
-        lines += ["| context | distance | share moved |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {row['edit']['distance']:.3f} | {row['edit']['share_moved']:.2f} |" for name, row in edited]
-        lines += [
-            "",
-            f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB when nothing is changed.",
-            "",
-        ]
-    if "factor_effects" in metrics:
-        lines += factor_table(metrics["factor_effects"])
-    if "leakage" in metrics:
-        leakage = metrics["leakage"]
-        lines += [
-            f"Leakage: the context is told from the residual noise with a balanced accuracy of {leakage['accuracy']:.3f} "
-            f"[{leakage['interval'][0]:.3f}, {leakage['interval'][1]:.3f}]; without leakage it would be {leakage['chance']:.3f}.",
-            "",
-        ]
-    return "\n".join(lines)
 
 
 def held_out_images(
@@ -394,7 +384,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
-    parser.add_argument("--seed", type=int, default=0, help="of held-out images, noise and directions")
+    parser.add_argument(
+        "--detector-images",
+        type=int,
+        default=DETECTOR_IMAGES,
+        help="training images of each context, at most, for the detector of concepts "
+        f"(default {DETECTOR_IMAGES}); 0: no presence",
+    )
+    parser.add_argument(
+        "--no-tests",
+        action="store_true",
+        help="train no networks to tell real from generated images",
+    )
+    parser.add_argument(
+        "--twins",
+        type=int,
+        help="twins for the error of edits (default 256 where the data have twins); 0: none",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of held-out images, detector, noise and directions"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
     return parser
 
@@ -407,19 +416,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.output)
         model = load_model(arguments.model).to(process.device)
         channels, height, _ = model.base.image_shape
+        split = None if arguments.all else training_split(arguments.model)
+        data = (height, channels, arguments.variant)
         real, other_real = held_out_images(
             arguments.dataset,
             model.concepts,
             arguments.images,
             arguments.seed,
-            height,
-            channels,
-            arguments.variant,
-            None if arguments.all else training_split(arguments.model),
+            *data,
+            split,
             arguments.mnist_digits,
         )
+        content = content_options(
+            arguments.dataset,
+            model.concepts,
+            *data,
+            arguments.mnist_digits,
+            split,
+            other_real,
+            arguments.seed,
+            arguments.detector_images,
+            arguments.twins,
+        ) | {"tests": not arguments.no_tests}
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}
+        options = content | {
+            "edits": arguments.edits,
+            "num_inference_steps": arguments.num_inference_steps,
+        }
         metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
         if not process.is_main_process:
             return 0

@@ -259,7 +259,7 @@ def measures(metrics: dict) -> dict[str, float]:
     for kind, mean in metrics["means"].items():
         for protocol in ("independent", "paper"):
             for key in ("distance", "floor", "ratio", "mean_shift", "mean_shift_floor"):
-                if key in mean[protocol]:  # older jobs have no shifts
+                if mean[protocol].get(key) is not None:  # older jobs have no shifts, few images no ratio
                     found[f"{kind} {key.replace('_', ' ')}, {protocol}"] = mean[protocol][key]
         found[f"{kind} bits per pixel"] = mean["bits_per_pixel"]
     return found

@@ -66,6 +66,15 @@ class Simulated:
         """So many images of each context, pairs included, or of some of them, and as many others."""
         raise NotImplementedError
 
+    def labelled(self, images: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Training images (n, H, W, C), at most so many of each context, and which of `concepts` each shows,
+        bool (n, concepts); `None` where attributes are not known or are not a matter of yes and no."""
+        return None
+
+    def twins(self, images: int, seed: int) -> Images | None:
+        """So many held-out individuals in every context, row by row the same; `None` where there are none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Drawn(Simulated):
@@ -90,6 +99,15 @@ class Drawn(Simulated):
 
 class Quad(Drawn):
     source, concepts, contexts, held_out = quad, quad.CONCEPTS, quad.TRAIN_CONTEXTS, quad.HELD_OUT
+
+    def twins(self, images, seed):
+        return quad.twins(
+            self.contexts + self.held_out,
+            images,
+            self.resolution,
+            self.variant,
+            HELD_OUT_SEED + 2 * seed,
+        )
 
 
 class Ident3d(Drawn):

@@ -48,7 +48,7 @@ _NOISE_VARIANCE = np.array([1.3855493, 1.16426732, 1.00502177, 1.95646855, 1.274
 _INTERVENED_MEAN = np.array([1.16920556, 1.47496736, -1.60596209, -1.96578519, 1.0117071, -0.85, 1.23, -0.67])
 _INTERVENED_VARIANCE = np.array([1.94878138, 1.35886756, 1.57343313, 1.1021785, 1.30511067, 1.52, 1.41, 1.26])
 
-_PALETTE = np.array(  # red, yellow, green, cyan, blue, magenta
+PALETTE = np.array(  # red, yellow, green, cyan, blue, magenta
     [[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]], dtype=np.float32
 )
 _RENDERER = 1  # part of the cache's key: raise it when an image would change
@@ -107,6 +107,36 @@ def counterfactual_latents(latents: np.ndarray, context: Context, variant: str =
     return _solve(exogenous_noise(latents, variant), intervened(context, LATENTS, "quad"), weights(variant))
 
 
+def twins(
+    contexts: Sequence[Context],
+    size: int,
+    resolution: int = 64,
+    variant: str = "dependent",
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The same images in several contexts: row i of each has the same exogenous noise, so that an edit has a
+    true answer.
+
+    The observational images are those of `images_by_context` for the same seed. How the intervened value goes
+    with the noise is a choice; see `counterfactual_latents`.
+
+    Args:
+        contexts: in any form of `contexts.parse_context`; `"obs"` is always among the results.
+        size: number of images of each context.
+        resolution: side of the images in pixels.
+        variant: `"dependent"` or `"independent"`.
+        seed: of the noise.
+
+    Returns:
+        uint8 arrays (size, resolution, resolution, 3) by canonical name, `"obs"` first.
+    """
+    latents = sample_latents(OBS, size, variant, seed)
+    names = dict.fromkeys([OBS, *(context_name(context, LATENTS) for context in contexts)])
+    return {
+        name: render(counterfactual_latents(latents, name, variant), resolution) for name in names
+    }
+
+
 def exogenous_noise(latents: np.ndarray, variant: str = "dependent") -> np.ndarray:
     """The standard normal draws (n, 8) behind observational latents (n, 8)."""
     matrix = weights(variant)
@@ -144,10 +174,10 @@ def _solve(noise: np.ndarray, cut: np.ndarray, matrix: np.ndarray) -> np.ndarray
 
 def palette(levels: np.ndarray) -> np.ndarray:
     """Piecewise-linear colours: levels in [0, 1], shape (...), to uint8 RGB of shape (..., 3)."""
-    position = np.clip(levels, 0.0, 1.0) * (len(_PALETTE) - 1)
-    lower = np.minimum(position.astype(int), len(_PALETTE) - 2)
+    position = np.clip(levels, 0.0, 1.0) * (len(PALETTE) - 1)
+    lower = np.minimum(position.astype(int), len(PALETTE) - 2)
     fraction = (position - lower)[..., None].astype(np.float32)
-    return np.rint(_PALETTE[lower] * (1 - fraction) + _PALETTE[lower + 1] * fraction).astype(np.uint8)
+    return np.rint(PALETTE[lower] * (1 - fraction) + PALETTE[lower + 1] * fraction).astype(np.uint8)
 
 
 def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
@@ -183,20 +213,50 @@ def _render_chunk(levels: np.ndarray, out: np.ndarray) -> None:
     out[:, half:] = np.repeat(colours[:, [0, 1]], half, axis=1)[:, None]
     out[:, :half] = np.repeat(colours[:, [2, 3]], half, axis=1)[:, None]
 
-    # Pixel centres relative to the centre of the image, in units of the image's side.
-    axis = ((np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5).astype(np.float32)
-    x, y = axis[None, None, :], axis[None, :, None]
-    radius = (0.75 * (0.2 + 0.8 * levels[:, 4]) / 2).astype(np.float32)  # half of side 48 * size, of 64
+    radius = _radius(levels[:, 4])
     angle = (2 * np.pi * levels[:, 7]).astype(np.float32)
     kind = np.rint(3 * levels[:, 6]).astype(int)
-    for shape, inside in enumerate((_circle, _square, _triangle, _ellipse)):
+    for shape in range(len(_SHAPES)):
         rows = np.flatnonzero(kind == shape)
         if len(rows):
-            r, a = radius[rows, None, None], angle[rows, None, None]
-            mask = inside(x, y, r, np.cos(a), np.sin(a))
-            hits = np.flatnonzero(mask)
+            hits = np.flatnonzero(_inside(shape, radius[rows], angle[rows], resolution))
             image = rows[hits // resolution**2]
             flat[image * resolution**2 + hits % resolution**2] = colours[image, 4]
+
+
+def shape_masks(
+    kind: np.ndarray, size: np.ndarray, turn: np.ndarray, resolution: int = 64
+) -> np.ndarray:
+    """Which pixels shapes cover.
+
+    Args:
+        kind: 0 circle, 1 square, 2 triangle, 3 ellipse, (n,).
+        size: level in [0, 1], (n,).
+        turn: orientation in full turns, (n,).
+        resolution: side of the images in pixels.
+
+    Returns:
+        bool array (n, resolution, resolution).
+    """
+    masks = np.empty((len(kind), resolution, resolution), dtype=bool)
+    angle = (2 * np.pi * np.asarray(turn)).astype(np.float32)
+    for shape in range(len(_SHAPES)):
+        rows = np.flatnonzero(np.asarray(kind) == shape)
+        masks[rows] = _inside(shape, _radius(np.asarray(size)[rows]), angle[rows], resolution)
+    return masks
+
+
+def _radius(size: np.ndarray) -> np.ndarray:
+    """Half of side 48 * size of 64, in units of the image's side, of the level of size (n,)."""
+    return (0.75 * (0.2 + 0.8 * size) / 2).astype(np.float32)
+
+
+def _inside(shape: int, radius: np.ndarray, angle: np.ndarray, resolution: int) -> np.ndarray:
+    """Which pixels shapes of one kind cover, bool (n, resolution, resolution)."""
+    # Pixel centres relative to the centre of the image, in units of the image's side.
+    axis = ((np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5).astype(np.float32)
+    r, a = radius[:, None, None], angle[:, None, None]
+    return _SHAPES[shape](axis[None, None, :], axis[None, :, None], r, np.cos(a), np.sin(a))
 
 
 def _circle(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -217,6 +277,9 @@ def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin:
 def _ellipse(x: np.ndarray, y: np.ndarray, r: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     u, v = x * cos + y * sin, y * cos - x * sin
     return u * u + 4 * v * v <= r * r
+
+
+_SHAPES = (_circle, _square, _triangle, _ellipse)  # by kind
 
 
 def images_by_context(

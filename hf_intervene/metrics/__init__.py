@@ -1,24 +1,52 @@
 """Measures: pure functions on arrays."""
 
 from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
-from .disentanglement import DCI, Score, TwoSampleTest, block_mcc, dci, mcc, measure, mig, sap, scored, two_sample_test
+from .counterfactual import CounterfactualError, counterfactual_error
+from .detector import Detector, DetectorError, Share, train_context_detector, train_detector
+from .disentanglement import (
+    DCI,
+    Score,
+    TwoSampleTest,
+    block_mcc,
+    dci,
+    mcc,
+    measure,
+    mig,
+    sap,
+    scored,
+    two_sample_test,
+)
 from .effects import EffectMatrix, compare_effects, effect_matrix
-from .factors import FactorRegressor, intervention_effects, train_regressor
+from .factor_match import FactorMatch, match_factors
+from .factors import Factors, intervention_effects, read_error, read_factors
 from .identifiability import CheckResult, Finding, check
-from .leakage import LeakageResult, context_leakage, share_moved
+from .leakage import LeakageResult, context_leakage
+from .presence import CompositionRatio, Presence, composition_ratio, presence_shares, verdict
 from .reconstruction import bits_per_pixel, mean_interval
+from .routes import Routes, compare_routes
 from .transport import TransportResult, compare, sliced_wasserstein
+from .two_sample import ImageTest, KernelDistance, image_two_sample_test, kernel_distance
 
 
 __all__ = [
     "DCI",
     "Agreement",
     "CheckResult",
+    "CompositionRatio",
+    "CounterfactualError",
+    "Detector",
+    "DetectorError",
     "EffectMatrix",
-    "FactorRegressor",
+    "FactorMatch",
+    "Factors",
     "Finding",
+    "ImageTest",
+    "KernelDistance",
     "LeakageResult",
+    "Presence",
+    "Routes",
     "Score",
+    "Share",
     "TransportResult",
     "TwoSampleTest",
     "agreement",
@@ -28,20 +56,30 @@ __all__ = [
     "check",
     "compare",
     "compare_effects",
+    "compare_routes",
+    "composition_ratio",
     "context_leakage",
+    "counterfactual_error",
     "dci",
     "effect_matrix",
+    "image_two_sample_test",
     "intervention_effects",
     "intervention_moves",
+    "kernel_distance",
+    "match_factors",
     "mcc",
     "mean_interval",
     "measure",
     "mig",
+    "presence_shares",
+    "read_error",
+    "read_factors",
     "sap",
     "scored",
-    "share_moved",
     "sliced_wasserstein",
     "total_effect_operator",
-    "train_regressor",
+    "train_context_detector",
+    "train_detector",
     "two_sample_test",
+    "verdict",
 ]

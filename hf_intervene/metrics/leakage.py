@@ -1,11 +1,9 @@
 """Leakage of residual latents: what of the concepts sits in the residual noise, where interventions do not reach it.
 
-Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not). Two
-measures say how far that holds of a trained one: `context_leakage`, how well a context can be told from the noise, and `share_moved`, how
-much an intervention still does to an image whose noise is kept.
+Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not).
+`context_leakage` says how far that holds of a trained one: how well a context can be told from the noise.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -80,18 +78,6 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
     # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
     margin = 1.96 * np.sqrt(sum(p * (1 - p) / n for p, n in zip(by_context, counts))) / len(names)
     return LeakageResult(accuracy, (accuracy - margin, accuracy + margin), 1 / len(names))
-
-
-def share_moved(before: float, after: float, floor: float) -> float:
-    """The share of the way to a context that an intervention takes images of another one: 0 not at all, 1 all of it; NaN if there is no
-    way to go, the images being no farther from the context than its own are.
-
-    Args:
-        before: distance of the images from the real ones of the context, before the intervention.
-        after: the same, after it.
-        floor: the same, of real images of the context.
-    """
-    return (before - after) / (before - floor) if before > floor else math.nan
 
 
 def _mean_square(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 
 
 PROTOCOLS = ("independent", "paper")
+MIN_IMAGES = 200  # a side, for a ratio: of fewer the floor hides most of what models differ in
 PAPER_DISTINCT, PAPER_REPEATS = 64, 20  # the published figures: 64 generated images, each 20 times, against 1,280 real ones
 
 _CHUNK = 2**22  # pixels projected at once
@@ -26,8 +27,9 @@ class TransportResult:
         distance: sliced W2 between real and generated images.
         interval: 95 % interval of the distance.
         floor: sliced W2 between two disjoint sets of real images of the same sizes, under the same protocol.
-        ratio: distance / floor.
-        ratio_interval: 95 % interval of the ratio, the floor taken as known.
+        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is so high
+            that the ratio is near 1 whatever was generated.
+        ratio_interval: 95 % interval of the ratio, the floor taken as known, or `None`.
         mean_shift: the part of the distance that the mean images alone make. Exactly, distance^2 = mean_shift^2 + the square of the distance
             that is left when each side's mean image is taken out.
         mean_shift_floor: that part of the floor.
@@ -36,8 +38,8 @@ class TransportResult:
     distance: float
     interval: tuple[float, float]
     floor: float
-    ratio: float
-    ratio_interval: tuple[float, float]
+    ratio: float | None
+    ratio_interval: tuple[float, float] | None
     mean_shift: float
     mean_shift_floor: float
 
@@ -195,5 +197,9 @@ def compare_projected(
     halves = [sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c))) for _ in range(resamples)]
     margin = 1.96 * float(np.std(halves, ddof=1))
     interval = (max(0.0, distance - margin), distance + margin)
-    ratios = distance / floor, (interval[0] / floor, interval[1] / floor)
-    return TransportResult(distance, interval, floor, *ratios, _mean_shift(a, c), _mean_shift(a, b))
+    enough = min(len(a), len(c)) >= MIN_IMAGES
+    ratio = distance / floor if enough else None
+    ratio_interval = (interval[0] / floor, interval[1] / floor) if enough else None
+    return TransportResult(
+        distance, interval, floor, ratio, ratio_interval, _mean_shift(a, c), _mean_shift(a, b)
+    )
