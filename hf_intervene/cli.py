@@ -103,7 +103,8 @@ def _load(name: str) -> "InterventionModel":
 
 
 def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionModel") -> "Image.Image":
-    from .pipeline import fit_image, open_image
+    from .image_files import open_image
+    from .pipeline import fit_image
 
     image = open_image(path)
     if arguments.resize:

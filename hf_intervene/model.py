@@ -28,6 +28,7 @@ from .bases.loading import base_reference
 from .batch_norm import reestimate_batch_norm
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_choices, parse_interventions
+from .image_files import flat_image
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
@@ -548,7 +549,7 @@ class InterventionModel(PreTrainedModel):
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
-            images = [image.convert("L" if channels == 1 else "RGB") for image in images]
+            images = [flat_image(image, channels) for image in images]
         pixel_values = self.image_processor.preprocess(images).to(self.device, torch.float32)
         if tuple(pixel_values.shape[1:]) != (channels, height, width):
             found = "x".join(map(str, pixel_values.shape[1:]))

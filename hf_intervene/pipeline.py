@@ -22,6 +22,7 @@ from .bases.base import base_family, model_class_named
 from .bases.loading import check_part, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
+from .image_files import flat_image, upright
 from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
@@ -226,30 +227,14 @@ def load_for_use(name: str | os.PathLike) -> InterventionModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image from a file.
+def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
+    """An image as a model takes it: upright, of 8 bits a channel, on white, cropped around its centre and resized.
 
     Raises:
-        OSError: one sentence: there is no such file.
-        ValueError: it is not an image, is damaged or is unreasonably large.
+        ValueError: one sentence: it is damaged, or has more than 8 bits a channel.
     """
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise type(error)(f"{path} is a folder, or may not be read.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
-    return image
-
-
-def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
-    """An image as a model takes it: turned as its camera says, cropped around its centre and resized."""
     channels, height, width = model.base.image_shape
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(flat_image(upright(image), channels), (width, height), Image.Resampling.LANCZOS)
 
 
 def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import _thread
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -26,6 +27,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
 
+from gradio.utils import get_upload_folder  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
 from hf_intervene import app  # noqa: E402
@@ -113,7 +115,7 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
             assert np.array_equal(theirs, ours)
         assert apart.examples().shape == (8, 16, 16, 1)
         (tmp_path / "photo.png").write_text("no picture")
-        with pytest.raises(ValueError, match="photo.png is not an image"):
+        with pytest.raises(ValueError, match="photo.png cannot be read as an image"):
             apart.edit(str(tmp_path / "photo.png"), [], {})
         with pytest.raises(ValueError, match="choose two"):
             apart.compose(["thin"], 0)
@@ -173,11 +175,48 @@ def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
     for message, call in {
         "give a seed: a whole number": ((True, False, 1.0, 1.0, 3, None), "/sample"),
         "give an image first": ((None, [], False, True, 1.0, 1.0), "/edit"),
-        "photo.png is not an image that can be read": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
+        "photo.png cannot be read as an image": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
         "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
     }.items():
         with pytest.raises(Exception, match=message):
             client.predict(*call[0], api_name=call[1])
+
+
+def edited(url, file):
+    """What the page answers to an edit of a file that was named and not uploaded, without Gradio's own client."""
+    body = json.dumps({"data": [file, [], True, False, 1, 1]}).encode()
+    request = urllib.request.Request(f"{url}gradio_api/call/edit", body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
+    return urllib.request.urlopen(f"{url}gradio_api/call/edit/{event}", timeout=20).read().decode()
+
+
+def test_no_file_of_the_servers_is_read(client, tmp_path):
+    """Nor is it said whether it is there."""
+    Image.new("L", (16, 16), 128).save(tmp_path / "private.png")
+    os.mkfifo(tmp_path / "pipe")
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(exist_ok=True)
+    (link := uploads / "link.png").unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "private.png")
+    (inside := uploads / "pipe.png").unlink(missing_ok=True)
+    os.mkfifo(inside)
+    paths = [tmp_path / "private.png", tmp_path / "nothing.png", tmp_path, tmp_path / "pipe", "/dev/stdin", link, inside]
+    paths += [uploads, uploads / os.path.relpath(tmp_path / "private.png", uploads), "private.png", "a\x00b"]
+    try:
+        answers = {edited(client.src, {"path": str(path)}) for path in paths}
+    finally:
+        link.unlink()
+        inside.unlink()
+    assert len(answers) == 1 and "was not uploaded here" in answers.pop()
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(grey, tmp_path):
+    Image.new("1", (13_300, 13_300)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 100_000
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="large.png has 13300x13300 pixels, 177 megapixels, and at most 32 are read"):
+        grey.edit(str(tmp_path / "large.png"), [], {})
+    assert time.monotonic() - began < 1
 
 
 def test_nothing_is_fetched_from_elsewhere(client):

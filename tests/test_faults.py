@@ -227,7 +227,8 @@ def test_a_file_that_is_no_image_is_named(tiny, tmp_path, capsys, content):
     else:
         file.write_bytes(whole[:content] if isinstance(content, int) else content)
     error = error_of(capsys, options(tiny | {"dataset": str(tmp_path / "images")}))
-    assert f"({file}) of context 'hat' cannot be read: replace or remove it" in error
+    why = "(No such file or directory): replace" if content is None else "as an image: it is damaged"
+    assert f"({file}) of context 'hat' cannot be read {why}" in error
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "1", '{"features": 3}'])

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
+from datasets.utils.file_utils import is_local_path
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
+from ..image_files import decode_image, flat_image, open_regular, printable, upright
 
 
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
@@ -267,21 +269,13 @@ def _decode(
     column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int, files: str
 ) -> Iterator[np.ndarray]:
     """The images one by one, uint8, (C, H, W), all of one shape; `files` are those that they are in where they have no path."""
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
+    if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
     first = None
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
         file = (item or {}).get("path") or files
-        where = f"image {row}{f' ({file})' if file else ''} of context {context!r}"
-        try:
-            image = ImageFeature().decode_example(item)
-            deep = image.mode.startswith(("I", "F"))
-            image = image if deep else image.convert(mode)
-        except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where} cannot be read: replace or remove it.") from error
-        if deep:  # Pillow would clip all above 255 to white
-            raise ValueError(f"{where} has more than 8 bits a channel (mode {image.mode}): scale the images to 8 bits first.")
+        where = f"image {row}{f' ({printable(file)})' if file else ''} of context {context!r}"
+        image = flat_image(_opened(item, where), channels, where)
         if resolution is not None:
             if image.size != (resolution, resolution):
                 image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
@@ -292,6 +286,27 @@ def _decode(
             )
         first = image.size
         yield np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
+
+
+def _opened(item: dict | None, where: str) -> Image.Image:
+    """The image of a cell of the image column, decoded; `where` is what to call it in a message.
+
+    Raises:
+        ValueError: one sentence: there is none, or it cannot be read.
+    """
+    item = item or {}
+    if item.get("bytes") is not None:
+        return decode_image(item["bytes"], where)
+    path = item.get("path")
+    if not path:
+        raise ValueError(f"{where} is not there: the cell is empty.")
+    if not is_local_path(path):  # `datasets` knows how to fetch it
+        return upright(ImageFeature().decode_example(item), where)
+    try:
+        with open_regular(path) as file:
+            return decode_image(file, where)
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read ({error.strerror}): replace or remove it.") from error
 
 
 def _in_memory(decoded: Iterator[np.ndarray], count: int) -> torch.Tensor:
