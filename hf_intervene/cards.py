@@ -44,7 +44,7 @@ def card_path(folder: str | os.PathLike) -> Path:
         FileExistsError: there is a README.md that was not generated.
     """
     path = Path(folder, CARD_FILE)
-    for name in (CARD_FILE, SAMPLES_FILE):
+    for name in (CARD_FILE, SAMPLES_FILE, FLOORS_FILE):
         if Path(folder, name).is_symlink():  # and would be written wherever that leads
             raise FileExistsError(f"{Path(folder, name)} is a link: remove it to have the card written.")
     if path.exists() and not is_generated(path):

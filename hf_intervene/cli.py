@@ -241,6 +241,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resize", action="store_true", help="crop and resize the images given to the model's size")
 
 
+def _path(text: str) -> str:
+    if not text.strip():  # it would be the folder one is in
+        raise argparse.ArgumentTypeError("an empty text is no name of a file or folder ('.' is the folder you are in)")
+    return text
+
+
 def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     """The parser of all commands.
 
@@ -264,7 +270,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 
     command = add("demo", demonstrate, "simulate, train, measure and draw, in a few minutes and without network")
     command.add_argument("--pretrained", action="store_true", help="heads on a pretrained autoencoder, frozen and with LoRA")
-    command.add_argument("--output", help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
+    command.add_argument("--output", type=_path, help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
 
     for name, help in (("train", "train a head: the options of training/train.py"), ("evaluate", "measure a model")):
         parents: dict[str, Any] = {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
@@ -278,7 +284,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--num-images", type=int, default=8, help="how many (default 8)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     _add_options(command)
-    command.add_argument("--output", required=True, help="a picture (one row) or a folder (one file an image)")
+    command.add_argument("--output", type=_path, required=True, help="a picture (one row) or a folder (one file an image)")
 
     command = add("edit", edit, "edit an image by interventions", json=True)
     command.add_argument("pipeline", help=PIPELINE)
@@ -286,7 +292,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--interventions", help="as of sample")
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
     _add_options(command)
-    command.add_argument("--output", required=True, help="as of sample")
+    command.add_argument("--output", type=_path, required=True, help="as of sample")
 
     command = add("concepts", concepts, "print what a pipeline can be intervened on", json=True)
     command.add_argument("pipeline", help=PIPELINE)
@@ -300,7 +306,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the test's split (default 0)")
 
     command = add("card", card, "write a saved model's card and its pictures, and push it to the Hub", json=True)
-    command.add_argument("model", help="folder of a saved model or pipeline")
+    command.add_argument("model", type=_path, help="folder of a saved model or pipeline")
     command.add_argument("--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show")
     command.add_argument("--license", help="of the weights, such as apache-2.0")
     command.add_argument("--dataset-id", help="data set on the Hub that it was trained on")
@@ -312,7 +318,9 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
     command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
     command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
-    command.add_argument("--export", metavar="DIR", help="write the page as a Hugging Face Space instead of serving it")
+    command.add_argument(
+        "--export", type=_path, metavar="DIR", help="write the page as a Hugging Face Space instead of serving it"
+    )
 
     command = add("completion", completion, "print the script that completes commands and options in a shell")
     command.add_argument("shell", choices=SHELLS)

@@ -355,7 +355,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
     started = time.perf_counter()
     model = train_baseline(a, baseline, weight)
     seconds = time.perf_counter() - started
-    with atomic_folder(out / "model") as folder:
+    with atomic_folder(out / "model", ("*.json", "*.safetensors")) as folder:
         model.save(folder)
     channels, side, _ = model.base.image_shape
     options = (side, channels, a.variant, split, a.mnist_digits)

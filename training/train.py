@@ -49,13 +49,13 @@ from hf_intervene.training.checkpoints import (
     newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
-    sole_run,
     write_whole,
 )
 from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
 from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.run_folder import check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
 from hf_intervene.training.validation import (
     TERMS,
@@ -190,6 +190,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable folder or one that another run is
             writing in, a loss that is not finite.
     """
+    check_own(arguments.output_dir)
     out = Path(arguments.output_dir)
     check_writable(out)
     accelerator = new_accelerator(
@@ -435,7 +436,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     whole = weights.whole() if improved else None
                     if whole is not None and accelerator.is_main_process:
                         try:
-                            with atomic_folder(out / "best") as folder:
+                            with atomic_folder(out / "best", model_files(out / "best")) as folder:
                                 save_model(whole, folder, data)
                         except OSError as error:
                             saved = False
@@ -463,7 +464,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if accelerator.is_main_process:
         draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
-        with atomic_folder(model_dir) as folder:
+        with atomic_folder(model_dir, model_files(model_dir)) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
     accelerator.wait_for_everyone()
