@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .hub import is_on_hub
+from .hub import check_links, is_on_hub
 
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def card_path(folder: str | os.PathLike) -> Path:
 
 def card_text(folder: str | os.PathLike) -> str | None:
     """The text of a folder's card, without its metadata, comments and pictures; `None` if there is none."""
+    check_links(Path(folder), [CARD_FILE])
     path = Path(folder, CARD_FILE)
     if not path.exists():
         return None
@@ -65,8 +66,9 @@ def read_settings(folder: str | os.PathLike) -> dict:
     """The settings in `training_arguments.yaml` of a saved model's folder; none if it is not there.
 
     Raises:
-        ValueError: it is not valid YAML, or holds something else.
+        OSError, ValueError: one sentence: it is a link that leads out of the folder, is not valid YAML, or holds something else.
     """
+    check_links(Path(folder), [SETTINGS_FILE])
     path = Path(folder, SETTINGS_FILE)
     return read_yaml(path) if path.exists() else {}
 
@@ -168,6 +170,7 @@ class _Saved:
     def read(cls, folder: Path, head_only: bool) -> "_Saved":
         from .configuration_intervention import InterventionConfig  # here, or whoever shows a card would wait for transformers
 
+        check_links(folder, ["*.json", SETTINGS_FILE])  # parts of them are copied to the card
         kind = PIPELINE if (folder / "model_index.json").exists() else HEAD if head_only else MODEL
         config = InterventionConfig.from_pretrained(folder / "head" if kind == PIPELINE else folder)
         settings = folder / SETTINGS_FILE

@@ -51,9 +51,10 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
 
     Raises:
         OSError: one sentence: no such repository or revision, no access, the Hub or the connection fails, not in the cache when
-            offline, contents that are not those that were uploaded.
+            offline, contents that are not those that were uploaded, a link that leads out of the folder.
     """
     if os.path.isdir(name):
+        check_links(Path(name), files)
         return Path(name)
     with clear_errors(f"there is no folder {name}, and it cannot be loaded from the Hub", str(name), options.get("revision")):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
@@ -75,6 +76,44 @@ def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike
                 raise OSError(
                     f"{file} of {name} is corrupt, it is not the file that was uploaded: "
                     "load with force_download=True to fetch it again."
+                )
+
+
+def check_links(path: Path, patterns: Sequence[str]) -> None:
+    """Refuse a folder that somebody may have made to show or to copy another file of this machine.
+
+    Args:
+        path: the folder; one in the Hub's cache, where files are links into `blobs`, is as it should be.
+        patterns: of the names of the files that are read.
+
+    Raises:
+        OSError: one sentence: such a file, or a folder that holds one, is a link that leads out, or is a pipe or a device.
+    """
+    root, kept = os.path.realpath(path), list(patterns)
+    for parent in Path(root).parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            root = str(parent.parent)
+
+    def leads_out(entry: str) -> bool:
+        return not os.path.realpath(entry).startswith(root + os.sep)
+
+    for place, folders, names in os.walk(path):
+        at = os.path.relpath(place, path)
+        files = [os.path.normpath(os.path.join(at, name)) for name in names]
+        for name in filter_repo_objects(files, allow_patterns=kept):
+            entry = os.path.join(path, name)
+            if leads_out(entry):
+                raise OSError(f"{entry} is a link to outside of its folder, which is not followed: put the file itself there.")
+            if os.path.exists(entry) and not os.path.isfile(entry):
+                raise OSError(f"{entry} is a pipe or a device, not a file: replace it by the file itself.")
+        for name in folders:
+            entry = os.path.join(place, name)
+            if not os.path.islink(entry) or not leads_out(entry):  # into links `walk` does not go
+                continue
+            inside = [os.path.normpath(os.path.join(at, name, file)) for file in os.listdir(entry)]
+            if any(filter_repo_objects(inside, allow_patterns=kept)):
+                raise OSError(
+                    f"{entry} is a link to outside of its folder, which is not followed: put the files themselves there."
                 )
 
 

@@ -56,7 +56,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     Raises:
         OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be written.
     """
-    folder, source = Path(folder), hub.folder(located(name), FILES)
+    folder, source = Path(folder), hub.folder(located(name), FILES + tuple(CARD_FILES))
     try:
         gradio = version("gradio")
     except PackageNotFoundError as error:
