@@ -29,6 +29,7 @@ from .bases.loading import BASE_FOLDER, LORA_FOLDER, is_referenced, load_model_c
 from .contexts import Interventions, is_per_sample, parse_choices
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .sampling_arguments import check_generator, check_noise, check_options
 from .values import Values, head_values
 
 
@@ -130,11 +131,9 @@ class intervene:
         self._heads = _heads(pipe)
         _, self._attached = self._heads.named(head)
         config = self._attached.head.config
+        check_options(None, 1, None, "pt", guidance_scale=guidance_scale)
         if noise is not None:
-            if tuple(noise.shape[1:]) != (config.num_blocks, config.noise_width):
-                raise ValueError(
-                    f"noise must have shape (images, {config.num_blocks}, {config.noise_width}), not {tuple(noise.shape)}."
-                )
+            noise = check_noise("noise", noise, (config.num_blocks, config.noise_width))
             num_images = len(noise) if num_images is None else num_images
         targets, choices = parse_choices(interventions, config.concepts, num_images, config.free_blocks)
         self.targets = targets.cpu()
@@ -144,6 +143,7 @@ class intervene:
             )
         if noise is not None and len(noise) != len(self.targets):
             raise ValueError(f"noise has {len(noise)} rows for {len(self.targets)} images: give one row per image.")
+        check_generator(generator, len(targets))
         self.values = head_values(self._attached.head, choices, len(targets), _no_references)
         many = num_images is not None or is_per_sample(interventions) or len(self.targets) > 1
         self.num_images = len(self.targets) if many else None

@@ -13,13 +13,15 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases import DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE
 from .bases.base import base_family, model_class_named
-from .bases.loading import check_part, check_transformers, load_scheduler
+from .bases.limits import check_finite
+from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
 from .image_files import flat_image, upright
@@ -106,7 +108,11 @@ class InterventionPipeline(DiffusionPipeline):
             if part not in kwargs and (part in ("head", "base") or saved.get(part) not in (None, [None, None])):
                 _check_part(part, saved.get(part), path / part, f"the {part} of {name}", kwargs.get("variant"))
         logger.info("loading the pipeline %s from %s", name, path)
-        return super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
+        pipe = super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
+        for part, value in pipe.components.items():
+            if isinstance(value, nn.Module) and part not in kwargs:
+                check_finite(value, f"the {part} of {name}")
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
@@ -263,6 +269,8 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
         load_scheduler(folder, what)
     elif part == "image_encoder":
         check_transformers(found, folder, what)
+    elif part == "image_processor":
+        check_processor(folder)
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:

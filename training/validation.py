@@ -130,8 +130,12 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         generator = torch.Generator().manual_seed(a.seed)
         return model.sample(context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20)
 
-    with accelerator.autocast():
-        images = [image for name in contexts for image in samples(name)]
+    try:
+        with accelerator.autocast():
+            images = [image for name in contexts for image in samples(name)]
+    except ValueError as error:
+        logger.warning("no samples of step %d are drawn: %s", step, error)
+        return
     grid = _with_names(make_image_grid([image.convert("RGB") for image in images], len(contexts), 8), contexts)
     path = out / "samples" / f"step-{step:08d}.png"
     try:
