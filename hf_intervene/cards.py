@@ -293,17 +293,17 @@ def _usage(saved: _Saved, name: str) -> str:
     together, one = json.dumps(concepts[:2]), json.dumps(concepts[0])
     if saved.kind == HEAD:
         imports = ["import torch", f"from hf_intervene import {HEAD}"]
-        load = [f'head = {HEAD}.from_pretrained("{name}")']
+        load = [f"head = {HEAD}.from_pretrained({json.dumps(name)})"]
         return "\n".join([*imports, "", *load, *_head_call(f"head.targets({together}, 8)")])
     if saved.kind == PIPELINE:
-        load = [f'pipe = {PIPELINE}.from_pretrained("{name}")']
+        load = [f"pipe = {PIPELINE}.from_pretrained({json.dumps(name)})"]
         sample = f"images = pipe({together}, num_images=8, generator=g).images"
         edit = f"edited = pipe.edit(images[0], {{{one}: 0.5}}, context={together}).images"
     else:
-        load = [f'model = {MODEL}.from_pretrained("{name}")']
+        load = [f"model = {MODEL}.from_pretrained({json.dumps(name)})"]
         if saved.base_is_elsewhere:
             load = [f'base = {base_class}.from_pretrained("path/to/the/base")']
-            load += [f'model = {MODEL}.from_pretrained("{name}", base=base)']
+            load += [f"model = {MODEL}.from_pretrained({json.dumps(name)}, base=base)"]
         sample = f'images = model.sample({together}, num_samples=8, generator=g, output_type="pil")'
         edit = f'edited = model.edit(images[0], {{{one}: 0.5}}, context={together}, output_type="pil")'
     imports = ["import torch"]
@@ -326,7 +326,7 @@ def _remote_code(saved: _Saved, name: str) -> str | None:
     if saved.config.ablation in ("base", "base-pooled"):
         return None
     subfolder = ', subfolder="head"' if saved.kind == PIPELINE else ""
-    load = f'head = AutoModel.from_pretrained("{name}"{subfolder}, trust_remote_code=True)'
+    load = f"head = AutoModel.from_pretrained({json.dumps(name)}{subfolder}, trust_remote_code=True)"
     targets = f"head.targets({json.dumps(saved.config.concepts[:2])}, 8)"
     return "\n".join(["import torch", "from transformers import AutoModel", "", load, *_head_call(targets)])
 

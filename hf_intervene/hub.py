@@ -54,6 +54,9 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
             offline, contents that are not those that were uploaded, a link that leads out of the folder.
     """
     if os.path.isdir(name):
+        shown = os.fspath(name).encode("utf-8", "backslashreplace").decode()
+        if shown.encode() != os.fsencode(name):  # safetensors cannot open what is in it
+            raise OSError(f"the name of the folder {shown} has bytes that are not UTF-8: rename it.")
         check_links(Path(name), files)
         return Path(name)
     with clear_errors(f"there is no folder {name}, and it cannot be loaded from the Hub", str(name), options.get("revision")):
@@ -218,6 +221,31 @@ def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         return False
     return revision is not None or ("/" in name_or_path and not os.path.exists(name_or_path))
+
+
+def without_path(text: str) -> str:
+    """A saved configuration, JSON, without the path on this machine that its model was loaded from; a name on the Hub stays."""
+    try:
+        found = json.loads(text)
+        name = found.get("_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        return text
+    if name is None or (isinstance(name, str) and is_on_hub(name, None)):
+        return text
+    del found["_name_or_path"]
+    return json.dumps(found, indent=2, sort_keys=True) + "\n"
+
+
+def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> None:
+    """`without_path`, of the configurations in sub-folders of a folder that was just saved."""
+    for part in parts:
+        for file in Path(folder, part).glob("*config.json"):
+            text = file.read_text(encoding="utf-8")
+            if (changed := without_path(text)) != text:
+                file.write_text(changed, encoding="utf-8")
+        index = Path(folder, part, "model_index.json")
+        if index.exists():
+            index.write_text(without_path(index.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 @contextmanager

@@ -119,6 +119,7 @@ class InterventionPipeline(DiffusionPipeline):
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)
+        hub.forget_paths(save_directory, ("", *self.components))
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":

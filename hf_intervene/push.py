@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from . import cards
 from .bases.diffusion import DiffusionBase
 from .contexts import OBS
-from .hub import clear_errors
+from .hub import clear_errors, without_path
 
 
 PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
@@ -110,12 +110,21 @@ def push_folder(
         return api.create_commit(
             repo_id,
             [CommitOperationDelete(name) for name in sorted(there - own - {cards.CARD_FILE})]
-            + [CommitOperationAdd(name, folder / name) for name in sorted(own)],
+            + [CommitOperationAdd(name, _content(folder / name)) for name in sorted(own)],
             commit_message=commit_message or "Upload with hf-intervene",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _content(file: Path) -> Path | bytes:
+    """A file to push, or what is to be pushed in its place: no path on this machine."""
+    if file.suffix != ".json":
+        return file
+    text = file.read_text(encoding="utf-8")
+    changed = without_path(text)
+    return file if changed == text else changed.encode()
 
 
 def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | None) -> bool:

@@ -87,6 +87,7 @@ def save_pretrained(
         remove_weights(folder, variant)
         options = kwargs if part is self.head else {}
         part.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **options)
+    hub.forget_paths(save_directory, ("", ADAPTER_FOLDER, BASE_FOLDER, LORA_FOLDER, *self.base.companion_names))
 
 
 def from_pretrained(

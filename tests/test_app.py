@@ -1,6 +1,7 @@
 """The page: what its buttons do, how it is served, exported, and used in a real browser (where there is a Chromium)."""
 
 import _thread
+import ast
 import io
 import json
 import multiprocessing
@@ -300,6 +301,58 @@ def test_export_on_the_command_line(grey, tmp_path, capsys):
     assert "a Space" in capsys.readouterr().out
     assert (tmp_path / "space" / "pipelines" / "digits" / "model_index.json").exists()
     assert (tmp_path / "space" / "hf_intervene" / "app.py").exists()
+
+
+NAMES = [
+    'a""" + open("hacked", "w").name + """',
+    "back\\slash",
+    'it\'s "quoted"',
+    "new\nline",
+    "{braces}",
+    "snapshots/abc",
+    "byte\udce9",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_exported(grey, tmp_path, name):
+    """As text and as nothing else; one whose parent happens to have the name of a folder of the Hub's cache is copied too."""
+    source = tmp_path / name
+    shutil.copytree(grey.folder, source)
+    folder = export(str(source), tmp_path / "space")
+    text = (folder / "app.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == "The page of a pipeline; see README.md."
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch"]
+    path = folder / call.args[0].right.value  # HERE / "..."
+    assert (path / "model_index.json").exists() and str(tmp_path) not in text
+    metadata = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert metadata["title"] == path.name and "models" not in metadata
+
+
+def test_a_folder_whose_name_is_no_text(grey, tmp_path):
+    source = tmp_path / "byte\udce9"
+    shutil.copytree(grey.folder, source)
+    with pytest.raises(OSError, match=r"byte\\udce9 has bytes that are not UTF-8: rename it"):
+        export(str(source), tmp_path / "space")
+
+
+def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
+    """Neither of the base, the adapter, the head and the frozen models, nor of what was loaded and is saved again."""
+    here = str(tmp_path).encode()
+    with_head("dit").save_pretrained(tmp_path / "model", save_base=True)
+    model = InterventionModel.from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "again", save_base=True)
+    InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipe")
+    InterventionPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "pipe again")
+    for folder in ("pipe", "pipe again"):
+        index = tmp_path / folder / "base" / "config.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": f"{tmp_path}/x"}))  # an older version's
+        export(str(tmp_path / folder), tmp_path / "space" / folder)
+        index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}))
+    leaks = [file for file in tmp_path.rglob("*") if file.is_file() and here in file.read_bytes()]
+    assert leaks == []
+    assert InterventionModel.from_pretrained(tmp_path / "again").concepts == model.concepts
 
 
 def test_an_interruption_while_the_model_is_loaded(grey):

@@ -404,7 +404,7 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="ablation 'base'"):
         InterventionModel(InterventionConfig(concepts=["a"], ablation="base"), wrap_base(model, **parts))
     built = with_head()
-    with pytest.raises(ValueError, match="residual_noise must have shape"):
+    with pytest.raises(ValueError, match="residual_noise has 1 rows for 2 samples"):
         built.sample("a", 2, residual_noise=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="in many steps"):
         built(torch.rand(1, 3, 16, 16), built.targets("a"), return_reconstruction=True)
