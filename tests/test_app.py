@@ -310,7 +310,6 @@ NAMES = [
     "new\nline",
     "{braces}",
     "snapshots/abc",
-    "byte\udce9",
 ]
 
 

@@ -73,6 +73,7 @@ from hf_intervene.training.validation import (
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
+NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive", "Cannot allocate memory", "bad_alloc")  # as torch says it
 STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
@@ -556,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
             print("error: there is not enough memory: lower batch_size, resolution or the widths.", file=sys.stderr)
             return 1
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):

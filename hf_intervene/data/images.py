@@ -325,7 +325,8 @@ def _on_disk(
     path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.writing")
     try:
-        if not path.exists():
+        cached = _cached(path, len(dataset), channels)
+        if cached is None:  # or it is broken
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "wb") as file:
@@ -337,11 +338,21 @@ def _on_disk(
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+            cached = np.load(path, mmap_mode="c", allow_pickle=False)
+        return torch.from_numpy(cached)
     except OSError as error:
         raise OSError(
             f"the decoded images cannot be kept in {cache_dir} ({error.strerror or error}): choose another folder."
         ) from error
+
+
+def _cached(path: Path, count: int, channels: int) -> np.ndarray | None:
+    """The images (count, channels, H, W) in a file of the cache, by memory map; `None` if it is not there or not whole."""
+    try:
+        found = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError):  # truncated, or with a header that is none
+        return None
+    return found if found.ndim == 4 and found.shape[:2] == (count, channels) and found.dtype == np.uint8 else None
 
 
 def _fingerprint(dataset: Dataset, resolution: int | None, channels: int) -> str:
