@@ -16,6 +16,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli,
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.training import ablation, evaluate, train
+from hf_intervene.training.arguments import SETTINGS_VERSION
 from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
 
 
@@ -155,7 +156,7 @@ def test_own_images(saved, model, tmp_path, capsys):
         "resolution": 16,
         "concepts": list(quad.CONCEPTS),
     }
-    (saved / "training_arguments.yaml").write_text(yaml.safe_dump(settings))
+    (saved / "training_arguments.yaml").write_text(yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings))
     assert evaluate.main(argv) == 0
     _, validation = train.load_data(train.TrainArguments(output_dir="unused", **settings))
     split = evaluate.training_split(saved)

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.data.identity import SPLITS
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
 from hf_intervene.posterior import fits
@@ -62,6 +63,7 @@ class TrainArguments:
         default=0.1, metadata={"help": "Own data: share of the images held out for validation; mnist: share of the digits."}
     )
     data_seed: int = field(default=0, metadata={"help": "Seed of the data (if simulated) or of the split (own data)."})
+    split_by: str = field(default="image", metadata={"help": "How own data are split: by `image`, or `position` as before 0.2."})
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
@@ -160,7 +162,7 @@ class TrainArguments:
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
         choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
-        choices_of |= {"mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
+        choices_of |= {"split_by": SPLITS, "mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -224,16 +226,19 @@ class TrainArguments:
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
 # Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 2
+SETTINGS_VERSION = 3
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
 EARLIER: tuple[dict[str, object], ...] = (
     {"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},
     {"prior_matching": 0.0},
+    {"split_by": "position"},
 )
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
 RUNNING |= {"gradient_accumulation_steps", "compile_mode", "channels_last", "image_cache"}
+# Those that may change where a run goes on from a checkpoint that was named, as after a loss that was not finite.
+STEERING = {"learning_rate", "base_learning_rate", "max_grad_norm", "mixed_precision"}
 _SHARED = "# hf-intervene "  # how the settings that are published with a model begin
 
 

@@ -351,7 +351,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
         check_writable(out / folder)
     if baseline == "beta-tcvae":
         beta_tcvae()  # now, not after the data are drawn
-    split = (a.validation_fraction, a.data_seed)
+    split = (a.validation_fraction, a.data_seed, a.split_by)
     started = time.perf_counter()
     model = train_baseline(a, baseline, weight)
     seconds = time.perf_counter() - started

@@ -22,7 +22,7 @@ from hf_intervene.training.run_folder import keep_foreign, named_folder, remove
 
 logger = get_logger("hf_intervene.training")
 STATE_FILE = "state.json"
-FILES = ("model", "ema", "optimizer", "moments")  # a checkpoint may hold, each a file of tensors
+FILES = ("model", "ema", "optimizer", "moments", "images")  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hf_intervene.cards import FLOORS_FILE, LOSSES, loss_in, read_settings
 from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.data.identity import load_images
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import (
     context_leakage,
@@ -37,7 +38,7 @@ from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import floor_chart, save
-from hf_intervene.training.arguments import RecipeParser, TrainArguments
+from hf_intervene.training.arguments import RecipeParser, TrainArguments, earlier_defaults
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import HELD_OUT_SEED, SIMULATED, held_out_on_demand
@@ -308,16 +309,17 @@ def held_out_images(
     resolution: int,
     channels: int,
     variant: str,
-    split: tuple[float, int] | None = None,
+    split: tuple[float, int, str] | None = None,
     mnist_digits: str = BUNDLED,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
     quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most once in a context. Own data: each context's
-    images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
-    all, of data that training did not see.
+    images in two halves (at most `images` each), of those only that training held out, by the fraction, seed and way of its `split`; `None`:
+    all, of data that training did not see. Images whose fingerprints are among those of `trained` are left out in any case.
 
-    Warns of own data with few images of a context.
+    Warns of own data with few images of a context, and of training images that are left out.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
@@ -329,7 +331,8 @@ def held_out_images(
         return simulated.held_out_images(images, seed)
     # The model's concepts, as in training: the split depends on the order of the contexts, and it may know but some of the data's.
     data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
-    by_context = (data if split is None else data.split(*split)[1]).by_context()
+    data = _unseen(data if split is None else data.split(*split)[1], trained or {})
+    by_context = data.by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]
     if few:
         raise ValueError(f"two held-out images of {', '.join(few)} are needed at least: hold out more (validation_fraction).")
@@ -345,10 +348,29 @@ def held_out_images(
     return tuple({name: a[k::2][:images] for name, a in by_context.items()} for k in (0, 1))
 
 
-def training_split(folder: str) -> tuple[float, int]:
-    """The fraction and seed by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
+def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> ContextImages:
+    """The images that a model was not trained on, by their fingerprints."""
+    if not trained:
+        return data
+    unseen = ~torch.isin(data.fingerprints(), torch.cat(list(trained.values())))
+    if bool(unseen.all()):
+        return data
+    names = [name for number, name in enumerate(data.contexts) if bool((~unseen & (data.context_ids == number)).any())]
+    logger.warning(
+        "%d images of %s were trained on and are left out: the data or their split are not those of training time.",
+        int((~unseen).sum()),
+        ", ".join(names),
+    )
+    return data.subset(torch.nonzero(unseen)[:, 0])
+
+
+def training_split(folder: str) -> tuple[float, int, str]:
+    """The fraction, the seed and the way by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
     saved = read_settings(folder)
-    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in ("validation_fraction", "data_seed"))
+    if saved:
+        saved = earlier_defaults(saved.get("settings_version", 0), folder) | saved
+    names = ("validation_fraction", "data_seed", "split_by")
+    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in names)
 
 
 def load_model(folder: str) -> InterventionModel:
@@ -411,6 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.variant,
             None if arguments.all else training_split(arguments.model),
             arguments.mnist_digits,
+            load_images(Path(arguments.model)),
         )
         protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
         options = {"edits": arguments.edits, "num_inference_steps": arguments.num_inference_steps}

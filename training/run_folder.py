@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hf_intervene.cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated, read_yaml
+from hf_intervene.data.identity import IMAGES_FILE
 from hf_intervene.push import MODEL_FILES
 
 
@@ -124,7 +125,7 @@ def keep_foreign(before: Path, after: Path, own: Sequence[str]) -> None:
 
 def model_files(folder: Path) -> tuple[str, ...]:
     """Patterns of the files in the folder of a model that belong to the weights in it: not a card that somebody has edited."""
-    own = (*MODEL_FILES, SETTINGS_FILE)
+    own = (*MODEL_FILES, SETTINGS_FILE, IMAGES_FILE)
     with suppress(OSError, ValueError):
         if is_generated(folder / CARD_FILE):
             own += (CARD_FILE, SAMPLES_FILE, FLOORS_FILE)

@@ -27,14 +27,13 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
+from hf_intervene.data.identity import save_images
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.training.aggregate import AggregatePosteriors
 from hf_intervene.training.arguments import (
-    RUNNING,
     SETTINGS_VERSION,
     TrainArguments,
-    earlier_defaults,
     parse_arguments,
     shared_settings,
 )
@@ -45,8 +44,6 @@ from hf_intervene.training.checkpoints import (
     checkpoints,
     flatten_optimizer,
     keep_history,
-    load_checkpoint,
-    newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
     write_whole,
@@ -55,6 +52,7 @@ from hf_intervene.training.distributed import Weights, end_training, new_acceler
 from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
 from hf_intervene.training.run_folder import check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
 from hf_intervene.training.validation import (
@@ -116,7 +114,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
                 turns.enter_context(accelerator.local_main_process_first())
             data = load_contexts(a.dataset)
             data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
-        train, validation = data.split(a.validation_fraction, a.data_seed)
+        train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
     if a.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
     return train, validation
@@ -194,6 +192,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
     check_own(arguments.output_dir)
     out = Path(arguments.output_dir)
     check_writable(out)
+    arguments = as_resumed(arguments, out)
     accelerator = new_accelerator(
         mixed_precision=arguments.precision,
         log_with=None if arguments.tracker == "none" else arguments.tracker,
@@ -257,12 +256,11 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
-    restored = _resume(a, out)
+    restored, marks = resumed(a, out), image_marks(a, data, validation)
     if restored is not None:
         path, tensors, state = restored
         try:
-            then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
-            _check_same(settings, then | state["settings"], path)
+            check_same(a, settings, state, tensors.get("images"), marks, path)
             step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
             weights.load(tensors["model"] | _companion_state(model))
             restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
@@ -277,6 +275,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
             raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
+        if a.resume != "auto" and accelerator.is_main_process:
+            leave_line(out, path, step)
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
@@ -311,13 +311,15 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         tensors = {name: weights.full(values) for name, values in tensors.items()}
         if posteriors is not None and (state_of_moments := posteriors.state_dict()):
             tensors["moments"] = state_of_moments
+        if marks:
+            tensors["images"] = marks
         if not accelerator.is_main_process:
             return None
         if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
             logger.warning("weights of step %d are not finite and are not saved.", step)
             return None
         try:
-            state |= {"settings": settings, "settings_version": SETTINGS_VERSION}
+            state |= {"settings": settings, "settings_version": SETTINGS_VERSION, "precision": a.precision}
             return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
@@ -408,9 +410,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     newest = checkpoints(out / "checkpoints")
                     rows, losses = next((i, e) for number, i, e in recent if number == int(first_bad))
                     raise FloatingPointError(
-                        f"the loss of step {int(first_bad)} is not finite {bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: lower the "
-                        "learning rate or use mixed_precision=no, unless the images are wrong; "
-                        f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
+                        f"the loss of step {int(first_bad)} is not finite "
+                        f"{bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: unless the images are wrong, "
+                        f"{_way_on(newest[-1] if newest else None)}."
                     )
                 recent.clear()
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
@@ -439,6 +441,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                         try:
                             with atomic_folder(out / "best", model_files(out / "best")) as folder:
                                 save_model(whole, folder, data)
+                                save_images(folder, trained_on(marks))
                         except OSError as error:
                             saved = False
                             logger.warning("%s Training goes on.", error)
@@ -468,28 +471,17 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         with atomic_folder(model_dir, model_files(model_dir)) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
+            save_images(folder, trained_on(marks))
     accelerator.wait_for_everyone()
     return TrainResult(model_dir, step, best, loss_unit(model))
 
 
-def _resume(arguments: TrainArguments, out: Path):
-    if arguments.resume == "none":
-        return None
-    if arguments.resume == "auto":
-        found = newest_checkpoint(out / "checkpoints")
-        if found is None and checkpoints(out / "checkpoints"):
-            raise OSError(f"no checkpoint in {out / 'checkpoints'} can be read: remove them, or choose another output_dir.")
-        return found
-    return Path(arguments.resume), *load_checkpoint(arguments.resume)
-
-
-def _check_same(now: dict, before: dict, path: Path) -> None:
-    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
-    free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
-    changed = [name for name in now if name not in free and now[name] != before[name]]
-    if changed:
-        listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
-        raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+def _way_on(newest: Path | None) -> str:
+    """What to do about a loss that is not finite."""
+    change = "a lower learning_rate or max_grad_norm, or mixed_precision=no"
+    if newest is None:
+        return f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
+    return f"go on from the last good state with --resume {newest} and {change}"
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
