@@ -162,7 +162,8 @@ def test_own_images(saved, model, tmp_path, capsys):
     split = evaluate.training_split(saved)
     halves = evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 99, 0, 16, 3, "dependent", split)
     for name, expected in validation.by_context().items():
-        assert {x.tobytes() for half in halves for x in half[name]} == {x.tobytes() for x in expected}
+        measured, held_out = {x.tobytes() for half in halves for x in half[name]}, {x.tobytes() for x in expected}
+        assert measured <= held_out and len(measured) == len(held_out) // 2 * 2  # in two halves of one size
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no context names the concept 'size'"):

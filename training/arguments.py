@@ -1,6 +1,7 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
 import math
+import os
 import reprlib
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -205,7 +206,10 @@ class TrainArguments:
 
     @property
     def precision(self) -> str:
-        """`mixed_precision`, `auto` decided for this machine."""
+        """`mixed_precision`; `auto` is what a launcher was told, or decided for this machine."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" is what it sets by itself
+        if self.mixed_precision == "auto" and launched in ("bf16", "fp16"):
+            return launched
         return ("bf16" if fast_bf16() else "no") if self.mixed_precision == "auto" else self.mixed_precision
 
     def total_steps(self, images: int) -> int:

@@ -35,7 +35,7 @@ from hf_intervene.metrics import (
 )
 from hf_intervene.metrics.factors import CHANCE, factor_changes, true_factors
 from hf_intervene.metrics.leakage import FOLDS, check_installed
-from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
+from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2, times_floor
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import RecipeParser, TrainArguments, earlier_defaults
@@ -176,7 +176,10 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
             # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
             margins = [(row[protocol]["interval"][1] - row[protocol]["distance"]) for row in rows]
             margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
-            means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin), "ratio": distance / floor}
+            means[kind][protocol] = mean | {
+                "interval": (distance - margin, distance + margin),
+                "ratio": times_floor(distance, floor),
+            }
         for what in ("reconstruction", "edit"):
             if found := [row[what] for row in rows if what in row]:
                 means[kind][what] = {key: float(np.nanmean([row[key] for row in found])) for key in found[0]}
@@ -345,7 +348,7 @@ def held_out_images(
             side,
             smallest,
         )
-    return tuple({name: a[k::2][:images] for name, a in by_context.items()} for k in (0, 1))
+    return tuple({name: a[k::2][: min(images, len(a) // 2)] for name, a in by_context.items()} for k in (0, 1))
 
 
 def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> ContextImages:

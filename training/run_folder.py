@@ -1,9 +1,10 @@
 """The folder of a run: whose it is, one run in it at a time, and what a run that was killed left half done in it."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from filelock import FileLock, Timeout
 
 from hf_intervene.cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated, read_yaml
 from hf_intervene.data.identity import IMAGES_FILE
+from hf_intervene.logging import get_logger
 from hf_intervene.push import MODEL_FILES
 
 
+logger = get_logger("hf_intervene.training")
+PATIENCE = 20.0  # seconds that a run which goes on waits for the end of the one before it
 LOCK_FILE = ".hf-intervene.lock"
 HISTORY = "history.jsonl"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # What a run writes and may replace or remove: folders, then files; and of what is being replaced the names for the meantime.
 FOLDERS = ("model", "best", "checkpoints", "prepared", "drawn", "samples")
 FILES = (HISTORY, SETTINGS_FILE, "curves.png", "not_finite.png")
@@ -66,22 +71,36 @@ def _holds_something(path: Path) -> bool:
 
 
 @contextmanager
-def sole_run(out: Path, main_process: bool = True) -> Iterator[None]:
+def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Iterator[None]:
     """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. The system releases the
     lock of a process that dies. Of the processes of one run the main one holds it, for all.
+
+    Args:
+        out: the folder.
+        main_process: whether this is the main process.
+        patience: seconds to wait for another run to end, which may have been told to.
 
     Raises:
         OSError: one sentence: there is another run, or the folder cannot be written.
     """
-    lock = FileLock(out / LOCK_FILE, timeout=0) if main_process else nullcontext()
+    lock = FileLock(out / LOCK_FILE, timeout=patience) if main_process else None
     try:
-        with lock:
-            if main_process:
-                for folder in (out, out / "checkpoints", out / "prepared"):
-                    tidy(folder)
-            yield
+        if lock is not None:
+            lock.acquire()
     except Timeout as error:
         raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(f"{out / LOCK_FILE} cannot be written ({error.strerror}): choose another output_dir.") from error
+        logger.warning("the file system of %s has no locks (%s): see to it that no other run writes there.", out, error.strerror)
+    try:
+        if main_process:
+            for folder in (out, out / "checkpoints", out / "prepared"):
+                tidy(folder)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def tidy(folder: str | os.PathLike) -> None:

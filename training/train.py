@@ -9,7 +9,6 @@ number of processes and of accumulation steps does not change the result, and a 
 
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,14 +52,16 @@ from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
-from hf_intervene.training.run_folder import check_own, model_files, sole_run
+from hf_intervene.training.run_folder import PATIENCE, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
+from hf_intervene.training.stopping import Stop
 from hf_intervene.training.validation import (
     TERMS,
     bad_images,
     draw_curves,
     loss_unit,
     loss_units,
+    quiet_writers,
     sample_grid,
     save_model,
     tracking,
@@ -72,7 +73,6 @@ logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
 NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive", "Cannot allocate memory", "bad_alloc")  # as torch says it
-STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
 @dataclass
@@ -157,27 +157,6 @@ def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> fl
     return warmup * (floor + (1 - floor) * cosine)
 
 
-class Stop:
-    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        try:
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller handles signals
-            self._previous = {}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = None) -> TrainResult:
     """Train a model and save it under `output_dir/model`.
 
@@ -198,7 +177,7 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
-    with sole_run(out, accelerator.is_main_process):
+    with sole_run(out, accelerator.is_main_process, PATIENCE if arguments.resume == "auto" else 0), quiet_writers():
         accelerator.wait_for_everyone()
         result = _train(arguments, out, accelerator, on_log)
         with tracking(accelerator):
@@ -233,6 +212,14 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     feed = Feed(model, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
     total = a.total_steps(len(data))
+    if total < a.warmup_steps and accelerator.is_main_process:
+        logger.warning(
+            "the run has %d steps, fewer than its warm-up (warmup_steps %d): the learning rate stays below %.0f %% of its peak, and next to "
+            "nothing is learnt; give max_steps, more epochs or fewer warmup_steps.",
+            total,
+            a.warmup_steps,
+            100 * total / a.warmup_steps,
+        )
     eval_every = a.eval_every or per_epoch
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
     frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
@@ -431,6 +418,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                         "lower beta or moment_matching.",
                         means[1].item(),
                     )
+            stopping = stop.agreed(accelerator)
+            if stopping and not finished and step % eval_every == 0:
+                save("last")  # what is validated now may take longer than whoever ends the run is willing to wait
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
                     score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, feed.micro_batch)
@@ -456,7 +446,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                         sample_grid(whole, data, a, out, step, accelerator)
             if step % checkpoint_every == 0 or finished:
                 save("periodic")
-            if _agreed_stop(stop, accelerator, step) and not finished:
+            if stopping and not finished:
                 path = save("last")
                 bar.close()
                 feed.close()
@@ -481,7 +471,7 @@ def _way_on(newest: Path | None) -> str:
     change = "a lower learning_rate or max_grad_norm, or mixed_precision=no"
     if newest is None:
         return f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
-    return f"go on from the last good state with --resume {newest} and {change}"
+    return f"the last good state is {newest}: go on from it with --resume {newest} and {change}"
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
@@ -532,20 +522,12 @@ def _agreed(value: bool, accelerator: Accelerator) -> bool:
     return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
 
 
-def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
-    if accelerator.num_processes == 1:
-        return stop.asked
-    if step % STOP_CHECK_STEPS:
-        return False
-    return bool(reduce(torch.tensor(float(stop.asked), device=accelerator.device), "sum") > 0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     bars_on_terminals_only()
     try:
         result = train(parse_arguments([word for word in words if word != "--json"]))
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
