@@ -170,7 +170,7 @@ def concepts(arguments: argparse.Namespace) -> int:
 
 def card(arguments: argparse.Namespace) -> int:
     """Write the model card and its pictures of a saved model, and push all of it when asked."""
-    from .cards import SAMPLES_FILE, card_path, write_card
+    from .cards import CARD_FILE, SAMPLES_FILE, card_path, is_generated, write_card
     from .push import draw_floors, draw_samples, full_name, push_folder
     from .training.evaluate import load_model
 
@@ -178,11 +178,15 @@ def card(arguments: argparse.Namespace) -> int:
         raise ValueError("--private and --revision need --push.")
     disable_progress_bars()
     model = load_model(arguments.model)
-    path = card_path(arguments.model)
+    own = Path(arguments.model, CARD_FILE)
+    edited = bool(arguments.push) and own.is_file() and not own.is_symlink() and not is_generated(own)
+    path = own if edited else card_path(arguments.model)
     name = full_name(arguments.push) if arguments.push else None
-    draw_samples(model, path.with_name(SAMPLES_FILE))
-    draw_floors(arguments.metrics, path.parent)
-    result = {"card": str(write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id))}
+    if not edited:  # or it stays as it is, with its pictures
+        draw_samples(model, path.with_name(SAMPLES_FILE))
+        draw_floors(arguments.metrics, path.parent)
+        write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id)
+    result = {"card": str(path)}
     if name:
         commit = push_folder(arguments.model, name, private=arguments.private, revision=arguments.revision)
         result["commit"] = commit.commit_url

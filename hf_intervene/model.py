@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ class InterventionModel(PreTrainedModel):
     config_class = InterventionConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
+    _loaded_from: Path | None = None  # the folder, if it was loaded
 
     def __init__(self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None):
         super().__init__(config)

@@ -112,6 +112,7 @@ class InterventionPipeline(DiffusionPipeline):
         for part, value in pipe.components.items():
             if isinstance(value, nn.Module) and part not in kwargs:
                 check_finite(value, f"the {part} of {name}")
+        pipe._loaded_from = path  # its card may have been edited
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

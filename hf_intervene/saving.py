@@ -152,4 +152,6 @@ def from_pretrained(
     if config.lora_rank and not has_base:
         load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")  # last: it changes the base that was passed
         check_finite(model, f"the base of {name} with its LoRA")
-    return cls(config, base, head).eval()
+    model = cls(config, base, head).eval()
+    model._loaded_from = path  # its card may have been edited
+    return model

@@ -50,12 +50,12 @@ def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
     """
     item = item or {}
     content, path = item.get("bytes"), item.get("path")
-    if content is None and not path:
-        raise ValueError(f"{where} is not there: the cell is empty.")
-    if content is None and not is_local_path(path):  # `datasets` knows how to fetch it
-        image = upright(ImageFeature().decode_example(item), where)
-        return image, fingerprint(image.tobytes())
     if content is None:
+        if not path:
+            raise ValueError(f"{where} is not there: the cell is empty.")
+        if not is_local_path(path):  # `datasets` knows how to fetch it
+            image = upright(ImageFeature().decode_example(item), where)
+            return image, fingerprint(image.tobytes())
         try:
             with open_regular(path) as file:
                 content = file.read()
