@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .errors import EXPECTED, sentence
 from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
 
 
@@ -26,10 +27,12 @@ except ImportError as error:
 
 
 MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
+MAX_WAITING = 16  # requests: who comes later is told so, and not made to wait for minutes
 NO_IMAGE = "give an image first: upload one, or pick one of those below"
 
 # The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
-CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
+CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+CSP += "; form-action 'self'; base-uri 'none'\">"
 CSS = """
 .gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace; max-width: 1280px !important; }
 .pixels img { image-rendering: pixelated; }
@@ -285,8 +288,8 @@ def _on(
     def spoken(*values: Any) -> Any:
         try:
             return function(*values)
-        except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (*EXPECTED, RuntimeError) as error:
+            raise gr.Error(sentence(error), print_exception=False) from error
 
     options |= {"api_name": name} if name else {"api_visibility": "private"}
     options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
@@ -296,7 +299,7 @@ def _on(
 def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:
     """Start the server in a thread; returns what `Blocks.launch` does."""
     try:
-        return blocks.launch(
+        return blocks.queue(max_size=MAX_WAITING).launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,

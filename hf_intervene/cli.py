@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import EXPECTED, sentence
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .pretrained import located
 
@@ -215,7 +216,7 @@ def app(arguments: argparse.Namespace) -> int:
     if arguments.export is None:
         from .page_process import launch
 
-        launch(arguments.pipeline, arguments.host, arguments.port)
+        launch(arguments.pipeline, arguments.host, arguments.port, time_limit=arguments.time_limit)
         return 0
     from .space import export
 
@@ -322,6 +323,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
     command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
     command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
+    command.add_argument("--time-limit", type=float, help="seconds that a request may take (default 300)")
     command.add_argument(
         "--export", type=_path, metavar="DIR", help="write the page as a Hugging Face Space instead of serving it"
     )
@@ -361,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 1
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
 
 

@@ -120,9 +120,17 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
             apart.edit(str(tmp_path / "photo.png"), [], {})
         with pytest.raises(ValueError, match="choose two"):
             apart.compose(["thin"], 0)
+        expected = apart.sample({}, 1, 0)[0]
         process._process.kill()
-        with pytest.raises(ChildProcessError, match="the process of the model has ended"):
+        with pytest.raises(ChildProcessError, match="the process of the model has ended, .* it is started again"):
             apart.sample({}, 1, 0)
+        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)  # by another one
+        process._limit = 0.5
+        os.kill(process._process.pid, signal.SIGSTOP)  # it hangs
+        with pytest.raises(TimeoutError, match="this took longer than 0 seconds and was ended"):
+            apart.sample({}, 1, 0)
+        process._limit = 60
+        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)
     finally:
         process.close()
 
@@ -364,9 +372,32 @@ def test_an_interruption_while_the_model_is_loaded(grey):
     assert (process.returncode, errors) == (0, "") and "clos" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_request_hangs_ends_all_processes_at_once(grey, number):
+    command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = re.search(r"http://\S+", process.stdout.readline())[0]
+    client = Client(url, verbose=False, download_files=False)
+    client.predict(["thin", "wide"], 0, api_name="/compose")
+    children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    client.submit(["thin", "wide"], 1, api_name="/compose")
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15 and process.returncode == 0 and "closed." in said
+    for child in children:
+        os.kill(child, signal.SIGCONT) if Path(f"/proc/{child}").exists() else None
+    time.sleep(1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
 def test_an_interruption_that_does_not_end_a_wait_is_heard():
     process = object.__new__(ModelProcess)
-    process._lock = threading.Lock()
+    process._lock, process._loaded, process._limit = threading.Lock(), False, 60
     process._connection, other = multiprocessing.Pipe()
     interrupt = threading.Timer(0.3, _thread.interrupt_main)  # a signal that comes just before the wait looks like this
     answer = threading.Timer(5.0, other.send, [(None, None)])

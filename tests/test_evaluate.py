@@ -146,7 +146,8 @@ def test_own_images(saved, model, tmp_path, capsys):
     assert "6 held-out images of obs a side" in capsys.readouterr().err
     rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
     assert {row["images"] for row in rows.values()} == {6} and len(rows) == 7
-    assert evaluate.main(argv) == 1  # the tenth that training holds out by default is one image
+    (saved / "training_arguments.yaml").write_text("settings_version: 2\n")
+    assert evaluate.main(argv) == 1  # the tenth that training held out by position is one image
     assert "two held-out images of obs" in capsys.readouterr().err
     # What is measured is what the trainer held out.
     settings = {

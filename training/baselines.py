@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import LightVAE
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, ContextSchedule
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -381,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
         else:
             print(table(run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)))
-    except (OSError, ValueError, TypeError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -229,4 +229,6 @@ def restore_optimizer(
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
+        if value.ndim and value.shape != parameter.shape:  # it would fail in the middle of a step, or not at all
+            raise RuntimeError(f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)}")
         optimizer.state[parameter][key] = placed(value, parameter)

@@ -25,6 +25,7 @@ from hf_intervene.contexts import OBS, parse_context
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.identity import load_images
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import (
     context_leakage,
@@ -451,8 +452,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before writing: what a full disk cannot take is at least on the screen.
         print(json.dumps(metrics) if arguments.json else table(metrics))
         write(metrics, arguments.output)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

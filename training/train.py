@@ -27,6 +27,7 @@ from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.data.identity import save_images
+from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.training.aggregate import AggregatePosteriors
@@ -72,7 +73,6 @@ from hf_intervene.training.validation import (
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
-NO_MEMORY = ("DefaultCPUAllocator", "could not create a primitive", "Cannot allocate memory", "bad_alloc")  # as torch says it
 
 
 @dataclass
@@ -527,12 +527,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     bars_on_terminals_only()
     try:
         result = train(parse_arguments([word for word in words if word != "--json"]))
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
-            print("error: there is not enough memory: lower batch_size, resolution or the widths.", file=sys.stderr)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            print(f"error: {sentence(error)}", file=sys.stderr)
             return 1
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise

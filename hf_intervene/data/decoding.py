@@ -54,7 +54,11 @@ def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
         if not path:
             raise ValueError(f"{where} is not there: the cell is empty.")
         if not is_local_path(path):  # `datasets` knows how to fetch it
-            image = upright(ImageFeature().decode_example(item), where)
+            try:
+                image = ImageFeature().decode_example(item)
+            except Exception as error:  # of a connection or of a decoder
+                raise ValueError(f"{where} cannot be fetched or read: replace or remove it.") from error
+            image = upright(image, where)
             return image, fingerprint(image.tobytes())
         try:
             with open_regular(path) as file:

@@ -110,10 +110,10 @@ class ContextImages:
         """Training and validation images, about the fraction taken from every context alike.
 
         Args:
-            validation_fraction: share of the images that are held out, at least one image of each context.
+            validation_fraction: share of the images that are held out, of each context two at least.
             seed: another one holds out other images.
             by: `"image"`: by the fingerprint of each image, so that images that are added move no held-out image into training (but
-                where a context is so small that none would be held out), and copies of one image are on the same side; `"position"`:
+                where a context is so small that fewer than two would be held out), and copies of one image are on the same side; `"position"`:
                 exactly the fraction, by the order of the images, as before version 3 of the settings.
         """
         if not 0 < validation_fraction < 1:
@@ -130,7 +130,8 @@ class ContextImages:
                 held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
             else:
                 rows = rows[np.argsort(order[rows], kind="stable")]
-                held_out = min(max(1, int((order[rows] < validation_fraction).sum())), len(rows) - 1)
+                least = 2 if len(rows) >= MIN_IMAGES else 1  # nothing can be measured on one image
+                held_out = min(max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1)
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
         training, validation = (
