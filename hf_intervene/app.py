@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .errors import EXPECTED, sentence
 from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
 
 
@@ -20,14 +21,18 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 
 try:
     import gradio as gr
+    from gradio.utils import get_upload_folder
 except ImportError as error:
     raise ImportError(NO_GRADIO) from error
 
 
 MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
+MAX_WAITING = 16  # requests: who comes later is told so, and not made to wait for minutes
+NO_IMAGE = "give an image first: upload one, or pick one of those below"
 
 # The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
-CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
+CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+CSP += "; form-action 'self'; base-uri 'none'\">"
 CSS = """
 .gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace; max-width: 1280px !important; }
 .pixels img { image-rendering: pixelated; }
@@ -155,9 +160,9 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
 
     def edit(file: dict[str, Any] | None, context: list[str] | None, *values: Any) -> gr.Gallery:
         if file is None:
-            raise ValueError("give an image first: upload one, or pick one of those below.")
+            raise ValueError(f"{NO_IMAGE}.")
         strengths, options = _strengths(page, values)
-        *pictures, name = page.edit(file["path"], context or [], strengths, *options)
+        *pictures, name = page.edit(_uploaded(file), context or [], strengths, *options)
         captions = ["given", "unchanged", "edited", "change"]
         return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {name}")
 
@@ -226,6 +231,22 @@ def _concept_controls(page: Page) -> list:
     return switches + strengths
 
 
+def _uploaded(file: dict[str, Any]) -> str:
+    """The path of an image that Gradio has received or made, and of no other file of this machine.
+
+    Raises:
+        ValueError: one sentence, the same whether there is such a file or not.
+    """
+    path, folder = str(file.get("path")), os.path.realpath(get_upload_folder())
+    try:
+        received = os.path.realpath(path).startswith(folder + os.sep) and os.path.isfile(path)
+    except (OSError, ValueError):  # no path of this system
+        received = False
+    if not received:
+        raise ValueError(f"this image was not uploaded here: {NO_IMAGE}.")
+    return path
+
+
 def _strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple]:
     """What the concepts' controls say, and the values after them."""
     d = len(page.concepts)
@@ -267,8 +288,8 @@ def _on(
     def spoken(*values: Any) -> Any:
         try:
             return function(*values)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (*EXPECTED, RuntimeError) as error:
+            raise gr.Error(sentence(error), print_exception=False) from error
 
     options |= {"api_name": name} if name else {"api_visibility": "private"}
     options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
@@ -278,7 +299,7 @@ def _on(
 def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:
     """Start the server in a thread; returns what `Blocks.launch` does."""
     try:
-        return blocks.launch(
+        return blocks.queue(max_size=MAX_WAITING).launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,

@@ -24,11 +24,12 @@ from . import hub
 from .bases.base import base_weights, model_class_named
 from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, DiffusionBase, check_sites
-from .bases.injection import DENOISERS, Entries, Injection, find_sites
+from .bases.injection import DENOISERS, Entries, Injection, PerThread, find_sites
 from .bases.loading import BASE_FOLDER, LORA_FOLDER, is_referenced, load_model_config, load_part
 from .contexts import Interventions, is_per_sample, parse_choices
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .sampling_arguments import check_generator, check_noise, check_options
 from .values import Values, head_values
 
 
@@ -97,7 +98,8 @@ def detach(pipe: DiffusionPipeline, name: str | None = None) -> DiffusionPipelin
 
 
 class intervene:
-    """Inside `with intervene(pipe, interventions):` the pipeline generates under interventions of an attached head.
+    """Inside `with intervene(pipe, interventions):` the pipeline generates under interventions of an attached head, as far as the thread
+    that entered it calls the pipeline: several threads may each be in a `with` of their own.
 
     Args:
         pipe: the pipeline.
@@ -129,11 +131,9 @@ class intervene:
         self._heads = _heads(pipe)
         _, self._attached = self._heads.named(head)
         config = self._attached.head.config
+        check_options(None, 1, None, "pt", guidance_scale=guidance_scale)
         if noise is not None:
-            if tuple(noise.shape[1:]) != (config.num_blocks, config.noise_width):
-                raise ValueError(
-                    f"noise must have shape (images, {config.num_blocks}, {config.noise_width}), not {tuple(noise.shape)}."
-                )
+            noise = check_noise("noise", noise, (config.num_blocks, config.noise_width))
             num_images = len(noise) if num_images is None else num_images
         targets, choices = parse_choices(interventions, config.concepts, num_images, config.free_blocks)
         self.targets = targets.cpu()
@@ -143,23 +143,24 @@ class intervene:
             )
         if noise is not None and len(noise) != len(self.targets):
             raise ValueError(f"noise has {len(noise)} rows for {len(self.targets)} images: give one row per image.")
+        check_generator(generator, len(targets))
         self.values = head_values(self._attached.head, choices, len(targets), _no_references)
         many = num_images is not None or is_per_sample(interventions) or len(self.targets) > 1
         self.num_images = len(self.targets) if many else None
         self.guidance_scale, self.noise, self.generator = guidance_scale, noise, generator
         self._outer: intervene | None = None
-        self._attached.pending = self
+        self._attached.now.pending = self
 
     def __enter__(self) -> "intervene":
         check_prediction(self._heads.pipe.scheduler, self._attached.adapter.config.prediction_type, "this head")
-        self._attached.pending = None
-        self._outer, self._attached.active = self._attached.active, self
+        self._attached.now.pending = None
+        self._outer, self._attached.now.active = self._attached.now.active, self
         self.run: _Run | None = None
         self._heads.hook()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._attached.active = self._outer
+        self._attached.now.active = self._outer
         self._attached.injection.clear()
 
     # What the denoiser's hooks ask for
@@ -209,13 +210,19 @@ class _Run:
         return batch != self.batch or timestep > self.timestep  # within a call they fall
 
 
+class _Now(PerThread):
+    def __init__(self) -> None:
+        self.active: intervene | None = None  # the innermost `with` that this thread is in
+        self.pending: intervene | None = None  # made by this thread, but not entered
+        self.inside = False  # whether this thread's call of the denoiser is one that a head makes itself
+
+
 class _Attached:
     """One head on a pipeline."""
 
     def __init__(self, head: InterventionHead, adapter: DiffusionAdapter, weight: float, injection: Injection):
         self.head, self.adapter, self.weight, self.injection = head.eval(), adapter.eval(), weight, injection
-        self.active: intervene | None = None
-        self.pending: intervene | None = None  # made, but not entered
+        self.now = _Now()
 
 
 class _Heads:
@@ -226,7 +233,7 @@ class _Heads:
         self.attached: dict[str, _Attached] = {}
         self._hooked: nn.Module | None = None
         self._handles: list = []
-        self._inside = False
+        self._now = _Now()
 
     def add(self, name: str, attached: _Attached) -> None:
         self.attached[name] = attached
@@ -278,24 +285,24 @@ class _Heads:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._inside:
+        if self._now.inside:
             return
         for attached in self.attached.values():
-            if attached.pending is not None:
-                attached.pending = None
+            if attached.now.pending is not None:
+                attached.now.pending = None
                 raise ValueError(
                     "intervene(pipe, ...) does nothing by itself: call the pipeline inside `with intervene(pipe, ...):`."
                 )
         sample, timestep = _call_arguments(args, kwargs)
         for attached in self.attached.values():
-            if attached.active is not None:
-                attached.injection.set(attached.active.advance(sample, timestep).entries)
+            if attached.now.active is not None:
+                attached.injection.set(attached.now.active.advance(sample, timestep).entries)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if self._inside:
+        if self._now.inside:
             return output
-        acting = [(attached, attached.active) for attached in self.attached.values() if attached.active is not None]
+        acting = [(attached, attached.now.active) for attached in self.attached.values() if attached.now.active is not None]
         try:
             for attached, active in acting:
                 if active.run is not None:
@@ -312,11 +319,11 @@ class _Heads:
         if run.observational is None:
             return output
         attached.injection.set(run.observational)
-        self._inside = True
+        self._now.inside = True
         try:
             plain = module(*args, **kwargs)[0]
         finally:
-            self._inside = False
+            self._now.inside = False
             attached.injection.set(run.entries)
         predicted = output[0]
         channels = min(_denoiser(self.pipe).config.in_channels, predicted.shape[1])  # a learnt variance is not guided

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import EXPECTED, sentence
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .pretrained import located
 
@@ -105,7 +106,8 @@ def _load(name: str) -> "InterventionModel":
 
 
 def _open_image(path: str, arguments: argparse.Namespace, model: "InterventionModel") -> "Image.Image":
-    from .pipeline import fit_image, open_image
+    from .image_files import open_image
+    from .pipeline import fit_image
 
     image = open_image(path)
     if arguments.resize:
@@ -171,7 +173,7 @@ def concepts(arguments: argparse.Namespace) -> int:
 
 def card(arguments: argparse.Namespace) -> int:
     """Write the model card and its pictures of a saved model, and push all of it when asked."""
-    from .cards import SAMPLES_FILE, card_path, write_card
+    from .cards import CARD_FILE, SAMPLES_FILE, card_path, is_generated, write_card
     from .push import draw_floors, draw_samples, full_name, push_folder
     from .training.evaluate import load_model
 
@@ -179,11 +181,15 @@ def card(arguments: argparse.Namespace) -> int:
         raise ValueError("--private and --revision need --push.")
     disable_progress_bars()
     model = load_model(arguments.model)
-    path = card_path(arguments.model)
+    own = Path(arguments.model, CARD_FILE)
+    edited = bool(arguments.push) and own.is_file() and not own.is_symlink() and not is_generated(own)
+    path = own if edited else card_path(arguments.model)
     name = full_name(arguments.push) if arguments.push else None
-    draw_samples(model, path.with_name(SAMPLES_FILE))
-    draw_floors(arguments.metrics, path.parent)
-    result = {"card": str(write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id))}
+    if not edited:  # or it stays as it is, with its pictures
+        draw_samples(model, path.with_name(SAMPLES_FILE))
+        draw_floors(arguments.metrics, path.parent)
+        write_card(arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id)
+    result = {"card": str(path)}
     if name:
         commit = push_folder(arguments.model, name, private=arguments.private, revision=arguments.revision)
         result["commit"] = commit.commit_url
@@ -212,7 +218,7 @@ def app(arguments: argparse.Namespace) -> int:
     if arguments.export is None:
         from .page_process import launch
 
-        launch(arguments.pipeline, arguments.host, arguments.port)
+        launch(arguments.pipeline, arguments.host, arguments.port, time_limit=arguments.time_limit)
         return 0
     from .space import export
 
@@ -240,6 +246,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
     )
     command.add_argument("--resize", action="store_true", help="crop and resize the images given to the model's size")
+
+
+def _path(text: str) -> str:
+    if not text.strip():  # it would be the folder one is in
+        raise argparse.ArgumentTypeError("an empty text is no name of a file or folder ('.' is the folder you are in)")
+    return text
 
 
 def make_parser(whole: bool = False) -> argparse.ArgumentParser:
@@ -271,7 +283,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
         default=DEMO_DATASETS[0],
         help="avatars: faces (default); quad: the paper's coloured shapes",
     )
-    command.add_argument("--output", help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
+    command.add_argument("--output", type=_path, help="folder for everything (default outputs/demo or outputs/demo-pretrained)")
 
     for name, help in (("train", "train a head: the options of training/train.py"), ("evaluate", "measure a model")):
         parents: dict[str, Any] = {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
@@ -285,7 +297,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--num-images", type=int, default=8, help="how many (default 8)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     _add_options(command)
-    command.add_argument("--output", required=True, help="a picture (one row) or a folder (one file an image)")
+    command.add_argument("--output", type=_path, required=True, help="a picture (one row) or a folder (one file an image)")
 
     command = add("edit", edit, "edit an image by interventions", json=True)
     command.add_argument("pipeline", help=PIPELINE)
@@ -293,7 +305,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--interventions", help="as of sample")
     command.add_argument("--context", default="obs", help="the context the image came from (default obs)")
     _add_options(command)
-    command.add_argument("--output", required=True, help="as of sample")
+    command.add_argument("--output", type=_path, required=True, help="as of sample")
 
     command = add("concepts", concepts, "print what a pipeline can be intervened on", json=True)
     command.add_argument("pipeline", help=PIPELINE)
@@ -309,7 +321,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the test's split (default 0)")
 
     command = add("card", card, "write a saved model's card and its pictures, and push it to the Hub", json=True)
-    command.add_argument("model", help="folder of a saved model or pipeline")
+    command.add_argument("model", type=_path, help="folder of a saved model or pipeline")
     command.add_argument("--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show")
     command.add_argument("--license", help="of the weights, such as apache-2.0")
     command.add_argument("--dataset-id", help="data set on the Hub that it was trained on")
@@ -321,7 +333,10 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
     command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
     command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
-    command.add_argument("--export", metavar="DIR", help="write the page as a Hugging Face Space instead of serving it")
+    command.add_argument("--time-limit", type=float, help="seconds that a request may take (default 300)")
+    command.add_argument(
+        "--export", type=_path, metavar="DIR", help="write the page as a Hugging Face Space instead of serving it"
+    )
 
     command = add("completion", completion, "print the script that completes commands and options in a shell")
     command.add_argument("shell", choices=SHELLS)
@@ -358,8 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 1
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
 
 

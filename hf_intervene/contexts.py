@@ -19,6 +19,7 @@ This file imports torch alone, so that it can travel with a checkpoint.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from reprlib import Repr
 from typing import Any, cast
 
@@ -234,6 +235,11 @@ def parse_choices(
             an empty list where no value is chosen.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
+    if num_samples is not None:
+        try:
+            num_samples = index(num_samples)
+        except TypeError:
+            raise TypeError(f"the number of samples must be a whole number, not {num_samples!r}.") from None
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
     if isinstance(interventions, torch.Tensor):

@@ -51,9 +51,13 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
 
     Raises:
         OSError: one sentence: no such repository or revision, no access, the Hub or the connection fails, not in the cache when
-            offline, contents that are not those that were uploaded.
+            offline, contents that are not those that were uploaded, a link that leads out of the folder.
     """
     if os.path.isdir(name):
+        shown = os.fspath(name).encode("utf-8", "backslashreplace").decode()
+        if shown.encode() != os.fsencode(name):  # safetensors cannot open what is in it
+            raise OSError(f"the name of the folder {shown} has bytes that are not UTF-8: rename it.")
+        check_links(Path(name), files)
         return Path(name)
     with clear_errors(f"there is no folder {name}, and it cannot be loaded from the Hub", str(name), options.get("revision")):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
@@ -75,6 +79,44 @@ def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike
                 raise OSError(
                     f"{file} of {name} is corrupt, it is not the file that was uploaded: "
                     "load with force_download=True to fetch it again."
+                )
+
+
+def check_links(path: Path, patterns: Sequence[str]) -> None:
+    """Refuse a folder that somebody may have made to show or to copy another file of this machine.
+
+    Args:
+        path: the folder; one in the Hub's cache, where files are links into `blobs`, is as it should be.
+        patterns: of the names of the files that are read.
+
+    Raises:
+        OSError: one sentence: such a file, or a folder that holds one, is a link that leads out, or is a pipe or a device.
+    """
+    root, kept = os.path.realpath(path), list(patterns)
+    for parent in Path(root).parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            root = str(parent.parent)
+
+    def leads_out(entry: str) -> bool:
+        return not os.path.realpath(entry).startswith(root + os.sep)
+
+    for place, folders, names in os.walk(path):
+        at = os.path.relpath(place, path)
+        files = [os.path.normpath(os.path.join(at, name)) for name in names]
+        for name in filter_repo_objects(files, allow_patterns=kept):
+            entry = os.path.join(path, name)
+            if leads_out(entry):
+                raise OSError(f"{entry} is a link to outside of its folder, which is not followed: put the file itself there.")
+            if os.path.exists(entry) and not os.path.isfile(entry):
+                raise OSError(f"{entry} is a pipe or a device, not a file: replace it by the file itself.")
+        for name in folders:
+            entry = os.path.join(place, name)
+            if not os.path.islink(entry) or not leads_out(entry):  # into links `walk` does not go
+                continue
+            inside = [os.path.normpath(os.path.join(at, name, file)) for file in os.listdir(entry)]
+            if any(filter_repo_objects(inside, allow_patterns=kept)):
+                raise OSError(
+                    f"{entry} is a link to outside of its folder, which is not followed: put the files themselves there."
                 )
 
 
@@ -179,6 +221,31 @@ def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         return False
     return revision is not None or ("/" in name_or_path and not os.path.exists(name_or_path))
+
+
+def without_path(text: str) -> str:
+    """A saved configuration, JSON, without the path on this machine that its model was loaded from; a name on the Hub stays."""
+    try:
+        found = json.loads(text)
+        name = found.get("_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        return text
+    if name is None or (isinstance(name, str) and is_on_hub(name, None)):
+        return text
+    del found["_name_or_path"]
+    return json.dumps(found, indent=2, sort_keys=True) + "\n"
+
+
+def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> None:
+    """`without_path`, of the configurations in sub-folders of a folder that was just saved."""
+    for part in parts:
+        for file in Path(folder, part).glob("*config.json"):
+            text = file.read_text(encoding="utf-8")
+            if (changed := without_path(text)) != text:
+                file.write_text(changed, encoding="utf-8")
+        index = Path(folder, part, "model_index.json")
+        if index.exists():
+            index.write_text(without_path(index.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Sampling enters at z; editing enters at the image and leaves at the image.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ from .bases.loading import base_reference
 from .batch_norm import reestimate_batch_norm
 from .configuration_intervention import InterventionConfig
 from .contexts import Interventions, parse_choices, parse_interventions
+from .image_files import flat_image
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
+from .sampling_arguments import check_batch_size, check_images, check_noise, check_options
 from .saving import from_pretrained, save_pretrained
 from .values import Values, model_values
 
@@ -89,6 +92,7 @@ class InterventionModel(PreTrainedModel):
     config_class = InterventionConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
+    _loaded_from: Path | None = None  # the folder, if it was loaded
 
     def __init__(self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None):
         super().__init__(config)
@@ -347,12 +351,12 @@ class InterventionModel(PreTrainedModel):
             ValueError: one sentence: noise of another shape, guidance with no interventions or no denoiser.
         """
         if noise is not None:
-            if tuple(noise.shape[1:]) != self.noise_shape:
-                raise ValueError(
-                    f"noise must have shape (num_samples, {', '.join(map(str, self.noise_shape))}), not {tuple(noise.shape)}."
-                )
+            noise = check_noise("noise", noise, self.noise_shape)
             num_samples = noise.shape[0] if num_samples is None else num_samples
+        check_batch_size(batch_size)  # references are encoded with it
         targets, values = self._chosen(interventions, num_samples, reference_context, batch_size)
+        numbers = {"guidance_scale": guidance_scale, "residual_scale": residual_scale}
+        check_options(generator, len(targets), batch_size, output_type, **numbers)
         if noise is None:
             noise = randn_tensor((len(targets), *self.noise_shape), generator=generator, device=self.device, dtype=torch.float32)
         elif len(noise) != len(targets):
@@ -362,8 +366,8 @@ class InterventionModel(PreTrainedModel):
             shape = (len(targets), *self.base.residual_shape)
             if residual_noise is None:
                 residual_noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-            elif tuple(residual_noise.shape) != shape:
-                raise ValueError(f"residual_noise must have shape {shape}, not {tuple(residual_noise.shape)}.")
+            else:
+                residual_noise = check_noise("residual_noise", residual_noise, shape[1:], len(targets))
             residual = residual_scale * residual_noise.to(self.device)
         options = {}
         if self.base.denoises:
@@ -402,6 +406,7 @@ class InterventionModel(PreTrainedModel):
             num_inference_steps: of a denoiser, each way.
             guidance_scale, reference_context: see `sample`.
         """
+        check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
@@ -422,6 +427,10 @@ class InterventionModel(PreTrainedModel):
         reference_context: Interventions = None,
     ) -> Images:
         """The last step of `edit`: images of what `abduct` returned, under other interventions. Arguments as there."""
+        check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
+        noise = check_noise("noise", noise, self.noise_shape)
+        if self.base.residual_shape is not None:
+            residual = check_noise("residual", residual, self.base.residual_shape, len(noise))
         after = self._chosen(interventions, len(noise), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0])
         return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale)
@@ -515,9 +524,18 @@ class InterventionModel(PreTrainedModel):
         channels, height, width = self.base.image_shape
         if isinstance(images, Image.Image):
             images = [images]
+        if not isinstance(images, (np.ndarray, torch.Tensor, list, tuple)):
+            raise TypeError(f"images must be PIL images, an array or a tensor, not a {type(images).__name__}.")
+        if not len(images):
+            raise ValueError("there are no images: give one at least.")
         if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
-            images = [image.convert("L" if channels == 1 else "RGB") for image in images]
-        pixel_values = self.image_processor.preprocess(images).to(self.device, torch.float32)
+            images = [flat_image(image, channels) for image in images]
+        try:
+            pixel_values = self.image_processor.preprocess(images).to(self.device, torch.float32)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                "images must be PIL images, a uint8 array (N, H, W, C) or a float tensor (N, C, H, W) in [0, 1], all of one size."
+            ) from error
         if tuple(pixel_values.shape[1:]) != (channels, height, width):
             found = "x".join(map(str, pixel_values.shape[1:]))
             raise ValueError(
@@ -541,7 +559,7 @@ class InterventionModel(PreTrainedModel):
         residuals, chosen = ([None] * len(noise) if part is None else part.split(batch_size) for part in (residual, values))
         images = torch.cat(
             [
-                self.base.to_pixels(self.decode(z, s, rho, v, **denoising))
+                check_images(self.base.to_pixels(self.decode(z, s, rho, v, **denoising)))
                 for z, s, rho, v in zip(noise.split(batch_size), targets.split(batch_size), residuals, chosen)
             ]
         )

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from . import cards, hub
+from .image_files import check_size, open_image
 from .page_process import ModelProcess
 from .pixels import difference, to_uint8
 from .pretrained import located
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .model import InterventionModel
 
 FILES = (*hub.SAVED_FILES, cards.CARD_FILE, "*.png")  # of a repository on the Hub, what the page shows
+MAX_PIXELS = 32 * 10**6  # of an image to edit: a few seconds
 MAX_COMPOSED = 8  # concepts in the grid of pairs
 NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
 STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
@@ -87,9 +89,11 @@ class Page:
         """An image (or its file) as the model takes it, cropped and resized; as it returns it unchanged; edited; how the last two differ,
         each uint8 (H, W, channels); and the name of the context."""
         from .contexts import context_name
-        from .pipeline import fit_image, open_image
+        from .pipeline import fit_image
 
-        image = fit_image(image if isinstance(image, Image.Image) else open_image(image), self.model)
+        image = open_image(image, MAX_PIXELS) if isinstance(image, str) else image
+        check_size(image, "the image", MAX_PIXELS)
+        image = fit_image(image, self.model)
         x = self.model.preprocess(image)
         options: dict[str, Any] = {"num_inference_steps": int(steps)} if self.denoises else {}
         noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)

@@ -9,8 +9,8 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
@@ -21,18 +21,37 @@ from . import _no_collection
 
 # Seconds after which Ctrl-C is heard at the latest: one that comes just before a wait begins does not end it.
 _HEARD = 0.2
+TIME_LIMIT = 300.0  # seconds of a call
+_ENDED = "the process of the model has ended, perhaps for want of memory: it is started again; try once more."
 
 
 class ModelProcess:
     """A process that answers calls of a `Page`'s methods, one at a time, once it is told the folder (see `page.PageApart`). What the model
-    needs is imported before that."""
+    needs is imported before that. Where it ends, or a call takes too long, another one takes its place.
 
-    def __init__(self) -> None:
-        context, self._lock = multiprocessing.get_context("spawn"), Lock()
+    Args:
+        time_limit: seconds that a call may take, loading the model aside.
+    """
+
+    def __init__(self, time_limit: float = TIME_LIMIT) -> None:
+        self._lock, self._limit = Lock(), time_limit
+        self._folder: Path | None = None
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_answer, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()  # or neither would see the other's end
+        self._loaded = False
+
+    def _start_again(self) -> None:
+        self._end()
+        if not self._closed:
+            self._start()
+            self._connection.send(self._folder)
 
     def open(self, folder: Path) -> None:
         """Of which folder the page is. Waits for nothing.
@@ -40,40 +59,55 @@ class ModelProcess:
         Raises:
             ChildProcessError: one sentence: the process has ended.
         """
-        with self._lock, _ended_in_a_sentence():
-            self._connection.send(folder)
+        self._folder = folder
+        with self._lock:
+            try:
+                self._connection.send(folder)
+            except OSError as ended:
+                raise ChildProcessError(_ENDED) from ended
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What a method of the page returns.
 
         Raises:
-            ChildProcessError: one sentence: the process has ended.
+            ChildProcessError: one sentence: the process has ended; the next call has another one.
+            TimeoutError: one sentence: the call took too long; likewise.
             Exception: what the method raises.
         """
-        with self._lock, _ended_in_a_sentence():
-            self._connection.send((method, arguments))
-            while not self._connection.poll(_HEARD):
-                pass
-            result, error = self._connection.recv()
-        if error is not None:
-            raise error
+        with self._lock:
+            if not self._loaded and method != "load":
+                self._exchange("load", (), None)
+            result = self._exchange(method, arguments, None if method == "load" else self._limit)
+            self._loaded = True
         return result
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
+    def _exchange(self, method: str, arguments: tuple, limit: float | None) -> Any:
+        began = time.monotonic()
+        try:
+            self._connection.send((method, arguments))
+            while not self._connection.poll(_HEARD):
+                if limit is not None and time.monotonic() - began > limit:
+                    self._start_again()
+                    break
+            else:
+                result, error = self._connection.recv()
+                if error is not None:
+                    raise error
+                return result
+        except (EOFError, BrokenPipeError, ConnectionError) as ended:
+            self._start_again()
+            raise ChildProcessError(_ENDED) from ended
+        raise TimeoutError(f"this took longer than {limit:.0f} seconds and was ended: ask for fewer images or steps.")
+
+    def _end(self) -> None:
+        self._process.kill()
         self._process.join()
         self._connection.close()
 
-
-@contextmanager
-def _ended_in_a_sentence() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError) as ended:
-        raise ChildProcessError(
-            "the process of the model has ended, perhaps for want of memory: start the page again."
-        ) from ended
+    def close(self) -> None:
+        """End the process, in the middle of a call too."""
+        self._closed = True
+        self._end()
 
 
 def _answer(connection: Connection) -> None:
@@ -100,19 +134,29 @@ def _answer(connection: Connection) -> None:
         pass
 
 
-def launch(name: str | os.PathLike, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
+def launch(
+    name: str | os.PathLike,
+    host: str | None = None,
+    port: int | None = None,
+    revision: str | None = None,
+    time_limit: float | None = None,
+) -> None:
     """Serve the page of a pipeline until Ctrl-C.
 
     Args:
         name, revision: see `Page`.
         host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
         port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
+        time_limit: seconds that a call of the model may take; `None`: `TIME_LIMIT`.
 
     Raises:
         OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
         ImportError: Gradio is not installed.
     """
-    process = ModelProcess()
+    with suppress(ValueError):  # not in the main thread: the caller handles signals
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C, or the other process would be left behind
+    process, blocks = ModelProcess(TIME_LIMIT if time_limit is None else time_limit), None
     try:
         with _no_collection():
             from .app import build, serve
@@ -123,8 +167,11 @@ def launch(name: str | os.PathLike, host: str | None = None, port: int | None = 
         _, url, _ = serve(blocks, host, port)
         print(f"{page.title}: {url}   (Ctrl-C ends it)", flush=True)
         page.load()
-        blocks.block_thread()
-    except KeyboardInterrupt:  # while something is imported or loaded; after that Gradio says good-bye
-        print("closed.")
+        while True:
+            time.sleep(_HEARD)
+    except KeyboardInterrupt:
+        print("closed.", flush=True)
     finally:
-        process.close()
+        process.close()  # first: whoever waits for an answer would keep the server from closing
+        if blocks is not None:
+            blocks.close(verbose=False)

@@ -13,15 +13,18 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases import DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE
 from .bases.base import base_family, model_class_named
-from .bases.loading import check_part, check_transformers, load_scheduler
+from .bases.limits import check_finite
+from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
 from .bases.lora import merged
 from .contexts import Interventions
+from .image_files import flat_image, upright
 from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
@@ -105,13 +108,19 @@ class InterventionPipeline(DiffusionPipeline):
             if part not in kwargs and (part in ("head", "base") or saved.get(part) not in (None, [None, None])):
                 _check_part(part, saved.get(part), path / part, f"the {part} of {name}", kwargs.get("variant"))
         logger.info("loading the pipeline %s from %s", name, path)
-        return super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
+        pipe = super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
+        for part, value in pipe.components.items():
+            if isinstance(value, nn.Module) and part not in kwargs:
+                check_finite(value, f"the {part} of {name}")
+        pipe._loaded_from = path  # its card may have been edited
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)
+        hub.forget_paths(save_directory, ("", *self.components))
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":
@@ -226,30 +235,14 @@ def load_for_use(name: str | os.PathLike) -> InterventionModel:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image from a file.
+def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
+    """An image as a model takes it: upright, of 8 bits a channel, on white, cropped around its centre and resized.
 
     Raises:
-        OSError: one sentence: there is no such file.
-        ValueError: it is not an image, is damaged or is unreasonably large.
+        ValueError: one sentence: it is damaged, or has more than 8 bits a channel.
     """
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise type(error)(f"{path} is a folder, or may not be read.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{Path(path).name} is not an image that can be read.") from error
-    return image
-
-
-def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
-    """An image as a model takes it: turned as its camera says, cropped around its centre and resized."""
     channels, height, width = model.base.image_shape
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(flat_image(upright(image), channels), (width, height), Image.Resampling.LANCZOS)
 
 
 def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
@@ -278,6 +271,8 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
         load_scheduler(folder, what)
     elif part == "image_encoder":
         check_transformers(found, folder, what)
+    elif part == "image_processor":
+        check_processor(folder)
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:

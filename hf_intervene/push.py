@@ -1,20 +1,23 @@
 """Pushing to the Hub: a head, model or pipeline and its card, in one commit."""
 
+import json
 import os
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from . import cards
 from .bases.diffusion import DiffusionBase
 from .contexts import OBS
-from .hub import clear_errors
+from .hub import clear_errors, without_path
 
 
 PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
@@ -39,7 +42,8 @@ def push_to_hub(
     license: str | None = None,
     dataset_id: str | None = None,
 ) -> CommitInfo:
-    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of it has arrived.
+    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of it has arrived. Where the folder that
+    this was loaded from has a card that somebody edited and said so, that one is pushed.
 
     Args:
         repo_id: repository, `user/name` or `name`; it is made if there is none.
@@ -65,7 +69,11 @@ def push_to_hub(
             draw_samples(model, Path(folder, cards.SAMPLES_FILE))
         draw_floors(metrics, folder)
         repo_id = full_name(repo_id, token)
-        cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
+        own = _own_card(getattr(self, "_loaded_from", None))
+        if own is None:
+            cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
+        else:
+            Path(folder, cards.CARD_FILE).write_text(own, encoding="utf-8")
         commit = {"commit_message": commit_message, "commit_description": commit_description}
         return push_folder(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr, **commit)
 
@@ -91,31 +99,70 @@ def push_folder(
 ) -> CommitInfo:
     """Push the folder of a saved head, model or pipeline with its card: the files of ours in it and no others. See `push_to_hub`.
 
-    A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept.
+    A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept, unless the folder's was too.
+
+    Raises:
+        OSError, ValueError: one sentence: no access, the Hub or the connection fails, a link out of the folder, metadata of the card that
+            the Hub refuses. Nothing was made or pushed then.
     """
     folder, api = Path(folder), HfApi(token=token)
     root = folder.resolve()
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
+    if away := next((name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None):
+        raise OSError(f"{folder / away} is a link to outside of the folder: put the file itself there.")
     with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
+        if cards.CARD_FILE in own:
+            _check_metadata(folder / cards.CARD_FILE)  # before there is a repository
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
         there = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=MODEL_FILES + CARD_FILES))
-        if away := next((name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None):
-            raise OSError(f"{folder / away} is a link to outside of the folder: put the file itself there.")
-        if cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
+        generated = cards.CARD_FILE in own and cards.is_generated(folder / cards.CARD_FILE)
+        if generated and cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
             own.discard(cards.CARD_FILE)
         # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in between would find half of it.
         return api.create_commit(
             repo_id,
             [CommitOperationDelete(name) for name in sorted(there - own - {cards.CARD_FILE})]
-            + [CommitOperationAdd(name, folder / name) for name in sorted(own)],
+            + [CommitOperationAdd(name, _content(folder / name)) for name in sorted(own)],
             commit_message=commit_message or "Upload with hf-intervene",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _content(file: Path) -> Path | bytes:
+    """A file to push, or what is to be pushed in its place: no path on this machine."""
+    if file.suffix != ".json":
+        return file
+    text = file.read_text(encoding="utf-8")
+    changed = without_path(text)
+    return file if changed == text else changed.encode()
+
+
+def _own_card(folder: Path | None) -> str | None:
+    """The card in a folder that somebody has edited and said so; `None` if there is none."""
+    path = None if folder is None else folder / cards.CARD_FILE
+    if path is None or not path.is_file() or cards.is_generated(path):
+        return None
+    return path.read_text(encoding="utf-8")
+
+
+def _check_metadata(card: Path) -> None:
+    """Raise a ValueError of one sentence if the Hub refuses the metadata at the top of a card."""
+    try:
+        ModelCard(card.read_text(encoding="utf-8")).validate(repo_type="model")
+    except HfHubHTTPError:
+        raise
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error)
+        with suppress(ValueError, LookupError, TypeError):
+            reason = "; ".join(item["message"] for item in json.loads(reason)["errors"])
+        raise ValueError(
+            f"the metadata at the top of {card.name} are refused: {' '.join(reason.split()).rstrip('.')}; nothing was pushed."
+        ) from error
 
 
 def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | None) -> bool:

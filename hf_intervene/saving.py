@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from . import hub
 from .bases import Base
 from .bases.base import base_family
+from .bases.limits import check_finite
 from .bases.loading import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
@@ -86,6 +87,7 @@ def save_pretrained(
         remove_weights(folder, variant)
         options = kwargs if part is self.head else {}
         part.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **options)
+    hub.forget_paths(save_directory, ("", ADAPTER_FOLDER, BASE_FOLDER, LORA_FOLDER, *self.base.companion_names))
 
 
 def from_pretrained(
@@ -95,6 +97,7 @@ def from_pretrained(
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
+    base_token: str | bool = False,
     **kwargs: Any,
 ) -> "InterventionModel":
     """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
@@ -106,6 +109,8 @@ def from_pretrained(
             under a head in float32, pass `base`.
         dtype: the same, by transformers' name for it.
         variant: the variant to read of what was saved here, such as `"fp16"`; a base elsewhere has its own in `base_reference`.
+        base_token: token for a private base elsewhere, whose repository the model's configuration names and not you; `True`: that of
+            `hf auth login`. Your token is sent there only if you say so.
         **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
     Raises:
@@ -122,7 +127,7 @@ def from_pretrained(
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()
     if base is None:
-        model = load_saved_base(name, path, config, dtype, variant, options)
+        model = load_saved_base(name, path, config, dtype, variant, options | {"base_token": base_token})
         family = base_family(model)
     else:
         model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
@@ -133,16 +138,20 @@ def from_pretrained(
     head = None
     if config.ablation not in ("base", "base-pooled"):
         head = InterventionHead.from_pretrained(path, config=config, dtype=dtype, variant=variant, **kwargs)
+        check_finite(head, f"the head of {name}")
     if family.adapter_class is not None:
         what = f"the adapter of {name}"
         adapter = load_part(family.adapter_class, path / ADAPTER_FOLDER, what, variant, torch_dtype=dtype)
         if isinstance(base, Base):
             parts = base.companions()
         else:
-            parts = load_companions(name, path, config, family, dtype, options)
+            parts = load_companions(name, path, config, family, dtype, options | {"base_token": base_token})
         base = family(model, **{"adapter": adapter, **parts})
     elif not isinstance(base, Base):
         base = family(model)
     if config.lora_rank and not has_base:
         load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")  # last: it changes the base that was passed
-    return cls(config, base, head).eval()
+        check_finite(model, f"the base of {name} with its LoRA")
+    model = cls(config, base, head).eval()
+    model._loaded_from = path  # its card may have been edited
+    return model

@@ -12,14 +12,15 @@ from huggingface_hub.utils import filter_repo_objects
 from packaging.requirements import Requirement
 
 from . import hub
+from .image_files import printable
 from .page import FILES, NO_GRADIO
 from .pipeline import InterventionPipeline
 from .pretrained import located
-from .push import CARD_FILES, MODEL_FILES
+from .push import CARD_FILES, MODEL_FILES, PARTS
 
 
 APP = '''\
-"""The page of {title}; see README.md."""
+"""The page of a pipeline; see README.md."""
 
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     Raises:
         OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be written.
     """
-    folder, source = Path(folder), hub.folder(located(name), FILES)
+    if not str(folder).strip():
+        raise ValueError("the folder to export to is an empty text: give it a name.")
+    folder, source = Path(folder), hub.folder(located(name), FILES + tuple(CARD_FILES))
     try:
         gradio = version("gradio")
     except PackageNotFoundError as error:
@@ -64,7 +67,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     InterventionPipeline.from_pretrained(source)  # raises unless it is one
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} already holds something: choose another folder to export to, or remove it.")
-    title = Path(name).resolve().name
+    title = " ".join(printable(Path(name).resolve().name).split())
     metadata = {
         "title": title,
         "sdk": "gradio",
@@ -74,12 +77,14 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         "pinned": False,
         "tags": ["hf-intervene"],
     }
-    if source.parent.name == "snapshots":  # in the cache of the Hub, by commit
-        arguments, metadata = f"{name!r}, revision={source.name!r}", metadata | {"models": [name]}
+    if not os.path.isdir(located(name)):  # in the cache of the Hub, by commit
+        arguments, metadata = f"{str(name)!r}, revision={source.name!r}", metadata | {"models": [str(name)]}
     else:
         arguments = f"HERE / {('pipelines/' + title)!r}"
         files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
-        _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), folder / "pipelines" / title)
+        target = folder / "pipelines" / title
+        _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), target)
+        hub.forget_paths(target, ("", *PARTS))
     package = Path(__file__).parent
     _copy(package, [file.relative_to(package) for file in package.rglob("*.py")], folder / package.name)
     for file in distribution("hf-intervene").files or []:

@@ -118,7 +118,7 @@ def write(folder, value):
         checkpoints.save_checkpoint(folder / "checkpoints", step, tensors, {"best": value}, keep=2)
     with checkpoints.atomic_folder(folder / "best") as best:
         save_file(tensors["model"], best / "model.safetensors")
-    checkpoints.write_whole(folder / "settings.yaml", f"value: {value}\n")
+    checkpoints.write_whole(folder / "training_arguments.yaml", f"value: {value}\n")
 
 
 def write_and_die(folder, value, at):

@@ -1,7 +1,9 @@
 """The page: what its buttons do, how it is served, exported, and used in a real browser (where there is a Chromium)."""
 
 import _thread
+import ast
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -26,6 +28,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
 
+from gradio.utils import get_upload_folder  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
 from hf_intervene import app  # noqa: E402
@@ -113,13 +116,21 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
             assert np.array_equal(theirs, ours)
         assert apart.examples().shape == (8, 16, 16, 1)
         (tmp_path / "photo.png").write_text("no picture")
-        with pytest.raises(ValueError, match="photo.png is not an image"):
+        with pytest.raises(ValueError, match="photo.png cannot be read as an image"):
             apart.edit(str(tmp_path / "photo.png"), [], {})
         with pytest.raises(ValueError, match="choose two"):
             apart.compose(["thin"], 0)
+        expected = apart.sample({}, 1, 0)[0]
         process._process.kill()
-        with pytest.raises(ChildProcessError, match="the process of the model has ended"):
+        with pytest.raises(ChildProcessError, match="the process of the model has ended, .* it is started again"):
             apart.sample({}, 1, 0)
+        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)  # by another one
+        process._limit = 0.5
+        os.kill(process._process.pid, signal.SIGSTOP)  # it hangs
+        with pytest.raises(TimeoutError, match="this took longer than 0 seconds and was ended"):
+            apart.sample({}, 1, 0)
+        process._limit = 60
+        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)
     finally:
         process.close()
 
@@ -173,11 +184,48 @@ def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
     for message, call in {
         "give a seed: a whole number": ((True, False, 1.0, 1.0, 3, None), "/sample"),
         "give an image first": ((None, [], False, True, 1.0, 1.0), "/edit"),
-        "photo.png is not an image that can be read": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
+        "photo.png cannot be read as an image": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
         "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
     }.items():
         with pytest.raises(Exception, match=message):
             client.predict(*call[0], api_name=call[1])
+
+
+def edited(url, file):
+    """What the page answers to an edit of a file that was named and not uploaded, without Gradio's own client."""
+    body = json.dumps({"data": [file, [], True, False, 1, 1]}).encode()
+    request = urllib.request.Request(f"{url}gradio_api/call/edit", body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
+    return urllib.request.urlopen(f"{url}gradio_api/call/edit/{event}", timeout=20).read().decode()
+
+
+def test_no_file_of_the_servers_is_read(client, tmp_path):
+    """Nor is it said whether it is there."""
+    Image.new("L", (16, 16), 128).save(tmp_path / "private.png")
+    os.mkfifo(tmp_path / "pipe")
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(exist_ok=True)
+    (link := uploads / "link.png").unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "private.png")
+    (inside := uploads / "pipe.png").unlink(missing_ok=True)
+    os.mkfifo(inside)
+    paths = [tmp_path / "private.png", tmp_path / "nothing.png", tmp_path, tmp_path / "pipe", "/dev/stdin", link, inside]
+    paths += [uploads, uploads / os.path.relpath(tmp_path / "private.png", uploads), "private.png", "a\x00b"]
+    try:
+        answers = {edited(client.src, {"path": str(path)}) for path in paths}
+    finally:
+        link.unlink()
+        inside.unlink()
+    assert len(answers) == 1 and "was not uploaded here" in answers.pop()
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(grey, tmp_path):
+    Image.new("1", (13_300, 13_300)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 100_000
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="large.png has 13300x13300 pixels, 177 megapixels, and at most 32 are read"):
+        grey.edit(str(tmp_path / "large.png"), [], {})
+    assert time.monotonic() - began < 1
 
 
 def test_nothing_is_fetched_from_elsewhere(client):
@@ -263,6 +311,57 @@ def test_export_on_the_command_line(grey, tmp_path, capsys):
     assert (tmp_path / "space" / "hf_intervene" / "app.py").exists()
 
 
+NAMES = [
+    'a""" + open("hacked", "w").name + """',
+    "back\\slash",
+    'it\'s "quoted"',
+    "new\nline",
+    "{braces}",
+    "snapshots/abc",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_exported(grey, tmp_path, name):
+    """As text and as nothing else; one whose parent happens to have the name of a folder of the Hub's cache is copied too."""
+    source = tmp_path / name
+    shutil.copytree(grey.folder, source)
+    folder = export(str(source), tmp_path / "space")
+    text = (folder / "app.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == "The page of a pipeline; see README.md."
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch"]
+    path = folder / call.args[0].right.value  # HERE / "..."
+    assert (path / "model_index.json").exists() and str(tmp_path) not in text
+    metadata = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert metadata["title"] == path.name and "models" not in metadata
+
+
+def test_a_folder_whose_name_is_no_text(grey, tmp_path):
+    source = tmp_path / "byte\udce9"
+    shutil.copytree(grey.folder, source)
+    with pytest.raises(OSError, match=r"byte\\udce9 has bytes that are not UTF-8: rename it"):
+        export(str(source), tmp_path / "space")
+
+
+def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
+    """Neither of the base, the adapter, the head and the frozen models, nor of what was loaded and is saved again."""
+    here = str(tmp_path).encode()
+    with_head("dit").save_pretrained(tmp_path / "model", save_base=True)
+    model = InterventionModel.from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "again", save_base=True)
+    InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipe")
+    InterventionPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "pipe again")
+    for folder in ("pipe", "pipe again"):
+        index = tmp_path / folder / "base" / "config.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": f"{tmp_path}/x"}))  # an older version's
+        export(str(tmp_path / folder), tmp_path / "space" / folder)
+        index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}))
+    leaks = [file for file in tmp_path.rglob("*") if file.is_file() and here in file.read_bytes()]
+    assert leaks == []
+    assert InterventionModel.from_pretrained(tmp_path / "again").concepts == model.concepts
+
+
 def test_an_interruption_while_the_model_is_loaded(grey):
     command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -273,9 +372,32 @@ def test_an_interruption_while_the_model_is_loaded(grey):
     assert (process.returncode, errors) == (0, "") and "clos" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_request_hangs_ends_all_processes_at_once(grey, number):
+    command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = re.search(r"http://\S+", process.stdout.readline())[0]
+    client = Client(url, verbose=False, download_files=False)
+    client.predict(["thin", "wide"], 0, api_name="/compose")
+    children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    client.submit(["thin", "wide"], 1, api_name="/compose")
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15 and process.returncode == 0 and "closed." in said
+    for child in children:
+        os.kill(child, signal.SIGCONT) if Path(f"/proc/{child}").exists() else None
+    time.sleep(1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
 def test_an_interruption_that_does_not_end_a_wait_is_heard():
     process = object.__new__(ModelProcess)
-    process._lock = threading.Lock()
+    process._lock, process._loaded, process._limit = threading.Lock(), False, 60
     process._connection, other = multiprocessing.Pipe()
     interrupt = threading.Timer(0.3, _thread.interrupt_main)  # a signal that comes just before the wait looks like this
     answer = threading.Timer(5.0, other.send, [(None, None)])
@@ -371,7 +493,7 @@ def test_an_image_is_uploaded(page, tmp_path):
     assert pixels(page, "Edited: quad1").shape == (64, 64, 3)
     page.get_by_role("button", name="Remove Image").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
-    page.get_by_text("broken.png is not an image that can be read").wait_for()
+    page.get_by_text("broken.png cannot be read as an image", exact=False).wait_for()
 
 
 def test_with_the_keyboard_alone(page):

@@ -1,5 +1,9 @@
 """Heads on existing pipelines: unchanged outside a `with`, intervened on inside, as before after `detach`."""
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -337,3 +341,42 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
     pipe.scheduler = scheduler
     detach(pipe)
     assert np.array_equal(images(pipe), before)
+
+
+def test_threads_intervene_each_for_itself(tmp_path):
+    """On two pipelines that share a denoiser; one thread does not intervene at all."""
+    model = with_head("unet")
+    pipes = [quiet(DDIMPipeline(model.base.model, copy.deepcopy(model.base.scheduler))) for _ in range(3)]
+    for pipe in pipes:
+        attach(pipe, model)
+
+    def make(number):
+        if number == 2:
+            return images(pipes[2])
+        with intervene(pipes[number], "ab"[number], generator=generator()):
+            return images(pipes[number])
+
+    expected, interval = [make(number) for number in range(3)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = [list(pool.map(make, range(3))) for _ in range(3)]
+    finally:
+        sys.setswitchinterval(interval)
+    for round in found:
+        for made, same in zip(round, expected):
+            np.testing.assert_allclose(made, same, rtol=0, atol=1e-5)
+    assert abs(expected[0] - expected[1]).max() > 1e-3 and abs(expected[0] - expected[2]).max() > 1e-3
+
+
+def test_a_copy_made_while_intervening_is_not_intervened_on(tmp_path):
+    pipe, model = pipeline("ddim", tmp_path)
+    attach(pipe, model)
+    plain = images(pipe)
+    with intervene(pipe, "a", generator=generator()):
+        images(pipe)
+        copied = quiet(DDIMPipeline(copy.deepcopy(pipe.unet), copy.deepcopy(pipe.scheduler)))
+    np.testing.assert_array_equal(images(copied), plain)
+    with intervene(pipe, "a", generator=generator()):
+        assert abs(images(pipe) - plain).max() > 1e-3
+        np.testing.assert_array_equal(images(copied), plain)

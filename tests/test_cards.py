@@ -11,9 +11,9 @@ from diffusers import AutoencoderTiny
 from huggingface_hub import ModelCard
 from shared_models import ALICE, build, frozen_on, of_kind, put_vae
 
-from hf_intervene import cli
+from hf_intervene import InterventionModel, InterventionPipeline, cli
 from hf_intervene.cards import MARKER, write_card
-from hf_intervene.push import draw_samples
+from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments, parse_arguments, shared_settings
 
@@ -156,13 +156,19 @@ def test_the_command_writes_and_pushes(tmp_path, capsys, monkeypatch, kind):
         path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*") if path.is_file()
     } - {"diary.txt"}
     assert repo.refs["dev"] in capsys.readouterr().out
-    (tmp_path / "m" / "README.md").write_text("my own")
-    samples = (tmp_path / "m" / "samples.png").stat().st_mtime_ns
-    assert cli.main(argv) == 1
+    # An edited card, without its marker as the marker says, is pushed as it is, also by Python and over what was there.
+    for number, words in enumerate(("my own", "better words")):
+        text = f"---\nlibrary_name: hf-intervene\n---\n{words}"
+        (tmp_path / "m" / "README.md").write_text(text)
+        samples = (tmp_path / "m" / "samples.png").stat().st_mtime_ns
+        assert cli.main(argv) == 0
+        assert (tmp_path / "m" / "README.md").read_text() == text == HUB.files("alice/thing", "dev")["README.md"].decode()
+        assert (tmp_path / "m" / "samples.png").stat().st_mtime_ns == samples
+        load = InterventionPipeline if kind == "pipeline" else InterventionModel
+        load.from_pretrained(tmp_path / "m").push_to_hub(f"alice/other{number}", **ALICE)
+        assert HUB.files(f"alice/other{number}")["README.md"].decode() == text
+    assert cli.main(argv[:2]) == 1  # without a push there is nothing to do
     assert "was not generated" in capsys.readouterr().err
-    assert (tmp_path / "m" / "README.md").read_text() == "my own" and (
-        tmp_path / "m" / "samples.png"
-    ).stat().st_mtime_ns == samples
     assert cli.main(["card", str(tmp_path / "m"), "--private"]) == 1
     assert "need --push" in capsys.readouterr().err
 
@@ -185,7 +191,7 @@ def test_of_a_folder_only_its_name_is_shared(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     shared = yaml.safe_load(shared_settings(TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))))
-    assert shared == {"settings_version": 2, "dataset": "faces", "base": "org/vae", "seed": 0}
+    assert shared == {"settings_version": 3, "dataset": "faces", "base": "org/vae", "seed": 0}
 
 
 def test_presence_comes_before_distances(tmp_path):
@@ -209,3 +215,12 @@ def test_presence_comes_before_distances(tmp_path):
     found = {(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results}
     assert ("presence", "share of samples with all concepts that were asked for, concept", 0.49) in found
     assert sum(kind == "sliced-wasserstein-2-ratio" for kind, _, _ in found) == 1
+
+
+@pytest.mark.parametrize("front", ["x: y", "a: [b", "!!python/object:os.system x", ""])
+def test_metadata_that_the_hub_refuses_leave_no_repository(tmp_path, waits, front):
+    build().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text(f"---\n{front}\n---\nmy own")
+    with pytest.raises(ValueError, match="the metadata at the top of README.md are refused: .*nothing was pushed") as error:
+        push_folder(tmp_path / "m", "alice/new", **ALICE)
+    assert "\n" not in str(error.value) and HUB.repos == {}

@@ -88,12 +88,12 @@ def test_resolution_crops_and_resizes(folder):
 
 def test_split_is_stratified_disjoint_and_reproducible(folder):
     data = ContextImages.from_dataset(load_contexts(folder))
-    train, validation = data.split(0.25, seed=3)
+    train, validation = data.split(0.25, seed=3, by="position")
     for name, count in (("obs", 2), ("smile", 2), ("glasses", 2), ("glasses+smile", 2)):
         assert len(validation.by_context()[name]) == count
     reds = [set(part.pixels[:, 0, 0, 0].tolist()) for part in (train, validation)]
     assert not reds[0] & reds[1] and reds[0] | reds[1] == set(range(35))
-    assert torch.equal(validation.pixels, data.split(0.25, seed=3)[1].pixels)
+    assert torch.equal(validation.pixels, data.split(0.25, seed=3, by="position")[1].pixels)
     obs = data.select(["obs"])
     assert len(obs) == 10 and obs.contexts == ["obs"] and obs.concepts == data.concepts
 

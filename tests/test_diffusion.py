@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
@@ -402,7 +404,7 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="ablation 'base'"):
         InterventionModel(InterventionConfig(concepts=["a"], ablation="base"), wrap_base(model, **parts))
     built = with_head()
-    with pytest.raises(ValueError, match="residual_noise must have shape"):
+    with pytest.raises(ValueError, match="residual_noise has 1 rows for 2 samples"):
         built.sample("a", 2, residual_noise=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="in many steps"):
         built(torch.rand(1, 3, 16, 16), built.targets("a"), return_reconstruction=True)
@@ -448,3 +450,26 @@ def test_a_scheduler_is_nothing_but_a_scheduler(tmp_path):
     (tmp_path / "scheduler_config.json").unlink()
     with pytest.raises(OSError, match="has no scheduler"):
         load_scheduler(tmp_path, "it")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_share_a_denoiser(kind):
+    """Each call has what it was given, whatever another thread does meanwhile."""
+    model = with_head(kind)
+    noise = torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
+    residual = torch.randn(4, *model.base.residual_shape, generator=torch.Generator().manual_seed(1))
+
+    def sample(row):
+        context, part = ("obs", "a", "b", "a+b")[row], slice(row, row + 1)
+        return model.sample(context, noise=noise[part], residual_noise=residual[part], num_inference_steps=4)
+
+    expected, interval = [sample(row) for row in range(4)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(sample, list(range(4)) * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    for image, same in zip(found, expected * 2):
+        torch.testing.assert_close(image, same, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)  # or it would not matter

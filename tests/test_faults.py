@@ -86,7 +86,7 @@ def folder_of_images(path, side=16):
 def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch, capsys):
     """As when the base overflows on one image of the data."""
     settings = tiny | {"dataset": str(folder_of_images(tmp_path / "images")), "batch_size": 4, "max_steps": 40, "log_every": 7}
-    settings |= {"checkpoint_every": 3, "eval_every": 6}
+    settings |= {"checkpoint_every": 3, "eval_every": 6, "split_by": "position"}
     original, poisoned, steps = feeding.Feed._inputs, 65 / 255, []  # image 6 under `hat`
 
     def inputs(*arguments):
@@ -227,7 +227,8 @@ def test_a_file_that_is_no_image_is_named(tiny, tmp_path, capsys, content):
     else:
         file.write_bytes(whole[:content] if isinstance(content, int) else content)
     error = error_of(capsys, options(tiny | {"dataset": str(tmp_path / "images")}))
-    assert f"({file}) of context 'hat' cannot be read: replace or remove it" in error
+    why = "(No such file or directory): replace" if content is None else "as an image: it is damaged"
+    assert f"({file}) of context 'hat' cannot be read {why}" in error
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "1", '{"features": 3}'])

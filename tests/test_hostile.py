@@ -17,8 +17,10 @@ from shared_models import ALICE, build, frozen_on
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline, load_base
 from hf_intervene.bases.loading import load_scheduler, load_vision
-from hf_intervene.cards import card_path, code, write_card
+from hf_intervene.cards import card_path, code, read_settings, write_card
+from hf_intervene.page import Page
 from hf_intervene.push import push_folder
+from hf_intervene.space import export
 
 
 HEAD, DIFFUSERS, LORA = "model", "diffusion_pytorch_model", "adapter_model"
@@ -168,7 +170,7 @@ def test_a_head_that_asks_for_more_than_its_weights(copy, entries, message):
         ({"block_out_channels": [HUGE]}, "names the size 1000000000, which no model has"),
         ({"block_out_channels": [8, 10**6]}, "do not fit its configuration"),
         ({"hidden_width": 10**6}, "do not fit its configuration"),
-        ({"sample_size": 10**6}, "do not fit its configuration|cannot be used"),
+        ({"sample_size": 10**6}, "sample_size 1000000, which must be at most"),
         ({"block_out_channels": None}, "the configuration of the base of .* cannot be used"),
         ({"block_out_channels": [-8, 8]}, "the configuration of the base of .* cannot be used"),
         ({"quantization_config": {"quant_method": "bitsandbytes_8bit"}}, "is quantised"),
@@ -185,7 +187,7 @@ def test_a_base_that_asks_for_more_than_its_weights(copy, kind, entries, message
 def test_an_adapter_that_asks_for_more_than_its_weights(copy, entries):
     folder = copy("frozen")
     change(folder / "adapter" / "config.json", **entries)
-    refused(folder, "the adapter of .*(cannot be used|do not fit)")
+    refused(folder, "the adapter of .*(cannot be used|do not fit)|latent_size 1000000, which must be at most")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_parts_of_a_pretrained_pipeline_that_ask_for_too_much(tmp_path):
     for entries in ({"sample_size": 2**14}, {"num_layers": 10**6}, {"num_attention_heads": 10**6}):
         config.write_text(whole)
         change(config, **entries)
-        with bounds(), pytest.raises(ValueError, match="the base .*(cannot be used|do not fit)"):
+        with bounds(), pytest.raises(ValueError, match="the base .*(cannot be used|do not fit)|which must be at most"):
             load_base(source, 16)
     for steps, message in ((10**12, "which no model has"), ("x", "is no configuration of a")):
         change(schedule, num_train_timesteps=steps)
@@ -368,7 +370,7 @@ def test_code_in_markdown_is_that_text(text):
     assert f"<td><code>{markdown.common.utils.escapeHtml(text)}</code></td>" in row
 
 
-@pytest.mark.parametrize("name", ["README.md", "samples.png"])
+@pytest.mark.parametrize("name", ["README.md", "samples.png", "floors.png"])
 def test_a_card_is_not_written_through_a_link(copy, tmp_path, name):
     folder = copy("model")
     (folder / name).symlink_to(tmp_path / "elsewhere")
@@ -383,3 +385,67 @@ def test_a_link_out_of_the_folder_is_not_pushed(copy, tmp_path):
     (folder / "base" / "token.json").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match="token.json is a link to outside of the folder"):
         push_folder(folder, "alice/model", **ALICE)
+
+
+# Links
+
+
+@pytest.mark.parametrize("use", ["load", "page", "export", "card", "settings"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "samples.png",
+        "config.json",
+        "base/token.json",
+        "head/config.json",
+        "base",
+        "more/x.json",
+        "training_arguments.yaml",
+    ],
+)
+def test_nothing_is_read_through_a_link_out_of_the_folder(copy, tmp_path, use, name):
+    folder, secret = copy("pipeline"), tmp_path / "secret"
+    entry = folder / name
+    if entry.is_dir():
+        shutil.copytree(entry, secret)
+        shutil.rmtree(entry)
+    else:
+        secret.write_text("{}")
+        entry.parent.mkdir(exist_ok=True)
+        entry.unlink(missing_ok=True)
+    entry.symlink_to(os.path.relpath(secret, entry.parent))
+    picture, settings = name.endswith((".md", ".png")), name.endswith(".yaml")
+    if {"load": picture or settings, "page": settings, "card": picture, "settings": not settings}.get(use):
+        return  # it is not read there, or is a card that is not written through a link
+    calls = {"load": InterventionPipeline.from_pretrained, "page": Page, "card": write_card, "settings": read_settings}
+    calls["export"] = lambda path: export(path, tmp_path / "space")
+    with pytest.raises(OSError, match="is a link to outside of its folder"):
+        calls[use](folder)
+    assert not (tmp_path / "space").exists()
+
+
+def test_links_within_a_folder_and_those_of_the_hubs_cache_are_followed(copy, tmp_path):
+    folder = copy("pipeline")
+    (folder / "base").rename(folder / "elsewhere")
+    (folder / "base").symlink_to("elsewhere")
+    (tmp_path / "linked").symlink_to(folder)
+    (folder / "data.bin").symlink_to("/etc/hostname")  # nobody reads it
+    InterventionPipeline.from_pretrained(tmp_path / "linked")
+    repository = tmp_path / "models--user--name"
+    (repository / "blobs").mkdir(parents=True)
+    shutil.copytree(copy("model"), repository / "snapshots" / "0123")
+    for number, file in enumerate(path for path in (repository / "snapshots").rglob("*") if path.is_file()):
+        blob = repository / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    InterventionModel.from_pretrained(repository / "snapshots" / "0123")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "base/config.json", "README.md"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copy, name):
+    folder = copy("pipeline")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(OSError, match="is a pipe or a device, not a file"):
+        Page(folder)

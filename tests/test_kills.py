@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_train import error_of, last_state
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import checkpoints
+from hf_intervene.training import checkpoints, run_folder
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def arguments_of(settings):
 
 
 def hidden(folder):
-    return sorted(path.name for path in Path(folder).rglob(".*") if path.name != checkpoints.LOCK_FILE)
+    return sorted(path.name for path in Path(folder).rglob(".*") if path.name != run_folder.LOCK_FILE)
 
 
 def all_whole(out):
@@ -55,10 +55,10 @@ def test_whatever_step_of_a_write_is_killed_what_remains_is_whole(tmp_path):
         status = harm.run(harm.write_and_die, str(out), 2, at)
         assert status in (0, -signal.SIGKILL)
         assert all_whole(out)[-1] in (1, 2, 3)
-        with checkpoints.sole_run(out):
+        with run_folder.sole_run(out):
             assert all_whole(out)[-1] in (2, 3) and not hidden(out)
         assert set(load_file(out / "best" / "model.safetensors")["w"].tolist()) in ({1.0}, {2.0})
-        assert (out / "settings.yaml").read_text() in ("value: 1\n", "value: 2\n")
+        assert (out / "training_arguments.yaml").read_text() in ("value: 1\n", "value: 2\n")
         harm.write(out, 2)  # nothing stands in its way
         assert [path.name for path in checkpoints.checkpoints(out / "checkpoints")] == ["step-00000002", "step-00000003"]
         if status == 0:

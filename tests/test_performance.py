@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import InterventionModel, LightVAE, modeling_intervention, posterior
-from hf_intervene.data import ContextImages, ContextSchedule, images, load_contexts, quad
+from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.feeding import DELAY, Feed
@@ -186,13 +186,13 @@ def test_images_are_decoded_into_a_cache_once(folder, tmp_path, monkeypatch):
 
     first = cached()
     assert first.mapped and torch.equal(first.pixels, expected.pixels) and torch.equal(first.context_ids, expected.context_ids)
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("*.npy")
     assert np.array_equal(np.load(file), expected.pixels.numpy())
     part = first.split(0.2, seed=1)[0]
     assert part.stored.data_ptr() == first.stored.data_ptr()
     assert torch.equal(part.pixels, expected.split(0.2, seed=1)[0].pixels)
     with monkeypatch.context() as patched:
-        patched.setattr(images.ImageFeature, "decode_example", lambda *_: pytest.fail("decoded again"))
+        patched.setattr(decoding, "decode_image", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(cached().pixels, expected.pixels)
     assert cached(resolution=4).pixels.shape == (20, 3, 4, 4)
     Image.new("RGB", (9, 12), (255, 0, 0)).save(folder / "hat" / "0.png")  # another image in the same file

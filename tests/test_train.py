@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from hf_intervene import InterventionModel, logging
 from hf_intervene.training import checkpoints, train
+from hf_intervene.training.arguments import SETTINGS_VERSION
+from hf_intervene.training.resuming import check_same
 from hf_intervene.training.train import TrainArguments, main, parse_arguments
 
 
@@ -337,9 +339,10 @@ def test_a_folder_with_another_run(tiny, capsys):
 def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
     now = asdict(TrainArguments())
     before = {name: value for name, value in now.items() if name != "mnist_digits"}
-    train._check_same(now, before, Path("step-1"))
+    state = {"settings": before, "settings_version": SETTINGS_VERSION}
+    check_same(TrainArguments(resume="auto"), now, state, None, {}, Path("step-1"))
     with pytest.raises(ValueError, match="mnist_digits was 'bundled', is 'elsewhere'"):
-        train._check_same(now | {"mnist_digits": "elsewhere"}, before, Path("step-1"))
+        check_same(TrainArguments(resume="auto"), now | {"mnist_digits": "elsewhere"}, state, None, {}, Path("step-1"))
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):

@@ -202,7 +202,7 @@ def test_command_line(tmp_path, capsys):
         ([*edit, "--reference", f"c={tmp_path / 'other.png'}"], "unknown concept 'c'"),
         ([*edit, "--interventions", "a@2"], "a quantile must be"),
         ([*edit, "--reference", "a=nowhere.png"], "error: there is no file nowhere.png."),
-        ([*edit, "--reference", f"a={tmp_path / 'pipe' / 'model_index.json'}"], "is not an image that can be read"),
+        ([*edit, "--reference", f"a={tmp_path / 'pipe' / 'model_index.json'}"], "cannot be read as an image"),
     ):
         assert cli.main(bad) == 1
         assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.training.jobs import INTERRUPTED, Job, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name
 
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     if failed:
         print("\n".join(f"error: {job.folder}: {reason}" for job, reason in failed.items()), file=sys.stderr)

@@ -1,6 +1,7 @@
 """Settings of a training run: a YAML file gives some, the command line overrides them."""
 
 import math
+import os
 import reprlib
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser
 
 from hf_intervene.cards import read_yaml
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.data.identity import SPLITS
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
 
@@ -78,6 +80,7 @@ class TrainArguments:
         default=0,
         metadata={"help": "Seed of the data (if simulated) or of the split (own data, avatars)."},
     )
+    split_by: str = field(default="image", metadata={"help": "How own data are split: by `image`, or `position` as before 0.2."})
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
     channels: int = field(default=3, metadata={"help": "3 (RGB) or 1 (grey)."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Own data: the concepts; default: all."})
@@ -172,7 +175,7 @@ class TrainArguments:
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
         choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
-        choices_of |= {"mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
+        choices_of |= {"split_by": SPLITS, "mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -213,7 +216,10 @@ class TrainArguments:
 
     @property
     def precision(self) -> str:
-        """`mixed_precision`, `auto` decided for this machine."""
+        """`mixed_precision`; `auto` is what a launcher was told, or decided for this machine."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" is what it sets by itself
+        if self.mixed_precision == "auto" and launched in ("bf16", "fp16"):
+            return launched
         return ("bf16" if fast_bf16() else "no") if self.mixed_precision == "auto" else self.mixed_precision
 
     def total_steps(self, images: int) -> int:
@@ -229,16 +235,19 @@ class TrainArguments:
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
 # Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 2
+SETTINGS_VERSION = 3
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
 EARLIER: tuple[dict[str, object], ...] = (
     {"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},
     {"prior_matching": 0.0},
+    {"split_by": "position"},
 )
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
 RUNNING |= {"gradient_accumulation_steps", "compile_mode", "channels_last", "image_cache"}
+# Those that may change where a run goes on from a checkpoint that was named, as after a loss that was not finite.
+STEERING = {"learning_rate", "base_learning_rate", "max_grad_norm", "mixed_precision"}
 _SHARED = "# hf-intervene "  # how the settings that are published with a model begin
 
 

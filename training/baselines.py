@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import LightVAE
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, ContextSchedule
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -351,11 +352,11 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
         check_writable(out / folder)
     if baseline == "beta-tcvae":
         beta_tcvae()  # now, not after the data are drawn
-    split = (a.validation_fraction, a.data_seed)
+    split = (a.validation_fraction, a.data_seed, a.split_by)
     started = time.perf_counter()
     model = train_baseline(a, baseline, weight)
     seconds = time.perf_counter() - started
-    with atomic_folder(out / "model") as folder:
+    with atomic_folder(out / "model", ("*.json", "*.safetensors")) as folder:
         model.save(folder)
     channels, side, _ = model.base.image_shape
     options = (side, channels, a.variant, split, a.mnist_digits)
@@ -381,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
         else:
             print(table(run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)))
-    except (OSError, ValueError, TypeError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

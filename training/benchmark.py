@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.logging import bars_on_terminals_only
 from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.benchmark_tools import Conditions, machine
@@ -263,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         measure(names, arguments.rounds, arguments.output)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,58 +6,32 @@ checkpoints/step-000123/model.safetensors, ema.safetensors, optimizer.safetensor
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_intervene.hub import read_json
 from hf_intervene.logging import get_logger
+from hf_intervene.training.run_folder import keep_foreign, named_folder, remove
 
 
 logger = get_logger("hf_intervene.training")
-STATE_FILE, LOCK_FILE = "state.json", ".lock"
-FILES = ("model", "ema", "optimizer", "moments")  # a checkpoint may hold, each a file of tensors
+STATE_FILE = "state.json"
+FILES = ("model", "ema", "optimizer", "moments", "images")  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager
-def sole_run(out: Path, main_process: bool = True) -> Iterator[None]:
-    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. The system releases the
-    lock of a process that dies. Of the processes of one run the main one holds it, for all.
-
-    Raises:
-        OSError: one sentence: there is another run, or the folder cannot be written.
-    """
-    lock = FileLock(out / LOCK_FILE, timeout=0) if main_process else nullcontext()
-    try:
-        with lock:
-            if main_process:
-                for folder in (out, out / "checkpoints", out / "prepared"):
-                    tidy(folder)
-            yield
-    except Timeout as error:
-        raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
-
-
-def tidy(folder: str | os.PathLike) -> None:
-    """Mend what a process that was killed left in a folder: what was to be replaced is put back, what was half written or half removed
-    is removed."""
-    for previous in Path(folder).glob(".*.previous"):
-        path = previous.with_name(previous.name.removeprefix(".").removesuffix(".previous"))
-        if not path.exists():
-            previous.rename(path)
-    for pattern in (".*.previous", ".*.writing", ".*.removing"):
-        for leftover in Path(folder).glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, own: Sequence[str] = ("*",)) -> Iterator[Path]:
     """Write a folder whole or not at all: the body fills a temporary sibling, which then takes the place of `path`.
+
+    Args:
+        path: the folder.
+        own: patterns of names of what is written in it; what else there was, of the user's, is kept.
 
     Raises:
         OSError: one sentence: the folder cannot be written or the disk is full. What was there before is still there.
@@ -71,15 +45,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        keep_foreign(path, temporary, own)
         for file in temporary.rglob("*"):
-            _sync(file)
+            if not file.is_symlink():
+                _sync(file)
         _sync(temporary)
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+        if os.path.lexists(path):
+            remove(previous)
             path.rename(previous)
         temporary.rename(path)
         _sync(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        with suppress(OSError):
+            remove(previous)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write {path}: {_reason(error)}; earlier checkpoints are untouched.") from error
@@ -143,13 +120,12 @@ def check_writable(folder: str | os.PathLike) -> None:
     """Make the folder and try to write in it, before hours are spent on what could not be saved.
 
     Raises:
-        OSError: one sentence: it cannot be written.
+        OSError, ValueError: one sentence: it cannot be written, or has no name.
     """
     try:
-        os.makedirs(folder, exist_ok=True)
-        probe = Path(folder, ".writable")
-        probe.write_text("")
-        probe.unlink(missing_ok=True)  # another process of this run may have been here first
+        named_folder(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # without a name, where the system has such files
+            pass
     except OSError as error:
         raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
 
@@ -253,4 +229,6 @@ def restore_optimizer(
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
+        if value.ndim and value.shape != parameter.shape:  # it would fail in the middle of a step, or not at all
+            raise RuntimeError(f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)}")
         optimizer.state[parameter][key] = placed(value, parameter)

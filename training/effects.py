@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from hf_intervene.cards import read_settings
 from hf_intervene.contexts import OBS, Interventions
 from hf_intervene.data import quad
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics import disentanglement, effects, read_error, read_factors
 from hf_intervene.metrics.causal import (
     agreement,
@@ -441,8 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(Path(arguments.output, "effects.md"), text)
         for name, figure in pictures(measured, model.config.free_blocks).items():
             save(figure, Path(arguments.output, name))
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

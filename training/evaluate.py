@@ -26,14 +26,16 @@ from hf_intervene.cards import FLOORS_FILE, loss_in, read_settings
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.data.identity import load_images
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import context_leakage, mean_interval
 from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
-from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2
+from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2, times_floor
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import floor_chart, save
-from hf_intervene.training.arguments import RecipeParser, TrainArguments
+from hf_intervene.training.arguments import RecipeParser, TrainArguments, earlier_defaults
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.evaluate_content import (
@@ -274,7 +276,7 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
             margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
             means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin)}
             few = any(row[protocol]["ratio"] is None for row in rows)
-            means[kind][protocol]["ratio"] = None if few else distance / floor
+            means[kind][protocol]["ratio"] = None if few else times_floor(distance, floor)
         for what, keys in _MEANS.items():
             if found := [row[what] for row in rows if row.get(what)]:
                 means[kind][what] = {key: _mean([row.get(key) for row in found]) for key in keys}
@@ -298,18 +300,20 @@ def held_out_images(
     resolution: int,
     channels: int,
     variant: str,
-    split: tuple[float, int] | None = None,
+    split: tuple[float, int, str] | None = None,
     mnist_digits: str = BUNDLED,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
     quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most
     once in a context. avatars: two halves of the held-out persons, the same persons in every
     context of a half, in the same order. Own data: each context's
-    images in two halves (at most `images` each), of those only that training held out, by the fraction and seed of its `split`; `None`:
-    all, of data that training did not see.
+    images in two halves (at most `images` each), of those only that training held out, by the fraction, seed and way of its `split`; `None`:
+    all, of data that training did not see. Images whose fingerprints are among those of `trained` are left out
+    in any case.
 
-    Warns of own data with few images of a context.
+    Warns of own data with few images of a context, and of training images that are left out.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
@@ -321,7 +325,8 @@ def held_out_images(
         return simulated.held_out_images(images, seed)
     # The model's concepts, as in training: the split depends on the order of the contexts, and it may know but some of the data's.
     data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
-    by_context = (data if split is None else data.split(*split)[1]).by_context()
+    data = _unseen(data if split is None else data.split(*split)[1], trained or {})
+    by_context = data.by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]
     if few:
         raise ValueError(f"two held-out images of {', '.join(few)} are needed at least: hold out more (validation_fraction).")
@@ -334,13 +339,32 @@ def held_out_images(
             side,
             smallest,
         )
-    return tuple({name: a[k::2][:images] for name, a in by_context.items()} for k in (0, 1))
+    return tuple({name: a[k::2][: min(images, len(a) // 2)] for name, a in by_context.items()} for k in (0, 1))
 
 
-def training_split(folder: str) -> tuple[float, int]:
-    """The fraction and seed by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
+def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> ContextImages:
+    """The images that a model was not trained on, by their fingerprints."""
+    if not trained:
+        return data
+    unseen = ~torch.isin(data.fingerprints(), torch.cat(list(trained.values())))
+    if bool(unseen.all()):
+        return data
+    names = [name for number, name in enumerate(data.contexts) if bool((~unseen & (data.context_ids == number)).any())]
+    logger.warning(
+        "%d images of %s were trained on and are left out: the data or their split are not those of training time.",
+        int((~unseen).sum()),
+        ", ".join(names),
+    )
+    return data.subset(torch.nonzero(unseen)[:, 0])
+
+
+def training_split(folder: str) -> tuple[float, int, str]:
+    """The fraction, the seed and the way by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
     saved = read_settings(folder)
-    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in ("validation_fraction", "data_seed"))
+    if saved:
+        saved = earlier_defaults(saved.get("settings_version", 0), folder) | saved
+    names = ("validation_fraction", "data_seed", "split_by")
+    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in names)
 
 
 def load_model(folder: str) -> InterventionModel:
@@ -426,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *data,
             split,
             arguments.mnist_digits,
+            load_images(Path(arguments.model)),
         )
         content = content_options(
             arguments.dataset,
@@ -454,8 +479,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before writing: what a full disk cannot take is at least on the screen.
         print(json.dumps(metrics) if arguments.json else table(metrics))
         write(metrics, arguments.output)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

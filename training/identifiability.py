@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics.recovery import simulate_and_recover
 from hf_intervene.training.checkpoints import write_whole
 from hf_intervene.training.seeds import mean_cell, run_name
@@ -83,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = {name: [jobs[name, seed].result() for seed in range(arguments.seeds)] for name in arguments.rows}
         (out / "identifiability.json").write_text(json.dumps(results, indent=1))
         (out / "identifiability.md").write_text(table(results))
-    except (OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     print(table(results))
     return 0

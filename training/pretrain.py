@@ -33,6 +33,7 @@ from hf_intervene.bases.loading import load_part
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.training.arguments import RecipeParser, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.distributed import process_state
@@ -225,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
         with atomic_folder(out) as folder:
             model.save_pretrained(folder)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     print(f"{arguments.model} in {arguments.output}")
     return 0

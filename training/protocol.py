@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
 from hf_intervene.data import quad
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, project, sliced_w2
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.simulated import HELD_OUT_SEED
@@ -119,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = {"sizes": SIZES, "shares": SHARES, "settings": vars(arguments)}
         write_whole(Path(arguments.output, "protocol.json"), json.dumps(settings | {"distances": results}, indent=1))
         write_whole(Path(arguments.output, "protocol.md"), text)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hf_intervene.data import load_digits
+from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.metrics.transport import directions
 from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.baseline_losses import beta_tcvae
@@ -419,8 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     results, sides = dict(kept["results"]), set()
     for row in rows:

@@ -9,7 +9,6 @@ number of processes and of accumulation steps does not change the result, and a 
 
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,15 +26,15 @@ from hf_intervene.bases import Base, LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
+from hf_intervene.data.identity import save_images
+from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.objective import Objective
 from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLasso
 from hf_intervene.training.arguments import (
-    RUNNING,
     SETTINGS_VERSION,
     TrainArguments,
-    earlier_defaults,
     parse_arguments,
     shared_settings,
 )
@@ -46,24 +45,25 @@ from hf_intervene.training.checkpoints import (
     checkpoints,
     flatten_optimizer,
     keep_history,
-    load_checkpoint,
-    newest_checkpoint,
     restore_optimizer,
     save_checkpoint,
-    sole_run,
     write_whole,
 )
 from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
 from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
+from hf_intervene.training.run_folder import PATIENCE, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
+from hf_intervene.training.stopping import Stop
 from hf_intervene.training.validation import (
     TERMS,
     bad_images,
     draw_curves,
     loss_unit,
     loss_units,
+    quiet_writers,
     sample_grid,
     save_model,
     tracking,
@@ -74,7 +74,6 @@ from hf_intervene.training.validation import (
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 SILENT = 1.0  # nats: less than this in z is worth a warning
-STOP_CHECK_STEPS = 10  # several processes agree on stopping this often
 
 
 @dataclass
@@ -116,7 +115,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
                 turns.enter_context(accelerator.local_main_process_first())
             data = load_contexts(a.dataset)
             data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
-        train, validation = data.split(a.validation_fraction, a.data_seed)
+        train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
     if a.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
     return train, validation
@@ -175,27 +174,6 @@ def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> fl
     return warmup * (floor + (1 - floor) * cosine)
 
 
-class Stop:
-    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        try:
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller handles signals
-            self._previous = {}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = None) -> TrainResult:
     """Train a model and save it under `output_dir/model`.
 
@@ -207,14 +185,16 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable folder or one that another run is
             writing in, a loss that is not finite.
     """
+    check_own(arguments.output_dir)
     out = Path(arguments.output_dir)
     check_writable(out)
+    arguments = as_resumed(arguments, out)
     accelerator = new_accelerator(
         mixed_precision=arguments.precision,
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
-    with sole_run(out, accelerator.is_main_process):
+    with sole_run(out, accelerator.is_main_process, PATIENCE if arguments.resume == "auto" else 0), quiet_writers():
         accelerator.wait_for_everyone()
         result = _train(arguments, out, accelerator, on_log)
         with tracking(accelerator):
@@ -250,6 +230,14 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     feed = Feed(objective, data, prepared, schedule, a, accelerator)
     per_epoch = len(schedule)
     total = a.total_steps(len(data))
+    if total < a.warmup_steps and accelerator.is_main_process:
+        logger.warning(
+            "the run has %d steps, fewer than its warm-up (warmup_steps %d): the learning rate stays below %.0f %% of its peak, and next to "
+            "nothing is learnt; give max_steps, more epochs or fewer warmup_steps.",
+            total,
+            a.warmup_steps,
+            100 * total / a.warmup_steps,
+        )
     eval_every = a.eval_every or per_epoch
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
     frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
@@ -271,12 +259,11 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     step, best, waited = 0, math.inf, 0
     settings = json.loads(json.dumps(asdict(a)))
-    restored = _resume(a, out)
+    restored, marks = resumed(a, out), image_marks(a, data, validation)
     if restored is not None:
         path, tensors, state = restored
         try:
-            then = earlier_defaults(state.get("settings_version", 0), str(path))  # of what has become a setting since
-            _check_same(settings, then | state["settings"], path)
+            check_same(a, settings, state, tensors.get("images"), marks, path)
             step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
             weights.load(tensors["model"] | _companion_state(model))
             restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
@@ -289,6 +276,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
             raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
+        if a.resume != "auto" and accelerator.is_main_process:
+            leave_line(out, path, step)
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
@@ -321,13 +310,15 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
         tensors = {name: weights.full(values) for name, values in tensors.items()}
+        if marks:
+            tensors["images"] = marks
         if not accelerator.is_main_process:
             return None
         if not all(bool(torch.isfinite(value).all()) for value in tensors["model"].values()):
             logger.warning("weights of step %d are not finite and are not saved.", step)
             return None
         try:
-            state |= {"settings": settings, "settings_version": SETTINGS_VERSION}
+            state |= {"settings": settings, "settings_version": SETTINGS_VERSION, "precision": a.precision}
             return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
@@ -410,9 +401,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     newest = checkpoints(out / "checkpoints")
                     rows, losses = next((i, e) for number, i, e in recent if number == int(first_bad))
                     raise FloatingPointError(
-                        f"the loss of step {int(first_bad)} is not finite {bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: lower the "
-                        "learning rate or use mixed_precision=no, unless the images are wrong; "
-                        f"{f'the last good state is {newest[-1]}' if newest else 'no checkpoint had been written yet'}."
+                        f"the loss of step {int(first_bad)} is not finite "
+                        f"{bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: unless the images are wrong, "
+                        f"{_way_on(newest[-1] if newest else None)}."
                     )
                 recent.clear()
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
@@ -431,6 +422,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                         "lower beta.",
                         means[1].item(),
                     )
+            stopping = stop.agreed(accelerator)
+            if stopping and not finished and step % eval_every == 0:
+                save("last")  # what is validated now may take longer than whoever ends the run is willing to wait
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
                     score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, feed.micro_batch)
@@ -439,8 +433,9 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     whole = weights.whole() if improved else None
                     if whole is not None and accelerator.is_main_process:
                         try:
-                            with atomic_folder(out / "best") as folder:
+                            with atomic_folder(out / "best", model_files(out / "best")) as folder:
                                 save_model(whole, folder, data)
+                                save_images(folder, trained_on(marks))
                         except OSError as error:
                             saved = False
                             logger.warning("%s Training goes on.", error)
@@ -455,7 +450,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                         sample_grid(whole, data, a, out, step, accelerator)
             if step % checkpoint_every == 0 or finished:
                 save("periodic")
-            if _agreed_stop(stop, accelerator, step) and not finished:
+            if stopping and not finished:
                 path = save("last")
                 bar.close()
                 feed.close()
@@ -467,31 +462,20 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if accelerator.is_main_process:
         draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
-        with atomic_folder(model_dir) as folder:
+        with atomic_folder(model_dir, model_files(model_dir)) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
+            save_images(folder, trained_on(marks))
     accelerator.wait_for_everyone()
     return TrainResult(model_dir, step, best, loss_unit(model))
 
 
-def _resume(arguments: TrainArguments, out: Path):
-    if arguments.resume == "none":
-        return None
-    if arguments.resume == "auto":
-        found = newest_checkpoint(out / "checkpoints")
-        if found is None and checkpoints(out / "checkpoints"):
-            raise OSError(f"no checkpoint in {out / 'checkpoints'} can be read: remove them, or choose another output_dir.")
-        return found
-    return Path(arguments.resume), *load_checkpoint(arguments.resume)
-
-
-def _check_same(now: dict, before: dict, path: Path) -> None:
-    before = asdict(TrainArguments()) | before  # what has become a setting since had its default
-    free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
-    changed = [name for name in now if name not in free and now[name] != before[name]]
-    if changed:
-        listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
-        raise ValueError(f"{path} belongs to a run with other settings ({listing}): use the same ones, or another output_dir.")
+def _way_on(newest: Path | None) -> str:
+    """What to do about a loss that is not finite."""
+    change = "a lower learning_rate or max_grad_norm, or mixed_precision=no"
+    if newest is None:
+        return f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
+    return f"the last good state is {newest}: go on from it with --resume {newest} and {change}"
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
@@ -535,25 +519,17 @@ def _agreed(value: bool, accelerator: Accelerator) -> bool:
     return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
 
 
-def _agreed_stop(stop: Stop, accelerator: Accelerator, step: int) -> bool:
-    if accelerator.num_processes == 1:
-        return stop.asked
-    if step % STOP_CHECK_STEPS:
-        return False
-    return bool(reduce(torch.tensor(float(stop.asked), device=accelerator.device), "sum") > 0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     bars_on_terminals_only()
     try:
         result = train(parse_arguments([word for word in words if word != "--json"]))
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-            print("error: there is not enough memory: lower batch_size, resolution or the widths.", file=sys.stderr)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            print(f"error: {sentence(error)}", file=sys.stderr)
             return 1
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise

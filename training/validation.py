@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,8 +131,12 @@ def sample_grid(model: InterventionModel, data: ContextImages, a: TrainArguments
         generator = torch.Generator().manual_seed(a.seed)
         return model.sample(context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20)
 
-    with accelerator.autocast():
-        images = [image for name in contexts for image in samples(name)]
+    try:
+        with accelerator.autocast():
+            images = [image for name in contexts for image in samples(name)]
+    except ValueError as error:
+        logger.warning("no samples of step %d are drawn: %s", step, error)
+        return
     grid = _with_names(make_image_grid([image.convert("RGB") for image in images], len(contexts), 8), contexts)
     path = out / "samples" / f"step-{step:08d}.png"
     try:
@@ -160,9 +165,28 @@ def _with_names(grid: Image.Image, names: Sequence[str]) -> Image.Image:
 
 @contextmanager
 def tracking(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, a tracker that cannot write is given up with a warning: a run is not lost for its logs."""
+    """Inside, a tracker that fails is given up with a warning: a run is not lost for its logs."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # each tracker has errors of its own: no login, no connection, a full disk
         accelerator.trackers = []
-        logger.warning("the tracker cannot write (%s) and is left out. Training goes on.", error.strerror or error)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        logger.warning("the tracker cannot write (%s) and is left out. Training goes on.", reason)
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Inside, what a tracker's own thread cannot write is said in a sentence and not in a traceback."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if isinstance(arguments.exc_value, OSError):
+            logger.warning("a tracker cannot write (%s).", arguments.exc_value.strerror or arguments.exc_value)
+        else:
+            previous(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous

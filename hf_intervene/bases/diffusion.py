@@ -11,7 +11,6 @@ the entries of x: not a likelihood, so there are no bits per pixel.
 
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -41,8 +40,6 @@ from .light_vae import convolutional_encoder
 
 
 logger = get_logger(__name__)
-
-_LEFT_SET: WeakKeyDictionary[nn.Module, Injection] = WeakKeyDictionary()  # of each denoiser, if any
 
 
 class DiffusionAdapter(ModelMixin, ConfigMixin):
@@ -231,17 +228,11 @@ class DiffusionBase(Base):
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
             self.injection.install()
-            if self.model in _LEFT_SET:
-                _LEFT_SET.pop(self.model).clear()
         self.injection.set(entries)
         try:
             output = self._call(x.to(self.model.dtype), timesteps)
         finally:
-            # Gradient checkpointing computes blocks again in the backward pass: what entered must still be there.
-            if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
-                _LEFT_SET[self.model] = self.injection
-            else:
-                self.injection.clear()
+            self.injection.clear(torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False))
         return output[:, : x.shape[1]].float()  # without the variance, where the denoiser has learnt one
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

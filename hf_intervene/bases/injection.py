@@ -13,6 +13,7 @@ The last map of each is zero at first: a new head changes nothing of what the de
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,11 +138,27 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class PerThread(threading.local):
+    """Attributes that each thread has for itself: what enters belongs to a call of the denoiser, and threads may call it at once.
+
+    Sub-classes set them in `__init__`, which runs once in each thread: compiled code does not see those of a class.
+    """
+
+    def __deepcopy__(self, memo: dict) -> "PerThread":
+        return type(self)()  # what was set for a call of the original is none of the copy's
+
+
+class _Call(PerThread):
+    def __init__(self) -> None:
+        self.entries: Entries | None = None
+
+
 class Injection:
     """The hooks on one denoiser through which entries enter, and the entries at hand.
 
     Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation, LoRA, attention processors) goes on
-    working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up.
+    working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up. What a thread sets enters in its own
+    calls of the denoiser and in no other's.
     """
 
     def __init__(self, denoiser: nn.Module):
@@ -149,9 +166,9 @@ class Injection:
         self._reset()
 
     def _reset(self) -> None:
-        self.vector: torch.Tensor | None = None
-        self.map: torch.Tensor | None = None
-        self.layers = [_CrossAttention() for _ in self.sites.tokens]
+        self._call = _Call()
+        self._left: Entries | None = None  # see `clear`
+        self.layers = [_CrossAttention(self, number) for number in range(len(self.sites.tokens))]
         self._handles: list = []
         self._hooked: list[nn.Module] = []
 
@@ -178,9 +195,10 @@ class Injection:
         modules = [self.denoiser.get_submodule(name) for name, *_ in plan]
         if len(modules) == len(self._hooked) and all(a is b for a, b in zip(modules, self._hooked)):
             return False
-        self.remove()
-        self._handles = [getattr(module, register)(hook) for module, (_, register, hook) in zip(modules, plan)]
-        self._hooked = modules
+        with _INSTALLING:
+            self.remove()
+            self._handles = [getattr(module, register)(hook) for module, (_, register, hook) in zip(modules, plan)]
+            self._hooked = modules
         return True
 
     def remove(self) -> None:
@@ -188,52 +206,70 @@ class Injection:
             handle.remove()
         self._handles, self._hooked = [], []
 
-    def set(self, entries: Entries) -> None:
-        """Let entries, of as many rows as the denoiser's batch, enter from now on."""
-        self.vector, self.map = entries.vector, entries.map
-        for layer, key, value in zip(self.layers, entries.keys, entries.values):
-            layer.key, layer.value = key, value
+    @property
+    def entries(self) -> Entries | None:
+        """What enters in calls of this thread, if anything."""
+        if self._call.entries is None and self._left is not None and torch._C._current_graph_task_id() != -1:
+            return self._left  # this is a backward pass
+        return self._call.entries
 
-    def clear(self) -> None:
-        """Let nothing enter from now on."""
-        self.vector = self.map = None
-        for layer in self.layers:
-            layer.key = layer.value = layer.query = None
+    def set(self, entries: Entries) -> None:
+        """Let entries, of as many rows as the denoiser's batch, enter in this thread's calls from now on."""
+        self._call.entries = entries
+
+    def clear(self, leave: bool = False) -> None:
+        """Let nothing enter from now on.
+
+        Args:
+            leave: whether what entered must still enter in the backward pass: gradient checkpointing computes blocks again there, on a
+                thread of autograd's own.
+        """
+        if leave:
+            self._left = self._call.entries
+        self._call.entries = None
 
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output if self.vector is None else output + self.vector.to(output.dtype)
+        entries = self.entries
+        return output if entries is None or entries.vector is None else output + entries.vector.to(output.dtype)
 
     def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if self.map is None:
+        entries = self.entries
+        if entries is None or entries.map is None:
             return output
-        entered = self.map.to(output.dtype)
+        entered = entries.map.to(output.dtype)
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered
+
+
+_INSTALLING = threading.RLock()
+
+
+class _Query(PerThread):
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
 
 
 class _CrossAttention:
     """The branch of one cross-attention layer: its own queries, taken as they come, attend to the tokens of the embedding; what they
     find is added before the layer's output projection."""
 
-    attention: Attention | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> "_CrossAttention":
-        return _CrossAttention()  # as for Injection
+    def __init__(self, injection: Injection, number: int):
+        self.injection, self.number = injection, number  # of the layer among those of the injection's sites
+        self.attention: Attention | None = None
+        self._query = _Query()
 
     def keep_query(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if self.key is not None:
-            self.query = output
+        if self.injection.entries is not None:
+            self._query.value = output
 
     def add_branch(self, module: nn.Module, args: tuple) -> tuple | None:
-        if self.key is None or self.value is None or self.query is None or self.attention is None:
+        entries, query = self.injection.entries, self._query.value
+        self._query.value = None
+        if entries is None or not entries.keys or query is None or self.attention is None:
             return None
-        query, self.query = self.query, None
-        heads = self.attention.heads
-        q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, self.key, self.value))
+        heads, tokens = self.attention.heads, (entries.keys[self.number], entries.values[self.number])
+        q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
         if self.attention.norm_q is not None:
             q = self.attention.norm_q(q)
         branch = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width)

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel, AutoTokenizer
@@ -18,19 +19,24 @@ from transformers.models.clip import CLIPTextModel
 from .. import hub
 from ..checks import check_fit, check_loaded
 from ..configuration_intervention import InterventionConfig
+from ..logging import get_logger
 from .autoencoder import AutoencoderBase
 from .base import Base, base_family, model_class_named, running_hash, weight_hash
 from .diffusion import DiffusionBase
+from .limits import check_finite, read_part
 
+
+logger = get_logger(__name__)
 
 _MAX_SIDE = 1024  # of the latents of a transformer, which keeps a table of all positions
 BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
+VISION_FILES = ("*.json", "model*.safetensors")
 
 
 def load_model_config(folder: Path) -> dict | None:
     """The configuration of a saved diffusers model of any class, or `None` if there is none."""
     file = folder / "config.json"
-    found = hub.read_config(file) if file.exists() else {}
+    found = read_part(file) if file.exists() else {}
     return found if "_class_name" in found else None
 
 
@@ -123,7 +129,7 @@ def _pipeline_parts(path: Path, what: str) -> dict[str, Any]:
         saved = load_model_config(path / "vae") or {}
         parts["vae"] = load_part(model_class_named(saved.get("_class_name", "")), path / "vae", f"the vae of {what}")
     if (path / "text_encoder" / "config.json").exists() and not (path / "text_encoder_2").exists():
-        config = hub.read_config(path / "text_encoder" / "config.json")
+        config = read_part(path / "text_encoder" / "config.json")
         if config.get("model_type") == "clip_text_model":  # Stable Diffusion 1 and 2
             encoder = _load_transformers(CLIPTextModel, path / "text_encoder", f"the text encoder of {what}").eval()
             tokenizer = _load_transformers(AutoTokenizer, path / "tokenizer", f"the tokenizer of {what}", weights=False)
@@ -143,7 +149,7 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     file = folder / "scheduler_config.json"
     if not file.exists():
         raise OSError(f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again.")
-    name = hub.read_config(file).get("_class_name")
+    name = read_part(file).get("_class_name")
     found: type[Any] | None = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{file} is of a {name!r}, which is no scheduler of this version of diffusers.")
@@ -154,14 +160,20 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
 
 
 def load_vision(
-    name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None, **options: Any
 ) -> dict[str, Any]:
     """A vision model of transformers and its image processor, from one folder or repository, as options of `DiffusionBase`.
+
+    Args:
+        name_or_path: folder or repository.
+        processor: folder of the image processor; `None`: that of the model.
+        dtype: precision of the model; `None`: float32.
+        **options: of `hub.folder`.
 
     Raises:
         OSError, ValueError: one sentence.
     """
-    path = hub.folder(name_or_path, ["*.json", "model*.safetensors"])
+    path = hub.folder(name_or_path, VISION_FILES, **options)
     try:
         model, report = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True)
         missing = sorted(report["missing_keys"])
@@ -169,13 +181,35 @@ def load_vision(
             model.pooler = None  # saved without, as part of a classifier: it would be drawn anew in every load
         elif missing:
             raise ValueError(f"its weights lack {', '.join(missing[:3])}.")
-        found = _load_transformers(AutoImageProcessor, processor or path, "the image processor", weights=False)
+        check_finite(model, "the model")
+        found = load_processor(processor or path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path} is no vision model with an image processor: {error}") from error
     return {
         "image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model,
         "image_processor": found,
     }
+
+
+def load_processor(folder: Path) -> Any:
+    """A saved image processor of transformers.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    check_processor(folder)
+    return _load_transformers(AutoImageProcessor, folder, "the image processor", weights=False)
+
+
+def check_processor(folder: Path) -> None:
+    """Refuse a saved image processor that makes images of an absurd size or no numbers.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json", "image_processor_config.json"):
+        if (folder / name).exists():
+            read_part(folder / name)
 
 
 def _load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **options: Any) -> Any:
@@ -200,7 +234,7 @@ def check_transformers(model_class: Any, path: Path, what: str) -> None:
         OSError, ValueError: one sentence.
     """
     files = hub.check_weights(path, what, "model")
-    hub.read_config(path / "config.json")
+    read_part(path / "config.json")
 
     def build() -> nn.Module:
         if model_class is AutoModel:
@@ -268,7 +302,7 @@ def load_saved_base(
         config: of its head.
         dtype: precision to load in.
         variant: of the saved base.
-        options: of `hub.folder`, for a base elsewhere.
+        options: of `hub.folder`, for a base elsewhere, and `base_token`, the token for it.
 
     Raises:
         OSError, ValueError: one sentence: neither is there, truncated weights, another base than at training time.
@@ -283,21 +317,43 @@ def load_saved_base(
     return _load_referenced(name, reference, dtype, options)
 
 
+def _read_as(reference: dict[str, str | None], dtype: torch.dtype) -> torch.dtype:
+    """The precision to read a model in that is known by its hash and wanted in `dtype`: that of then, to be checked and cast; from float32
+    it is cast while it is read, where the reference has a hash of that."""
+    then = getattr(torch, str(reference["dtype"]))
+    return dtype if then == torch.float32 and _key(dtype) in reference else then
+
+
 def _load_referenced(name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict) -> ModelMixin:
     source, model_class = str(reference["name_or_path"]), model_class_named(str(reference["class_name"]))
-    # As it was then, checked and cast; from float32 cast while it is read, where the reference has a hash of that.
-    then = getattr(torch, str(reference["dtype"]))
-    read_as = dtype if then == torch.float32 and _key(dtype) in reference else then
+    read_as = _read_as(reference, dtype)
     try:
-        options = options | {"revision": reference["revision"]}
+        options = _options_of(name, reference, options)
         folder = base_folder(source, reference["subfolder"], reference["variant"], **options)
         model = load_part(model_class, folder, f"the base {source}", reference["variant"], torch_dtype=read_as)
     except OSError as error:
         raise OSError(
-            f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy of it."
+            f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy "
+            "of it, or, if it is private and you trust it with your token, base_token=True."
         ) from error
     check_reference(model, reference)
     return model if read_as == dtype else model.to(dtype)
+
+
+def _options_of(name: str | os.PathLike, reference: dict[str, str | None], options: dict) -> dict:
+    """Options of `hub.folder` for what the configuration of a model names and its user did not: at the revision of training time, and
+    without the user's token unless `base_token` gives one. What is fetched from where is said."""
+    source, revision = str(reference["name_or_path"]), reference["revision"]
+    options = {k: v for k, v in options.items() if k != "base_token"} | {
+        "revision": revision,
+        "token": options.get("base_token", False),
+    }
+    file = "/".join(filter(None, (reference["subfolder"], "config.json")))
+    if not os.path.isdir(source) and not options.get("local_files_only"):
+        cached = try_to_load_from_cache(source, file, cache_dir=options.get("cache_dir"), revision=revision)
+        if not isinstance(cached, str):
+            logger.warning("fetching %s at %s from the Hub, which %s was trained on.", source, revision or "its newest", name)
+    return options
 
 
 def save_companions(base: Base, config: InterventionConfig, directory: str | os.PathLike, everything: bool | None) -> None:
@@ -333,10 +389,16 @@ def load_companions(
             found["vae"] = _load_referenced(name, references["vae"], dtype, options)
     if (path / "image_processor").exists():
         here, reference = path / "image_encoder", references.get("image_encoder")
-        source = here if here.exists() or reference is None else str(reference["name_or_path"])
-        found |= load_vision(source, path / "image_processor", dtype)
-        if source is not here and dtype == torch.float32:
+        if here.exists() or reference is None:
+            found |= load_vision(here, path / "image_processor", dtype)
+        else:
+            source = os.path.join(str(reference["name_or_path"]), reference["subfolder"] or "")
+            is_folder = os.path.isdir(source)
+            name_there = source if is_folder else str(reference["name_or_path"])
+            where = {} if is_folder else _options_of(name, reference, options)
+            found |= load_vision(name_there, path / "image_processor", _read_as(reference, dtype), **where)
             check_reference(found["image_encoder"], reference)
+            found["image_encoder"].to(dtype)
     return found
 
 
@@ -348,13 +410,15 @@ def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str
     """
     check_part(model_class, path, what, variant)
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True, "variant": variant}
-    return check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
+    model = check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
+    check_finite(model, what)
+    return model
 
 
 def check_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None) -> nn.Module:
     """The diffusers model in a folder on the meta device, after all checks that need no weights in memory. Errors as of `load_part`."""
     files = hub.check_weights(path, what, "diffusion_pytorch_model", variant)
-    config = hub.read_config(path / "config.json")
+    config = read_part(path / "config.json")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{what} is quantised: load the weights that it was made of.")
     side = config.get("pos_embed_max_size") or config.get("sample_size")

@@ -3,12 +3,15 @@
 import errno
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, Image, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
+
+from ..contexts import OBS
+from ..image_files import printable
 
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -25,8 +28,8 @@ def load_contexts(
     1. a folder written by `save_to_disk` of a `Dataset` or `DatasetDict`;
     2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the `imagefolder` format of `datasets`);
     3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`, `quad1+size/`. Images may lie deeper in it;
-       hidden files and files that are no images are ignored, a sub-folder without images is reported and ignored;
-    4. a folder with the sub-folder `split`, which is one of 2 or 3;
+       hidden files and folders are ignored, files that are no images and a sub-folder without images are reported and ignored;
+    4. a folder with the sub-folder `split`, which is one of 2 or 3; beside a folder `obs` it is a context of that name;
     5. the name of a data set on the Hub.
 
     Args:
@@ -55,7 +58,7 @@ def load_contexts(
         dataset = read_saved(path, split)
     else:
         folder = _of_split(path, split)
-        if not any((folder / name).exists() for name in _METADATA):
+        if not _has_metadata(folder):
             return _folder_of_contexts(folder)
         dataset = _folder_with_metadata(folder)
     for column, name in ((image_column, "image"), (context_column, "context")):
@@ -101,30 +104,34 @@ def read_saved(path: Path, split: str) -> Dataset:
 
 
 def _of_split(path: Path, split: str) -> Path:
-    if (path / split).is_dir():
-        return path / split
+    inside = path / split
+    if inside.is_dir() and ((inside / OBS).is_dir() or _has_metadata(inside) or not (path / OBS).is_dir()):
+        return inside
     if split != "train":  # its training images must not pass for a test split that is not there
         raise ValueError(f"{path} has no split {split!r}: there is no such sub-folder.")
     return path
+
+
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _METADATA)
 
 
 def _folder_with_metadata(folder: Path) -> Dataset:
     def load(mode: str | None) -> Dataset:
         return load_dataset("imagefolder", data_dir=str(folder), split="train", download_mode=mode)
 
-    errors = (ValueError, OSError, DatasetGenerationError)
     try:
         return load(None)
-    except errors:  # perhaps what the cache has of it is corrupt
+    except Exception:  # perhaps what the cache has of it is corrupt
         try:
             return load("force_redownload")
-        except errors as error:
+        except Exception as error:  # readers of tables raise what they like
             if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
                 where = datasets.config.HF_DATASETS_CACHE
                 raise OSError(
                     f"the cache of data sets {where} cannot be written ({error.strerror}): set HF_DATASETS_CACHE to a folder that can."
                 ) from error
-            reason = str(error.__cause__ or error).rstrip(".")
+            reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ValueError(f"the metadata file of {folder} cannot be used: {reason}.") from error
 
 
@@ -133,15 +140,22 @@ def _folder_of_contexts(path: Path) -> Dataset:
     images: list[str] = []
     contexts: list[str] = []
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
-        files = sorted(
-            f
-            for f in folder.rglob("*")
-            if f.suffix.lower() in readable
-            and not f.name.startswith(".")
-            and (f.is_file() or not f.exists())  # a link to nowhere is complained of when it is read
-        )
+        files, others = [], Counter[str]()
+        for file in sorted(folder.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if hidden or not (file.is_file() or not file.exists()):  # a link to nowhere is complained of when it is read
+                continue
+            if file.suffix.lower() not in readable:
+                others[file.suffix.lower() or "no ending"] += 1
+                continue
+            if printable(file) != str(file):
+                raise ValueError(f"the name of {printable(file)} has bytes that are not UTF-8: rename it.")
+            files.append(file)
+        left_out = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
         if not files:
-            logger.warning("%s holds no images and is left out.", folder)
+            logger.warning("%s holds no images%s and is left out.", folder, f" that can be read ({left_out})" * bool(others))
+        elif others:
+            logger.warning("%s: files that are no images that can be read are left out (%s).", folder, left_out)
         images += map(str, files)
         contexts += [folder.name] * len(files)
     if not images:

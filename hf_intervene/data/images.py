@@ -1,22 +1,19 @@
 """`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked once, so that a step needs no per-sample
 Python."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
+from .decoding import decode, in_memory, on_disk
+from .identity import SPLITS, fingerprints, places
 
 
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
@@ -32,6 +29,7 @@ class ContextImages:
         concepts: names of the concepts.
         rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
         mapped: whether `stored` is a file that is read as it is used.
+        marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
     """
 
     stored: torch.Tensor
@@ -40,6 +38,7 @@ class ContextImages:
     concepts: tuple[str, ...] = field(default_factory=tuple)
     rows: torch.Tensor | None = None
     mapped: bool = False
+    marks: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -69,6 +68,10 @@ class ContextImages:
         rows = index.to(self.stored.device)
         return replace(self, rows=rows if self.rows is None else self.rows[rows], **changes)
 
+    def subset(self, index: torch.Tensor) -> "ContextImages":
+        """Some of the images, by an index (n,) of integers; contexts keep their numbers."""
+        return self._part(index, context_ids=self.context_ids[index])
+
     def targets(self, free_blocks: int = 0) -> torch.Tensor:
         """Targets of each context, (contexts, D): those of image n are row `context_ids[n]`."""
         return torch.cat([parse_interventions(name, self.concepts, free_blocks=free_blocks) for name in self.contexts])
@@ -92,15 +95,43 @@ class ContextImages:
         ids = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(keep)])
         return self._part(torch.cat(keep), context_ids=ids, contexts=names)
 
-    def split(self, validation_fraction: float, seed: int = 0) -> tuple["ContextImages", "ContextImages"]:
-        """Training and validation images, the fraction taken from every context alike."""
+    def fingerprints(self) -> torch.Tensor:
+        """A fingerprint of each image, int64 (N,), on the CPU; see `identity.py`."""
+        if self.marks is None:
+            self.marks = fingerprints(self.stored)
+        return self.marks if self.rows is None else self.marks[self.rows.cpu()]
+
+    def fingerprints_by_context(self) -> dict[str, torch.Tensor]:
+        """The fingerprints, int64 (n,), of the images of each context."""
+        marks = self.fingerprints()
+        return {name: marks[self.context_ids == number] for number, name in enumerate(self.contexts)}
+
+    def split(self, validation_fraction: float, seed: int = 0, by: str = "image") -> tuple["ContextImages", "ContextImages"]:
+        """Training and validation images, about the fraction taken from every context alike.
+
+        Args:
+            validation_fraction: share of the images that are held out, of each context two at least.
+            seed: another one holds out other images.
+            by: `"image"`: by the fingerprint of each image, so that images that are added move no held-out image into training (but
+                where a context is so small that fewer than two would be held out), and copies of one image are on the same side; `"position"`:
+                exactly the fraction, by the order of the images, as before version 3 of the settings.
+        """
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
+        if by not in SPLITS:
+            raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")
         rng = np.random.default_rng(seed)
+        order = places(self.fingerprints().numpy(), seed) if by == "image" else None
         parts: tuple[list, list] = ([], [])
         for number in range(len(self.contexts)):
-            rows = rng.permutation(torch.nonzero(self.context_ids == number)[:, 0].numpy())
-            held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
+            rows = torch.nonzero(self.context_ids == number)[:, 0].numpy()
+            if order is None:
+                rows = rng.permutation(rows)
+                held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
+            else:
+                rows = rows[np.argsort(order[rows], kind="stable")]
+                least = 2 if len(rows) >= MIN_IMAGES else 1  # nothing can be measured on one image
+                held_out = min(max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1)
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
         training, validation = (
@@ -210,12 +241,13 @@ class ContextImages:
                 raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         files = ", ".join(file["filename"] for file in dataset.cache_files)
-        decoded = _decode(dataset["image"], names, resolution, channels, files)
-        pixels = (
-            _in_memory(decoded, len(names)) if cache_dir is None else _on_disk(decoded, dataset, resolution, channels, cache_dir)
-        )
+        decoded = decode(dataset["image"], names, resolution, channels, files)
+        if cache_dir is None:
+            pixels, marks = in_memory(decoded, len(names))
+        else:
+            pixels, marks = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None)
+        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks)
         return images.checked() if complete else images
 
     def checked(self) -> "ContextImages":
@@ -261,82 +293,6 @@ def _order(name: str, concepts: Sequence[str]) -> tuple:
     strengths = parse_context(name, concepts)
     positions = [concepts.index(concept) for concept in strengths]
     return len(positions), positions, list(strengths.values())
-
-
-def _decode(
-    column: Sequence[dict], contexts: Sequence[str], resolution: int | None, channels: int, files: str
-) -> Iterator[np.ndarray]:
-    """The images one by one, uint8, (C, H, W), all of one shape; `files` are those that they are in where they have no path."""
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
-        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
-    first = None
-    for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
-        file = (item or {}).get("path") or files
-        where = f"image {row}{f' ({file})' if file else ''} of context {context!r}"
-        try:
-            image = ImageFeature().decode_example(item)
-            deep = image.mode.startswith(("I", "F"))
-            image = image if deep else image.convert(mode)
-        except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where} cannot be read: replace or remove it.") from error
-        if deep:  # Pillow would clip all above 255 to white
-            raise ValueError(f"{where} has more than 8 bits a channel (mode {image.mode}): scale the images to 8 bits first.")
-        if resolution is not None:
-            if image.size != (resolution, resolution):
-                image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-        elif image.width != image.height or (first is not None and image.size != first):
-            expected = "square" if first is None else f"{first[0]}x{first[1]} like the others"
-            raise ValueError(
-                f"{where} is {image.width}x{image.height}, not {expected}: give a resolution to crop and resize all images to."
-            )
-        first = image.size
-        yield np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
-
-
-def _in_memory(decoded: Iterator[np.ndarray], count: int) -> torch.Tensor:
-    pixels = None
-    for row, image in enumerate(decoded):
-        if pixels is None:
-            pixels = np.empty((count, *image.shape), dtype=np.uint8)
-        pixels[row] = image
-    return torch.from_numpy(pixels)
-
-
-def _on_disk(
-    decoded: Iterator[np.ndarray], dataset: Dataset, resolution: int | None, channels: int, cache_dir: str | os.PathLike
-) -> torch.Tensor:
-    """The images as a file in `cache_dir`, written whole or not at all if it is not there, by memory map."""
-    path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.writing")
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "wb") as file:
-                    for row, image in enumerate(decoded):
-                        if row == 0:
-                            header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), *image.shape)}
-                            np.lib.format.write_array_header_1_0(file, header)
-                        file.write(image.tobytes())  # and not into a memory map: a full disk would kill the process
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except OSError as error:
-        raise OSError(
-            f"the decoded images cannot be kept in {cache_dir} ({error.strerror or error}): choose another folder."
-        ) from error
-
-
-def _fingerprint(dataset: Dataset, resolution: int | None, channels: int) -> str:
-    """Of the images of a data set, whose image column is not decoded; it changes when a file that they are in does."""
-    digest = hashlib.sha256(f"{dataset._fingerprint} {resolution} {channels}".encode())
-    for item in dataset["image"]:
-        if item and item.get("bytes") is None and item.get("path") and os.path.exists(item["path"]):
-            found = os.stat(item["path"])
-            digest.update(f"{item['path']} {found.st_size} {found.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
 
 
 __all__ = ["MIN_IMAGES", "ContextImages"]

@@ -1,0 +1,125 @@
+"""Opening images that others made: every image of a user, a data set or a visitor is opened here and nowhere else.
+
+What a decoder raises at damaged contents is one ValueError here. Sizes are checked before anything is decoded: a file of 20 kB can
+hold an image of gigabytes.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, ImageOps
+
+
+MEGA = 10**6
+
+
+def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
+    """An image from a file, decoded and turned as its camera says.
+
+    Args:
+        path: a regular file: a pipe would be waited for without an end.
+        max_pixels: width times height at most; `None`: `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Raises:
+        OSError: one sentence: there is no such file, it is a folder or may not be read.
+        ValueError: one sentence: it is not a regular file, is no image, is damaged or is too large.
+    """
+    try:
+        with open_regular(path) as file:
+            return decode_image(file, Path(path).name, max_pixels)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}.") from None
+    except OSError as error:
+        raise type(error)(f"{path} is a folder, or may not be read.") from error
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A file for reading that is neither a pipe nor a device, which could be waited for without an end.
+
+    Raises:
+        OSError: what `open` raises.
+        ValueError: one sentence: it is another kind of file.
+    """
+    waits_not = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waits_not))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is a pipe or a device, not a file: give an image file.")
+    return file
+
+
+def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
+    """An image from the contents of a file, decoded and turned as its camera says.
+
+    Args:
+        source: the contents.
+        what: what to call it in a message.
+        max_pixels: see `open_image`.
+
+    Raises:
+        ValueError: one sentence: it is no image, is damaged or is too large.
+    """
+    file = BytesIO(source) if isinstance(source, bytes) else source
+    image = _decoded(lambda: Image.open(file), what)
+    check_size(image, what, max_pixels)
+
+    return upright(image, what)
+
+
+def upright(image: Image.Image, what: str = "the image") -> Image.Image:
+    """An image turned as its camera says, decoded if it was not.
+
+    Raises:
+        ValueError: one sentence: it is damaged.
+    """
+
+    def load() -> Image.Image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+    return _decoded(load, what)
+
+
+def _decoded(decode: Callable[[], Image.Image], what: str) -> Image.Image:
+    try:
+        return decode()
+    except Image.DecompressionBombError as error:  # of Pillow itself, at twice its MAX_IMAGE_PIXELS
+        raise ValueError(f"{what} is too large: {' '.join(str(error).split())}") from error
+    except MemoryError as error:
+        raise ValueError(f"{what} needs more memory than there is: make the image smaller.") from error
+    except Exception as error:  # decoders raise IndexError, struct.error, SyntaxError and others
+        raise ValueError(f"{what} cannot be read as an image: it is damaged or of another kind; replace or remove it.") from error
+
+
+def check_size(image: Image.Image, what: str, max_pixels: int | None = None) -> None:
+    """Raise a ValueError if an image, which need not be decoded yet, has more than `max_pixels` pixels."""
+    most = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    if most is not None and image.width * image.height > most:
+        raise ValueError(
+            f"{what} has {image.width}x{image.height} pixels, {image.width * image.height / MEGA:.0f} megapixels, and at most "
+            f"{most / MEGA:.0f} are read: make it smaller."
+        )
+
+
+def flat_image(image: Image.Image, channels: int, what: str = "the image") -> Image.Image:
+    """An image with 1 (grey) or 3 (RGB) channels of 8 bits; what is transparent in it lies on white.
+
+    Raises:
+        ValueError: one sentence: it has more than 8 bits a channel, which Pillow would clip to white.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{what} has more than 8 bits a channel (mode {image.mode}): scale it to 8 bits first.")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def printable(name: str | os.PathLike) -> str:
+    """A file name for a message: bytes that are no UTF-8 are shown as escapes, which every terminal and file can take."""
+    return os.fspath(name).encode("utf-8", "backslashreplace").decode()

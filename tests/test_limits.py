@@ -1,0 +1,258 @@
+"""What a configuration of somebody's may fetch, may ask for, and may compute with; and what a caller may ask of sampling."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import HUB
+from diffusers import AutoencoderTiny
+from diffusion_models import save_pipeline, save_vision, with_head
+from fuzzing import bounds
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from shared_models import ALICE, build, frozen_on, outcome, put_folder, put_vae
+
+from hf_intervene import InterventionModel, InterventionPipeline, load_base
+from hf_intervene.bases.loading import load_processor, load_scheduler, load_vision
+from hf_intervene.pipeline import load_model
+
+
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+# What is fetched
+
+
+@pytest.fixture
+def private_base(tmp_path, waits):
+    """A stranger's model whose configuration names a private repository of alice's; returns the model."""
+    put_vae("alice/vae", tmp_path=tmp_path)
+    model = frozen_on(AutoencoderTiny.from_pretrained("alice/vae"))
+    model.push_to_hub("bob/model", token="hf_bob")
+    HUB.repos["alice/vae"].private = True
+    constants.HF_HUB_CACHE += "-empty"
+    HUB.requests.clear()
+    return model
+
+
+def authorised(path):
+    return [
+        headers for method, found, headers in HUB.requests if path in found and "authorization" in {k.lower() for k in headers}
+    ]
+
+
+def test_no_token_is_sent_for_a_repository_that_the_user_did_not_name(private_base):
+    for load in (InterventionModel.from_pretrained, load_model):
+        with pytest.raises(OSError, match="alice/vae, cannot be loaded .*base_token=True"):
+            load("bob/model", **ALICE)
+    assert authorised("bob/model") and HUB.asked("GET", "alice/vae") and not authorised("alice/vae")
+    allowed = InterventionModel.from_pretrained("bob/model", base_token="hf_alice", **ALICE)
+    assert torch.equal(outcome(allowed), outcome(private_base)) and authorised("alice/vae")
+
+
+def test_what_is_fetched_from_where_is_said_once(private_base, capsys):
+    HUB.repos["alice/vae"].private = False
+    for said in (True, False):  # the second time it is in the cache
+        InterventionModel.from_pretrained("bob/model")
+        assert ("fetching alice/vae at " in capsys.readouterr().err) == said
+
+
+def test_the_vision_model_beside_a_denoiser_is_the_one_of_training_time(tmp_path, waits):
+    commit = put_folder("org/vit", save_vision(tmp_path / "vit"))
+    source = save_pipeline("unet", tmp_path / "ddpm")
+    model = InterventionModel.build(load_base(source, 16, image_encoder="org/vit"), ["a"], noise_width=4).eval()
+    assert model.config.companion_references["image_encoder"]["revision"] == commit
+    model.save_pretrained(tmp_path / "model")
+    files = load_file(tmp_path / "vit" / "model.safetensors")
+    save_file({k: v + 1 for k, v in files.items()}, tmp_path / "vit" / "model.safetensors", metadata={"format": "pt"})
+    put_folder("org/vit", tmp_path / "vit")  # the repository moves on
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = model.base.image_encoder(x)
+    for options in ({"cache_dir": str(tmp_path / "other")}, {"local_files_only": True}):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            loaded = InterventionModel.from_pretrained(tmp_path / "model", dtype=dtype, **options)
+            torch.testing.assert_close(loaded.base.image_encoder(x), expected, rtol=0.1, atol=0.05)
+    reference = json.loads((tmp_path / "model" / "config.json").read_text())["companion_references"]
+    reference["image_encoder"]["revision"] = None
+    change(tmp_path / "model" / "config.json", companion_references=reference)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="is not the base that the head was trained on"):
+            InterventionModel.from_pretrained(tmp_path / "model", dtype=dtype)
+
+
+# What is asked for, and computed with
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    with_head().save_pretrained(folder / "unet", save_base=True)
+    with_head("dit").save_pretrained(folder / "dit", save_base=True)
+    InterventionPipeline.from_model(with_head("dit")).save_pretrained(folder / "pipeline")
+    save_vision(folder / "vit")
+    return folder
+
+
+@pytest.fixture
+def copy(originals, tmp_path):
+    return lambda kind: shutil.copytree(originals / kind, tmp_path / kind)
+
+
+def refused(load, folder, message):
+    with bounds(memory=1 << 30), pytest.raises((OSError, ValueError), match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "entries", "message"),
+    [
+        ("unet", "adapter/config.json", {"sample_size": 1048576}, "sample_size 1048576, which must be at most"),
+        ("unet", "adapter/config.json", {"map_size": 2**19}, "map_size"),
+        ("unet", "base/config.json", {"sample_size": [2**20, 2**20]}, "sample_size"),
+        ("unet", "base/config.json", {"downsample_padding": 2**20}, "downsample_padding 1048576, which must be at most 64"),
+        ("unet", "base/config.json", {"norm_eps": math.nan}, "norm_eps nan, which must be a finite number"),
+        ("dit", "vae/config.json", {"scaling_factor": math.nan}, "scaling_factor nan"),
+        ("dit", "vae/config.json", {"scaling_factor": math.inf}, "scaling_factor inf"),
+        ("dit", "vae/config.json", {"scaling_factor": 0}, "scaling_factor 0, which must be a positive number"),
+        ("dit", "vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x'"),
+        ("dit", "vae/config.json", {"scaling_factor": [1, "x"]}, "scaling_factor 'x'"),
+        ("dit", "vae/config.json", {"shift_factor": "x"}, "shift_factor 'x', which must be a number"),
+        ("dit", "vae/config.json", {"sample_size": 10**6}, "sample_size"),
+        ("pipeline", "vae/config.json", {"scaling_factor": math.nan}, "scaling_factor nan"),
+        ("pipeline", "scheduler/scheduler_config.json", {"beta_start": math.nan}, "beta_start nan"),
+        ("dit", "scheduler/scheduler_config.json", {"beta_end": "x"}, "beta_end 'x'"),
+        ("dit", "scheduler/scheduler_config.json", {"clip_sample_range": 0}, "clip_sample_range 0"),
+        ("dit", "scheduler/scheduler_config.json", {"clip_sample_range": math.inf}, "clip_sample_range inf"),
+        ("dit", "scheduler/scheduler_config.json", {"sample_max_value": "1"}, "sample_max_value '1'"),
+        ("dit", "scheduler/scheduler_config.json", {"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio 2"),
+        ("dit", "scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps 0"),
+        ("dit", "scheduler/scheduler_config.json", {"trained_betas": [0.1, -1.0]}, "trained_betas -1.0"),
+    ],
+)
+def test_values_that_no_weights_tie_down(copy, kind, file, entries, message):
+    folder = copy(kind)
+    change(folder / file, **entries)
+    refused(load_model, folder, message)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"size": {"height": 200_000, "width": 200_000}},
+        {"size": {"shortest_edge": 200_000}},
+        {"size": 200_000},
+        {"crop_size": {"height": 10**5, "width": 10**5}},
+        {"image_std": [0.0, 1.0, 1.0]},
+        {"image_mean": [math.nan, 0.0, 0.0]},
+        {"rescale_factor": "x"},
+    ],
+)
+def test_an_image_processor_that_makes_no_images(copy, entries):
+    folder = copy("vit")
+    change(folder / "preprocessor_config.json", **entries)
+    refused(load_vision, folder, f"{next(iter(entries))}|height|width|shortest_edge")
+    refused(load_processor, folder, "it is corrupt, or made to do harm")
+
+
+def test_what_diffusers_itself_saves_is_right(tmp_path):
+    """Its own infinities included."""
+    diffusers = pytest.importorskip("diffusers")
+    for name in (
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "LCMScheduler",
+        "UniPCMultistepScheduler",
+        "PNDMScheduler",
+        "EDMEulerScheduler",
+        "DDIMScheduler",
+        "HeunDiscreteScheduler",
+    ):
+        getattr(diffusers, name)().save_pretrained(tmp_path / name)
+        assert type(load_scheduler(tmp_path / name, "it")).__name__ == name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("unet", "."), ("unet", "adapter"), ("unet", "base"), ("dit", "vae"), ("pipeline", "head"), ("pipeline", "vae")],
+)
+def test_weights_that_are_not_finite(copy, kind, part, value):
+    folder = copy(kind)
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name].view(-1)[3] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(load_model, folder, f"the weights of the .* are not finite .{name}")
+
+
+def test_lora_that_is_not_finite(tmp_path, waits):
+    put_vae(tmp_path=tmp_path)
+    frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2).save_pretrained(tmp_path / "lora")
+    file = tmp_path / "lora" / "lora" / "adapter_model.safetensors"
+    save_file({name: value * math.nan for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    refused(InterventionModel.from_pretrained, tmp_path / "lora", "with its LoRA are not finite")
+
+
+# Arguments of sampling
+
+NOT_RIGHT = [
+    ({"generator": []}, "0 generators were given for 2 samples"),
+    ({"generator": [None, None]}, "generator must be a torch.Generator"),
+    ({"generator": 5}, "generator must be a torch.Generator"),
+    ({"generator": "x"}, "generator must be a torch.Generator"),
+    ({"generator": np.random.default_rng(0)}, "generator must be a torch.Generator"),
+    ({"generator": (torch.Generator(),) * 2}, "generator must be a torch.Generator"),
+    ({"generator": [torch.Generator()] * 3}, "3 generators were given for 2 samples"),
+    ({"noise": np.zeros((2, 3, 4))}, "noise must be a tensor, not a ndarray"),
+    ({"noise": [0.0]}, "noise must be a tensor, not a list"),
+    ({"noise": torch.full((2, 3, 4), math.nan)}, "noise must be finite numbers"),
+    ({"noise": torch.tensor(0.0)}, "noise must have shape"),
+    ({"residual_noise": np.zeros((2, 3, 16, 16))}, "residual_noise must be a tensor"),
+    ({"residual_noise": torch.full((2, 3, 16, 16), math.inf)}, "residual_noise must be finite numbers"),
+    ({"residual_noise": torch.zeros(3, 3, 16, 16)}, "residual_noise has 3 rows for 2 samples"),
+    ({"residual_scale": math.nan}, "residual_scale must be a finite number"),
+    ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
+    ({"guidance_scale": "x"}, "guidance_scale must be a finite number"),
+    ({"batch_size": -1}, "batch_size must be a whole number, 1 at least"),
+    ({"batch_size": "x"}, "batch_size must be a whole number"),
+    ({"num_images": "x"}, "the number of samples must be a whole number, not 'x'"),
+    ({"num_images": 1.5}, "the number of samples must be a whole number"),
+    ({"output_type": "x"}, "output_type must be one of pt, np, pil"),
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return InterventionPipeline.from_model(with_head())
+
+
+@pytest.mark.parametrize(("entries", "message"), NOT_RIGHT)
+def test_arguments_that_nothing_can_be_sampled_with(pipe, entries, message):
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        pipe("a", **{"num_images": 2, "num_inference_steps": 2} | entries)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "images", [[], None, 5, [None], np.zeros((1, 1, 16, 16, 3), np.uint8), torch.zeros(0, 3, 16, 16), Image.new("I;16", (16, 16))]
+)
+def test_images_that_cannot_be_edited(pipe, images):
+    with pytest.raises((TypeError, ValueError), match="image") as error:
+        pipe.edit(images, "a", num_inference_steps=2)
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_are_not_finite_are_no_result():
+    model = build()
+    for parameter in model.base.parameters():
+        parameter.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="images that are not finite numbers"):
+        model.sample("a", 1)

@@ -1,0 +1,219 @@
+"""Folders of images as people have them: hidden folders, other kinds of files, transparency, damage, strange names."""
+
+import os
+import shutil
+import time
+import zlib
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from hf_intervene.cards import card_text
+from hf_intervene.data import ContextImages, load_contexts
+from hf_intervene.image_files import decode_image, flat_image, open_image
+
+
+def fill(folder, count=10, seed=0, size=16):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    fill(tmp_path / "data" / "obs")
+    fill(tmp_path / "data" / "hat", seed=1)
+    return tmp_path / "data"
+
+
+def counts(folder):
+    return {
+        name: len(images) for name, images in ContextImages.from_dataset(load_contexts(folder), None, 16).by_context().items()
+    }
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "deeper/.thumbnails", ".git/objects"])
+def test_hidden_folders_hold_no_images(source, hidden):
+    fill(source / "hat" / hidden, 6)
+    fill(source / "hat" / "more", 3, seed=2)
+    assert counts(source) == {"obs": 10, "hat": 13}
+
+
+def test_files_that_are_left_out_are_counted(source, caplog):
+    for number in range(30):
+        (source / "hat" / f"{number}.HEIC").write_bytes(b"ftypheic")
+    (source / "hat" / "notes.txt").write_text("x")
+    (source / "shoe").mkdir()
+    (source / "shoe" / "a.heic").write_bytes(b"ftypheic")
+    assert counts(source) == {"obs": 10, "hat": 10}
+    assert "left out (30 .heic, 1 .txt)" in caplog.text and "holds no images that can be read (1 .heic)" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1-transparent", "L-transparent", "RGB-transparent"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_lies_on_white(tmp_path, mode, channels):
+    """Black strokes on nothing."""
+    strokes = Image.new("LA", (8, 8), (0, 0))
+    strokes.paste((0, 255), (2, 2, 6, 4))
+    if mode.endswith("-transparent"):  # a grey level or a colour stands for nothing
+        kind = mode.partition("-")[0]
+        image = Image.new(kind, (8, 8), 255 if kind != "RGB" else (200, 10, 10))
+        image.paste(0 if kind != "RGB" else (0, 0, 0), (2, 2, 6, 4))
+        image.save(tmp_path / "a.png", transparency=255 if kind != "RGB" else (200, 10, 10))
+    elif mode == "P":
+        strokes.convert("RGBA").quantize(4).save(tmp_path / "a.png")
+    else:
+        strokes.convert(mode).save(tmp_path / "a.png")
+    found = np.asarray(flat_image(open_image(tmp_path / "a.png"), channels)).reshape(8, 8, -1)
+    expected = np.full((8, 8, channels), 255)
+    expected[2:4, 2:6] = 0
+    np.testing.assert_array_equal(found, expected)
+    half = flat_image(Image.new("RGBA", (1, 1), (0, 0, 0, 128)), channels)
+    assert abs(np.asarray(half).flat[0] - 127) <= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_refused_everywhere(source, mode):
+    image = Image.new(mode, (16, 16))
+    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+        flat_image(image, 3)
+    image.save(source / "hat" / "deep.tiff")
+    with pytest.raises(ValueError, match="deep.tiff.*more than 8 bits a channel"):
+        counts(source)
+
+
+def test_a_concept_may_be_called_like_a_split(source):
+    fill(source / "train", seed=3)
+    assert counts(source) == {"obs": 10, "hat": 10, "train": 10}
+    shutil.move(source, source.with_name("whole"))
+    shutil.move(source.with_name("whole"), source / "train")
+    assert counts(source) == {"obs": 10, "hat": 10, "train": 10}  # the split `train` of it
+
+
+def test_a_large_image_is_said_to_be_too_large(source, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    fill(source / "hat", 1, size=40)
+    with pytest.raises(ValueError, match="0.png. of context 'hat' has 40x40 pixels, .* at most .* make it smaller"):
+        counts(source)
+
+
+def test_names_that_are_no_text(source):
+    shutil.copy(source / "hat" / "0.png", os.fsencode(source / "hat" / "caf") + b"\xe9.png")
+    with pytest.raises(ValueError, match=r"caf\\udce9.png has bytes that are not UTF-8: rename it"):
+        counts(source)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "",
+        "file_name,context",
+        "file_name,context\n,obs\n0.png,hat",
+        "file_name,context\n.,obs",
+        "file_name,context\n../x.png,obs",
+    ],
+)
+def test_a_table_that_names_no_images(tmp_path, table):
+    folder = fill(tmp_path / "data", 2)
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(ValueError) as error:
+        counts(folder)
+    assert "\n" not in str(error.value)
+
+
+# Damage
+
+
+def mutated(whole, seed):
+    """An image file with bytes of it changed, some cut off, or a piece there twice; checksums of PNG made right again, to get deeper."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(whole)
+    for place in rng.integers(0, len(data), rng.integers(1, 6)):
+        data[place] = rng.integers(256)
+    if rng.random() < 0.3:
+        data = data[: rng.integers(1, len(data))]
+    elif rng.random() < 0.3:
+        start = rng.integers(0, len(data))
+        data[start:start] = data[start : start + 40]
+    if data[:4] == b"\x89PNG":
+        at = 8
+        while at + 12 <= len(data):
+            length = int.from_bytes(data[at : at + 4], "big")
+            end = at + 8 + length
+            if end + 4 > len(data):
+                break
+            data[end : end + 4] = zlib.crc32(data[at + 4 : end]).to_bytes(4, "big")
+            at = end + 4
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "ico", "tga"])
+def test_damage_is_one_kind_of_error(tmp_path, kind):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6
+    image.save(tmp_path / f"a.{kind}", **{"exif": exif} if kind in ("png", "jpeg", "webp", "tiff") else {})
+    whole = (tmp_path / f"a.{kind}").read_bytes()
+    for seed in range(300):
+        try:
+            flat_image(decode_image(mutated(whole, seed), "it"), 3)
+        except ValueError as error:
+            assert str(error).startswith("it ") and "\n" not in str(error)
+
+
+def test_exif_that_is_none(source):
+    file = source / "hat" / "0.png"
+    Image.open(file).save(file, exif=b"Exif\0\0PM\0*\0\0\0\x08")
+    try:
+        counts(source)
+    except ValueError as error:
+        assert "0.png" in str(error)
+    dataset = Dataset.from_dict(
+        {"image": [str(file)] * 8 + [str(source / "obs" / "1.png")] * 8, "context": ["obs"] * 8 + ["hat"] * 8}
+    )
+    try:
+        ContextImages.from_dataset(dataset, None, 16)
+    except ValueError as error:
+        assert "0.png" in str(error)
+
+
+# A cache of decoded images
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY\x01\x00\xff\xff" + b"{" * 70_000, b"\x93NUMPY\x01\x00v\x00{'descr': '|O', ", 200, -50]
+)
+def test_a_broken_cache_is_made_anew(source, tmp_path, content):
+    def load():
+        return ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache").pixels.clone()
+
+    expected = load()
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    file.write_bytes(file.read_bytes()[:content] if isinstance(content, int) else content)
+    assert (load() == expected).all()
+
+
+# Cards
+
+
+@pytest.mark.parametrize("front", ["a: [b", "!!python/object:os.system x", "[" * 20_000, "a: b", "a: &x [*x]"])
+def test_the_front_matter_of_a_card_is_not_parsed(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Title\n<!-- gone --> text ![x](y.png) end")
+    assert card_text(tmp_path) == "# Title\n text  end"
+
+
+@pytest.mark.parametrize("piece", ["![", "![](", "<!--", "---\n", "![a]", "<!-- -->", "![x" * 999])
+def test_a_long_card_is_read_at_once(tmp_path, piece):
+    (tmp_path / "README.md").write_text(piece * (200_000 // len(piece)))
+    began = time.perf_counter()
+    card_text(tmp_path)
+    assert time.perf_counter() - began < 3
+
+
+def test_a_card_that_is_no_text(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"# caf\xe9")
+    assert card_text(tmp_path).startswith("# caf")

@@ -1,0 +1,196 @@
+"""Runs that are asked to stop: a signal to the launcher, to one of several processes, to a group, before a long validation."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+
+from hf_intervene.training import arguments, run_folder, stopping, train
+from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.training.checkpoints import checkpoints, newest_checkpoint
+from hf_intervene.training.stopping import Stop
+
+
+ROOT = Path(__file__).parents[1]
+LONG = {"max_steps": 100_000, "log_every": 1, "eval_every": 100_000, "checkpoint_every": 100_000, "warmup_steps": 1}
+
+
+def script(tmp_path, **settings):
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(TINY | LONG | {"output_dir": str(tmp_path / "run")} | settings))
+    return ["training/train.py", "--config", str(config), "--resume", "auto"]
+
+
+def launched(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(found, seconds=180):
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, "it hangs"
+        time.sleep(0.05)
+
+
+def rows(tmp_path):
+    history = tmp_path / "run" / "history.jsonl"
+    return len(history.read_text().splitlines()) if history.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("to", ["launcher", "group", "one"])
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, processes, to):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command, step = launcher + script(tmp_path), 0
+    for _ in range(2):
+        process, before = launched(command), rows(tmp_path)
+        wait_for(lambda process=process, before=before: rows(tmp_path) > before + 2 or process.poll() is not None)
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        if to == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        elif to == "one":
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGTERM)
+        else:
+            process.terminate()
+        told = time.monotonic()
+        wait_for(lambda step=step: newest_step(tmp_path) > step, 15)
+        assert time.monotonic() - told < 15
+        step = newest_step(tmp_path)
+        if to != "launcher":
+            process.wait(60)
+
+
+def newest_step(tmp_path):
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    return found[2]["step"] if found else 0
+
+
+def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    parents = (stopping._PARENT if call < 3 else 1 for call in count())
+    monkeypatch.setattr(stopping.os, "getppid", lambda: next(parents))
+    result = train.train(TrainArguments(**tiny))
+    assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")  # without a launcher, as under nohup, parents come and go
+    assert not train.train(TrainArguments(**tiny | {"resume": "auto"})).interrupted
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(5.0, [1, 1, 1]), (0.5, [1, 2, 2]), (0.01, [1, 10, 10])])
+def test_processes_agree_after_a_second_or_a_step(monkeypatch, seconds, expected):
+    """Steps between agreements, by how long a step takes."""
+    clock = SimpleNamespace(now=0.0, agreements=[])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock.now)
+
+    def reduce(told, how):
+        clock.agreements.append(clock.now)
+        return 2 * told  # two processes that have the same to say
+
+    monkeypatch.setattr(stopping, "reduce", reduce)
+    stop, accelerator = Stop(), SimpleNamespace(num_processes=2, device="cpu")
+    for _ in range(40):
+        clock.now += seconds
+        assert not stop.agreed(accelerator)
+    steps = torch.tensor([0.0, *clock.agreements]).div(seconds).round().diff()[:3].tolist()
+    assert steps == expected
+    stop.asked = True
+    assert any(stop.agreed(accelerator) for _ in range(10))
+
+
+def test_a_checkpoint_comes_before_a_validation_that_may_take_long(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stop, "asked", property(lambda self: True, lambda self, value: None))
+    found = []
+
+    def validation(*_):
+        found.append(newest_step(tmp_path))
+        return 1.0
+
+    monkeypatch.setattr(train, "validation_loss", validation)
+    result = train.train(TrainArguments(**tiny | {"eval_every": 1, "checkpoint_every": 100}))
+    assert result.interrupted and found == [1]
+
+
+def test_a_requeued_run_waits_for_the_end_of_the_one_before(tmp_path):
+    hold = f"""if True:
+        import time
+        from pathlib import Path
+        from filelock import FileLock
+        with FileLock({str(tmp_path / run_folder.LOCK_FILE)!r}):
+            print("held", flush=True)
+            time.sleep(1)"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match="another run is writing in"), run_folder.sole_run(tmp_path):
+            pass
+        with run_folder.sole_run(tmp_path, patience=30):
+            pass
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    code = getattr(errno, number)
+
+    def no_lock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with run_folder.sole_run(tmp_path):
+        (tmp_path / "x").write_text("")
+    assert "has no locks" in capsys.readouterr().err
+
+
+# What defaults do
+
+
+def test_what_the_launcher_was_told_about_precision(monkeypatch):
+    monkeypatch.setattr(arguments, "fast_bf16", lambda: False)
+    for launched_with, setting, expected in (
+        ("bf16", "auto", "bf16"),
+        ("fp16", "auto", "fp16"),
+        ("no", "auto", "no"),
+        ("bf16", "no", "no"),
+    ):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+        assert TrainArguments(mixed_precision=setting).precision == expected
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(200, True), (3, False)])
+def test_a_run_that_is_shorter_than_its_warm_up_is_warned_of(tiny, capsys, warmup, warned):
+    train.train(TrainArguments(**tiny | {"warmup_steps": warmup, "max_steps": 4}))
+    assert ("the run has 4 steps, fewer than its warm-up" in capsys.readouterr().err) == warned
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tiny, capsys, monkeypatch):
+    def no_login(*_, **__):
+        raise RuntimeError("api_key not configured (no-tty).\n call wandb.login")
+
+    monkeypatch.setattr(train.Accelerator, "init_trackers", no_login)
+    assert train.train(TrainArguments(**tiny | {"tracker": "tensorboard"})).step == 8
+    error = capsys.readouterr().err
+    assert "the tracker cannot write (api_key not configured (no-tty). call wandb.login) and is left out" in error
+
+
+def test_history_of_a_stopped_run_is_json(tiny, tmp_path, monkeypatch):
+    calls = count(1)
+    monkeypatch.setattr(Stop, "asked", property(lambda self: next(calls) >= 3, lambda self, value: None))
+    assert train.train(TrainArguments(**tiny | {"log_every": 1})).interrupted
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert steps[-1] == 3 and checkpoints(tmp_path / "run" / "checkpoints")
