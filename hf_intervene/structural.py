@@ -92,16 +92,26 @@ class ExactInterventionLayer(InterventionLayer):
 
     W starts at 0: what no data ask for does not depend on anything. There is no bias, which a flow has.
     Shapes: eps, c (B, D, w), s (B, D, 1), values (B, D, w), chosen (B, D, 1).
+
+    Args:
+        concepts: d; the free blocks follow.
+        blocks, width: D and w.
     """
 
-    def __init__(self, blocks: int, width: int):
+    def __init__(self, concepts: int, blocks: int, width: int):
         super().__init__(blocks, width, perfect=True, steps=2)  # one W for all contexts
+        self.concepts = concepts
         del self.bias
         self.register_buffer("bias", torch.zeros(blocks, width), persistent=False)
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.weight)
+
+    def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
+        """That of the edges into concepts. Those into free blocks are never cut, so they can tell nothing of a context."""
+        squares = self.off_diagonal()[: self.concepts].float().square().sum((1, 4))  # (d, 1, D)
+        return group_lasso * _norm(squares).sum() + l2 * squares.sum()
 
     def heard(self, c: torch.Tensor) -> torch.Tensor:
         """sum_{j != i} W[i, j] c_j of each block, (B, D, w)."""

@@ -94,7 +94,7 @@ def test_every_context_at_once_is_every_context_by_itself():
 
 def test_the_structural_equations_hold_and_cut_what_is_intervened_on():
     torch.manual_seed(0)
-    layer = ExactInterventionLayer(3, 2).double()
+    layer = ExactInterventionLayer(2, 3, 2).double()
     layer.reset_parameters(0.0)
     with torch.no_grad():
         layer.weight.normal_(std=0.3)
