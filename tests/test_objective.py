@@ -1,0 +1,161 @@
+"""The objective and its terms: sums, gradients, and a term that somebody adds."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_intervene import InterventionModel, LightVAE
+from hf_intervene.objective import Objective
+from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLasso, Term
+from hf_intervene.terms.edit_consistency import LARGEST, edited
+
+
+CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = LightVAE(3, 16, (8, 16), hidden_width=16, latent_width=8, likelihood="gaussian")
+    made = InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4, free_blocks=1)
+    with torch.no_grad():
+        made.head.intervention.weight.normal_(std=0.1)
+    return made
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return {"pixel_values": torch.rand(6, 3, 16, 16, generator=g), "targets": CONTEXTS.repeat(2, 1)}
+
+
+def whole(model):
+    return [
+        ContextPrediction(2.0, CONTEXTS),
+        EditConsistency(0.5, model.noise_shape),
+        GroupLasso(0.1),
+        L2(0.0),
+    ]
+
+
+def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
+    objective = Objective(model, whole(model))
+    assert set(objective.terms) == {"context_prediction", "edit_consistency", "group_lasso"}  # of strength 0: left out
+    draws = objective.draws(6, torch.Generator().manual_seed(0))
+    weights = {name: torch.tensor(w) for name, w in objective.weights(1.0).items()}
+    output = objective(**batch, weights=weights, **draws)
+    elbo = (output.reconstruction_loss + output.kl).mean()
+    added = sum(weights[name] * value for name, value in output.terms.items())
+    torch.testing.assert_close(output.loss, elbo + added)
+    assert all(value > 0 for value in output.terms.values())
+
+
+def test_terms_rise_when_they_say(model):
+    term = EditConsistency(0.5, model.noise_shape)
+    assert [round(term.weight(p), 3) for p in (0.0, 0.05, 0.15, 0.25, 1.0)] == [0, 0, 0.25, 0.5, 0.5]
+
+
+def test_context_prediction_is_the_cross_entropy_of_the_densities(model, batch):
+    output = model(**batch)
+    found = ContextPrediction(1.0, CONTEXTS).loss(model, output, batch["targets"], {})
+    logits = torch.stack([model.head.log_density(output.draw, row.expand(6, -1)) for row in CONTEXTS], dim=1)
+    torch.testing.assert_close(found, cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])))
+
+
+def test_context_prediction_leaves_out_contexts_that_it_does_not_tell_apart(model, batch):
+    targets = batch["targets"].clone()
+    targets[0, 0] = 0.5  # a partial intervention
+    output = model(batch["pixel_values"], targets)
+    contexts = torch.cat([CONTEXTS, targets[:1]])
+    term = ContextPrediction(1.0, contexts)
+    assert len(term.contexts) == 3
+    logits = model.head.context_log_densities(output.draw, CONTEXTS)[1:]
+    torch.testing.assert_close(
+        term.loss(model, output, targets, {}), cross_entropy(logits, torch.tensor([1, 2, 0, 1, 2]))
+    )
+
+
+def test_an_edit_keeps_what_is_not_intervened_on_anew(model):
+    head = model.head
+    with torch.no_grad():
+        head.intervention.weight.zero_()
+    c = torch.randn(6, 3, 4)
+    targets = CONTEXTS.repeat(2, 1)
+    chosen = torch.tensor([[True, False, True]]).expand(6, -1)  # the free block cannot be chosen
+    after, new = edited(head, c, targets, torch.randn(6, 3, 5), chosen)
+    torch.testing.assert_close(after[:, 1:], c[:, 1:])
+    assert bool((after[:, 0] != c[:, 0]).all()) and new.tolist() == [[1, *row[1:]] for row in targets.tolist()]
+
+
+def test_the_gradient_of_edit_consistency_goes_to_the_decoder_alone(model, batch):
+    term = EditConsistency(1.0, model.noise_shape, every=1)
+    draws = term.draw(6, torch.Generator().manual_seed(0))
+    output = model(**batch)
+    term.loss(model, output, batch["targets"], draws).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any(name.startswith("base.model.decoder") for name in moved) and "head.unpool.weight" in moved
+    assert not any("encoder" in name or "flow" in name or "intervention" in name for name in moved)
+
+
+def test_edit_consistency_by_a_loop(model, batch):
+    term = EditConsistency(1.0, model.noise_shape, every=2)
+    draws = term.draw(6, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(**batch)
+        expected = []
+        for i in (0, 2, 4):
+            row = slice(i, i + 1)
+            after, new = edited(
+                model.head, output.draw[row], batch["targets"][row], draws["noise"][row], draws["chosen"][row]
+            )
+            image = model.base.to_pixels(model.base.decode(model.head.represent(after)))
+            mean, logvar = model.head.posterior(model.base.encode(image), new)
+            expected.append((0.5 * (after - mean) ** 2 / logvar.exp()).clamp(max=LARGEST).sum())
+        found = term.loss(model, output, batch["targets"], draws)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_the_decoder_learns_to_be_read_back(model, batch):
+    """Only the decoder is trained, by this term only: edits are read back better."""
+    term = EditConsistency(1.0, model.noise_shape, every=1)
+    optimizer = torch.optim.Adam([*model.base.model.decoder.parameters(), *model.head.unpool.parameters()], lr=3e-3)
+    draws = term.draw(6, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(**batch)
+    losses = []
+    for _ in range(40):
+        loss = term.loss(model, output, batch["targets"], draws)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+class DarkImages(Term):
+    """What somebody would add: one class, and its place in the list."""
+
+    name = "dark_images"
+
+    def draw(self, rows, generator):
+        return {"noise": torch.rand(rows, generator=generator)}
+
+    def loss(self, model, output, targets, draws):
+        assert draws["noise"].shape == (len(targets),)
+        return model.base.to_pixels(model.base.decode(model.head.represent(output.draw))).mean()
+
+
+def test_a_new_term_is_one_class(model, batch):
+    objective = Objective(model, [DarkImages(3.0)])
+    draws = objective.draws(6, torch.Generator().manual_seed(0))
+    output = objective(**batch, weights={"dark_images": torch.tensor(3.0)}, **draws)
+    elbo = (output.reconstruction_loss + output.kl).mean()
+    torch.testing.assert_close(output.loss - elbo, 3 * output.terms["dark_images"], rtol=1e-3, atol=1e-3)
+
+
+def test_penalties_are_of_the_edges_into_concepts(model, batch):
+    W = model.head.intervention.off_diagonal()[:, :, 0]  # (D, w, D, w)
+    blocks = W.square().sum((1, 3))[:2].flatten()
+    output = model(**batch)
+    torch.testing.assert_close(GroupLasso(1.0).loss(model, output, None, {}), blocks.sqrt().sum(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(L2(1.0).loss(model, output, None, {}), blocks.sum())
