@@ -81,10 +81,12 @@ def test_an_edit_keeps_what_is_not_intervened_on_anew(model):
         head.intervention.weight.zero_()
     c = torch.randn(6, 3, 4)
     targets = CONTEXTS.repeat(2, 1)
-    chosen = torch.tensor([[True, False, True]]).expand(6, -1)  # the free block cannot be chosen
-    after, new = edited(head, c, targets, torch.randn(6, 3, 5), chosen)
-    torch.testing.assert_close(after[:, 1:], c[:, 1:])
-    assert bool((after[:, 0] != c[:, 0]).all()) and new.tolist() == [[1, *row[1:]] for row in targets.tolist()]
+    for kind, strength in ((0.1, 1.0), (0.9, 0.0)):
+        kinds = torch.tensor([[kind, 0.5, kind]]).expand(6, -1)  # the free block stays all the same
+        after, new = edited(head, c, targets, torch.randn(6, 3, 5), kinds)
+        torch.testing.assert_close(after[:, 1:], c[:, 1:])
+        assert bool((after[:, 0] != c[:, 0]).all())
+        assert new.tolist() == [[strength, *row[1:]] for row in targets.tolist()]
 
 
 def test_the_gradient_of_edit_consistency_goes_to_the_decoder_alone(model, batch):
@@ -106,7 +108,7 @@ def test_edit_consistency_by_a_loop(model, batch):
         for i in (0, 2, 4):
             row = slice(i, i + 1)
             after, new = edited(
-                model.head, output.draw[row], batch["targets"][row], draws["noise"][row], draws["chosen"][row]
+                model.head, output.draw[row], batch["targets"][row], draws["noise"][row], draws["kind"][row]
             )
             image = model.base.to_pixels(model.base.decode(model.head.represent(after)))
             mean, logvar = model.head.posterior(model.base.encode(image), new)

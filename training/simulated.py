@@ -187,6 +187,15 @@ class Avatars(Simulated):
         halves = persons[: number // 2], persons[number // 2 :]
         return tuple(self._first(half, images, contexts, "holdout") for half in halves)
 
+    def labelled(self, images):
+        drawn = avatars.images_by_context(self.contexts, images, self.resolution, "train")
+        attributes = avatars.attributes_by_context(self.contexts, images, "train")
+        labels = [avatars.concepts_present(attributes[name]) for name in drawn]
+        return np.concatenate([*drawn.values()]), np.concatenate(labels)
+
+    def twins(self, images, seed):
+        return self.held_out_images(images, seed)[0]
+
 
 SIMULATED: dict[str, type[Simulated]] = {
     "quad": Quad,

@@ -1,9 +1,9 @@
 r"""Edits can be read back (an addition to the paper's objective).
 
 Contexts with several interventions have no images. But what an image of one must contain is known: the concepts that it
-was made of. Some concepts T of an image are intervened on anew,
+was made of. Some concepts T of an image are drawn anew, with an intervention or without,
 
-    eps'_k = F_k(z'_k; 1), z'_k ~ N(0, I), for k in T,    eps'_j = eps_j otherwise,    c' = (I - S' W)^{-1} eps',
+    eps'_k = F_k(z'_k; s'_k), z'_k ~ N(0, I), for k in T,    eps'_j = eps_j otherwise,    c' = (I - S' W)^{-1} eps',
 
 c' is decoded to an image x', and the encoder has to read c' in it:
 
@@ -22,7 +22,7 @@ from .base import Term
 
 LARGEST = 50.0  # nats of an entry: early, an encoder is far too sure of what it reads
 FIRST, RISING = 0.05, 0.2  # shares of the training: when it starts, and over which it rises
-SHARE = 0.4  # of the concepts are intervened on, on average
+INTERVENED, OBSERVED = 0.4, 0.3  # shares of the concepts that are drawn anew with an intervention, and without
 
 
 class EditConsistency(Term):
@@ -45,34 +45,36 @@ class EditConsistency(Term):
         blocks = self.noise_shape[0]
         return {
             "noise": torch.randn(rows, *self.noise_shape, generator=generator),
-            "chosen": torch.rand(rows, blocks, generator=generator) < SHARE,
+            "kind": torch.rand(rows, blocks, generator=generator),
         }
 
     def loss(self, model, output, targets, draws):
         head, rows = model.head, slice(None, None, self.every)
         with torch.no_grad():
-            after, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["chosen"][rows])
+            after, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows])
         images = model.base.to_pixels(model.base.decode(head.represent(after)))
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
         squares = 0.5 * (after.float() - mean).square() * (-logvar.detach()).exp()
         return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
 
 
-def edited(head, concepts, targets, noise, chosen) -> tuple[torch.Tensor, torch.Tensor]:
-    """Concepts c' (B, D, w) after new interventions, and their targets (B, D).
+def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Tensor]:
+    """Concepts c' (B, D, w) of edited images, and their targets (B, D).
 
     Args:
         head: an `InterventionHead` with flows.
         concepts, targets: before, (B, D, w) and (B, D).
-        noise: for the new interventions, (B, D, w).
-        chosen: on what, bool (B, D); free blocks do not count.
+        noise: for concepts that are drawn anew, (B, D, w + 1).
+        kind: in [0, 1), (B, D): below `INTERVENED` a concept is drawn anew with an intervention, at the other end without.
+            Free blocks stay.
     """
-    chosen = chosen & (torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts))
-    ones = torch.ones_like(targets)
+    concept = torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts)
+    intervened, observed = (kind < INTERVENED) & concept, (kind >= 1 - OBSERVED) & concept
+    new = torch.where(intervened, 1.0, torch.where(observed, 0.0, targets)).to(head.dtype)
     eps = head.intervention.noise(concepts.to(head.dtype), targets.to(head.dtype)[..., None])
-    anew = head.mechanisms(noise.to(head.dtype), ones.to(head.dtype)[..., None])
-    new = torch.where(chosen, ones, targets)
-    return head.intervention(torch.where(chosen[..., None], anew, eps), new.to(head.dtype)[..., None]), new
+    anew = head.mechanisms(noise.to(head.dtype), new[..., None])
+    eps = torch.where((intervened | observed)[..., None], anew, eps)
+    return head.intervention(eps, new[..., None]), new
 
 
 class _Reader(torch.nn.Module):
