@@ -188,6 +188,7 @@ class Avatars(Simulated):
         return tuple(self._first(half, images, contexts, "holdout") for half in halves)
 
     def labelled(self, images):
+        images = min(images, avatars.available("train")[1])
         drawn = avatars.images_by_context(self.contexts, images, self.resolution, "train")
         attributes = avatars.attributes_by_context(self.contexts, images, "train")
         labels = [avatars.concepts_present(attributes[name]) for name in drawn]
