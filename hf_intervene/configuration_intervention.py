@@ -50,6 +50,8 @@ class InterventionConfig(PreTrainedConfig):
         mechanism: how each concept comes about (see `modeling_intervention.py`): `"flow"`, invertible, with one posterior q(c | x)
             for all contexts; or `"mlp"`, the paper's. What is said of `"mlp"` below has no effect with flows.
         flow_depth, flow_width: couplings of each flow, and the width of their networks (see `flow.py`).
+        concept_edges: `"flow"`: whether concepts may depend on other blocks. Set it where concepts cause each other; where they
+            do not, edges that are there all the same are cut by an intervention, and tell the decoder of it.
         depth: `"mlp"`: number of (linear, norm, GELU) layers of each block's expressive MLP.
         norm: normalisation inside the expressive layers: `"layer"` (over each block's own units), `"batch"` (the paper's) or `"none"`.
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.
@@ -84,6 +86,7 @@ class InterventionConfig(PreTrainedConfig):
     mechanism: str = "mlp"
     flow_depth: int = 4
     flow_width: int = 32
+    concept_edges: bool = False
     depth: int = 2
     norm: str = "layer"
     intervention: str = "perfect"

@@ -70,7 +70,9 @@ class InterventionHead(PreTrainedModel):
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         if config.mechanism == "flow":
             self.flow = ConceptFlow(len(config.concepts), blocks, width, config.flow_depth, config.flow_width)
-            self.intervention: InterventionLayer = ExactInterventionLayer(len(config.concepts), blocks, width)
+            self.intervention: InterventionLayer = ExactInterventionLayer(
+                len(config.concepts), blocks, width, config.concept_edges
+            )
         else:
             self.exogenous = ExogenousLayer(blocks, noise_width)
             self.expressive = ExpressiveLayers(blocks, noise_width, width, config.depth, config.norm)

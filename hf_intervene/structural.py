@@ -96,17 +96,25 @@ class ExactInterventionLayer(InterventionLayer):
     Args:
         concepts: d; the free blocks follow.
         blocks, width: D and w.
+        concept_edges: whether concepts may depend on other blocks. Where not, W[i] = 0 for concepts i, and only free
+            blocks depend on others.
     """
 
-    def __init__(self, concepts: int, blocks: int, width: int):
+    def __init__(self, concepts: int, blocks: int, width: int, concept_edges: bool):
         super().__init__(blocks, width, perfect=True, steps=2)  # one W for all contexts
-        self.concepts = concepts
+        self.concepts, self.concept_edges = concepts, concept_edges
         del self.bias
         self.register_buffer("bias", torch.zeros(blocks, width), persistent=False)
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.weight)
+
+    def off_diagonal(self) -> torch.Tensor:
+        weight = super().off_diagonal()
+        if self.concept_edges:
+            return weight
+        return torch.cat([torch.zeros_like(weight[: self.concepts]), weight[self.concepts :]])
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
         """That of the edges into concepts. Those into free blocks are never cut, so they can tell nothing of a context."""

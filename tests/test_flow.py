@@ -50,7 +50,7 @@ def test_noise_of_concepts_is_the_noise_that_made_them(width):
 
 @pytest.mark.parametrize("context", [(1.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
 def test_the_density_is_that_of_a_change_of_variables(context):
-    h = head()
+    h = head(concept_edges=True)
     with torch.no_grad():
         h.flow.share_logit.fill_(-40.0)  # without the mixture there is one map
     s = torch.tensor([context], dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_every_context_at_once_is_every_context_by_itself():
 
 def test_the_structural_equations_hold_and_cut_what_is_intervened_on():
     torch.manual_seed(0)
-    layer = ExactInterventionLayer(2, 3, 2).double()
+    layer = ExactInterventionLayer(2, 3, 2, concept_edges=True).double()
     layer.reset_parameters(0.0)
     with torch.no_grad():
         layer.weight.normal_(std=0.3)
@@ -110,6 +110,15 @@ def test_the_structural_equations_hold_and_cut_what_is_intervened_on():
         2
     ).flatten(0, 1)
     torch.testing.assert_close(layer.log_det(s)[25], torch.linalg.slogdet(matrix).logabsdet)
+
+
+def test_without_edges_into_concepts_an_intervention_cuts_nothing():
+    h, s = head(), contexts()
+    z = torch.randn(40, 3, 5, dtype=torch.float64)
+    assert bool(h.intervention.weight[:2].any())
+    torch.testing.assert_close(h(z, s, edge_targets=torch.zeros_like(s)).concepts, h(z, s).concepts)
+    h.intervention.concept_edges = True
+    assert not torch.allclose(h(z, s, edge_targets=torch.zeros_like(s)).concepts, h(z, s).concepts)
 
 
 def test_a_chosen_value_is_reached_and_moves_only_what_depends_on_it():

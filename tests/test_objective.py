@@ -17,7 +17,7 @@ CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
 def model():
     torch.manual_seed(0)
     base = LightVAE(3, 16, (8, 16), hidden_width=16, latent_width=8, likelihood="gaussian")
-    made = InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4, free_blocks=1)
+    made = InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4, free_blocks=1, concept_edges=True)
     with torch.no_grad():
         made.head.intervention.weight.normal_(std=0.1)
     return made

@@ -112,6 +112,9 @@ class TrainArguments:
     concept_width: int = field(default=16)
     flow_depth: int = field(default=4, metadata={"help": "Mechanism `flow`: couplings of each concept."})
     flow_width: int = field(default=32, metadata={"help": "Mechanism `flow`: width of their networks."})
+    concept_edges: bool = field(
+        default=False, metadata={"help": "Mechanism `flow`: whether concepts may cause each other."}
+    )
     noise_width: int = field(default=32, metadata={"help": "Mechanism `mlp`, as the settings up to `posterior`."})
     depth: int = field(default=2)
     norm: str = field(default="layer")
@@ -228,7 +231,7 @@ class TrainArguments:
 
     def head_options(self) -> dict:
         """Those settings that are fields of `InterventionConfig`."""
-        names = ("mechanism", "free_blocks", "concept_width", "flow_depth", "flow_width", "noise_width", "depth", "norm")
+        names = ("mechanism", "free_blocks", "concept_width", "flow_depth", "flow_width", "concept_edges", "noise_width", "depth", "norm")
         names += ("intervention", "propagation_steps", "intervention_rank", "posterior", "initial_posterior_std")
         return {name: getattr(self, name) for name in names} | {"lora_rank": self.lora_rank if self.regime == "lora" else 0}
 
