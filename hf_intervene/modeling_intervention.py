@@ -284,16 +284,6 @@ class InterventionHead(PreTrainedModel):
     def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
         return mixture(targets[:, : len(self.config.concepts)])
 
-    def whiten_posterior(self, targets: torch.Tensor, covariance: torch.Tensor) -> None:
-        """Let z be white in contexts over which y has these covariances; no effect unless the posterior is whitened.
-
-        Args:
-            targets: of the contexts, (n, D), each with nothing or one concept intervened on.
-            covariance: of y, (n, D noise_width, D noise_width), blocks in order.
-        """
-        if self.whitening is not None:
-            self.whitening.update(row_of(targets[:, : len(self.config.concepts)]), covariance)
-
     @torch.no_grad()
     def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
         """Move the offsets of a centred posterior towards the mean of each context in a batch; no effect on other posteriors.

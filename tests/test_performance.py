@@ -79,8 +79,6 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
             "max_steps": 9,
             "mixed_precision": "bf16",
             "beta_warmup": 0.5,
-            "moment_warmup": 0.0,
-            "sample_matching": 0.4,
         },
     )
     assert not active and waiting.seen == []
@@ -101,14 +99,15 @@ def compiled_by_step(settings, monkeypatch, **changes):
 
 @pytest.mark.parametrize("schedule", ["balanced", "single"])
 def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
-    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, moment_warmup=1.0)
+    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, edit_consistency=0.0)
     assert compiled[0] == 0 and compiled[1] > 0 and set(compiled[1:]) == {compiled[1]}
 
 
-def test_samples_to_match_compile_nothing_again(tiny, monkeypatch):
+def test_a_term_that_begins_is_compiled_once(tiny, monkeypatch):
+    """Edit consistency has a weight from the second of these ten steps on, which rises."""
     torch.compiler.reset()  # of what other tests compiled
-    compiled = compiled_by_step(tiny, monkeypatch, sample_matching=0.4, moment_warmup=0.5)
-    assert compiled[1] > 0 and set(compiled[1:6]) == {compiled[1]} and set(compiled[6:]) == {compiled[6]}  # once when they begin
+    compiled = compiled_by_step(tiny, monkeypatch)
+    assert 0 < compiled[1] < compiled[2] and set(compiled[2:]) == {compiled[2]}
 
 
 def drawn(mapped=None):
