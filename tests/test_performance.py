@@ -12,8 +12,9 @@ from test_train import assert_same, launch, run, weights
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene import InterventionModel, LightVAE, modeling_intervention, posterior
+from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior, structural
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
+from hf_intervene.objective import Objective
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.feeding import DELAY, Feed
@@ -55,7 +56,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
 
         monkeypatch.setattr(torch.Tensor, name, noted)
     # What is done on CPUs only, where nothing has to be waited for: to look where targets are not 0, and at the greatest index.
-    for module in (modeling_intervention, posterior):
+    for module in (mechanisms, posterior, structural):
         monkeypatch.setattr(module, "at_hand", lambda x: False)
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long())
     original_batch = Feed.batch
@@ -123,7 +124,7 @@ def feed(data, schedule="balanced", accumulation=1):
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     model = InterventionModel.build(base, quad.CONCEPTS, noise_width=4)
     a = TrainArguments(batch_size=8, schedule=schedule, gradient_accumulation_steps=accumulation)
-    return Feed(model, data, None, ContextSchedule(data.context_ids, schedule, 8, a.seed), a, PartialState(cpu=True))
+    return Feed(Objective(model), data, None, ContextSchedule(data.context_ids, schedule, 8, a.seed), a, PartialState(cpu=True))
 
 
 def test_batches_are_the_same_out_of_memory_and_ahead_out_of_a_file(tmp_path):
