@@ -21,7 +21,8 @@ import torch
 from scipy.stats import rankdata
 
 from ..contexts import OBS
-from ..modeling_intervention import InterventionHead, InterventionLayer
+from ..modeling_intervention import InterventionHead
+from ..structural import InterventionLayer
 
 
 _EXACT = 7  # up to so many concepts all relabellings are tried
