@@ -26,6 +26,7 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, 1, out_width))
 
     def reset_parameters(self) -> None:
+        """As a new layer's."""
         bound = 1 / math.sqrt(self.weight.shape[1])  # as nn.Linear
         for parameter in (self.weight, self.bias):
             nn.init.uniform_(parameter, -bound, bound)
@@ -45,6 +46,7 @@ class SmallBlockLinear(BlockLinear):
     """A `BlockLinear` whose outputs start out small."""
 
     def reset_parameters(self) -> None:
+        """As a new layer's."""
         nn.init.uniform_(self.weight, -0.02, 0.02)
         nn.init.zeros_(self.bias)
 
@@ -58,6 +60,7 @@ class BlockLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, 1, width))
 
     def reset_parameters(self) -> None:
+        """As a new layer's."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 

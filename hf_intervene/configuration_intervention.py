@@ -60,8 +60,8 @@ class InterventionConfig(PreTrainedConfig):
         intervention_rank: rank of the weights among concepts, for many of them: the intervention layer's cost is then linear in D (see
             `LowRankInterventionLayer`); `None`: full matrices.
         posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z over each training context is taken out
-            (see `InterventionHead.center_posterior`); `"whitened"`: its covariance too, which takes (1 + d) (D noise_width)^2 numbers (see
-            `posterior.py`; what the trainer uses for up to about 15 concepts); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's.
+            (see `InterventionHead.center_posterior`); `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's;
+            `"whitened"`: its covariance is taken out too, of models of version 0.1 (see `posterior.py`).
         initial_posterior_std: about the standard deviation of q(z | x, s) before training: the posterior starts out sure of what it says, and
             the decoder has something to learn from; 1 starts at the prior.
         feature_width: width of the encoder features, shape (batch, feature_width), that the posterior reads.

@@ -27,17 +27,11 @@ from .training.checkpoints import check_empty
 from .training.simulated import SIMULATED
 
 
-# As in training/configs/reproduce/quad.yaml, which says why.
+# As in training/configs/reproduce/quad.yaml.
 SETTINGS = dict(
     resolution=32,
     validation_images=100,
     learning_rate=0.002,
-    beta=1.0,
-    beta_warmup=0.8,
-    moment_matching=2.0,
-    prior_matching=5.0,
-    sample_matching=0.4,
-    context_prediction=0.1,
     log_every=100,
     tracker="none",
 )

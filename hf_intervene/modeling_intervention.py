@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -137,11 +137,8 @@ class InterventionHead(PreTrainedModel):
         if (values is None) != (chosen is None):
             raise ValueError("values and chosen go together: give both or neither.")
         # (B, D, 1), the batch innermost in memory
-        s, edges = (
-            None if x is None else x.to(self.dtype).T.contiguous().T[..., None]
-            for x in (targets, edge_targets)
-        )
-        edges = s if edges is None else edges
+        seen = targets if edge_targets is None else edge_targets
+        s, edges = (x.to(self.dtype).T.contiguous().T[..., None] for x in (targets, seen))
         if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
             if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
@@ -167,7 +164,13 @@ class InterventionHead(PreTrainedModel):
 
     @property
     def is_flow(self) -> bool:
+        """Whether the mechanisms are invertible."""
         return self.config.mechanism == "flow"
+
+    @property
+    def _exact(self) -> ExactInterventionLayer:
+        """The intervention layer of a head with flows."""
+        return cast(ExactInterventionLayer, self.intervention)
 
     @property
     def draw_width(self) -> int:
@@ -185,9 +188,9 @@ class InterventionHead(PreTrainedModel):
         """
         with torch.autocast(c.device.type, enabled=False):
             c, s = c.to(self.dtype), targets.to(self.dtype)
-            eps = self.intervention.noise(c, s[..., None])  # (B, D, w)
+            eps = self._exact.noise(c, s[..., None])  # (B, D, w)
             of_blocks = self.flow.log_density(eps.transpose(0, 1), s.T[..., None])  # (D, B)
-            return (of_blocks.sum(0) + self.intervention.log_det(s)).float()
+            return (of_blocks.sum(0) + self._exact.log_det(s)).float()
 
     def context_log_densities(self, c: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
@@ -201,10 +204,10 @@ class InterventionHead(PreTrainedModel):
         """
         with torch.autocast(c.device.type, enabled=False):
             c, s, d = c.to(self.dtype), contexts.to(self.dtype), len(self.config.concepts)
-            eps = self.intervention.noise(c, torch.zeros_like(c[..., :1]))
+            eps = self._exact.noise(c, torch.zeros_like(c[..., :1]))
             obs = self.flow.log_density(eps.transpose(0, 1), 0.0)  # (D, B)
             change = self.flow.log_density(c[:, :d].transpose(0, 1), 1.0) - obs[:d]  # (d, B)
-            return (obs.sum(0)[:, None] + change.T @ s[:, :d].T + self.intervention.log_det(s)).float()
+            return (obs.sum(0)[:, None] + change.T @ s[:, :d].T + self._exact.log_det(s)).float()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of what the encoder says, float32, each (B, D, noise_width): of q(c | x) for a head with flows,
@@ -236,7 +239,7 @@ class InterventionHead(PreTrainedModel):
         """Exogenous noise z of a draw y from what `posterior` returned, both (B, D, noise_width)."""
         if self.is_flow:
             c, s = y.to(self.dtype), targets.to(self.dtype)[..., None]
-            eps = self.intervention.noise(c, s).transpose(0, 1)
+            eps = self._exact.noise(c, s).transpose(0, 1)
             return self.flow.inverse(eps, s.transpose(0, 1)).transpose(0, 1)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
@@ -285,16 +288,6 @@ class InterventionHead(PreTrainedModel):
 
     def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
         return mixture(targets[:, : len(self.config.concepts)])
-
-    def whiten_posterior(self, targets: torch.Tensor, covariance: torch.Tensor) -> None:
-        """Let z be white in contexts over which y has these covariances; no effect unless the posterior is whitened.
-
-        Args:
-            targets: of the contexts, (n, D), each with nothing or one concept intervened on.
-            covariance: of y, (n, D noise_width, D noise_width), blocks in order.
-        """
-        if self.whitening is not None:
-            self.whitening.update(row_of(targets[:, : len(self.config.concepts)]), covariance)
 
     @torch.no_grad()
     def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:

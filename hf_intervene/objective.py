@@ -5,9 +5,9 @@ r"""What is minimised: the negative ELBO of a model and a list of terms beside i
 `DistributedDataParallel`, `FSDP` and `torch.compile` wrap an `Objective` as they wrap a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,15 +38,18 @@ class Objective(nn.Module):
         self.model = model
         self.terms = nn.ModuleDict({term.name: term for term in terms if term.strength})
 
+    def _named_terms(self) -> Mapping[str, Term]:
+        return cast(Mapping[str, Term], self.terms)  # whose values are modules to a type checker
+
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term at this share of the training."""
-        return {name: term.weight(progress) for name, term in self.terms.items()}
+        return {name: term.weight(progress) for name, term in self._named_terms().items()}
 
     def draws(self, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """All random numbers for so many images, each (rows, ...), on the CPU: arguments of `forward`. Those of a term have
         its name before theirs: `edit_consistency.noise`."""
         found = self.model.posterior_draws(rows, generator)
-        for name, term in self.terms.items():
+        for name, term in self._named_terms().items():
             found |= {f"{name}.{key}": value for key, value in term.draw(rows, generator).items()}
         return found
 
@@ -64,7 +67,7 @@ class Objective(nn.Module):
         loss, found = output.loss, {}
         for name, weight in weights.items():
             draws = {key.partition(".")[2]: value for key, value in own.items() if key.startswith(f"{name}.")}
-            term = self.terms[name].loss(self.model, output, self.model.seen(targets), draws)
+            term = self._named_terms()[name].loss(self.model, output, self.model.seen(targets), draws)
             loss, found[name] = loss + weight * term, term.detach()
         return ObjectiveOutput(**{**output, "loss": loss}, terms=found)
 

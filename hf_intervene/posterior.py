@@ -19,7 +19,6 @@ from torch import nn
 
 
 LARGEST = 2**22  # numbers in the matrices of all contexts: those of 15 concepts and a free block of the default width, 16 MiB
-_LEAST = 1e-3  # eigenvalue of a covariance: what y hardly varies in is not blown up without end
 
 
 class PosteriorLinear(nn.Linear):
@@ -42,7 +41,9 @@ class PosteriorLinear(nn.Linear):
 
 
 class Whitening(nn.Module):
-    """The maps T_k of all training contexts, symmetric and positive definite; identities until `update`.
+    """The maps T_k of all training contexts, symmetric and positive definite; identities before they are loaded.
+
+    Version 0.1 trained with them; the trainer no longer does, and models that have them load.
 
     Args:
         contexts: 1 + d: the observational one, then those of the concepts.
@@ -54,7 +55,7 @@ class Whitening(nn.Module):
 
     def __init__(self, contexts: int, width: int):
         super().__init__()
-        if not fits(contexts, width):
+        if contexts * width**2 > LARGEST:
             raise ValueError(
                 f"whitening takes {contexts} matrices of {width} x {width} numbers, more than {LARGEST:,} in all: with so many concepts, "
                 'or blocks so wide, use posterior="centered".'
@@ -81,15 +82,6 @@ class Whitening(nn.Module):
             terms = self(mean, weights).flatten(1).square() + columns * logvar.exp() - 1 - logvar
             return 0.5 * terms.sum(1) - weights.float() @ self.log_det.float()
 
-    @torch.no_grad()
-    def update(self, rows: torch.Tensor, covariance: torch.Tensor) -> None:
-        """Let T_k = C_k^(-1/2) for the contexts k in `rows`, (n,), with their covariances (n, D n, D n)."""
-        covariance = torch.nan_to_num(covariance.float())  # after a loss that is not finite, which the trainer reports
-        eigenvalues, vectors = torch.linalg.eigh(covariance)
-        eigenvalues = eigenvalues.clamp(min=_LEAST)
-        self.matrix[rows] = ((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT).to(self.matrix.dtype)
-        self.log_det[rows] = (-0.5 * eigenvalues.log().sum(1)).to(self.log_det.dtype)
-
 
 def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """sum_k weights_k y M_k of rows y (B, n), weights (B, 1 + d) and matrices M_k (1 + d, n, n) -> (B, n).
@@ -109,11 +101,6 @@ def at_hand(x: torch.Tensor) -> bool:
     """Whether the host can look at values at next to no cost: not on a device, which it would have to wait for, nor in a graph, whose
     shapes would depend on them."""
     return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
-
-
-def fits(contexts: int, width: int) -> bool:
-    """Whether matrices of this width for all contexts are few enough numbers to keep."""
-    return contexts * width**2 <= LARGEST
 
 
 def row_of(targets: torch.Tensor) -> torch.Tensor:
@@ -141,4 +128,4 @@ def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-__all__ = ["PosteriorLinear", "Whitening", "fits", "gaussian_kl", "has_row", "mixture", "row_of"]
+__all__ = ["PosteriorLinear", "Whitening", "gaussian_kl", "has_row", "mixture", "row_of"]

@@ -38,10 +38,12 @@ class InterventionLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, width))
 
     def add_weights(self, blocks: int, width: int) -> None:
+        """Make the parameters of W."""
         # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
         self.weight = nn.Parameter(torch.empty(blocks, width, self.slices, blocks, width))
 
     def reset_parameters(self, std: float) -> None:
+        """As a new layer's, the entries of W of this standard deviation."""
         nn.init.zeros_(self.bias)
         nn.init.normal_(self.weight, std=std)
         with torch.no_grad():

@@ -35,6 +35,8 @@ TINY = {
     "hidden_width": 16,
     "latent_width": 16,
     "noise_width": 4,
+    "concept_width": 4,
+    "flow_width": 8,
     "batch_size": 16,
     "max_steps": 8,
     "eval_every": 4,

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import TINY
 from diffusion_models import KINDS, save_pipeline, with_head
 from PIL import Image
+from test_posterior import covariances, whitened_by
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, pipeline
 from hf_intervene.bases.lora import add_lora
@@ -47,14 +48,14 @@ def device(monkeypatch):
         yield device
 
 
-def light(posterior="whitened", concepts=("a", "b"), **head):
+def light(posterior="centered", concepts=("a", "b"), likelihood="bernoulli", **head):
     torch.manual_seed(0)
-    base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
+    base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12, likelihood=likelihood)
     model = InterventionModel.build(base, concepts, noise_width=4, initializer_range=0.5, posterior=posterior, **head)
+    if model.head.is_flow:  # whose weights among concepts start at 0
+        torch.nn.init.normal_(model.head.intervention.weight, std=0.2)
     if model.head.whitening is not None:
-        width = model.head.whitening.matrix.shape[-1]
-        factor = torch.randn(3, width, width)
-        model.head.whiten_posterior(model.targets([["obs"], ["a"], ["b"]]), factor @ factor.mT / width)
+        whitened_by(model.head, covariances(3, model.head.whitening.matrix.shape[-1]))
     return model
 
 
@@ -68,6 +69,7 @@ def autoencoder(family, regime="end-to-end"):
 
 
 MODELS = {
+    "light VAE, flow": lambda: light(mechanism="flow", concept_width=4, likelihood="gaussian"),
     **{f"light VAE, {kind}": lambda kind=kind: light(kind) for kind in ("whitened", "centered", "conditional", "unconditional")},
     "reduced form, soft": lambda: light(propagation_steps=1, intervention="soft", norm="batch"),
     "many concepts, low rank": lambda: light("centered", [*"ab", *(f"c{j}" for j in range(40))], intervention_rank=2),
@@ -75,7 +77,7 @@ MODELS = {
     **{f"kl autoencoder, {regime}": lambda regime=regime: autoencoder("kl", regime) for regime in ("frozen", "lora")},
     **{kind: lambda kind=kind: with_head(kind) for kind in KINDS},
 }
-QUICK = "light VAE, whitened", "many concepts, low rank", "kl autoencoder, frozen", "unet", "sd3"
+QUICK = "light VAE, flow", "light VAE, whitened", "many concepts, low rank", "kl autoencoder, frozen", "unet", "sd3"
 CONTEXTS = [["obs"], ["a"], ["a", "b"], {"b": 0.5}]
 
 
@@ -129,12 +131,13 @@ def trained(folder, on_log=None, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"context_prediction": 0.1, "sample_matching": 0.2, "ema_decay": 0.9},
+        {"ema_decay": 0.9},
         *(
             pytest.param(more, marks=pytest.mark.slow)
             for more in (
-                {"schedule": "adaptive", "gradient_accumulation_steps": 2, "group_lasso": 0.1, "posterior": "centered"},
-                {"schedule": "single", "norm": "batch", "image_cache": "cache", "channels_last": True},
+                {"schedule": "adaptive", "gradient_accumulation_steps": 2, "group_lasso": 0.1},
+                {"mechanism": "mlp", "schedule": "adaptive", "l2": 0.1},
+                {"mechanism": "mlp", "schedule": "single", "norm": "batch", "image_cache": "cache", "channels_last": True},
                 {"ablation": "head-pooled"},
                 {"ablation": "base-pooled"},
             )
@@ -160,7 +163,7 @@ def test_no_step_waits_for_the_device(device, tmp_path, monkeypatch):
     monkeypatch.setattr(feeding, "resident", lambda size, place: place.type != "cpu")
     monkeypatch.setattr(feeding.Feed, "batch", lambda self, step: waited.append(len(waits)) or batch(self, step))
     never = dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1000)
-    trained(tmp_path, **never, context_prediction=0.1, sample_matching=0.2, gradient_accumulation_steps=2)
+    trained(tmp_path, **never, gradient_accumulation_steps=2)
     assert len(waited) == 8 and waited[-1] == waited[0] < len(waits)
 
 

@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import hf_intervene.modeling_intervention as modeling
-from hf_intervene import InterventionConfig, InterventionHead
+from hf_intervene import InterventionConfig, InterventionHead, mechanisms, modeling_intervention
 from hf_intervene.metrics.causal import single_interventions_operator, total_effect_operator
 
 
@@ -115,9 +114,10 @@ def test_what_is_computed_where_contexts_differ_is_the_whole(monkeypatch, streng
         embedding, (mean, logvar) = head(z, targets).embedding, head.posterior(features, targets)
         return [embedding, mean, *torch.autograd.grad(embedding.square().sum() + mean.pow(3).sum() + logvar.sum(), parameters)]
 
-    assert modeling._few(targets) is not None and modeling._few(targets[:, :4]) is None
+    assert mechanisms.places(targets) is not None and mechanisms.places(targets[:, :4]) is None
     sparse = outputs()
-    monkeypatch.setattr(modeling, "_few", lambda s: None)
+    for module in (mechanisms, modeling_intervention):
+        monkeypatch.setattr(module, "places", lambda s: None)
     for a, b in zip(sparse, outputs()):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -19,7 +19,14 @@ from hf_intervene import InterventionConfig, InterventionHead, InterventionModel
 from hf_intervene.bases.loading import check_reference
 from hf_intervene.configuration_intervention import FORMAT_VERSION
 from hf_intervene.training import train
-from hf_intervene.training.arguments import SETTINGS_VERSION, TrainArguments, read_config, shared_settings
+from hf_intervene.training.arguments import (
+    SETTINGS_VERSION,
+    TrainArguments,
+    earlier_defaults,
+    of_today,
+    read_config,
+    shared_settings,
+)
 
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -38,6 +45,14 @@ def test_a_model_of_the_first_commit():
     assert_does_what_it_did(model, folder)
     assert model.config.posterior == "conditional" and model.config.propagation_steps == 1
     assert model.config.initial_posterior_std == 1.0, "what there was before it was a setting, not today's default"
+    assert model.config.mechanism == "mlp" and model.base.model.config.likelihood == "bernoulli"
+
+
+def test_a_whitened_posterior():
+    folder = FIXTURES / "whitened-51a1a79"
+    model = InterventionModel.from_pretrained(folder)
+    assert model.config.posterior == "whitened"
+    assert_does_what_it_did(model, folder)
 
 
 def test_a_pipeline_of_before_the_posterior_started_sure(tmp_path):
@@ -87,8 +102,10 @@ def test_defaults_change_with_the_version_alone():
     listed = json.loads((FIXTURES / "defaults-1.json").read_text())
     config = InterventionConfig.from_dict({"concepts": ["concept"], "format_version": 1}).to_dict()
     assert {name: config[name] for name in listed["configuration"]} == listed["configuration"]
-    settings = json.loads(json.dumps(asdict(TrainArguments(**read(FIXTURES / "settings-1.yaml")))))
-    assert {name: settings[name] for name in listed["settings"]} == listed["settings"]
+    for version in (1, 3):
+        then = json.loads((FIXTURES / f"defaults-{version}.json").read_text())["settings"]
+        settings = json.loads(json.dumps(asdict(TrainArguments()))) | earlier_defaults(version, "settings")
+        assert {name: settings[name] for name in then} == then
 
 
 def read(path):
@@ -96,12 +113,35 @@ def read(path):
 
 
 def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
-    settings = read(FIXTURES / "settings-unversioned.yaml")  # names what differed from the defaults
-    assert settings["moment_matching"] == 100.0 and settings["initial_posterior_std"] == 1.0 and settings["epochs"] == 6.0
-    settings = read(FIXTURES / "run-874628a" / "training_arguments.yaml")  # names everything that was a setting
-    assert settings["initial_posterior_std"] == 1.0 and settings["max_steps"] == 8
+    settings = read(FIXTURES / "plain-51a1a79" / "training_arguments.yaml")  # names everything that was a setting
+    assert settings["mechanism"] == "mlp" and settings["likelihood"] == "bernoulli" and settings["beta"] == 4.0
+    assert settings["context_prediction"] == settings["edit_consistency"] == 0.0 and settings["max_steps"] == 8
+    assert "moment_matching" not in settings
+    TrainArguments(**settings)
+    without = {"moment_matching": 0.0, "seed": 3}  # names what differed from the defaults
+    settings = of_today(without, 0, "settings")
+    assert settings["initial_posterior_std"] == 1.0 and settings["posterior"] == "centered" and settings["seed"] == 3
     (tmp_path / "mine.yaml").write_text("epochs: 6\n")  # written by hand, for today
     assert read(tmp_path / "mine.yaml") == {"epochs": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"settings_version": 3}, "moment_matching 10.0, prior_matching 1.0, a whitened posterior, which"),
+        ({"settings_version": 0}, "moment_matching 100.0, which"),
+        ({"settings_version": 3, "moment_matching": 0.0, "prior_matching": 0.0}, "a whitened posterior, which"),
+        (
+            {"settings_version": 2, "posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0}
+            | {"context_prediction": 0.1},
+            "context_prediction 0.1, which",
+        ),
+    ],
+)
+def test_settings_with_terms_that_there_are_no_more(saved, words, tmp_path):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ValueError, match=f"a run with {words} .* start anew in another output_dir"):
+        read(tmp_path / "s.yaml")
 
 
 def test_settings_of_today_and_of_later_ones(tmp_path):
@@ -116,22 +156,39 @@ def test_settings_of_today_and_of_later_ones(tmp_path):
 
 def resumed(run, tmp_path, **options):
     shutil.copytree(FIXTURES / run, tmp_path / "run")
-    settings = read(tmp_path / "run" / "training_arguments.yaml") | {"output_dir": str(tmp_path / "run"), "resume": "auto"}
+    settings = read(FIXTURES / "plain-51a1a79" / "training_arguments.yaml")
+    settings |= {"output_dir": str(tmp_path / "run"), "resume": "auto"}
     return train.train(TrainArguments(**settings | options))
 
 
 def test_an_older_run_goes_on(tmp_path, capsys):
-    result = resumed("run-874628a", tmp_path, initial_posterior_std=0.25)  # of a start it does not matter any more
+    result = resumed("plain-51a1a79", tmp_path, initial_posterior_std=0.5)  # of a start it does not matter any more
     assert result.step == 8 and "step 4" in capsys.readouterr().out
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history if "kl" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     saved = yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())
     assert saved["settings_version"] == SETTINGS_VERSION
+    found, expected = (
+        load_file(tmp_path / "run" / name) for name in ("checkpoints/step-00000008/model.safetensors", "finished.safetensors")
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # as the commit went on itself
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_an_older_run_does_not_go_on_with_the_defaults_of_today(tmp_path):
-    with pytest.raises(ValueError, match="moment_matching was 100.0, is 10.0"):
-        resumed("run-874628a", tmp_path, moment_matching=10.0)
+    with pytest.raises(ValueError, match="beta was 4.0, is 1.0"):
+        resumed("plain-51a1a79", tmp_path, beta=1.0)
+
+
+def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
+    shutil.copytree(FIXTURES / "run-874628a", tmp_path / "run")
+    small = {"resolution": 8, "channels": 1, "images_per_context": 16, "validation_images": 8, "block_out_channels": [2]}
+    small |= {"hidden_width": 4, "latent_width": 4, "concept_width": 2, "tracker": "none", "resume": "auto"}
+    with pytest.raises(ValueError, match="a run with moment_matching 100.0, which .* start anew in another output_dir"):
+        train.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
+    best = InterventionModel.from_pretrained(tmp_path / "run" / "best")  # its model is of use
+    assert best.sample([["quad1"]]).isfinite().all()
 
 
 def test_a_run_of_the_first_day_says_that_it_cannot_go_on(tmp_path, capsys):

@@ -12,8 +12,9 @@ from test_train import assert_same, launch, run, weights
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene import InterventionModel, LightVAE, modeling_intervention, posterior
+from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior, structural
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
+from hf_intervene.objective import Objective
 from hf_intervene.training import train
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.feeding import DELAY, Feed
@@ -55,7 +56,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
 
         monkeypatch.setattr(torch.Tensor, name, noted)
     # What is done on CPUs only, where nothing has to be waited for: to look where targets are not 0, and at the greatest index.
-    for module in (modeling_intervention, posterior):
+    for module in (mechanisms, posterior, structural):
         monkeypatch.setattr(module, "at_hand", lambda x: False)
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long())
     original_batch = Feed.batch
@@ -79,8 +80,6 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
             "max_steps": 9,
             "mixed_precision": "bf16",
             "beta_warmup": 0.5,
-            "moment_warmup": 0.0,
-            "sample_matching": 0.4,
         },
     )
     assert not active and waiting.seen == []
@@ -101,14 +100,15 @@ def compiled_by_step(settings, monkeypatch, **changes):
 
 @pytest.mark.parametrize("schedule", ["balanced", "single"])
 def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
-    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, moment_warmup=1.0)
+    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, edit_consistency=0.0)
     assert compiled[0] == 0 and compiled[1] > 0 and set(compiled[1:]) == {compiled[1]}
 
 
-def test_samples_to_match_compile_nothing_again(tiny, monkeypatch):
+def test_a_term_that_begins_is_compiled_once(tiny, monkeypatch):
+    """Edit consistency has a weight from the second of these ten steps on, which rises."""
     torch.compiler.reset()  # of what other tests compiled
-    compiled = compiled_by_step(tiny, monkeypatch, sample_matching=0.4, moment_warmup=0.5)
-    assert compiled[1] > 0 and set(compiled[1:6]) == {compiled[1]} and set(compiled[6:]) == {compiled[6]}  # once when they begin
+    compiled = compiled_by_step(tiny, monkeypatch)
+    assert 0 < compiled[1] < compiled[2] and set(compiled[2:]) == {compiled[2]}
 
 
 def drawn(mapped=None):
@@ -124,7 +124,7 @@ def feed(data, schedule="balanced", accumulation=1):
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     model = InterventionModel.build(base, quad.CONCEPTS, noise_width=4)
     a = TrainArguments(batch_size=8, schedule=schedule, gradient_accumulation_steps=accumulation)
-    return Feed(model, data, None, ContextSchedule(data.context_ids, schedule, 8, a.seed), a, PartialState(cpu=True))
+    return Feed(Objective(model), data, None, ContextSchedule(data.context_ids, schedule, 8, a.seed), a, PartialState(cpu=True))
 
 
 def test_batches_are_the_same_out_of_memory_and_ahead_out_of_a_file(tmp_path):

@@ -1,19 +1,14 @@
 """The whitened posterior: against a slow loop, torch's own KL, and the moments that it is for."""
 
-import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel
 from hf_intervene.bases.light_vae import LightVAE
-from hf_intervene.data import ContextImages
-from hf_intervene.posterior import Whitening, fits, gaussian_kl, mixture
-from hf_intervene.training.aggregate import AggregatePosteriors
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.posterior import Whitening, gaussian_kl, mixture
 
 
 CONCEPTS, WIDTH = ("a", "b"), 3 * 4
@@ -25,6 +20,15 @@ def covariances(contexts=3, width=WIDTH, seed=0):
     return x.mT @ x / 40
 
 
+def whitened_by(head, covariance):
+    """Let z be white in obs and every single context, over which y has these covariances, (1 + d, D n, D n), as trainings of
+    version 0.1 did."""
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    eigenvalues = eigenvalues.clamp(min=1e-3)
+    head.whitening.matrix.copy_((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT)
+    head.whitening.log_det.copy_(-0.5 * eigenvalues.log().sum(1))
+
+
 def make_head(**options):
     torch.manual_seed(0)
     head = InterventionHead(
@@ -33,7 +37,7 @@ def make_head(**options):
         )
     )
     head.posterior_offset.normal_()
-    head.whiten_posterior(head.targets([["obs"], ["a"], ["b"]]), covariances())
+    whitened_by(head, covariances())
     return head
 
 
@@ -99,27 +103,12 @@ def test_draws_are_white_in_every_context_whatever_the_encoder_does():
     centred = mean - head.posterior_offset[rows]
     flat = centred.flatten(1)
     covariance = torch.stack([flat[rows == k].T @ flat[rows == k] / (rows == k).sum() for k in range(3)])
-    head.whiten_posterior(targets, covariance + std**2 * torch.eye(WIDTH))
+    whitened_by(head, covariance + std**2 * torch.eye(WIDTH))
     z = head.whiten(centred + std * torch.randn_like(centred), targets[rows]).flatten(1)
     for k in range(3):
         own = z[rows == k]
         assert own.mean(0).abs().max() < 0.05
         assert (own.T @ own / len(own) - torch.eye(WIDTH)).abs().max() < 0.06
-
-
-def test_training_whitens_by_contexts_of_one_concept():
-    """Whatever other contexts the data have, whose covariances are others."""
-    names = {"obs": 2.0, "a": 1.0, "b=0.5": 3.0, "b": 0.5, "a+b": 0.1}  # the standard deviation of y in each
-    data = ContextImages.from_arrays({name: np.zeros((16, 16, 16, 3), np.uint8) for name in names}, ("a", "b"))
-    model = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8)), ("a", "b"), noise_width=4, posterior="whitened")
-    posteriors = AggregatePosteriors(model, data, TrainArguments(prior_matching=0.0), PartialState(cpu=True))
-    targets, ids = data.targets(1), torch.arange(200 * len(data.contexts)) % len(data.contexts)
-    sizes = torch.tensor([names[name] for name in data.contexts])[ids, None, None]
-    for step in range(0, 16 * 300, 16):
-        mean = sizes * torch.randn(len(ids), *model.noise_shape, generator=torch.Generator().manual_seed(step))
-        posteriors.follow(mean, torch.full_like(mean, -30.0), None, targets[ids], ids, step, 1.0)
-    inverse_roots = model.head.whitening.matrix.diagonal(dim1=1, dim2=2).mean(1)  # of obs, a and b
-    torch.testing.assert_close(inverse_roots, torch.tensor([0.5, 1.0, 2.0]), rtol=0.1, atol=0)
 
 
 def test_gaussian_kl_against_torch():
@@ -134,14 +123,6 @@ def test_a_new_whitening_changes_nothing():
     weights = mixture(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.3, 0.0]]))
     torch.testing.assert_close(whitening(mean, weights), mean)
     torch.testing.assert_close(whitening.kl(mean, logvar, weights), gaussian_kl(mean, logvar))
-
-
-def test_what_does_not_vary_is_not_blown_up_and_what_is_not_finite_does_not_raise():
-    whitening = Whitening(1, 4)
-    whitening.update(torch.tensor([0]), torch.diag(torch.tensor([1.0, 1e-12, 4.0, 0.0]))[None])
-    torch.testing.assert_close(whitening.matrix[0].diagonal(), torch.tensor([1.0, 1000**0.5, 0.5, 1000**0.5]))
-    whitening.update(torch.tensor([0]), torch.full((1, 4, 4), torch.nan))
-    assert whitening.matrix.isfinite().all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,7 +170,7 @@ def test_a_model_encodes_to_white_noise_and_back(tmp_path):
     torch.manual_seed(0)
     base = LightVAE(sample_size=16, block_out_channels=(8, 8), hidden_width=16, latent_width=8)
     model = InterventionModel.build(base, CONCEPTS, posterior="whitened", noise_width=4).eval()
-    model.head.whiten_posterior(model.targets([["obs"], ["a"], ["b"]]), covariances())
+    whitened_by(model.head, covariances())
     x, s = torch.rand(4, 3, 16, 16), model.targets("a", 4)
     noise = torch.randn(4, 3, 4)
     output = model(x, s, noise=noise, return_reconstruction=True)
@@ -202,10 +183,6 @@ def test_a_model_encodes_to_white_noise_and_back(tmp_path):
     torch.testing.assert_close(model.edit(x, "b", context="a"), model.sample("b", noise=model.posterior(x, s)[0]))
 
 
-def test_the_trainer_whitens_where_the_matrices_are_not_too_many():
-    assert TrainArguments(output_dir="x").head_options(15)["posterior"] == "whitened"
-    assert TrainArguments(output_dir="x").head_options(16)["posterior"] == "centered"
-    assert TrainArguments(output_dir="x", posterior="conditional").head_options(6)["posterior"] == "conditional"
-    assert fits(16, 16 * 32) and not fits(17, 17 * 32)
+def test_matrices_that_are_too_many():
     with pytest.raises(ValueError, match='use posterior="centered"'):
         InterventionHead(InterventionConfig(concepts=[f"c{j}" for j in range(16)], posterior="whitened"))

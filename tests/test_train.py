@@ -205,7 +205,7 @@ def test_validation_is_the_same_however_many_images_at_once(tiny):
 
 
 def test_training_learns(tiny, capsys):
-    result = run(tiny, max_steps=300, eval_every=100, images_per_context=64, learning_rate=5e-3, beta=1.0, moment_matching=0.0)
+    result = run(tiny, max_steps=300, eval_every=100, images_per_context=64, learning_rate=5e-3)
     assert result.validation < 2.5  # an untrained model has 3 bits per pixel, one per channel
     assert "nats" not in capsys.readouterr().err
 
@@ -299,6 +299,9 @@ def options(settings):
         ({"resume": "nowhere"}, "no checkpoint nowhere"),
         ({"block_out_channels": [8] * 6}, "cannot be halved"),
         ({"norm": "group"}, "norm must be one of"),
+        ({"posterior": "whitened"}, "posterior whitened is no longer trained with"),
+        ({"moment_matching": 1.0}, "unknown option --moment_matching: versions before 0.2 had it"),
+        ({"intervention_rank": 2}, 'choose mechanism="mlp"'),
         ({"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2}, "replays CUDA graphs"),
     ],
 )
@@ -316,6 +319,7 @@ def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
         ("block_out_channels: 32", "block_out_channels must be of type list[int]"),
         ("block_out_channels: [32, wide]", "block_out_channels must be of type list[int]"),
         ("concepts: smile", "concepts must be of type"),
+        ("sample_matching: 0.4", "unknown setting 'sample_matching': versions before 0.2 had it"),
         ("- a", "must hold"),
         ("a: [", "not valid YAML"),
     ],
@@ -333,7 +337,7 @@ def test_output_that_cannot_be_written(tiny, tmp_path, capsys):
 def test_a_folder_with_another_run(tiny, capsys):
     run(tiny)
     assert "already holds a run" in error_of(capsys, options(tiny))
-    assert "other settings (beta was 4.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
+    assert "other settings (beta was 1.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
 
 
 def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():

@@ -24,16 +24,14 @@ HERE = Path(__file__).parent
 VARIANTS: dict[str, dict[str, str]] = {
     "default": {},
     "no free block": {"free_blocks": "0"},
-    "incoming edges kept (soft)": {"intervention": "soft"},
-    "batch norm in the head": {"norm": "batch"},
+    "no context prediction": {"context_prediction": "0"},
+    "no edit consistency": {"edit_consistency": "0"},
+    "neither of the two terms": {"context_prediction": "0", "edit_consistency": "0"},
+    "no warm-up of beta": {"beta_warmup": "0"},
+    "Bernoulli likelihood": {"likelihood": "bernoulli"},
     "batch norm in the base": {"base_norm": "batch"},
-    "reduced form of the paper": {"propagation_steps": "1"},
-    "posterior centred, not whitened": {"posterior": "centered"},
-    "posterior told the targets, not centred": {"posterior": "conditional"},
-    "posterior not told the targets": {"posterior": "unconditional"},
-    "no moment matching": {"moment_matching": "0"},
-    "no prior matching": {"prior_matching": "0"},
-    "posterior centred, no moment matching": {"posterior": "centered", "moment_matching": "0"},
+    "the paper's head": {"mechanism": "mlp"},
+    "the paper's head and likelihood": {"mechanism": "mlp", "likelihood": "bernoulli"},
 }
 MEASURES = ("concept", "composition", "bits per pixel")
 

@@ -4,7 +4,7 @@ import math
 import os
 import reprlib
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -175,6 +175,11 @@ class TrainArguments:
             raise ValueError("regime lora needs a pretrained base (--base) and a lora_rank of at least 1.")
         if self.regime == "frozen" and self.base == "light-vae":
             raise ValueError("regime frozen needs a pretrained base (--base): a new light VAE would stay as random as it starts.")
+        if self.posterior == "whitened":
+            raise ValueError(
+                "posterior whitened is no longer trained with: choose centered, conditional or "
+                "unconditional (models that have it still load)."
+            )
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
         choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
@@ -238,13 +243,31 @@ class TrainArguments:
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
 # Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 3
+SETTINGS_VERSION = 4
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
 EARLIER: tuple[dict[str, object], ...] = (
     {"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},
     {"prior_matching": 0.0},
     {"split_by": "position"},
+    {
+        "mechanism": "mlp",
+        "likelihood": "bernoulli",
+        "free_blocks": 1,
+        "concept_width": 8,
+        "posterior": None,  # whitened, or centered where there were many concepts
+        "beta": 4.0,
+        "beta_warmup": 0.0,
+        "moment_matching": 10.0,
+        "prior_matching": 1.0,
+        "sample_matching": 0.0,
+        "context_prediction": 0.0,
+        "moment_warmup": 0.5,
+        "edit_consistency": 0.0,
+    },
 )
+# Weights of terms that only versions before 4 trained with. The context prediction of then was another term.
+FORMER = ("moment_matching", "prior_matching", "sample_matching", "context_prediction")
+_NAMES_OF_THEN = {*FORMER[:3], "moment_warmup"}  # settings that there are no more
 
 # Settings that may change between an interrupted run and its resumption.
 RUNNING = {"output_dir", "resume", "tracker", "log_every", "keep_checkpoints", "checkpoint_every", "sample_every", "compile"}
@@ -268,6 +291,27 @@ def earlier_defaults(version: object, source: str) -> dict[str, object]:
             f"{SETTINGS_VERSION}): upgrade with `pip install --upgrade hf-intervene`."
         )
     return {name: value for older in reversed(EARLIER[version:]) for name, value in older.items()}
+
+
+def of_today(saved: Mapping[str, Any], version: int, source: str) -> dict[str, Any]:
+    """Settings as a run saved them, with the defaults of their version and without those that there are no more.
+
+    Raises:
+        ValueError: one sentence: no version, a later one, or a run that was trained with what there is no more.
+    """
+    settings = earlier_defaults(version, source) | saved
+    if version >= 4:
+        return settings
+    terms = [f"{name} {settings[name]}" for name in FORMER if settings[name]]
+    if settings["posterior"] in (None, "whitened"):
+        terms.append("a whitened posterior")
+    if terms:
+        raise ValueError(
+            f"{source} is of a run with {', '.join(terms)}, which this version of hf-intervene no longer "
+            "trains with: its model can be used, but to train, start anew in another output_dir with "
+            "settings of today."
+        )
+    return {name: value for name, value in settings.items() if name not in _NAMES_OF_THEN}
 
 
 def fast_bf16() -> bool:
@@ -341,7 +385,8 @@ def read_config(path: str) -> dict:
     # A file without a version was either saved by a run before there were any, or written by hand, for the defaults of today. By hand
     # nobody writes all the settings that there were.
     saved = Path(path).read_text(encoding="utf-8").startswith(_SHARED) or len(settings) > 40
-    settings = earlier_defaults(settings.pop("settings_version", 0 if saved else SETTINGS_VERSION), path) | settings
+    version = settings.pop("settings_version", 0 if saved else SETTINGS_VERSION)
+    settings = of_today(settings, version, path)
     known = get_type_hints(TrainArguments)  # those of `fields` are changed by HfArgumentParser
     for name, value in settings.items():
         if name not in known:
@@ -356,7 +401,9 @@ def read_config(path: str) -> dict:
 
 
 def _did_you_mean(name: str, prefix: str = "") -> str:
-    """A question that names the settings nearest to one that there is not; empty if none is near."""
+    """What to do about a setting that there is not: those nearest to it; empty if none is near."""
+    if name in _NAMES_OF_THEN:
+        return "versions before 0.2 had it, of a term that is no longer trained with: leave it out."
     near = get_close_matches(name, get_type_hints(TrainArguments), 3)
     return f"did you mean {' or '.join(prefix + found for found in near)}?" if near else ""
 

@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
@@ -17,12 +16,11 @@ from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import ContextImages, quad
 from hf_intervene.data.images import MIN_IMAGES
-from hf_intervene.sample_matching import EVERY, GROUP, IMAGES
-from hf_intervene.training.aggregate import WHITEN_EVERY, AggregatePosteriors
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_tools import Conditions, alternate, contest, figure, over, peak_gib, repeat, summary
 from hf_intervene.training.performance import keep_freed_memory
 from hf_intervene.training.pretrain import new_autoencoder, new_unet
+from hf_intervene.training.train import build_objective
 
 
 # The published configuration of the Stable Diffusion 1 and 2 autoencoders.
@@ -58,7 +56,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 
 
 def head_on(base: nn.Module, ablation: str | None = None, settings: TrainArguments | None = None) -> InterventionModel:
-    options = (settings or TrainArguments()).head_options(len(quad.CONCEPTS))
+    options = (settings or TrainArguments()).head_options()
     return InterventionModel.build(base, quad.CONCEPTS, ablation=ablation, **options).train()
 
 
@@ -116,63 +114,48 @@ def head_alone(batch_size: int) -> Callable[[], None]:
     def step() -> None:
         with Conditions.autocast():
             mean, logvar = model.head.posterior(features, targets)
-            embedding = model.head(mean + (0.5 * logvar).exp() * torch.randn_like(mean), targets).embedding
-        (embedding.float().sum() + mean.sum() + logvar.sum()).backward()
+            draw = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            embedding = model.head.embed_draw(draw, targets)
+            kl = model.head.kl(mean, logvar, targets, draw)
+        (embedding.float().sum() + kl.sum()).backward()
         model.zero_grad()
 
     return step
 
 
-# What the trainer follows of the aggregate posteriors.
+# The terms beside the ELBO.
 
-AGGREGATE = {
-    "centered": {"posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0},
-    "whitened": {"prior_matching": 0.0},
-    "prior matching": {},  # the defaults
-    "context prediction": {"context_prediction": 0.1},  # and this, before it is over
-    "sample matching": {"sample_matching": 0.4},  # or this, once it has begun
+TERMS: dict[str, dict[str, float]] = {
+    "ELBO alone": {"context_prediction": 0.0, "edit_consistency": 0.0},
+    "context prediction": {"edit_consistency": 0.0},
+    "edit consistency": {"context_prediction": 0.0},
+    "both": {},  # the defaults
 }
 
 
-def aggregate_steps(kind: str, batch_size: int, config: dict) -> Callable[[], None]:
-    """As many training steps as lie between two whitenings."""
-    settings = TrainArguments(**AGGREGATE[kind])
+def objective_step(kind: str, batch_size: int, config: dict) -> Callable[[], None]:
+    """A training step of the light VAE with these terms, at their full weights."""
+    settings = TrainArguments(**TERMS[kind])
     model = head_on(LightVAE(**config), settings=settings)
     x, targets = torch.rand(batch_size, *model.base.image_shape), mixed(model, batch_size)
-    ids = torch.arange(batch_size) % len(quad.TRAIN_CONTEXTS)
-    images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # looked at by nobody
+    images = np.zeros((MIN_IMAGES, *x.shape[2:], 3), np.uint8)  # only their contexts count
     data = ContextImages.from_arrays(dict.fromkeys(quad.TRAIN_CONTEXTS, images), quad.CONCEPTS)
-    posteriors = AggregatePosteriors(model, data, settings, PartialState(cpu=Conditions.device.type == "cpu"))
-    posterior: list[torch.Tensor | None] = []
-    predicting = bool(settings.context_prediction)
-    groups = batch_size // EVERY
-    pictures = torch.rand(groups * IMAGES, *model.base.image_shape)
+    objective = build_objective(settings, model, data)
+    weights = {name: torch.tensor(weight) for name, weight in objective.weights(1.0).items()}
 
     def loss() -> torch.Tensor:
-        matched = {}
-        if settings.sample_matching:
-            draws = model.posterior_draws(groups * GROUP, torch.default_generator)  # on the host
-            samples = {name: value.to(x.device) for name, value in draws.items()}
-            matched["samples"] = samples | {"targets": targets[::EVERY], "images": pictures}
-        output = model(x, targets, sample_weight=settings.sample_matching, predict_contexts=predicting, **matched)
-        moments = output.posterior_mean, output.posterior_logvar, output.observational_mean
-        posterior[:] = (None if value is None else value.detach().float() for value in moments)
-        return output.loss + posteriors.penalty(output, targets, ids, matched=0.5 if predicting else 1.0)
+        draws = objective.draws(batch_size, torch.default_generator)  # on the host
+        noise = {name: value.to(x.device) for name, value in draws.items()}
+        return objective(targets=targets, weights=weights, pixel_values=x, **noise).loss
 
-    step = training_step(model, loss)
-
-    def steps() -> None:
-        for number in range(WHITEN_EVERY):
-            step()
-            posteriors.follow(*posterior, targets, ids, number, 1.0)
-
-    return steps
+    return training_step(objective, loss)
 
 
-def aggregate(rounds: int, batch_size: int = 64, config: dict | None = None) -> dict:
-    contestants = {kind: (repeat, (aggregate_steps, kind, batch_size, config or {})) for kind in AGGREGATE}
+def terms(rounds: int, batch_size: int = 64, config: dict | None = None) -> dict:
+    contestants = {kind: (repeat, (objective_step, kind, batch_size, config or {})) for kind in TERMS}
     outcomes = contest(contestants, rounds)
-    return {"batch_size": batch_size} | {kind: over(outcomes, kind, "centered") for kind in list(AGGREGATE)[1:]}
+    first, *others = TERMS
+    return {"batch_size": batch_size} | {kind: over(outcomes, kind, first) for kind in others}
 
 
 # An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of the pixels.

@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from hf_intervene import LightVAE
 from hf_intervene.data import ContextImages, ContextSchedule, quad
+from hf_intervene.objective import Objective
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.benchmark_bases import head_on, model_step
 from hf_intervene.training.benchmark_textbook import NEVER, SETTINGS
@@ -36,7 +37,7 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
     with Conditions.device:
         model = head_on(LightVAE(sample_size=data.image_shape[-1]))
     feed = Feed(
-        model,
+        Objective(model),
         data,
         None,
         ContextSchedule(data.context_ids, a.schedule, batch_size),

@@ -9,7 +9,6 @@ import torch
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, LightVAE
 from hf_intervene.metrics.transport import directions, project, sliced_w2
-from hf_intervene.moments import moment_matching
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_bases import head_on
 from hf_intervene.training.benchmark_tools import Conditions, alternate, figure, summary
@@ -20,8 +19,8 @@ RANK = 16
 
 
 def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_size: int = 64) -> dict:
-    """Forward and backward of heads of more and more concepts, every sample in the context of one of them: with full and with low-rank
-    weights among concepts, the posterior's readout, and the penalty of moment matching with its update.
+    """Forward and backward of the paper's heads of more and more concepts, every sample in the context of one of them: with full and with low-rank
+    weights among concepts, and the posterior's readout.
 
     `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the cost is linear.
     """
@@ -56,7 +55,6 @@ def _functions_of(d: int, batch_size: int) -> dict[tuple[str, int], Callable[[],
     functions["posterior", d] = _gradients(
         lambda: torch.cat(head.posterior(features, targets)), [features, *head.encoder_readout.parameters()]
     )
-    functions["moments", d] = _moments(z, d)
     return functions
 
 
@@ -78,18 +76,6 @@ def _under_bf16(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tenso
     def run() -> torch.Tensor:
         with Conditions.autocast():
             return forward()
-
-    return run
-
-
-def _moments(mean: torch.Tensor, d: int) -> Callable[[], None]:
-    targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])
-    matching = moment_matching(targets, mean.shape[2], 1.0, mean.device)
-    logvar, ids = torch.randn_like(mean), torch.arange(len(mean)) % (d + 1)
-
-    def run() -> None:
-        torch.autograd.grad(matching.loss(mean, ids), mean)
-        matching.update(mean.detach(), logvar, ids)
 
     return run
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_intervene import LightVAE
+from hf_intervene.bases.light_vae import gaussian_loss
 from hf_intervene.contexts import parse_context
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel
@@ -30,8 +31,8 @@ from hf_intervene.training.train import train
 
 
 NEVER = 10**9
-SETTINGS = {"dataset": "quad", "images_per_context": 1000, "validation_images": 8, "beta_warmup": 0.8, "tracker": "none"}
-BLOCKS = len(quad.CONCEPTS) + 1  # with one free block, as ours
+SETTINGS = {"dataset": "quad", "images_per_context": 1000, "validation_images": 8, "tracker": "none"}
+BLOCKS = len(quad.CONCEPTS) + TrainArguments.free_blocks
 
 
 class DenseMaskedHead(nn.Module):
@@ -66,9 +67,9 @@ class DenseMaskedHead(nn.Module):
 
 
 class TextbookVAE(nn.Module):
-    def __init__(self, resolution: int, noise_width: int = 32, width: int = 8):
+    def __init__(self, resolution: int, noise_width: int = 32, width: int = TrainArguments.concept_width):
         super().__init__()
-        self.vae = LightVAE(sample_size=resolution)
+        self.vae = LightVAE(sample_size=resolution, likelihood=TrainArguments.likelihood)
         self.vae.quant.requires_grad_(False)  # the readout stands in its place
         self.readout = nn.Linear(self.vae.config.hidden_width, 2 * BLOCKS * noise_width)
         self.head = DenseMaskedHead(BLOCKS, noise_width, width, self.vae.config.latent_width)
@@ -79,7 +80,7 @@ class TextbookVAE(nn.Module):
         mean, logvar = self.readout(self.vae.encoder(x)).chunk(2, 1)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         logits = self.vae.decode(self.head(z, context)).sample
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        loss = gaussian_loss(logits.sigmoid(), x, self.vae.log_variance).sum()
         return loss, 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from hf_intervene.data import ContextImages
 from hf_intervene.data.identity import changes
 from hf_intervene.hub import read_json
 from hf_intervene.logging import get_logger
-from hf_intervene.training.arguments import RUNNING, STEERING, TrainArguments, earlier_defaults
+from hf_intervene.training.arguments import RUNNING, STEERING, TrainArguments, earlier_defaults, of_today
 from hf_intervene.training.checkpoints import STATE_FILE, checkpoints, load_checkpoint, newest_checkpoint
 from hf_intervene.training.simulated import SIMULATED
 
@@ -74,7 +74,7 @@ def check_same(
     Raises:
         ValueError: one sentence.
     """
-    before = asdict(TrainArguments()) | earlier_defaults(state.get("settings_version", 0), str(path)) | state["settings"]
+    before = asdict(TrainArguments()) | of_today(state["settings"], state.get("settings_version", 0), str(path))
     free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
     if arguments.resume != "auto":  # named on purpose: another way from there
         free = free | STEERING

@@ -60,7 +60,8 @@ def named_folder(folder: str | os.PathLike) -> Path:
 
 def _is_settings(path: Path) -> bool:
     with suppress(OSError, ValueError):
-        return path.is_file() and "settings_version" in read_yaml(path)
+        # The first runs wrote no version, but all settings.
+        return path.is_file() and not {"settings_version", "output_dir"}.isdisjoint(read_yaml(path))
     return False
 
 

@@ -21,7 +21,8 @@ import torch
 from scipy.stats import rankdata
 
 from ..contexts import OBS
-from ..modeling_intervention import InterventionHead, InterventionLayer
+from ..modeling_intervention import InterventionHead
+from ..structural import InterventionLayer
 
 
 _EXACT = 7  # up to so many concepts all relabellings are tried
@@ -61,8 +62,8 @@ class Agreement:
 def total_effect_operator(layer: InterventionLayer, targets: torch.Tensor | None = None) -> np.ndarray:
     """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all the paths that the layer follows.
 
-    The structural form gives the sum of the powers of W up to its number of steps, the reduced form the identity and W_obs, its columns
-    of W_int where the targets say so; with targets the rows of what is intervened on are cut if interventions are perfect.
+    The structural form gives the sum of the powers of W up to its number of steps (of a head with flows all of them), the reduced form the
+    identity and W_obs, its columns of W_int where the targets say so; with targets the rows of what is intervened on are cut if interventions are perfect.
 
     Args:
         layer: an intervention layer.
@@ -163,7 +164,7 @@ def head_draws(head: InterventionHead, interventions: list, samples: int, seed: 
     z = torch.randn(samples, head.config.num_blocks, head.config.noise_width, generator=generator)
     z = z.to(head.device, head.dtype)
     strengths = [head.targets(context)[0] for context in (OBS, list(head.config.concepts))]
-    eps = [head.expressive(head.exogenous(z.transpose(0, 1), s[:, None, None])).transpose(0, 1) for s in strengths]
+    eps = [head.mechanisms(z, s.to(z.dtype).expand(samples, -1)[..., None]) for s in strengths]
     c = [head(z, head.targets(context, samples)).concepts for context in interventions]
     both, drawn = (torch.stack(draws).double().cpu().numpy() for draws in (eps, c))
     return both, drawn

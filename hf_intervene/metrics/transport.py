@@ -197,11 +197,10 @@ def compare_projected(
     halves = [sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c))) for _ in range(resamples)]
     margin = 1.96 * float(np.std(halves, ddof=1))
     interval = (max(0.0, distance - margin), distance + margin)
+    ratio = ratio_interval = None
     if min(len(a), len(c)) >= MIN_IMAGES:
         ratio = times_floor(distance, floor)
         ratio_interval = (times_floor(interval[0], floor), times_floor(interval[1], floor))
-    else:
-        ratio = ratio_interval = None
     return TransportResult(
         distance, interval, floor, ratio, ratio_interval, _mean_shift(a, c), _mean_shift(a, b)
     )
