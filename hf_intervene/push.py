@@ -24,6 +24,7 @@ PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
 MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
 MODEL_FILES += ["checks.py", "configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py", "posterior.py"]
+MODEL_FILES += ["blocks.py", "flow.py", "mechanisms.py", "structural.py"]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
 CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 

@@ -138,7 +138,7 @@ class ExactInterventionLayer(InterventionLayer):
             eps, s = torch.where(chosen, values.to(eps.dtype), eps), torch.where(chosen, 1.0, s)
         contexts, which = unique_rows(s[..., 0])
         solved = torch.linalg.inv(self.matrix(contexts))[which]  # (B, D w, D w)
-        return (solved @ eps.flatten(1)[..., None])[..., 0].view_as(eps).to(eps.dtype)
+        return (solved @ eps.flatten(1)[..., None].to(solved.dtype))[..., 0].view_as(eps).to(eps.dtype)
 
     def log_det(self, s: torch.Tensor) -> torch.Tensor:
         """log |det(I - S W)| of each row of s, (B, D), in nats: (B,), float32."""
@@ -146,8 +146,9 @@ class ExactInterventionLayer(InterventionLayer):
         return torch.linalg.slogdet(self.matrix(contexts)).logabsdet[which]
 
     def matrix(self, s: torch.Tensor) -> torch.Tensor:
-        """I - S W of each row of s, (B, D): (B, D w, D w)."""
+        """I - S W of each row of s, (B, D): (B, D w, D w), float32 at least, since nothing is solved in half precision."""
         weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, D w)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         kept = (1 - s).to(weight.dtype).repeat_interleave(self.bias.shape[1], dim=1)  # (B, D w)
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         return identity - kept[..., None] * weight

@@ -162,7 +162,7 @@ def test_the_quality_benchmark():
     assert found["images"] == 32
     shown = {f.name: f.value for f in benchmark.figures({"quality": found})}
     for who in ("textbook", "trainer", "trainer, half of the images"):
-        assert 2 < shown[f"quality, {who}, likelihood"] < 6 and 0 < shown[f"quality, {who}, compositions"] < 1
+        assert 0 < shown[f"quality, {who}, likelihood"] < 12 and 0 < shown[f"quality, {who}, compositions"] < 1
     assert 0 < shown["quality, trainer, half of the images, time over the loop's"]
 
 

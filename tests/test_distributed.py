@@ -42,7 +42,7 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     """Weights, average and optimiser state; the second half of the run resumed, on another number of processes than the first."""
     skip_without_deepspeed(name)
     settings = tiny | {"ema_decay": 0.9, "base_norm": "none", "l2": 0.1, "gradient_accumulation_steps": 2, "max_steps": 6}
-    settings |= {"eval_every": 3, "validation_images": 11}
+    settings |= {"eval_every": 3, "validation_images": 11, "context_prediction": 1.0}  # as in test_train.py
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)
@@ -69,6 +69,7 @@ def test_two_machines_give_the_result_of_one_and_resume(tiny, tmp_path, launcher
     settings = tiny | {
         "max_steps": 6,
         "base_norm": "none",
+        "context_prediction": 1.0,
         "eval_every": 3,
         "image_cache": str(tmp_path / "cache"),
     }
@@ -104,7 +105,7 @@ def test_a_sharded_pretrained_base(tiny, tmp_path, regime, name):
     vae = AutoencoderKL(**blocks, block_out_channels=(4, 5), norm_num_groups=1, layers_per_block=1, sample_size=16)
     vae.save_pretrained(tmp_path / "base")
     settings = tiny | {"base": str(tmp_path / "base"), "regime": regime, "lora_rank": 2, "residual_layers": 1, "max_steps": 5}
-    settings |= {"learning_rate": 1e-4}
+    settings |= {"learning_rate": 1e-4, "context_prediction": 1.0}
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)

@@ -146,10 +146,12 @@ def test_data_that_were_moved_are_recognised(settings, data, tmp_path):
 
 
 def test_a_checkpoint_of_before_goes_on_with_the_split_of_before(settings, tmp_path):
+    settings |= {"context_prediction": 0.0}
     train.train(TrainArguments(**settings | {"split_by": "position"}))
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     state = json.loads((path / "state.json").read_text())
-    del state["settings"]["split_by"], state["precision"]
+    del state["settings"]["split_by"], state["precision"], state["settings"]["context_prediction"]
+    state["settings"] |= {"moment_matching": 0.0, "prior_matching": 0.0}
     state["files"].remove("images")
     (path / "state.json").write_text(json.dumps(state | {"settings_version": 2}))
     assert go_on(settings).step == 4
