@@ -95,28 +95,29 @@ class ExactInterventionLayer(InterventionLayer):
     W starts at 0: what no data ask for does not depend on anything. There is no bias, which a flow has.
     Shapes: eps, c (B, D, w), s (B, D, 1), values (B, D, w), chosen (B, D, 1).
 
+    A free block may depend on all concepts and on the free blocks before it. Cycles among free blocks would be allowed by
+    the density, but solving them blows up small errors of a fit.
+
     Args:
         concepts: d; the free blocks follow.
         blocks, width: D and w.
-        concept_edges: whether concepts may depend on other blocks. Where not, W[i] = 0 for concepts i, and only free
-            blocks depend on others.
+        concept_edges: whether concepts may depend on other concepts.
     """
 
     def __init__(self, concepts: int, blocks: int, width: int, concept_edges: bool):
         super().__init__(blocks, width, perfect=True, steps=2)  # one W for all contexts
         self.concepts, self.concept_edges = concepts, concept_edges
-        del self.bias
-        self.register_buffer("bias", torch.zeros(blocks, width), persistent=False)
+        self.bias.requires_grad_(False)  # 0: the flows have one
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.weight)
 
     def off_diagonal(self) -> torch.Tensor:
-        weight = super().off_diagonal()
-        if self.concept_edges:
-            return weight
-        return torch.cat([torch.zeros_like(weight[: self.concepts]), weight[self.concepts :]])
+        d, blocks = self.concepts, len(self.bias)
+        edges = torch.ones(blocks, blocks, dtype=self.weight.dtype, device=self.weight.device).tril(-1)
+        edges[:d, :d] = self.concept_edges * (1 - torch.eye(d, dtype=edges.dtype, device=edges.device))
+        return self.weight * edges[:, None, None, :, None]  # edges[i, j]: whether i may depend on j
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
         """That of the edges into concepts. Those into free blocks are never cut, so they can tell nothing of a context."""

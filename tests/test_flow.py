@@ -100,7 +100,8 @@ def test_the_structural_equations_hold_and_cut_what_is_intervened_on():
         layer.weight.normal_(std=0.3)
     eps, s = torch.randn(40, 3, 2, dtype=torch.float64), contexts()
     c = layer(eps, s[..., None])
-    W = layer.weight.detach()[:, :, 0]  # (D, w, D, w)
+    W = layer.off_diagonal().detach()[:, :, 0]  # (D, w, D, w)
+    assert bool(W[0, :, 1].any()) and not W[0, :, 2].any()  # concepts depend on concepts, free blocks on all
     for row in range(40):
         for i in range(3):
             heard = sum(W[i, :, j] @ c[row, j] for j in range(3) if j != i)
