@@ -129,7 +129,7 @@ class TrainArguments:
     ablation: str = field(default="none", metadata={"help": "`none`, `base`, `base-pooled` or `head-pooled`."})
     schedule: str = field(default="balanced", metadata={"help": ", ".join(SCHEDULES)})
     beta: float = field(default=1.0, metadata={"help": "Weight of the KL."})
-    beta_warmup: float = field(default=0.5, metadata={"help": "Share of the steps over which beta rises from 0."})
+    beta_warmup: float = field(default=0.02, metadata={"help": "Share of the steps over which beta rises from 0."})
     residual_weight: float = field(default=1.0, metadata={"help": "Weight of the KL of the residual latents."})
     context_prediction: float = field(
         default=300.0, metadata={"help": "Weight of hf_intervene/terms/context_prediction.py, mechanism `flow`."}
