@@ -62,6 +62,7 @@ class ConceptFlow(nn.Module):
         self.share_logit = nn.Parameter(torch.empty(concepts))  # of pi
 
     def reset_parameters(self) -> None:
+        """Start near the identity, interventions elsewhere."""
         nn.init.zeros_(self.log_scale)
         nn.init.constant_(self.share_logit, math.log(SHARE / (1 - SHARE)))
         # Interventions start somewhere else, so that encoder and flow need not find out which way to part.

@@ -277,7 +277,7 @@ class InterventionModel(PreTrainedModel):
         if noise is None:
             noise = torch.randn_like(mean)
         y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *noise_shape)
-        embedding = y if self.head is None else self.head.embed_draw(y, s)  # (B, *embedding_shape)
+        embedding = self.embed(y, targets) if self.head is None else self.head.embed_draw(y, s)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, s, y)  # (B,)
         residual_kl, bottleneck_loss = torch.zeros_like(kl), None
         decoded: Any = None

@@ -191,7 +191,7 @@ def test_of_a_folder_only_its_name_is_shared(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     shared = yaml.safe_load(shared_settings(TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))))
-    assert shared == {"settings_version": 3, "dataset": "faces", "base": "org/vae", "seed": 0}
+    assert shared == {"settings_version": 4, "dataset": "faces", "base": "org/vae", "seed": 0}
 
 
 def test_presence_comes_before_distances(tmp_path):

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -40,6 +41,7 @@ ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
 def new_accelerator(**options) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to `Weights`."""
+    AcceleratorState._reset_state()  # of a former run in this process, which may have had another precision
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
         handlers = [
             InitProcessGroupKwargs(timeout=PATIENCE),

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel, AutoTokenizer
@@ -350,7 +352,9 @@ def _options_of(name: str | os.PathLike, reference: dict[str, str | None], optio
     }
     file = "/".join(filter(None, (reference["subfolder"], "config.json")))
     if not os.path.isdir(source) and not options.get("local_files_only"):
-        cached = try_to_load_from_cache(source, file, cache_dir=options.get("cache_dir"), revision=revision)
+        cached = None
+        with suppress(HFValidationError):  # a folder that is gone; `base_folder` says so
+            cached = try_to_load_from_cache(source, file, cache_dir=options.get("cache_dir"), revision=revision)
         if not isinstance(cached, str):
             logger.warning("fetching %s at %s from the Hub, which %s was trained on.", source, revision or "its newest", name)
     return options

@@ -158,6 +158,8 @@ def fit(
         max_noise: largest standard deviation of the noise added to pixels in [0, 1].
         what: shown on the progress bar.
     """
+    if len(images) < 2:  # nothing to learn from, and no batch to normalise
+        return network.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     answers = labels.nan_to_num()
     weights = balanced_weights(labels)

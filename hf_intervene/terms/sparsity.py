@@ -7,6 +7,8 @@ from .base import Term
 
 
 class GroupLasso(Term):
+    """The first, of `InterventionHead.penalty`."""
+
     name = "group_lasso"
 
     def loss(self, model, output, targets, draws):
@@ -14,6 +16,8 @@ class GroupLasso(Term):
 
 
 class L2(Term):
+    """The second."""
+
     name = "l2"
 
     def loss(self, model, output, targets, draws):
