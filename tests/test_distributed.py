@@ -45,6 +45,8 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     settings |= {"eval_every": 3, "validation_images": 11}
     # Context prediction as in test_train.py, and small steps: Adam makes steps of gradients that are rounding.
     settings |= {"context_prediction": 1.0, "warmup_steps": 50}
+    if name == "fsdp":
+        settings["edit_consistency"] = 0.0  # it is left out there
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)
@@ -109,6 +111,8 @@ def test_a_sharded_pretrained_base(tiny, tmp_path, regime, name):
     vae.save_pretrained(tmp_path / "base")
     settings = tiny | {"base": str(tmp_path / "base"), "regime": regime, "lora_rank": 2, "residual_layers": 1, "max_steps": 5}
     settings |= {"learning_rate": 1e-4, "context_prediction": 1.0}
+    if name == "fsdp":
+        settings["edit_consistency"] = 0.0  # it is left out there
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)

@@ -97,7 +97,8 @@ class Detector:
         Raises:
             ValueError: images of another shape than those of the training, or pixels out of [0, 1].
         """
-        return apply(self.network, self._checked(images)).double().numpy() - self.thresholds
+        network = self.network.eval()  # one of too few images was never trained
+        return apply(network, self._checked(images)).double().numpy() - self.thresholds
 
     def present(self, images: np.ndarray) -> np.ndarray:
         """Which concepts are found, bool (n, K), in images as for `logits`."""
