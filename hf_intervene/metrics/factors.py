@@ -202,13 +202,12 @@ def intervention_effects(
 
     Returns:
         `factors`: for each of `LATENTS` the mean `change` by the edit and the mean `true_change`,
-            read off the simulator's images, in the
-        units of the module docstring. Orientations are compared where truth keeps a kind that has
-        one; NaN if it nowhere does.
+        read off the simulator's images, in the units of the module docstring. Orientations are
+        compared where truth keeps a kind that has one; NaN if it nowhere does.
         `moved`: change / true change, summed over the visible intervened factors; 1 is right.
-        `leak`: mean change of the visible factors that truth leaves as they are. `leak_floor`: mean
-            true change of those, which is the
-        reader's own error. NaN without any such factor.
+        `leak`: mean change of the visible factors that truth leaves as they are.
+        `leak_floor`: mean true change of those, which is the reader's own error. NaN without any
+        such factor.
     """
     kinds, kinds_after = (true_factors(x).kinds.argmax(1) for x in (latents, counterfactual))
     kinds = np.where(kinds == kinds_after, kinds, 0)
