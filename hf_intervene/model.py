@@ -52,7 +52,7 @@ class InterventionModelOutput(ModelOutput):
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base without residual latents.
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the concepts alone, nats, shape (B,).
-        posterior_mean: mean of what `InterventionHead.posterior` is of: c for a head with flows, otherwise z, shape (B, *noise_shape).
+        posterior_mean: mean of what `InterventionHead.posterior` is of: c for a head with flows, otherwise z, shape (B, *draw_shape).
         posterior_logvar: log-variance, likewise.
         draw: that of it which was decoded, likewise; for a head with flows the concepts c, (B, D, concept_width).
         reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with `return_reconstruction=True`.
@@ -273,10 +273,10 @@ class InterventionModel(PreTrainedModel):
             features = self.base.encode(x)
         else:
             features, latents, log_q = self.base.encode_latents(x, rho)
-        mean, logvar = self._posterior_of(features, targets)  # (B, *noise_shape)
+        mean, logvar = self._posterior_of(features, targets)  # (B, *draw_shape)
         if noise is None:
             noise = torch.randn_like(mean)
-        y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *noise_shape)
+        y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *draw_shape)
         embedding = self.embed(y, targets) if self.head is None else self.head.embed_draw(y, s)  # (B, *embedding_shape)
         kl = gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, s, y)  # (B,)
         residual_kl, bottleneck_loss = torch.zeros_like(kl), None

@@ -210,7 +210,7 @@ class InterventionHead(PreTrainedModel):
             return (obs.sum(0)[:, None] + change.T @ s[:, :d].T + self._exact.log_det(s)).float()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of what the encoder says, float32, each (B, D, noise_width): of q(c | x) for a head with flows,
+        """Mean and log-variance of what the encoder says, float32, each (B, D, draw_width): of q(c | x) for a head with flows,
         otherwise of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`). Of a whitened posterior those of y (see
         `posterior.py`). `whiten` makes a draw of it z, `embed_draw` the embedding, and `kl` is the KL of the objective.
 
@@ -236,7 +236,7 @@ class InterventionHead(PreTrainedModel):
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
 
     def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Exogenous noise z of a draw y from what `posterior` returned, both (B, D, noise_width)."""
+        """Exogenous noise z, (B, D, noise_width), of a draw y from what `posterior` returned, (B, D, draw_width)."""
         if self.is_flow:
             c, s = y.to(self.dtype), targets.to(self.dtype)[..., None]
             eps = self._exact.noise(c, s).transpose(0, 1)
@@ -244,7 +244,7 @@ class InterventionHead(PreTrainedModel):
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The embedding, (B, *embedding_shape), of a draw y, (B, D, noise_width), from what `posterior` returned."""
+        """The embedding, (B, *embedding_shape), of a draw y, (B, D, draw_width), from what `posterior` returned."""
         if self.is_flow:  # y is c: there is no need to go back to z
             return self.represent(y.to(self.dtype))
         return self(self.whiten(y, targets), targets).embedding
@@ -254,7 +254,7 @@ class InterventionHead(PreTrainedModel):
     ) -> torch.Tensor:
         """KL of what `posterior` returned to the prior, of each sample in nats, (B,).
 
-        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, noise_width); its entropy is exact. Otherwise
+        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, draw_width); its entropy is exact. Otherwise
         KL(q(z | x, s) || N(0, I)); an upper bound of it where a whitened posterior is asked for a context that is not of
         the training data.
         """

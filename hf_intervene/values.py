@@ -148,7 +148,8 @@ def model_values(
         pixel_values = torch.cat([_pixel_values(model, name, image) for name, image in zip(names, images)])
         targets, size = contexts[rows], batch_size or model.images_at_once
         batches = zip(pixel_values.split(size), targets.split(size))
-        return torch.cat([head(model.posterior(x, s)[0], s).concepts.float() for x, s in batches])
+        means = [(model._posterior_of(model.base.encode(x), s)[0], s) for x, s in batches]
+        return torch.cat([head(model._noise_of(mean, s), s).concepts.float() for mean, s in means])
 
     return head_values(head, choices, num_samples, encode)
 

@@ -10,11 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import t
-
 from hf_intervene.errors import EXPECTED, sentence
 from hf_intervene.training.arguments import RecipeParser
+from hf_intervene.training.seeds import seed_interval
 
 
 # Columns: title, and where it is in a context's entry.
@@ -66,12 +64,9 @@ def table(combined: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     for context, row in combined.items():
         cells = []
         for title in titles:
-            values = np.array(row.get(title, []))
-            if not len(values):
-                cells.append("")
-                continue
-            half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-            cells.append(f"{values.mean():.3f}" + (f" ± {half:.3f}" if half >= 0.0005 else ""))
+            mean, half = seed_interval(row[title]) if title in row else (None, 0.0)
+            cell = "" if mean is None else f"{mean:.3f}"
+            cells.append(cell + (f" ± {half:.3f}" if half >= 0.0005 else ""))
         lines.append(f"| `{context}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
