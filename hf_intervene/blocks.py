@@ -35,7 +35,7 @@ class BlockLinear(nn.Module):
                 for other in others:
                     other.copy_(first)
 
-    def forward(self, x: torch.Tensor, blocks: slice = slice(None)) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, blocks: slice | list[int] = slice(None)) -> torch.Tensor:
         """The maps of `blocks` of x, which has as many."""
         # Not .mT: the strides of its gradient would not be those that DDP expects, and it would be copied.
         bias = self.bias[blocks].squeeze(1).unsqueeze(2)

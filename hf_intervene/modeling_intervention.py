@@ -30,7 +30,7 @@ from .flow import ConceptFlow
 from .hub import check_weights, folder, pop_options
 from .mechanisms import ExogenousLayer, ExpressiveLayers, places
 from .posterior import PosteriorLinear, Whitening, gaussian_kl, has_row, mixture, row_of
-from .structural import ExactInterventionLayer, InterventionLayer, LowRankInterventionLayer
+from .structural import OrderedInterventionLayer, InterventionLayer, LowRankInterventionLayer
 
 
 @dataclass
@@ -70,8 +70,8 @@ class InterventionHead(PreTrainedModel):
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         if config.mechanism == "flow":
             self.flow = ConceptFlow(len(config.concepts), blocks, width, config.flow_depth, config.flow_width)
-            self.intervention: InterventionLayer = ExactInterventionLayer(
-                len(config.concepts), blocks, width, config.concept_edges
+            self.intervention: InterventionLayer | OrderedInterventionLayer = OrderedInterventionLayer(
+                len(config.concepts), blocks, width, config.flow_width, config.concept_edges
             )
         else:
             self.exogenous = ExogenousLayer(blocks, noise_width)
@@ -100,7 +100,7 @@ class InterventionHead(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, InterventionLayer):
+        if isinstance(module, InterventionLayer | OrderedInterventionLayer):
             module.reset_parameters(self.config.initializer_range)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -147,16 +147,40 @@ class InterventionHead(PreTrainedModel):
                 )
             chosen = chosen[..., None]  # (B, D, 1)
             s, edges = (torch.where(chosen, 1.0, x) for x in (s, edges))
-        eps = self.mechanisms(z.to(self.dtype), s)  # (B, D, w)
-        c = self.intervention(eps, edges, values, chosen)  # (B, D, w)
+        if self.is_flow:
+            c = self._follow(z.to(self.dtype), s, edges, values, chosen)
+        else:
+            c = self.intervention(self.mechanisms(z.to(self.dtype), s), edges, values, chosen)
         output = InterventionHeadOutput(embedding=self.represent(c), concepts=c)
         return output if return_dict is not False else output.to_tuple()
 
     def mechanisms(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1)."""
+        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1): with flows c of blocks that hear nothing."""
         z, s = z.transpose(0, 1), s.transpose(0, 1)
-        eps = self.flow(z, s) if self.is_flow else self.expressive(self.exogenous(z, s))
+        if self.is_flow:
+            eps = self.flow(z, s, z.new_zeros(*z.shape[:2], self.config.flow_width))
+        else:
+            eps = self.expressive(self.exogenous(z, s))
         return eps.transpose(0, 1)
+
+    def _follow(
+        self,
+        z: torch.Tensor,
+        s: torch.Tensor,
+        edges: torch.Tensor,
+        values: torch.Tensor | None,
+        chosen: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """c of a head with flows, causes before effects. Shapes as in `forward`, s and edges (B, D, 1)."""
+        c: list[torch.Tensor] = [z.new_zeros(len(z), self.config.concept_width)] * z.shape[1]
+        for level in self._ordered.levels():
+            h = self._ordered(torch.stack(c, dim=1), edges[:, level].transpose(0, 1), level)
+            made = self.flow(z[:, level].transpose(0, 1), s[:, level].transpose(0, 1), h, level)
+            for j, of_block in zip(level, made):
+                if values is not None and chosen is not None:  # a chosen value depends on nothing: do(c_j = v)
+                    of_block = torch.where(chosen[:, j], values[:, j].to(of_block.dtype), of_block)
+                c[j] = of_block
+        return torch.stack(c, dim=1)
 
     def represent(self, c: torch.Tensor) -> torch.Tensor:
         """The embedding e, (B, *embedding_shape), of concepts c, (B, D, w)."""
@@ -168,9 +192,9 @@ class InterventionHead(PreTrainedModel):
         return self.config.mechanism == "flow"
 
     @property
-    def _exact(self) -> ExactInterventionLayer:
+    def _ordered(self) -> OrderedInterventionLayer:
         """The intervention layer of a head with flows."""
-        return cast(ExactInterventionLayer, self.intervention)
+        return cast(OrderedInterventionLayer, self.intervention)
 
     @property
     def draw_width(self) -> int:
@@ -178,19 +202,19 @@ class InterventionHead(PreTrainedModel):
         return self.config.concept_width if self.is_flow else self.config.noise_width
 
     def log_density(self, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(c | s) of a head with flows, in nats, (B,), float32 (see `flow.py`):
-
-            log p(c | s) = sum_j log p(eps_j | s_j) + log |det(I - S W)|.
+        """log p(c | s) = sum_j log p(c_j | s_j, h_j) of a head with flows, in nats, (B,), float32 (see `flow.py`).
 
         Args:
             c: (B, D, w).
             targets: (B, D).
         """
         with torch.autocast(c.device.type, enabled=False):
-            c, s = c.to(self.dtype), targets.to(self.dtype)
-            eps = self._exact.noise(c, s[..., None])  # (B, D, w)
-            of_blocks = self.flow.log_density(eps.transpose(0, 1), s.T[..., None])  # (D, B)
-            return (of_blocks.sum(0) + self._exact.log_det(s)).float()
+            c, s = c.to(self.dtype), targets.to(self.dtype).T[..., None]  # (D, B, 1)
+            densities, there = self.flow.log_densities(c.transpose(0, 1), s, self._ordered(c, s))
+            d = len(there)
+            # Under a whole intervention the mixture is one of equal parts, and equal to them but for rounding.
+            densities = torch.cat([torch.where(s[:d, :, 0] == 1, there, densities[:d]), densities[d:]])
+            return densities.sum(0).float()
 
     def context_log_densities(self, c: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
@@ -203,11 +227,11 @@ class InterventionHead(PreTrainedModel):
             contexts: their targets, (contexts, D), 0 or 1.
         """
         with torch.autocast(c.device.type, enabled=False):
-            c, s, d = c.to(self.dtype), contexts.to(self.dtype), len(self.config.concepts)
-            eps = self._exact.noise(c, torch.zeros_like(c[..., :1]))
-            obs = self.flow.log_density(eps.transpose(0, 1), 0.0)  # (D, B)
-            change = self.flow.log_density(c[:, :d].transpose(0, 1), 1.0) - obs[:d]  # (d, B)
-            return (obs.sum(0)[:, None] + change.T @ s[:, :d].T + self._exact.log_det(s)).float()
+            c, s = c.to(self.dtype), contexts.to(self.dtype)
+            nothing = c.new_zeros(c.shape[1], len(c), 1)
+            obs, there = self.flow.log_densities(c.transpose(0, 1), 0.0, self._ordered(c, nothing))
+            change = there - obs[: len(there)]  # (d, B)
+            return (obs.sum(0)[:, None] + change.T @ s[:, : len(there)].T).float()
 
     def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of what the encoder says, float32, each (B, D, draw_width): of q(c | x) for a head with flows,
@@ -238,9 +262,8 @@ class InterventionHead(PreTrainedModel):
     def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Exogenous noise z, (B, D, noise_width), of a draw y from what `posterior` returned, (B, D, draw_width)."""
         if self.is_flow:
-            c, s = y.to(self.dtype), targets.to(self.dtype)[..., None]
-            eps = self._exact.noise(c, s).transpose(0, 1)
-            return self.flow.inverse(eps, s.transpose(0, 1)).transpose(0, 1)
+            c, s = y.to(self.dtype), targets.to(self.dtype).T[..., None]
+            return self.flow.inverse(c.transpose(0, 1), s, self._ordered(c, s)).transpose(0, 1)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

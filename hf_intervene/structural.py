@@ -6,8 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .posterior import at_hand
-
 
 class InterventionLayer(nn.Module):
     """Intervention layer (METHOD section 2, step 3): a linear SEM whose structure the context selects.
@@ -87,82 +85,65 @@ class InterventionLayer(nn.Module):
         return c.permute(2, 0, 1)  # (B, D, w)
 
 
-class ExactInterventionLayer(InterventionLayer):
-    """Intervention layer whose linear SEM is solved exactly, in either direction and with its density (see `flow.py`):
+class OrderedInterventionLayer(nn.Module):
+    """What each block of a head with flows hears of its causes (see `flow.py`):
 
-        c_i = eps_i + (1 - s_i) sum_{j != i} W[i, j] c_j,    c = (I - S W)^{-1} eps,    S = diag(1 - s).
+        h_i = (1 - s_i) sum_{j before i} W[i, j] c_j.
 
-    W starts at 0: what no data ask for does not depend on anything. There is no bias, which a flow has.
-    Shapes: eps, c (B, D, w), s (B, D, 1), values (B, D, w), chosen (B, D, 1).
-
-    A free block may depend on all concepts and on the free blocks before it. Cycles among free blocks would be allowed by
-    the density, but solving them blows up small errors of a fit.
+    Free blocks come first, each hears those before it and is never cut. Concepts hear nothing, or all free blocks and the
+    concepts before them in `order`. So there are no cycles, and the density needs no determinant. W starts at 0: what no
+    data ask for does not depend on anything.
 
     Args:
         concepts: d; the free blocks follow.
         blocks, width: D and w.
-        concept_edges: whether concepts may depend on other concepts.
+        message_width: m, of h.
+        concept_edges: whether concepts may depend on other blocks.
     """
 
-    def __init__(self, concepts: int, blocks: int, width: int, concept_edges: bool):
-        super().__init__(blocks, width, perfect=True, steps=2)  # one W for all contexts
+    order: torch.Tensor
+
+    def __init__(self, concepts: int, blocks: int, width: int, message_width: int, concept_edges: bool):
+        super().__init__()
         self.concepts, self.concept_edges = concepts, concept_edges
-        self.bias.requires_grad_(False)  # 0: the flows have one
+        self.weight = nn.Parameter(torch.empty(blocks, message_width, blocks, width))
+        self.register_buffer("order", torch.arange(concepts))  # of the concepts, causes first
 
     def reset_parameters(self, std: float) -> None:
-        nn.init.zeros_(self.bias)
+        """As a new layer's."""
         nn.init.zeros_(self.weight)
 
+    def edges(self) -> torch.Tensor:
+        """Whether block i may hear block j, bool (D, D)."""
+        blocks, d = len(self.weight), self.concepts
+        position = torch.arange(blocks, device=self.order.device) - d  # free blocks first, in turn
+        position[:d] = blocks + torch.argsort(self.order)
+        before = position[:, None] > position
+        before[:d] &= self.concept_edges
+        return before
+
+    def levels(self) -> list[list[int]]:
+        """Blocks whose causes are all in levels before."""
+        before = self.edges().cpu()
+        depth: list[int] = [0] * len(before)
+        for i in sorted(range(len(before)), key=lambda i: int(before[i].sum())):
+            depth[i] = 1 + max((depth[j] for j in before[i].nonzero()[:, 0].tolist()), default=-1)
+        return [[i for i, own in enumerate(depth) if own == level] for level in range(max(depth) + 1)]
+
     def off_diagonal(self) -> torch.Tensor:
-        d, blocks = self.concepts, len(self.bias)
-        edges = torch.ones(blocks, blocks, dtype=self.weight.dtype, device=self.weight.device).tril(-1)
-        edges[:d, :d] = self.concept_edges * (1 - torch.eye(d, dtype=edges.dtype, device=edges.device))
-        return self.weight * edges[:, None, None, :, None]  # edges[i, j]: whether i may depend on j
+        """W with its blocks that are no edges set to zero, (D, m, D, w)."""
+        return self.weight * self.edges()[:, None, :, None]
+
+    def forward(self, c: torch.Tensor, s: torch.Tensor, blocks: list[int] | slice = slice(None)) -> torch.Tensor:
+        """h of these blocks, (n, B, m), of all c, (B, D, w), and their s, (n, B, 1)."""
+        weight = self.off_diagonal()[blocks]  # (n, m, D, w)
+        heard = c.flatten(1) @ weight.flatten(2).flatten(0, 1).T  # (B, n m)
+        return (1 - s) * heard.unflatten(1, weight.shape[:2]).transpose(0, 1)
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
-        """That of the edges into concepts. Those into free blocks are never cut, so they can tell nothing of a context."""
-        squares = self.off_diagonal()[: self.concepts].float().square().sum((1, 4))  # (d, 1, D)
+        """`InterventionHead.penalty`, of the edges into concepts."""
+        squares = self.off_diagonal()[: self.concepts].float().square().sum((1, 3))  # (d, D)
         return group_lasso * _norm(squares).sum() + l2 * squares.sum()
-
-    def heard(self, c: torch.Tensor) -> torch.Tensor:
-        """sum_{j != i} W[i, j] c_j of each block, (B, D, w)."""
-        return (c.flatten(1) @ self.off_diagonal().flatten(2).flatten(0, 1).T).view_as(c)
-
-    def noise(self, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """eps of c, (B, D, w)."""
-        return c - (1 - s) * self.heard(c)
-
-    def forward(
-        self, eps: torch.Tensor, s: torch.Tensor, values: torch.Tensor | None = None, chosen: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if values is not None and chosen is not None:  # a chosen value depends on nothing: do(c_j = v)
-            eps, s = torch.where(chosen, values.to(eps.dtype), eps), torch.where(chosen, 1.0, s)
-        contexts, which = unique_rows(s[..., 0])
-        solved = torch.linalg.inv(self.matrix(contexts))[which]  # (B, D w, D w)
-        return (solved @ eps.flatten(1)[..., None].to(solved.dtype))[..., 0].view_as(eps).to(eps.dtype)
-
-    def log_det(self, s: torch.Tensor) -> torch.Tensor:
-        """log |det(I - S W)| of each row of s, (B, D), in nats: (B,), float32."""
-        contexts, which = unique_rows(s)
-        return torch.linalg.slogdet(self.matrix(contexts)).logabsdet[which]
-
-    def matrix(self, s: torch.Tensor) -> torch.Tensor:
-        """I - S W of each row of s, (B, D): (B, D w, D w), float32 at least, since nothing is solved in half precision."""
-        weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, D w)
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        kept = (1 - s).to(weight.dtype).repeat_interleave(self.bias.shape[1], dim=1)  # (B, D w)
-        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        return identity - kept[..., None] * weight
-
-
-def unique_rows(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The different rows of s, (n, D), and which of them each row is, (B,).
-
-    Where the host would have to wait for a device to count them, all rows.
-    """
-    if not at_hand(s):
-        return s, torch.arange(len(s), device=s.device)
-    return torch.unique(s, dim=0, return_inverse=True)
 
 
 class LowRankInterventionLayer(InterventionLayer):
@@ -218,4 +199,4 @@ def _norm(squares: torch.Tensor) -> torch.Tensor:
     return (squares + 1e-12).sqrt()  # the gradient of a norm at 0 is not finite
 
 
-__all__ = ["ExactInterventionLayer", "InterventionLayer", "LowRankInterventionLayer"]
+__all__ = ["InterventionLayer", "LowRankInterventionLayer", "OrderedInterventionLayer"]

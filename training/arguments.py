@@ -28,7 +28,7 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 _LARGE = 1e30  # of a weight in the loss, which is computed in float32
 _MANY = 2**40  # more than any run needs, and torch can still count them
 # Least and greatest value of a setting, of each entry of a list.
-_RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps"), (0, _MANY))
+_RANGES = dict.fromkeys(("data_seed", "seed", "warmup_steps", "prior_steps"), (0, _MANY))
 _RANGES |= dict.fromkeys(("hidden_width", "latent_width", "block_out_channels", "num_tokens"), (1, MAX_SIZE))
 _RANGES |= dict.fromkeys(("images_per_context", "validation_images", "batch_size", "gradient_accumulation_steps"), (1, _MANY))
 _RANGES |= dict.fromkeys(("max_steps", "patience", "keep_checkpoints"), (1, _MANY))
@@ -41,6 +41,7 @@ _RANGES |= {
 }
 ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record them
+OPTIMIZERS = ("auto", "adamw", "muon")
 COMPILE_MODES = ("default", *CUDA_GRAPHS)
 
 
@@ -108,8 +109,8 @@ class TrainArguments:
     mechanism: str = field(
         default="flow", metadata={"help": "`flow`: invertible, one posterior for all contexts; `mlp`: the paper's head."}
     )
-    free_blocks: int = field(default=2)
-    concept_width: int = field(default=16)
+    free_blocks: int = field(default=8)
+    concept_width: int = field(default=4)
     flow_depth: int = field(default=4, metadata={"help": "Mechanism `flow`: couplings of each concept."})
     flow_width: int = field(default=32, metadata={"help": "Mechanism `flow`: width of their networks."})
     concept_edges: bool = field(
@@ -137,6 +138,9 @@ class TrainArguments:
     edit_consistency: float = field(
         default=0.3, metadata={"help": "That of hf_intervene/terms/edit_consistency.py, mechanism `flow`; not for denoisers."}
     )
+    free_invariance: float = field(
+        default=100.0, metadata={"help": "That of hf_intervene/terms/free_invariance.py, mechanism `flow`."}
+    )
     group_lasso: float = field(default=0.0, metadata={"help": "Penalty on the norms of the blocks of W."})
     l2: float = field(default=0.0, metadata={"help": "Penalty on the squares of W."})
     # Optimisation
@@ -144,7 +148,10 @@ class TrainArguments:
     max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps; overrides epochs."})
     batch_size: int = field(default=64, metadata={"help": "Images per optimiser step, over all processes."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches a process makes of its share."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of Adam."})
+    optimizer: str = field(
+        default="auto", metadata={"help": "`adamw`, `muon`, or `auto`: muon for the matrices of a new light VAE."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     base_learning_rate: float | None = field(
         default=None, metadata={"help": "That of the base's own weights; default: the same. Less spares a pretrained base."}
     )
@@ -159,6 +166,9 @@ class TrainArguments:
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
     compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
     channels_last: bool = field(default=False, metadata={"help": "Run the base's convolutions with the channels last."})
+    prior_steps: int = field(
+        default=2000, metadata={"help": "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py."}
+    )
     seed: int = field(default=0)
     # Running
     eval_every: int | None = field(default=None, metadata={"help": "Steps between validations; default: an epoch."})
@@ -183,7 +193,7 @@ class TrainArguments:
         if self.residual_layers and self.base == "light-vae":
             raise ValueError("residual latents need a pretrained autoencoder (--base).")
         choices_of = {"regime": REGIMES, "ablation": ABLATIONS, "schedule": SCHEDULES}
-        choices_of |= {"split_by": SPLITS, "mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
+        choices_of |= {"optimizer": OPTIMIZERS, "split_by": SPLITS, "mixed_precision": PRECISIONS, "compile_mode": COMPILE_MODES}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -206,6 +216,7 @@ class TrainArguments:
             "residual_weight",
             "context_prediction",
             "edit_consistency",
+            "free_invariance",
             "group_lasso",
             "l2",
             "weight_decay",
@@ -243,7 +254,7 @@ class TrainArguments:
 
 # Of saved settings (`training_arguments.yaml`, checkpoints), which may leave out what is a default. It is raised when a default changes.
 # Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 4
+SETTINGS_VERSION = 5
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is not today's default.
 EARLIER: tuple[dict[str, object], ...] = (
     {"moment_matching": 100.0, "initial_posterior_std": 1.0, "posterior": "centered"},
@@ -264,6 +275,7 @@ EARLIER: tuple[dict[str, object], ...] = (
         "moment_warmup": 0.5,
         "edit_consistency": 0.0,
     },
+    {"free_invariance": 0.0, "prior_steps": 0, "optimizer": "adamw"},
 )
 # Weights of terms that only versions before 4 trained with. The context prediction of then was another term.
 FORMER = ("moment_matching", "prior_matching", "sample_matching", "context_prediction")

@@ -22,7 +22,7 @@ from hf_intervene.training.run_folder import keep_foreign, named_folder, remove
 
 logger = get_logger("hf_intervene.training")
 STATE_FILE = "state.json"
-FILES = ("model", "ema", "optimizer", "moments", "images")  # a checkpoint may hold, each a file of tensors
+FILES = ("model", "terms", "ema", "optimizer", "moments", "images")  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
 def flatten_optimizer(
     state: Mapping[torch.nn.Parameter, dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an Adam optimiser's state, by `number of the parameter.entry`, whatever groups the parameters are in."""
+    """The tensors of an optimiser's state, by `number of the parameter.entry`, whatever groups the parameters are in."""
     return {f"{i}.{key}": value for i, p in enumerate(parameters) for key, value in state.get(p, {}).items()}
 
 

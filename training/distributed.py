@@ -81,7 +81,8 @@ class Weights:
         several = accelerator.num_processes > 1
         self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and several
         self._zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and several
-        self._ddp = several and not self.sharded and not self._zero
+        self.partitioned = self.sharded or self._zero
+        self._ddp = several and not self.partitioned
         self._engine = self._groups = None  # of ZeRO: DeepSpeed's engine, and all groups of the optimiser
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             _check_deepspeed(accelerator)

@@ -31,7 +31,7 @@ from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.objective import Objective
-from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLasso
+from hf_intervene.terms import L2, ContextPrediction, EditConsistency, FreeInvariance, GroupLasso
 from hf_intervene.training.arguments import (
     SETTINGS_VERSION,
     TrainArguments,
@@ -51,8 +51,10 @@ from hf_intervene.training.checkpoints import (
 )
 from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
 from hf_intervene.training.feeding import Feed, kept_at_hand
+from hf_intervene.training.optimizer import build_optimizer
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
+from hf_intervene.training.prior import ORDERED, fit_prior, order_concepts
 from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
 from hf_intervene.training.run_folder import PATIENCE, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
@@ -163,10 +165,17 @@ def build_objective(
         contexts = model.seen(data.targets(model.config.free_blocks)).unique(dim=0)
         if len(contexts) > 1:
             terms.append(ContextPrediction(a.context_prediction, contexts))
-            if sharded and a.edit_consistency:
-                # Blocks that FSDP gathers one at a time do not take a second pass with weights that are held.
-                logger.warning("edit_consistency is left out: it does not work with FSDP yet; DDP and ZeRO-2 have it.")
-            elif not model.base.denoises:  # its images take many steps
+            free = model.config.free_blocks * model.config.concept_width
+            if sharded and (a.edit_consistency or a.free_invariance):
+                # Blocks that FSDP gathers one at a time do not take a second pass with weights that are held, and it
+                # does not know of the parameters of terms.
+                logger.warning(
+                    "edit_consistency and free_invariance are left out: they do not work with FSDP yet; DDP and ZeRO-2 have them."
+                )
+                return Objective(model, terms).to(model.device)
+            if free:
+                terms.append(FreeInvariance(a.free_invariance, contexts, len(model.concepts), free))
+            if not model.base.denoises:  # its images take many steps
                 terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
     return Objective(model, terms).to(model.device)
 
@@ -249,14 +258,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     of_base = set() if a.regime == "lora" else set(model.base.model.parameters())  # LoRA layers are as new as the head
     parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and p in of_base)]
-    groups = []
-    for peak, chosen in (
-        (a.learning_rate, [p for p in parameters if p not in of_base]),
-        (a.base_learning_rate or a.learning_rate, [p for p in parameters if p in of_base]),
-    ):
-        groups += [group | {"peak": peak} for group in weights.groups(chosen)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=a.weight_decay, fused=True)
-    optimizer = accelerator.prepare_optimizer(optimizer)
+    learnt = [*parameters, *objective.terms.parameters()]  # those of the terms are no part of the model
+    optimizer = accelerator.prepare_optimizer(build_optimizer(a, weights, learnt, of_base))
     options = {"use_ema_warmup": True, "foreach": not weights.sharded}  # sharded and whole ones cannot be averaged at once
     ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, **options)
     if ema is not None:
@@ -271,7 +274,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             check_same(a, settings, state, tensors.get("images"), marks, path)
             step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
             weights.load(tensors["model"] | _companion_state(model))
-            restore_optimizer(optimizer, parameters, tensors["optimizer"], weights.placed)
+            objective.terms.load_state_dict(tensors.get("terms", {}))
+            restore_optimizer(optimizer, learnt, tensors["optimizer"], weights.placed)
             feed.load_state_dict(state)
             if accelerator.scaler is not None and state.get("scaler"):
                 accelerator.scaler.load_state_dict(state["scaler"])
@@ -309,7 +313,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             "processes": world,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
         }
-        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), parameters)}
+        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), learnt)}
+        tensors["terms"] = objective.terms.state_dict()
         for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
             del tensors["model"][name]
         if ema is not None:
@@ -344,6 +349,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             with tracking(accelerator):
                 accelerator.log(row, step=step)
 
+    order_at = {round(share * total) for share in ORDERED if model.head is not None and model.config.concept_edges}
     frozen = step < frozen_steps
     runner = wrapped(frozen)
     centred = model.head is not None and model.config.posterior == "centered"
@@ -356,6 +362,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
             if frozen and step >= frozen_steps:
                 frozen = False
                 runner = wrapped(frozen)
+            if step in order_at:
+                order_concepts(model, data, prepared)
             model.train()
             if frozen:
                 model.base.model.eval()
@@ -381,7 +389,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
                     loss = output.loss
                     accelerator.backward(loss / a.gradient_accumulation_steps)
                 seen.append(packed(output))
-            weights.step(optimizer, parameters, a.max_grad_norm)
+            weights.step(optimizer, learnt, a.max_grad_norm)
             if ema is not None:
                 ema.step(parameters)
 
@@ -467,6 +475,8 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     if accelerator.is_main_process:
         draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
+        if a.prior_steps and trained.head is not None and trained.head.is_flow:
+            fit_prior(trained.to(accelerator.device), data, prepared, a.prior_steps, a.seed)
         with atomic_folder(model_dir, model_files(model_dir)) as folder:
             trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))

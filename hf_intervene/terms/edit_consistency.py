@@ -1,9 +1,9 @@
 r"""Edits can be read back (an addition to the paper's objective).
 
 Contexts with several interventions have no images. But what an image of one must contain is known: the concepts that it
-was made of. Some concepts T of an image are drawn anew, with an intervention or without,
+was made of. The noise of some concepts T of an image is drawn anew, with an intervention or without,
 
-    eps'_k = F_k(z'_k; s'_k), z'_k ~ N(0, I), for k in T,    eps'_j = eps_j otherwise,    c' = (I - S' W)^{-1} eps',
+    z'_k ~ N(0, I) for k in T,    z'_j = z_j otherwise,    c'_j = F_j(z'_j; s'_j, h'_j) for all j (see `flow.py`).
 
 c' is decoded to an image x', and the encoder has to read c' in it:
 
@@ -51,10 +51,10 @@ class EditConsistency(Term):
     def loss(self, model, output, targets, draws):
         head, rows = model.head, slice(None, None, self.every)
         with torch.no_grad():
-            after, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows])
-        images = model.base.to_pixels(model.base.decode(head.represent(after)))
+            made, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows])
+        images = model.base.to_pixels(model.base.decode(head.represent(made)))
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
-        squares = 0.5 * (after.float() - mean).square() * (-logvar.detach()).exp()
+        squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
         return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
 
 
@@ -70,11 +70,10 @@ def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Te
     """
     concept = torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts)
     intervened, observed = (kind < INTERVENED) & concept, (kind >= 1 - OBSERVED) & concept
-    new = torch.where(intervened, 1.0, torch.where(observed, 0.0, targets)).to(head.dtype)
-    eps = head.intervention.noise(concepts.to(head.dtype), targets.to(head.dtype)[..., None])
-    anew = head.mechanisms(noise.to(head.dtype), new[..., None])
-    eps = torch.where((intervened | observed)[..., None], anew, eps)
-    return head.intervention(eps, new[..., None]), new
+    after = torch.where(intervened, 1.0, torch.where(observed, 0.0, targets)).to(head.dtype)
+    z = head.whiten(concepts, targets)
+    z = torch.where((intervened | observed)[..., None], noise.to(z.dtype), z)
+    return head(z, after).concepts, after
 
 
 class _Reader(torch.nn.Module):
