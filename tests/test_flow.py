@@ -7,7 +7,7 @@ import torch
 
 from hf_intervene import InterventionConfig, InterventionHead
 from hf_intervene.flow import ConceptFlow
-from hf_intervene.structural import ExactInterventionLayer
+from hf_intervene.structural import OrderedInterventionLayer
 
 
 def head(concepts=("a", "b"), width=4, free=1, seed=0, **options):
@@ -69,15 +69,17 @@ def test_the_mixture_is_a_density_and_draws_follow_it():
     torch.manual_seed(0)
     flow = ConceptFlow(1, 1, 1)
     flow.reset_parameters()
+    flow.shift.reset_parameters()
     with torch.no_grad():
         flow.share_logit.fill_(math.log(0.3 / 0.7))
         flow.mean[1] = 6.0
         flow.log_scale[1] = -1.0
     grid = torch.linspace(-12, 18, 60001)
-    density = flow.log_density(grid[None, :, None], 0.0)[0].exp().detach()
+    nothing = torch.zeros(1, 200_000, 32)  # it hears
+    density = flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
     step = grid[1] - grid[0]
     assert (density.sum() * step).item() == pytest.approx(1, abs=1e-3)
-    drawn = flow(torch.randn(1, 200_000, 2), torch.zeros(1, 200_000, 1))[0, :, 0]
+    drawn = flow(torch.randn(1, 200_000, 2), nothing[..., :1], nothing)[0, :, 0]
     for low, high in ((-12, 0), (0, 4), (4, 18)):
         inside = (grid >= low) & (grid < high)
         share = ((drawn >= low) & (drawn < high)).float().mean().item()
@@ -92,48 +94,53 @@ def test_every_context_at_once_is_every_context_by_itself():
     torch.testing.assert_close(h.context_log_densities(c, asked), one_by_one)
 
 
-def test_the_structural_equations_hold_and_cut_what_is_intervened_on():
+def test_blocks_hear_their_causes_in_order_unless_they_are_intervened_on():
     torch.manual_seed(0)
-    layer = ExactInterventionLayer(2, 3, 2, concept_edges=True).double()
-    layer.reset_parameters(0.0)
+    layer = OrderedInterventionLayer(3, 5, 2, 6, concept_edges=True).double()
+    layer.order.copy_(torch.tensor([2, 0, 1]))
     with torch.no_grad():
         layer.weight.normal_(std=0.3)
-    eps, s = torch.randn(40, 3, 2, dtype=torch.float64), contexts()
-    c = layer(eps, s[..., None])
-    W = layer.off_diagonal().detach()[:, :, 0]  # (D, w, D, w)
-    assert bool(W[0, :, 1].any()) and not W[0, :, 2].any()  # concepts depend on concepts, free blocks on all
-    for row in range(40):
-        for i in range(3):
-            heard = sum(W[i, :, j] @ c[row, j] for j in range(3) if j != i)
-            torch.testing.assert_close(c[row, i], eps[row, i] + (1 - s[row, i]) * heard)
-    torch.testing.assert_close(layer.noise(c, s[..., None]), eps)
-    matrix = torch.eye(6, dtype=torch.float64) - (1 - s[25].repeat_interleave(2))[:, None] * layer.off_diagonal().flatten(
-        2
-    ).flatten(0, 1)
-    torch.testing.assert_close(layer.log_det(s)[25], torch.linalg.slogdet(matrix).logabsdet)
+    c, s = torch.randn(40, 5, 2, dtype=torch.float64), torch.zeros(5, 40, 1, dtype=torch.float64)
+    s[0, :10], s[2, 5:20] = 1, 0.3
+    causes = {3: [], 4: [3], 2: [3, 4], 0: [3, 4, 2], 1: [3, 4, 2, 0]}  # free blocks first
+    heard = layer(c, s)
+    for i, before in causes.items():
+        expected = sum((c[:, j] @ layer.weight[i, :, j].T for j in before), torch.zeros(40, 6, dtype=torch.float64))
+        torch.testing.assert_close(heard[i], (1 - s[i]) * expected)
+    assert layer.levels() == [[3], [4], [2], [0], [1]]
+    torch.testing.assert_close(layer(c, s[[0, 4]], [0, 4]), heard[[0, 4]])
+    layer.concept_edges = False
+    assert layer.levels() == [[0, 1, 2, 3], [4]]
+
+
+def test_concepts_follow_from_noise_block_by_block():
+    h = head(concepts=("a", "b"), free=2, concept_edges=True)
+    h.intervention.order.copy_(torch.tensor([1, 0]))
+    z, s = torch.randn(40, 4, 5, dtype=torch.float64), contexts(blocks=4)
+    c = h(z, s).concepts
+    for j in (2, 3, 1, 0):
+        heard = h.intervention(c, s.T[..., None])
+        made = h.flow(z.transpose(0, 1), s.T[..., None], heard)[j]
+        torch.testing.assert_close(c[:, j], made)
 
 
 def test_without_edges_into_concepts_an_intervention_cuts_nothing():
     h, s = head(), contexts()
     z = torch.randn(40, 3, 5, dtype=torch.float64)
-    assert bool(h.intervention.weight[:2].any())
     torch.testing.assert_close(h(z, s, edge_targets=torch.zeros_like(s)).concepts, h(z, s).concepts)
     h.intervention.concept_edges = True
     assert not torch.allclose(h(z, s, edge_targets=torch.zeros_like(s)).concepts, h(z, s).concepts)
 
 
 def test_a_chosen_value_is_reached_and_moves_only_what_depends_on_it():
-    h = head()
-    z, s = torch.randn(5, 3, 5, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64)
-    with torch.no_grad():
-        h.intervention.weight.zero_()
-        h.intervention.weight[2, :, 0, 0] = torch.eye(4)  # the free block depends on concept a
-    values = torch.randn(5, 3, 4, dtype=torch.float64)
-    chosen = torch.tensor([True, False, False]).expand(5, 3)
+    h = head(concepts=("a", "b", "c"), concept_edges=True)  # a causes b, b causes c
+    z, s = torch.randn(5, 4, 5, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
+    values = torch.randn(5, 4, 4, dtype=torch.float64)
+    chosen = torch.tensor([False, True, False, False]).expand(5, 4)
     before, after = h(z, s).concepts, h(z, s, values, chosen).concepts
-    torch.testing.assert_close(after[:, 0], values[:, 0])
-    torch.testing.assert_close(after[:, 1], before[:, 1])
-    torch.testing.assert_close(after[:, 2] - before[:, 2], values[:, 0] - before[:, 0])
+    torch.testing.assert_close(after[:, 1], values[:, 1])
+    torch.testing.assert_close(after[:, [0, 3]], before[:, [0, 3]])
+    assert not torch.allclose(after[:, 2], before[:, 2])
 
 
 def test_strengths_lead_from_one_map_to_the_other_without_a_jump():

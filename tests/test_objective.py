@@ -1,12 +1,14 @@
 """The objective and its terms: sums, gradients, and a term that somebody adds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.objective import Objective
-from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLasso, Term
+from hf_intervene.terms import L2, ContextPrediction, EditConsistency, FreeInvariance, GroupLasso, Term
 from hf_intervene.terms.edit_consistency import LARGEST, edited
 
 
@@ -33,6 +35,7 @@ def whole(model):
     return [
         ContextPrediction(2.0, CONTEXTS),
         EditConsistency(0.5, model.noise_shape),
+        FreeInvariance(3.0, CONTEXTS, 2, 4),
         GroupLasso(0.1),
         L2(0.0),
     ]
@@ -156,8 +159,27 @@ def test_a_new_term_is_one_class(model, batch):
 
 
 def test_penalties_are_of_the_edges_into_concepts(model, batch):
-    W = model.head.intervention.off_diagonal()[:, :, 0]  # (D, w, D, w)
-    blocks = W.square().sum((1, 3))[:2].flatten()
+    layer = model.head.intervention
+    layer.concept_edges = True
+    with torch.no_grad():
+        layer.weight.normal_()
+    blocks = torch.stack([layer.weight[i, :, j].square().sum() for i, j in ((0, 2), (1, 2), (1, 0))])
     output = model(**batch)
-    torch.testing.assert_close(GroupLasso(1.0).loss(model, output, None, {}), blocks.sqrt().sum(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(GroupLasso(1.0).loss(model, output, None, {}), blocks.sqrt().sum(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(L2(1.0).loss(model, output, None, {}), blocks.sum())
+
+
+def test_free_invariance_turns_the_gradient_of_the_encoder_round(model, batch):
+    torch.manual_seed(0)
+    term = FreeInvariance(50.0, CONTEXTS, 2, 4)
+    c = torch.randn(6, 3, 4, requires_grad=True)
+    output = SimpleNamespace(draw=c)
+    loss = term.loss(model, output, batch["targets"], {})
+    loss.backward()
+    plain = c.detach().clone().requires_grad_()
+    expected = cross_entropy(term.classifier(plain[:, 2:].flatten(1)), torch.tensor([0, 1, 2, 0, 1, 2]))
+    (gradient,) = torch.autograd.grad(expected, plain)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(c.grad, -50 * gradient)
+    assert all(bool(p.grad.any()) for p in term.classifier.parameters())
+

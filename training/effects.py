@@ -220,14 +220,14 @@ def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: 
     eps, c = head_draws(head, [OBS, *quad.CONCEPTS], _DRAWS, seed)
     readout = head_readout(head)
     means, distances = intervention_moves(c[0], c[1:], readout)
-    learnt = {
-        _READINGS[0]: block_effects(total_effect_operator(head.intervention), eps[0]),
-        _READINGS[1]: block_effects(total_effect_operator(head.intervention), eps[0], readout),
-        _READINGS[2]: block_effects(single_interventions_operator(head), eps[1], readout),
-        _READINGS[3]: means,
-        _READINGS[4]: distances,
-    }
-    true = dict.fromkeys(learnt, shifts) | {name: total for name in _READINGS[:3]}
+    learnt = {_READINGS[3]: means, _READINGS[4]: distances}
+    if not head.is_flow:  # linear in eps
+        learnt |= {
+            _READINGS[0]: block_effects(total_effect_operator(head.intervention), eps[0]),
+            _READINGS[1]: block_effects(total_effect_operator(head.intervention), eps[0], readout),
+            _READINGS[2]: block_effects(single_interventions_operator(head), eps[1], readout),
+        }
+    true = dict.fromkeys(learnt, shifts) | {name: total for name in _READINGS[:3] if name in learnt}
     for label, name in (("sampled images", "generated"), ("real images", "real")):
         learnt[label] = np.nan_to_num(np.array(sampled[name]["values"])[: len(quad.CONCEPTS), _CONCEPTS].T)
         true[label] = shifts

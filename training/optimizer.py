@@ -86,7 +86,9 @@ class MuonAdamW(torch.optim.AdamW):
     def _turn(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
+            state["step"] = torch.zeros(())  # AdamW expects one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
+        state["step"] += 1
         state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
         update = (parameter.grad + MOMENTUM * state["momentum"]).flatten(1)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])

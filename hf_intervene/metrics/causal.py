@@ -1,8 +1,9 @@
 """Which concept moves which, read off a trained intervention layer, and how far such readings agree with the truth.
 
-Every c_i is linear in the exogenous eps of all blocks, c = T eps + bias, T depending on the targets: `total_effect_operator`. Two readings:
+Two readings:
 
-    from weights       `block_effects`: the size of the blocks of T, scaled by the spread of eps_j
+    from weights       `block_effects`: with the paper's head every c_i is linear in the exogenous eps of all blocks, c = T eps + bias,
+                       T depending on the targets (`total_effect_operator`): the size of its blocks, scaled by the spread of eps_j
     from interventions `intervention_moves`: how far the distribution of c_i moves when block j is intervened on
 
 What a model identifies of these is little. Blocks are determined up to maps within a block: a norm of a block of W alone means
@@ -62,13 +63,18 @@ class Agreement:
 def total_effect_operator(layer: InterventionLayer, targets: torch.Tensor | None = None) -> np.ndarray:
     """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all the paths that the layer follows.
 
-    The structural form gives the sum of the powers of W up to its number of steps (of a head with flows all of them), the reduced form the
+    The structural form gives the sum of the powers of W up to its number of steps, the reduced form the
     identity and W_obs, its columns of W_int where the targets say so; with targets the rows of what is intervened on are cut if interventions are perfect.
 
     Args:
         layer: an intervention layer.
         targets: (D,), entries in [0, 1]; `None`: observational.
+
+    Raises:
+        TypeError: the layer of a head with flows, in which effects are not linear.
     """
+    if not isinstance(layer, InterventionLayer):
+        raise TypeError("effects are not linear in a head with flows: read them off draws, by `intervention_moves`.")
     blocks, width = layer.bias.shape
     basis = torch.eye(blocks * width, dtype=layer.bias.dtype, device=layer.bias.device).view(-1, blocks, width)
     s = torch.zeros(blocks) if targets is None else targets

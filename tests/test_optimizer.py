@@ -1,0 +1,57 @@
+"""Muon beside AdamW: steps against an SVD, the rest against AdamW, and which parameters get which."""
+
+import pytest
+import torch
+
+from hf_intervene.training.optimizer import MOMENTUM, SIZE, MuonAdamW, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (20, 20)])
+def test_orthogonal_keeps_directions_and_evens_out_singular_values(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonal(matrix)
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.min() and values.max() < 1.3
+    inner = u.T @ found @ v.T  # diagonal, since the singular vectors stay
+    assert (inner - inner.diagonal().diag()).abs().max() < 0.05
+
+
+def test_a_convolution_takes_the_step_of_its_matrix_and_the_rest_that_of_adamw():
+    torch.manual_seed(0)
+    kernel, bias = torch.nn.Parameter(torch.randn(8, 3, 4, 4)), torch.nn.Parameter(torch.randn(8))
+    other = torch.nn.Parameter(bias.detach().clone())
+    before = kernel.detach().clone()
+    ours = MuonAdamW([{"params": [bias]}, {"params": [kernel], "muon": True}], lr=0.1, weight_decay=0.0)
+    theirs = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
+    momentum = torch.zeros_like(kernel)
+    for _ in range(3):
+        kernel.grad, bias.grad = torch.randn_like(kernel), torch.randn_like(bias)
+        other.grad = bias.grad.clone()
+        ours.step()
+        theirs.step()
+        momentum = MOMENTUM * momentum + kernel.grad
+        step = orthogonal((kernel.grad + MOMENTUM * momentum).reshape(8, 48))
+        before = before - 0.1 * SIZE * 48**0.5 * step.view_as(kernel)
+    torch.testing.assert_close(kernel.detach(), before)
+    torch.testing.assert_close(bias, other)
+
+
+def test_its_state_is_saved_and_restored():
+    torch.manual_seed(0)
+    runs = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        weight, bias = torch.nn.Parameter(torch.randn(4, 6)), torch.nn.Parameter(torch.randn(4))
+        optimizer = MuonAdamW([{"params": [bias]}, {"params": [weight], "muon": True}], lr=0.1)
+        for step in range(6):
+            if stop and step == 3:
+                state = optimizer.state_dict()
+                optimizer = MuonAdamW([{"params": [bias]}, {"params": [weight], "muon": True}], lr=0.1)
+                optimizer.load_state_dict(state)
+            weight.grad, bias.grad = torch.randn(4, 6), torch.randn(4)
+            optimizer.step()
+        runs.append((weight, bias))
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
