@@ -73,8 +73,8 @@ DEMONSTRATIONS = {
     ),
     "quad": Demonstration(
         "quad (dependent, 32x32)",
-        SETTINGS | dict(dataset="quad", images_per_context=3000, epochs=5, context_prediction=10.0),
-        PRETRAINED | dict(dataset="quad", context_prediction=10.0),
+        SETTINGS | dict(dataset="quad", images_per_context=3000, epochs=5, concept_edges=True),
+        PRETRAINED | dict(dataset="quad", concept_edges=True),
         ("obs", "quad1", "quad2", "quad4", "size", "quad1+size", "quad2+quad4"),
         "quad1+size",
         ("quad.yaml", "64x64"),

@@ -2,7 +2,7 @@
 
 Concepts that may cause each other are put in an order, causes first. do(k) moves what k causes, and nothing before it:
 
-    M[k, j] = how far c_j is under do(k) from c_j in obs,    next in the order: argmin_j max_k M[k, j] of those that are left.
+    M[k, j] = distance of c_j under do(k) from c_j in obs,    next in the order: argmin_j max_k M[k, j] of those that are left.
 
 When the training is over, flows and W are fitted once more,
 
@@ -25,8 +25,8 @@ BATCH = 512  # codes
 LEARNING_RATE = 2e-3
 MOST = 65_536  # images that are encoded
 LARGEST = 50.0  # norm of a gradient
-ORDERED = (0.1, 0.2, 0.3)  # shares of the training at which concepts are ordered
-SOME = 256  # images of a context by which
+ORDERED = (0.2, 0.4, 0.6)  # shares of the training at which concepts are ordered
+SOME = 512  # images of a context by which
 
 
 def fit_prior(
@@ -44,6 +44,8 @@ def fit_prior(
     Returns:
         The mean of log p(c | s) over the last tenth of the steps, in nats.
     """
+    if model.config.concept_edges:
+        order_concepts(model, data, prepared)
     generator = torch.Generator().manual_seed(seed)
     mean, std, targets = _codes(model, data, prepared, MOST, generator)
     parameters = [*model.head.flow.parameters(), *model.head.intervention.parameters()]
@@ -65,6 +67,7 @@ def fit_prior(
     return found.item()
 
 
+@torch.no_grad()
 def order_concepts(model: InterventionModel, data: ContextImages, prepared: PreparedImages | None) -> None:
     """Put the concepts in the order that their codes suggest, for `OrderedInterventionLayer`; processes all find the same."""
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +75,8 @@ def order_concepts(model: InterventionModel, data: ContextImages, prepared: Prep
     d = len(model.concepts)
     single = {int(t.argmax()): mean[(targets == t).all(1), :d] for t in targets.unique(dim=0) if t.sum() == 1}
     obs = mean[targets.sum(1) == 0, :d]  # (N, d, w)
-    moved = torch.stack([_moved(single[k], obs) if k in single else torch.zeros(d) for k in range(d)])
+    directions = torch.nn.functional.normalize(torch.randn(mean.shape[2], 64, generator=generator), dim=0)
+    moved = torch.stack([_moved(single[k], obs, directions) if k in single else torch.zeros(d) for k in range(d)])
     model.head.intervention.order.copy_(torch.tensor(causal_order(moved)))
 
 
@@ -85,14 +89,15 @@ def causal_order(moved: torch.Tensor) -> list[int]:
     return found
 
 
-def _moved(there: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
-    """How far blocks (n, d, w) are from others, (d,): the largest z-score of the difference of means or mean squares of an entry."""
-    scores = []
-    for power in (1, 2):
-        a, b = ((x - obs.mean(0)) ** power for x in (there, obs))
-        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
-        scores.append((a.mean(0) - b.mean(0)).abs() / error.clamp(min=1e-12))
-    return torch.stack(scores).amax(0).amax(-1)
+def _moved(there: torch.Tensor, obs: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Sliced 2-Wasserstein distance of blocks (n, d, w) from others (n, d, w), in their standard deviations, (d,).
+
+    Args:
+        directions: of length 1, (w, projections).
+    """
+    sorted_there, sorted_obs = ((x.transpose(0, 1) @ directions).sort(dim=1).values for x in (there, obs))  # (d, n, P)
+    distance = (sorted_there - sorted_obs).square().mean((1, 2)).sqrt()
+    return distance / obs.var(0).mean(1).sqrt().clamp(min=1e-12)
 
 
 @torch.no_grad()
