@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import EXPECTED, sentence
+from .errors import is_expected, sentence
 from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
 
 
@@ -288,7 +288,9 @@ def _on(
     def spoken(*values: Any) -> Any:
         try:
             return function(*values)
-        except (*EXPECTED, RuntimeError) as error:
+        except Exception as error:
+            if not (is_expected(error) or isinstance(error, RuntimeError)):
+                raise
             raise gr.Error(sentence(error), print_exception=False) from error
 
     options |= {"api_name": name} if name else {"api_visibility": "private"}

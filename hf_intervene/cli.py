@@ -3,14 +3,13 @@ of words come at once."""
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EXPECTED, sentence
+from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .pretrained import located
 
@@ -354,6 +353,7 @@ def _recipe_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # The source line is for who wrote it.
@@ -368,14 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return evaluate.main(argv[1:])
     arguments = make_parser().parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 1
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

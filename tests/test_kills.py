@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_train import error_of, last_state
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import checkpoints, run_folder
+from hf_intervene.training import checkpoints, run_folder, train
 
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,8 @@ def test_the_script_itself_is_killed_and_resumed(tmp_path):
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_the_way(tiny, tmp_path, capsys):
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_the_way(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "PATIENCE", 1)
     settings = tiny | {"max_steps": 100_000, "log_every": 1, "checkpoint_every": 2}
     argv, history = arguments_of(settings), tmp_path / "run" / "history.jsonl"
     first = harm.start(harm.trainer, argv)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import count
 from pathlib import Path
@@ -86,8 +87,12 @@ def newest_step(tmp_path):
 
 def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    parents = (stopping._PARENT if call < 3 else 1 for call in count())
-    monkeypatch.setattr(stopping.os, "getppid", lambda: next(parents))
+    ours, calls, getppid = threading.get_ident(), count(), os.getppid
+
+    def parent():  # of the loop's own thread, from its fourth step on, another one
+        return 2 if threading.get_ident() == ours and next(calls) >= 3 else getppid()
+
+    monkeypatch.setattr(stopping.os, "getppid", parent)
     result = train.train(TrainArguments(**tiny))
     assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")  # without a launcher, as under nohup, parents come and go

@@ -27,7 +27,7 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.identity import load_images
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import context_leakage, mean_interval
 from hf_intervene.metrics.detector import Detector
@@ -50,6 +50,7 @@ from hf_intervene.training.evaluate_content import (
 from hf_intervene.training.evaluate_setup import DETECTOR_IMAGES, content_options
 from hf_intervene.training.evaluate_tables import table
 from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
+from hf_intervene.training.stopping import stops_at_once
 from hf_intervene.training.validation import loss_units
 
 
@@ -432,56 +433,54 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@spoken
+@stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
     bars_on_terminals_only()
-    try:
-        check_writable(arguments.output)
-        model = load_model(arguments.model).to(process.device)
-        channels, height, _ = model.base.image_shape
-        split = None if arguments.all else training_split(arguments.model)
-        data = (height, channels, arguments.variant)
-        real, other_real = held_out_images(
-            arguments.dataset,
-            model.concepts,
-            arguments.images,
-            arguments.seed,
-            *data,
-            split,
-            arguments.mnist_digits,
-            load_images(Path(arguments.model)),
-        )
-        content = content_options(
-            arguments.dataset,
-            model.concepts,
-            *data,
-            arguments.mnist_digits,
-            split,
-            other_real,
-            arguments.seed,
-            arguments.detector_images,
-            arguments.twins,
-        ) | {"tests": not arguments.no_tests}
-        protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        options = content | {
-            "edits": arguments.edits,
-            "num_inference_steps": arguments.num_inference_steps,
-        }
-        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
-        if not process.is_main_process:
-            return 0
-        if arguments.edits and arguments.dataset == "quad":
-            options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
-            metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
-        metrics["settings"] = vars(arguments)
-        metrics["versions"] = versions()
-        # Before writing: what a full disk cannot take is at least on the screen.
-        print(json.dumps(metrics) if arguments.json else table(metrics))
-        write(metrics, arguments.output)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    check_writable(arguments.output)
+    model = load_model(arguments.model).to(process.device)
+    channels, height, _ = model.base.image_shape
+    split = None if arguments.all else training_split(arguments.model)
+    data = (height, channels, arguments.variant)
+    real, other_real = held_out_images(
+        arguments.dataset,
+        model.concepts,
+        arguments.images,
+        arguments.seed,
+        *data,
+        split,
+        arguments.mnist_digits,
+        load_images(Path(arguments.model)),
+    )
+    content = content_options(
+        arguments.dataset,
+        model.concepts,
+        *data,
+        arguments.mnist_digits,
+        split,
+        other_real,
+        arguments.seed,
+        arguments.detector_images,
+        arguments.twins,
+    ) | {"tests": not arguments.no_tests}
+    protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
+    options = content | {
+        "edits": arguments.edits,
+        "num_inference_steps": arguments.num_inference_steps,
+    }
+    metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
+    if not process.is_main_process:
+        return 0
+    if arguments.edits and arguments.dataset == "quad":
+        options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
+        metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
+    metrics["settings"] = vars(arguments)
+    metrics["versions"] = versions()
+    # Before writing: what a full disk cannot take is at least on the screen.
+    print(json.dumps(metrics) if arguments.json else table(metrics))
+    write(metrics, arguments.output)
     return 0
 
 

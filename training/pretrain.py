@@ -33,11 +33,12 @@ from hf_intervene.bases.loading import load_part
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.training.arguments import RecipeParser, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import SIMULATED
+from hf_intervene.training.stopping import stops_at_once
 
 
 def observational_images(dataset: str, images: int, resolution: int, mnist_digits: str = BUNDLED) -> torch.Tensor:
@@ -186,6 +187,8 @@ def _fit(
         raise FloatingPointError("the model's weights are not finite: lower the learning rate.")
 
 
+@spoken
+@stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
@@ -208,27 +211,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        out = Path(arguments.output).resolve()
-        check_empty(out)
-        if (arguments.model == "dit") != (arguments.autoencoder is not None):
-            raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
-        multiple = 4 if arguments.model == "autoencoder" else 8
-        if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
-            raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
-        pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits)
-        options = (pixels, arguments.steps, arguments.batch_size)
-        if arguments.model == "autoencoder":
-            model = pretrain(*options, seed=arguments.seed)
-        else:
-            folder = arguments.autoencoder
-            vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
-            model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
-        with atomic_folder(out) as folder:
-            model.save_pretrained(folder)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    out = Path(arguments.output).resolve()
+    check_empty(out)
+    if (arguments.model == "dit") != (arguments.autoencoder is not None):
+        raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
+    multiple = 4 if arguments.model == "autoencoder" else 8
+    if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
+        raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
+    pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits)
+    options = (pixels, arguments.steps, arguments.batch_size)
+    if arguments.model == "autoencoder":
+        model = pretrain(*options, seed=arguments.seed)
+    else:
+        folder = arguments.autoencoder
+        vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
+        model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
     print(f"{arguments.model} in {arguments.output}")
     return 0
 

@@ -27,7 +27,7 @@ from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.data.identity import save_images
-from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
+from hf_intervene.errors import INTERRUPTED, spoken
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.objective import Objective
@@ -54,9 +54,9 @@ from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.performance import keep_freed_memory, use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
-from hf_intervene.training.run_folder import PATIENCE, check_own, model_files, sole_run
+from hf_intervene.training.run_folder import PATIENCE, Lock, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
-from hf_intervene.training.stopping import Stop
+from hf_intervene.training.stopping import Stop, stops_at_once
 from hf_intervene.training.validation import (
     TERMS,
     bad_images,
@@ -199,15 +199,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
-    with sole_run(out, accelerator.is_main_process, PATIENCE if arguments.resume == "auto" else 0), quiet_writers():
+    patience = PATIENCE if arguments.resume == "auto" else 0
+    with stops_at_once(), sole_run(out, accelerator.is_main_process, patience) as lock, quiet_writers():
         accelerator.wait_for_everyone()
-        result = _train(arguments, out, accelerator, on_log)
+        result = _train(arguments, out, accelerator, on_log, lock)
         with tracking(accelerator):
             end_training(accelerator)
         return result
 
 
-def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None) -> TrainResult:
+def _train(
+    arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None, lock: Lock | None
+) -> TrainResult:
     a = arguments
     world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
@@ -286,8 +289,12 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write_settings() -> None:
         write_whole(out / SETTINGS_FILE, yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
+
+    if accelerator.is_main_process:
+        write_settings()
         keep_history(out / "history.jsonl", step)
     if a.tracker != "none":
         with tracking(accelerator):
@@ -300,8 +307,14 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         module = torch.compile(objective, mode=a.compile_mode) if a.compile else objective
         return weights.prepared(module, optimizer)
 
+    def keep_folder() -> None:
+        """Notice that somebody removed the folder: what is written from now on is in a new one."""
+        if lock is not None and lock.lost():
+            write_settings()
+
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
+        keep_folder()
         state = {
             "best": None if math.isinf(best) else best,
             "waited": waited,
@@ -333,6 +346,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     def log(row: dict) -> None:
         if accelerator.is_main_process:
+            keep_folder()
             try:
                 with open(out / "history.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, **row}) + "\n")
@@ -524,22 +538,11 @@ def _agreed(value: bool, accelerator: Accelerator) -> bool:
     return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     bars_on_terminals_only()
-    try:
-        result = train(parse_arguments([word for word in words if word != "--json"]))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            print(f"error: {sentence(error)}", file=sys.stderr)
-            return 1
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
-        return 1
+    result = train(parse_arguments([word for word in words if word != "--json"]))
     if process_state().is_main_process:
         if "--json" in words:
             print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
@@ -547,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"trained {result.step} steps; lowest validation loss {result.validation:.4f} {result.unit}; model in {result.model_dir}"
             )
-    return 130 if result.interrupted else 0
+    return INTERRUPTED if result.interrupted else 0
 
 
 __all__ = ["TrainResult", "train"]
