@@ -2,6 +2,7 @@
 sentence (`spoken`); whatever else it meets is a mistake of ours and is shown with its traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ _BY_NAME = {
 }
 INTERRUPTED = 130  # exit status of a command that Ctrl-C or SIGTERM ended
 _LONGEST = 2000  # characters of a message: some values that it may show are megabytes
+# Of a file system that has no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 NO_MEMORY = (
     "DefaultCPUAllocator",
     "could not create a primitive",

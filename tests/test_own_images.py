@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -217,3 +218,47 @@ def test_a_long_card_is_read_at_once(tmp_path, piece):
 def test_a_card_that_is_no_text(tmp_path):
     (tmp_path / "README.md").write_bytes(b"# caf\xe9")
     assert card_text(tmp_path).startswith("# caf")
+
+
+def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 256, cache_dir=tmp_path / "cache")  # noqa: E731
+    images = read()
+    part, _ = images.split(0.2)
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    whole = file.read_bytes()
+    os.truncate(file, 5000)
+    for use in (
+        lambda: images.images(torch.arange(3)),
+        lambda: part.pixels,
+        lambda: part.on("cpu"),
+        images.by_context,
+    ):
+        with pytest.raises(OSError, match=r"npy was cut while it was being read: do not change the image cache"):
+            use()
+    file.unlink()
+    file.write_bytes(whole)  # another file in its place does no harm, nor that it is cut
+    os.truncate(file, 10)
+    again = read()  # written anew
+    assert torch.equal(again.pixels, read().pixels)
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    read()
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    left = [file.with_name(f".{file.name}.{n}.images.part") for n in (1, 2)]
+    for path in left:
+        path.write_bytes(b"half")
+    other = file.with_name(".other.npy.1.images.part")
+    other.write_bytes(b"of another data set")
+    file.unlink()
+    read()
+    assert not any(path.exists() for path in left) and other.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_is_there_need_not_be_writable(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    expected = read().pixels.clone()
+    (tmp_path / "cache").chmod(0o500)
+    assert torch.equal(read().pixels, expected)

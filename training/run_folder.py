@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, one run in it at a time, and what a run that was killed left half done in it."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from hf_intervene.cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated, read_yaml
 from hf_intervene.data.identity import IMAGES_FILE
+from hf_intervene.errors import NO_LOCKS
 from hf_intervene.logging import get_logger
 from hf_intervene.push import MODEL_FILES
 
@@ -20,7 +20,6 @@ logger = get_logger("hf_intervene.training")
 PATIENCE = 120.0  # seconds that a run which goes on waits for the end of the one before it
 LOCK_FILE = ".hf-intervene.lock"
 HISTORY = "history.jsonl"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # What a run writes and may replace or remove: folders, then files; and of what is being replaced the names for the meantime.
 FOLDERS = ("model", "best", "checkpoints", "prepared", "drawn", "samples")
 FILES = (HISTORY, SETTINGS_FILE, "curves.png", "not_finite.png")

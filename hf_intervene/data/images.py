@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
 from .decoding import decode, in_memory, on_disk
 from .identity import SPLITS, fingerprints, places
+from .mapped import MappedFile
 
 
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
@@ -30,6 +31,8 @@ class ContextImages:
         rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
         mapped: whether `stored` is a file that is read as it is used.
         marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
+        file: that of `stored`, if somebody may cut it meanwhile (see `mapped.py`): each reading of images looks at it, and raises an
+            OSError of one sentence.
     """
 
     stored: torch.Tensor
@@ -39,6 +42,7 @@ class ContextImages:
     rows: torch.Tensor | None = None
     mapped: bool = False
     marks: torch.Tensor | None = None
+    file: MappedFile | None = None
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -52,17 +56,24 @@ class ContextImages:
     @property
     def pixels(self) -> torch.Tensor:
         """All images, uint8, (N, C, H, W): a copy in memory if others are stored with them."""
+        self._check()
         return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
+
+    def _check(self) -> None:
+        if self.file is not None:
+            self.file.check()
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """Some of the images, uint8, (n, C, H, W), on the device where they are stored, by an index (n,) of integers."""
+        self._check()
         index = index.to(self.stored.device)
         return self.stored.index_select(0, index if self.rows is None else self.rows[index])
 
     def on(self, device: torch.device | str) -> "ContextImages":
         """The images stored on a device; their contexts stay where they are."""
+        self._check()
         rows = None if self.rows is None else self.rows.to(device)
-        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False)
+        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False, file=None)
 
     def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
@@ -242,12 +253,13 @@ class ContextImages:
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         files = ", ".join(file["filename"] for file in dataset.cache_files)
         decoded = decode(dataset["image"], names, resolution, channels, files)
+        file = None
         if cache_dir is None:
             pixels, marks = in_memory(decoded, len(names))
         else:
-            pixels, marks = on_disk(decoded, dataset, resolution, channels, cache_dir)
+            pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks)
+        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks, file=file)
         return images.checked() if complete else images
 
     def checked(self) -> "ContextImages":
