@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
+from .options import READING, add_reading_options
 from .pretrained import located
 
 
@@ -56,6 +57,7 @@ HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what
   hf-intervene concepts outputs/mine/model --json""",
     "check": """
   hf-intervene check my-images --resolution 64
+  hf-intervene check my-data --image-column picture --context-column group --split test
   hf-intervene check quad --json > report.json""",
     "card": """
   hf-intervene card outputs/demo/pipeline --metrics outputs/demo
@@ -199,13 +201,16 @@ def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption fails."""
     from .data import ContextImages, load_contexts
     from .metrics import identifiability
+    from .training.arguments import check_reading
     from .training.simulated import SIMULATED
 
     bars_on_terminals_only()
+    reading = {name: getattr(arguments, name) for name in READING}
     if arguments.dataset in SIMULATED:
+        check_reading(arguments.dataset, reading)
         images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(arguments.images, 1, 0.1, arguments.seed)
     else:
-        data = ContextImages.from_dataset(load_contexts(arguments.dataset), None, arguments.resolution, complete=False)
+        data = ContextImages.from_dataset(load_contexts(arguments.dataset, **reading), None, arguments.resolution, complete=False)
         images = data.by_context()
     result = identifiability.check(images, max_images=arguments.images, seed=arguments.seed)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
@@ -315,6 +320,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
         help="quad, ident3d, avatars, mnist (--resolution 28), an image folder, a saved data set "
         "or a Hub name",
     )
+    add_reading_options(command)
     command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
     command.add_argument("--seed", type=int, default=0, help="of the test's split (default 0)")

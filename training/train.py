@@ -35,6 +35,7 @@ from hf_intervene.terms import L2, ContextPrediction, EditConsistency, GroupLass
 from hf_intervene.training.arguments import (
     SETTINGS_VERSION,
     TrainArguments,
+    check_reading,
     parse_arguments,
     shared_settings,
 )
@@ -100,6 +101,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
     several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+        check_reading(a.dataset, a.reading)
         if a.concepts is not None and a.concepts != list(simulated.concepts):
             raise ValueError(f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave concepts out.")
         sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
@@ -113,7 +115,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
             if several and a.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
-            data = load_contexts(a.dataset)
+            data = load_contexts(a.dataset, **a.reading)
             data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
         train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
     if a.ablation == "base":

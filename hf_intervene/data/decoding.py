@@ -1,6 +1,7 @@
 """From the cells of an image column to one uint8 tensor, in memory or in a file on the disk that is read as it is used."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..errors import NO_LOCKS
-from ..image_files import decode_image, flat_image, open_regular, printable, upright
+from ..image_files import FRAMES, decode_image, flat_image, open_regular, printable, upright
 from .identity import fingerprint
 from .mapped import MappedFile, open_array
+
+
+logger = logging.getLogger(__name__)
 
 
 def decode(
@@ -28,11 +32,12 @@ def decode(
     """The images one by one, uint8, (C, H, W), all of one shape, and their fingerprints; `files` are those that they are in where they have no path."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
-    first = None
+    first, moving = None, 0
     for row, (item, context) in enumerate(zip(tqdm(column, "reading images", disable=None, delay=2), contexts)):
         file = (item or {}).get("path") or files
         where = f"image {row}{f' ({printable(file)})' if file else ''} of context {context!r}"
         image, mark = _opened(item, where)
+        moving += image.info.get(FRAMES, 1) > 1
         image = flat_image(image, channels, where)
         if resolution is not None:
             if image.size != (resolution, resolution):
@@ -44,6 +49,8 @@ def decode(
             )
         first = image.size
         yield np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1), mark
+    if moving:
+        logger.warning("%d images have several frames: the first of each is used, the others are left out.", moving)
 
 
 def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:

@@ -1,6 +1,7 @@
 """`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked once, so that a step needs no per-sample
 Python."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from .identity import SPLITS, fingerprints, places
 from .mapped import MappedFile
 
 
+logger = logging.getLogger(__name__)
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
 
 
@@ -235,6 +237,14 @@ class ContextImages:
             raise ValueError(f"no context names the concept {missing[0]!r}; the concepts of the data set are {', '.join(found)}.")
         kept = [row for row, names_of_row in enumerate(named) if names_of_row <= set(concepts)]
         if len(kept) < len(raw):
+            others = sorted(set().union(*named) - set(concepts))
+            logger.warning(
+                "%d of %d images are left out, whose contexts name other concepts (%s) than %s.",
+                len(raw) - len(kept),
+                len(raw),
+                ", ".join(others),
+                ", ".join(concepts),
+            )
             dataset, raw = dataset.select(kept), [raw[row] for row in kept]
         cache: dict[str, str] = {}
         names = []
@@ -260,7 +270,20 @@ class ContextImages:
             pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
         images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks, file=file)
+        images.warn_of_copies()
         return images.checked() if complete else images
+
+    def warn_of_copies(self) -> None:
+        """Say that the same image is in several contexts, as after a folder was copied."""
+        pairs = np.unique(np.stack([self.fingerprints().numpy(), self.context_ids.numpy()]), axis=1)
+        marks, counts = np.unique(pairs[0], return_counts=True)
+        shared = np.isin(pairs[0], marks[counts > 1])
+        if shared.any():
+            logger.warning(
+                "%d images are the same in several contexts (%s): look whether files were copied by mistake.",
+                int((counts > 1).sum()),
+                ", ".join(self.contexts[number] for number in np.unique(pairs[1][shared])),
+            )
 
     def checked(self) -> "ContextImages":
         """The set itself, if something can be learnt from it.
