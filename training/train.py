@@ -74,6 +74,7 @@ from hf_intervene.training.validation import (
 
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
+MOST_REPEATS = 100  # of an image in a batch, in the mean: more is a slip of the keyboard, and takes minutes a step
 SILENT = 1.0  # nats: less than this in z is worth a warning
 
 
@@ -222,6 +223,10 @@ def _train(
 
     keep_freed_memory()
     data, validation = load_data(a, accelerator)
+    if a.batch_size > MOST_REPEATS * len(data):
+        raise ValueError(
+            f"batch_size {a.batch_size} is more than {MOST_REPEATS} times the {len(data)} training images: lower it."
+        )
     logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
