@@ -32,6 +32,8 @@ NO_MEMORY = (
     "Cannot allocate memory",
     "bad_alloc",
     "out of memory",
+    "can't start new thread",
+    "failed to map segment",  # of a library that is imported only now
 )
 
 
@@ -60,8 +62,8 @@ def sentence(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a RuntimeError is torch's way to say that memory is used up."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    """Whether a RuntimeError or ImportError says that memory is used up, in torch's words or the system's."""
+    return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in NO_MEMORY)
 
 
 def is_lost_process(error: BaseException) -> bool:
