@@ -34,7 +34,7 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.errors import spoken
-from hf_intervene.options import READING, add_reading_options
+from hf_intervene.options import READING, add_reading_options, seed, whole
 from hf_intervene.training.arguments import RecipeParser, check_reading, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.distributed import process_state
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=whole(1),
         default=10_000,
         help="simulated data: number of images (default 10,000); avatars has 4,000 at most",
     )
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     out = Path(arguments.output).resolve()
     check_empty(out)
