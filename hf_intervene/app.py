@@ -8,13 +8,15 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .errors import EXPECTED, sentence
+from .errors import is_expected, sentence
 from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
+from .page_clients import Clients
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -22,10 +24,12 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 try:
     import gradio as gr
     from gradio.utils import get_upload_folder
+    from starlette.middleware import Middleware
 except ImportError as error:
     raise ImportError(NO_GRADIO) from error
 
 
+CLIENTS = Clients()
 MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
 MAX_WAITING = 16  # requests: who comes later is told so, and not made to wait for minutes
 NO_IMAGE = "give an image first: upload one, or pick one of those below"
@@ -285,12 +289,21 @@ def _on(
     shown as a sentence."""
 
     @wraps(function)
-    def spoken(*values: Any) -> Any:
+    def spoken(request: gr.Request, *values: Any) -> Any:
+        if CLIENTS.left(request):
+            raise gr.Error("nobody waits for this any more.", print_exception=False)
         try:
             return function(*values)
-        except (*EXPECTED, RuntimeError) as error:
+        except Exception as error:
+            if not (is_expected(error) or isinstance(error, RuntimeError)):
+                raise
             raise gr.Error(sentence(error), print_exception=False) from error
 
+    # Gradio reads there what it is to pass beside the inputs.
+    own = signature(function)
+    asks = Parameter("request", Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request)
+    spoken.__signature__ = own.replace(parameters=[asks, *own.parameters.values()])  # type: ignore[attr-defined]
+    spoken.__annotations__ = {"request": gr.Request} | function.__annotations__
     options |= {"api_name": name} if name else {"api_visibility": "private"}
     options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
     gr.on(triggers, spoken, inputs, outputs, **options)
@@ -310,6 +323,7 @@ def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -
             enable_monitoring=False,
             max_file_size="32mb",
             theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
+            app_kwargs={"middleware": [Middleware(CLIENTS.middleware)]},
             css=CSS,
             head=CSP,
         )

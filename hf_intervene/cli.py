@@ -3,15 +3,15 @@ of words come at once."""
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EXPECTED, sentence
+from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
+from .options import READING, add_reading_options, seed, whole
 from .pretrained import located
 
 
@@ -57,6 +57,7 @@ HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what
   hf-intervene concepts outputs/mine/model --json""",
     "check": """
   hf-intervene check my-images --resolution 64
+  hf-intervene check my-data --image-column picture --context-column group --split test
   hf-intervene check quad --json > report.json""",
     "card": """
   hf-intervene card outputs/demo/pipeline --metrics outputs/demo
@@ -83,6 +84,7 @@ def demonstrate(arguments: argparse.Namespace) -> int:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Sample images from a saved pipeline or model into one picture or a folder of them."""
+    _make_place(arguments)
     model = _load(arguments.pipeline)
     import torch
 
@@ -93,6 +95,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def edit(arguments: argparse.Namespace) -> int:
     """Edit an image with a saved pipeline or model."""
+    _make_place(arguments)
     model = _load(arguments.pipeline)
     image, interventions = _open_image(arguments.image, arguments, model), _interventions(arguments, model)
     return _save_images(model.edit(image, interventions, arguments.context, "pil", **_options(arguments)), arguments)
@@ -141,16 +144,35 @@ def _options(arguments: argparse.Namespace) -> dict:
     return {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale", "reference_context")}
 
 
+def _make_place(arguments: argparse.Namespace) -> None:
+    """Make the folder that images are to be written to, before they are computed.
+
+    Raises:
+        OSError, ValueError: one sentence: it cannot be made, or no image of that kind can be written.
+    """
+    from PIL import Image
+
+    path = Path(arguments.output)
+    Image.init()
+    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(
+            f"{path} ends in {path.suffix}, and no image of that kind can be written: take .png, or a name without an ending for a folder."
+        )
+    folder = path.parent if path.suffix else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made ({error.strerror}): choose another --output.") from error
+
+
 def _save_images(images: Any, arguments: argparse.Namespace) -> int:
     from diffusers.utils import make_image_grid
 
     path = Path(arguments.output)
     if path.suffix:
-        path.parent.mkdir(parents=True, exist_ok=True)
         make_image_grid(images, 1, len(images)).save(path)
         files = [path]
     else:
-        path.mkdir(parents=True, exist_ok=True)
         files = [path / f"{number:04d}.png" for number in range(len(images))]
         for file, image in zip(files, images):
             image.save(file)
@@ -200,13 +222,16 @@ def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption fails."""
     from .data import ContextImages, load_contexts
     from .metrics import identifiability
+    from .training.arguments import check_reading
     from .training.simulated import SIMULATED
 
     bars_on_terminals_only()
+    reading = {name: getattr(arguments, name) for name in READING}
     if arguments.dataset in SIMULATED:
+        check_reading(arguments.dataset, reading)
         images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(arguments.images, 1, 0.1, arguments.seed)
     else:
-        data = ContextImages.from_dataset(load_contexts(arguments.dataset), None, arguments.resolution, complete=False)
+        data = ContextImages.from_dataset(load_contexts(arguments.dataset, **reading), None, arguments.resolution, complete=False)
         images = data.by_context()
     result = identifiability.check(images, max_images=arguments.images, seed=arguments.seed)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
@@ -241,7 +266,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--reference", metavar="CONCEPT=IMAGE", action="append", default=[], help="a concept at its value in an image; repeatable"
     )
     command.add_argument("--reference-context", help="the context the references came from (default obs)")
-    command.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
+    command.add_argument("--num-inference-steps", type=whole(1, 10**6), default=50, help="of a denoiser (default 50)")
     command.add_argument(
         "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
     )
@@ -294,8 +319,8 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument(
         "--interventions", default="obs", help="quad1, quad1+size, size=0.5 (strength), size@0.9 (quantile), obs (default obs)"
     )
-    command.add_argument("--num-images", type=int, default=8, help="how many (default 8)")
-    command.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    command.add_argument("--num-images", type=whole(1, 10**9), default=8, help="how many (default 8)")
+    command.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
     _add_options(command)
     command.add_argument("--output", type=_path, required=True, help="a picture (one row) or a folder (one file an image)")
 
@@ -316,9 +341,10 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
         help="quad, ident3d, avatars, mnist (--resolution 28), an image folder, a saved data set "
         "or a Hub name",
     )
-    command.add_argument("--resolution", type=int, default=32, help="images are cropped and resized to this (default 32)")
-    command.add_argument("--images", type=int, default=2000, help="images of a context that are tested, at most (default 2000)")
-    command.add_argument("--seed", type=int, default=0, help="of the test's split (default 0)")
+    add_reading_options(command)
+    command.add_argument("--resolution", type=whole(1, 2**14), default=32, help="images are cropped and resized to this (default 32)")
+    command.add_argument("--images", type=whole(1), default=2000, help="images of a context that are tested, at most (default 2000)")
+    command.add_argument("--seed", type=seed, default=0, help="of the test's split (default 0)")
 
     command = add("card", card, "write a saved model's card and its pictures, and push it to the Hub", json=True)
     command.add_argument("model", type=_path, help="folder of a saved model or pipeline")
@@ -332,7 +358,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command = add("app", app, "serve a page to play with: sample, edit, compose (needs the extra `app`)")
     command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
     command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
-    command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
+    command.add_argument("--port", type=whole(0, 2**16 - 1), help="port to listen at (default: the first free one from 7860 on)")
     command.add_argument("--time-limit", type=float, help="seconds that a request may take (default 300)")
     command.add_argument(
         "--export", type=_path, metavar="DIR", help="write the page as a Hugging Face Space instead of serving it"
@@ -354,6 +380,7 @@ def _recipe_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # The source line is for who wrote it.
@@ -368,14 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return evaluate.main(argv[1:])
     arguments = make_parser().parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 1
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from PIL import Image, ImageOps
 
 
 MEGA = 10**6
+FRAMES = "hf_intervene_frames"
+# Not opened: Pillow has Ghostscript, a programming language, draw EPS, and of the others it reads nothing but the header.
+_NEVER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
+Image.init()
+FORMATS = tuple(sorted(set(Image.OPEN) - _NEVER))  # of images that are opened
+READABLE = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
@@ -55,6 +61,9 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
     """An image from the contents of a file, decoded and turned as its camera says.
 
+    Its `info[FRAMES]` says how many frames there are, of which this is the first; a second photo that
+    a camera puts into a JPEG is none.
+
     Args:
         source: the contents.
         what: what to call it in a message.
@@ -64,10 +73,12 @@ def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = N
         ValueError: one sentence: it is no image, is damaged or is too large.
     """
     file = BytesIO(source) if isinstance(source, bytes) else source
-    image = _decoded(lambda: Image.open(file), what)
+    image = _decoded(lambda: Image.open(file, formats=FORMATS), what)
     check_size(image, what, max_pixels)
-
-    return upright(image, what)
+    frames = 1 if image.format == "MPO" else _decoded(lambda: getattr(image, "n_frames", 1), what)
+    image = upright(image, what)
+    image.info[FRAMES] = frames
+    return image
 
 
 def upright(image: Image.Image, what: str = "the image") -> Image.Image:

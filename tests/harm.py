@@ -105,7 +105,8 @@ def trainer_on_small_disk(argv, errors, folder, size):
     try:
         trainer(argv, errors)
     finally:
-        sys.stderr.write(f"newest checkpoint: {checkpoints.newest_checkpoint(Path(folder) / 'run' / 'checkpoints')[2]['step']}\n")
+        found = checkpoints.newest_checkpoint(Path(folder) / "run" / "checkpoints")
+        sys.stderr.write(f"newest checkpoint: {found[2]['step'] if found else 0}\n")
 
 
 TENSORS = {"model": {"w": torch.zeros(8)}, "optimizer": {"0.step": torch.zeros(())}}

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,10 +29,11 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
 
+import httpx  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
-from hf_intervene import app  # noqa: E402
+from hf_intervene import app, page_clients  # noqa: E402
 from hf_intervene.page import Page, PageApart  # noqa: E402
 from hf_intervene.page_process import ModelProcess  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
@@ -226,6 +228,83 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(grey, tmp_p
     with pytest.raises(ValueError, match="large.png has 13300x13300 pixels, 177 megapixels, and at most 32 are read"):
         grey.edit(str(tmp_path / "large.png"), [], {})
     assert time.monotonic() - began < 1
+
+
+def waiting_room(page, monkeypatch):
+    """A page whose first grid takes until it is let go: its address, the seeds of those that were drawn, and what lets it go."""
+    drawn, go = [], threading.Event()
+
+    def slow(names, seed, *options):
+        drawn.append(seed)
+        go.wait(120)
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(page, "compose", slow)
+    blocks = app.build(page)
+    return blocks, app.serve(blocks)[1] + "gradio_api/call/compose", drawn, go
+
+
+def asked(url, seed):
+    """The event of a call, to which nobody listens yet."""
+    return httpx.post(url, json={"data": [["thin", "wide"], seed]}, timeout=60)
+
+
+def test_what_nobody_waits_for_is_not_computed(grey, monkeypatch):
+    """Calls whose clients never listened, or left, while an earlier one was computed."""
+    blocks, url, drawn, go = waiting_room(grey, monkeypatch)
+    monkeypatch.setattr(page_clients, "PATIENCE", 60)
+    monkeypatch.setattr(page_clients, "RETURN", 0.1)
+    try:
+        asked(url, 0)
+        while not drawn:
+            time.sleep(0.05)
+        monkeypatch.setattr(page_clients, "PATIENCE", 0.5)
+        for seed in range(1, 6):
+            event = asked(url, seed).json()["event_id"]
+            if seed > 3:
+                with pytest.raises(httpx.ReadTimeout), httpx.stream("GET", f"{url}/{event}", timeout=0.3) as answer:
+                    answer.read()
+        time.sleep(1)
+        event = asked(url, 99).json()["event_id"]
+        threading.Timer(0.2, go.set).start()
+        with httpx.stream("GET", f"{url}/{event}", timeout=60) as answer:
+            assert "event: complete" in answer.read().decode()
+        assert drawn == [0, 99]
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_who_comes_when_the_queue_is_full_is_told(grey, monkeypatch):
+    monkeypatch.setattr(app, "MAX_WAITING", 2)
+    blocks, url, _, go = waiting_room(grey, monkeypatch)
+    try:
+        answers = [asked(url, 0) for _ in range(8)]
+        assert {answer.status_code for answer in answers} == {200, 503}
+        assert any("Queue is full" in answer.text for answer in answers)
+    finally:
+        go.set()
+        blocks.close(verbose=False)
+
+
+def test_who_waits_is_known():
+    """By the connections: of a session that left and came back, of one that never came."""
+
+    class Request:
+        session_hash = "s"
+
+        def __init__(self, came, **call):
+            self.request = SimpleNamespace(scope={"hf_intervene.call": {"came": came, **call}})
+
+    clients, now = page_clients.Clients(), time.monotonic()
+    assert not clients.left(None) and not clients.left(SimpleNamespace(request=None))
+    assert not clients.left(Request(now)) and clients.left(Request(now - 60))
+    clients._waiting["s"] += 1
+    assert not clients.left(Request(now - 60))
+    clients._waiting["s"] -= 1
+    clients._left_at["s"] = now  # only now: a browser may come back
+    assert not clients.left(Request(now - 60))
+    clients._left_at["s"] = now - 30
+    assert clients.left(Request(now - 60)) and not clients.left(Request(now - 1))  # asked for after that
 
 
 def test_nothing_is_fetched_from_elsewhere(client):

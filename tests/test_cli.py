@@ -45,6 +45,32 @@ def test_completion(shell, capsys):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "quad", "--seed", "1" + "0" * 30, "--output", "a.png"], "a whole number from 0 to 4294967295 is needed"),
+        (["sample", "quad", "--num-images", "-1", "--output", "a.png"], "a whole number from 1 to"),
+        (["check", "quad", "--seed", "-1"], "a whole number from 0 to 4294967295"),
+        (["evaluate", "--model", "m", "--output", "o", "--projections", "0"], "a whole number from 1 to"),
+        (["evaluate", "--model", "m", "--output", "o", "--twins", "x"], "a whole number from 0 to"),
+        (["app", "--port", "99999"], "a whole number from 0 to 65535 is needed, not 99999"),
+    ],
+)
+def test_numbers_that_nothing_can_be_done_with(capsys, words, message):
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.xyz", "take .png, or a name without an ending"), ("file/x.png", "choose another --output")])
+def test_a_place_that_nothing_can_be_written_to_costs_no_images(tmp_path, monkeypatch, capsys, name, message):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "_load", lambda name: pytest.fail("images are computed first"))
+    for words in (["sample", "quad"], ["edit", "quad", "photo.png"]):
+        assert cli.main([*words, "--output", str(tmp_path / name)]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_warnings_without_their_source_line():
     code = """if True:
         import warnings

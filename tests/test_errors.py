@@ -1,11 +1,32 @@
 """What a command says when something goes wrong: one line, whatever the message was."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 
 from hf_intervene import cli
 from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
+from hf_intervene.training import (
+    ablation,
+    baselines,
+    benchmark,
+    effects,
+    evaluate,
+    identifiability,
+    pretrain,
+    protocol,
+    reproduce,
+    seeds_table,
+    train,
+)
 from hf_intervene.training.checkpoints import restore_optimizer
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_message_is_one_line_of_bounded_length():
@@ -27,6 +48,59 @@ def test_a_command_says_it(monkeypatch, capsys, error):
     assert cli.main(["concepts", "quad"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 2100
+
+
+# Every command
+
+
+def lost_process():
+    return RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+
+
+# As httpx raises it, which older versions of the Hub's client do not have.
+CONNECTION = type("ConnectError", (type("HTTPError", (Exception,), {"__module__": "httpx"}),), {})
+UNEXPECTED = RuntimeError("size mismatch")
+LIBRARIES = [SafetensorError("truncated\nheader"), DatasetsError("x"), yaml.YAMLError("x"), CONNECTION("no\nroute")]
+MEMORY = [RuntimeError("could not create a primitive"), RuntimeError("can't start new thread"), MemoryError()]
+RECIPES = [ablation, baselines, benchmark, effects, evaluate, identifiability, pretrain, protocol, reproduce, seeds_table, train]
+MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} | {"hf-intervene": cli.main}
+
+
+def failing(monkeypatch, error):
+    """Whatever a command reads first of its words fails."""
+
+    def fail(*_, **__):
+        raise error
+
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(f"argparse.ArgumentParser.{name}", fail)
+
+
+@pytest.mark.parametrize("error", [*LIBRARIES, *MEMORY, lost_process(), OSError("a\nb")], ids=lambda error: str(error)[:12])
+@pytest.mark.parametrize("name", MAINS)
+def test_every_command_says_what_goes_wrong_in_one_line(monkeypatch, capsys, name, error):
+    failing(monkeypatch, error)
+    assert MAINS[name]([]) == (2 if name == "benchmark" else 1)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n")
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_every_command_shows_a_mistake_of_ours_and_ends_quietly_when_it_is_stopped(monkeypatch, capsys, name):
+    failing(monkeypatch, UNEXPECTED)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MAINS[name]([])
+    failing(monkeypatch, KeyboardInterrupt())
+    assert MAINS[name]([]) == 130 and capsys.readouterr().err.startswith("stopped: ")
+
+
+def test_no_command_has_a_list_of_exceptions_of_its_own():
+    for room in ("hf_intervene", "training"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.name != "errors.py":
+                assert "EXPECTED" not in path.read_text(), path
+    mains = [path.stem for path in (ROOT / "training").glob("*.py") if "\ndef main(" in path.read_text()]
+    assert set(mains) <= set(MAINS)
 
 
 def test_an_optimisers_state_of_another_shape_is_refused():

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -217,3 +218,132 @@ def test_a_long_card_is_read_at_once(tmp_path, piece):
 def test_a_card_that_is_no_text(tmp_path):
     (tmp_path / "README.md").write_bytes(b"# caf\xe9")
     assert card_text(tmp_path).startswith("# caf")
+
+
+def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 256, cache_dir=tmp_path / "cache")  # noqa: E731
+    images = read()
+    part, _ = images.split(0.2)
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    whole = file.read_bytes()
+    os.truncate(file, 5000)
+    for use in (
+        lambda: images.images(torch.arange(3)),
+        lambda: part.pixels,
+        lambda: part.on("cpu"),
+        images.by_context,
+    ):
+        with pytest.raises(OSError, match=r"npy was cut while it was being read: do not change the image cache"):
+            use()
+    file.unlink()
+    file.write_bytes(whole)  # another file in its place does no harm, nor that it is cut
+    os.truncate(file, 10)
+    again = read()  # written anew
+    assert torch.equal(again.pixels, read().pixels)
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    read()
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    left = [file.with_name(f".{file.name}.{n}.images.part") for n in (1, 2)]
+    for path in left:
+        path.write_bytes(b"half")
+    other = file.with_name(".other.npy.1.images.part")
+    other.write_bytes(b"of another data set")
+    file.unlink()
+    read()
+    assert not any(path.exists() for path in left) and other.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_is_there_need_not_be_writable(source, tmp_path):
+    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    expected = read().pixels.clone()
+    (tmp_path / "cache").chmod(0o500)
+    assert torch.equal(read().pixels, expected)
+
+
+# What is left out is said
+
+
+def said(caplog, folder, **options):
+    """What is warned of while a folder is read, and the images of each context."""
+    caplog.clear()
+    found = ContextImages.from_dataset(load_contexts(folder), None, 16, **options).by_context()
+    return caplog.text, {name: len(images) for name, images in found.items()}
+
+
+def test_images_beside_the_folders_of_contexts(source, caplog):
+    assert said(caplog, source)[0] == ""
+    fill(source, 3, seed=5)
+    text, found = said(caplog, source)
+    assert "images that are in no sub-folder of a context are left out (3 .png)" in text
+    assert found == {"obs": 10, "hat": 10}
+
+
+def test_links_to_folders_and_pipes_are_not_followed(source, caplog, tmp_path):
+    fill(tmp_path / "elsewhere", 4, seed=5)
+    (source / "hat" / "more").symlink_to(tmp_path / "elsewhere")
+    (source / "hat" / "loop").symlink_to(source / "hat")
+    os.mkfifo(source / "hat" / "a.png")
+    text, found = said(caplog, source)
+    assert "left out (2 link to a folder, 1 pipe or device)" in text and found["hat"] == 10
+    shutil.rmtree(source / "obs")
+    (source / "obs").symlink_to(fill(tmp_path / "other", 9, seed=6))  # a context may be one
+    assert said(caplog, source)[1] == {"obs": 9, "hat": 10}
+
+
+def test_what_macos_puts_into_archives_is_no_context(source, caplog):
+    fill(source / "__MACOSX", 9)
+    fill(source / "hat" / "__MACOSX", 9)
+    (source / "hat" / "._0.png").write_bytes(b"x")
+    assert said(caplog, source) == ("", {"obs": 10, "hat": 10})
+
+
+def test_folders_beside_the_split_that_is_read(source, tmp_path, caplog):
+    for name in ("train", "test"):
+        shutil.copytree(source, tmp_path / "splits" / name)
+    assert said(caplog, tmp_path / "splits")[0] == ""
+    fill(tmp_path / "splits" / "shoe", 9, seed=7)
+    text, found = said(caplog, tmp_path / "splits")
+    assert "the split 'train' alone is read; shoe beside it: left out" in text and "shoe" not in found
+
+
+def test_images_that_a_table_does_not_name(tmp_path, caplog):
+    folder = fill(tmp_path / "data", 20)
+    rows = [f"{n}.png,{'obs' if n < 8 else 'hat'}" for n in range(16)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,context", *rows]))
+    text, found = said(caplog, folder)
+    assert "4 images that the metadata file does not name are left out" in text and found == {"obs": 8, "hat": 8}
+
+
+def test_images_of_other_concepts(source, caplog):
+    fill(source / "shoe", 9, seed=7)
+    found = ContextImages.from_dataset(load_contexts(source), ["hat"], 16)
+    assert found.contexts == ["obs", "hat"]
+    assert "9 of 29 images are left out, whose contexts name other concepts (shoe) than hat" in caplog.text
+
+
+def test_frames_after_the_first(source, caplog):
+    frames = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in (10, 200)]
+    for kind in ("gif", "webp", "tiff", "png"):
+        frames[0].save(source / "hat" / f"moving.{kind}", save_all=True, append_images=frames[1:])
+    text, found = said(caplog, source)
+    assert "4 images have several frames: the first of each is used" in text and found["hat"] == 14
+
+
+def test_copies_in_several_contexts(source, caplog):
+    shutil.copy(source / "obs" / "0.png", source / "hat" / "copy.png")
+    shutil.copy(source / "obs" / "1.png", source / "obs" / "copy.png")  # in one context it does no harm
+    assert "1 images are the same in several contexts (obs, hat)" in said(caplog, source)[0]
+
+
+def test_what_other_programs_would_draw_is_not_opened(source, caplog):
+    """Pillow has Ghostscript draw EPS."""
+    Image.new("RGB", (16, 16)).save(source / "hat" / "a.eps")
+    text, found = said(caplog, source)
+    assert "left out (1 .eps)" in text and found["hat"] == 10
+    (source / "hat" / "a.eps").rename(source / "hat" / "b.png")
+    with pytest.raises(ValueError, match="b.png.*cannot be read as an image"):
+        said(caplog, source)

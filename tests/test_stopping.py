@@ -4,20 +4,26 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import TINY
+from PIL import Image
 
-from hf_intervene.training import arguments, run_folder, stopping, train
+from hf_intervene.data import decoding
+from hf_intervene.training import arguments, evaluate, pretrain, run_folder, stopping, train
 from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.checkpoints import checkpoints, newest_checkpoint
 from hf_intervene.training.stopping import Stop
@@ -86,8 +92,12 @@ def newest_step(tmp_path):
 
 def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    parents = (stopping._PARENT if call < 3 else 1 for call in count())
-    monkeypatch.setattr(stopping.os, "getppid", lambda: next(parents))
+    ours, calls, getppid = threading.get_ident(), count(), os.getppid
+
+    def parent():  # of the loop's own thread, from its fourth step on, another one
+        return 2 if threading.get_ident() == ours and next(calls) >= 3 else getppid()
+
+    monkeypatch.setattr(stopping.os, "getppid", parent)
     result = train.train(TrainArguments(**tiny))
     assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")  # without a launcher, as under nohup, parents come and go
@@ -194,3 +204,121 @@ def test_history_of_a_stopped_run_is_json(tiny, tmp_path, monkeypatch):
     assert train.train(TrainArguments(**tiny | {"log_every": 1})).interrupted
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert steps[-1] == 3 and checkpoints(tmp_path / "run" / "checkpoints")
+
+
+# While data are prepared
+
+
+def interrupted_while(monkeypatch, module, name, happening):
+    """Have something happen when a function is called first; afterwards it takes ten seconds, if it is not ended."""
+    original, calls = getattr(module, name), count()
+
+    def slow(*arguments, **options):
+        if next(calls) == 0:
+            happening()
+            time.sleep(10)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, slow)
+
+
+@pytest.mark.parametrize("how", ["sigterm", "ctrl-c", "launcher"])
+def test_a_run_that_prepares_data_ends_at_once_and_goes_on(tiny, tmp_path, monkeypatch, capsys, how):
+    ended = threading.Event()
+    monkeypatch.setattr(stopping, "orphaned", ended.is_set)
+    happens = {
+        "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
+        "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "launcher": ended.set,
+    }
+    interrupted_while(monkeypatch, train, "load_data", happens[how])
+    argv = script(tmp_path, max_steps=2)[1:]
+    began = time.monotonic()
+    assert train.main(argv) == 130
+    assert time.monotonic() - began < 6
+    assert "stopped: the same command goes on from here" in capsys.readouterr().err
+    ended.clear()
+    assert train.main(argv) == 0  # the lock is free, and nothing half done stands in its way
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain"])
+def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(tmp_path, monkeypatch, capsys, command):
+    module = {"evaluate": evaluate, "pretrain": pretrain}[command]
+    name = {"evaluate": "load_model", "pretrain": "observational_images"}[command]
+    interrupted_while(monkeypatch, module, name, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    argv = ["--output", str(tmp_path / "out")] + (["--model", "nowhere"] if command == "evaluate" else [])
+    assert module.main(argv) == 130 and not list((tmp_path / "out").iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name in ("obs", "hat"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    interrupted_while(monkeypatch, decoding, "flat_image", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    own = {"dataset": str(tmp_path / "data"), "image_cache": str(tmp_path / "cache"), "max_steps": 2}
+    argv = script(tmp_path, **own)[1:]
+    assert train.main(argv) == 130
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert train.main(argv) == 0
+
+
+def test_what_an_orphan_is(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert not stopping.orphaned()
+    monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
+    assert stopping.orphaned()
+    monkeypatch.setattr(stopping, "_PARENT", 1)  # from the beginning: the launcher ended before, or is process 1 of a container
+    for launcher in (True, False):
+        monkeypatch.setattr(stopping, "_is_launcher", lambda process, launcher=launcher: launcher)
+        assert stopping.orphaned() != launcher
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    assert not stopping.orphaned()  # without a launcher, as under nohup
+
+
+# The folder of a run
+
+
+def removing(folder, at):
+    """What removes the folder of a run after so many rows of its history."""
+    rows = count(1)
+    return lambda row: shutil.rmtree(folder) if next(rows) == at else None
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_made_and_locked_again(tiny, tmp_path, capsys):
+    settings, out = tiny | {"max_steps": 12, "log_every": 1, "checkpoint_every": 4}, tmp_path / "run"
+    locked = []
+
+    def look(row):
+        remove(row)
+        if row["step"] == 10:
+            with pytest.raises(OSError, match="another run is writing in"), run_folder.sole_run(out):
+                pass
+            locked.append(out)
+
+    remove = removing(out, 6)
+    assert train.train(TrainArguments(**settings), look).step == 12
+    assert f"{out} was removed while a run was writing in it: it is made again" in capsys.readouterr().err
+    assert locked and (out / "model" / "model.safetensors").exists() and newest_step(tmp_path) == 12
+    run_folder.check_own(out)  # it is a run's, which goes on
+    assert train.train(TrainArguments(**settings | {"resume": "auto"})).step == 12
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tiny, tmp_path):
+    out, hold = tmp_path / "run", ExitStack()
+    remove = removing(out, 3)
+
+    def take(row):
+        remove(row)
+        if not out.exists():
+            out.mkdir()
+            hold.enter_context(run_folder.sole_run(out))
+            (out / "theirs").write_text("")
+
+    with hold, pytest.raises(OSError, match="another run is writing in"):
+        train.train(TrainArguments(**tiny | {"max_steps": 12, "log_every": 1}), take)
+    assert (out / "theirs").exists() and not (out / "model").exists()

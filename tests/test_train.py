@@ -296,6 +296,7 @@ def options(settings):
     [
         ({"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
         ({"batch_size": 15, "gradient_accumulation_steps": 2}, "does not divide"),
+        ({"batch_size": 2**20}, "more than 100 times the 224 training images: lower it"),
         ({"concepts": ["quad1", "sise"]}, "orientation, all of them: leave concepts out"),
         ({"lerning_rate": 1.0}, "unknown option --lerning_rate: did you mean --learning_rate"),
         ({"regime": "lora2"}, "regime must be one of"),

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_intervene.errors import EXPECTED, sentence
-from hf_intervene.training.jobs import INTERRUPTED, Job, options, run_jobs, training_commands
+from hf_intervene.errors import spoken
+from hf_intervene.training.jobs import Job, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name
 
 
@@ -59,6 +59,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(HERE / "configs" / "ablation.yaml"))
@@ -76,14 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = out / run_name(variant, seed)
             trained = ["--config", arguments.config, "--seed", str(seed), *options(VARIANTS[variant])]
             jobs[variant, seed] = Job(folder, partial(training_commands, folder, trained, measured))
-    try:
-        failed = run_jobs(list(jobs.values()), arguments.jobs)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    failed = run_jobs(list(jobs.values()), arguments.jobs)
     if failed:
         print("\n".join(f"error: {job.folder}: {reason}" for job, reason in failed.items()), file=sys.stderr)
         return 1

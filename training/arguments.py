@@ -21,6 +21,7 @@ from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.identity import SPLITS
 from hf_intervene.data.schedule import SCHEDULES
 from hf_intervene.hub import MAX_SIZE
+from hf_intervene.options import READING, READING_DEFAULTS
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
@@ -80,6 +81,11 @@ class TrainArguments:
     data_seed: int = field(
         default=0,
         metadata={"help": "Seed of the data (if simulated) or of the split (own data, avatars)."},
+    )
+    split: str = field(default="train", metadata={"help": f"Own data: {READING['split']}."})
+    image_column: str = field(default="image", metadata={"help": f"Own data: {READING['image_column']}."})
+    context_column: str = field(
+        default="context", metadata={"help": f"Own data: {READING['context_column']}."}
     )
     split_by: str = field(default="image", metadata={"help": "How own data are split: by `image`, or `position` as before 0.2."})
     resolution: int | None = field(default=64, metadata={"help": "Side of the images in pixels."})
@@ -234,6 +240,11 @@ class TrainArguments:
             raise ValueError("epochs must be finite: patience or Ctrl-C ends a run before.")
 
     @property
+    def reading(self) -> dict[str, str]:
+        """How own data are read: arguments of `load_contexts`."""
+        return {name: getattr(self, name) for name in READING}
+
+    @property
     def precision(self) -> str:
         """`mixed_precision`; `auto` is what a launcher was told, or decided for this machine."""
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" is what it sets by itself
@@ -345,6 +356,17 @@ def shared_settings(arguments: TrainArguments) -> str:
             changed[name] = Path(changed[name]).resolve().name
     shared = {"settings_version": SETTINGS_VERSION} | changed
     return f"{_SHARED}{version('hf-intervene')}\n" + yaml.safe_dump(shared, sort_keys=False)
+
+
+def check_reading(dataset: str, reading: Mapping[str, str]) -> None:
+    """Refuse what says how own data are read for data that are drawn, where it would do nothing.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    for name, value in reading.items():
+        if value != READING_DEFAULTS[name]:
+            raise ValueError(f"{dataset} is drawn, and has no {name} to choose: leave {name} out.")
 
 
 class RecipeParser(ArgumentParser):

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import LightVAE
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, ContextSchedule
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.model import InterventionModel
@@ -368,6 +368,7 @@ def run(a: TrainArguments, baseline: str, weight: float | None, images: int, hel
     return metrics
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0], epilog="and any setting of train.py", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -377,14 +378,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=1280, help="images a side of each distance (default 1280)")
     parser.add_argument("--held_out_seed", type=int, default=0, help="of held-out images, noise and directions")
     own, rest = parser.parse_known_args(argv)
-    try:
-        if own.explain:
-            print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
-        else:
-            print(table(run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    if own.explain:
+        print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
+    else:
+        print(table(run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)))
     return 0
 
 

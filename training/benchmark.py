@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.logging import bars_on_terminals_only
 from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.benchmark_tools import Conditions, machine
@@ -227,7 +227,7 @@ def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
     return report
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="default: those that take no longer than minutes; or all")
     parser.add_argument("--list", action="store_true", help="say what there is")
@@ -239,35 +239,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="exit code 1 if something got worse")
     arguments = parser.parse_args(argv)
     bars_on_terminals_only()
-    try:
-        if arguments.list:
-            print("\n".join(f"{name}: {b.about}{' (long)' if b.long else ''}" for name, b in BENCHMARKS.items()))
-            return 0
-        if arguments.compare:
-            text, worse = compare(*map(read, arguments.compare))
-            print(text)
-            return int(worse)
-        names = chosen(arguments.benchmarks)
-        if arguments.rounds < 1 or arguments.threads < 1:
-            raise ValueError("rounds and threads must be at least 1.")
-        if arguments.output:
-            check_writable(Path(arguments.output).resolve().parent)
-        Conditions.cpu_time, Conditions.device = arguments.cpu_time, chosen_device(arguments.device)
-        if Conditions.device.type == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does the trainer find another one
-        elif arguments.cpu_time:
-            raise ValueError("processor time says nothing of another device: leave out --cpu-time.")
-        elif Conditions.device.index:
-            raise ValueError(
-                f"the trainer takes the first device that it sees: give it {Conditions.device.type} and let it see no other."
-            )
-        torch.set_num_threads(arguments.threads)
-        torch.manual_seed(0)
-        measure(names, arguments.rounds, arguments.output)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+    if arguments.list:
+        print("\n".join(f"{name}: {b.about}{' (long)' if b.long else ''}" for name, b in BENCHMARKS.items()))
+        return 0
+    if arguments.compare:
+        text, worse = compare(*map(read, arguments.compare))
+        print(text)
+        return int(worse)
+    names = chosen(arguments.benchmarks)
+    if arguments.rounds < 1 or arguments.threads < 1:
+        raise ValueError("rounds and threads must be at least 1.")
+    if arguments.output:
+        check_writable(Path(arguments.output).resolve().parent)
+    Conditions.cpu_time, Conditions.device = arguments.cpu_time, chosen_device(arguments.device)
+    if Conditions.device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does the trainer find another one
+    elif arguments.cpu_time:
+        raise ValueError("processor time says nothing of another device: leave out --cpu-time.")
+    elif Conditions.device.index:
+        raise ValueError(
+            f"the trainer takes the first device that it sees: give it {Conditions.device.type} and let it see no other."
+        )
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    measure(names, arguments.rounds, arguments.output)
     return 0
+
+
+main = spoken(_main, failed=2)
 
 
 if __name__ == "__main__":

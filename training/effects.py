@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hf_intervene.cards import read_settings
 from hf_intervene.contexts import OBS, Interventions
 from hf_intervene.data import quad
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.metrics import disentanglement, effects, read_error, read_factors
 from hf_intervene.metrics.causal import (
     agreement,
@@ -414,37 +414,34 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     variant, images, seed = arguments.variant, arguments.images, arguments.seed
-    try:
-        quad.weights(variant)  # complains of another variant
-        check_installed()  # now, not after all the rest
-        if images < 2 * disentanglement.MIN_SAMPLES:
-            raise ValueError(f"at least {2 * disentanglement.MIN_SAMPLES} images of every context are needed, not {images}.")
-        if arguments.resamples < 2:
-            raise ValueError(f"an interval needs at least two random halves, not {arguments.resamples}.")
-        check_writable(arguments.output)
-        model = load_model(arguments.model).eval()
-        check_model(model, arguments.model, variant)
-        sampled = sampled_effects(model, variant, images, seed, arguments.num_inference_steps)
-        measured = {
-            "effects": sampled,
-            "codes": code_scores(model, variant, images, seed, arguments.resamples),
-            "values": chosen_values(model, variant, min(images, _EDITED), seed, arguments.num_inference_steps),
-            "causal": causal_reading(model, variant, sampled, seed),
-            "read_error": read_error(model.base.image_shape[1], seed=seed),
-            "settings": vars(arguments),
-        }
-        text = table(measured)
-        print(text)
-        write_whole(Path(arguments.output, "effects.json"), json.dumps(measured, indent=1))
-        write_whole(Path(arguments.output, "effects.md"), text)
-        for name, figure in pictures(measured, model.config.free_blocks).items():
-            save(figure, Path(arguments.output, name))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    quad.weights(variant)  # complains of another variant
+    check_installed()  # now, not after all the rest
+    if images < 2 * disentanglement.MIN_SAMPLES:
+        raise ValueError(f"at least {2 * disentanglement.MIN_SAMPLES} images of every context are needed, not {images}.")
+    if arguments.resamples < 2:
+        raise ValueError(f"an interval needs at least two random halves, not {arguments.resamples}.")
+    check_writable(arguments.output)
+    model = load_model(arguments.model).eval()
+    check_model(model, arguments.model, variant)
+    sampled = sampled_effects(model, variant, images, seed, arguments.num_inference_steps)
+    measured = {
+        "effects": sampled,
+        "codes": code_scores(model, variant, images, seed, arguments.resamples),
+        "values": chosen_values(model, variant, min(images, _EDITED), seed, arguments.num_inference_steps),
+        "causal": causal_reading(model, variant, sampled, seed),
+        "read_error": read_error(model.base.image_shape[1], seed=seed),
+        "settings": vars(arguments),
+    }
+    text = table(measured)
+    print(text)
+    write_whole(Path(arguments.output, "effects.json"), json.dumps(measured, indent=1))
+    write_whole(Path(arguments.output, "effects.md"), text)
+    for name, figure in pictures(measured, model.config.free_blocks).items():
+        save(figure, Path(arguments.output, name))
     return 0
 
 

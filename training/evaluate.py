@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,15 +28,16 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts, quad
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.data.identity import load_images
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import context_leakage, mean_interval
 from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2, times_floor
 from hf_intervene.model import InterventionModel
+from hf_intervene.options import READING, add_reading_options, seed, whole
 from hf_intervene.plots import floor_chart, save
-from hf_intervene.training.arguments import RecipeParser, TrainArguments, earlier_defaults
+from hf_intervene.training.arguments import RecipeParser, TrainArguments, check_reading, earlier_defaults
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.evaluate_content import (
@@ -50,6 +52,7 @@ from hf_intervene.training.evaluate_content import (
 from hf_intervene.training.evaluate_setup import DETECTOR_IMAGES, content_options
 from hf_intervene.training.evaluate_tables import table
 from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
+from hf_intervene.training.stopping import stops_at_once
 from hf_intervene.training.validation import loss_units
 
 
@@ -303,6 +306,7 @@ def held_out_images(
     split: tuple[float, int, str] | None = None,
     mnist_digits: str = BUNDLED,
     trained: Mapping[str, torch.Tensor] | None = None,
+    reading: Mapping[str, str] | None = None,
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
@@ -313,7 +317,8 @@ def held_out_images(
     all, of data that training did not see. Images whose fingerprints are among those of `trained` are left out
     in any case.
 
-    Warns of own data with few images of a context, and of training images that are left out.
+    Warns of own data with few images of a context, and of images that are left out: those trained on, and those of concepts that the
+    model does not have. `reading`: how own data are read, arguments of `load_contexts`.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
@@ -324,7 +329,7 @@ def held_out_images(
             return held_out_on_demand(simulated, images, seed)
         return simulated.held_out_images(images, seed)
     # The model's concepts, as in training: the split depends on the order of the contexts, and it may know but some of the data's.
-    data = ContextImages.from_dataset(load_contexts(dataset), concepts, resolution, channels)
+    data = ContextImages.from_dataset(load_contexts(dataset, **reading or {}), concepts, resolution, channels)
     data = _unseen(data if split is None else data.split(*split)[1], trained or {})
     by_context = data.by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]
@@ -360,11 +365,28 @@ def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> Context
 
 def training_split(folder: str) -> tuple[float, int, str]:
     """The fraction, the seed and the way by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
+    saved = _trained_with(folder)
+    return tuple(saved[name] for name in ("validation_fraction", "data_seed", "split_by"))
+
+
+def _trained_with(folder: str) -> dict:
+    """The settings of the run that a model is of, as far as they are beside it; otherwise the defaults."""
     saved = read_settings(folder)
     if saved:
         saved = earlier_defaults(saved.get("settings_version", 0), folder) | saved
-    names = ("validation_fraction", "data_seed", "split_by")
-    return tuple(saved.get(name, getattr(TrainArguments, name)) for name in names)
+    return asdict(TrainArguments()) | saved
+
+
+def reading_of(arguments: argparse.Namespace) -> tuple[dict[str, str], bool]:
+    """How own data are to be read: as options say, and otherwise as in training; and whether they are another split than the
+    training's."""
+    trained = {name: _trained_with(arguments.model)[name] for name in READING}
+    given = {name: getattr(arguments, name) for name in READING if getattr(arguments, name) is not None}
+    if arguments.dataset in SIMULATED:
+        check_reading(arguments.dataset, given)
+        return {}, False
+    reading = trained | given
+    return reading, reading["split"] != trained["split"]
 
 
 def load_model(folder: str) -> InterventionModel:
@@ -400,17 +422,18 @@ def make_parser() -> argparse.ArgumentParser:
         default="quad",
         help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
     )
+    add_reading_options(parser, "as in training")
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
-    parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them")
-    parser.add_argument("--images", type=int, default=1280, help="images a side, of each context (default 1280)")
-    parser.add_argument("--projections", type=int, default=500)
-    parser.add_argument("--num-inference-steps", type=int, default=50, help="of a denoiser (default 50)")
+    parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them; so with another split")
+    parser.add_argument("--images", type=whole(1), default=1280, help="images a side, of each context (default 1280)")
+    parser.add_argument("--projections", type=whole(1), default=500)
+    parser.add_argument("--num-inference-steps", type=whole(1, 10**6), default=50, help="of a denoiser (default 50)")
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument(
         "--detector-images",
-        type=int,
+        type=whole(0),
         default=DETECTOR_IMAGES,
         help="training images of each context, at most, for the detector of concepts "
         f"(default {DETECTOR_IMAGES}); 0: no presence",
@@ -422,66 +445,67 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--twins",
-        type=int,
+        type=whole(0),
         help="twins for the error of edits (default 256 where the data have twins); 0: none",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of held-out images, detector, noise and directions"
+        "--seed", type=seed, default=0, help="of held-out images, detector, noise and directions"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
     return parser
 
 
+@spoken
+@stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
     bars_on_terminals_only()
-    try:
-        check_writable(arguments.output)
-        model = load_model(arguments.model).to(process.device)
-        channels, height, _ = model.base.image_shape
-        split = None if arguments.all else training_split(arguments.model)
-        data = (height, channels, arguments.variant)
-        real, other_real = held_out_images(
-            arguments.dataset,
-            model.concepts,
-            arguments.images,
-            arguments.seed,
-            *data,
-            split,
-            arguments.mnist_digits,
-            load_images(Path(arguments.model)),
-        )
-        content = content_options(
-            arguments.dataset,
-            model.concepts,
-            *data,
-            arguments.mnist_digits,
-            split,
-            other_real,
-            arguments.seed,
-            arguments.detector_images,
-            arguments.twins,
-        ) | {"tests": not arguments.no_tests}
-        protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
-        options = content | {
-            "edits": arguments.edits,
-            "num_inference_steps": arguments.num_inference_steps,
-        }
-        metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
-        if not process.is_main_process:
-            return 0
-        if arguments.edits and arguments.dataset == "quad":
-            options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
-            metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
-        metrics["settings"] = vars(arguments)
-        metrics["versions"] = versions()
-        # Before writing: what a full disk cannot take is at least on the screen.
-        print(json.dumps(metrics) if arguments.json else table(metrics))
-        write(metrics, arguments.output)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    check_writable(arguments.output)
+    model = load_model(arguments.model).to(process.device)
+    channels, height, _ = model.base.image_shape
+    reading, other_split = reading_of(arguments)
+    split = None if arguments.all or other_split else training_split(arguments.model)
+    data = (height, channels, arguments.variant)
+    real, other_real = held_out_images(
+        arguments.dataset,
+        model.concepts,
+        arguments.images,
+        arguments.seed,
+        *data,
+        split,
+        arguments.mnist_digits,
+        load_images(Path(arguments.model)),
+        reading,
+    )
+    content = content_options(
+        arguments.dataset,
+        model.concepts,
+        *data,
+        arguments.mnist_digits,
+        split,
+        other_real,
+        arguments.seed,
+        arguments.detector_images,
+        arguments.twins,
+        reading,
+    ) | {"tests": not arguments.no_tests}
+    protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
+    options = content | {
+        "edits": arguments.edits,
+        "num_inference_steps": arguments.num_inference_steps,
+    }
+    metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
+    if not process.is_main_process:
+        return 0
+    if arguments.edits and arguments.dataset == "quad":
+        options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
+        metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
+    metrics["settings"] = vars(arguments)
+    metrics["versions"] = versions()
+    # Before writing: what a full disk cannot take is at least on the screen.
+    print(json.dumps(metrics) if arguments.json else table(metrics))
+    write(metrics, arguments.output)
     return 0
 
 

@@ -26,6 +26,7 @@ def content_options(
     seed: int,
     detector_images: int = DETECTOR_IMAGES,
     twin_images: int | None = None,
+    reading: Mapping[str, str] | None = None,
 ) -> dict:
     """The arguments of `evaluate` for the content of images: a detector, trained here, twins, and
     the variant of quad.
@@ -41,6 +42,7 @@ def content_options(
         seed: of the detector.
         detector_images: of each context, at most; 0: no detector.
         twin_images: of each context; `None`: some where the data set has twins; 0: none.
+        reading: see `held_out_images`.
 
     Raises:
         ValueError: one sentence: twins asked of data that have none.
@@ -79,7 +81,7 @@ def content_options(
                 images = other_real
             else:
                 data = ContextImages.from_dataset(
-                    load_contexts(dataset), concepts, resolution, channels
+                    load_contexts(dataset, **reading or {}), concepts, resolution, channels
                 )
                 images = data.split(*split)[0].by_context()
             detector = train_context_detector(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.metrics.recovery import simulate_and_recover
 from hf_intervene.training.checkpoints import write_whole
 from hf_intervene.training.seeds import mean_cell, run_name
@@ -64,6 +64,7 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
@@ -73,20 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     arguments = parser.parse_args(argv)
     out = Path(arguments.output)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(arguments.jobs) as pool:
-            jobs = {
-                (name, seed): pool.submit(run_job, name, seed, out, arguments.steps)
-                for seed in range(arguments.seeds)
-                for name in arguments.rows
-            }
-            results = {name: [jobs[name, seed].result() for seed in range(arguments.seeds)] for name in arguments.rows}
-        (out / "identifiability.json").write_text(json.dumps(results, indent=1))
-        (out / "identifiability.md").write_text(table(results))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        jobs = {
+            (name, seed): pool.submit(run_job, name, seed, out, arguments.steps)
+            for seed in range(arguments.seeds)
+            for name in arguments.rows
+        }
+        results = {name: [jobs[name, seed].result() for seed in range(arguments.seeds)] for name in arguments.rows}
+    (out / "identifiability.json").write_text(json.dumps(results, indent=1))
+    (out / "identifiability.md").write_text(table(results))
     print(table(results))
     return 0
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from hf_intervene.errors import INTERRUPTED
 from hf_intervene.training.checkpoints import write_whole
 
 
 HERE = Path(__file__).parent
-INTERRUPTED = 130  # exit status of a run that Ctrl-C or SIGTERM ended
 
 Command = tuple[str, ...]  # a script of this folder and its options
 

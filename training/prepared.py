@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.base import weight_hash
 from hf_intervene.data import ContextImages
+from hf_intervene.data.mapped import open_array
 from hf_intervene.training.checkpoints import atomic_folder
 
 
@@ -44,7 +45,8 @@ class PreparedImages:
                 self._write(temporary, base, images, batch_size)
                 (temporary / "key.json").write_text(json.dumps(key))
         accelerator.wait_for_everyone()
-        self._arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
+        remedy = "do not change the folder of a run; go on with --resume auto"
+        self._arrays = {file.stem: open_array(file, remedy) for file in folder.glob("*.npy")}
 
     @staticmethod
     def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
@@ -64,8 +66,14 @@ class PreparedImages:
             array.flush()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prepared images of an index (n,), on the CPU."""
-        return {name: torch.from_numpy(array[rows.numpy()]) for name, array in self._arrays.items()}
+        """The prepared images of an index (n,), on the CPU.
+
+        Raises:
+            OSError: one sentence: a file was cut meanwhile.
+        """
+        for _, file in self._arrays.values():
+            file.check()
+        return {name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()}
 
 
 def _read_key(folder: Path) -> dict | None:

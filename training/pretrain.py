@@ -11,7 +11,7 @@ losses and saved folders are diffusers'; of this package only the images. Nothin
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,19 +33,28 @@ from hf_intervene.bases.loading import load_part
 from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
-from hf_intervene.errors import EXPECTED, sentence
-from hf_intervene.training.arguments import RecipeParser, fast_bf16
+from hf_intervene.errors import spoken
+from hf_intervene.options import READING, add_reading_options, seed, whole
+from hf_intervene.training.arguments import RecipeParser, check_reading, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.simulated import SIMULATED
+from hf_intervene.training.stopping import stops_at_once
 
 
-def observational_images(dataset: str, images: int, resolution: int, mnist_digits: str = BUNDLED) -> torch.Tensor:
-    """uint8 images of the observational context, (N, 3, resolution, resolution)."""
+def observational_images(
+    dataset: str,
+    images: int,
+    resolution: int,
+    mnist_digits: str = BUNDLED,
+    reading: Mapping[str, str] | None = None,
+) -> torch.Tensor:
+    """uint8 images of the observational context, (N, 3, resolution, resolution); `reading`: arguments of `load_contexts` of own data."""
     if dataset in SIMULATED:
+        check_reading(dataset, reading or {})
         pixels = SIMULATED[dataset](resolution, 3, mnist_digits=mnist_digits).observational(images)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return ContextImages.from_dataset(load_contexts(dataset), None, resolution, 3).select([OBS]).pixels
+    return ContextImages.from_dataset(load_contexts(dataset, **reading or {}), None, resolution, 3).select([OBS]).pixels
 
 
 def new_autoencoder(resolution: int) -> AutoencoderKL:
@@ -186,6 +195,8 @@ def _fit(
         raise FloatingPointError("the model's weights are not finite: lower the learning rate.")
 
 
+@spoken
+@stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
@@ -198,37 +209,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=whole(1),
         default=10_000,
         help="simulated data: number of images (default 10,000); avatars has 4,000 at most",
     )
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
+    add_reading_options(parser)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        out = Path(arguments.output).resolve()
-        check_empty(out)
-        if (arguments.model == "dit") != (arguments.autoencoder is not None):
-            raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
-        multiple = 4 if arguments.model == "autoencoder" else 8
-        if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
-            raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
-        pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits)
-        options = (pixels, arguments.steps, arguments.batch_size)
-        if arguments.model == "autoencoder":
-            model = pretrain(*options, seed=arguments.seed)
-        else:
-            folder = arguments.autoencoder
-            vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
-            model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
-        with atomic_folder(out) as folder:
-            model.save_pretrained(folder)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    out = Path(arguments.output).resolve()
+    check_empty(out)
+    if (arguments.model == "dit") != (arguments.autoencoder is not None):
+        raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
+    multiple = 4 if arguments.model == "autoencoder" else 8
+    if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
+        raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
+    reading = {name: getattr(arguments, name) for name in READING}
+    pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits, reading)
+    options = (pixels, arguments.steps, arguments.batch_size)
+    if arguments.model == "autoencoder":
+        model = pretrain(*options, seed=arguments.seed)
+    else:
+        folder = arguments.autoencoder
+        vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
+        model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
     print(f"{arguments.model} in {arguments.output}")
     return 0
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_intervene.contexts import OBS
 from hf_intervene.data import quad
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, project, sliced_w2
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.simulated import HELD_OUT_SEED
@@ -97,6 +97,7 @@ def table(results: dict[str, list]) -> str:
     )
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
@@ -105,24 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--projections", type=int, default=500, help="random directions of the distance (default 500)")
     parser.add_argument("--contexts", nargs="+", default=list(quad.CONCEPTS), metavar="CONTEXT", help="with an intervention")
     arguments = parser.parse_args(argv)
-    try:
-        if OBS in arguments.contexts or arguments.seeds < 2:
-            raise ValueError("the experiment needs contexts with an intervention, and two draws of each at least.")
-        check_writable(arguments.output)
-        for context in arguments.contexts:
-            quad.render(quad.sample_latents(context, 1), arguments.resolution)  # complains before anything is drawn
-        axes = directions(3 * arguments.resolution**2, arguments.projections)
-        results = {}
-        for context in tqdm(arguments.contexts, desc="contexts", disable=None):
-            results[context] = [distances(context, arguments.resolution, s, axes).tolist() for s in range(arguments.seeds)]
-        text = table(results)
-        print(text)
-        settings = {"sizes": SIZES, "shares": SHARES, "settings": vars(arguments)}
-        write_whole(Path(arguments.output, "protocol.json"), json.dumps(settings | {"distances": results}, indent=1))
-        write_whole(Path(arguments.output, "protocol.md"), text)
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    if OBS in arguments.contexts or arguments.seeds < 2:
+        raise ValueError("the experiment needs contexts with an intervention, and two draws of each at least.")
+    check_writable(arguments.output)
+    for context in arguments.contexts:
+        quad.render(quad.sample_latents(context, 1), arguments.resolution)  # complains before anything is drawn
+    axes = directions(3 * arguments.resolution**2, arguments.projections)
+    results = {}
+    for context in tqdm(arguments.contexts, desc="contexts", disable=None):
+        results[context] = [distances(context, arguments.resolution, s, axes).tolist() for s in range(arguments.seeds)]
+    text = table(results)
+    print(text)
+    settings = {"sizes": SIZES, "shares": SHARES, "settings": vars(arguments)}
+    write_whole(Path(arguments.output, "protocol.json"), json.dumps(settings | {"distances": results}, indent=1))
+    write_whole(Path(arguments.output, "protocol.md"), text)
     return 0
 
 

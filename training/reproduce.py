@@ -19,13 +19,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hf_intervene.data import load_digits
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.metrics.transport import directions
 from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.baseline_losses import beta_tcvae
 from hf_intervene.training.baselines import BASELINES, GRID
 from hf_intervene.training.checkpoints import check_writable, write_whole
-from hf_intervene.training.jobs import HERE, INTERRUPTED, Command, Job, default_workers, options, run_jobs, training_commands
+from hf_intervene.training.jobs import HERE, Command, Job, default_workers, options, run_jobs, training_commands
 from hf_intervene.training.seeds import mean_cell, run_name, seed_interval
 
 
@@ -382,6 +382,7 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
             ) from error
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", required=True, choices=TABLES)
@@ -397,25 +398,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = arguments.rows or known
     seeds = scale.seeds if arguments.seeds is None else arguments.seeds
     name, out = f"{arguments.table}-{arguments.scale}", Path(arguments.output)
-    try:
-        unknown = [row for row in rows if row not in known]
-        if unknown:
-            raise ValueError(f"{arguments.table} has no row {', '.join(unknown)}: its rows are {', '.join(known)}.")
-        if seeds < 1 or (arguments.jobs is not None and arguments.jobs < 1):
-            raise ValueError("--seeds and --jobs must be at least 1.")
-        check_writable(out)
-        check_requirements(table, rows, arguments.mnist_digits)
-        kept = earlier_table(out / f"{name}.json", [row for row in known if row not in rows])
-        jobs = plan(table, rows, scale, seeds, out / name, arguments.mnist_digits)
-        workers = arguments.jobs or default_workers()
-        with tqdm(total=len(jobs), desc=name, disable=None) as bar:
-            failed = run_jobs(list(jobs.values()), workers, lambda job, metrics: bar.update())
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    unknown = [row for row in rows if row not in known]
+    if unknown:
+        raise ValueError(f"{arguments.table} has no row {', '.join(unknown)}: its rows are {', '.join(known)}.")
+    if seeds < 1 or (arguments.jobs is not None and arguments.jobs < 1):
+        raise ValueError("--seeds and --jobs must be at least 1.")
+    check_writable(out)
+    check_requirements(table, rows, arguments.mnist_digits)
+    kept = earlier_table(out / f"{name}.json", [row for row in known if row not in rows])
+    jobs = plan(table, rows, scale, seeds, out / name, arguments.mnist_digits)
+    workers = arguments.jobs or default_workers()
+    with tqdm(total=len(jobs), desc=name, disable=None) as bar:
+        failed = run_jobs(list(jobs.values()), workers, lambda job, metrics: bar.update())
     results, sides = dict(kept["results"]), set()
     for row in rows:
         done = [jobs[row, seed].metrics() for seed in range(seeds)]

@@ -10,6 +10,7 @@ from hf_intervene.data import ContextImages
 from hf_intervene.data.identity import changes
 from hf_intervene.hub import read_json
 from hf_intervene.logging import get_logger
+from hf_intervene.options import READING
 from hf_intervene.training.arguments import RUNNING, STEERING, TrainArguments, earlier_defaults, of_today
 from hf_intervene.training.checkpoints import STATE_FILE, checkpoints, load_checkpoint, newest_checkpoint
 from hf_intervene.training.simulated import SIMULATED
@@ -87,7 +88,7 @@ def check_same(
                 f"{path} was trained on other images: {different.replace('train/', '').replace('validation/', '')}; go on with the data as "
                 "they were, or begin anew in another output_dir."
             )
-        free = free | {"dataset", "image_cache"}  # the same images, wherever they are
+        free = free | {"dataset", "image_cache", *READING}  # the same images, wherever they are
     changed = [name for name in now if name not in free and now[name] != before[name]]
     if changed:
         listing = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])

@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, one run in it at a time, and what a run that was killed left half done in it."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,15 +11,15 @@ from filelock import FileLock, Timeout
 
 from hf_intervene.cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated, read_yaml
 from hf_intervene.data.identity import IMAGES_FILE
+from hf_intervene.errors import NO_LOCKS
 from hf_intervene.logging import get_logger
 from hf_intervene.push import MODEL_FILES
 
 
 logger = get_logger("hf_intervene.training")
-PATIENCE = 20.0  # seconds that a run which goes on waits for the end of the one before it
+PATIENCE = 120.0  # seconds that a run which goes on waits for the end of the one before it
 LOCK_FILE = ".hf-intervene.lock"
 HISTORY = "history.jsonl"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # What a run writes and may replace or remove: folders, then files; and of what is being replaced the names for the meantime.
 FOLDERS = ("model", "best", "checkpoints", "prepared", "drawn", "samples")
 FILES = (HISTORY, SETTINGS_FILE, "curves.png", "not_finite.png")
@@ -71,10 +70,70 @@ def _holds_something(path: Path) -> bool:
     return True  # it cannot be looked into
 
 
+class Lock:
+    """The lock of a run's folder. The system releases that of a process that dies.
+
+    Args:
+        out: the folder.
+    """
+
+    def __init__(self, out: Path):
+        self._out, self._file = out, FileLock(out / LOCK_FILE)
+        self._taken: os.stat_result | None = None
+
+    def take(self, patience: float = 0) -> None:
+        """Take it; from then on no other run can.
+
+        Args:
+            patience: seconds to wait for another run to end, which may have been told to.
+
+        Raises:
+            OSError: one sentence: there is another run, or the folder cannot be written.
+        """
+        out = self._out
+        try:
+            try:
+                self._file.acquire(timeout=0)
+            except Timeout:
+                if not patience:
+                    raise
+                logger.warning("another run is writing in %s: waiting %.0f seconds at most for its end.", out, patience)
+                self._file.acquire(timeout=patience)
+            self._taken = os.stat(out / LOCK_FILE)
+        except Timeout as error:
+            raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OSError(f"{out / LOCK_FILE} cannot be written ({error.strerror}): choose another output_dir.") from error
+            logger.warning("the file system of %s has no locks (%s): see to it that no other run writes there.", out, error.strerror)
+
+    def lost(self) -> bool:
+        """Whether somebody removed the folder, and the lock with it. It is made and locked again.
+
+        Raises:
+            OSError: one sentence: another run has it now, or the folder cannot be made.
+        """
+        if self._taken is None:
+            return False
+        try:
+            if os.path.samestat(os.stat(self._out / LOCK_FILE), self._taken):
+                return False
+        except OSError:
+            pass  # it is not there
+        self.release()
+        self._out.mkdir(parents=True, exist_ok=True)
+        self.take()
+        logger.warning("%s was removed while a run was writing in it: it is made again, without what was in it.", self._out)
+        return True
+
+    def release(self) -> None:
+        self._file.release()
+
+
 @contextmanager
-def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Iterator[None]:
-    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. The system releases the
-    lock of a process that dies. Of the processes of one run the main one holds it, for all.
+def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Iterator[Lock | None]:
+    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. Of the processes of one
+    run the main one holds the lock, for all.
 
     Args:
         out: the folder.
@@ -84,21 +143,13 @@ def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Itera
     Raises:
         OSError: one sentence: there is another run, or the folder cannot be written.
     """
-    lock = FileLock(out / LOCK_FILE, timeout=patience) if main_process else None
+    lock = Lock(out) if main_process else None
     try:
         if lock is not None:
-            lock.acquire()
-    except Timeout as error:
-        raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise OSError(f"{out / LOCK_FILE} cannot be written ({error.strerror}): choose another output_dir.") from error
-        logger.warning("the file system of %s has no locks (%s): see to it that no other run writes there.", out, error.strerror)
-    try:
-        if main_process:
+            lock.take(patience)
             for folder in (out, out / "checkpoints", out / "prepared"):
                 tidy(folder)
-        yield
+        yield lock
     finally:
         if lock is not None:
             lock.release()

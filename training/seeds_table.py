@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_intervene.errors import EXPECTED, sentence
+from hf_intervene.errors import spoken
 from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.seeds import seed_interval
 
@@ -71,21 +71,18 @@ def table(combined: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders that evaluate.py wrote")
     parser.add_argument("--output", required=True, help="file to write, without its ending")
     arguments = parser.parse_args(argv)
-    try:
-        runs = [json.loads(Path(run, "metrics.json").read_text()) for run in arguments.runs]
-        combined = combine(runs)
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(combined, indent=1) + "\n")
-        output.with_suffix(".md").write_text(table(combined))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+    runs = [json.loads(Path(run, "metrics.json").read_text()) for run in arguments.runs]
+    combined = combine(runs)
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(combined, indent=1) + "\n")
+    output.with_suffix(".md").write_text(table(combined))
     print(table(combined), end="")
     return 0
 

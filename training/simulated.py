@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from hf_intervene.contexts import OBS, Context
 from hf_intervene.data import ContextImages, avatars, ident3d, load_digits, mnist, quad
 from hf_intervene.data.digits import SIDE, Digits
+from hf_intervene.data.mapped import MappedFile
 from hf_intervene.data.requests import split_rows, whole_numbers
 from hf_intervene.training.arguments import TrainArguments
 
@@ -242,7 +243,8 @@ def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelera
     accelerator.wait_for_everyone()
     stored = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width)))
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True).checked()
+    file = MappedFile(path, "do not change the folder of a run; go on with --resume auto")
+    return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True, file=file).checked()
 
 
 class OnDemand(Mapping):

@@ -1,12 +1,18 @@
 """When a run is asked to stop: by Ctrl-C, by SIGTERM to any of its processes, or because the launcher that started it has ended.
 
 `kill -TERM` on `accelerate launch` ends the launcher and not what it launched; schedulers of clusters do that when a job's time is up.
+While data are prepared there is nothing to save and the run ends at once (`stops_at_once`); while it trains it ends after the step at hand,
+with a checkpoint (`Stop`).
 """
 
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +21,54 @@ from accelerate.utils import reduce
 
 AGREE_EVERY = 1.0  # seconds after which several processes agree on stopping, or a step, whichever is longer
 _MOST_STEPS = 10  # between two agreements
+_LOOK_EVERY = 0.5  # seconds after which the launcher is looked for
 # What launchers set for the processes they start: accelerate launch, torchrun.
 _LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+_LAUNCHER_WORDS = (b"accelerate", b"torchrun", b"torch.distributed", b"deepspeed")
 _PARENT = os.getppid()
+
+
+def orphaned() -> bool:
+    """Whether a launcher started this process and has ended."""
+    if not any(name in os.environ for name in _LAUNCHERS):
+        return False
+    parent = os.getppid()
+    return parent != _PARENT or (parent == 1 and not _is_launcher(parent))
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether a process looks like a launcher; `True` where that cannot be told. In a container one
+    may be process 1, which otherwise takes the children of a launcher that has ended."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return any(word in words for word in _LAUNCHER_WORDS)
+
+
+@contextmanager
+def stops_at_once() -> Iterator[None]:
+    """Inside, SIGTERM is a KeyboardInterrupt, as Ctrl-C is, so that what is half written is removed,
+    and so is the end of the launcher, where the caller's thread hears signals at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended = threading.Event()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def look() -> None:
+        while not ended.wait(_LOOK_EVERY):
+            if orphaned():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watch = threading.Thread(target=look, daemon=True)
+    try:
+        watch.start()
+        yield
+    finally:
+        ended.set()
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Stop:
@@ -25,14 +76,13 @@ class Stop:
 
     def __init__(self) -> None:
         self._told = False
-        self._launched = any(name in os.environ for name in _LAUNCHERS)
         self._since = time.monotonic()  # the last agreement
         self._steps = self._wait = 1  # from there to the next one, and what of them is still to come
 
     @property
     def asked(self) -> bool:
         """Whether this process is to stop."""
-        return self._told or (self._launched and os.getppid() != _PARENT)
+        return self._told or orphaned()
 
     @asked.setter
     def asked(self, told: bool) -> None:

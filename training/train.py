@@ -27,7 +27,7 @@ from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
 from hf_intervene.data.identity import save_images
-from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
+from hf_intervene.errors import INTERRUPTED, spoken
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.objective import Objective
@@ -35,6 +35,7 @@ from hf_intervene.terms import L2, ContextPrediction, EditConsistency, FreeInvar
 from hf_intervene.training.arguments import (
     SETTINGS_VERSION,
     TrainArguments,
+    check_reading,
     parse_arguments,
     shared_settings,
 )
@@ -56,9 +57,9 @@ from hf_intervene.training.performance import keep_freed_memory, use_channels_la
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.prior import ORDERED, fit_prior, order_concepts
 from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
-from hf_intervene.training.run_folder import PATIENCE, check_own, model_files, sole_run
+from hf_intervene.training.run_folder import PATIENCE, Lock, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
-from hf_intervene.training.stopping import Stop
+from hf_intervene.training.stopping import Stop, stops_at_once
 from hf_intervene.training.validation import (
     TERMS,
     bad_images,
@@ -75,6 +76,7 @@ from hf_intervene.training.validation import (
 
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
+MOST_REPEATS = 100  # of an image in a batch, in the mean: more is a slip of the keyboard, and takes minutes a step
 SILENT = 1.0  # nats: less than this in z is worth a warning
 
 
@@ -102,6 +104,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
     several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+        check_reading(a.dataset, a.reading)
         if a.concepts is not None and a.concepts != list(simulated.concepts):
             raise ValueError(f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave concepts out.")
         sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
@@ -115,7 +118,7 @@ def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None)
             if several and a.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
-            data = load_contexts(a.dataset)
+            data = load_contexts(a.dataset, **a.reading)
             data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
         train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
     if a.ablation == "base":
@@ -208,15 +211,18 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(out / "logs"),
     )
-    with sole_run(out, accelerator.is_main_process, PATIENCE if arguments.resume == "auto" else 0), quiet_writers():
+    patience = PATIENCE if arguments.resume == "auto" else 0
+    with stops_at_once(), sole_run(out, accelerator.is_main_process, patience) as lock, quiet_writers():
         accelerator.wait_for_everyone()
-        result = _train(arguments, out, accelerator, on_log)
+        result = _train(arguments, out, accelerator, on_log, lock)
         with tracking(accelerator):
             end_training(accelerator)
         return result
 
 
-def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None) -> TrainResult:
+def _train(
+    arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None, lock: Lock | None
+) -> TrainResult:
     a = arguments
     world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
@@ -226,6 +232,10 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     keep_freed_memory()
     data, validation = load_data(a, accelerator)
+    if a.batch_size > MOST_REPEATS * len(data):
+        raise ValueError(
+            f"batch_size {a.batch_size} is more than {MOST_REPEATS} times the {len(data)} training images: lower it."
+        )
     logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
     torch.manual_seed(a.seed)
     model = build_model(a, data)
@@ -290,8 +300,12 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
         raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write_settings() -> None:
         write_whole(out / SETTINGS_FILE, yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
+
+    if accelerator.is_main_process:
+        write_settings()
         keep_history(out / "history.jsonl", step)
     if a.tracker != "none":
         with tracking(accelerator):
@@ -304,8 +318,14 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
         module = torch.compile(objective, mode=a.compile_mode) if a.compile else objective
         return weights.prepared(module, optimizer)
 
+    def keep_folder() -> None:
+        """Notice that somebody removed the folder: what is written from now on is in a new one."""
+        if lock is not None and lock.lost():
+            write_settings()
+
     def save(kind: str) -> Path | None:
         """A checkpoint; a failure to write one leaves the run going."""
+        keep_folder()
         state = {
             "best": None if math.isinf(best) else best,
             "waited": waited,
@@ -338,6 +358,7 @@ def _train(arguments: TrainArguments, out: Path, accelerator: Accelerator, on_lo
 
     def log(row: dict) -> None:
         if accelerator.is_main_process:
+            keep_folder()
             try:
                 with open(out / "history.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, **row}) + "\n")
@@ -534,22 +555,11 @@ def _agreed(value: bool, accelerator: Accelerator) -> bool:
     return bool(reduce(torch.tensor(float(not value), device=accelerator.device), "sum") == 0)
 
 
+@spoken
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     bars_on_terminals_only()
-    try:
-        result = train(parse_arguments([word for word in words if word != "--json"]))
-    except EXPECTED as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            print(f"error: {sentence(error)}", file=sys.stderr)
-            return 1
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        print("error: another process of this run has ended: see what it says, and go on with --resume auto.", file=sys.stderr)
-        return 1
+    result = train(parse_arguments([word for word in words if word != "--json"]))
     if process_state().is_main_process:
         if "--json" in words:
             print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
@@ -557,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"trained {result.step} steps; lowest validation loss {result.validation:.4f} {result.unit}; model in {result.model_dir}"
             )
-    return 130 if result.interrupted else 0
+    return INTERRUPTED if result.interrupted else 0
 
 
 __all__ = ["TrainResult", "train"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset, Image, load_dataset, load_from_disk
-from PIL import Image as PILImage
 
 from ..contexts import OBS
-from ..image_files import printable
+from ..image_files import READABLE, printable
 
 
+_SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")  # names of no context
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def load_contexts(
     1. a folder written by `save_to_disk` of a `Dataset` or `DatasetDict`;
     2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the `imagefolder` format of `datasets`);
     3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`, `quad1+size/`. Images may lie deeper in it;
-       hidden files and folders are ignored, files that are no images and a sub-folder without images are reported and ignored;
+       hidden files and folders are ignored; files that are no images, links to folders, images beside the sub-folders and a
+       sub-folder without images are reported and ignored;
     4. a folder with the sub-folder `split`, which is one of 2 or 3; beside a folder `obs` it is a context of that name;
     5. the name of a data set on the Hub.
 
@@ -58,13 +59,18 @@ def load_contexts(
         dataset = read_saved(path, split)
     else:
         folder = _of_split(path, split)
+        _warn_of_others(path, folder, split)
         if not _has_metadata(folder):
             return _folder_of_contexts(folder)
         dataset = _folder_with_metadata(folder)
+        images = sum(_is_image(file) for file in folder.rglob("*"))
+        if images > len(dataset):
+            logger.warning("%s: %d images that the metadata file does not name are left out.", folder, images - len(dataset))
     for column, name in ((image_column, "image"), (context_column, "context")):
         if column not in dataset.column_names:
             raise ValueError(
-                f"{source} has no column {column!r} to take the {name} from; its columns are {', '.join(dataset.column_names)}."
+                f"{source} has no column {column!r} to take the {name} from; its columns are {', '.join(dataset.column_names)}: "
+                f"give {name}_column."
             )
     dataset = dataset.select_columns([image_column, context_column])
     return dataset.rename_columns({a: b for a, b in ((image_column, "image"), (context_column, "context")) if a != b})
@@ -135,23 +141,56 @@ def _folder_with_metadata(folder: Path) -> Dataset:
             raise ValueError(f"the metadata file of {folder} cannot be used: {reason}.") from error
 
 
+def _warn_of_others(path: Path, read: Path, split: str) -> None:
+    """Say what of a folder is not read, where that is one of its sub-folders, or where images lie loose in it."""
+    if read != path:
+        others = [child.name for child in _subfolders(path) if child != read and child.name.lower() not in _SPLITS]
+        if others:
+            logger.warning(
+                "of %s the split %r alone is read; %s beside it: left out.", path, split, ", ".join(map(printable, others))
+            )
+    loose = Counter[str](file.suffix.lower() for file in read.iterdir() if _is_image(file) and not _has_metadata(read))
+    if loose:
+        logger.warning("%s: images that are in no sub-folder of a context are left out (%s).", read, _counted(loose))
+
+
+def _subfolders(path: Path) -> list[Path]:
+    """Those that hold contexts or splits: neither hidden nor left by macOS in an archive."""
+    return sorted(child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in READABLE and not _is_hidden(file.name) and file.is_file()
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
 def _folder_of_contexts(path: Path) -> Dataset:
-    readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
     images: list[str] = []
     contexts: list[str] = []
-    for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
+    for folder in _subfolders(path):
         files, others = [], Counter[str]()
         for file in sorted(folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if hidden or not (file.is_file() or not file.exists()):  # a link to nowhere is complained of when it is read
+            if any(_is_hidden(part) for part in file.relative_to(folder).parts):
                 continue
-            if file.suffix.lower() not in readable:
+            if file.is_dir():
+                if file.is_symlink():  # it could lead back to where we are
+                    others["link to a folder"] += 1
+            elif file.exists() and not file.is_file():
+                others["pipe or device"] += 1
+            elif file.suffix.lower() not in READABLE:
                 others[file.suffix.lower() or "no ending"] += 1
-                continue
-            if printable(file) != str(file):
-                raise ValueError(f"the name of {printable(file)} has bytes that are not UTF-8: rename it.")
-            files.append(file)
-        left_out = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+            else:  # a link to nowhere is complained of when it is read
+                if printable(file) != str(file):
+                    raise ValueError(f"the name of {printable(file)} has bytes that are not UTF-8: rename it.")
+                files.append(file)
+        left_out = _counted(others)
         if not files:
             logger.warning("%s holds no images%s and is left out.", folder, f" that can be read ({left_out})" * bool(others))
         elif others:

@@ -1,6 +1,7 @@
 """`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked once, so that a step needs no per-sample
 Python."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,10 @@ from datasets import Image as ImageFeature
 from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
 from .decoding import decode, in_memory, on_disk
 from .identity import SPLITS, fingerprints, places
+from .mapped import MappedFile
 
 
+logger = logging.getLogger(__name__)
 MIN_IMAGES = 8  # below this a context can neither be learnt nor split
 
 
@@ -30,6 +33,8 @@ class ContextImages:
         rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
         mapped: whether `stored` is a file that is read as it is used.
         marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
+        file: that of `stored`, if somebody may cut it meanwhile (see `mapped.py`): each reading of images looks at it, and raises an
+            OSError of one sentence.
     """
 
     stored: torch.Tensor
@@ -39,6 +44,7 @@ class ContextImages:
     rows: torch.Tensor | None = None
     mapped: bool = False
     marks: torch.Tensor | None = None
+    file: MappedFile | None = None
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -52,17 +58,24 @@ class ContextImages:
     @property
     def pixels(self) -> torch.Tensor:
         """All images, uint8, (N, C, H, W): a copy in memory if others are stored with them."""
+        self._check()
         return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
+
+    def _check(self) -> None:
+        if self.file is not None:
+            self.file.check()
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """Some of the images, uint8, (n, C, H, W), on the device where they are stored, by an index (n,) of integers."""
+        self._check()
         index = index.to(self.stored.device)
         return self.stored.index_select(0, index if self.rows is None else self.rows[index])
 
     def on(self, device: torch.device | str) -> "ContextImages":
         """The images stored on a device; their contexts stay where they are."""
+        self._check()
         rows = None if self.rows is None else self.rows.to(device)
-        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False)
+        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False, file=None)
 
     def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
@@ -224,6 +237,14 @@ class ContextImages:
             raise ValueError(f"no context names the concept {missing[0]!r}; the concepts of the data set are {', '.join(found)}.")
         kept = [row for row, names_of_row in enumerate(named) if names_of_row <= set(concepts)]
         if len(kept) < len(raw):
+            others = sorted(set().union(*named) - set(concepts))
+            logger.warning(
+                "%d of %d images are left out, whose contexts name other concepts (%s) than %s.",
+                len(raw) - len(kept),
+                len(raw),
+                ", ".join(others),
+                ", ".join(concepts),
+            )
             dataset, raw = dataset.select(kept), [raw[row] for row in kept]
         cache: dict[str, str] = {}
         names = []
@@ -242,13 +263,27 @@ class ContextImages:
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         files = ", ".join(file["filename"] for file in dataset.cache_files)
         decoded = decode(dataset["image"], names, resolution, channels, files)
+        file = None
         if cache_dir is None:
             pixels, marks = in_memory(decoded, len(names))
         else:
-            pixels, marks = on_disk(decoded, dataset, resolution, channels, cache_dir)
+            pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks)
+        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks, file=file)
+        images.warn_of_copies()
         return images.checked() if complete else images
+
+    def warn_of_copies(self) -> None:
+        """Say that the same image is in several contexts, as after a folder was copied."""
+        pairs = np.unique(np.stack([self.fingerprints().numpy(), self.context_ids.numpy()]), axis=1)
+        marks, counts = np.unique(pairs[0], return_counts=True)
+        shared = np.isin(pairs[0], marks[counts > 1])
+        if shared.any():
+            logger.warning(
+                "%d images are the same in several contexts (%s): look whether files were copied by mistake.",
+                int((counts > 1).sum()),
+                ", ".join(self.contexts[number] for number in np.unique(pairs[1][shared])),
+            )
 
     def checked(self) -> "ContextImages":
         """The set itself, if something can be learnt from it.
