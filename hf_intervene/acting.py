@@ -21,9 +21,9 @@ from torch import nn
 
 from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, check_sites
-from .bases.injection import Entries, Injection, PerThread, find_sites
+from .bases.injection import Entries, Injection, PerThread
 from .bases.lora import LoraLayers
-from .bases.sites import check_moves
+from .bases.sites import check_moves, find_sites
 from .calls import PipelineCall, running_call, unwatch, unwatch_steps, watch, watch_steps
 from .modeling_intervention import InterventionHead
 from .sampling_arguments import check_generator
@@ -45,9 +45,15 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     Raises:
         TypeError: one sentence: it has none.
     """
-    found = {name: part for name, part in vars(pipe).items() if _NAMES.search(name) and isinstance(inner(part), ModelMixin)}
+    found = {
+        name: part
+        for name, part in vars(pipe).items()
+        if _NAMES.search(name) and isinstance(inner(part), ModelMixin)
+    }
     if not found:
-        raise TypeError(f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be attached to it.")
+        raise TypeError(
+            f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be attached to it."
+        )
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
 
@@ -65,7 +71,13 @@ class Attached:
         lora: LoRA layers that were trained with the head, for the main denoiser.
     """
 
-    def __init__(self, head: InterventionHead, adapter: DiffusionAdapter, weight: float, lora: LoraLayers | None):
+    def __init__(
+        self,
+        head: InterventionHead,
+        adapter: DiffusionAdapter,
+        weight: float,
+        lora: LoraLayers | None,
+    ):
         self.head, self.adapter, self.weight, self.lora = head, adapter, weight, lora
         self.injections: dict[str, Injection] = {}  # by the name of the denoiser
         self.verified: set[str] = set()  # the names of those whose sites were seen to work
@@ -80,7 +92,9 @@ class Attached:
         """Raise a ValueError or TypeError unless the scheduler of a pipeline is for the prediction that the head was trained with."""
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None:
-            raise TypeError(f"a {type(pipe).__name__} has no scheduler: a head cannot be attached to it.")
+            raise TypeError(
+                f"a {type(pipe).__name__} has no scheduler: a head cannot be attached to it."
+            )
         check_prediction(scheduler, self.adapter.config.prediction_type, "this head")
 
     def install(self, name: str, denoiser: nn.Module, is_main: bool) -> bool:
@@ -102,7 +116,12 @@ class Attached:
     def evaluating(self) -> Iterator[None]:
         """Inside, head and adapter are in evaluation mode; afterwards each part of them is in the mode that it was in."""
         with _EVALUATING:
-            training = [module for part in (self.head, self.adapter) for module in part.modules() if module.training]
+            training = [
+                module
+                for part in (self.head, self.adapter)
+                for module in part.modules()
+                if module.training
+            ]
             for module in training:
                 module.training = False
             try:
@@ -131,13 +150,18 @@ class Run:
             if count not in (None, images):
                 raise ValueError(
                     f"{what} for {count} images {'was' if what == 'noise' else 'were'} given, but this call makes {images}: "
-                    + ("give one row for each image." if what == "noise" else "give one context for all, or one for each image.")
+                    + (
+                        "give one row for each image."
+                        if what == "noise"
+                        else "give one context for all, or one for each image."
+                    )
                 )
         check_generator(active.generator, images)
         config = attached.head.config
         shape = (images, config.num_blocks, config.noise_width)
         with attached.evaluating():
-            for part in (attached.head, attached.adapter, attached.lora):
+            parts: list[nn.Module | None] = [attached.head, attached.adapter, attached.lora]
+            for part in parts:
                 if part is not None:
                     part.to(device)
             z = active.noise
@@ -147,7 +171,9 @@ class Run:
             targets = active.targets.to(device).expand(images, -1)
             values = None
             if active.values is not None:
-                values = Values(*(part.to(device).expand(images, *part.shape[1:]) for part in active.values))
+                values = Values(
+                    *(part.to(device).expand(images, *part.shape[1:]) for part in active.values)
+                )
             # The prediction is p + sum of w (p_other - p) over `others`, where p is that of `main`.
             main, others = active.passes(targets, values)
             self._main = self._entries(z, *main)
@@ -239,7 +265,9 @@ class Heads:
                 for attached in self.attached.values():
                     attached.remove(name)
             for number, (name, outermost) in enumerate(found.items()):
-                changed = [a.install(name, inner(outermost), number == 0) for a in self.attached.values()]
+                changed = [
+                    a.install(name, inner(outermost), number == 0) for a in self.attached.values()
+                ]
                 if name not in self._hooked or self._hooked[name][0] is not outermost:
                     self._unhook(name)
                     hooks = _Around(self, name)
@@ -271,7 +299,9 @@ class Heads:
 
         if self.thread.pending:
             self.thread.pending = False
-            raise ValueError("intervene(pipe, ...) does nothing by itself: call the pipeline inside `with intervene(pipe, ...):`.")
+            raise ValueError(
+                "intervene(pipe, ...) does nothing by itself: call the pipeline inside `with intervene(pipe, ...):`."
+            )
         active = active_on(self)
         if not active:
             yield
@@ -298,16 +328,24 @@ class HeadsCall(PipelineCall):
         active: under what each head acts.
     """
 
-    def __init__(self, heads: Heads, arguments: dict[str, Any], active: Mapping[Attached, "intervene"]):
+    def __init__(
+        self, heads: Heads, arguments: dict[str, Any], active: Mapping[Attached, "intervene"]
+    ):
         super().__init__(heads, heads.pipe, arguments)
-        self.active, self._runs = active, None
-        self.images = next((a.num_images for a in active.values() if a.num_images is not None), None)
+        self.active = active
+        self._runs: list[Run] | None = None
+        self.images = next(
+            (a.num_images for a in active.values() if a.num_images is not None), None
+        )
 
     def runs(self, device: torch.device) -> "list[Run]":
         """A run of each head, all begun where the first batch is known."""
         assert self.images is not None
         if self._runs is None:
-            self._runs = [Run(attached, active, self.images, device) for attached, active in self.active.items()]
+            self._runs = [
+                Run(attached, active, self.images, device)
+                for attached, active in self.active.items()
+            ]
             for active in self.active.values():
                 active.acted = True
         return self._runs
@@ -384,7 +422,9 @@ def _sample(module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """The noisy batch of a denoiser's call, a tensor or a list of tensors: its first argument, whatever it is called."""
     if args:
         return args[0]
-    name = next((name for name in ("hidden_states", "sample", "x") if name in kwargs), next(iter(kwargs)))
+    name = next(
+        (name for name in ("hidden_states", "sample", "x") if name in kwargs), next(iter(kwargs))
+    )
     return kwargs[name]
 
 
@@ -406,7 +446,8 @@ def _with_prediction(output: Any, predicted: Any) -> Any:
 def _led(found: Any, predicted: Any, other: Any, weight: float, sample: Any) -> Any:
     """found + weight (other - predicted), of whole predictions; a learnt variance, channels behind those of the sample, stays."""
     if not isinstance(predicted, torch.Tensor):
-        return type(predicted)([_led(*parts, weight, x) for *parts, x in zip(found, predicted, other, sample)])
+        parts = zip(found, predicted, other, sample)
+        return type(predicted)([_led(f, p, o, weight, x) for f, p, o, x in parts])
     change = weight * (other - predicted)
     if predicted.ndim == 4 and predicted.shape[1] == 2 * sample.shape[1]:
         change[:, sample.shape[1] :] = 0
@@ -415,7 +456,10 @@ def _led(found: Any, predicted: Any, other: Any, weight: float, sample: Any) -> 
 
 def _forget_compiled(outermost: nn.Module) -> None:
     # Compiled code does not notice hooks that come and go.
-    if inner(outermost) is not outermost or getattr(outermost, "_compiled_call_impl", None) is not None:
+    if (
+        inner(outermost) is not outermost
+        or getattr(outermost, "_compiled_call_impl", None) is not None
+    ):
         torch.compiler.reset()
 
 

@@ -37,7 +37,9 @@ from .values import Values, head_values
 
 _ATTRIBUTE = "_attached_heads"  # of the pipeline: a `Heads`
 _COMPOSITIONS = ("head", "scores")
-_Pass = tuple[torch.Tensor, Values | None]  # targets (images, D) and chosen values of one call of the denoiser
+_Pass = tuple[
+    torch.Tensor, Values | None
+]  # targets (images, D) and chosen values of one call of the denoiser
 
 
 def attach(
@@ -75,7 +77,11 @@ def attach(
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"attach needs a diffusers pipeline, not a {type(pipe).__name__}.")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not math.isfinite(weight)
+    ):
         raise TypeError(f"weight must be a finite number, not {weight!r}.")
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {torch_dtype!r}.")
@@ -86,13 +92,21 @@ def attach(
     if isinstance(head, (str, os.PathLike)):
         loaded = _Loaded.from_folder(denoiser, head, subfolder, variant, torch_dtype, options)
     else:
-        for option, value in (("subfolder", subfolder), ("variant", variant), ("torch_dtype", torch_dtype)):
+        for option, value in (
+            ("subfolder", subfolder),
+            ("variant", variant),
+            ("torch_dtype", torch_dtype),
+        ):
             if value is not None:
-                raise ValueError(f"{option} says how to load a head, and this one is loaded already: leave it out.")
+                raise ValueError(
+                    f"{option} says how to load a head, and this one is loaded already: leave it out."
+                )
         loaded = _Loaded.from_object(denoiser, head, adapter)
     heads: Heads = getattr(pipe, _ATTRIBUTE, None) or Heads(pipe)
     if name in heads.attached:
-        raise ValueError(f"a head named {name!r} is attached already: detach it first, or give this one another name.")
+        raise ValueError(
+            f"a head named {name!r} is attached already: detach it first, or give this one another name."
+        )
     attached = Attached(loaded.head, loaded.adapter, weight, loaded.lora)
     attached.check(denoiser, True)
     attached.check_scheduler(pipe)
@@ -163,7 +177,9 @@ class intervene:
             raise ValueError(f"compose must be one of {', '.join(_COMPOSITIONS)}, not {compose!r}.")
         if noise is not None:
             noise = check_noise("noise", noise, (config.num_blocks, config.noise_width))
-        targets, choices = parse_choices(interventions, config.concepts, num_images, config.free_blocks)
+        targets, choices = parse_choices(
+            interventions, config.concepts, num_images, config.free_blocks
+        )
         self.targets = targets.cpu()
         if guidance_scale != 1.0 and not bool((self.targets != 0).any()):
             raise ValueError(
@@ -173,11 +189,18 @@ class intervene:
         self.contexts = len(targets) if is_per_sample(interventions) or len(targets) > 1 else None
         self.noise_rows = None if noise is None else len(noise)
         if self.contexts is not None and self.noise_rows not in (None, self.contexts):
-            raise ValueError(f"noise has {self.noise_rows} rows for {self.contexts} images: give one row per image.")
+            raise ValueError(
+                f"noise has {self.noise_rows} rows for {self.contexts} images: give one row per image."
+            )
         check_generator(generator, len(generator) if isinstance(generator, list) else 1)
         with self._attached.evaluating():
             self.values = head_values(self._attached.head, choices, len(targets), _no_references)
-        self.guidance_scale, self.noise, self.generator, self.num_images = guidance_scale, noise, generator, num_images
+        self.guidance_scale, self.noise, self.generator, self.num_images = (
+            guidance_scale,
+            noise,
+            generator,
+            num_images,
+        )
         self.compose = compose
         self.acted = False  # whether a call of the pipeline was intervened on
         self._heads.thread.pending = True
@@ -185,7 +208,9 @@ class intervene:
     def __enter__(self) -> "intervene":
         self._heads.thread.pending = False
         if self._heads.attached.get(self._name) is not self._attached:
-            raise ValueError(f"the head {self._name!r} was detached from this pipeline: attach it again, and call intervene anew.")
+            raise ValueError(
+                f"the head {self._name!r} was detached from this pipeline: attach it again, and call intervene anew."
+            )
         self._attached.check_scheduler(self._heads.pipe)
         self._heads.hook()
         self.acted = False
@@ -194,7 +219,9 @@ class intervene:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         active = list(_ACTIVE.get())
-        if self in active:  # contexts are left in any order; this one alone goes, the last of it if it was entered twice
+        if (
+            self in active
+        ):  # contexts are left in any order; this one alone goes, the last of it if it was entered twice
             del active[len(active) - 1 - active[::-1].index(self)]
             _ACTIVE.set(tuple(active))
         if error is None and not self.acted:
@@ -204,7 +231,9 @@ class intervene:
                 stacklevel=2,
             )
 
-    def passes(self, targets: torch.Tensor, values: Values | None) -> tuple[_Pass, list[tuple[_Pass, float]]]:
+    def passes(
+        self, targets: torch.Tensor, values: Values | None
+    ) -> tuple[_Pass, list[tuple[_Pass, float]]]:
         """What the head is given in each call of the denoiser in a step: that of the first call, and of further ones with weights.
 
         The prediction is p + sum of w (p_other - p), where p is that of the first call.
@@ -249,7 +278,9 @@ def _no_references(rows: list[int], names: list[str], images: list[Any]) -> torc
 def _heads(pipe: DiffusionPipeline) -> Heads:
     heads = getattr(pipe, _ATTRIBUTE, None)
     if heads is None:
-        raise ValueError(f"no head is attached to this {type(pipe).__name__}: attach(pipe, head) first.")
+        raise ValueError(
+            f"no head is attached to this {type(pipe).__name__}: attach(pipe, head) first."
+        )
     return heads
 
 
@@ -271,18 +302,32 @@ class _Loaded:
         reference: dict[str, str | None] | None = None,
         unreadable: bool = False,
     ):
-        self.head, self.adapter, self.lora, self.reference, self.unreadable = head, adapter, lora, reference, unreadable
+        self.head, self.adapter, self.lora, self.reference, self.unreadable = (
+            head,
+            adapter,
+            lora,
+            reference,
+            unreadable,
+        )
 
     @classmethod
-    def from_object(cls, denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None) -> "_Loaded":
+    def from_object(
+        cls, denoiser: nn.Module, head: Any, adapter: DiffusionAdapter | None
+    ) -> "_Loaded":
         if isinstance(head, InterventionModel):
             if not isinstance(head.base, DiffusionBase) or head.head is None:
                 raise ValueError(
                     f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it cannot enter a pipeline's."
                 )
             here = head.base.model is denoiser  # its LoRA is in place then
-            lora = LoraLayers.from_model(head.base.model) if has_lora(head.base.model) and not here else None
-            return cls(head.head, head.base.adapter, lora, None if here else head.config.base_reference)
+            lora = (
+                LoraLayers.from_model(head.base.model)
+                if has_lora(head.base.model) and not here
+                else None
+            )
+            return cls(
+                head.head, head.base.adapter, lora, None if here else head.config.base_reference
+            )
         if isinstance(head, InterventionHead):
             if not isinstance(adapter, DiffusionAdapter):
                 raise ValueError(
@@ -306,21 +351,38 @@ class _Loaded:
         path = hub.subfolder(hub.folder(name, **options), subfolder, name)
         part = "head" if (path / "model_index.json").exists() else ""
         precision = dtype or torch.float32
-        head = InterventionHead.from_pretrained(path, subfolder=part, variant=variant, dtype=precision)
+        head = InterventionHead.from_pretrained(
+            path, subfolder=part, variant=variant, dtype=precision
+        )
         saved = load_model_config(path / "adapter")
         if (saved or {}).get("_class_name") != DiffusionAdapter.__name__:
             raise ValueError(f"{name} is not a head on a denoiser: it has no adapter of one.")
-        adapter = load_part(DiffusionAdapter, path / "adapter", f"the adapter of {name}", variant, torch_dtype=precision)
+        adapter = load_part(
+            DiffusionAdapter,
+            path / "adapter",
+            f"the adapter of {name}",
+            variant,
+            torch_dtype=precision,
+        )
         reference, unreadable, lora = head.config.base_reference, False, None
         if (path / BASE_FOLDER).is_dir():
-            reference, unreadable = None, not _check_own_base(denoiser, path, name, subfolder, variant)
+            reference, unreadable = (
+                None,
+                not _check_own_base(denoiser, path, name, subfolder, variant),
+            )
         elif head.config.lora_rank:
             lora = LoraLayers.from_folder(path / LORA_FOLDER, f"the LoRA of {name}")
         return cls(head, adapter, lora, reference, unreadable)
 
     def warn_unless_known(self, denoiser: nn.Module) -> None:
         """Say it if a denoiser is not the one that the head was trained on, or if that cannot be told."""
-        known = None if self.unreadable else True if self.reference is None else is_base(denoiser, self.reference)
+        known = (
+            None
+            if self.unreadable
+            else True
+            if self.reference is None
+            else is_base(denoiser, self.reference)
+        )
         kind = type(denoiser).__name__
         if known is None:
             warnings.warn(
@@ -336,13 +398,17 @@ class _Loaded:
             )
 
 
-def _check_own_base(denoiser: nn.Module, path: Path, name: Any, subfolder: str | None, variant: str | None) -> bool:
+def _check_own_base(
+    denoiser: nn.Module, path: Path, name: Any, subfolder: str | None, variant: str | None
+) -> bool:
     """Raise a ValueError unless a denoiser has the weights of the base saved with a head, which was trained too or made anew.
 
     Returns:
         Whether that could be told.
     """
-    model_class = model_class_named((load_model_config(path / BASE_FOLDER) or {}).get("_class_name", ""))
+    model_class = model_class_named(
+        (load_model_config(path / BASE_FOLDER) or {}).get("_class_name", "")
+    )
     own = load_part(model_class, path / BASE_FOLDER, f"the base of {name}", variant)
     same = same_weights(denoiser, own)
     if same is False:

@@ -81,9 +81,15 @@ class PipelineCall:
         count, labels = len(sample), self.arguments.get("class_labels")
         if labels is not None:
             return len(labels) if isinstance(labels, (list, tuple, torch.Tensor)) else 1
-        guided = any("guidance" in name for name in inspect.signature(self.pipe.__call__).parameters)
+        guided = any(
+            "guidance" in name for name in inspect.signature(self.pipe.__call__).parameters
+        )
         x = torch.stack(list(sample))
-        return count // 2 if guided and count % 2 == 0 and torch.equal(x[: count // 2], x[count // 2 :]) else count
+        return (
+            count // 2
+            if guided and count % 2 == 0 and torch.equal(x[: count // 2], x[count // 2 :])
+            else count
+        )
 
     def _layout(self, sample: torch.Tensor | Sequence[torch.Tensor], images: int) -> torch.Tensor:
         count = len(sample)
@@ -94,7 +100,9 @@ class PipelineCall:
             if count == images or images == 1:
                 return tiled
             x = torch.stack(list(sample)) if not isinstance(sample, torch.Tensor) else sample
-            if self._latents is not None and x.ndim == self._latents.ndim:  # without what was concatenated to them
+            if (
+                self._latents is not None and x.ndim == self._latents.ndim
+            ):  # without what was concatenated to them
                 x = x[(slice(None), *(slice(0, size) for size in self._latents.shape[1:]))]
             if torch.equal(x, x[tiled]):
                 return tiled
@@ -115,7 +123,9 @@ class PipelineCall:
         if self._checked or self.images is None:
             return
         self._checked = True
-        doubled = self._latents is None and "class_labels" in self.arguments  # DiT steps with both halves of its guidance
+        doubled = (
+            self._latents is None and "class_labels" in self.arguments
+        )  # DiT steps with both halves of its guidance
         if len(sample) not in (self.images, *([2 * self.images] if doubled else [])):
             raise ValueError(
                 f"this {type(self.pipe).__name__} seemed to make {self.images} images, but its scheduler steps "
@@ -139,7 +149,7 @@ def watch(pipe: DiffusionPipeline, watcher: Watcher) -> None:
     The pipeline gets a sub-class of its own class, of the same name: `pipe(...)` looks `__call__` up in the class, and the
     class itself belongs to other pipelines too.
     """
-    plain = type(pipe)
+    plain: Any = type(pipe)
     pipe.__dict__[_WATCHER], pipe.__dict__[_PLAIN_CLASS] = watcher, plain
     pipe.__class__ = _watched_class(plain)
 
@@ -151,7 +161,7 @@ def unwatch(pipe: DiffusionPipeline) -> None:
 
 
 @functools.cache
-def _watched_class(plain: type) -> type:
+def _watched_class(plain: Any) -> Any:
     @functools.wraps(plain.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         watcher = self.__dict__.get(_WATCHER)
@@ -173,7 +183,11 @@ def _watched_class(plain: type) -> type:
             return made
 
         methods["prepare_latents"] = prepare_latents
-    same = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    same = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+    }
     return type(plain.__name__, (plain,), methods | same)
 
 
@@ -195,7 +209,9 @@ class _Step:
         return type(self.scheduler).step(self.scheduler, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> "_Step":
-        return _Step(memo.get(id(self.scheduler), self.scheduler))  # a copied scheduler steps itself
+        return _Step(
+            memo.get(id(self.scheduler), self.scheduler)
+        )  # a copied scheduler steps itself
 
 
 def watch_steps(scheduler: Any) -> None:
@@ -218,4 +234,12 @@ def unwatch_steps(scheduler: Any) -> None:
                 del scheduler.__dict__["step"]
 
 
-__all__ = ["PipelineCall", "Watcher", "running_call", "unwatch", "unwatch_steps", "watch", "watch_steps"]
+__all__ = [
+    "PipelineCall",
+    "Watcher",
+    "running_call",
+    "unwatch",
+    "unwatch_steps",
+    "watch",
+    "watch_steps",
+]

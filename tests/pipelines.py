@@ -56,8 +56,14 @@ def _stable_diffusion(in_channels=4):
 
 
 def _sdxl():
-    sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "transformer_layers_per_block": (1, 1)}
-    unet = _unet(projection_class_embeddings_input_dim=6 * 4 + 10, use_linear_projection=True, **sizes)
+    sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "transformer_layers_per_block": (1, 1),
+    }
+    unet = _unet(
+        projection_class_embeddings_input_dim=6 * 4 + 10, use_linear_projection=True, **sizes
+    )
     return {"unet": unet, "vae": _vae(), "scheduler": diffusers.DDIMScheduler(clip_sample=False)}
 
 
@@ -93,7 +99,11 @@ def _flux():
         pooled_projection_dim=10,
         axes_dims_rope=(2, 2, 4),
     )
-    return {"transformer": transformer, "vae": _shifted_vae(), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _shifted_vae(),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _flux2():
@@ -132,11 +142,20 @@ def _chroma():
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    return {"transformer": transformer, "vae": _shifted_vae(), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _shifted_vae(),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _video_vae(kind):
-    sizes = {"z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]}
+    sizes = {
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+    }
     statistics = {"latents_mean": [0.1, 0.0, -0.1, 0.2], "latents_std": [1.0, 2.0, 0.5, 1.5]}
     return getattr(diffusers, kind)(base_dim=8, **sizes, **statistics)
 
@@ -187,7 +206,11 @@ def _pixart():
         caption_channels=12,
         use_additional_conditions=False,
     )
-    return {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.DDIMScheduler(clip_sample=False)}
+    return {
+        "transformer": transformer,
+        "vae": _vae(),
+        "scheduler": diffusers.DDIMScheduler(clip_sample=False),
+    }
 
 
 def _sana():
@@ -297,7 +320,11 @@ def _lumina():
         axes_dim_rope=(4, 2, 2),
         cap_feat_dim=12,
     )
-    return {"transformer": transformer, "vae": _shifted_vae(), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _shifted_vae(),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _cogview():
@@ -313,7 +340,11 @@ def _cogview():
         sample_size=8,
         rope_axes_dim=(16, 16),
     )
-    return {"transformer": transformer, "vae": _shifted_vae(), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _shifted_vae(),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _kandinsky():
@@ -342,7 +373,11 @@ def _bria():
         joint_attention_dim=12,
         axes_dims_rope=[2, 2, 4],
     )
-    return {"transformer": transformer, "vae": _vae(shift_factor=0.0), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _vae(shift_factor=0.0),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _ovis():
@@ -356,7 +391,11 @@ def _ovis():
         joint_attention_dim=12,
         axes_dims_rope=(2, 2, 4),
     )
-    return {"transformer": transformer, "vae": _shifted_vae(), "scheduler": _flow(use_dynamic_shifting=True)}
+    return {
+        "transformer": transformer,
+        "vae": _shifted_vae(),
+        "scheduler": _flow(use_dynamic_shifting=True),
+    }
 
 
 def _prx():
@@ -425,7 +464,13 @@ def _wan(two=False):
 # and what else a call needs. Text under "negative_" names is made too, where `negative` is true.
 _KINDS = {
     "sd": ("StableDiffusionPipeline", _stable_diffusion, {"prompt_embeds": (5, 12)}, True, {}),
-    "inpaint": ("StableDiffusionInpaintPipeline", lambda: _stable_diffusion(9), {"prompt_embeds": (5, 12)}, True, {}),
+    "inpaint": (
+        "StableDiffusionInpaintPipeline",
+        lambda: _stable_diffusion(9),
+        {"prompt_embeds": (5, 12)},
+        True,
+        {},
+    ),
     "pix2pix": (
         "StableDiffusionInstructPix2PixPipeline",
         lambda: _stable_diffusion(8),
@@ -433,8 +478,20 @@ _KINDS = {
         True,
         {},
     ),
-    "sdxl": ("StableDiffusionXLPipeline", _sdxl, {"prompt_embeds": (5, 12), "pooled_prompt_embeds": (10,)}, True, {}),
-    "sd3": ("StableDiffusion3Pipeline", _sd3, {"prompt_embeds": (5, 12), "pooled_prompt_embeds": (10,)}, True, {}),
+    "sdxl": (
+        "StableDiffusionXLPipeline",
+        _sdxl,
+        {"prompt_embeds": (5, 12), "pooled_prompt_embeds": (10,)},
+        True,
+        {},
+    ),
+    "sd3": (
+        "StableDiffusion3Pipeline",
+        _sd3,
+        {"prompt_embeds": (5, 12), "pooled_prompt_embeds": (10,)},
+        True,
+        {},
+    ),
     "flux": (
         "FluxPipeline",
         _flux,
@@ -443,8 +500,20 @@ _KINDS = {
         {"true_cfg_scale": 2.0},
     ),
     "flux2": ("Flux2Pipeline", _flux2, {"prompt_embeds": (5, 12)}, False, {}),
-    "chroma": ("ChromaPipeline", _chroma, {"prompt_embeds": (5, 12), "prompt_attention_mask": ()}, True, {}),
-    "qwen": ("QwenImagePipeline", _qwen, {"prompt_embeds": (5, 12), "prompt_embeds_mask": ()}, True, {"true_cfg_scale": 2.0}),
+    "chroma": (
+        "ChromaPipeline",
+        _chroma,
+        {"prompt_embeds": (5, 12), "prompt_attention_mask": ()},
+        True,
+        {},
+    ),
+    "qwen": (
+        "QwenImagePipeline",
+        _qwen,
+        {"prompt_embeds": (5, 12), "prompt_embeds_mask": ()},
+        True,
+        {"true_cfg_scale": 2.0},
+    ),
     "z-image": ("ZImagePipeline", _z_image, {}, False, {}),
     "pixart": (
         "PixArtSigmaPipeline",
@@ -463,14 +532,24 @@ _KINDS = {
     "hunyuan-dit": (
         "HunyuanDiTPipeline",
         _hunyuan_dit,
-        {"prompt_embeds": (5, 12), "prompt_attention_mask": (), "prompt_embeds_2": (6, 16), "prompt_attention_mask_2": (6,)},
+        {
+            "prompt_embeds": (5, 12),
+            "prompt_attention_mask": (),
+            "prompt_embeds_2": (6, 16),
+            "prompt_attention_mask_2": (6,),
+        },
         True,
         {"use_resolution_binning": False},
     ),
     "hunyuan-image": (
         "HunyuanImagePipeline",
         _hunyuan_image,
-        {"prompt_embeds": (5, 12), "prompt_embeds_mask": (), "prompt_embeds_2": (6, 10), "prompt_embeds_mask_2": (6,)},
+        {
+            "prompt_embeds": (5, 12),
+            "prompt_embeds_mask": (),
+            "prompt_embeds_2": (6, 10),
+            "prompt_embeds_mask_2": (6,),
+        },
         True,
         {},
     ),
@@ -481,11 +560,23 @@ _KINDS = {
         True,
         {},
     ),
-    "lumina": ("Lumina2Pipeline", _lumina, {"prompt_embeds": (5, 12), "prompt_attention_mask": ()}, True, {"height": 32, "width": 32}),
+    "lumina": (
+        "Lumina2Pipeline",
+        _lumina,
+        {"prompt_embeds": (5, 12), "prompt_attention_mask": ()},
+        True,
+        {"height": 32, "width": 32},
+    ),
     "cogview": ("CogView4Pipeline", _cogview, {"prompt_embeds": (16, 12)}, True, {}),
     "kandinsky": ("Kandinsky5T2IPipeline", _kandinsky, {}, False, {}),
     "bria": ("BriaPipeline", _bria, {"prompt_embeds": (5, 12)}, True, {}),
-    "ovis": ("OvisImagePipeline", _ovis, {"prompt_embeds": (5, 12)}, True, {"negative_prompt": None}),
+    "ovis": (
+        "OvisImagePipeline",
+        _ovis,
+        {"prompt_embeds": (5, 12)},
+        True,
+        {"negative_prompt": None},
+    ),
     "prx": (
         "PRXPipeline",
         _prx,
@@ -500,9 +591,27 @@ _KINDS = {
         True,
         {"num_frames": 1, "height": 32, "width": 32},
     ),
-    "wan": ("WanPipeline", _wan, {"prompt_embeds": (5, 12)}, True, {"num_frames": 1, "height": 32, "width": 32}),
-    "wan-clip": ("WanPipeline", _wan, {"prompt_embeds": (5, 12)}, True, {"num_frames": 5, "height": 32, "width": 32}),
-    "wan-two": ("WanPipeline", lambda: _wan(True), {"prompt_embeds": (5, 12)}, True, {"num_frames": 1, "height": 32, "width": 32}),
+    "wan": (
+        "WanPipeline",
+        _wan,
+        {"prompt_embeds": (5, 12)},
+        True,
+        {"num_frames": 1, "height": 32, "width": 32},
+    ),
+    "wan-clip": (
+        "WanPipeline",
+        _wan,
+        {"prompt_embeds": (5, 12)},
+        True,
+        {"num_frames": 5, "height": 32, "width": 32},
+    ),
+    "wan-two": (
+        "WanPipeline",
+        lambda: _wan(True),
+        {"prompt_embeds": (5, 12)},
+        True,
+        {"num_frames": 1, "height": 32, "width": 32},
+    ),
 }
 KINDS = tuple(_KINDS)
 SIZE = 16  # of the images, in pixels
@@ -535,7 +644,9 @@ def call(kind, num_images=2, seed=0, **options):
 
     def text(name, shape):
         if "mask" in name:
-            return torch.ones(num_images, *(shape or (5,)), dtype=torch.float if kind == "chroma" else torch.long)
+            return torch.ones(
+                num_images, *(shape or (5,)), dtype=torch.float if kind == "chroma" else torch.long
+            )
         return torch.randn(num_images, *shape, generator=generator)
 
     arguments = {name: text(name, shape) for name, shape in texts.items()}
@@ -545,7 +656,11 @@ def call(kind, num_images=2, seed=0, **options):
     if kind == "inpaint":
         arguments |= {"image": image, "mask_image": (image[:, :1] > 0.5).float(), "strength": 1.0}
     if kind == "pix2pix":
-        arguments |= {"image": image.expand(num_images, -1, -1, -1), "guidance_scale": 3.0, "image_guidance_scale": 1.5}
+        arguments |= {
+            "image": image.expand(num_images, -1, -1, -1),
+            "guidance_scale": 3.0,
+            "image_guidance_scale": 1.5,
+        }
     if kind == "z-image":
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             arguments[name] = list(text(name, (5, 12)))
@@ -553,12 +668,18 @@ def call(kind, num_images=2, seed=0, **options):
         for start in ("", "negative_"):
             arguments[f"{start}prompt_embeds_qwen"] = text("", (5, 12))
             arguments[f"{start}prompt_embeds_clip"] = text("", (10,))
-            arguments[f"{start}prompt_cu_seqlens"] = 5 * torch.arange(num_images + 1, dtype=torch.int32)
+            arguments[f"{start}prompt_cu_seqlens"] = 5 * torch.arange(
+                num_images + 1, dtype=torch.int32
+            )
     if kind == "prx" and num_images > 1:  # with more, this pipeline's own guidance fails
         arguments["guidance_scale"] = 1.0
     if kind != "pix2pix":
         arguments |= {"height": SIZE, "width": SIZE}
-    call = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(seed), "output_type": "latent"}
+    call = {
+        "num_inference_steps": 3,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+    }
     return call | arguments | more | options
 
 
@@ -575,10 +696,20 @@ def head_for(pipe, seed=0, std=0.3):
     torch.manual_seed(seed)
     shape = (2, 8) if sites.tokens else (8,)
     config = InterventionConfig(
-        concepts=["a", "b"], embedding_shape=list(shape), feature_width=4, noise_width=4, initializer_range=0.5
+        concepts=["a", "b"],
+        embedding_shape=list(shape),
+        feature_width=4,
+        noise_width=4,
+        initializer_range=0.5,
     )
     adapter = DiffusionAdapter(
-        SIZE, vars(sites), shape, feature_width=4, prediction_type=prediction_type(pipe.scheduler), encoder_shape=(4, 8, 8)
+        SIZE,
+        vars(sites),
+        shape,
+        map_size=4 if sites.map else 0,
+        feature_width=4,
+        encoder_shape=(4, 8, 8),
+        prediction_type=prediction_type(pipe.scheduler),
     )
     for parameter in adapter.projections.parameters():
         parameter.data.normal_(std=std)

@@ -56,7 +56,11 @@ def test_attach_intervene_detach(kind):
     assert torch.equal(generate(kind, pipe), before)
     detach(pipe)
     assert torch.equal(generate(kind, pipe), before)
-    assert hooks(pipe) == hooks_before and type(pipe) is pipeline_class and "step" not in vars(pipe.scheduler)
+    assert (
+        hooks(pipe) == hooks_before
+        and type(pipe) is pipeline_class
+        and "step" not in vars(pipe.scheduler)
+    )
 
 
 class Predictions:
@@ -87,26 +91,39 @@ class Predictions:
 def first_predictions(kind, pipe, interventions, num_images=2, **options):
     """Of the first step: all that the denoiser returns before the scheduler steps."""
     with intervene(pipe, interventions, **options):
-        generate(kind, pipe, num_images, num_inference_steps=2)  # the head has been seen to work: no further calls
+        generate(
+            kind, pipe, num_images, num_inference_steps=2
+        )  # the head has been seen to work: no further calls
         with Predictions(pipe) as found:
             generate(kind, pipe, num_images, num_inference_steps=2)
     return found[0]
 
 
-@pytest.mark.parametrize("kind", ["sd", "pix2pix", "flux", "z-image", "pixart", "wan", "kandinsky", "chroma"])
+@pytest.mark.parametrize(
+    "kind", ["sd", "pix2pix", "flux", "z-image", "pixart", "wan", "kandinsky", "chroma"]
+)
 def test_guidance_acts_on_whole_predictions(kind):
     """o + w (p - o) in every token, channel and image; a learnt variance is not guided."""
     pipe, head, adapter = made(kind)
     attach(pipe, head, adapter)
     noise = torch.randn(2, 3, 4, generator=generator())
-    o, a, b, both = (first_predictions(kind, pipe, s, noise=noise) for s in ("obs", "a", "b", ["a", "b"]))
+    o, a, b, both = (
+        first_predictions(kind, pipe, s, noise=noise) for s in ("obs", "a", "b", ["a", "b"])
+    )
     guided = first_predictions(kind, pipe, ["a", "b"], noise=noise, guidance_scale=2.5)
-    scores = first_predictions(kind, pipe, ["a", "b"], noise=noise, guidance_scale=2.5, compose="scores")
+    scores = first_predictions(
+        kind, pipe, ["a", "b"], noise=noise, guidance_scale=2.5, compose="scores"
+    )
     expected, composed = o + 2.5 * (both - o), o + 2.5 * (a - o) + 2.5 * (b - o)
     assert (composed - expected).abs().max() > 1e-3
     if kind == "pixart":  # 8 channels for latents of 4
         torch.testing.assert_close(guided[:, 4:], both[:, 4:])
-        guided, expected, scores, composed = guided[:, :4], expected[:, :4], scores[:, :4], composed[:, :4]
+        guided, expected, scores, composed = (
+            guided[:, :4],
+            expected[:, :4],
+            scores[:, :4],
+            composed[:, :4],
+        )
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(scores, composed, rtol=1e-3, atol=1e-4)
 
@@ -130,7 +147,9 @@ def test_every_denoiser_of_a_pipeline_is_hooked():
     attach(pipe, head, adapter)
     calls = {"transformer": 0, "transformer_2": 0}
     for name in calls:
-        getattr(pipe, name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+        getattr(pipe, name).register_forward_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
     noise = torch.randn(1, 3, 4, generator=generator())
     plain = generate("wan-two", pipe, 1)
     assert min(calls.values()) > 0

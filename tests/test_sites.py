@@ -43,7 +43,11 @@ KNOWN = {
 def test_known_classes(name):
     if not hasattr(diffusers, name):
         pytest.skip(f"this diffusers has no {name}")
-    options = {"num_layers": 1} if "num_layers" in getattr(diffusers, name).__init__.__wrapped__.__code__.co_varnames else {}
+    options = (
+        {"num_layers": 1}
+        if "num_layers" in getattr(diffusers, name).__init__.__wrapped__.__code__.co_varnames
+        else {}
+    )
     with torch.device("meta"):
         denoiser = getattr(diffusers, name)(**options)
     assert find_sites(denoiser) == Sites((KNOWN[name][0],), KNOWN[name][1])
@@ -76,8 +80,12 @@ def test_a_class_that_nobody_knows():
 
 def test_a_site_that_does_not_reach_the_output_is_refused():
     denoiser = MadeUp(reaches=False)
-    with pytest.raises(ValueError, match="time.embedder of this MadeUp does not change its prediction"):
-        check_moves(denoiser, find_sites(denoiser), lambda: denoiser(torch.ones(2, 3), torch.ones(2)))
+    with pytest.raises(
+        ValueError, match="time.embedder of this MadeUp does not change its prediction"
+    ):
+        check_moves(
+            denoiser, find_sites(denoiser), lambda: denoiser(torch.ones(2, 3), torch.ones(2))
+        )
 
 
 def test_no_site():

@@ -140,9 +140,8 @@ class LoraLayers(nn.Module):
                 layer = _plain(model.get_submodule(name))
             except AttributeError:
                 layer = None
-            weight = getattr(layer, "weight", None)
-            fits = isinstance(layer, (nn.Linear, nn.Conv2d)) and down.shape[1:] == weight.shape[1:] and len(up) == len(weight)
-            if not fits:
+            sizes = (down.shape[1:], len(up))
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or sizes != (layer.weight.shape[1:], len(layer.weight)):
                 raise ValueError(f"{what} does not fit this {type(model).__name__}: its {name} is missing or of another size.")
 
     def add(self, name: str, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

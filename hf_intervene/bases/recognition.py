@@ -15,7 +15,9 @@ from .base import base_weights
 from .loading import is_referenced
 
 
-_ADDED = re.compile(r"\.processor\.|\.to_(added_)?(qkv|kv)\.|^encoder_hid_proj\.image_projection_layers\.")
+_ADDED = re.compile(
+    r"\.processor\.|\.to_(added_)?(qkv|kv)\.|^encoder_hid_proj\.image_projection_layers\."
+)
 
 
 class _Weights:
@@ -33,7 +35,10 @@ def is_base(denoiser: nn.Module, reference: dict[str, str | None]) -> bool | Non
     weights = _readable(denoiser)
     if weights is None:
         return None
-    candidates = [weights, {name: value for name, value in weights.items() if not _ADDED.search(name)}]
+    candidates = [
+        weights,
+        {name: value for name, value in weights.items() if not _ADDED.search(name)},
+    ]
     candidates = candidates if len(candidates[0]) != len(candidates[1]) else candidates[:1]
     return any(is_referenced(_as_model(candidate), reference) for candidate in candidates)
 
@@ -44,7 +49,9 @@ def same_weights(denoiser: nn.Module, other: nn.Module) -> bool | None:
     if here is None:
         return None
     return all(
-        name in here and here[name].shape == value.shape and torch.equal(value.to(here[name].dtype), here[name].cpu())
+        name in here
+        and here[name].shape == value.shape
+        and torch.equal(value.to(here[name].dtype), here[name].cpu())
         for name, value in there.items()
     )
 
@@ -54,7 +61,10 @@ def _readable(denoiser: nn.Module) -> dict[str, torch.Tensor] | None:
     if getattr(denoiser, "hf_quantizer", None) is not None or _is_on_disk(denoiser):
         return None
     weights = base_weights(denoiser)
-    gone = any(value.is_meta or (value.is_floating_point() and value.itemsize < 2) for value in weights.values())
+    gone = any(
+        value.is_meta or (value.is_floating_point() and value.itemsize < 2)
+        for value in weights.values()
+    )
     return None if gone else weights
 
 

@@ -62,7 +62,17 @@ _EXCEPTIONS: dict[str, tuple[str, str]] = {
 }
 # Parts of the name of a `TimestepEmbedding` that embeds something else than the time of the image.
 _OTHERS = (
-    *("guidance", "audio", "target", "add_", "resolution", "aspect", "pooled", "delta", "time_token"),
+    *(
+        "guidance",
+        "audio",
+        "target",
+        "add_",
+        "resolution",
+        "aspect",
+        "pooled",
+        "delta",
+        "time_token",
+    ),
     *("cond_embed", "time_pos"),
 )
 
@@ -74,14 +84,20 @@ def find_sites(denoiser: nn.Module) -> Sites:
         TypeError: one sentence: it has no site.
     """
     if isinstance(denoiser, UNet2DConditionModel):
-        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, Attention) and name.endswith("attn2")}
+        layers = {
+            name: m
+            for name, m in denoiser.named_modules()
+            if isinstance(m, Attention) and name.endswith("attn2")
+        }
         layers = {name: m for name, m in layers.items() if m.is_cross_attention}
         if layers:
             widths = tuple(m.inner_dim for m in layers.values())
             cross_width = next(iter(layers.values())).cross_attention_dim
             return Sites(tokens=tuple(layers), token_widths=widths, cross_width=cross_width)
     if isinstance(denoiser, DiTTransformer2DModel):  # each block has a time embedding of its own
-        names = tuple(f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks)))
+        names = tuple(
+            f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks))
+        )
         return Sites(names, denoiser.inner_dim)
     name, width = _time_embedding(denoiser)
     if isinstance(denoiser, UNet2DModel) and denoiser.mid_block is not None:
@@ -98,13 +114,19 @@ def _time_embedding(denoiser: nn.Module) -> tuple[str, int]:
                 return name, _plain(denoiser.get_submodule(f"{name}.{linear}")).out_features
             except AttributeError:
                 break  # another version of diffusers; perhaps the rule finds it
-    found = [(name, m) for name, m in denoiser.named_modules() if isinstance(m, TimestepEmbedding) and _is_time(name)]
+    found = [
+        (name, m)
+        for name, m in denoiser.named_modules()
+        if isinstance(m, TimestepEmbedding) and _is_time(name)
+    ]
     if not found:
         raise TypeError(
             f"a {type(denoiser).__name__} has no site that a head can enter by: no time embedding was found that all its "
             "blocks read."
         )
-    name, module = min(found, key=lambda item: item[0].count("."))  # of several that are equally deep, the first
+    name, module = min(
+        found, key=lambda item: item[0].count(".")
+    )  # of several that are equally deep, the first
     return name, _plain(module.linear_2).out_features
 
 
@@ -163,9 +185,13 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
     def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output + spread(vector, output)
 
-    with torch.compiler.set_stance("force_eager"):  # compiled code does not notice hooks that come and go
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # compiled code does not notice hooks that come and go
         before = call()
-        handles = [denoiser.get_submodule(name).register_forward_hook(add) for name in sites.vectors]
+        handles = [
+            denoiser.get_submodule(name).register_forward_hook(add) for name in sites.vectors
+        ]
         try:
             after = call()
         finally:
