@@ -98,6 +98,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     base_token: str | bool = False,
+    subfolder: str | None = None,
     **kwargs: Any,
 ) -> "InterventionModel":
     """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
@@ -111,6 +112,7 @@ def from_pretrained(
         variant: the variant to read of what was saved here, such as `"fp16"`; a base elsewhere has its own in `base_reference`.
         base_token: token for a private base elsewhere, whose repository the model's configuration names and not you; `True`: that of
             `hf auth login`. Your token is sent there only if you say so.
+        subfolder: of the folder or repository, where the model is.
         **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
     Raises:
@@ -122,7 +124,11 @@ def from_pretrained(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
     options = hub.pop_options(kwargs)
-    path = hub.folder(name, **options)
+    if "output_loading_info" in kwargs:
+        raise TypeError(
+            "InterventionModel.from_pretrained takes no output_loading_info: what does not fit is an error here."
+        )
+    path = hub.subfolder(hub.folder(name, **options), subfolder, name)
     logger.info("loading the model %s from %s", name, path)
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()
