@@ -2,8 +2,7 @@
 
     embedding (B, *embedding_shape) --Projections--> Entries --Injection's hooks--> the denoiser's own activations
 
-- a vector, added to the time embedding that all its blocks read: UNet2DModel, DiTTransformer2DModel, SD3Transformer2DModel,
-  FluxTransformer2DModel;
+- a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any denoiser);
 - a map, added to the output of the middle block: UNet2DModel;
 - tokens, which every cross-attention layer attends to beside its own, with keys and values of their own: UNet2DConditionModel
   (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but by hooks: whatever attention processor, LoRA or adapter the
@@ -19,67 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-
-DENOISERS = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel)
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where an embedding enters a denoiser.
-
-    Args:
-        vectors: names of the modules whose output, (B, vector_width), it is added to.
-        vector_width: width of that output; 0: there are none.
-        map: name of the module whose output, (B, C, h, w), a map is added to, if there is one.
-        map_channels: C.
-        tokens: names of the cross-attention layers that attend to its tokens.
-        token_widths: inner width of each of them.
-        cross_width: width of the tokens that they attend to already, such as a text's.
-    """
-
-    vectors: tuple[str, ...] = ()
-    vector_width: int = 0
-    map: str | None = None
-    map_channels: int = 0
-    tokens: tuple[str, ...] = ()
-    token_widths: tuple[int, ...] = ()
-    cross_width: int = 0
-
-
-def find_sites(denoiser: nn.Module) -> Sites:
-    """The sites of a denoiser of a known class.
-
-    Raises:
-        TypeError, ValueError: one sentence: an unknown class, or no cross-attention where it is needed.
-    """
-    if isinstance(denoiser, UNet2DModel):
-        middle = denoiser.config.block_out_channels[-1] if denoiser.mid_block is not None else 0
-        width = denoiser.time_embedding.linear_2.out_features
-        return Sites(("time_embedding",), width, "mid_block" if middle else None, middle)
-    if isinstance(denoiser, UNet2DConditionModel):
-        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, Attention) and name.endswith("attn2")}
-        layers = {name: m for name, m in layers.items() if m.is_cross_attention}
-        if not layers:
-            raise ValueError("this UNet2DConditionModel has no cross-attention for an embedding to enter by.")
-        widths = tuple(m.inner_dim for m in layers.values())
-        return Sites(tokens=tuple(layers), token_widths=widths, cross_width=next(iter(layers.values())).cross_attention_dim)
-    if isinstance(denoiser, DiTTransformer2DModel):
-        names = tuple(f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks)))
-        return Sites(names, denoiser.inner_dim)
-    if isinstance(denoiser, (SD3Transformer2DModel, FluxTransformer2DModel)):
-        return Sites(("time_text_embed",), denoiser.inner_dim)
-    known = ", ".join(c.__name__ for c in DENOISERS)
-    raise TypeError(f"a {type(denoiser).__name__} is not a denoiser that a head can enter; the supported ones are {known}.")
+from .sites import Sites, find_sites, spread
 
 
 @dataclass(frozen=True)
@@ -230,7 +172,7 @@ class Injection:
 
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
-        return output if entries is None or entries.vector is None else output + entries.vector.to(output.dtype)
+        return output if entries is None or entries.vector is None else output + spread(entries.vector, output)
 
     def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
