@@ -101,7 +101,9 @@ class PipelineBase(DiffusionBase):
         sites = find_sites(model)
         recording, scheduler = record(pipe, prompt, sample_size, call)
         vae = pipe.vae
-        size = sample_size or pixels_of(vae, recording)
+        size = pixels_of(vae, recording)
+        if sample_size not in (None, size):
+            raise NotRecordable(f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were asked for.")
         shape = (num_tokens, sites.cross_width) if sites.tokens else (embedding_width,)
         latents = _without_frame(recording.latent_shape)
         if sites.map:
@@ -163,7 +165,10 @@ def pixels_of(vae: ModelMixin, recording: Recording) -> int:
             continue
         if height == width and tuple(shape[-2:]) == (height, width):
             return size
-    raise NotRecordable(f"the pipeline makes images of {height} x {width} latents, and not square ones: give sample_size, in pixels.")
+    raise NotRecordable(
+        f"a head needs square images, and the pipeline decodes latents of {height} x {width}, which are of none that its "
+        f"{type(vae).__name__} encodes: give sample_size, in pixels."
+    )
 
 
 __all__ = ["PipelineBase"]

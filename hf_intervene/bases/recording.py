@@ -16,7 +16,7 @@ names what it does not. No weight is changed, and the pipeline is left as it was
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -104,15 +104,17 @@ class Recorder:
         found |= {key: self.size for key in ("height", "width") if key in known and self.size is not None}
         if "num_inference_steps" in known:
             found["num_inference_steps"] = STEPS
-        counts = [name for name in _COUNTS if name in known]
-        embedded = any(key.endswith("prompt_embeds") for key in self.extra)
-        if "prompt" in known and not embedded:
-            found["prompt"] = self.prompt if counts else [self.prompt] * images
-        if counts:
-            found[counts[0]] = images
         if "generator" in known:
             found["generator"] = torch.Generator().manual_seed(0)
-        return found | self.extra
+        # Some pipelines repeat the embeddings of a prompt for its images and some do not: here each image has its own.
+        embedded = {key: _repeated(value, images) for key, value in self.extra.items() if "prompt" in key}
+        counts = [name for name in _COUNTS if name in known]
+        if not any("embeds" in key for key in embedded):
+            if "prompt" in known:
+                found["prompt"] = self.prompt if counts else [self.prompt] * images
+            if counts:
+                found[counts[0]] = images
+        return found | self.extra | embedded
 
     def run(
         self,
@@ -154,6 +156,9 @@ class Recorder:
                 stack.enter_context(replaced(pipe.vae, "encode", _without_draws(pipe.vae.encode)))
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             stack.enter_context(_quiet(pipe))
+            for guider in pipe.components.values():  # HunyuanImage has objects for its guidance
+                if hasattr(guider, "_enabled"):
+                    stack.enter_context(replaced(guider, "_enabled", False))
             try:
                 with torch.no_grad():
                     pipe(**self.arguments(images))
@@ -193,16 +198,14 @@ def record(
     one = _first_run(recorder)
     template = one.outputs[0]
     sample = one.steps[0][2]
-    two = recorder.run(2, lambda k, _: (_noise_like(template, 2),), lambda k, x: _next(x, k))
+    two = recorder.run(2, lambda k, _: _Output(_noise_like(template, 2)), lambda k, x: _next(x, k))
     _check_calls(recorder, two, 2)
-    entries, predicted = sample[0].numel(), sum(x[0].numel() for x in _as_list(template)[:1])
-    if isinstance(template, list):
-        predicted = template[0].numel()
+    entries, predicted = sample[0].numel(), template[0].numel()
     rows = probe_rows(entries, predicted)
     probes, answers = probes_of(entries, rows).to(sample), probes_of(predicted, rows)
 
-    def answer(k: int, _: Callable[[], Any]) -> tuple:
-        return (_filled(template, answers if k == 2 else torch.zeros_like(answers)),)
+    def answer(k: int, _: Callable[[], Any]) -> Any:
+        return _Output(_filled(template, answers if k == 2 else torch.zeros_like(answers)))
 
     def move(k: int, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x) if k == 1 else probes.view_as(x)
@@ -221,25 +224,22 @@ def _first_run(recorder: Recorder) -> Run:
     """The run for one image, with guidance off: at 1, or at 0 where that is still guidance."""
 
     def denoise(k: int, call: Callable[[], Any]) -> Any:
-        found = call() if k == 0 or not kept else (_noise_like(kept[0], None),)
+        found = call() if k == 0 or not kept else _Output(_noise_like(kept[0], None))
         if not kept:
             kept.append(_copied(found[0]))
         return found
 
-    guider = getattr(recorder.pipe, "guider", None)
-    if hasattr(guider, "disable"):
-        guider.disable()
     reason = None
     for guidance in (1.0, 0.0):
         kept: list[Any] = []
         recorder.guidance = guidance
-        run = recorder.run(1, denoise, lambda k, x: _next(x, k))
         try:
+            run = recorder.run(1, denoise, lambda k, x: _next(x, k))
             _check_calls(recorder, run, 1)
             return run
         except NotRecordable as error:
             reason = reason or error
-    assert reason is not None
+    assert reason is not None  # the first of the two
     raise reason
 
 
@@ -359,8 +359,8 @@ class _Fit:
         if one is None or isinstance(one, (bool, int, str, float)):
             if any(value != one for value in (*ones, *twos, *probes)):
                 if isinstance(one, float):
-                    found = self.tensor(path, [torch.tensor(v) for v in ones], [torch.tensor(v) for v in twos], torch.tensor(one), inner)
-                    return found
+                    values = [[torch.tensor(value) for value in of_run] for of_run in (ones, twos)]
+                    return self.tensor(path, *values, torch.tensor(one), inner)
                 self.refuse(f"the argument {path!r}", "changes from step to step or with the number of images")
             return {"value": one}
         self.refuse(f"the argument {path!r}", f"is a {type(one).__name__}, which cannot be kept")
@@ -477,6 +477,13 @@ def _shift_of(recorder: Recorder) -> float | None:
 # Parts of a run
 
 
+def _repeated(value: Any, images: int) -> Any:
+    """The embedding of one prompt for each of several images."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == 1:
+        return value.repeat(images, *[1] * (value.ndim - 1))
+    return value * images if isinstance(value, list) and len(value) == 1 else value
+
+
 def _observed_scheduler(
     scheduler: SchedulerMixin, run: Run, step: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> SchedulerMixin:
@@ -490,22 +497,23 @@ def _observed_scheduler(
         run.steps.append((model_output.detach().clone(), time, sample.detach().clone()))
         if getattr(found, "_step_index", None) is not None:
             found._step_index += 1
-        moved = step(number, sample)
-        return _Stepped(moved)
+        return _Output(step(number, sample))
 
     found.step = functools.wraps(found.step)(observed)
     return found
 
 
-class _Stepped(tuple):
-    """A sample as `scheduler.step` returns it, with or without `return_dict`."""
+class _Output(tuple):
+    """What a scheduler's step or a denoiser returns, with or without `return_dict`."""
 
-    prev_sample: torch.Tensor
+    def __new__(cls, value: Any) -> "_Output":
+        return super().__new__(cls, (value,))
 
-    def __new__(cls, sample: torch.Tensor) -> "_Stepped":
-        found = super().__new__(cls, (sample, sample))
-        found.prev_sample = sample
-        return found
+    @property
+    def sample(self) -> Any:
+        return self[0]
+
+    prev_sample = sample
 
 
 @contextmanager
@@ -561,10 +569,6 @@ def _filled(template: Any, rows: torch.Tensor) -> Any:
     if isinstance(template, (list, tuple)):
         return [row.view(template[0].shape).to(template[0]) for row in rows]
     return rows.view(len(rows), *template.shape[1:]).to(template)
-
-
-def _as_list(value: Any) -> Sequence[torch.Tensor]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _at(key: Any, *values: list[Any]) -> list[list[Any]]:
