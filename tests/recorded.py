@@ -40,7 +40,9 @@ def _clip(width):
         found = text_parts(Path(folder) / "text")
     if width:
         sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = CLIPTextConfig(vocab_size=8, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, projection_dim=width, **sizes)
+        config = CLIPTextConfig(
+            vocab_size=8, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, projection_dim=width, **sizes
+        )
         found["text_encoder"] = CLIPTextModelWithProjection(config)
     return found
 

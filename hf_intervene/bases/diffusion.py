@@ -171,7 +171,9 @@ class DiffusionBase(Base):
     ) -> None:
         """What is needed beside the denoiser."""
         if scheduler is None:
-            raise ValueError(f"a head on a {type(self.model).__name__} needs the scheduler that it was trained with: pass scheduler=.")
+            raise ValueError(
+                f"a head on a {type(self.model).__name__} needs the scheduler that it was trained with: pass scheduler=."
+            )
         if not isinstance(scheduler, SchedulerMixin):
             raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
         self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma

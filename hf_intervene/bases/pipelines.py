@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .autoencoder import images_of, latent_shape, latents_of
+from .base import register_recorded
 from .denoising import prediction_type
 from .diffusion import DiffusionAdapter, DiffusionBase
 from .recording import NotRecordable, denoiser_of, record
@@ -24,6 +25,7 @@ from .replay import Recording
 from .sites import find_sites
 
 
+@register_recorded
 class PipelineBase(DiffusionBase):
     """The denoiser of a pipeline under a head.
 
@@ -54,7 +56,9 @@ class PipelineBase(DiffusionBase):
         name = type(model).__name__
         recording = getattr(adapter, "recorded", None)
         if adapter is None or recording is None:
-            raise ValueError(f"nothing is known of how a pipeline calls this {name}: make the base with PipelineBase.from_pipeline.")
+            raise ValueError(
+                f"nothing is known of how a pipeline calls this {name}: make the base with PipelineBase.from_pipeline."
+            )
         if vae is None:
             raise ValueError(f"a head on a {name} needs the autoencoder of its pipeline: pass vae=.")
         recording.check()

@@ -260,7 +260,9 @@ def _check_calls(recorder: Recorder, run: Run, images: int) -> None:
             )
     for found in run.outputs:
         if len(found) != images:
-            raise NotRecordable(f"a {name} denoises {len(found)} rows for {images} images with guidance off: it cannot be recorded.")
+            raise NotRecordable(
+                f"a {name} denoises {len(found)} rows for {images} images with guidance off: it cannot be recorded."
+            )
 
 
 class _Fit:
@@ -282,7 +284,10 @@ class _Fit:
                     self.refuse("the denoiser", "gets other arguments in other steps or for more images")
         arguments = {
             name: self.node(
-                name, [a[name] for a in self.one.arguments], [a[name] for a in self.two.arguments], [self.probe.arguments[1][name]]
+                name,
+                [a[name] for a in self.one.arguments],
+                [a[name] for a in self.two.arguments],
+                [self.probe.arguments[1][name]],
             )
             for name in names
         }
@@ -324,9 +329,7 @@ class _Fit:
         try:
             return Placement.fit(rows, entries)
         except ValueError as error:
-            raise NotRecordable(
-                f"{what} of a {type(self.recorder.pipe).__name__} cannot be recorded: {error}."
-            ) from error
+            raise NotRecordable(f"{what} of a {type(self.recorder.pipe).__name__} cannot be recorded: {error}.") from error
 
     def node(self, path: str, ones: list[Any], twos: list[Any], probes: list[Any], inner: bool = False) -> dict[str, Any]:
         """The node of an argument.
@@ -337,7 +340,7 @@ class _Fit:
             probes: its value under the probes; of an element of a list with one for each row, those of all rows.
             inner: whether it is that of one row.
         """
-        one, two = ones[0], twos[0]
+        one = ones[0]
         if any(type(value) is not type(one) for value in (*ones, *twos, *probes)):
             self.refuse(f"the argument {path!r}", "is of several types")
         if isinstance(one, dict):
@@ -426,7 +429,9 @@ def _check_replay(recorder: Recorder, recording: Recording, one: Run, two: Run) 
             built = recording.call(sample, rows, dtype)
             for key, value in run.arguments[number].items():
                 if not _close(built[key], value):
-                    raise NotRecordable(f"the replay of a {name} does not equal its run: the argument {key!r} differs in step {number}.")
+                    raise NotRecordable(
+                        f"the replay of a {name} does not equal its run: the argument {key!r} differs in step {number}."
+                    )
             if not _close(recording.predicted([run.outputs[number]]), prediction.float()):
                 raise NotRecordable(f"the replay of a {name} does not equal its run: the prediction differs in step {number}.")
     _, time, sample = one.steps[0]
@@ -484,9 +489,7 @@ def _repeated(value: Any, images: int) -> Any:
     return value * images if isinstance(value, list) and len(value) == 1 else value
 
 
-def _observed_scheduler(
-    scheduler: SchedulerMixin, run: Run, step: Callable[[int, torch.Tensor], torch.Tensor]
-) -> SchedulerMixin:
+def _observed_scheduler(scheduler: SchedulerMixin, run: Run, step: Callable[[int, torch.Tensor], torch.Tensor]) -> SchedulerMixin:
     """A scheduler like a pipeline's, whose step is seen and returns what it is told; DDIM where others scale their samples."""
     kind = type(scheduler) if prediction_type(scheduler) == "flow" else DDIMScheduler
     found = kind.from_config(scheduler.config)
