@@ -1,11 +1,16 @@
 """Tiny pipelines of many kinds, with random weights and without text encoders: they are called with embeddings.
 
-`make(kind)` gives a pipeline, and `call(kind, pipe, n)` the arguments of a call of it that makes n images, with the guidance
-of its own switched on where it has any.
+`make(kind)` gives a pipeline, and `call(kind, n)` the arguments of a call of it that makes n images, with the guidance of its
+own switched on where it has any.
 """
 
 import diffusers
 import torch
+
+from hf_intervene import InterventionConfig, InterventionHead
+from hf_intervene.bases import DiffusionAdapter
+from hf_intervene.bases.denoising import prediction_type
+from hf_intervene.bases.sites import find_sites
 
 
 def _vae(latent_channels=4, **options):
@@ -561,3 +566,20 @@ def result(output):
     """The images or latents of what a pipeline returns, whatever that calls them."""
     found = output[0]
     return found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
+
+
+def head_for(pipe, seed=0, std=0.3):
+    """A head of two concepts, a and b, and its adapter for a pipeline's denoiser, as if trained: what enters is not zero."""
+    denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    sites = find_sites(denoiser)
+    torch.manual_seed(seed)
+    shape = (2, 8) if sites.tokens else (8,)
+    config = InterventionConfig(
+        concepts=["a", "b"], embedding_shape=list(shape), feature_width=4, noise_width=4, initializer_range=0.5
+    )
+    adapter = DiffusionAdapter(
+        SIZE, vars(sites), shape, feature_width=4, prediction_type=prediction_type(pipe.scheduler), encoder_shape=(4, 8, 8)
+    )
+    for parameter in adapter.projections.parameters():
+        parameter.data.normal_(std=std)
+    return InterventionHead(config).eval(), adapter.eval()

@@ -23,19 +23,41 @@ Predict = Callable[
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
 
 
+# Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the denoiser predicts by the
+# configuration's `prediction_type`.
+_DIFFUSION = (
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSDEScheduler"),
+    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler"),
+    *("SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+    "UnCLIPScheduler",
+)
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")  # of a flow, always
+
+
 def prediction_type(scheduler: SchedulerMixin) -> str:
     """What the denoiser of a scheduler predicts: one of `PREDICTIONS`.
 
     Raises:
-        ValueError: something else.
+        ValueError: one sentence: a scheduler whose noise is not known, or another prediction.
     """
-    config = scheduler.config
-    if _is_flow_match(scheduler) or config.get("prediction_type") == "flow_prediction":
+    names = {class_.__name__ for class_ in type(scheduler).__mro__}  # of a sub-class too
+    if names & set(_FLOW):
         return "flow"
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if not names & set(_DIFFUSION) or config.get("timestep_type") == "continuous":
+        with_what = "continuous times" if names & set(_DIFFUSION) else "a noise that is not known here"
+        raise ValueError(
+            f"a {kind} has {with_what}: use one of {', '.join((*_DIFFUSION, *_FLOW))}, made with from_config(...) where "
+            "the denoiser was trained for it."
+        )
     found = config.get("prediction_type", "epsilon")
+    if found == "flow_prediction":
+        return "flow"
     if found not in PREDICTIONS:
         raise ValueError(
-            f"a {type(scheduler).__name__} whose denoiser predicts {found!r} is not supported; the supported ones are "
+            f"a {kind} whose denoiser predicts {found!r} is not supported; the supported ones are "
             f"{', '.join(PREDICTIONS)} (flow: a flow-matching scheduler)."
         )
     return found
@@ -65,7 +87,9 @@ def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
     if prediction_type(scheduler) != "flow":
-        return DDPMScheduler.from_config(scheduler.config)
+        made = DDPMScheduler.from_config(scheduler.config)
+        made.alphas_cumprod = scheduler.alphas_cumprod.clone()  # some shift or rescale those of their configuration
+        return made
     if not _is_flow_match(scheduler):
         # A solver that takes flows too: its sigmas are those of other kinds until it samples.
         steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")

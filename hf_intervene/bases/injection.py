@@ -21,6 +21,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from .lora import LoraLayers
 from .sites import Sites, find_sites, spread
 
 
@@ -101,10 +102,14 @@ class Injection:
     Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation, LoRA, attention processors) goes on
     working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up. What a thread sets enters in its own
     calls of the denoiser and in no other's.
+
+    Args:
+        denoiser: the denoiser.
+        lora: LoRA layers that act where entries enter, and nowhere else.
     """
 
-    def __init__(self, denoiser: nn.Module):
-        self.denoiser, self.sites = denoiser, find_sites(denoiser)
+    def __init__(self, denoiser: nn.Module, lora: LoraLayers | None = None):
+        self.denoiser, self.sites, self.lora = denoiser, find_sites(denoiser), lora
         self._reset()
 
     def _reset(self) -> None:
@@ -118,6 +123,7 @@ class Injection:
         # A copied denoiser carries copies of the hooks, which must not go on acting for what was set before.
         copied = memo[id(self)] = object.__new__(Injection)
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
+        copied.lora = self.lora
         copied._reset()
         copied._handles = copy.deepcopy(self._handles, memo)  # of the copied hooks, which `install` takes away
         return copied
@@ -127,7 +133,10 @@ class Injection:
 
         Loading or unloading LoRA exchanges modules, hence the look at each time.
         """
-        plan: list[tuple[str, str, Callable]] = [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
+        plan: list[tuple[str, str, Callable]] = []
+        if self.lora is not None:  # first: the other hooks see what LoRA makes of a layer's output
+            plan += [(name, "register_forward_hook", self._lora_hook(name)) for name in self.lora.names]
+        plan += [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
         if self.sites.map is not None:
             plan += [(self.sites.map, "register_forward_hook", self._add_map)]
         for name, layer in zip(self.sites.tokens, self.layers):
@@ -170,6 +179,12 @@ class Injection:
             self._left = self._call.entries
         self._call.entries = None
 
+    def _lora_hook(self, name: str) -> Callable:
+        def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return output if self.entries is None or self.lora is None else self.lora.add(name, module, args[0], output)
+
+        return add
+
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
         return output if entries is None or entries.vector is None else output + spread(entries.vector, output)
@@ -178,7 +193,7 @@ class Injection:
         entries = self.entries
         if entries is None or entries.map is None:
             return output
-        entered = entries.map.to(output.dtype)
+        entered = entries.map.to(output)
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered
@@ -211,7 +226,7 @@ class _CrossAttention:
         if entries is None or not entries.keys or query is None or self.attention is None:
             return None
         heads, tokens = self.attention.heads, (entries.keys[self.number], entries.values[self.number])
-        q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
+        q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
         if self.attention.norm_q is not None:
             q = self.attention.norm_q(q)
         branch = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width)

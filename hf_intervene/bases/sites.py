@@ -123,7 +123,7 @@ def _plain(linear: Any) -> Any:
 
 
 def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """A vector (B, W) in a shape that can be added to the output of a site, and in its dtype.
+    """A vector (B, W) in a shape that can be added to the output of a site, and in its dtype and on its device.
 
     Args:
         vector: one row for each row of the denoiser's batch.
@@ -140,7 +140,7 @@ def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         )
     if output.shape[0] > rows:
         vector = vector.repeat_interleave(output.shape[0] // rows, 0)
-    return vector.view(len(vector), *[1] * (output.ndim - 2), width).to(output.dtype)
+    return vector.view(len(vector), *[1] * (output.ndim - 2), width).to(output)
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
     vector = torch.randn(1, sites.vector_width, generator=generator)
 
     def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output + spread(vector.to(output.device), output)
+        return output + spread(vector, output)
 
     with torch.compiler.set_stance("force_eager"):  # compiled code does not notice hooks that come and go
         before = call()

@@ -1,0 +1,422 @@
+"""Heads at work on a pipeline: hooks on its denoisers, what enters in each call of one, and guidance on what comes out.
+
+    pipeline call -> PipelineCall (calls.py) -> a Run of each head that acts: z, and what enters of each image
+    denoiser call -> before: rows of each Run enter (Injection) -> after: guidance from further calls of the denoiser
+
+State belongs to a pipeline, to a head on it and to a call. Nothing of it is kept on the denoiser but hooks.
+"""
+
+import copy
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from .bases.denoising import check_prediction
+from .bases.diffusion import DiffusionAdapter, check_sites
+from .bases.injection import Entries, Injection, PerThread, find_sites
+from .bases.lora import LoraLayers
+from .bases.sites import check_moves
+from .calls import PipelineCall, running_call, unwatch, unwatch_steps, watch, watch_steps
+from .modeling_intervention import InterventionHead
+from .sampling_arguments import check_generator
+from .values import Values
+
+
+if TYPE_CHECKING:
+    from .attaching import intervene
+
+
+_NAMES = re.compile(r"(^|_)(unet|transformer)(_\d+)?$")
+_HOOKING = threading.RLock()  # hooks come and go in one thread at a time
+_EVALUATING = threading.RLock()
+
+
+def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline as it calls them, compiled or not, by the names of its components; the main one first.
+
+    Raises:
+        TypeError: one sentence: it has none.
+    """
+    found = {name: part for name, part in vars(pipe).items() if _NAMES.search(name) and isinstance(inner(part), ModelMixin)}
+    if not found:
+        raise TypeError(f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be attached to it.")
+    return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
+
+
+def inner(part: Any) -> Any:
+    """A model without the compiled code around it."""
+    return getattr(part, "_orig_mod", part)
+
+
+class Attached:
+    """One head on a pipeline.
+
+    Args:
+        head, adapter: the head and what leads its embedding into the denoiser.
+        weight: factor of what enters.
+        lora: LoRA layers that were trained with the head, for the main denoiser.
+    """
+
+    def __init__(self, head: InterventionHead, adapter: DiffusionAdapter, weight: float, lora: LoraLayers | None):
+        self.head, self.adapter, self.weight, self.lora = head, adapter, weight, lora
+        self.injections: dict[str, Injection] = {}  # by the name of the denoiser
+        self.verified: set[str] = set()  # the names of those whose sites were seen to work
+
+    def check(self, denoiser: nn.Module, is_main: bool) -> None:
+        """Raise a ValueError or TypeError unless the head fits a denoiser."""
+        check_sites(find_sites(denoiser), self.adapter, type(denoiser).__name__)
+        if self.lora is not None and is_main:
+            self.lora.check_fit(denoiser, "the LoRA of this head")
+
+    def check_scheduler(self, pipe: DiffusionPipeline) -> None:
+        """Raise a ValueError or TypeError unless the scheduler of a pipeline is for the prediction that the head was trained with."""
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is None:
+            raise TypeError(f"a {type(pipe).__name__} has no scheduler: a head cannot be attached to it.")
+        check_prediction(scheduler, self.adapter.config.prediction_type, "this head")
+
+    def install(self, name: str, denoiser: nn.Module, is_main: bool) -> bool:
+        """Put this head's hooks on a denoiser, in place of those on one of the same name before it; whether any changed."""
+        injection = self.injections.get(name)
+        if injection is None or injection.denoiser is not denoiser:
+            self.check(denoiser, is_main)
+            self.remove(name)
+            injection = self.injections[name] = Injection(denoiser, self.lora if is_main else None)
+        return injection.install()
+
+    def remove(self, name: str) -> None:
+        if (injection := self.injections.pop(name, None)) is not None:
+            injection.clear()
+            injection.remove()
+        self.verified.discard(name)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, head and adapter are in evaluation mode; afterwards each part of them is in the mode that it was in."""
+        with _EVALUATING:
+            training = [module for part in (self.head, self.adapter) for module in part.modules() if module.training]
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+
+
+class Run:
+    """What one head does in one call of the pipeline.
+
+    Args:
+        attached: the head.
+        active: the `intervene` that it acts under.
+        images: how many the call makes.
+        device: of the denoiser's batch.
+
+    Raises:
+        ValueError: one sentence: interventions, noise or generators for another number of images.
+    """
+
+    def __init__(self, attached: Attached, active: "intervene", images: int, device: torch.device):
+        self.attached = attached
+        for what, count in (("interventions", active.contexts), ("noise", active.noise_rows)):
+            if count not in (None, images):
+                raise ValueError(
+                    f"{what} for {count} images {'was' if what == 'noise' else 'were'} given, but this call makes {images}: "
+                    + ("give one row for each image." if what == "noise" else "give one context for all, or one for each image.")
+                )
+        check_generator(active.generator, images)
+        config = attached.head.config
+        shape = (images, config.num_blocks, config.noise_width)
+        with attached.evaluating():
+            for part in (attached.head, attached.adapter, attached.lora):
+                if part is not None:
+                    part.to(device)
+            z = active.noise
+            if z is None:
+                z = randn_tensor(shape, active.generator, device, torch.float32)
+            z = z.to(device)
+            targets = active.targets.to(device).expand(images, -1)
+            values = None
+            if active.values is not None:
+                values = Values(*(part.to(device).expand(images, *part.shape[1:]) for part in active.values))
+            # The prediction is p + sum of w (p_other - p) over `others`, where p is that of `main`.
+            main, others = active.passes(targets, values)
+            self._main = self._entries(z, *main)
+            self._others = [(self._entries(z, *other), w) for other, w in others]
+        self._picked: dict[int, tuple[Entries, list[tuple[Entries, float]]]] = {}
+
+    @torch.no_grad()
+    def _entries(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None) -> Entries:
+        adapter = self.attached.adapter
+        embedding = self.attached.head(z, targets, *(values or ())).embedding.to(adapter.dtype)
+        return adapter.projections(embedding).weighted(self.attached.weight)
+
+    def entries(self, rows: torch.Tensor) -> tuple[Entries, list[tuple[Entries, float]]]:
+        """What enters in a batch whose rows are of these images, and what in the further calls of guidance, with weights."""
+        if len(rows) not in self._picked:
+            others = [(entries.rows(rows), weight) for entries, weight in self._others]
+            self._picked[len(rows)] = self._main.rows(rows), others
+        return self._picked[len(rows)]
+
+
+class Heads:
+    """The heads on a pipeline, and the hooks around its denoisers that let them act.
+
+    Args:
+        pipe: the pipeline.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self.attached: dict[str, Attached] = {}
+        self.thread = _Thread()
+        self._hooked: dict[str, tuple[nn.Module, list]] = {}
+        self._scheduler: Any = None
+
+    def add(self, name: str, attached: Attached) -> None:
+        """Put a head on the pipeline; where it does not fit, nothing is changed.
+
+        Raises:
+            ValueError, TypeError: one sentence: see `Attached.check`.
+        """
+        for number, denoiser in enumerate(denoisers(self.pipe).values()):
+            attached.check(inner(denoiser), number == 0)
+        if not self.attached:
+            watch(self.pipe, self)
+        self.attached[name] = attached
+        self.hook()
+
+    def drop(self, name: str) -> None:
+        """Take a head off; with the last one all hooks go."""
+        attached = self.attached.pop(name)
+        with _HOOKING:
+            for part in tuple(attached.injections):
+                attached.remove(part)
+            for outermost, _ in self._hooked.values():
+                _forget_compiled(outermost)
+            if not self.attached:
+                unwatch(self.pipe)
+                for part in tuple(self._hooked):
+                    self._unhook(part)
+                self._watch_scheduler(None)
+
+    def named(self, name: str | None) -> tuple[str, Attached]:
+        """A head and its name; `None`: the only one.
+
+        Raises:
+            ValueError: one sentence: there is none of that name, or several.
+        """
+        if name is None and len(self.attached) == 1:
+            return next(iter(self.attached.items()))
+        if name not in self.attached:
+            known = ", ".join(map(repr, self.attached))
+            raise ValueError(
+                f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on this pipeline are {known}."
+            )
+        return name, self.attached[name]
+
+    def hook(self) -> None:
+        """Put all hooks where they belong.
+
+        The denoiser may be another one than before, LoRA exchanges modules, and compilation puts one around the denoiser.
+
+        Raises:
+            ValueError, TypeError: one sentence: a head does not fit a denoiser that has taken the place of another one.
+        """
+        with _HOOKING:
+            found = denoisers(self.pipe)
+            for name in self._hooked.keys() - found.keys():
+                self._unhook(name)
+                for attached in self.attached.values():
+                    attached.remove(name)
+            for number, (name, outermost) in enumerate(found.items()):
+                changed = [a.install(name, inner(outermost), number == 0) for a in self.attached.values()]
+                if name not in self._hooked or self._hooked[name][0] is not outermost:
+                    self._unhook(name)
+                    hooks = _Around(self, name)
+                    handles = [
+                        outermost.register_forward_pre_hook(hooks.before, with_kwargs=True),
+                        outermost.register_forward_hook(hooks.after, with_kwargs=True),
+                    ]
+                    self._hooked[name] = outermost, handles
+                    changed.append(True)
+                if any(changed):
+                    _forget_compiled(outermost)
+            self._watch_scheduler(getattr(self.pipe, "scheduler", None))
+
+    def _unhook(self, name: str) -> None:
+        for handle in self._hooked.pop(name, (None, []))[1]:
+            handle.remove()
+
+    def _watch_scheduler(self, scheduler: Any) -> None:
+        if scheduler is not self._scheduler:
+            for change, which in ((unwatch_steps, self._scheduler), (watch_steps, scheduler)):
+                if which is not None:
+                    change(which)
+            self._scheduler = scheduler
+
+    @contextmanager
+    def call(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """What a call of the pipeline runs in (see `calls.watch`)."""
+        from .attaching import active_on
+
+        if self.thread.pending:
+            self.thread.pending = False
+            raise ValueError("intervene(pipe, ...) does nothing by itself: call the pipeline inside `with intervene(pipe, ...):`.")
+        active = active_on(self)
+        if not active:
+            yield
+            return
+        for attached in active:
+            attached.check_scheduler(self.pipe)
+        self.hook()
+        running = HeadsCall(self, dict(arguments), active)
+        try:
+            with running.running():
+                yield
+        finally:
+            for attached in active:
+                for injection in attached.injections.values():
+                    injection.clear()
+
+
+class HeadsCall(PipelineCall):
+    """A call of the pipeline in which heads act.
+
+    Args:
+        heads: on the pipeline.
+        arguments: of the call, by name.
+        active: under what each head acts.
+    """
+
+    def __init__(self, heads: Heads, arguments: dict[str, Any], active: Mapping[Attached, "intervene"]):
+        super().__init__(heads, heads.pipe, arguments)
+        self.active, self._runs = active, None
+        self.images = next((a.num_images for a in active.values() if a.num_images is not None), None)
+
+    def runs(self, device: torch.device) -> "list[Run]":
+        """A run of each head, all begun where the first batch is known."""
+        assert self.images is not None
+        if self._runs is None:
+            self._runs = [Run(attached, active, self.images, device) for attached, active in self.active.items()]
+            for active in self.active.values():
+                active.acted = True
+        return self._runs
+
+
+class _Thread(PerThread):
+    def __init__(self) -> None:
+        self.pending = False  # whether this thread has made an `intervene` and not entered it
+        self.inside = False  # whether its call of the denoiser is one that a head makes itself
+
+
+class _Around:
+    """The two hooks around a denoiser of a pipeline."""
+
+    def __init__(self, heads: Heads | None, name: str):
+        self.heads, self.name = heads, name
+
+    def __deepcopy__(self, memo: dict) -> "_Around":
+        # A denoiser that is copied alone belongs to no pipeline: the hooks on the copy do nothing.
+        with_pipe = self.heads is not None and id(self.heads.pipe) in memo
+        return _Around(copy.deepcopy(self.heads, memo) if with_pipe else None, self.name)
+
+    def _running(self) -> HeadsCall | None:
+        if self.heads is None or self.heads.thread.inside:
+            return None
+        found = running_call(self.heads)
+        return found if isinstance(found, HeadsCall) else None
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if (call := self._running()) is None:
+            return
+        sample = _sample(module, args, kwargs)
+        rows = call.rows(sample)
+        for run in call.runs(sample[0].device):
+            run.attached.injections[self.name].set(run.entries(rows)[0])
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if (call := self._running()) is None or self.heads is None:
+            return output
+        sample = _sample(module, args, kwargs)
+        rows, runs = call.rows(sample), call.runs(sample[0].device)
+
+        def predict() -> Any:
+            return _prediction(module(*args, **kwargs))
+
+        self.heads.thread.inside = True
+        try:
+            for run in runs:
+                self._verify(run.attached, predict)
+            predicted = found = _prediction(output)
+            for run in runs:
+                injection, (main, others) = run.attached.injections[self.name], run.entries(rows)
+                for entries, weight in others:
+                    injection.set(entries)
+                    found = _led(found, predicted, predict(), weight, sample)
+                injection.set(main)
+        finally:
+            self.heads.thread.inside = False
+            for run in runs:
+                run.attached.injections[self.name].clear()
+        return output if found is predicted else _with_prediction(output, found)
+
+    def _verify(self, attached: Attached, predict: Callable[[], Any]) -> None:
+        """Once for each head and denoiser: what enters must move the prediction."""
+        if self.name not in attached.verified:
+            injection = attached.injections[self.name]
+            check_moves(injection.denoiser, injection.sites, predict)
+            attached.verified.add(self.name)
+
+
+def _sample(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """The noisy batch of a denoiser's call, a tensor or a list of tensors: its first argument, whatever it is called."""
+    if args:
+        return args[0]
+    name = next((name for name in ("hidden_states", "sample", "x") if name in kwargs), next(iter(kwargs)))
+    return kwargs[name]
+
+
+def _prediction(output: Any) -> Any:
+    """The prediction in what a denoiser returns: a tensor, or a list of tensors where it takes a list."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _with_prediction(output: Any, predicted: Any) -> Any:
+    """What a denoiser returns, with another prediction."""
+    if isinstance(output, torch.Tensor):
+        return predicted
+    if isinstance(output, (tuple, list)):
+        return type(output)([predicted, *output[1:]])
+    values = dict(output.items())
+    return type(output)(**values | {next(iter(values)): predicted})
+
+
+def _led(found: Any, predicted: Any, other: Any, weight: float, sample: Any) -> Any:
+    """found + weight (other - predicted), of whole predictions; a learnt variance, channels behind those of the sample, stays."""
+    if not isinstance(predicted, torch.Tensor):
+        return type(predicted)([_led(*parts, weight, x) for *parts, x in zip(found, predicted, other, sample)])
+    change = weight * (other - predicted)
+    if predicted.ndim == 4 and predicted.shape[1] == 2 * sample.shape[1]:
+        change[:, sample.shape[1] :] = 0
+    return found + change
+
+
+def _forget_compiled(outermost: nn.Module) -> None:
+    # Compiled code does not notice hooks that come and go.
+    if inner(outermost) is not outermost or getattr(outermost, "_compiled_call_impl", None) is not None:
+        torch.compiler.reset()
+
+
+__all__ = ["Attached", "Heads", "denoisers", "inner"]

@@ -1,0 +1,162 @@
+"""Heads attached to pipelines of many kinds: unchanged before, moved inside, guided, as before after `detach`."""
+
+import copy
+
+import pipelines
+import pytest
+import torch
+
+from hf_intervene import attach, detach, intervene
+from hf_intervene.acting import denoisers
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def generate(kind, pipe, num_images=2, **options):
+    return pipelines.result(pipe(**pipelines.call(kind, num_images, **options)))
+
+
+def hooks(pipe):
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for denoiser in denoisers(pipe).values()
+        for module in denoiser.modules()
+    )
+
+
+def made(kind):
+    pipe = pipelines.make(kind)
+    return pipe, *pipelines.head_for(pipe)
+
+
+@pytest.mark.parametrize("kind", pipelines.KINDS)
+def test_attach_intervene_detach(kind):
+    pipe, head, adapter = made(kind)
+    pipeline_class, before, hooks_before = type(pipe), generate(kind, pipe), hooks(pipe)
+    attach(pipe, head, adapter)
+    assert torch.equal(generate(kind, pipe), before)
+    noise = torch.randn(2, 3, 4, generator=generator())
+
+    def under(interventions, num_images=2, **options):
+        with intervene(pipe, interventions, noise=noise[:num_images], **options):
+            return generate(kind, pipe, num_images)
+
+    a, b, mixed = under("a"), under("b"), under([["a"], ["b"]])
+    assert (a - before).abs().max() > 1e-3 and a.isfinite().all()
+    # Each image has its own interventions, whatever rows its own guidance makes of it.
+    torch.testing.assert_close(mixed[0], a[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mixed[1], b[1], rtol=1e-3, atol=1e-3)
+    assert (a - b).abs().max() > 1e-3
+    guided, barely = under("a", guidance_scale=3.0), under("a", guidance_scale=1 + 1e-6)
+    assert (guided - a).flatten(1).abs().amax(1).min() > 1e-3
+    torch.testing.assert_close(barely, a, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(under("a", compose="scores"), a, rtol=1e-2, atol=1e-2)
+    assert torch.equal(generate(kind, pipe), before)
+    detach(pipe)
+    assert torch.equal(generate(kind, pipe), before)
+    assert hooks(pipe) == hooks_before and type(pipe) is pipeline_class and "step" not in vars(pipe.scheduler)
+
+
+class Predictions:
+    """What the denoisers return to the pipeline, call by call; calls that a head makes inside of one are left out."""
+
+    def __init__(self, pipe):
+        self.found, self.depth = [], 0
+        self.handles = [d.register_forward_pre_hook(self.enter) for d in denoisers(pipe).values()]
+        self.handles += [d.register_forward_hook(self.leave) for d in denoisers(pipe).values()]
+
+    def enter(self, module, args):
+        self.depth += 1
+
+    def leave(self, module, args, output):
+        self.depth -= 1
+        if not self.depth:
+            predicted = output if isinstance(output, torch.Tensor) else output[0]
+            self.found.append(torch.stack(list(predicted)).clone())
+
+    def __enter__(self):
+        return self.found
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def first_predictions(kind, pipe, interventions, num_images=2, **options):
+    """Of the first step: all that the denoiser returns before the scheduler steps."""
+    with intervene(pipe, interventions, **options):
+        generate(kind, pipe, num_images, num_inference_steps=2)  # the head has been seen to work: no further calls
+        with Predictions(pipe) as found:
+            generate(kind, pipe, num_images, num_inference_steps=2)
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["sd", "pix2pix", "flux", "z-image", "pixart", "wan", "kandinsky", "chroma"])
+def test_guidance_acts_on_whole_predictions(kind):
+    """o + w (p - o) in every token, channel and image; a learnt variance is not guided."""
+    pipe, head, adapter = made(kind)
+    attach(pipe, head, adapter)
+    noise = torch.randn(2, 3, 4, generator=generator())
+    o, a, b, both = (first_predictions(kind, pipe, s, noise=noise) for s in ("obs", "a", "b", ["a", "b"]))
+    guided = first_predictions(kind, pipe, ["a", "b"], noise=noise, guidance_scale=2.5)
+    scores = first_predictions(kind, pipe, ["a", "b"], noise=noise, guidance_scale=2.5, compose="scores")
+    expected, composed = o + 2.5 * (both - o), o + 2.5 * (a - o) + 2.5 * (b - o)
+    assert (composed - expected).abs().max() > 1e-3
+    if kind == "pixart":  # 8 channels for latents of 4
+        torch.testing.assert_close(guided[:, 4:], both[:, 4:])
+        guided, expected, scores, composed = guided[:, :4], expected[:, :4], scores[:, :4], composed[:, :4]
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scores, composed, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd", "pix2pix", "sd3", "z-image", "lumina", "wan"])
+def test_one_draw_for_each_image_of_a_call(kind):
+    pipe, head, adapter = made(kind)
+    attach(pipe, head, adapter)
+    draws, embed = [], head.forward
+    head.forward = lambda z, *rest: draws.append(z) or embed(z, *rest)
+    with intervene(pipe, "a"):
+        generate(kind, pipe, 3 if kind != "prx" else 1)
+        assert len(draws) == 1 and draws[0].shape == (3, 3, 4) and len(draws[0].unique(dim=0)) == 3
+        generate(kind, pipe, 1)
+    assert len(draws) == 2 and draws[1].shape == (1, 3, 4)
+
+
+def test_every_denoiser_of_a_pipeline_is_hooked():
+    """Wan 2.2 has one for high noise and one for low noise."""
+    pipe, head, adapter = made("wan-two")
+    attach(pipe, head, adapter)
+    calls = {"transformer": 0, "transformer_2": 0}
+    for name in calls:
+        getattr(pipe, name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    noise = torch.randn(1, 3, 4, generator=generator())
+    plain = generate("wan-two", pipe, 1)
+    assert min(calls.values()) > 0
+    with intervene(pipe, "a", noise=noise):
+        both = generate("wan-two", pipe, 1)
+    heads = pipe._attached_heads.attached["default"]
+    heads.injections["transformer_2"].remove()
+    heads.injections["transformer_2"].install = lambda: False
+    with intervene(pipe, "a", noise=noise):
+        first = generate("wan-two", pipe, 1)
+    assert (both - first).abs().max() > 1e-3 and (first - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_a_copied_pipeline_has_heads_of_its_own(kind):
+    pipe, head, adapter = made(kind)
+    attach(pipe, head, adapter)
+    plain = generate(kind, pipe)
+    copied = copy.deepcopy(pipe)
+    noise = torch.randn(2, 3, 4, generator=generator())
+    with intervene(pipe, "a", noise=noise):
+        acted = generate(kind, pipe)
+        assert torch.equal(generate(kind, copied), plain)
+    with intervene(copied, "a", noise=noise):
+        assert torch.equal(generate(kind, copied), acted)
+        assert torch.equal(generate(kind, pipe), plain)
+    detach(copied)
+    with intervene(pipe, "a", noise=noise):
+        assert torch.equal(generate(kind, pipe), acted)
