@@ -276,7 +276,7 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:
-    family, name = base_family(base), type(base).__name__
+    family, name = base_family(base, getattr(adapter, "config", None)), type(base).__name__
     if not isinstance(head, InterventionHead):
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
     if family.adapter_class is None and adapter is not None:

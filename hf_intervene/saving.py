@@ -17,6 +17,7 @@ from .bases.loading import (
     check_reference,
     is_referenced,
     load_companions,
+    load_model_config,
     load_part,
     load_saved_base,
     remove_weights,
@@ -132,11 +133,12 @@ def from_pretrained(
     logger.info("loading the model %s from %s", name, path)
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()
+    saved_adapter = load_model_config(path / ADAPTER_FOLDER)
     if base is None:
         model = load_saved_base(name, path, config, dtype, variant, options | {"base_token": base_token})
-        family = base_family(model)
+        family = base_family(model, saved_adapter)
     else:
-        model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
+        model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base, saved_adapter))
         if has_lora(model):
             raise ValueError("the base that was passed carries LoRA layers of another head: pass a fresh copy of it.")
         if not has_base:

@@ -35,8 +35,10 @@ from .denoising import (
     training_scheduler,
 )
 from .encoders import VisionEncoder
-from .injection import Injection, Projections, Sites, find_sites
+from .injection import Injection, Projections
 from .light_vae import convolutional_encoder
+from .replay import Recording
+from .sites import Sites, find_sites
 
 
 logger = get_logger(__name__)
@@ -54,6 +56,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         feature_width: width of the features.
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
         prediction_type: what the denoiser predicts (see `denoising.py`).
+        recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that the package calls itself.
     """
 
     @register_to_config
@@ -68,6 +71,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         text_shape: tuple[int, ...] | None = None,
         pooled_width: int | None = None,
         prediction_type: str = "epsilon",
+        recording: dict | None = None,
     ):
         super().__init__()
         self.projections = Projections(Sites(**sites), embedding_shape, map_size)
@@ -81,6 +85,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
             self.register_buffer("text", torch.zeros(1, *text_shape))
         if pooled_width is not None:
             self.register_buffer("pooled_text", torch.zeros(1, pooled_width))
+        if recording is not None:
+            self.recorded = Recording(recording)  # `recording` is the entry of the configuration
 
 
 @register_base(UNet2DModel)
@@ -131,16 +137,9 @@ class DiffusionBase(Base):
     ):
         super().__init__(model)
         name = type(model).__name__
-        if scheduler is None:
-            raise ValueError(f"a head on a {name} needs the scheduler that it was trained with: pass scheduler=.")
-        if not isinstance(scheduler, SchedulerMixin):
-            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         _check_supported(model)
-        self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
-        self._training_scheduler = training_scheduler(scheduler)
-        self.vae = None if vae is None else vae.requires_grad_(False).eval()
-        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
-
+        assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
         if vae is None:
@@ -160,12 +159,36 @@ class DiffusionBase(Base):
                 )
         if adapter is None:
             adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
-        check_sites(find_sites(model), adapter, name)
-        check_prediction(scheduler, adapter.config.prediction_type, "this head")
+        self._enter_by(adapter)
+
+    def _take_parts(
+        self,
+        scheduler: SchedulerMixin | None,
+        vae: ModelMixin | None,
+        image_encoder: PreTrainedModel | None,
+        image_processor: BaseImageProcessor | None,
+        min_snr_gamma: float | None,
+    ) -> None:
+        """What is needed beside the denoiser."""
+        if scheduler is None:
+            raise ValueError(
+                f"a head on a {type(self.model).__name__} needs the scheduler that it was trained with: pass scheduler=."
+            )
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
+        self._training_scheduler = training_scheduler(scheduler)
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
+
+    def _enter_by(self, adapter: DiffusionAdapter) -> None:
+        """Put the hooks of an adapter's embedding on the denoiser."""
+        check_sites(find_sites(self.model), adapter, type(self.model).__name__)
+        check_prediction(self.scheduler, adapter.config.prediction_type, "this head")
         self.adapter = adapter
         self.feature_width = adapter.config.feature_width
         self.embedding_shape = tuple(adapter.config.embedding_shape)
-        self.injection = Injection(model)
+        self.injection = Injection(self.model)
         self.injection.install()
 
     def _new_adapter(
@@ -230,9 +253,12 @@ class DiffusionBase(Base):
             self.injection.install()
         self.injection.set(entries)
         try:
-            output = self._call(x.to(self.model.dtype), timesteps)
+            return self._predicted(x, timesteps)
         finally:
             self.injection.clear(torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False))
+
+    def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        output = self._call(x.to(self.model.dtype), timesteps)
         return output[:, : x.shape[1]].float()  # without the variance, where the denoiser has learnt one
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
