@@ -31,12 +31,11 @@ from .bases.recognition import is_base, same_weights
 from .contexts import Interventions, is_per_sample, parse_choices
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
-from .sampling_arguments import check_generator, check_noise, check_options
-from .values import Values, head_values
+from .sampling_arguments import check_composition, check_generator, check_noise, check_options
+from .values import Values, each_alone, head_values
 
 
 _ATTRIBUTE = "_attached_heads"  # of the pipeline: a `Heads`
-_COMPOSITIONS = ("head", "scores")
 _Pass = tuple[
     torch.Tensor, Values | None
 ]  # targets (images, D) and chosen values of one call of the denoiser
@@ -173,8 +172,7 @@ class intervene:
         self._name, self._attached = self._heads.named(head)
         config = self._attached.head.config
         check_options(None, 1, None, "pt", guidance_scale=guidance_scale)
-        if compose not in _COMPOSITIONS:
-            raise ValueError(f"compose must be one of {', '.join(_COMPOSITIONS)}, not {compose!r}.")
+        check_composition(compose)
         if noise is not None:
             noise = check_noise("noise", noise, (config.num_blocks, config.noise_width))
         targets, choices = parse_choices(
@@ -246,14 +244,7 @@ class intervene:
         if self.compose == "head":
             w = self.guidance_scale
             return (targets, values), [] if w == 1.0 else [(observational, 1 - w)]
-        concepts = (self.targets != 0).any(0).nonzero().flatten().tolist()
-        alone = []
-        for k in concepts:
-            only = torch.zeros_like(targets)
-            only[:, k] = targets[:, k]
-            chosen = None if values is None else Values(values.values, values.chosen & (only != 0))
-            alone.append(((only, chosen), self.guidance_scale))
-        return observational, alone
+        return observational, [(alone, self.guidance_scale) for alone in each_alone(targets, values)]
 
 
 _ACTIVE: ContextVar[tuple[intervene, ...]] = ContextVar("hf_intervene_active", default=())
