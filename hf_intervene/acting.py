@@ -1,9 +1,11 @@
-"""Heads at work on a pipeline: hooks on its denoisers, what enters in each call of one, and guidance on what comes out.
+"""Heads at work on a pipeline: hooks on its denoisers, what enters in each call of one, and
+guidance on what comes out.
 
-    pipeline call -> PipelineCall (calls.py) -> a Run of each head that acts: z, and what enters of each image
-    denoiser call -> before: rows of each Run enter (Injection) -> after: guidance from further calls of the denoiser
+    pipeline call -> PipelineCall (calls.py) -> a Run of each head that acts: z, and what enters
+    denoiser call -> before: rows of each Run enter (Injection) -> after: guidance, further calls
 
-State belongs to a pipeline, to a head on it and to a call. Nothing of it is kept on the denoiser but hooks.
+State belongs to a pipeline, to a head on it and to a call. Nothing of it is kept on the denoiser
+but hooks.
 """
 
 import copy
@@ -40,7 +42,8 @@ _EVALUATING = threading.RLock()
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline as it calls them, compiled or not, by the names of its components; the main one first.
+    """The denoisers of a pipeline as it calls them, compiled or not, by the names of its
+    components; the main one first.
 
     Raises:
         TypeError: one sentence: it has none.
@@ -52,7 +55,8 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     }
     if not found:
         raise TypeError(
-            f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be attached to it."
+            f"a {type(pipe).__name__} has no denoiser (unet or transformer): a head cannot be "
+            "attached to it."
         )
     return dict(sorted(found.items(), key=lambda item: item[0] not in ("unet", "transformer")))
 
@@ -89,7 +93,8 @@ class Attached:
             self.lora.check_fit(denoiser, "the LoRA of this head")
 
     def check_scheduler(self, pipe: DiffusionPipeline) -> None:
-        """Raise a ValueError or TypeError unless the scheduler of a pipeline is for the prediction that the head was trained with."""
+        """Raise a ValueError or TypeError unless the scheduler of a pipeline is for the prediction
+        that the head was trained with."""
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None:
             raise TypeError(
@@ -98,7 +103,8 @@ class Attached:
         check_prediction(scheduler, self.adapter.config.prediction_type, "this head")
 
     def install(self, name: str, denoiser: nn.Module, is_main: bool) -> bool:
-        """Put this head's hooks on a denoiser, in place of those on one of the same name before it; whether any changed."""
+        """Put this head's hooks on a denoiser, in place of those on one of the same name before it;
+        whether any changed."""
         injection = self.injections.get(name)
         if injection is None or injection.denoiser is not denoiser:
             self.check(denoiser, is_main)
@@ -114,7 +120,8 @@ class Attached:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, head and adapter are in evaluation mode; afterwards each part of them is in the mode that it was in."""
+        """Inside, head and adapter are in evaluation mode; afterwards each part of them is in the
+        mode that it was in."""
         with _EVALUATING:
             training = [
                 module
@@ -146,15 +153,14 @@ class Run:
 
     def __init__(self, attached: Attached, active: "intervene", images: int, device: torch.device):
         self.attached = attached
-        for what, count in (("interventions", active.contexts), ("noise", active.noise_rows)):
+        for what, count, remedy in (
+            ("interventions are", active.contexts, "give one context for all, or one each."),
+            ("noise is", active.noise_rows, "give one row for each image."),
+        ):
             if count not in (None, images):
                 raise ValueError(
-                    f"{what} for {count} images {'was' if what == 'noise' else 'were'} given, but this call makes {images}: "
-                    + (
-                        "give one row for each image."
-                        if what == "noise"
-                        else "give one context for all, or one for each image."
-                    )
+                    f"the {what} for {count} image{'' if count == 1 else 's'}, but this call makes "
+                    f"{images}: {remedy}"
                 )
         check_generator(active.generator, images)
         config = attached.head.config
@@ -187,7 +193,8 @@ class Run:
         return adapter.projections(embedding).weighted(self.attached.weight)
 
     def entries(self, rows: torch.Tensor) -> tuple[Entries, list[tuple[Entries, float]]]:
-        """What enters in a batch whose rows are of these images, and what in the further calls of guidance, with weights."""
+        """What enters in a batch whose rows are of these images, and what in the further calls of
+        guidance, with weights."""
         if len(rows) not in self._picked:
             others = [(entries.rows(rows), weight) for entries, weight in self._others]
             self._picked[len(rows)] = self._main.rows(rows), others
@@ -246,17 +253,20 @@ class Heads:
         if name not in self.attached:
             known = ", ".join(map(repr, self.attached))
             raise ValueError(
-                f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on this pipeline are {known}."
+                f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on "
+                f"this pipeline are {known}."
             )
         return name, self.attached[name]
 
     def hook(self) -> None:
         """Put all hooks where they belong.
 
-        The denoiser may be another one than before, LoRA exchanges modules, and compilation puts one around the denoiser.
+        The denoiser may be another one than before, LoRA exchanges modules, and compilation puts
+        one around the denoiser.
 
         Raises:
-            ValueError, TypeError: one sentence: a head does not fit a denoiser that has taken the place of another one.
+            ValueError, TypeError: one sentence: a head does not fit a denoiser that has taken the
+                place of another one.
         """
         with _HOOKING:
             found = denoisers(self.pipe)
@@ -300,7 +310,8 @@ class Heads:
         if self.thread.pending:
             self.thread.pending = False
             raise ValueError(
-                "intervene(pipe, ...) does nothing by itself: call the pipeline inside `with intervene(pipe, ...):`."
+                "intervene(pipe, ...) does nothing by itself: call the pipeline inside "
+                "`with intervene(pipe, ...):`."
             )
         active = active_on(self)
         if not active:
@@ -419,7 +430,8 @@ class _Around:
 
 
 def _sample(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    """The noisy batch of a denoiser's call, a tensor or a list of tensors: its first argument, whatever it is called."""
+    """The noisy batch of a denoiser's call, a tensor or a list of tensors: its first argument,
+    whatever it is called."""
     if args:
         return args[0]
     name = next(
@@ -429,7 +441,8 @@ def _sample(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 
 
 def _prediction(output: Any) -> Any:
-    """The prediction in what a denoiser returns: a tensor, or a list of tensors where it takes a list."""
+    """The prediction in what a denoiser returns: a tensor, or a list of tensors where it takes a
+    list."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -444,7 +457,8 @@ def _with_prediction(output: Any, predicted: Any) -> Any:
 
 
 def _led(found: Any, predicted: Any, other: Any, weight: float, sample: Any) -> Any:
-    """found + weight (other - predicted), of whole predictions; a learnt variance, channels behind those of the sample, stays."""
+    """found + weight (other - predicted), of whole predictions; a learnt variance, channels behind
+    those of the sample, stays."""
     if not isinstance(predicted, torch.Tensor):
         parts = zip(found, predicted, other, sample)
         return type(predicted)([_led(f, p, o, weight, x) for f, p, o, x in parts])
@@ -455,11 +469,9 @@ def _led(found: Any, predicted: Any, other: Any, weight: float, sample: Any) -> 
 
 
 def _forget_compiled(outermost: nn.Module) -> None:
-    # Compiled code does not notice hooks that come and go.
-    if (
-        inner(outermost) is not outermost
-        or getattr(outermost, "_compiled_call_impl", None) is not None
-    ):
+    # Compiled code does not notice hooks that come and go, around the denoiser or its blocks.
+    modules = inner(outermost).modules()
+    if inner(outermost) is not outermost or any(m._compiled_call_impl is not None for m in modules):
         torch.compiler.reset()
 
 

@@ -1,13 +1,15 @@
-"""Heads on existing diffusers pipelines, which stay as they are: `attach`, `with intervene(...)`, `detach`.
+"""Heads on existing diffusers pipelines, which stay as they are: `attach`, `with intervene(...)`,
+`detach`.
 
     attach(pipe, "user/faces")
     with intervene(pipe, ["smile", "glasses"]):
         images = pipe("a portrait").images
     detach(pipe)
 
-A head acts in calls of that pipeline inside the `with`, in the thread or asyncio task that is in it. Another pipeline that shares
-the denoiser is not changed. Everything happens in hooks of the denoiser's modules (`acting.py`, `bases/injection.py`). Outside a
-`with`, and after `detach`, the pipeline computes exactly what it did before.
+A head acts in calls of that pipeline inside the `with`, in the thread or asyncio task that is in
+it. Another pipeline that shares the denoiser is not changed. Everything happens in hooks of the
+denoiser's modules (`acting.py`, `bases/injection.py`). Outside a `with`, and after `detach`, the
+pipeline computes exactly what it did before.
 """
 
 import math
@@ -55,10 +57,12 @@ def attach(
     """Attach a head to a pipeline, for `intervene`; several heads under several names add up.
 
     Args:
-        pipe: a pipeline with one or more denoisers (`unet`, `transformer`, `transformer_2`...); LoRA layers, attention processors,
-            compilation and offloading stay as they are. It is not changed until `intervene`.
-        head: folder or repository of a saved model or pipeline with a head on a denoiser of that kind; or the model; or a head
-            alone. LoRA that was trained with it acts inside `with intervene(...)` only, and leaves with it.
+        pipe: a pipeline with one or more denoisers (`unet`, `transformer`, `transformer_2`...);
+            LoRA layers, attention processors, compilation and offloading stay as they are. It is
+            not changed until `intervene`.
+        head: folder or repository of a saved model or pipeline with a head on a denoiser of that
+            kind; or the model; or a head alone. LoRA that was trained with it acts inside `with
+            intervene(...)` only, and leaves with it.
         adapter: for a head alone, the adapter that was trained with it.
         name: what `intervene(..., head=name)` and `detach` call it.
         weight: factor of what it adds to the denoiser. It does not change the LoRA.
@@ -71,8 +75,9 @@ def attach(
         The pipeline.
 
     Raises:
-        TypeError, ValueError, OSError: one sentence: no denoiser that a head can enter, a head for another one, a scheduler that is
-            not known or has another kind of prediction, a head whose own base was trained too, a name that is taken.
+        TypeError, ValueError, OSError: one sentence: no denoiser that a head can enter, a head for
+            another one, a scheduler that is not known or has another kind of prediction, a head
+            whose own base was trained too, a name that is taken.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"attach needs a diffusers pipeline, not a {type(pipe).__name__}.")
@@ -98,13 +103,15 @@ def attach(
         ):
             if value is not None:
                 raise ValueError(
-                    f"{option} says how to load a head, and this one is loaded already: leave it out."
+                    f"{option} says how to load a head, and this one is loaded already: leave it "
+                    "out."
                 )
         loaded = _Loaded.from_object(denoiser, head, adapter)
     heads: Heads = getattr(pipe, _ATTRIBUTE, None) or Heads(pipe)
     if name in heads.attached:
         raise ValueError(
-            f"a head named {name!r} is attached already: detach it first, or give this one another name."
+            f"a head named {name!r} is attached already: detach it first, or give this one another "
+            "name."
         )
     attached = Attached(loaded.head, loaded.adapter, weight, loaded.lora)
     attached.check(denoiser, True)
@@ -116,7 +123,8 @@ def attach(
 
 
 def detach(pipe: DiffusionPipeline, name: str | None = None) -> DiffusionPipeline:
-    """Take a head off a pipeline, or, without a name, all of them: it computes bit for bit what it did before.
+    """Take a head off a pipeline, or, without a name, all of them: it computes bit for bit what it
+    did before.
 
     Raises:
         ValueError: no head of that name, or none at all, is attached.
@@ -130,31 +138,36 @@ def detach(pipe: DiffusionPipeline, name: str | None = None) -> DiffusionPipelin
 
 
 class intervene:
-    """Inside `with intervene(pipe, interventions):` calls of the pipeline generate under interventions of an attached head. That
-    holds for the thread or asyncio task that entered it; others may each be in a `with` of their own.
+    """Inside `with intervene(pipe, interventions):` calls of the pipeline generate under
+    interventions of an attached head. That holds for the thread or asyncio task that entered it;
+    others may each be in a `with` of their own.
 
-    A call of the pipeline draws z once for each of its images. Only calls of the pipeline itself count, `pipe(...)`: a denoiser
-    that is called alone, or by another pipeline, is not intervened on.
+    A call of the pipeline draws z once for each of its images. Only calls of the pipeline itself
+    count, `pipe(...)`: a denoiser that is called alone, or by another pipeline, is not intervened
+    on.
 
     Args:
         pipe: the pipeline.
-        interventions: in any form of `hf_intervene.contexts`, but for reference images; a list of contexts is one for each image
-            that a call makes, in the order in which it returns them.
-        head: name of the head, where several are attached; `with intervene(..., head="a"), intervene(..., head="b"):` uses both.
-        guidance_scale: w > 1 leads further away from the observational context: in every step the denoiser is called once more,
-            without the interventions but with the same z, and its prediction is o + w (p - o). The pipeline's own guidance is apart
-            from it.
-        noise: exogenous noise z of each image, (images, D, noise_width), to compare interventions under the same; `None` draws it
-            in each call of the pipeline.
+        interventions: in any form of `hf_intervene.contexts`, but for reference images; a list of
+            contexts is one for each image that a call makes, in the order in which it returns them.
+        head: name of the head, where several are attached; `with intervene(..., head="a"),
+            intervene(..., head="b"):` uses both.
+        guidance_scale: w > 1 leads further away from the observational context: in every step the
+            denoiser is called once more, without the interventions but with the same z, and its
+            prediction is o + w (p - o). The pipeline's own guidance is apart from it.
+        noise: exogenous noise z of each image, (images, D, noise_width), to compare interventions
+            under the same; `None` draws it in each call of the pipeline.
         generator: for that draw; or a list of one for each image.
         num_images: how many images a call makes, where a pipeline does not say it (see `calls.py`).
-        compose: how several concepts are put together. `"head"`: the head is given all of them at once, as it was trained to be
-            for one. `"scores"`: o + w sum_k (p_k - o), where p_k is the prediction under concept k alone (Liu et al.,
-            arXiv:2206.01714); it is right for concepts that are independent of each other, and calls the denoiser once more for
-            each concept.
+        compose: how several concepts are put together. `"head"`: the head is given all of them at
+            once, as it was trained to be for one. `"scores"`: o + w sum_k (p_k - o), where p_k is
+            the prediction under concept k alone (Liu et al., arXiv:2206.01714); it is right for
+            concepts that are independent of each other, and calls the denoiser once more for each
+            concept.
 
     Raises:
-        ValueError, TypeError: one sentence: nothing attached, unknown concepts, guidance with nothing intervened on.
+        ValueError, TypeError: one sentence: nothing attached, unknown concepts, guidance with
+            nothing intervened on.
     """
 
     def __init__(
@@ -181,14 +194,16 @@ class intervene:
         self.targets = targets.cpu()
         if guidance_scale != 1.0 and not bool((self.targets != 0).any()):
             raise ValueError(
-                "guidance_scale compares each step with an observational pass, but nothing is intervened on: leave it at 1, or intervene."
+                "guidance_scale compares each step with an observational pass, but nothing is "
+                "intervened on: leave it at 1, or intervene."
             )
         #: Number of images that the interventions are for; `None`: one context for any number.
         self.contexts = len(targets) if is_per_sample(interventions) or len(targets) > 1 else None
         self.noise_rows = None if noise is None else len(noise)
         if self.contexts is not None and self.noise_rows not in (None, self.contexts):
             raise ValueError(
-                f"noise has {self.noise_rows} rows for {self.contexts} images: give one row per image."
+                f"noise has {self.noise_rows} rows for {self.contexts} images: give one row per "
+                "image."
             )
         check_generator(generator, len(generator) if isinstance(generator, list) else 1)
         with self._attached.evaluating():
@@ -207,7 +222,8 @@ class intervene:
         self._heads.thread.pending = False
         if self._heads.attached.get(self._name) is not self._attached:
             raise ValueError(
-                f"the head {self._name!r} was detached from this pipeline: attach it again, and call intervene anew."
+                f"the head {self._name!r} was detached from this pipeline: attach it again, and "
+                "call intervene anew."
             )
         self._attached.check_scheduler(self._heads.pipe)
         self._heads.hook()
@@ -217,22 +233,22 @@ class intervene:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         active = list(_ACTIVE.get())
-        if (
-            self in active
-        ):  # contexts are left in any order; this one alone goes, the last of it if it was entered twice
+        # Contexts are left in any order: this one alone goes, the last of it if entered twice.
+        if self in active:
             del active[len(active) - 1 - active[::-1].index(self)]
             _ACTIVE.set(tuple(active))
         if error is None and not self.acted:
             warnings.warn(
-                f"this {type(self._heads.pipe).__name__} was not called inside `with intervene(...)`, so nothing was intervened on: "
-                "call the pipeline itself, pipe(...).",
+                f"this {type(self._heads.pipe).__name__} was not called inside `with "
+                "intervene(...)`, so nothing was intervened on: call the pipeline itself, pipe(...).",
                 stacklevel=2,
             )
 
     def passes(
         self, targets: torch.Tensor, values: Values | None
     ) -> tuple[_Pass, list[tuple[_Pass, float]]]:
-        """What the head is given in each call of the denoiser in a step: that of the first call, and of further ones with weights.
+        """What the head is given in each call of the denoiser in a step: that of the first call,
+        and of further ones with weights.
 
         The prediction is p + sum of w (p_other - p), where p is that of the first call.
 
@@ -244,14 +260,16 @@ class intervene:
         if self.compose == "head":
             w = self.guidance_scale
             return (targets, values), [] if w == 1.0 else [(observational, 1 - w)]
-        return observational, [(alone, self.guidance_scale) for alone in each_alone(targets, values)]
+        alone = each_alone(targets, values)
+        return observational, [(one, self.guidance_scale) for one in alone]
 
 
 _ACTIVE: ContextVar[tuple[intervene, ...]] = ContextVar("hf_intervene_active", default=())
 
 
 def active_on(heads: Heads) -> dict[Attached, intervene]:
-    """Under what each head of a pipeline acts in this context: the innermost `with` of that head."""
+    """Under what each head of a pipeline acts in this context: the innermost `with` of that
+    head."""
     return {
         active._attached: active
         for active in _ACTIVE.get()
@@ -261,8 +279,8 @@ def active_on(heads: Heads) -> dict[Attached, intervene]:
 
 def _no_references(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
     raise ValueError(
-        f"a reference image, here of {names[0]!r}, needs the encoder that the head was trained with, which this pipeline does not have: "
-        "choose a Quantile, or use InterventionModel."
+        f"a reference image, here of {names[0]!r}, needs the encoder that the head was trained "
+        "with, which this pipeline does not have: choose a Quantile, or use InterventionModel."
     )
 
 
@@ -276,13 +294,16 @@ def _heads(pipe: DiffusionPipeline) -> Heads:
 
 
 class _Loaded:
-    """A head with what it needs, and how it is known whether a denoiser is the one that it was trained on.
+    """A head with what it needs, and how it is known whether a denoiser is the one that it was
+    trained on.
 
     Args:
         head, adapter: the head and its adapter.
         lora: its LoRA layers, if it has any.
-        reference: of the base that it was trained on, to compare a denoiser with; `None`: there is nothing to compare.
-        unreadable: whether a denoiser should have been compared with the base saved with the head, and could not be.
+        reference: of the base that it was trained on, to compare a denoiser with; `None`: there is
+            nothing to compare.
+        unreadable: whether a denoiser should have been compared with the base saved with the head,
+            and could not be.
     """
 
     def __init__(
@@ -308,7 +329,8 @@ class _Loaded:
         if isinstance(head, InterventionModel):
             if not isinstance(head.base, DiffusionBase) or head.head is None:
                 raise ValueError(
-                    f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it cannot enter a pipeline's."
+                    f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it "
+                    "cannot enter a pipeline's."
                 )
             here = head.base.model is denoiser  # its LoRA is in place then
             lora = (
@@ -322,11 +344,13 @@ class _Loaded:
         if isinstance(head, InterventionHead):
             if not isinstance(adapter, DiffusionAdapter):
                 raise ValueError(
-                    "a head alone does not say how it enters a denoiser: pass adapter= too, or the folder of both."
+                    "a head alone does not say how it enters a denoiser: pass adapter= too, or the "
+                    "folder of both."
                 )
             return cls(head, adapter, None, head.config.base_reference)
         raise TypeError(
-            f"head must be a folder, a Hub name, an InterventionModel or an InterventionHead, not a {type(head).__name__}."
+            "head must be a folder, a Hub name, an InterventionModel or an InterventionHead, not a "
+            f"{type(head).__name__}."
         )
 
     @classmethod
@@ -366,7 +390,8 @@ class _Loaded:
         return cls(head, adapter, lora, reference, unreadable)
 
     def warn_unless_known(self, denoiser: nn.Module) -> None:
-        """Say it if a denoiser is not the one that the head was trained on, or if that cannot be told."""
+        """Say it if a denoiser is not the one that the head was trained on, or if that cannot be
+        told."""
         known = (
             None
             if self.unreadable
@@ -377,14 +402,15 @@ class _Loaded:
         kind = type(denoiser).__name__
         if known is None:
             warnings.warn(
-                f"whether this {kind} is the one that the head was trained on cannot be told: its weights are offloaded, quantised or "
-                "in 8 bits. Attach the head before that to have it checked.",
+                f"whether this {kind} is the one that the head was trained on cannot be told: its "
+                "weights are offloaded, quantised or in 8 bits. Attach the head before that to "
+                "have it checked.",
                 stacklevel=3,
             )
         elif not known and self.reference is not None:
             warnings.warn(
-                f"this {kind} is not the one that the head was trained on ({self.reference['name_or_path']}): it fits, but how well it "
-                "works is not known.",
+                f"this {kind} is not the one that the head was trained on "
+                f"({self.reference['name_or_path']}): it fits, but how well it works is not known.",
                 stacklevel=3,
             )
 
@@ -392,7 +418,8 @@ class _Loaded:
 def _check_own_base(
     denoiser: nn.Module, path: Path, name: Any, subfolder: str | None, variant: str | None
 ) -> bool:
-    """Raise a ValueError unless a denoiser has the weights of the base saved with a head, which was trained too or made anew.
+    """Raise a ValueError unless a denoiser has the weights of the base saved with a head, which was
+    trained too or made anew.
 
     Returns:
         Whether that could be told.
@@ -405,7 +432,8 @@ def _check_own_base(
     if same is False:
         there = "/".join(filter(None, (subfolder, BASE_FOLDER)))
         raise ValueError(
-            f"{name} has a base of its own, which is not the denoiser of this pipeline: make the pipeline with that one, "
-            f"{model_class.__name__}.from_pretrained({str(name)!r}, subfolder={there!r})."
+            f"{name} has a base of its own, which is not the denoiser of this pipeline: make the "
+            f"pipeline with that one, {model_class.__name__}.from_pretrained({str(name)!r}, "
+            f"subfolder={there!r})."
         )
     return same is not None

@@ -1,9 +1,12 @@
-"""Calls of a pipeline: which one is running, how many images it makes, and which row of the denoiser's batch is which image.
+"""Calls of a pipeline: which one is running, how many images it makes, and which row of the
+denoiser's batch is which image.
 
-A pipeline that is watched (`watch`) says when it is called. A call is known in the context that it runs in (`contextvars`),
-so threads and asyncio tasks have calls of their own. Another pipeline on the same denoiser has no part in it.
+A pipeline that is watched (`watch`) says when it is called. A call is known in the context that it
+runs in (`contextvars`), so threads and asyncio tasks have calls of their own. Another pipeline on
+the same denoiser has no part in it.
 
-The number of images is what `prepare_latents` makes. `scheduler.step` must get as many, or the call is refused.
+The number of images is what `prepare_latents` makes. `scheduler.step` must get as many, or the call
+is refused.
 """
 
 import functools
@@ -57,9 +60,11 @@ class PipelineCall:
             self._latents = found
 
     def rows(self, sample: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        """For each row of a denoiser's batch the number of its image, an index (rows,) on the device of the batch.
+        """For each row of a denoiser's batch the number of its image, an index (rows,) on the
+        device of the batch.
 
-        The first batch of each size is compared with itself, which waits for the device once. Later ones are not looked at.
+        The first batch of each size is compared with itself, which waits for the device once. Later
+        ones are not looked at.
 
         Args:
             sample: (rows, ...), or a list of as many tensors.
@@ -109,9 +114,9 @@ class PipelineCall:
             if torch.equal(x, x[:: count // images][repeated]):
                 return repeated
         raise ValueError(
-            f"this {type(self.pipe).__name__} makes {images} images and calls its denoiser with {count} rows, and which row "
-            "is which image cannot be told: call it for one image at a time, or give the number of images as "
-            "intervene(..., num_images=)."
+            f"this {type(self.pipe).__name__} makes {images} images and calls its denoiser with "
+            f"{count} rows, and which row is which image cannot be told: call it for one image at "
+            "a time, or give the number of images as intervene(..., num_images=)."
         )
 
     def step(self, sample: torch.Tensor) -> None:
@@ -128,8 +133,8 @@ class PipelineCall:
         )  # DiT steps with both halves of its guidance
         if len(sample) not in (self.images, *([2 * self.images] if doubled else [])):
             raise ValueError(
-                f"this {type(self.pipe).__name__} seemed to make {self.images} images, but its scheduler steps "
-                f"{len(sample)}: give the number as intervene(..., num_images=)."
+                f"this {type(self.pipe).__name__} seemed to make {self.images} images, but its "
+                f"scheduler steps {len(sample)}: give the number as intervene(..., num_images=)."
             )
 
 
@@ -146,8 +151,8 @@ def running_call(watcher: Watcher) -> PipelineCall | None:
 def watch(pipe: DiffusionPipeline, watcher: Watcher) -> None:
     """Tell a watcher of each call of a pipeline from now on.
 
-    The pipeline gets a sub-class of its own class, of the same name: `pipe(...)` looks `__call__` up in the class, and the
-    class itself belongs to other pipelines too.
+    The pipeline gets a sub-class of its own class, of the same name: `pipe(...)` looks `__call__`
+    up in the class, and the class itself belongs to other pipelines too.
     """
     plain: Any = type(pipe)
     pipe.__dict__[_WATCHER], pipe.__dict__[_PLAIN_CLASS] = watcher, plain
@@ -215,7 +220,8 @@ class _Step:
 
 
 def watch_steps(scheduler: Any) -> None:
-    """Let a scheduler tell the running calls what it steps; each time is undone by an `unwatch_steps`."""
+    """Let a scheduler tell the running calls what it steps; each time is undone by an
+    `unwatch_steps`."""
     with _WATCHING:
         found = scheduler.__dict__.get("step")
         if isinstance(found, _Step):

@@ -1,7 +1,8 @@
-"""Tiny pipelines of many kinds, with random weights and without text encoders: they are called with embeddings.
+"""Tiny pipelines of many kinds, with random weights and without text encoders: they are called with
+embeddings.
 
-`make(kind)` gives a pipeline, and `call(kind, n)` the arguments of a call of it that makes n images, with the guidance of its
-own switched on where it has any.
+`make(kind)` gives a pipeline, and `call(kind, n)` the arguments of a call of it that makes n
+images, with the guidance of its own switched on where it has any.
 """
 
 import diffusers
@@ -460,8 +461,9 @@ def _wan(two=False):
     return parts | ({"transformer_2": _wan_transformer(), "boundary_ratio": 0.7} if two else {})
 
 
-# Kind -> class of the pipeline, what makes its parts, names of the text's arguments with their shapes behind the batch,
-# and what else a call needs. Text under "negative_" names is made too, where `negative` is true.
+# Kind -> class of the pipeline, what makes its parts, names of the text's arguments with their
+# shapes behind the batch, and what else a call needs. Text under "negative_" names is made too,
+# where `negative` is true.
 _KINDS = {
     "sd": ("StableDiffusionPipeline", _stable_diffusion, {"prompt_embeds": (5, 12)}, True, {}),
     "inpaint": (
@@ -618,7 +620,8 @@ SIZE = 16  # of the images, in pixels
 
 
 def make(kind, seed=0):
-    """A pipeline of a kind, in evaluation mode, without a progress bar. Weights that start at zero are drawn too."""
+    """A pipeline of a kind, in evaluation mode, without a progress bar. Weights that start at zero
+    are drawn too."""
     torch.manual_seed(seed)
     name, parts, *_ = _KINDS[kind]
     pipeline_class = getattr(diffusers, name)
@@ -638,7 +641,8 @@ def make(kind, seed=0):
 
 
 def call(kind, num_images=2, seed=0, **options):
-    """Arguments of a call that makes `num_images` images in three steps of the same noise, as latents."""
+    """Arguments of a call that makes `num_images` images in three steps of the same noise, as
+    latents."""
     *_, texts, negative, more = _KINDS[kind]
     generator = torch.Generator().manual_seed(seed + 1)
 
@@ -690,7 +694,8 @@ def result(output):
 
 
 def head_for(pipe, seed=0, std=0.3):
-    """A head of two concepts, a and b, and its adapter for a pipeline's denoiser, as if trained: what enters is not zero."""
+    """A head of two concepts, a and b, and its adapter for a pipeline's denoiser, as if trained:
+    what enters is not zero."""
     denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
     sites = find_sites(denoiser)
     torch.manual_seed(seed)

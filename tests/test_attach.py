@@ -335,7 +335,7 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         intervene(pipe, "obs", guidance_scale=2.0)
     with pytest.raises(ValueError, match="noise must have shape"):
         intervene(pipe, "a", noise=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="interventions for 3 images were given, but this call makes 2"):
+    with pytest.raises(ValueError, match="the interventions are for 3 images, but this call makes 2"):
         with intervene(pipe, [["a"], ["b"], "obs"]):
             images(pipe)
     intervene(pipe, "a")

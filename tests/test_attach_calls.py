@@ -1,7 +1,9 @@
-"""Whose calls a head acts in, and for which images: threads, tasks, shared denoisers, any order of contexts, interrupted calls."""
+"""Whose calls a head acts in, and for which images: threads, tasks, shared denoisers, any order of
+contexts, interrupted calls."""
 
 import asyncio
 import contextlib
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -216,7 +218,8 @@ def test_inside_a_callback_another_scheduler_is_checked_at_the_next_call():
 
 
 def test_prompts_and_images_per_prompt():
-    """Images are counted in the order in which the pipeline returns them: all of the first prompt, then all of the second."""
+    """Images are counted in the order in which the pipeline returns them: all of the first prompt,
+    then all of the second."""
     pipe = made()
     noise = torch.randn(4, 3, 4, generator=generator())
 
@@ -239,7 +242,7 @@ def test_wrong_numbers_of_contexts(images, per_prompt, contexts):
     made_here = images * per_prompt
     with pytest.raises(
         ValueError,
-        match=f"interventions for {contexts} images were given, but this call makes {made_here}",
+        match=f"interventions are for {contexts} images?, but this call makes {made_here}",
     ):
         with intervene(pipe, [["a"]] * contexts):
             generate(pipe, images, num_images_per_prompt=per_prompt)
@@ -249,9 +252,7 @@ def test_wrong_numbers_of_contexts(images, per_prompt, contexts):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_wrong_numbers_of_noise(rows):
     pipe = made()
-    with pytest.raises(
-        ValueError, match=f"noise for {rows} images was given, but this call makes 4"
-    ):
+    with pytest.raises(ValueError, match=f"the noise is for {rows} images?, but this call makes 4"):
         with intervene(pipe, "a", noise=NOISE[:rows]):
             generate(pipe, num_images_per_prompt=2)
     with pytest.raises(ValueError, match="2 generators were given for 4 samples"):
@@ -313,7 +314,8 @@ def test_calls_of_one_step_interrupted_calls_and_failed_calls_draw_anew():
 
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
 def test_a_list_of_generators_without_guidance(seeds):
-    """DDIM without text has no guidance: as many images as rows, also where all begin with the same noise."""
+    """DDIM without text has no guidance: as many images as rows, also where all begin with the same
+    noise."""
     unet = diffusers.UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -466,3 +468,46 @@ def test_nothing_waits_for_the_device_in_later_steps(monkeypatch):
             generate(pipe, num_inference_steps=steps)
         counts.append(len(compared))
     assert counts == [1, 1]
+
+
+def test_blocks_that_were_compiled_alone():
+    """`compile_repeated_blocks` compiles what is around the sites of some denoisers."""
+    pipe = pipelines.make("sd")
+    plain = generate(pipe)
+    attach(pipe, *pipelines.head_for(pipe))
+    expected = under(pipe, "a")
+    detach(pipe)
+    pipe.unet.down_blocks[0].attentions[0].compile(backend="eager")
+    torch.testing.assert_close(generate(pipe), plain, rtol=1e-4, atol=1e-4)
+    attach(pipe, *pipelines.head_for(pipe))
+    torch.testing.assert_close(under(pipe, "a"), expected, rtol=1e-4, atol=1e-4)
+    detach(pipe)
+    torch.testing.assert_close(generate(pipe), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_an_attached_pipeline_is_saved_and_turned_into_others_as_before(tmp_path):
+    pipe = made()
+    names = sorted(vars(pipelines.make("sd")))
+    pipe.register_modules(
+        **{k: v for k, v in pipe.components.items() if k in ("unet", "vae", "scheduler")}
+    )
+    assert sorted(set(vars(pipe)) - set(names)) == [
+        "_attached_heads",
+        "_call_watcher",
+        "_unwatched_class",
+    ]
+    assert (
+        repr(pipe).startswith("StableDiffusionPipeline")
+        and type(pipe).__name__ == "StableDiffusionPipeline"
+    )
+    other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(other) is diffusers.StableDiffusionImg2ImgPipeline
+    pipe.unet.save_pretrained(tmp_path)
+    assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+    plain = diffusers.StableDiffusionPipeline
+    assert inspect.signature(type(pipe).__call__) == inspect.signature(plain.__call__)
+    assert inspect.signature(pipe.scheduler.step) == inspect.signature(
+        diffusers.DDIMScheduler().step
+    )
+    detach(pipe)
+    assert type(pipe) is plain and sorted(vars(pipe)) == names

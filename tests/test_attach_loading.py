@@ -1,4 +1,5 @@
-"""What `attach` loads: LoRA that was trained with a head, sub-folders, variants, precision, and whether the denoiser is the one."""
+"""What `attach` loads: LoRA that was trained with a head, sub-folders, variants, precision, and
+whether the denoiser is the one."""
 
 import accelerate
 import pytest
@@ -57,7 +58,8 @@ def plain_pipeline(kind, tmp_path, base=None):
 @pytest.mark.parametrize("kind", ["conditional", "dit"])
 @pytest.mark.parametrize("source", ["model", "folder"])
 def test_lora_acts_inside_and_leaves_with_the_head(kind, source, tmp_path):
-    """As with LoRA merged into the weights of a pipeline of its own (what PEFT itself computes), and nothing outside."""
+    """As with LoRA merged into the weights of a pipeline of its own (what PEFT itself computes),
+    and nothing outside."""
     model = with_lora(kind)
     pipe, expected = (
         plain_pipeline(kind, tmp_path),
@@ -279,7 +281,8 @@ def test_weights_that_cannot_be_read(what, trained, tmp_path):
 @pytest.mark.parametrize("what", [*ADDED, *UNREADABLE])
 @pytest.mark.filterwarnings("ignore:whether this:UserWarning")
 def test_a_base_of_ones_own(what, trained, tmp_path):
-    """Saved with the head, as after fine-tuning: the same weights pass, whatever was added, and other weights are refused."""
+    """Saved with the head, as after fine-tuning: the same weights pass, whatever was added, and
+    other weights are refused."""
     pipeline, folder = trained
     model = InterventionModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "own", save_base=True)

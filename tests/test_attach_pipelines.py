@@ -1,4 +1,5 @@
-"""Heads attached to pipelines of many kinds: unchanged before, moved inside, guided, as before after `detach`."""
+"""Heads attached to pipelines of many kinds: unchanged before, moved inside, guided, as before
+after `detach`."""
 
 import copy
 
@@ -64,7 +65,8 @@ def test_attach_intervene_detach(kind):
 
 
 class Predictions:
-    """What the denoisers return to the pipeline, call by call; calls that a head makes inside of one are left out."""
+    """What the denoisers return to the pipeline, call by call; calls that a head makes inside of
+    one are left out."""
 
     def __init__(self, pipe):
         self.found, self.depth = [], 0

@@ -1,4 +1,5 @@
-"""`InterventionPipeline` as diffusers' pipelines are used: offloading, `from_pipe`, `to`, other parts, composed scores."""
+"""`InterventionPipeline` as diffusers' pipelines are used: offloading, `from_pipe`, `to`, other
+parts, composed scores."""
 
 import copy
 
@@ -61,7 +62,8 @@ def offload(pipe, how, tmp_path):
 @pytest.mark.parametrize("how", ["model", "group", "disk"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_offloading(kind, how, tmp_path):
-    """On the CPU as the device: which parts are brought back is tested, not that two devices meet."""
+    """On the CPU as the device: which parts are brought back is tested, not that two devices
+    meet."""
     pipe = made(kind)
     expected = sample(pipe), edit(pipe)
     offload(pipe, how, tmp_path)

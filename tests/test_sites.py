@@ -1,4 +1,5 @@
-"""Where a vector enters a denoiser: the rule, its exceptions, and the shapes of what it is added to."""
+"""Where a vector enters a denoiser: the rule, its exceptions, and the shapes of what it is added
+to."""
 
 import diffusers
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 from hf_intervene.bases.sites import Sites, check_moves, find_sites, spread
 
 
-# Class -> site and width at the class's own defaults, read in diffusers' source. One block of each is enough.
+# Class -> site and width at the class's own defaults, read in diffusers' source. One block of each
+# is enough.
 KNOWN = {
     "AuraFlowTransformer2DModel": ("time_step_proj", 3072),
     "BriaFibo2Transformer2DModel": ("t_embedder", 256),

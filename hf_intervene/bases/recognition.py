@@ -1,7 +1,8 @@
 """Whether a denoiser in use is the one that a head was trained on, by the weights that it had then.
 
-What others add to it does not count: LoRA layers, fused projections, layers of IP-Adapters. Weights that are not in memory as
-they were, because they are offloaded, quantised or in 8 bits, say nothing either way.
+What others add to it does not count: LoRA layers, fused projections, layers of IP-Adapters. Weights
+that are not in memory as they were, because they are offloaded, quantised or in 8 bits, say nothing
+either way.
 """
 
 import re
@@ -31,7 +32,8 @@ class _Weights:
 
 
 def is_base(denoiser: nn.Module, reference: dict[str, str | None]) -> bool | None:
-    """Whether a denoiser has the weights that a reference is of (see `loading.base_reference`); `None`: it cannot be told."""
+    """Whether a denoiser has the weights that a reference is of (see `loading.base_reference`);
+    `None`: it cannot be told."""
     weights = _readable(denoiser)
     if weights is None:
         return None
@@ -44,7 +46,8 @@ def is_base(denoiser: nn.Module, reference: dict[str, str | None]) -> bool | Non
 
 
 def same_weights(denoiser: nn.Module, other: nn.Module) -> bool | None:
-    """Whether a denoiser has the weights of another model, in its own precision; `None`: it cannot be told."""
+    """Whether a denoiser has the weights of another model, in its own precision; `None`: it cannot
+    be told."""
     here, there = _readable(denoiser), base_weights(other)
     if here is None:
         return None
@@ -57,7 +60,8 @@ def same_weights(denoiser: nn.Module, other: nn.Module) -> bool | None:
 
 
 def _readable(denoiser: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights of a denoiser without LoRA layers; `None` where they are not there as they were."""
+    """The weights of a denoiser without LoRA layers; `None` where they are not there as they
+    were."""
     if getattr(denoiser, "hf_quantizer", None) is not None or _is_on_disk(denoiser):
         return None
     weights = base_weights(denoiser)
@@ -69,7 +73,8 @@ def _readable(denoiser: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def _is_on_disk(denoiser: nn.Module) -> bool:
-    """Whether diffusers' group offloading keeps weights in files, and empty tensors in their place."""
+    """Whether diffusers' group offloading keeps weights in files, and empty tensors in their
+    place."""
     for module in denoiser.modules():
         registry: Any = getattr(module, "_diffusers_hook", None)
         for hook in getattr(registry, "hooks", {}).values():

@@ -1,12 +1,13 @@
 """Where an embedding enters a denoiser of diffusers.
 
 - UNets with cross-attention (`UNet2DConditionModel`) take tokens.
-- All other denoisers take a vector. It is added to the output of the time embedding, which all their blocks read.
+- All other denoisers take a vector. It is added to the output of the time embedding, which all
+  their blocks read.
 - `UNet2DModel` takes a map in its middle block too.
 
-The module of the time embedding is found by a rule, so a new class needs no code here: the shallowest `TimestepEmbedding`
-that is not part of a numbered block and does not embed something else. `_EXCEPTIONS` names the module of those classes
-whose time embedding is of another kind.
+The module of the time embedding is found by a rule, so a new class needs no code here: the
+shallowest `TimestepEmbedding` that is not part of a numbered block and does not embed something
+else. `_EXCEPTIONS` names the module of those classes whose time embedding is of another kind.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ class Sites:
     """Where an embedding enters a denoiser.
 
     Args:
-        vectors: names of the modules whose output a vector is added to; see `spread` for the shapes of that output.
+        vectors: names of the modules whose output a vector is added to; see `spread` for the shapes
+        of that output.
         vector_width: width of that output; 0: there are none.
         map: name of the module whose output, (B, C, h, w), a map is added to, if there is one.
         map_channels: C.
@@ -43,13 +45,14 @@ class Sites:
     cross_width: int = 0
 
 
-# Class name -> the module, and the linear map in it whose `out_features` is the width of its output. Names, not classes:
-# a version of diffusers that lacks a class must not fail here.
+# Class name -> the module, and the linear map in it whose `out_features` is the width of its
+# output. Names, not classes: a version of diffusers that lacks a class must not fail here.
 _EXCEPTIONS: dict[str, tuple[str, str]] = {
     "BriaFibo2Transformer2DModel": ("t_embedder", "mlp.2"),
     "ChromaTransformer2DModel": ("distilled_guidance_layer", "out_proj"),
     "CosmosTransformer3DModel": ("time_embed.t_embedder", "linear_2"),
-    # Time and text are one sum in Flux and SD3. The whole of it is the site of the heads that are there already.
+    # Time and text are one sum in Flux and SD3. The whole of it is the site of the heads that are
+    # there already.
     "FluxTransformer2DModel": ("time_text_embed", "timestep_embedder.linear_2"),
     "Ideogram4Transformer2DModel": ("t_embedding", "mlp_out"),
     "Kandinsky5Transformer3DModel": ("time_embeddings", "out_layer"),
@@ -106,7 +109,8 @@ def find_sites(denoiser: nn.Module) -> Sites:
 
 
 def _time_embedding(denoiser: nn.Module) -> tuple[str, int]:
-    """Name of the module whose output is the time embedding that all blocks read, and the width of that output."""
+    """Name of the module whose output is the time embedding that all blocks read, and the width of
+    that output."""
     for class_ in type(denoiser).__mro__:  # of a sub-class too
         name, linear = _EXCEPTIONS.get(class_.__name__, ("", ""))
         if name:
@@ -121,8 +125,8 @@ def _time_embedding(denoiser: nn.Module) -> tuple[str, int]:
     ]
     if not found:
         raise TypeError(
-            f"a {type(denoiser).__name__} has no site that a head can enter by: no time embedding was found that all its "
-            "blocks read."
+            f"a {type(denoiser).__name__} has no site that a head can enter by: no time embedding "
+            "was found that all its blocks read."
         )
     name, module = min(
         found, key=lambda item: item[0].count(".")
@@ -145,11 +149,13 @@ def _plain(linear: Any) -> Any:
 
 
 def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """A vector (B, W) in a shape that can be added to the output of a site, and in its dtype and on its device.
+    """A vector (B, W) in a shape that can be added to the output of a site, and in its dtype and on
+    its device.
 
     Args:
         vector: one row for each row of the denoiser's batch.
-        output: (B, W), (B, 1, W), (B, M, W); (B k, W), where each sample has k times, sample by sample; or one row for all.
+        output: (B, W), (B, 1, W), (B, M, W); (B k, W), where each sample has k times, sample by
+            sample; or one row for all.
 
     Raises:
         ValueError: one sentence: the output has another shape.
@@ -157,8 +163,9 @@ def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     rows, width = vector.shape
     if output.shape[-1] != width or (output.shape[0] != 1 and output.shape[0] % rows):
         raise ValueError(
-            f"a vector of shape {tuple(vector.shape)} cannot be added to the time embedding of shape {tuple(output.shape)}: "
-            "this denoiser is called with another number of samples than of times."
+            f"a vector of shape {tuple(vector.shape)} cannot be added to the time embedding of "
+            f"shape {tuple(output.shape)}: this denoiser is called with another number of samples "
+            "than of times."
         )
     if output.shape[0] > rows:
         vector = vector.repeat_interleave(output.shape[0] // rows, 0)
@@ -172,7 +179,8 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
     Args:
         denoiser: the module itself, not compiled code around it.
         sites: of `find_sites`.
-        call: calls the denoiser, twice with the same arguments, and returns its prediction: a tensor or a list of tensors.
+        call: calls the denoiser, twice with the same arguments, and returns its prediction: a
+            tensor or a list of tensors.
 
     Raises:
         ValueError: one sentence: a random vector does not change the prediction.
@@ -200,8 +208,8 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
     pairs = zip(before, after) if isinstance(before, (list, tuple)) else [(before, after)]
     if all(torch.equal(a, b) for a, b in pairs):
         raise ValueError(
-            f"what is added to {sites.vectors[0]} of this {type(denoiser).__name__} does not change its prediction: "
-            "a head has no effect on it."
+            f"what is added to {sites.vectors[0]} of this {type(denoiser).__name__} does not "
+            "change its prediction: a head has no effect on it."
         )
 
 
