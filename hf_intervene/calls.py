@@ -238,14 +238,3 @@ def unwatch_steps(scheduler: Any) -> None:
             found.watchers -= 1
             if not found.watchers:
                 del scheduler.__dict__["step"]
-
-
-__all__ = [
-    "PipelineCall",
-    "Watcher",
-    "running_call",
-    "unwatch",
-    "unwatch_steps",
-    "watch",
-    "watch_steps",
-]

@@ -231,6 +231,3 @@ class _CrossAttention:
             q = self.attention.norm_q(q)
         branch = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width)
         return (args[0] + branch.transpose(1, 2).flatten(2), *args[1:])
-
-
-__all__ = ["Entries", "Injection", "PerThread", "Projections", "Sites", "find_sites"]

@@ -86,6 +86,3 @@ def _is_on_disk(denoiser: nn.Module) -> bool:
 def _as_model(weights: dict[str, torch.Tensor]) -> ModelMixin:
     found: Any = _Weights(weights)
     return found
-
-
-__all__ = ["is_base", "same_weights"]
