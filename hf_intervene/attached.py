@@ -13,7 +13,7 @@ from torch import nn
 from .bases.denoising import check_prediction
 from .bases.diffusion import DiffusionAdapter, check_sites
 from .bases.injection import Entries, Injection
-from .bases.lora import LoraLayers
+from .bases.lora_layers import LoraLayers
 from .bases.sites import find_sites
 from .modeling_intervention import InterventionHead
 from .sampling_arguments import check_generator

@@ -13,7 +13,8 @@ from . import hub
 from .bases.base import model_class_named
 from .bases.diffusion import DiffusionAdapter, DiffusionBase
 from .bases.loading import BASE_FOLDER, LORA_FOLDER, load_model_config, load_part
-from .bases.lora import LoraLayers, has_lora
+from .bases.lora import has_lora
+from .bases.lora_layers import LoraLayers
 from .bases.recognition import is_base, same_weights
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead

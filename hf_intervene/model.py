@@ -32,7 +32,13 @@ from .image_files import flat_image
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
-from .sampling_arguments import check_batch_size, check_composition, check_images, check_noise, check_options
+from .sampling_arguments import (
+    check_batch_size,
+    check_composition,
+    check_images,
+    check_noise,
+    check_options,
+)
 from .saving import from_pretrained, save_pretrained
 from .values import Values, each_alone, model_values
 
@@ -93,7 +99,8 @@ class InterventionModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     _loaded_from: Path | None = None  # the folder, if it was loaded
-    execution_device: torch.device | None = None  # where it computes, if that is not where its weights are (offloading)
+    # Where it computes, if that is not where its weights are (offloading).
+    execution_device: torch.device | None = None
 
     def __init__(self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None):
         super().__init__(config)
@@ -210,8 +217,8 @@ class InterventionModel(PreTrainedModel):
         **denoising: Any,
     ) -> torch.Tensor:
         """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
-        noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of `DiffusionBase.decode`, and `compose`
-        (see `sample`)."""
+        noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of
+        `DiffusionBase.decode`, and `compose` (see `sample`)."""
         embedding = self.embed(z, targets, values)
         if denoising.pop("compose", "head") == "scores":
             denoising["alone"] = [self.embed(z, *one) for one in each_alone(targets, values)]
@@ -356,9 +363,10 @@ class InterventionModel(PreTrainedModel):
             guidance_scale: for a denoiser: above 1, further away from what it makes of the same noise without interventions.
             reference_context: the context that reference images in `interventions` came from, or one for each sample: observational
                 unless said otherwise.
-            compose: how several concepts are put together. `"head"`: the head is given all of them at once. `"scores"`, of a denoiser:
-                its prediction is o + w sum_k (p_k - o), where p_k is that under concept k alone, o that under nothing and w the
-                `guidance_scale` (Liu et al., arXiv:2206.01714); it is right for concepts that are independent of each other.
+            compose: how several concepts are put together. `"head"`: the head is given all of them at
+                once. `"scores"`, of a denoiser: its prediction is o + w sum_k (p_k - o), where p_k is
+                that under concept k alone, o that under nothing and w the `guidance_scale` (Liu et al.,
+                arXiv:2206.01714); it is right for concepts that are independent of each other.
 
         Raises:
             ValueError: one sentence: noise of another shape, guidance with no interventions or no denoiser.
@@ -427,7 +435,8 @@ class InterventionModel(PreTrainedModel):
         after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0], compose)  # before the long part
         noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
-        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale, compose)
+        denoising = num_inference_steps, guidance_scale, compose
+        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
 
     @torch.no_grad()
     def predict(
@@ -449,7 +458,8 @@ class InterventionModel(PreTrainedModel):
             residual = check_noise("residual", residual, self.base.residual_shape, len(noise))
         after = self._chosen(interventions, len(noise), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0], compose)
-        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale, compose)
+        denoising = num_inference_steps, guidance_scale, compose
+        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
 
     def _predict(
         self,
@@ -471,7 +481,10 @@ class InterventionModel(PreTrainedModel):
     def _check_guidance(self, guidance_scale: float, targets: torch.Tensor, compose: str) -> None:
         check_composition(compose)
         if compose != "head" and not self.base.denoises:
-            raise ValueError(f"compose={compose!r} is for denoisers; a {type(self.base.model).__name__} has no scores: leave it out.")
+            raise ValueError(
+                f"compose={compose!r} is for denoisers; a {type(self.base.model).__name__} has no "
+                "scores: leave it out."
+            )
         if guidance_scale == 1.0:
             return
         if not self.base.denoises:

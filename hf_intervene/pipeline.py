@@ -70,7 +70,7 @@ class InterventionPipeline(DiffusionPipeline):
     adapter: ModelMixin | None
 
     _optional_components = ["adapter", *DiffusionBase.companion_names]
-    # Head and adapter are small, and more of them than `forward` is called: they stay on the device.
+    # Head and adapter stay on the device: they are small, and not only their `forward` is called.
     _exclude_from_cpu_offload = ["head", "adapter"]
     model_cpu_offload_seq = "image_encoder->base->vae"
 
@@ -141,7 +141,7 @@ class InterventionPipeline(DiffusionPipeline):
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
         made, parts = self._made
-        if any(part is not before for part, before in zip(self._parts(), parts)):  # one was replaced
+        if any(part is not before for part, before in zip(self._parts(), parts)):  # replaced
             if isinstance(made.base, DiffusionBase):
                 made.base.injection.remove()
             companions = {name: getattr(self, name) for name in DiffusionBase.companion_names}
@@ -172,23 +172,29 @@ class InterventionPipeline(DiffusionPipeline):
         """
         if not isinstance(pipeline, InterventionPipeline):
             raise TypeError(
-                f"from_pipe needs an InterventionPipeline, not a {type(pipeline).__name__}: attach() puts a head on one."
+                f"from_pipe needs an InterventionPipeline, not a {type(pipeline).__name__}: attach() "
+                "puts a head on one."
             )
         made = cls(**pipeline.components | kwargs)
         return made if torch_dtype is None else made.to(torch_dtype)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """As in diffusers; head and adapter stay on the device, and so does a base that is no denoiser: of those more is called
-        than `forward`, which is what brings an offloaded model back."""
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """As in diffusers; head and adapter stay on the device, and so does a base that is no
+        denoiser. Not only their `forward` is called, which is what brings an offloaded model back."""
         if not self._made[0].base.denoises:
             self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, "base"]
             self.model_cpu_offload_seq = "image_encoder->vae"
         super().enable_model_cpu_offload(gpu_id, device)
 
-    def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
+    def enable_group_offload(
+        self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any
+    ) -> None:
         """As in diffusers; head and adapter stay on the device."""
         others = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        kept = [*type(self)._exclude_from_cpu_offload, *([] if self._made[0].base.denoises else ["base"])]
+        kept = list(type(self)._exclude_from_cpu_offload)
+        kept += [] if self._made[0].base.denoises else ["base"]
         super().enable_group_offload(*args, exclude_modules=[*others, *kept], **kwargs)
 
     @property
@@ -229,7 +235,7 @@ class InterventionPipeline(DiffusionPipeline):
             batch_size: images at once; `None`: 256 of up to 64x64 pixels, and fewer of larger ones.
             return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the annotation says.
             reference_context: the context that reference images came from: observational unless said otherwise.
-            compose: of a denoiser: `"head"`, or `"scores"`, which adds what each concept changes by itself.
+            compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept changes.
         """
         images = self.model.sample(
             interventions,

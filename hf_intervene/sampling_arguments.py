@@ -35,7 +35,8 @@ def check_options(generator: Any, rows: int, batch_size: Any, output_type: Any, 
 def check_composition(compose: Any) -> None:
     """Raise a ValueError unless it is one of `COMPOSITIONS`."""
     if compose not in COMPOSITIONS:
-        raise ValueError(f"compose must be one of {', '.join(COMPOSITIONS)}, not {_short(compose)}.")
+        known = ", ".join(COMPOSITIONS)
+        raise ValueError(f"compose must be one of {known}, not {_short(compose)}.")
 
 
 def check_batch_size(batch_size: Any) -> None:

@@ -127,7 +127,8 @@ def from_pretrained(
     options = hub.pop_options(kwargs)
     if "output_loading_info" in kwargs:
         raise TypeError(
-            "InterventionModel.from_pretrained takes no output_loading_info: what does not fit is an error here."
+            "InterventionModel.from_pretrained takes no output_loading_info: what does not fit is an "
+            "error here."
         )
     path = hub.subfolder(hub.folder(name, **options), subfolder, name)
     logger.info("loading the model %s from %s", name, path)

@@ -41,8 +41,10 @@ class Values(NamedTuple):
         return [Values(*parts) for parts in zip(self.values.split(size), self.chosen.split(size))]
 
 
-def each_alone(targets: torch.Tensor, values: Values | None) -> list[tuple[torch.Tensor, Values | None]]:
-    """Targets and chosen values with one concept at a time, of those that any row is intervened on in.
+def each_alone(
+    targets: torch.Tensor, values: Values | None
+) -> list[tuple[torch.Tensor, Values | None]]:
+    """Targets and chosen values with one concept at a time, for each that any row is intervened on.
 
     Args:
         targets: (B, D).
@@ -52,7 +54,8 @@ def each_alone(targets: torch.Tensor, values: Values | None) -> list[tuple[torch
     for k in (targets != 0).any(0).nonzero().flatten().tolist():
         only = torch.zeros_like(targets)
         only[:, k] = targets[:, k]
-        alone.append((only, None if values is None else Values(values.values, values.chosen & (only != 0))))
+        chosen = None if values is None else Values(values.values, values.chosen & (only != 0))
+        alone.append((only, chosen))
     return alone
 
 

@@ -23,17 +23,21 @@ Predict = Callable[
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
 
 
-# Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the denoiser predicts by the
-# configuration's `prediction_type`.
+# Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
+# denoiser predicts by the configuration's `prediction_type`.
 _DIFFUSION = (
-    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
-    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSDEScheduler"),
-    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler"),
-    *("SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
-    "UnCLIPScheduler",
+    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMInverseScheduler", "DDIMScheduler"),
+    *("DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
+    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"),
+    *("UnCLIPScheduler", "UniPCMultistepScheduler"),
 )
-_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")  # of a flow, always
+# Of a flow, always.
+_FLOW = (
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
+)
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -47,10 +51,10 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
         return "flow"
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if not names & set(_DIFFUSION) or config.get("timestep_type") == "continuous":
-        with_what = "continuous times" if names & set(_DIFFUSION) else "a noise that is not known here"
+        noise = "continuous times" if names & set(_DIFFUSION) else "a noise that is not known here"
         raise ValueError(
-            f"a {kind} has {with_what}: use one of {', '.join((*_DIFFUSION, *_FLOW))}, made with from_config(...) where "
-            "the denoiser was trained for it."
+            f"a {kind} has {noise}: use one of {', '.join((*_DIFFUSION, *_FLOW))}, made with "
+            "from_config(...) where the denoiser was trained for it."
         )
     found = config.get("prediction_type", "epsilon")
     if found == "flow_prediction":
@@ -88,7 +92,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
     if prediction_type(scheduler) != "flow":
         made = DDPMScheduler.from_config(scheduler.config)
-        made.alphas_cumprod = scheduler.alphas_cumprod.clone()  # some shift or rescale those of their configuration
+        # Some schedulers shift or rescale the noise of their configuration.
+        made.alphas_cumprod = scheduler.alphas_cumprod.clone()
         return made
     if not _is_flow_match(scheduler):
         # A solver that takes flows too: its sigmas are those of other kinds until it samples.

@@ -299,14 +299,16 @@ class DiffusionBase(Base):
             guidance_scale: w of the prediction o + w (p - o), where o is that under `observational`; 1: no guidance.
             num_inference_steps: of the scheduler.
             generator: for schedulers that draw noise as they go.
-            alone: embeddings of the same noise z under one concept each: the prediction is then o + w sum_k (p_k - o).
+            alone: embeddings of the same noise z under one concept each: the prediction is then
+                o + w sum_k (p_k - o).
             along_path: whether to follow the deterministic path, the one that `residual_noise` inverts, instead of the scheduler.
         """
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             if observational is not None and alone:
                 plain = self.denoise(x, t, observational)
-                return plain + guidance_scale * sum(self.denoise(x, t, one) - plain for one in alone)
+                changes = [self.denoise(x, t, one) - plain for one in alone]
+                return plain + guidance_scale * torch.stack(changes).sum(0)
             guided = self.denoise(x, t, embedding)
             if observational is None or guidance_scale == 1.0:
                 return guided

@@ -2,7 +2,8 @@
 
     embedding (B, *embedding_shape) --Projections--> Entries --Injection's hooks--> the denoiser's own activations
 
-- a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any denoiser);
+- a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any
+  denoiser);
 - a map, added to the output of the middle block: UNet2DModel;
 - tokens, which every cross-attention layer attends to beside its own, with keys and values of their own: UNet2DConditionModel
   (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but by hooks: whatever attention processor, LoRA or adapter the
@@ -21,7 +22,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .lora import LoraLayers
+from .lora_layers import LoraLayers
 from .sites import Sites, find_sites, spread
 
 
@@ -135,7 +136,8 @@ class Injection:
         """
         plan: list[tuple[str, str, Callable]] = []
         if self.lora is not None:  # first: the other hooks see what LoRA makes of a layer's output
-            plan += [(name, "register_forward_hook", self._lora_hook(name)) for name in self.lora.names]
+            hooks = {name: self._lora_hook(name, self.lora) for name in self.lora.names}
+            plan += [(name, "register_forward_hook", hook) for name, hook in hooks.items()]
         plan += [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
         if self.sites.map is not None:
             plan += [(self.sites.map, "register_forward_hook", self._add_map)]
@@ -179,15 +181,17 @@ class Injection:
             self._left = self._call.entries
         self._call.entries = None
 
-    def _lora_hook(self, name: str) -> Callable:
+    def _lora_hook(self, name: str, lora: LoraLayers) -> Callable:
         def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            return output if self.entries is None or self.lora is None else self.lora.add(name, module, args[0], output)
+            return output if self.entries is None else lora.add(name, module, args[0], output)
 
         return add
 
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
-        return output if entries is None or entries.vector is None else output + spread(entries.vector, output)
+        if entries is None or entries.vector is None:
+            return output
+        return output + spread(entries.vector, output)
 
     def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries

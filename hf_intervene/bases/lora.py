@@ -3,7 +3,6 @@
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -29,7 +28,7 @@ _OTHERWISE: tuple[str, ...] = (
     "lora_bias",
 )
 _OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
-_PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
+PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 
 
 def add_lora(model: ModelMixin, rank: int) -> None:
@@ -63,7 +62,7 @@ def lora_rank(model: ModelMixin) -> int:
 def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     """Save the LoRA layers alone; `peft.PeftModel.from_pretrained(model, folder)` reads them."""
     os.makedirs(folder, exist_ok=True)
-    weights = {_PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    weights = {PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
     save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(folder)
 
@@ -74,17 +73,17 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     Raises:
         OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the model is left as it was.
     """
-    config, saved = _read(folder, what)
+    config, saved = read_lora(folder, what)
     try:
         model.peft_config = PeftModel.from_pretrained(model, folder, config=config).peft_config
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{what} does not fit the base: {' '.join(str(error).split())[:300]}") from error
-    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(_PREFIX) for name in saved}
+    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(PREFIX) for name in saved}
     if missing:  # PEFT only warns
         raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
 
 
-def _read(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def read_lora(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and weights of saved LoRA layers. Errors as of `load_lora`."""
     check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
@@ -92,79 +91,6 @@ def _read(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
     return _saved_config(folder, saved, what), saved
-
-
-class LoraLayers(nn.Module):
-    """LoRA layers beside a model, which stays as it is: hooks of its layers add what they compute (`injection.py`).
-
-    PEFT puts layers into the model, where they act in every call of it. These act in those calls alone for which a head is
-    active, so that other threads and other pipelines on the same model do not see them.
-
-    Args:
-        weights: by PEFT's names, `layer.lora_A.weight` and `layer.lora_B.weight`.
-        scale: factor of what they add, alpha / rank.
-    """
-
-    def __init__(self, weights: dict[str, torch.Tensor], scale: float):
-        super().__init__()
-        self.scale = scale
-        self.names = tuple(sorted({name.rpartition(".lora_")[0] for name in weights}))
-        parts = [(weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]) for name in self.names]
-        self.down, self.up = (nn.ParameterList(nn.Parameter(w.detach(), False) for w in side) for side in zip(*parts))
-        self._numbers = {name: number for number, name in enumerate(self.names)}
-
-    @classmethod
-    def from_folder(cls, folder: Path, what: str) -> "LoraLayers":
-        """Those that were saved in a folder. Errors as of `load_lora`."""
-        config, saved = _read(folder, what)
-        weights = {name.removeprefix(_PREFIX): value for name, value in saved.items()}
-        return cls._checked(weights, config.lora_alpha / config.r, what)
-
-    @classmethod
-    def from_model(cls, model: ModelMixin) -> "LoraLayers":
-        """Those that a model carries; the weights are shared."""
-        config = model.peft_config["default"]
-        return cls._checked(get_peft_model_state_dict(model), config.lora_alpha / config.r, "the LoRA of this model")
-
-    @classmethod
-    def _checked(cls, weights: dict[str, torch.Tensor], scale: float, what: str) -> "LoraLayers":
-        names = {name.rpartition(".lora_")[0] for name in weights}
-        if weights.keys() != {f"{name}.lora_{side}.weight" for name in names for side in "AB"}:
-            raise ValueError(f"{what} cannot be used: its weights are not pairs of lora_A and lora_B; fetch it again.")
-        return cls(weights, scale)
-
-    def check_fit(self, model: nn.Module, what: str) -> None:
-        """Raise a ValueError unless a model has these layers, linear maps and convolutions, in these sizes."""
-        for name, down, up in zip(self.names, self.down, self.up):
-            try:
-                layer = _plain(model.get_submodule(name))
-            except AttributeError:
-                layer = None
-            sizes = (down.shape[1:], len(up))
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or sizes != (layer.weight.shape[1:], len(layer.weight)):
-                raise ValueError(f"{what} does not fit this {type(model).__name__}: its {name} is missing or of another size.")
-
-    def add(self, name: str, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Output of a layer with its LoRA.
-
-        Args:
-            name: of the layer.
-            module: the layer, a linear map or a convolution.
-            x: its input, (B, ..., in) or (B, in, h, w).
-            output: of the same, of x.
-        """
-        number, layer = self._numbers[name], _plain(module)
-        down, up = self.down[number], self.up[number]
-        x = x.to(down)
-        if isinstance(layer, nn.Conv2d):
-            hidden = nn.functional.conv2d(x, down, stride=layer.stride, padding=layer.padding)
-            return (output + self.scale * nn.functional.conv2d(hidden, up)).to(output.dtype)
-        return (output + self.scale * nn.functional.linear(nn.functional.linear(x, down), up)).to(output.dtype)
-
-
-def _plain(layer: Any) -> Any:
-    """A layer without LoRA of others around it."""
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> LoraConfig:
@@ -201,4 +127,4 @@ def merged(model: ModelMixin) -> ModelMixin:
     return model
 
 
-__all__ = ["LoraLayers", "add_lora", "has_lora", "merged"]
+__all__ = ["add_lora", "has_lora", "merged"]
