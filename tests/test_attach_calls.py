@@ -392,7 +392,7 @@ def test_schedulers_that_are_not_known_are_refused(name):
     head, adapter = pipelines.head_for(pipe)
     pipe.scheduler = getattr(diffusers, name)()
     with pytest.raises(
-        ValueError, match=f"a {name} has a noise that is not known here: use one of DDIMScheduler"
+        ValueError, match=f"a {name} has a noise that is not known here: use one that is in the"
     ):
         attach(pipe, head, adapter)
 

@@ -2,6 +2,7 @@
 after `detach`."""
 
 import copy
+from pathlib import Path
 
 import pipelines
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
+from hf_intervene.bases.denoising import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 
 
 def generator(seed=0):
@@ -181,3 +183,10 @@ def test_a_copied_pipeline_has_heads_of_its_own(kind):
     detach(copied)
     with intervene(pipe, "a", noise=noise):
         assert torch.equal(generate(kind, pipe), acted)
+
+
+def test_the_guide_lists_what_is_tested_and_known():
+    text = (Path(__file__).parents[1] / "docs" / "attaching.md").read_text(encoding="utf-8")
+    classes = {type(pipelines.make(kind)).__name__ for kind in pipelines.KINDS}
+    for name in (*classes, *DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS):
+        assert f"`{name}`" in text, name

@@ -25,7 +25,7 @@ Predict = Callable[
 
 # Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
 # denoiser predicts by the configuration's `prediction_type`.
-_DIFFUSION = (
+DIFFUSION_SCHEDULERS = (
     *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMInverseScheduler", "DDIMScheduler"),
     *("DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
@@ -35,7 +35,7 @@ _DIFFUSION = (
     *("UnCLIPScheduler", "UniPCMultistepScheduler"),
 )
 # Of a flow, always.
-_FLOW = (
+FLOW_SCHEDULERS = (
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
 )
 
@@ -47,14 +47,15 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
         ValueError: one sentence: a scheduler whose noise is not known, or another prediction.
     """
     names = {class_.__name__ for class_ in type(scheduler).__mro__}  # of a sub-class too
-    if names & set(_FLOW):
+    if names & set(FLOW_SCHEDULERS):
         return "flow"
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if not names & set(_DIFFUSION) or config.get("timestep_type") == "continuous":
-        noise = "continuous times" if names & set(_DIFFUSION) else "a noise that is not known here"
+    if not names & set(DIFFUSION_SCHEDULERS) or config.get("timestep_type") == "continuous":
+        continuous = bool(names & set(DIFFUSION_SCHEDULERS))
+        why = "has continuous times" if continuous else "has a noise that is not known here"
         raise ValueError(
-            f"a {kind} has {noise}: use one of {', '.join((*_DIFFUSION, *_FLOW))}, made with "
-            "from_config(...) where the denoiser was trained for it."
+            f"a {kind} {why}: use one that is in the documentation's list, such as a "
+            "DDIMScheduler or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
         )
     found = config.get("prediction_type", "epsilon")
     if found == "flow_prediction":
