@@ -2,6 +2,7 @@
 whether the denoiser is the one."""
 
 import accelerate
+import pipelines
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DConditionModel
@@ -9,7 +10,10 @@ from diffusion_models import make, stable_diffusion, with_head
 from peft import LoraConfig
 
 from hf_intervene import InterventionModel, InterventionPipeline, attach, detach, intervene
+from hf_intervene.acting import Heads, denoisers
+from hf_intervene.attached import Attached
 from hf_intervene.bases.lora import add_lora, merged
+from hf_intervene.bases.lora_layers import LoraLayers
 
 
 def generator(seed=0):
@@ -101,6 +105,34 @@ def test_lora_acts_inside_and_leaves_with_the_head(kind, source, tmp_path):
         pipe.unet.named_modules() if kind == "conditional" else pipe.transformer.named_modules()
     )
     assert after.keys() == modules.keys() and all(after[name] is modules[name] for name in modules)
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux", "z-image", "sana", "wan", "qwen"])
+def test_lora_on_any_denoiser_is_what_peft_computes(kind):
+    pipe, expected = pipelines.make(kind), pipelines.make(kind)
+    denoiser = next(iter(denoisers(expected).values()))
+    add_lora(denoiser, 2)
+    torch.manual_seed(3)
+    for name, parameter in denoiser.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.2)
+    lora = LoraLayers.from_model(denoiser)
+    head, adapter = pipelines.head_for(pipe)
+    noise = torch.randn(2, 3, 4, generator=generator(5))
+    attach(expected, head, adapter)
+    heads = Heads(pipe)
+    heads.add("default", Attached(head, adapter, 1.0, lora))
+    pipe._attached_heads = heads
+    found = []
+    for each in (pipe, expected):
+        with intervene(each, "a", noise=noise):
+            found.append(pipelines.result(each(**pipelines.call(kind))))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    without = pipelines.make(kind)
+    attach(without, head, adapter)
+    with intervene(without, "a", noise=noise):
+        alone = pipelines.result(without(**pipelines.call(kind)))
+    assert (alone - found[0]).abs().max().item() > 1e-3
 
 
 def test_lora_beside_lora_of_the_pipeline(tmp_path):

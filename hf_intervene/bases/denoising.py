@@ -170,7 +170,7 @@ def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tu
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
         return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
-    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
+    alphas = training_scheduler(scheduler).alphas_cumprod.double()
     last = len(alphas)
     timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
     return [(torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps]

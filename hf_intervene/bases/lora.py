@@ -34,13 +34,15 @@ PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretr
 def add_lora(model: ModelMixin, rank: int) -> None:
     """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
 
-    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none.
+    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none. Nor
+    do grouped convolutions: PEFT cannot merge what it adds to them.
 
     Raises:
         ValueError: one sentence: there is no layer left to add any to.
     """
     kinds = (nn.Linear, nn.Conv2d)
-    names = [name for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.requires_grad]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    names = [n for n, m in layers.items() if m.weight.requires_grad and getattr(m, "groups", 1) == 1]
     if not names:
         raise ValueError(
             f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw it before adding LoRA (trainable(True))."

@@ -69,11 +69,13 @@ class LoraLayers(nn.Module):
                 layer = _plain(model.get_submodule(name))
             except AttributeError:
                 layer = None
-            sizes = (down.shape[1:], len(up))
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or sizes != (
-                layer.weight.shape[1:],
-                len(layer.weight),
-            ):
+            wanted = (len(up), *down.shape[1:])
+            found: tuple[int, ...] | None = None
+            if isinstance(layer, nn.Linear):  # not by its weight, which may be quantised
+                found = (layer.out_features, layer.in_features)
+            elif isinstance(layer, nn.Conv2d):
+                found = tuple(layer.weight.shape)
+            if found != wanted:
                 raise ValueError(
                     f"{what} does not fit this {type(model).__name__}: its {name} is missing or of "
                     "another size."
