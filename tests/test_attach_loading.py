@@ -334,6 +334,18 @@ def test_a_base_of_ones_own(what, trained, tmp_path):
             attach(other, tmp_path / "own")
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_a_base_of_ones_own_in_half_precision(precision, tmp_path):
+    """Saved in half precision, attached to the pipeline that it was made of in float32."""
+    model = with_head("conditional").to(precision)
+    model.save_pretrained(tmp_path / "own", variant="half", save_base=True)
+    pipe, other = (stable_diffusion(with_head("conditional"), tmp_path) for _ in range(2))
+    attach(pipe, tmp_path / "own", variant="half")
+    other.unet.conv_in.bias.data += 0.1
+    with pytest.raises(ValueError, match="has a base of its own"):
+        attach(other, tmp_path / "own", variant="half")
+
+
 def test_a_pipeline_in_a_subfolder(tmp_path):
     model = with_head("conditional")
     InterventionPipeline.from_model(model).save_pretrained(tmp_path / "saved" / "inside")

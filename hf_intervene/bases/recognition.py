@@ -46,17 +46,26 @@ def is_base(denoiser: nn.Module, reference: dict[str, str | None]) -> bool | Non
 
 
 def same_weights(denoiser: nn.Module, other: nn.Module) -> bool | None:
-    """Whether a denoiser has the weights of another model, in its own precision; `None`: it cannot
-    be told."""
+    """Whether a denoiser has the weights of another model; `None`: it cannot be told.
+
+    The two are compared in the narrower of their precisions. A model that was saved in half
+    precision and loaded in float32 counts as half.
+    """
     here, there = _readable(denoiser), base_weights(other)
     if here is None:
         return None
-    return all(
-        name in here
-        and here[name].shape == value.shape
-        and torch.equal(value.to(here[name].dtype), here[name].cpu())
-        for name, value in there.items()
-    )
+    pairs = [
+        (here[name], value.to(here[name].device)) for name, value in there.items() if name in here
+    ]
+    if len(pairs) < len(there) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    if all(torch.equal(a, b.to(a.dtype)) for a, b in pairs):
+        return True
+    for narrow in (torch.bfloat16, torch.float16):
+        was_narrow = all(torch.equal(b, b.to(narrow).to(b.dtype)) for _, b in pairs)
+        if was_narrow and all(torch.equal(a.to(narrow), b.to(narrow)) for a, b in pairs):
+            return True
+    return False
 
 
 def _readable(denoiser: nn.Module) -> dict[str, torch.Tensor] | None:
