@@ -325,7 +325,8 @@ def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str
         OSError, ValueError: one sentence.
     """
     check_part(model_class, path, what, variant)
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True, "variant": variant}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+    options["low_cpu_mem_usage"] = bool(getattr(model_class, "_keep_in_fp32_modules", None))  # which diffusers wants it for
     model = check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
     check_finite(model, what)
     return model

@@ -30,7 +30,7 @@ from .replay import Placement, Recording, probe_rows, probes_of
 
 
 STEPS = 3  # of each run
-TOLERANCE = 1e-3  # of the replay, relative to the largest entry
+TOLERANCE = 1e-3  # of the replay, relative to the largest entry; in half precision a few of its roundings
 _OFF = {"true_cfg_scale": 1.0, "image_guidance_scale": 1.0, "pag_scale": 0.0, "guidance_rescale": 0.0, "strength": 1.0}
 _OFF |= {"use_resolution_binning": False, "num_frames": 1}
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size")
@@ -91,7 +91,8 @@ class Recorder:
 
     def __init__(self, pipe: DiffusionPipeline, prompt: str, size: int | None, call: Mapping[str, Any]):
         self.pipe, self.prompt, self.size, self.extra = pipe, prompt, size, dict(call)
-        self.name, self.denoiser = denoiser_of(pipe)
+        self.name, denoiser = denoiser_of(pipe)
+        self.denoiser = getattr(denoiser, "_orig_mod", denoiser)  # without compiled code around it
         if getattr(pipe, "vae", None) is None:
             raise NotRecordable(f"a {type(pipe).__name__} has no autoencoder (vae): it cannot be recorded.")
         self.guidance = 1.0
@@ -150,10 +151,12 @@ class Recorder:
             raise _Enough
 
         with ExitStack() as stack:
+            stack.enter_context(replaced(pipe, self.name, self.denoiser))
+            stack.enter_context(_taken_for_float32(pipe.vae))
             stack.enter_context(replaced(self.denoiser, "forward", denoiser_forward))
             stack.enter_context(replaced(pipe.vae, "decode", decode))
             if hasattr(pipe.vae, "encode"):
-                stack.enter_context(replaced(pipe.vae, "encode", _without_draws(pipe.vae.encode)))
+                stack.enter_context(replaced(pipe.vae, "encode", _without_draws(pipe.vae, pipe.vae.encode)))
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             stack.enter_context(_quiet(pipe))
             for guider in pipe.components.values():  # HunyuanImage has objects for its guidance
@@ -202,13 +205,13 @@ def record(
     _check_calls(recorder, two, 2)
     entries, predicted = sample[0].numel(), template[0].numel()
     rows = probe_rows(entries, predicted)
-    probes, answers = probes_of(entries, rows).to(sample), probes_of(predicted, rows)
+    probes, answers = probes_of(entries, rows).to(sample.device), probes_of(predicted, rows)  # float32: nothing is rounded
 
     def answer(k: int, _: Callable[[], Any]) -> Any:
         return _Output(_filled(template, answers if k == 2 else torch.zeros_like(answers)))
 
     def move(k: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(x) if k == 1 else probes.view_as(x)
+        return torch.zeros_like(x, dtype=torch.float32) if k == 1 else probes.view_as(x)
 
     probe = recorder.run(rows, answer, move)
     _check_calls(recorder, probe, rows)
@@ -385,7 +388,13 @@ class _Fit:
         if probe.ndim and len(probe) > 1 and not _same(probe[0], probe[1]):
             if len(probe) != len(self.probe.steps[0][2]):
                 self.refuse(f"the argument {path!r}", "holds the noisy samples of several images in one row")
-            self.inputs.append(self.placed(f"the argument {path!r}", probe, self.entries))
+            try:
+                self.inputs.append(Placement.fit(probe, self.entries))
+            except ValueError:
+                self.refuse(
+                    f"the argument {path!r}",
+                    "is computed from the noisy sample in each step, as the residuals of a ControlNet are",
+                )
             return {"input": len(self.inputs) - 1, "dtype": dtype}
         return self.time(path, ones, twos, inner) | {"dtype": dtype}
 
@@ -438,14 +447,15 @@ def _check_replay(recorder: Recorder, recording: Recording, one: Run, two: Run) 
     arguments = recording.call(sample, time.flatten()[:1], dtype)
     with torch.no_grad():
         again = recorder.denoiser(**arguments)
-    if not _close(recording.predicted(again), one.steps[0][0].float()):
+    if not _close(recording.predicted(again).to(dtype), one.steps[0][0].to(dtype)):  # with the roundings of that type
         raise NotRecordable(f"the replay of a {name} does not equal its run: the denoiser returns something else.")
 
 
 def training_time(pipe: DiffusionPipeline, recorder: Recorder) -> SchedulerMixin:
     """A pipeline's scheduler, with a shift of the time that depends on the image's size as the one for these images."""
     scheduler = pipe.scheduler
-    config = dict(scheduler.config)
+    # Without the list of what was a default, which would be one again.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     if not config.get("use_dynamic_shifting"):
         return type(scheduler).from_config(config)
     mu = _shift_of(recorder)
@@ -540,12 +550,24 @@ def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
         yield
 
 
-def _without_draws(encode: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def _taken_for_float32(vae: nn.Module) -> Iterator[None]:
+    """Inside, an autoencoder says that it is in float32, so that latents are scaled for it without rounding."""
+    kind = type(vae)
+    vae.__class__ = type(kind.__name__, (kind,), {"dtype": torch.float32})
+    try:
+        yield
+    finally:
+        vae.__class__ = kind
+
+
+def _without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
     """An autoencoder's `encode` whose draws are the mean: what is made of an image is the same in each run."""
+    dtype = next((p.dtype for p in vae.parameters() if p.is_floating_point()), torch.float32)
 
     @functools.wraps(encode)
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        found = encode(*args, **kwargs)
+    def encoded(images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = encode(images.to(dtype), *args, **kwargs)
         distribution = getattr(found, "latent_dist", None)
         if distribution is not None:
             distribution.sample = lambda generator=None: distribution.mode()
@@ -599,16 +621,20 @@ def _close(built: Any, seen: Any) -> bool:
     """Whether two arguments are the same, up to rounding."""
     if isinstance(seen, torch.Tensor):
         built = torch.as_tensor(built, device=seen.device)
-        if built.numel() != seen.numel() and built.shape[1:] != seen.shape[1:]:
-            return False
-        difference = (built.double() - seen.double()).abs().max() if seen.numel() else torch.zeros(())
-        return bool(difference <= TOLERANCE * seen.double().abs().max().clamp(min=1e-3)) if seen.numel() else True
+        if built.shape != seen.shape and built.numel() != seen.numel() and seen.numel() != 1:
+            return False  # one time for all rows may be built as one for each
+        if not seen.numel():
+            return True
+        rounding = torch.finfo(seen.dtype).eps if seen.dtype.is_floating_point else 0.0
+        difference = (built.double() - seen.double()).abs().max()
+        return bool(difference <= max(TOLERANCE, 4 * rounding) * seen.double().abs().max().clamp(min=1e-3))
     if isinstance(seen, dict):
         return built.keys() == seen.keys() and all(_close(built[key], value) for key, value in seen.items())
     if isinstance(seen, (list, tuple)):
         return len(built) == len(seen) and all(map(_close, built, seen))
     if isinstance(seen, float):
-        return abs(float(built) - seen) <= TOLERANCE * max(abs(seen), 1e-3)
+        built = float(built.flatten()[0]) if isinstance(built, torch.Tensor) else built
+        return abs(built - seen) <= TOLERANCE * max(abs(seen), 1e-3)
     return bool(built == seen)
 
 

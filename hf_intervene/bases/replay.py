@@ -18,6 +18,7 @@ from torch import nn
 
 
 _TABLE = 256  # different scales or shifts of a placement that are kept as a table of numbers; more are kept one by one
+_ROUNDING = 0.1  # of a digit of at most 15 in half precision
 _DEEPEST = 8  # levels of a tree of arguments
 
 
@@ -72,8 +73,9 @@ class Placement(nn.Module):
         safe = torch.where(moves, scale, 1.0)
         index, place = torch.zeros(y.shape[1], dtype=torch.int64), 1
         for row in y[2:]:
-            digit = ((row - shift) / safe).round().long() * moves
-            if bool(((digit < 0) | (digit > 15)).any()):
+            found = (row - shift) / safe * moves
+            digit = found.round().long()
+            if bool(((digit < 0) | (digit > 15) | ((found - digit).abs() > _ROUNDING)).any()):
                 raise ValueError("an entry of it is no scaled and shifted entry of what was given")
             index, place = index + digit * place, place * 16
         if bool((index >= entries).any()):
@@ -81,15 +83,15 @@ class Placement(nn.Module):
         scales, scale_number = _table(scale)
         shifts, shift_number = _table(shift)
         indexed = y.shape[1] != entries or not torch.equal(index, torch.arange(entries))
-        found = cls(probes.shape[1:], entries, indexed, scales, shifts)
+        placement = cls(probes.shape[1:], entries, indexed, scales, shifts)
         if indexed:
-            found.index.copy_(index)
+            placement.index.copy_(index)
         for name, values, number, column in (("scale", scales, scale_number, scale), ("shift", shifts, shift_number, shift)):
             if values is None:
-                getattr(found, name).copy_(column)
+                getattr(placement, name).copy_(column)
             elif len(values) > 1:
-                getattr(found, f"{name}_number").copy_(number)
-        return found
+                getattr(placement, f"{name}_number").copy_(number)
+        return placement
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, *shape) of x (B, ...) with n entries a row; in the type of x."""
