@@ -4,6 +4,7 @@ whether the denoiser is the one."""
 import accelerate
 import pipelines
 import pytest
+import recorded
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DConditionModel
 from diffusion_models import make, stable_diffusion, with_head
@@ -353,3 +354,27 @@ def test_a_pipeline_in_a_subfolder(tmp_path):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     attach(pipe, tmp_path / "saved", subfolder="inside")
     under(pipe, "a")
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux", "qwen", "z-image", "sana", "wan", "pix2pix"])
+def test_a_head_on_a_recorded_pipeline_is_attached_to_it(kind, tmp_path):
+    """Trained on a base of any pipeline, saved, attached to that pipeline, taken off again."""
+    torch.manual_seed(0)
+    model = InterventionModel.build(
+        recorded.base(kind), ["a", "b"], noise_width=4, initializer_range=0.5
+    ).eval()
+    for parameter in model.base.adapter.projections.parameters():
+        parameter.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    pipe = recorded.pipeline(kind)[0]
+    before = pipelines.result(pipe(**pipelines.call(kind)))
+    attach(pipe, tmp_path)
+    noise, found = torch.randn(2, 3, 4, generator=generator()), []
+    for head in (None, "model"):
+        if head:
+            attach(pipe, model, name=head)
+        with intervene(pipe, [["a"], ["b"]], head=head or "default", noise=noise):
+            found.append(pipelines.result(pipe(**pipelines.call(kind))))
+    assert torch.equal(*found) and (found[0] - before).abs().max().item() > 1e-3
+    detach(pipe)
+    assert torch.equal(pipelines.result(pipe(**pipelines.call(kind))), before)
