@@ -12,6 +12,7 @@ from torch import nn
 from . import hub
 from .bases.base import model_class_named
 from .bases.diffusion import DiffusionAdapter, DiffusionBase
+from .bases.limits import check_finite
 from .bases.loading import BASE_FOLDER, LORA_FOLDER, load_model_config, load_part
 from .bases.lora import has_lora
 from .bases.lora_layers import LoraLayers
@@ -103,26 +104,24 @@ class LoadedHead:
             variant,
             torch_dtype=precision,
         )
-        reference, unreadable, lora = head.config.base_reference, False, None
+        check_finite(head, f"the head of {name}")
         if (path / BASE_FOLDER).is_dir():
-            reference, unreadable = (
-                None,
-                not _check_own_base(denoiser, path, name, subfolder, variant),
-            )
-        elif head.config.lora_rank:
+            known = _check_own_base(denoiser, path, name, subfolder, variant)
+            return cls(head, adapter, unreadable=not known)
+        lora = None
+        if head.config.lora_rank:
             lora = LoraLayers.from_folder(path / LORA_FOLDER, f"the LoRA of {name}")
-        return cls(head, adapter, lora, reference, unreadable)
+            check_finite(lora, f"the LoRA of {name}")
+        return cls(head, adapter, lora, head.config.base_reference)
 
     def warn_unless_known(self, denoiser: nn.Module) -> None:
         """Say it if a denoiser is not the one that the head was trained on, or if that cannot be
         told."""
-        known = (
-            None
-            if self.unreadable
-            else True
-            if self.reference is None
-            else is_base(denoiser, self.reference)
-        )
+        known: bool | None = True
+        if self.unreadable:
+            known = None
+        elif self.reference is not None:
+            known = is_base(denoiser, self.reference)
         kind = type(denoiser).__name__
         if known is None:
             warnings.warn(

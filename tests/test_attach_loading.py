@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DConditionModel
 from diffusion_models import make, stable_diffusion, with_head
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from hf_intervene import InterventionModel, InterventionPipeline, attach, detach, intervene
 from hf_intervene.acting import Heads, denoisers
@@ -172,6 +173,18 @@ def test_lora_for_another_denoiser(tmp_path):
     (tmp_path / "saved" / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(OSError, match="the LoRA of .* has no whole weights"):
         attach(pipe, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("part", ["", "adapter", "lora"])
+def test_weights_that_are_not_finite(part, tmp_path):
+    model, pipe = with_lora("dit"), plain_pipeline("dit", tmp_path)
+    model.save_pretrained(tmp_path / "saved", save_base=False)
+    file = next((tmp_path / "saved" / part).glob("*.safetensors"))
+    weights = {name: value * float("nan") for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the weights of the .* are not finite"):
+        attach(pipe, tmp_path / "saved")
+    assert type(pipe) is DiTPipeline and not hasattr(pipe, "_attached_heads")
 
 
 def test_subfolder_variant_and_precision(tmp_path):
