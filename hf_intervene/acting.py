@@ -70,7 +70,7 @@ class Heads:
         self.pipe = pipe
         self.attached: dict[str, Attached] = {}
         self.thread = _Thread()
-        self._hooked: dict[str, tuple[nn.Module, list]] = {}
+        self._around: dict[str, _Around] = {}
         self._scheduler: Any = None
 
     def add(self, name: str, attached: Attached) -> None:
@@ -92,12 +92,12 @@ class Heads:
         with _HOOKING:
             for part in tuple(attached.injections):
                 attached.remove(part)
-            for outermost, _ in self._hooked.values():
-                _forget_compiled(outermost)
+            for around in self._around.values():
+                _forget_compiled(around.module)
             if not self.attached:
                 unwatch(self.pipe)
-                for part in tuple(self._hooked):
-                    self._unhook(part)
+                for part in tuple(self._around):
+                    self._around.pop(part).remove()
                 self._watch_scheduler(None)
 
     def named(self, name: str | None) -> tuple[str, Attached]:
@@ -128,30 +128,23 @@ class Heads:
         """
         with _HOOKING:
             found = denoisers(self.pipe)
-            for name in self._hooked.keys() - found.keys():
-                self._unhook(name)
+            for name in self._around.keys() - found.keys():
+                self._around.pop(name).remove()
                 for attached in self.attached.values():
                     attached.remove(name)
             for number, (name, outermost) in enumerate(found.items()):
                 changed = [
                     a.install(name, inner(outermost), number == 0) for a in self.attached.values()
                 ]
-                if name not in self._hooked or self._hooked[name][0] is not outermost:
-                    self._unhook(name)
-                    hooks = _Around(self, name)
-                    handles = [
-                        outermost.register_forward_pre_hook(hooks.before, with_kwargs=True),
-                        outermost.register_forward_hook(hooks.after, with_kwargs=True),
-                    ]
-                    self._hooked[name] = outermost, handles
+                around = self._around.get(name)
+                if around is None or not around.is_on(outermost):
+                    if around is not None:
+                        around.remove()
+                    self._around[name] = _Around(self, name, outermost)
                     changed.append(True)
                 if any(changed):
                     _forget_compiled(outermost)
             self._watch_scheduler(getattr(self.pipe, "scheduler", None))
-
-    def _unhook(self, name: str) -> None:
-        for handle in self._hooked.pop(name, (None, []))[1]:
-            handle.remove()
 
     def _watch_scheduler(self, scheduler: Any) -> None:
         if scheduler is not self._scheduler:
@@ -178,6 +171,13 @@ class Heads:
         for attached in active:
             attached.check_scheduler(self.pipe)
         self.hook()
+        if any(a.further_calls for a in active.values()):
+            for name, around in self._around.items():
+                if getattr(inner(around.module), "is_cache_enabled", False):
+                    raise ValueError(
+                        f"guidance and composed scores call the {name} more than once in a step, "
+                        "which its cache takes for steps: call disable_cache() of it first."
+                    )
         running = HeadsCall(self, dict(arguments), active)
         try:
             with running.running():
@@ -227,15 +227,57 @@ class _Thread(PerThread):
 
 
 class _Around:
-    """The two hooks around a denoiser of a pipeline."""
+    """What happens around each call of a denoiser of a pipeline: `before` and `after` it.
 
-    def __init__(self, heads: Heads | None, name: str):
-        self.heads, self.name = heads, name
+    They are hooks. A module that was compiled in place (`module.compile()`) would compile its own
+    hooks too. There they are put around the compiled call.
+
+    Args:
+        heads: on the pipeline.
+        name: of the denoiser.
+        module: the denoiser as the pipeline calls it.
+    """
+
+    def __init__(self, heads: Heads, name: str, module: nn.Module):
+        self.heads: Heads | None = heads
+        self.name, self.module = name, module
+        self._handles: list = []
+        self._compiled: _CompiledCall | None = None
+        compiled: Any = module._compiled_call_impl
+        if compiled is not None:
+            self._compiled = module._compiled_call_impl = _CompiledCall(self, compiled)
+            return
+        self._handles = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True),
+        ]
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether this is where it belongs for a module: it may be another one, or compiled."""
+        calls = _compiled_calls(self.module)
+        return module is self.module and (self._compiled in calls if calls else not self._compiled)
+
+    def remove(self) -> None:
+        """Leave the denoiser as it was."""
+        for handle in self._handles:
+            handle.remove()
+        mine = self._compiled
+        calls = _compiled_calls(self.module) if mine is not None else []
+        for outer, call in zip([None, *calls], calls):
+            if mine is not None and call is mine:
+                if outer is None:
+                    self.module._compiled_call_impl = mine.inner
+                else:
+                    outer.inner = mine.inner
 
     def __deepcopy__(self, memo: dict) -> "_Around":
         # A denoiser that is copied alone belongs to no pipeline: the hooks on the copy do nothing.
+        copied = memo[id(self)] = object.__new__(_Around)
         with_pipe = self.heads is not None and id(self.heads.pipe) in memo
-        return _Around(copy.deepcopy(self.heads, memo) if with_pipe else None, self.name)
+        copied.heads = copy.deepcopy(self.heads, memo) if with_pipe else None
+        copied.name, copied.module = self.name, copy.deepcopy(self.module, memo)
+        copied._handles, copied._compiled = copy.deepcopy(self._handles, memo), None
+        return copied
 
     def _running(self) -> HeadsCall | None:
         if self.heads is None or self.heads.thread.inside:
@@ -281,10 +323,37 @@ class _Around:
 
     def _verify(self, attached: Attached, predict: Callable[[], Any]) -> None:
         """Once for each head and denoiser: what enters must move the prediction."""
-        if self.name not in attached.verified:
-            injection = attached.injections[self.name]
+        injection = attached.injections[self.name]
+        cached = getattr(injection.denoiser, "is_cache_enabled", False)  # further calls count there
+        if self.name not in attached.verified and not cached:
             check_moves(injection.denoiser, injection.sites, predict)
             attached.verified.add(self.name)
+
+
+class _CompiledCall:
+    """The call of a module that was compiled in place, with what happens around it.
+
+    Args:
+        around: what happens.
+        inner: the compiled call, or another one of these around it.
+    """
+
+    def __init__(self, around: _Around, inner: Any):
+        self.around, self.inner = around, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.around.before(self.around.module, args, kwargs)
+        output = self.inner(*args, **kwargs)
+        return self.around.after(self.around.module, args, kwargs, output)
+
+
+def _compiled_calls(module: nn.Module) -> list[Any]:
+    """What is called of a module that was compiled in place, from the outside; else nothing."""
+    found, call = [], module._compiled_call_impl
+    while call is not None:
+        found.append(call)
+        call = call.inner if isinstance(call, _CompiledCall) else None
+    return found
 
 
 def _sample(module: nn.Module, args: tuple, kwargs: dict) -> Any:

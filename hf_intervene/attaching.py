@@ -241,6 +241,11 @@ class intervene:
                 stacklevel=2,
             )
 
+    @property
+    def further_calls(self) -> bool:
+        """Whether the denoiser is called more than once in a step."""
+        return self.compose != "head" or self.guidance_scale != 1.0
+
     def passes(
         self, targets: torch.Tensor, values: Values | None
     ) -> tuple[_Pass, list[tuple[_Pass, float]]]:

@@ -511,3 +511,51 @@ def test_an_attached_pipeline_is_saved_and_turned_into_others_as_before(tmp_path
     )
     detach(pipe)
     assert type(pipe) is plain and sorted(vars(pipe)) == names
+
+
+@pytest.mark.parametrize(
+    "order", ["compiled first", pytest.param("attached first", marks=pytest.mark.slow)]
+)
+def test_denoisers_that_were_compiled_in_place(order):
+    """`module.compile(fullgraph=True)`: hooks of the module would break its graph."""
+    expected = made("flux")
+
+    def acted(pipe, kind="flux"):
+        with intervene(pipe, "a", noise=NOISE, guidance_scale=2.0):
+            return generate(pipe, kind=kind)
+
+    plain, a = generate(expected, kind="flux"), acted(expected)
+    pipe = pipelines.make("flux")
+    if order == "compiled first":
+        pipe.transformer.compile(backend="eager", fullgraph=True)
+        generate(pipe, kind="flux")
+    attach(pipe, *pipelines.head_for(pipe))
+    if order == "attached first":
+        acted(pipe)
+        pipe.transformer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(acted(pipe), a, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(generate(pipe, kind="flux"), plain, rtol=1e-3, atol=1e-3)
+    other = diffusers.FluxPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    attach(other, *pipelines.head_for(other))
+    detach(pipe)  # of two around the compiled call the inner one goes
+    torch.testing.assert_close(acted(other), a, rtol=1e-3, atol=1e-3)
+    detach(other)
+    assert "_CompiledCall" not in repr(pipe.transformer._compiled_call_impl)
+    torch.testing.assert_close(generate(pipe, kind="flux"), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_caches_of_a_denoiser_are_not_mistaken():
+    pipe = made("flux")
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+    acting = []
+    pipe.transformer.register_forward_hook(lambda *_: acting.append(1))
+    with intervene(pipe, "a", noise=NOISE):
+        found = generate(pipe, kind="flux")
+    assert len(acting) == 6  # two in each of three steps: none of our own
+    with pytest.raises(ValueError, match="call the transformer more than once in a step"):
+        with intervene(pipe, "a", noise=NOISE, guidance_scale=2.0):
+            generate(pipe, kind="flux")
+    pipe.transformer.disable_cache()
+    with intervene(pipe, "a", noise=NOISE):
+        torch.testing.assert_close(generate(pipe, kind="flux"), found, rtol=1e-3, atol=1e-3)
