@@ -255,7 +255,7 @@ class _Around:
     def is_on(self, module: nn.Module) -> bool:
         """Whether this is where it belongs for a module: it may be another one, or compiled."""
         calls = _compiled_calls(self.module)
-        return module is self.module and (self._compiled in calls if calls else not self._compiled)
+        return module is self.module and (self._compiled in calls if calls else bool(self._handles))
 
     def remove(self) -> None:
         """Leave the denoiser as it was."""
