@@ -4,9 +4,13 @@ after `detach`."""
 import copy
 from pathlib import Path
 
+import diffusers
 import pipelines
 import pytest
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
 
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
@@ -64,6 +68,137 @@ def test_attach_intervene_detach(kind):
         and type(pipe) is pipeline_class
         and "step" not in vars(pipe.scheduler)
     )
+
+
+def _image_to_image(name):
+    def make(kind):
+        pipe, call = pipelines.make(kind), pipelines.call(kind)
+        other = getattr(diffusers, name)(**pipe.components)
+        call |= {"image": torch.rand(2, 3, 16, 16, generator=generator(2)), "strength": 0.7}
+        return other, call
+
+    return make
+
+
+def _kontext(kind):
+    pipe, call = pipelines.make(kind), pipelines.call(kind)
+    image = torch.rand(1, 3, 16, 16, generator=generator(2))
+    call |= {"image": image, "max_area": 16**2, "_auto_resize": False}
+    return diffusers.FluxKontextPipeline(**pipe.components), call
+
+
+def _perturbed(kind):
+    """Perturbed attention: three rows for each image."""
+    pipe = diffusers.StableDiffusionPAGPipeline(
+        **pipelines.make(kind).components, pag_applied_layers=["mid"]
+    )
+    return pipe, pipelines.call(kind) | {"pag_scale": 2.0}
+
+
+def _control(kind):
+    pipe, call = pipelines.make(kind), pipelines.call(kind)
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(8, 8)
+    )
+    for parameter in control.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)
+    image = torch.rand(2, 3, 16, 16, generator=generator(2))
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=control.eval(), requires_safety_checker=False
+    )
+    return pipe, call | {"image": image}
+
+
+DERIVED = {
+    "sdxl image to image": ("sdxl", _image_to_image("StableDiffusionXLImg2ImgPipeline")),
+    "sd3 image to image": ("sd3", _image_to_image("StableDiffusion3Img2ImgPipeline")),
+    "flux image to image": ("flux", _image_to_image("FluxImg2ImgPipeline")),
+    "chroma image to image": ("chroma", _image_to_image("ChromaImg2ImgPipeline")),
+    "qwen image to image": ("qwen", _image_to_image("QwenImageImg2ImgPipeline")),
+    "z-image image to image": ("z-image", _image_to_image("ZImageImg2ImgPipeline")),
+    "kontext": ("flux", _kontext),
+    "perturbed attention": ("sd", _perturbed),
+    "controlnet": ("sd", _control),
+}
+
+
+@pytest.mark.parametrize("what", DERIVED)
+def test_pipelines_made_of_the_same_parts(what):
+    kind, make = DERIVED[what]
+    pipe, call = make(kind)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipelines.result(pipe(**call | {"generator": generator()}))
+
+    before = run()
+    attach(pipe, *pipelines.head_for(pipe))
+    noise = torch.randn(2, 3, 4, generator=generator())
+
+    def under(interventions, **options):
+        with intervene(pipe, interventions, noise=noise, **options):
+            return run()
+
+    a, b, mixed = under("a"), under("b"), under([["a"], ["b"]])
+    assert (a - before).abs().max() > 1e-3 and (a - b).abs().max() > 1e-3
+    torch.testing.assert_close(mixed[0], a[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mixed[1], b[1], rtol=1e-3, atol=1e-3)
+    assert (under("a", guidance_scale=3.0) - a).flatten(1).abs().amax(1).min() > 1e-3
+    detach(pipe)
+    assert torch.equal(run(), before)
+
+
+class MadeUpDenoiser(ModelMixin, ConfigMixin):
+    """Of a class that the package has never heard of."""
+
+    @register_to_config
+    def __init__(self, channels=3):
+        super().__init__()
+        self.proj, self.when = Timesteps(8, True, 0), TimestepEmbedding(8, 12)
+        self.layer, self.scale = (
+            torch.nn.Conv2d(channels, channels, 3, padding=1),
+            torch.nn.Linear(12, channels),
+        )
+
+    def forward(self, latent, when):
+        scale = self.scale(self.when(self.proj(when.expand(len(latent)))))
+        return (self.layer(latent) * (1 + scale[..., None, None]),)
+
+
+class MadeUpPipeline(diffusers.DiffusionPipeline):
+    """Of one's own: guidance in one batch, latents made in its call."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, count, seed=0, guidance_scale=2.0):
+        x = torch.randn(count, 3, 8, 8, generator=generator(seed))
+        self.scheduler.set_timesteps(3)
+        for t in self.scheduler.timesteps:
+            first, second = self.transformer(torch.cat([x, x]), t)[0].chunk(2)
+            x = self.scheduler.step(second + guidance_scale * (first - second), t, x).prev_sample
+        return (x,)
+
+
+def test_a_denoiser_and_a_pipeline_that_nobody_knows():
+    """The rule finds the site: no line of code for a new family."""
+    torch.manual_seed(0)
+    pipe = MadeUpPipeline(MadeUpDenoiser(), diffusers.FlowMatchEulerDiscreteScheduler())
+    before = pipe(2)[0]
+    attach(pipe, *pipelines.head_for(pipe))
+    noise = torch.randn(2, 3, 4, generator=generator())
+    found = []
+    for interventions in ("a", "b", [["a"], ["b"]]):
+        with intervene(pipe, interventions, noise=noise):
+            found.append(pipe(2)[0])
+    a, b, mixed = found
+    assert (a - before).abs().max() > 1e-3 and (a - b).abs().max() > 1e-3
+    torch.testing.assert_close(mixed, torch.stack([a[0], b[1]]))
+    detach(pipe)
+    assert torch.equal(pipe(2)[0], before)
 
 
 class Predictions:
