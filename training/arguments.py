@@ -101,6 +101,9 @@ class TrainArguments:
         default=None, metadata={"help": "Denoiser: folder or Hub name of the frozen vision model to read z from."}
     )
     num_tokens: int = field(default=4, metadata={"help": "Denoiser with cross-attention: tokens of the embedding."})
+    prompt: str = field(
+        default="", metadata={"help": "Pipeline that is recorded (SDXL, Flux, ...): the prompt that it is trained with."}
+    )
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Denoiser: bound of the weights by signal to noise."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the base."})
     residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})

@@ -136,7 +136,10 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
+        options["prompt"] = a.prompt
         base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+    if a.prompt and a.base == "light-vae":
+        raise ValueError("prompt is for a pipeline with a text (--base): leave it out.")
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation

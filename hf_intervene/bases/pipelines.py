@@ -104,7 +104,9 @@ class PipelineBase(DiffusionBase):
         name, model = denoiser_of(pipe)
         sites = find_sites(model)
         recording, scheduler = record(pipe, prompt, sample_size, call)
-        vae = pipe.vae
+        vae, frames = pipe.vae, recording.latent_shape[1] if len(recording.latent_shape) == 4 else 1
+        if frames > 1:
+            raise NotRecordable(f"a {type(pipe).__name__} makes clips of several frames: a head is trained on single images.")
         size = pixels_of(vae, recording)
         if sample_size not in (None, size):
             raise NotRecordable(f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were asked for.")

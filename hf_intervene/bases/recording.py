@@ -156,7 +156,7 @@ class Recorder:
             stack.enter_context(replaced(self.denoiser, "forward", denoiser_forward))
             stack.enter_context(replaced(pipe.vae, "decode", decode))
             if hasattr(pipe.vae, "encode"):
-                stack.enter_context(replaced(pipe.vae, "encode", _without_draws(pipe.vae, pipe.vae.encode)))
+                stack.enter_context(replaced(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode)))
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             stack.enter_context(_quiet(pipe))
             for guider in pipe.components.values():  # HunyuanImage has objects for its guidance
@@ -561,7 +561,7 @@ def _taken_for_float32(vae: nn.Module) -> Iterator[None]:
         vae.__class__ = kind
 
 
-def _without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
+def without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
     """An autoencoder's `encode` whose draws are the mean: what is made of an image is the same in each run."""
     dtype = next((p.dtype for p in vae.parameters() if p.is_floating_point()), torch.float32)
 
