@@ -18,7 +18,7 @@ from torch import nn
 from hf_intervene import InterventionModel, load_base
 from hf_intervene.bases import PipelineBase
 from hf_intervene.bases.autoencoder import images_of, latents_of
-from hf_intervene.bases.recording import fitted_time, record, without_draws
+from hf_intervene.bases.recording import fitted_time, without_draws
 from hf_intervene.bases.replay import Placement, probe_rows, probes_of
 
 
@@ -239,7 +239,7 @@ class UnheardPipeline(diffusers.DiffusionPipeline):
         x = torch.randn(num_images_per_prompt, 4, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            words = [torch.full((3,), float(len(prompt)))] * len(x)
+            words = [torch.full((max(1, len(prompt)),), float(len(prompt)))] * len(x)  # longer for longer prompts
             shown = x.flip(-1) * 1.0
             found = self.denoise({"latent": shown}, 1 - (t / 1000).expand(len(x)), words=words)[0]
             x = self.scheduler.step(-found.flip(-1), t, x).prev_sample
@@ -325,7 +325,7 @@ def _refused(match, pipe, **options):
 def test_pipelines_that_cannot_be_recorded():
     _refused("has 2 denoisers", pipelines.make("wan-two"))
     with pytest.raises(TypeError, match="a pipeline of diffusers was expected"):
-        record("a name")
+        PipelineBase.from_pipeline("a name")
     pipe, call = recorded.pipeline("sana")
     pipe.scheduler = diffusers.SCMScheduler()
     _refused("SCMScheduler", pipe, call=call)
