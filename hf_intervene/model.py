@@ -270,7 +270,8 @@ class InterventionModel(PreTrainedModel):
             residual_noise: standard normal draws for theirs, or the noise that a denoiser is to tell from the image,
                 (B, *residual_shape); `None` draws them.
             time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
-            prepared: for a denoiser, what its `prepare` made of the images.
+            prepared: for a denoiser, what its `prepare` made of the images; of a recorded pipeline (`PipelineBase`) also
+                `prompts`, the number of each image's prompt, (B,) int64, if they have their own.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
         found = None if pixel_values is None else tuple(pixel_values.shape)
@@ -299,7 +300,8 @@ class InterventionModel(PreTrainedModel):
         decoded: Any = None
         if self.base.denoises:
             time = torch.rand(len(targets), device=targets.device) if time is None else time
-            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time)  # (B,)
+            text = {name: value for name, value in prepared.items() if name == "prompts"}  # (B,), where images have their own
+            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time, **text)  # (B,)
         else:
             decoded = self.base.decode(embedding)  # (B, C, H, W)
             reconstruction_loss = self.base.reconstruction_loss(decoded, x)  # (B,)

@@ -44,6 +44,7 @@ class PreparedImages:
                 self._write(temporary, base, images, batch_size)
                 (temporary / "key.json").write_text(json.dumps(key))
         accelerator.wait_for_everyone()
+        self._prompt_ids = images.prompt_ids if getattr(base, "prompts", None) is not None else None
         self._arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
 
     @staticmethod
@@ -64,8 +65,9 @@ class PreparedImages:
             array.flush()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prepared images of an index (n,), on the CPU."""
-        return {name: torch.from_numpy(array[rows.numpy()]) for name, array in self._arrays.items()}
+        """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs, if they are trained with them."""
+        found = {name: torch.from_numpy(array[rows.numpy()]) for name, array in self._arrays.items()}
+        return found if self._prompt_ids is None else found | {"prompts": self._prompt_ids[rows]}
 
 
 def _read_key(folder: Path) -> dict | None:

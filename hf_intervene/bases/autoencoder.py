@@ -180,12 +180,22 @@ class AutoencoderBase(Base):
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [*self.model.encoder.modules(), *self.adapter.network.encoder.modules()]
 
+    def train(self, mode: bool = True) -> "AutoencoderBase":
+        super().train(mode)
+        if has_unit_pixels(self.model):
+            self.model.training = False  # AutoencoderRAE itself, not its layers: in training it draws noise for its latents
+        return self
+
     def freeze_unused(self) -> None:
         self.adapter.network.quant.requires_grad_(False)
         if isinstance(self.model, VQModel):
             self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
+        if has_unit_pixels(self.model):
+            for name, parameter in self.model.encoder.named_parameters():
+                if name.endswith("mask_token"):  # for the training of the vision model itself
+                    parameter.requires_grad_(False)
 
 
 def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.Size:
@@ -250,13 +260,12 @@ def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tupl
 
     Two numbers, or, for a model with statistics of each channel, two tensors (c, 1, 1) in the type and on the device of `like`.
     """
-    mean, std = model.config.get("latents_mean"), model.config.get("latents_std")
-    if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and like is not None:
-        columns = (torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None] for values in (mean, std))
-        shift, std_column = columns
-        return 1 / std_column, shift
     if has_unit_pixels(model):
         return 1.0, 0.0  # AutoencoderRAE scales its latents itself
+    mean, std = model.config.get("latents_mean"), model.config.get("latents_std")
+    if like is not None and isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
+        shift, deviation = (torch.tensor(v, dtype=like.dtype, device=like.device)[:, None, None] for v in (mean, std))
+        return 1 / deviation, shift
     return model.config.get("scaling_factor") or 1.0, model.config.get("shift_factor") or 0.0
 
 

@@ -100,8 +100,11 @@ class Base(nn.Module):
         """Features (B, feature_width) of prepared images."""
         raise NotImplementedError
 
-    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1)."""
+    def denoising_loss(
+        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+    ) -> torch.Tensor:
+        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1).
+        `text`: of a family whose images have prompts of their own."""
         raise NotImplementedError
 
     # Of any base

@@ -246,14 +246,15 @@ class DiffusionBase(Base):
 
     # Denoising
 
-    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ()."""
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ().
+        `text`: of a family whose images have prompts of their own (see `PipelineBase`)."""
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
             self.injection.install()
         self.injection.set(entries)
         try:
-            return self._predicted(x, timesteps)
+            return self._predicted(x, timesteps, **text)
         finally:
             self.injection.clear(torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False))
 
@@ -274,10 +275,13 @@ class DiffusionBase(Base):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
 
-    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and time."""
+    def denoising_loss(
+        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+    ) -> torch.Tensor:
+        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and
+        time, `denoise` for `text`."""
         noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
-        prediction = self.denoise(noisy, timesteps, embedding)
+        prediction = self.denoise(noisy, timesteps, embedding, **text)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
     def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from

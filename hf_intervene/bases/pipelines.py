@@ -7,7 +7,8 @@ The denoiser, the autoencoder and the scheduler are the pipeline's own. Its text
 A noisy sample has the shape that the pipeline's scheduler steps on, such as packed tokens (S, c).
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from .autoencoder import images_of, latent_shape, latents_of
 from .base import register_recorded
 from .denoising import prediction_type
 from .diffusion import DiffusionAdapter, DiffusionBase
-from .recording import NotRecordable, denoiser_of, record
+from .prompts import Prompts, record_prompts
+from .recording import NotRecordable, Recorder, record, training_time
 from .replay import Recording
 from .sites import find_sites
 
@@ -41,6 +43,8 @@ class PipelineBase(DiffusionBase):
         TypeError, ValueError: one sentence: no scheduler or vae, an adapter without a recording or for another denoiser, a
             vae whose latents the recording is not of.
     """
+
+    prompts: Prompts | None = None  # of the images that it is trained with
 
     def __init__(
         self,
@@ -86,6 +90,8 @@ class PipelineBase(DiffusionBase):
         embedding_width: int = 128,
         num_tokens: int = 4,
         min_snr_gamma: float | None = None,
+        prompts: Sequence[str] | None = None,
+        prompt_folder: str | os.PathLike | None = None,
     ) -> "PipelineBase":
         """Record how a pipeline calls its denoiser, and make a base of its parts. The pipeline is left as it was.
 
@@ -96,15 +102,21 @@ class PipelineBase(DiffusionBase):
             call: further arguments of the pipeline's call, such as `image` and `mask_image`, or `prompt_embeds` in place of
                 the prompt.
             image_encoder, image_processor, embedding_width, num_tokens, min_snr_gamma: see `DiffusionBase`.
+            prompts: prompts of images to train with, each one once; see `denoise`.
+            prompt_folder: where what the text encoders make of them is kept; what is there already is not made again.
 
         Raises:
             TypeError, NotRecordable (a ValueError): one sentence: no pipeline, a denoiser without a site, a scheduler of
                 another kind, or what of the pipeline's run the recording does not equal.
         """
-        name, model = denoiser_of(pipe)
+        recorder = Recorder(pipe, prompt, sample_size, call or {})
+        model = recorder.denoiser
         sites = find_sites(model)
-        recording, scheduler = record(pipe, prompt, sample_size, call)
-        vae = pipe.vae
+        recording = record(recorder)
+        scheduler = training_time(recorder)
+        vae, frames = pipe.vae, recording.latent_shape[1] if len(recording.latent_shape) == 4 else 1
+        if frames > 1:
+            raise NotRecordable(f"a {type(pipe).__name__} makes clips of several frames: a head is trained on single images.")
         size = pixels_of(vae, recording)
         if sample_size not in (None, size):
             raise NotRecordable(f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were asked for.")
@@ -122,7 +134,12 @@ class PipelineBase(DiffusionBase):
             recording=recording.config,
         )
         adapter.recorded.load_state_dict(recording.state_dict())
-        return cls(model, scheduler, vae, image_encoder, image_processor, adapter, min_snr_gamma)
+        base = cls(model, scheduler, vae, image_encoder, image_processor, adapter, min_snr_gamma)
+        if prompts is not None:
+            if prompt_folder is None:
+                raise ValueError("prompts of images are kept in files: give prompt_folder.")
+            base.prompts = record_prompts(recorder, recording, prompts, prompt_folder)
+        return base
 
     def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -137,9 +154,40 @@ class PipelineBase(DiffusionBase):
         latents = latents.view(len(latents), *_without_frame(latents.shape[1:]))
         return self.adapter.encoder(latents.to(self.adapter.dtype))
 
-    def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def denoise(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        text: Sequence[dict[int, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """The prediction, as that of `DiffusionBase`.
+
+        Args:
+            x, timesteps, embedding: see there.
+            prompts: of each row the number of its prompt among `self.prompts`, (B,) int64; -1 is the one of the recording.
+                `None`: all have that one. Rows whose prompts are of the same length are denoised together.
+            text: of each row what the denoiser gets for its prompt.
+        """
+        if prompts is None or self.prompts is None:
+            return super().denoise(x, timesteps, embedding, text=text)
+        numbers, rows = prompts.tolist(), self.prompts
+        groups, timesteps = rows.groups(numbers), timesteps.expand(len(x))
+        if len(groups) == 1:
+            return super().denoise(x, timesteps, embedding, text=[rows[number] for number in numbers])
+        found, order = [], [row for group in groups for row in group]
+        for group in groups:
+            index = torch.tensor(group, device=x.device)
+            told = [rows[numbers[row]] for row in group]
+            found.append(super().denoise(x[index], timesteps[index], embedding[index], text=told))
+        return torch.cat(found)[torch.tensor(order, device=x.device).argsort()]
+
+    def _predicted(
+        self, x: torch.Tensor, timesteps: torch.Tensor, text: Sequence[dict[int, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
         recording: Recording = self.adapter.recorded
-        arguments = recording.call(x, timesteps.expand(len(x)), self.model.dtype)
+        arguments = recording.call(x, timesteps.expand(len(x)), self.model.dtype, text)
         return recording.predicted(self.model(**arguments))
 
     def _to_images(self, x0: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A base from a folder or the Hub: a model of a registered class, or a pipeline, whose denoiser is called as the pipeline does."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def load_base(
     residual_layers: int = 0,
     image_encoder: str | os.PathLike | None = None,
     prompt: str = "",
+    prompts: Sequence[str] | None = None,
+    prompt_folder: str | os.PathLike | None = None,
     **options: Any,
 ) -> Base:
     """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
@@ -41,7 +44,9 @@ def load_base(
         subfolder: the model's sub-folder there.
         residual_layers: of an autoencoder: couplings of the prior of residual latents; 0: none.
         image_encoder: of a denoiser: folder or repository of the vision model that z is read from; `None`: a new convolutional network.
-        prompt: of a pipeline that is recorded: the prompt that the head is trained with.
+        prompt: the prompt that the head is trained with. A pipeline is recorded for it, whatever its denoiser.
+        prompts, prompt_folder: prompts of images, likewise, and where what is made of them is kept; see `PipelineBase`. Where there
+            is no text encoder they are not used.
         **options: further ones of `DiffusionBase`, for a denoiser.
 
     Raises:
@@ -64,15 +69,21 @@ def load_base(
             raise ValueError(
                 f"the pipeline {what} has no denoiser (unet or transformer): give one of its models with a sub-folder."
             )
-        if not _has_family(load_model_config(path / denoiser) or {}):
+        index = read_part(path / "model_index.json")
+        has_text = index.get("text_encoder") not in (None, [None, None])
+        if prompt and not has_text:
+            raise ValueError(f"the pipeline {what} has no text encoder: leave prompt out.")
+        told: dict[str, Any] = {"prompts": prompts, "prompt_folder": prompt_folder} if prompts and has_text else {}
+        if prompt or told or not _has_family(load_model_config(path / denoiser) or {}):
             if residual_layers:
                 raise ValueError(f"the pipeline {what} has no residual latents: leave residual_layers at 0.")
             options |= {} if image_encoder is None else load_vision(image_encoder)
-            return PipelineBase.from_pipeline(load_pipeline(name_or_path, what), prompt, sample_size, **options)
+            pipe = load_pipeline(name_or_path, what)
+            return PipelineBase.from_pipeline(pipe, prompt, sample_size, **told, **options)
         options = _pipeline_parts(path, what) | options
         path = path / denoiser
-    if prompt:
-        raise ValueError(f"the base {what} is trained without a prompt of yours: leave prompt out.")
+    elif prompt:
+        raise ValueError(f"the base {what} is no pipeline with a text: leave prompt out.")
     config = load_model_config(path)
     if config is None:
         raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")

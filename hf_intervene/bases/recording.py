@@ -87,9 +87,15 @@ class Recorder:
         prompt: its prompt.
         size: side of its images in pixels; `None`: the pipeline's own.
         call: further arguments of its call, such as `image` or `prompt_embeds`.
+
+    Raises:
+        TypeError, ValueError: one sentence: no pipeline, no denoiser or autoencoder or several, a scheduler of another kind.
     """
 
     def __init__(self, pipe: DiffusionPipeline, prompt: str, size: int | None, call: Mapping[str, Any]):
+        if not isinstance(pipe, DiffusionPipeline):
+            raise TypeError(f"a pipeline of diffusers was expected, not a {type(pipe).__name__}.")
+        prediction_type(pipe.scheduler)  # schedulers of other kinds are refused here
         self.pipe, self.prompt, self.size, self.extra = pipe, prompt, size, dict(call)
         self.name, denoiser = denoiser_of(pipe)
         self.denoiser = getattr(denoiser, "_orig_mod", denoiser)  # without compiled code around it
@@ -116,6 +122,18 @@ class Recorder:
             if counts:
                 found[counts[0]] = images
         return found | self.extra | embedded
+
+    def first_arguments(self, prompt: str) -> dict[str, Any]:
+        """Those of the denoiser's first call for a prompt, which is not carried out."""
+
+        def stop(number: int, call: Callable[[], Any]) -> Any:
+            raise _Enough
+
+        own, self.prompt = self.prompt, prompt
+        try:
+            return self.run(1, stop, lambda k, x: x).arguments[0]
+        finally:
+            self.prompt = own
 
     def run(
         self,
@@ -156,7 +174,7 @@ class Recorder:
             stack.enter_context(replaced(self.denoiser, "forward", denoiser_forward))
             stack.enter_context(replaced(pipe.vae, "decode", decode))
             if hasattr(pipe.vae, "encode"):
-                stack.enter_context(replaced(pipe.vae, "encode", _without_draws(pipe.vae, pipe.vae.encode)))
+                stack.enter_context(replaced(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode)))
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             stack.enter_context(_quiet(pipe))
             for guider in pipe.components.values():  # HunyuanImage has objects for its guidance
@@ -177,27 +195,13 @@ class Recorder:
         return run
 
 
-def record(
-    pipe: DiffusionPipeline, prompt: str = "", size: int | None = None, call: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], list[torch.Tensor], Recording, SchedulerMixin]:
-    """Record how a pipeline calls its denoiser.
-
-    Args:
-        pipe: the pipeline; it is left as it was.
-        prompt: the prompt that a head is trained with.
-        size: side of the images in pixels; `None`: the pipeline's own.
-        call: further arguments of its call.
-
-    Returns:
-        The recording, and the scheduler to train with: the pipeline's, its time shifted as for these images.
+def record(recorder: Recorder) -> Recording:
+    """Record how a pipeline calls its denoiser; the pipeline is left as it was.
 
     Raises:
         NotRecordable: one sentence that names what does not fit.
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        raise TypeError(f"a pipeline of diffusers was expected, not a {type(pipe).__name__}.")
-    prediction_type(pipe.scheduler)  # schedulers of other kinds are refused here
-    recorder = Recorder(pipe, prompt, size, call or {})
+    pipe = recorder.pipe
     one = _first_run(recorder)
     template = one.outputs[0]
     sample = one.steps[0][2]
@@ -205,7 +209,8 @@ def record(
     _check_calls(recorder, two, 2)
     entries, predicted = sample[0].numel(), template[0].numel()
     rows = probe_rows(entries, predicted)
-    probes, answers = probes_of(entries, rows).to(sample.device), probes_of(predicted, rows)  # float32: nothing is rounded
+    # In float32: nothing is rounded.
+    probes, answers = probes_of(entries, rows).to(sample.device), probes_of(predicted, rows)
 
     def answer(k: int, _: Callable[[], Any]) -> Any:
         return _Output(_filled(template, answers if k == 2 else torch.zeros_like(answers)))
@@ -217,10 +222,9 @@ def record(
     _check_calls(recorder, probe, rows)
     if not torch.equal(probe.steps[1][2], probes.view_as(probe.steps[1][2])):
         raise NotRecordable(f"a {type(pipe).__name__} changes its samples between two steps: it cannot be recorded.")
-    fit = _Fit(recorder, one, two, probe, entries)
-    recording = fit.recording(template)
+    recording = _Fit(recorder, one, two, probe, entries).recording(template)
     _check_replay(recorder, recording, one, two)
-    return recording, training_time(pipe, recorder)
+    return recording
 
 
 def _first_run(recorder: Recorder) -> Run:
@@ -451,9 +455,9 @@ def _check_replay(recorder: Recorder, recording: Recording, one: Run, two: Run) 
         raise NotRecordable(f"the replay of a {name} does not equal its run: the denoiser returns something else.")
 
 
-def training_time(pipe: DiffusionPipeline, recorder: Recorder) -> SchedulerMixin:
+def training_time(recorder: Recorder) -> SchedulerMixin:
     """A pipeline's scheduler, with a shift of the time that depends on the image's size as the one for these images."""
-    scheduler = pipe.scheduler
+    pipe, scheduler = recorder.pipe, recorder.pipe.scheduler
     # Without the list of what was a default, which would be one again.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     if not config.get("use_dynamic_shifting"):
@@ -561,7 +565,7 @@ def _taken_for_float32(vae: nn.Module) -> Iterator[None]:
         vae.__class__ = kind
 
 
-def _without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
+def without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
     """An autoencoder's `encode` whose draws are the mean: what is made of an image is the same in each run."""
     dtype = next((p.dtype for p in vae.parameters() if p.is_floating_point()), torch.float32)
 
@@ -646,4 +650,4 @@ def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")[:300]
 
 
-__all__ = ["NotRecordable", "Recorder", "denoiser_of", "record"]
+__all__ = ["NotRecordable", "Recorder", "record"]

@@ -30,6 +30,8 @@ class ContextImages:
         rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
         mapped: whether `stored` is a file that is read as it is used.
         marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
+        prompts: the different prompts of the images; `None`: they have none.
+        prompt_ids: which of them is that of each image, int64, (N,).
     """
 
     stored: torch.Tensor
@@ -39,6 +41,8 @@ class ContextImages:
     rows: torch.Tensor | None = None
     mapped: bool = False
     marks: torch.Tensor | None = None
+    prompts: list[str] | None = None
+    prompt_ids: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -66,6 +70,8 @@ class ContextImages:
 
     def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
+        if self.prompt_ids is not None:
+            changes["prompt_ids"] = self.prompt_ids[index]
         return replace(self, rows=rows if self.rows is None else self.rows[rows], **changes)
 
     def subset(self, index: torch.Tensor) -> "ContextImages":
@@ -189,7 +195,7 @@ class ContextImages:
 
         Args:
             dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
-                list of concept names, or a class label.
+                list of concept names, or a class label; `prompt`, if there is one, the text of each image.
             concepts: the concepts; `None`: all that the contexts name, in alphabetical order. Images whose context names others are
                 left out.
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
@@ -247,7 +253,10 @@ class ContextImages:
         else:
             pixels, marks = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks)
+        prompts, prompt_ids = _prompts(dataset)
+        images = cls(
+            pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks, prompts=prompts, prompt_ids=prompt_ids
+        )
         return images.checked() if complete else images
 
     def checked(self) -> "ContextImages":
@@ -271,6 +280,20 @@ class ContextImages:
             if count < MIN_IMAGES:
                 raise ValueError(f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed.")
         return self
+
+
+def _prompts(dataset: Dataset) -> tuple[list[str] | None, torch.Tensor | None]:
+    """The different prompts of a data set, and which of them each image has; of one without them, `None` twice."""
+    if "prompt" not in dataset.column_names:
+        return None, None
+    texts = dataset["prompt"]
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"the prompt of image {row} is {text!r}, which is no text: leave it empty, or write it as one.")
+    texts = [text or "" for text in texts]
+    prompts = sorted(set(texts))
+    number = {text: n for n, text in enumerate(prompts)}
+    return prompts, torch.tensor([number[text] for text in texts])
 
 
 def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
