@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .attached import Attached, Run
-from .bases.injection import PerThread
+from .bases.injection import Injection, PerThread
 from .bases.sites import check_moves
 from .calls import PipelineCall, running_call, unwatch, unwatch_steps, watch, watch_steps
 
@@ -200,12 +200,10 @@ class HeadsCall(PipelineCall):
     def __init__(
         self, heads: Heads, arguments: dict[str, Any], active: Mapping[Attached, "intervene"]
     ):
-        super().__init__(heads, heads.pipe, arguments)
+        told = [a.num_images for a in active.values() if a.num_images is not None]
+        super().__init__(heads, heads.pipe, arguments, told[0] if told else None)
         self.active = active
         self._runs: list[Run] | None = None
-        self.images = next(
-            (a.num_images for a in active.values() if a.num_images is not None), None
-        )
 
     def runs(self, device: torch.device) -> "list[Run]":
         """A run of each head, all begun where the first batch is known."""
@@ -291,39 +289,45 @@ class _Around:
             return
         sample = _sample(module, args, kwargs)
         rows = call.rows(sample)
-        for run in call.runs(sample[0].device):
-            run.attached.injections[self.name].set(run.entries(rows)[0])
+        for run, injection in self._acting(call, sample):
+            injection.set(run.entries(rows)[0])
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if (call := self._running()) is None or self.heads is None:
             return output
         sample = _sample(module, args, kwargs)
-        rows, runs = call.rows(sample), call.runs(sample[0].device)
+        rows, acting = call.rows(sample), self._acting(call, sample)
 
         def predict() -> Any:
             return _prediction(module(*args, **kwargs))
 
         self.heads.thread.inside = True
         try:
-            for run in runs:
-                self._verify(run.attached, predict)
+            for run, injection in acting:
+                self._verify(run.attached, injection, predict)
             predicted = found = _prediction(output)
-            for run in runs:
-                injection, (main, others) = run.attached.injections[self.name], run.entries(rows)
+            for run, injection in acting:
+                main, others = run.entries(rows)
                 for entries, weight in others:
                     injection.set(entries)
                     found = _led(found, predicted, predict(), weight, sample)
                 injection.set(main)
         finally:
             self.heads.thread.inside = False
-            for run in runs:
-                run.attached.injections[self.name].clear()
+            for _, injection in acting:
+                injection.clear()
         return output if found is predicted else _with_prediction(output, found)
 
-    def _verify(self, attached: Attached, predict: Callable[[], Any]) -> None:
+    def _acting(self, call: HeadsCall, sample: Any) -> list[tuple[Run, Injection]]:
+        """What acts on this denoiser; a head may have been detached since the call began."""
+        found = [
+            (run, run.attached.injections.get(self.name)) for run in call.runs(sample[0].device)
+        ]
+        return [(run, injection) for run, injection in found if injection is not None]
+
+    def _verify(self, attached: Attached, injection: Injection, predict: Callable[[], Any]) -> None:
         """Once for each head and denoiser: what enters must move the prediction."""
-        injection = attached.injections[self.name]
         cached = getattr(injection.denoiser, "is_cache_enabled", False)  # further calls count there
         if self.name not in attached.verified and not cached:
             check_moves(injection.denoiser, injection.sites, predict)

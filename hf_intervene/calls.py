@@ -35,14 +35,21 @@ class PipelineCall:
         watcher: whose call it is.
         pipe: the pipeline.
         arguments: of the call, by name.
+        images: how many images it makes, where the user says so; it is not counted then.
     """
 
-    def __init__(self, watcher: Watcher, pipe: DiffusionPipeline, arguments: dict[str, Any]):
+    def __init__(
+        self,
+        watcher: Watcher,
+        pipe: DiffusionPipeline,
+        arguments: dict[str, Any],
+        images: int | None = None,
+    ):
         self.watcher, self.pipe, self.arguments = watcher, pipe, arguments
-        self.images: int | None = None  # how many it makes, once that is known
+        self.images = images  # once that is known
         self._latents: torch.Tensor | None = None  # what `prepare_latents` made
         self._rows: dict[int, torch.Tensor] = {}
-        self._checked = False
+        self._checked = images is not None
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import attach, detach, intervene
+from hf_intervene.acting import denoisers
 
 
 def generator(seed=0):
@@ -119,6 +120,25 @@ def test_detached_inside_a_context():
         detach(pipe)
         assert torch.equal(generate(pipe), generate(pipelines.make("sd")))
     assert torch.equal(generate(pipe), generate(pipelines.make("sd")))
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_detached_in_the_middle_of_a_call(kind):
+    pipe = made(kind)
+    plain = generate(pipe, kind=kind)
+
+    def leave(pipe, step, t, kwargs):
+        if step == 0:
+            detach(pipe)
+        return kwargs
+
+    with intervene(pipe, "a", noise=NOISE):
+        a = generate(pipe, kind=kind)
+        half = generate(pipe, kind=kind, callback_on_step_end=leave)
+    assert (half - a).abs().max() > 1e-4 and (half - plain).abs().max() > 1e-4
+    assert torch.equal(generate(pipe, kind=kind), plain)
+    denoiser = next(iter(denoisers(pipe).values()))
+    assert not any(module._forward_hooks for module in denoiser.modules())
 
 
 def test_a_context_in_which_nothing_happens_says_so():
@@ -314,11 +334,9 @@ def test_calls_of_one_step_interrupted_calls_and_failed_calls_draw_anew():
     assert len(draws.z) == 6 and len(torch.cat(draws.z).unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
-def test_a_list_of_generators_without_guidance(seeds):
-    """DDIM without text has no guidance: as many images as rows, also where all begin with the same
-    noise."""
-    unet = diffusers.UNet2DModel(
+def pixels():
+    """A denoiser of pixels."""
+    return diffusers.UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 16),
         norm_num_groups=4,
@@ -327,7 +345,13 @@ def test_a_list_of_generators_without_guidance(seeds):
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     ).eval()
-    pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
+def test_a_list_of_generators_without_guidance(seeds):
+    """DDIM without text has no guidance: as many images as rows, also where all begin with the same
+    noise."""
+    pipe = diffusers.DDIMPipeline(pixels(), diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     attach(pipe, *pipelines.head_for(pipe))
     draws = Draws(pipe)
@@ -361,6 +385,28 @@ def test_rows_that_cannot_be_told_apart_are_refused():
     with pytest.raises(ValueError, match="makes 2 images and calls its denoiser with 3 rows"):
         with intervene(pipe, "a"):
             generate(pipe)
+
+
+def test_the_user_knows_better():
+    """A pipeline of one's own that steps both halves of its guidance, and says nothing of images."""
+    pipe = diffusers.DDIMPipeline(pixels(), diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    attach(pipe, *pipelines.head_for(pipe))
+    draws = Draws(pipe)
+    call = {"batch_size": 4, "num_inference_steps": 2}
+
+    def twice(module, args, kwargs):
+        return (torch.cat([args[0][:2], args[0][:2]]), *args[1:]), kwargs
+
+    pipe.unet.register_forward_pre_hook(twice, with_kwargs=True, prepend=True)
+    with intervene(pipe, [["a"], ["b"]], num_images=2):
+        pipe(**call)
+    assert draws.z[0].shape[0] == 2
+    with pytest.raises(
+        ValueError, match="the interventions are for 2 images, but this call makes 4"
+    ):
+        with intervene(pipe, [["a"], ["b"]]):
+            pipe(**call)
 
 
 def test_the_scheduler_has_the_last_word():
