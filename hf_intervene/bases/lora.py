@@ -35,14 +35,15 @@ def add_lora(model: ModelMixin, rank: int) -> None:
     """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
 
     Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none. Nor
-    do grouped convolutions: PEFT cannot merge what it adds to them.
+    do convolutions with groups, dilation or another padding than zeros: what PEFT adds to them cannot
+    be merged.
 
     Raises:
         ValueError: one sentence: there is no layer left to add any to.
     """
     kinds = (nn.Linear, nn.Conv2d)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    names = [n for n, m in layers.items() if m.weight.requires_grad and getattr(m, "groups", 1) == 1]
+    names = [name for name, m in layers.items() if m.weight.requires_grad and _is_plain(m)]
     if not names:
         raise ValueError(
             f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw it before adding LoRA (trainable(True))."
@@ -50,6 +51,12 @@ def add_lora(model: ModelMixin, rank: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
 
 def has_lora(model: nn.Module) -> bool:
