@@ -1,5 +1,7 @@
 """Images with prompts of their own: what a pipeline makes of each prompt is kept, and each image is trained with its own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import recorded
@@ -97,7 +99,7 @@ def test_training_with_prompts(captioned, tmp_path, tiny):
     settings |= {"dataset": str(captioned), "base": str(tmp_path / "pipe"), "regime": "frozen", "max_steps": 4}
     arguments = TrainArguments(**settings, prompt_dropout=0.5, validation_fraction=0.25)
     data, _ = load_data(arguments)
-    base = build_model(arguments, data).base
+    base = build_model(replace(arguments, output_dir=str(tmp_path / "other")), data).base
     own = [PipelineBase.from_pipeline(pipe, prompt).adapter.recorded.constants for prompt in data.prompts]
     for number, constants in enumerate(own):
         for index, value in base.prompts[number].items():

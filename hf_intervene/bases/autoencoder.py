@@ -270,7 +270,14 @@ def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tupl
 
 
 # By name: an older diffusers does not have them all.
-_CLASSES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", "AutoencoderKLFlux2")
+_CLASSES: tuple[str, ...] = (
+    "AutoencoderKL",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "VQModel",
+    "AutoencoderKLFlux2",
+)
 _CLASSES += ("AutoencoderKLHunyuanImage", "AutoencoderKLKVAE", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderRAE")
 for _class in (getattr(diffusers, name, None) for name in _CLASSES):
     if _class is not None:

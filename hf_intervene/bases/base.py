@@ -225,7 +225,8 @@ def model_class_named(name: str | None) -> type[ModelMixin]:
     Raises:
         ValueError: there is none. Nothing is imported by name, so a checkpoint cannot choose what code runs.
     """
-    known = [*_REGISTRY, *filter(_is_model, (getattr(diffusers, str(name), None),)), *_imported(ModelMixin)]
+    of_diffusers: Any = getattr(diffusers, str(name), None)
+    known: list[type[ModelMixin]] = [*_REGISTRY, *([of_diffusers] if _is_model(of_diffusers) else []), *_imported(ModelMixin)]
     for model_class in known:
         if model_class.__name__ == name:
             return model_class

@@ -369,8 +369,8 @@ class _Fit:
         if one is None or isinstance(one, (bool, int, str, float)):
             if any(value != one for value in (*ones, *twos, *probes)):
                 if isinstance(one, float):
-                    values = [[torch.tensor(value) for value in of_run] for of_run in (ones, twos)]
-                    return self.tensor(path, *values, torch.tensor(one), inner)
+                    of_one, of_two = ([torch.tensor(value) for value in of_run] for of_run in (ones, twos))
+                    return self.tensor(path, of_one, of_two, torch.tensor(one), inner)
                 self.refuse(f"the argument {path!r}", "changes from step to step or with the number of images")
             return {"value": one}
         self.refuse(f"the argument {path!r}", f"is a {type(one).__name__}, which cannot be kept")
@@ -600,8 +600,9 @@ def _filled(template: Any, rows: torch.Tensor) -> Any:
     return rows.view(len(rows), *template.shape[1:]).to(template)
 
 
-def _at(key: Any, *values: list[Any]) -> list[list[Any]]:
-    return [[value[key] for value in of_run] for of_run in values]
+def _at(key: Any, ones: list[Any], twos: list[Any], probes: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    first, second, third = ([value[key] for value in of_run] for of_run in (ones, twos, probes))
+    return first, second, third
 
 
 def _copied(value: Any) -> Any:

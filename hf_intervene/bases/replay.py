@@ -34,6 +34,8 @@ class Placement(nn.Module):
         scales, shifts: the different values of scale and shift. `None`: they are kept one by one, as a buffer.
     """
 
+    index: torch.Tensor
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -45,7 +47,7 @@ class Placement(nn.Module):
         super().__init__()
         self.shape, self.entries, self.size = tuple(shape), entries, math.prod(shape)
         self._columns: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
-        self.config = {
+        self.config: dict[str, Any] = {
             "shape": list(shape),
             "entries": entries,
             "indexed": indexed,
