@@ -18,12 +18,23 @@ from .pretrained import bundled
 
 if TYPE_CHECKING:
     from .attaching import attach, detach, intervene
-    from .bases import Base, DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE, load_base, register_base, wrap_base
+    from .bases import (
+        Base,
+        DiffusionAdapter,
+        DiffusionBase,
+        LatentAdapter,
+        LightVAE,
+        PipelineBase,
+        load_base,
+        register_base,
+        wrap_base,
+    )
     from .configuration_intervention import InterventionConfig
     from .contexts import OBS, Quantile, context_name, parse_interventions
     from .model import InterventionModel, InterventionModelOutput
     from .modeling_intervention import InterventionHead, InterventionHeadOutput
     from .pipeline import InterventionPipeline
+    from .pipeline_support import Support, support
 
 __version__ = "0.1.0"
 
@@ -40,7 +51,9 @@ __all__ = [
     "InterventionPipeline",
     "LatentAdapter",
     "LightVAE",
+    "PipelineBase",
     "Quantile",
+    "Support",
     "attach",
     "bundled",
     "context_name",
@@ -49,10 +62,12 @@ __all__ = [
     "load_base",
     "parse_interventions",
     "register_base",
+    "support",
     "wrap_base",
 ]
 
 _DEFINED_IN = ("attaching", "bases", "configuration_intervention", "contexts", "model", "modeling_intervention", "pipeline")
+_DEFINED_IN += ("pipeline_support",)
 
 
 @contextmanager

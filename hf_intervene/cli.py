@@ -59,6 +59,9 @@ HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what
   hf-intervene check my-images --resolution 64
   hf-intervene check my-data --image-column picture --context-column group --split test
   hf-intervene check quad --json > report.json""",
+    "support": """
+  hf-intervene support black-forest-labs/FLUX.1-schnell
+  hf-intervene support path/to/pipeline --size 512 --json""",
     "card": """
   hf-intervene card outputs/demo/pipeline --metrics outputs/demo
   hf-intervene card outputs/mine/model --license apache-2.0 --push user/name""",
@@ -191,6 +194,19 @@ def concepts(arguments: argparse.Namespace) -> int:
     from .contexts import OBS
 
     return _print(arguments, {"concepts": names, "contexts": [OBS, *names]}, "\n".join(names))
+
+
+def support(arguments: argparse.Namespace) -> int:
+    """Print where a head enters a pipeline of diffusers, how its denoiser is called, and what that keeps."""
+    from dataclasses import asdict
+
+    from .bases.pretrained import load_pipeline
+    from .pipeline_support import support as found_support
+
+    disable_progress_bars()
+    pipe = load_pipeline(arguments.pipeline, f"the pipeline {arguments.pipeline!r}")
+    found = found_support(pipe, arguments.prompt, arguments.size)
+    return _print(arguments, asdict(found), found)
 
 
 def card(arguments: argparse.Namespace) -> int:
@@ -345,6 +361,11 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument("--resolution", type=whole(1, 2**14), default=32, help="images are cropped and resized to this (default 32)")
     command.add_argument("--images", type=whole(1), default=2000, help="images of a context that are tested, at most (default 2000)")
     command.add_argument("--seed", type=seed, default=0, help="of the test's split (default 0)")
+
+    command = add("support", support, "print how a head enters a pipeline of diffusers, and what it keeps", json=True)
+    command.add_argument("pipeline", help="folder or Hub name of a pipeline of diffusers")
+    command.add_argument("--prompt", default="", help="the prompt to record it with (default: the empty one)")
+    command.add_argument("--size", type=int, help="side of the images in pixels (default: the pipeline's own)")
 
     command = add("card", card, "write a saved model's card and its pictures, and push it to the Hub", json=True)
     command.add_argument("model", type=_path, help="folder of a saved model or pipeline")

@@ -67,6 +67,18 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
     return path
 
 
+def subfolder(path: Path, name: str | None, of: object) -> Path:
+    """A folder of a saved model inside a folder of `folder`; `None`: that folder itself.
+
+    Raises:
+        OSError: one sentence: there is none, or its name leads out.
+    """
+    found = path / (name or "")
+    if os.path.isabs(name or "") or ".." in Path(name or "").parts or not found.is_dir():
+        raise OSError(f"{of} has no sub-folder {name!r}: give the name of one that is in it.")
+    return found
+
+
 def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike) -> None:
     """Weights have the hash they were uploaded with: the cache names them by it, but nobody compared when they came in."""
     weights = [file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")]

@@ -32,9 +32,15 @@ from .image_files import flat_image
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
 from .push import push_to_hub
-from .sampling_arguments import check_batch_size, check_images, check_noise, check_options
+from .sampling_arguments import (
+    check_batch_size,
+    check_composition,
+    check_images,
+    check_noise,
+    check_options,
+)
 from .saving import from_pretrained, save_pretrained
-from .values import Values, model_values
+from .values import Values, each_alone, model_values
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
@@ -93,6 +99,8 @@ class InterventionModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     _loaded_from: Path | None = None  # the folder, if it was loaded
+    # Where it computes, if that is not where its weights are (offloading).
+    execution_device: torch.device | None = None
 
     def __init__(self, config: InterventionConfig, base: ModelMixin | Base, head: InterventionHead | None = None):
         super().__init__(config)
@@ -156,6 +164,11 @@ class InterventionModel(PreTrainedModel):
         return cls(config, base)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return super().device if self.execution_device is None else self.execution_device
+
+    @property
     def concepts(self) -> tuple[str, ...]:
         """Names of the d concepts, in block order."""
         return tuple(self.config.concepts)
@@ -204,9 +217,12 @@ class InterventionModel(PreTrainedModel):
         **denoising: Any,
     ) -> torch.Tensor:
         """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D); of p(x | z, s, rho) with residual
-        noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of `DiffusionBase.decode`."""
+        noise rho (B, *residual_shape), which a denoiser needs; further arguments are those of
+        `DiffusionBase.decode`, and `compose` (see `sample`)."""
         embedding = self.embed(z, targets, values)
-        if denoising.get("guidance_scale", 1.0) != 1.0:
+        if denoising.pop("compose", "head") == "scores":
+            denoising["alone"] = [self.embed(z, *one) for one in each_alone(targets, values)]
+        if denoising.get("guidance_scale", 1.0) != 1.0 or denoising.get("alone"):
             denoising["observational"] = self.embed(z, torch.zeros_like(targets))
         decode: Callable[..., torch.Tensor] = self.base.decode  # of some families with residual noise and more
         return decode(embedding) if residual is None else decode(embedding, residual, **denoising)
@@ -254,7 +270,8 @@ class InterventionModel(PreTrainedModel):
             residual_noise: standard normal draws for theirs, or the noise that a denoiser is to tell from the image,
                 (B, *residual_shape); `None` draws them.
             time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
-            prepared: for a denoiser, what its `prepare` made of the images.
+            prepared: for a denoiser, what its `prepare` made of the images; of a recorded pipeline (`PipelineBase`) also
+                `prompts`, the number of each image's prompt, (B,) int64, if they have their own.
             return_reconstruction: whether to return the reconstructed images; not for a denoiser.
         """
         found = None if pixel_values is None else tuple(pixel_values.shape)
@@ -283,7 +300,8 @@ class InterventionModel(PreTrainedModel):
         decoded: Any = None
         if self.base.denoises:
             time = torch.rand(len(targets), device=targets.device) if time is None else time
-            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time)  # (B,)
+            text = {name: value for name, value in prepared.items() if name == "prompts"}  # (B,), where images have their own
+            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time, **text)  # (B,)
         else:
             decoded = self.base.decode(embedding)  # (B, C, H, W)
             reconstruction_loss = self.base.reconstruction_loss(decoded, x)  # (B,)
@@ -328,6 +346,7 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
+        compose: str = "head",
     ) -> Images:
         """Sample images from p(x | s), z from the prior.
 
@@ -346,6 +365,10 @@ class InterventionModel(PreTrainedModel):
             guidance_scale: for a denoiser: above 1, further away from what it makes of the same noise without interventions.
             reference_context: the context that reference images in `interventions` came from, or one for each sample: observational
                 unless said otherwise.
+            compose: how several concepts are put together. `"head"`: the head is given all of them at
+                once. `"scores"`, of a denoiser: its prediction is o + w sum_k (p_k - o), where p_k is
+                that under concept k alone, o that under nothing and w the `guidance_scale` (Liu et al.,
+                arXiv:2206.01714); it is right for concepts that are independent of each other.
 
         Raises:
             ValueError: one sentence: noise of another shape, guidance with no interventions or no denoiser.
@@ -369,10 +392,11 @@ class InterventionModel(PreTrainedModel):
             else:
                 residual_noise = check_noise("residual_noise", residual_noise, shape[1:], len(targets))
             residual = residual_scale * residual_noise.to(self.device)
-        options = {}
+        options: dict[str, Any] = {}
         if self.base.denoises:
             options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generator}
-        self._check_guidance(guidance_scale, targets)
+            options["compose"] = compose
+        self._check_guidance(guidance_scale, targets, compose)
         return self._decoded_images(noise, targets, values, output_type, batch_size, residual, **options)
 
     @torch.no_grad()
@@ -393,6 +417,7 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
+        compose: str = "head",
     ) -> Images:
         """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of its residual latents too, where the
         base has them; of a denoiser the noise x_T that leads to the image), the targets are replaced.
@@ -404,15 +429,16 @@ class InterventionModel(PreTrainedModel):
             output_type: see `sample`.
             batch_size: images processed at once; `None`: `images_at_once`.
             num_inference_steps: of a denoiser, each way.
-            guidance_scale, reference_context: see `sample`.
+            guidance_scale, reference_context, compose: see `sample`.
         """
         check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
         pixel_values = self.preprocess(images)
         before = self.targets(context, len(pixel_values))
         after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
-        self._check_guidance(guidance_scale, after[0])  # before the long part
+        self._check_guidance(guidance_scale, after[0], compose)  # before the long part
         noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
-        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale)
+        denoising = num_inference_steps, guidance_scale, compose
+        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
 
     @torch.no_grad()
     def predict(
@@ -425,6 +451,7 @@ class InterventionModel(PreTrainedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         reference_context: Interventions = None,
+        compose: str = "head",
     ) -> Images:
         """The last step of `edit`: images of what `abduct` returned, under other interventions. Arguments as there."""
         check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
@@ -432,8 +459,9 @@ class InterventionModel(PreTrainedModel):
         if self.base.residual_shape is not None:
             residual = check_noise("residual", residual, self.base.residual_shape, len(noise))
         after = self._chosen(interventions, len(noise), reference_context, batch_size)
-        self._check_guidance(guidance_scale, after[0])
-        return self._predict(noise, residual, after, output_type, batch_size, num_inference_steps, guidance_scale)
+        self._check_guidance(guidance_scale, after[0], compose)
+        denoising = num_inference_steps, guidance_scale, compose
+        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
 
     def _predict(
         self,
@@ -444,13 +472,21 @@ class InterventionModel(PreTrainedModel):
         batch_size: int | None,
         num_inference_steps: int,
         guidance_scale: float,
+        compose: str,
     ) -> Images:
         options: dict[str, Any] = {}
         if self.base.denoises:
             options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "along_path": True}
+            options["compose"] = compose
         return self._decoded_images(noise, *after, output_type, batch_size, residual, **options)
 
-    def _check_guidance(self, guidance_scale: float, targets: torch.Tensor) -> None:
+    def _check_guidance(self, guidance_scale: float, targets: torch.Tensor, compose: str) -> None:
+        check_composition(compose)
+        if compose != "head" and not self.base.denoises:
+            raise ValueError(
+                f"compose={compose!r} is for denoisers; a {type(self.base.model).__name__} has no "
+                "scores: leave it out."
+            )
         if guidance_scale == 1.0:
             return
         if not self.base.denoises:

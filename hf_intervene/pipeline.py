@@ -70,6 +70,9 @@ class InterventionPipeline(DiffusionPipeline):
     adapter: ModelMixin | None
 
     _optional_components = ["adapter", *DiffusionBase.companion_names]
+    # Head and adapter stay on the device: they are small, and not only their `forward` is called.
+    _exclude_from_cpu_offload = ["head", "adapter"]
+    model_cpu_offload_seq = "image_encoder->base->vae"
 
     def __init__(
         self,
@@ -83,8 +86,9 @@ class InterventionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         companions = {"scheduler": scheduler, "vae": vae, "image_encoder": image_encoder, "image_processor": image_processor}
-        _model(base, head, adapter, companions)  # raises unless they fit
+        made = _model(base, head, adapter, companions)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter, **companions)
+        self._made = made, self._parts()
 
     push_to_hub = push_to_hub
 
@@ -136,9 +140,62 @@ class InterventionPipeline(DiffusionPipeline):
     @property
     def model(self) -> InterventionModel:
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
-        return _model(
-            self.base, self.head, self.adapter, {name: getattr(self, name) for name in DiffusionBase.companion_names}
-        ).eval()
+        made, parts = self._made
+        if any(part is not before for part, before in zip(self._parts(), parts)):  # replaced
+            if isinstance(made.base, DiffusionBase):
+                made.base.injection.remove()
+            companions = {name: getattr(self, name) for name in DiffusionBase.companion_names}
+            made = _model(self.base, self.head, self.adapter, companions)
+            self._made = made, self._parts()
+        offloaded = any(hasattr(part, "_hf_hook") for part in self.components.values())
+        offloaded = offloaded or self._maybe_raise_error_if_group_offload_active(raise_error=False)
+        made.execution_device = self._execution_device if offloaded else None
+        return made.eval()
+
+    def _parts(self) -> tuple[Any, ...]:
+        """What `model` is made of."""
+        return tuple(getattr(self, name) for name in ("base", "head", *self._optional_components))
+
+    @classmethod
+    def from_pipe(
+        cls, pipeline: "InterventionPipeline", torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> "InterventionPipeline":
+        """A new pipeline of the parts of another one; they are shared, not copied.
+
+        Args:
+            pipeline: the other pipeline.
+            torch_dtype: precision to cast the shared parts to; `None`: as they are.
+            **kwargs: parts to use instead, such as `scheduler`.
+
+        Raises:
+            TypeError: one sentence: it is a pipeline of another kind.
+        """
+        if not isinstance(pipeline, InterventionPipeline):
+            raise TypeError(
+                f"from_pipe needs an InterventionPipeline, not a {type(pipeline).__name__}: attach() "
+                "puts a head on one."
+            )
+        made = cls(**pipeline.components | kwargs)
+        return made if torch_dtype is None else made.to(torch_dtype)
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """As in diffusers; head and adapter stay on the device, and so does a base that is no
+        denoiser. Not only their `forward` is called, which is what brings an offloaded model back."""
+        if not self._made[0].base.denoises:
+            self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, "base"]
+            self.model_cpu_offload_seq = "image_encoder->vae"
+        super().enable_model_cpu_offload(gpu_id, device)
+
+    def enable_group_offload(
+        self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """As in diffusers; head and adapter stay on the device."""
+        others = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        kept = list(type(self)._exclude_from_cpu_offload)
+        kept += [] if self._made[0].base.denoises else ["base"]
+        super().enable_group_offload(*args, exclude_modules=[*others, *kept], **kwargs)
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -160,6 +217,7 @@ class InterventionPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         return_dict: bool = True,
         reference_context: Interventions = None,
+        compose: str = "head",
     ) -> ImagePipelineOutput:
         """Sample images; see `InterventionModel.sample`.
 
@@ -177,6 +235,7 @@ class InterventionPipeline(DiffusionPipeline):
             batch_size: images at once; `None`: 256 of up to 64x64 pixels, and fewer of larger ones.
             return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the annotation says.
             reference_context: the context that reference images came from: observational unless said otherwise.
+            compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept changes.
         """
         images = self.model.sample(
             interventions,
@@ -190,7 +249,9 @@ class InterventionPipeline(DiffusionPipeline):
             num_inference_steps,
             guidance_scale,
             reference_context,
+            compose,
         )
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -205,11 +266,21 @@ class InterventionPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         return_dict: bool = True,
         reference_context: Interventions = None,
+        compose: str = "head",
     ) -> ImagePipelineOutput:
         """Edit images: keep their exogenous noise, replace the interventions, chosen values among them; see `InterventionModel.edit`."""
         edited = self.model.edit(
-            images, interventions, context, output_type, batch_size, num_inference_steps, guidance_scale, reference_context
+            images,
+            interventions,
+            context,
+            output_type,
+            batch_size,
+            num_inference_steps,
+            guidance_scale,
+            reference_context,
+            compose,
         )
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
 
 
@@ -276,7 +347,7 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
 
 
 def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:
-    family, name = base_family(base), type(base).__name__
+    family, name = base_family(base, getattr(adapter, "config", None)), type(base).__name__
     if not isinstance(head, InterventionHead):
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
     if family.adapter_class is None and adapter is not None:

@@ -7,6 +7,7 @@ import torch
 
 
 OUTPUT_TYPES = ("pt", "np", "pil")
+COMPOSITIONS = ("head", "scores")  # how several concepts are put together
 
 
 def check_options(generator: Any, rows: int, batch_size: Any, output_type: Any, **numbers: Any) -> None:
@@ -29,6 +30,13 @@ def check_options(generator: Any, rows: int, batch_size: Any, output_type: Any, 
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, not {_short(value)}.")
+
+
+def check_composition(compose: Any) -> None:
+    """Raise a ValueError unless it is one of `COMPOSITIONS`."""
+    if compose not in COMPOSITIONS:
+        known = ", ".join(COMPOSITIONS)
+        raise ValueError(f"compose must be one of {known}, not {_short(compose)}.")
 
 
 def check_batch_size(batch_size: Any) -> None:

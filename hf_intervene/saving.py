@@ -17,6 +17,7 @@ from .bases.loading import (
     check_reference,
     is_referenced,
     load_companions,
+    load_model_config,
     load_part,
     load_saved_base,
     remove_weights,
@@ -98,6 +99,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     base_token: str | bool = False,
+    subfolder: str | None = None,
     **kwargs: Any,
 ) -> "InterventionModel":
     """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not saved with it, from its own place.
@@ -111,6 +113,7 @@ def from_pretrained(
         variant: the variant to read of what was saved here, such as `"fp16"`; a base elsewhere has its own in `base_reference`.
         base_token: token for a private base elsewhere, whose repository the model's configuration names and not you; `True`: that of
             `hf auth login`. Your token is sent there only if you say so.
+        subfolder: of the folder or repository, where the model is.
         **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
 
     Raises:
@@ -122,15 +125,21 @@ def from_pretrained(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
     options = hub.pop_options(kwargs)
-    path = hub.folder(name, **options)
+    if "output_loading_info" in kwargs:
+        raise TypeError(
+            "InterventionModel.from_pretrained takes no output_loading_info: what does not fit is an "
+            "error here."
+        )
+    path = hub.subfolder(hub.folder(name, **options), subfolder, name)
     logger.info("loading the model %s from %s", name, path)
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()
+    saved_adapter = load_model_config(path / ADAPTER_FOLDER)
     if base is None:
         model = load_saved_base(name, path, config, dtype, variant, options | {"base_token": base_token})
-        family = base_family(model)
+        family = base_family(model, saved_adapter)
     else:
-        model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base))
+        model, family = (base.model, type(base)) if isinstance(base, Base) else (base, base_family(base, saved_adapter))
         if has_lora(model):
             raise ValueError("the base that was passed carries LoRA layers of another head: pass a fresh copy of it.")
         if not has_base:

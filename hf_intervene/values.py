@@ -41,6 +41,24 @@ class Values(NamedTuple):
         return [Values(*parts) for parts in zip(self.values.split(size), self.chosen.split(size))]
 
 
+def each_alone(
+    targets: torch.Tensor, values: Values | None
+) -> list[tuple[torch.Tensor, Values | None]]:
+    """Targets and chosen values with one concept at a time, for each that any row is intervened on.
+
+    Args:
+        targets: (B, D).
+        values: of the same rows.
+    """
+    alone: list[tuple[torch.Tensor, Values | None]] = []
+    for k in (targets != 0).any(0).nonzero().flatten().tolist():
+        only = torch.zeros_like(targets)
+        only[:, k] = targets[:, k]
+        chosen = None if values is None else Values(values.values, values.chosen & (only != 0))
+        alone.append((only, chosen))
+    return alone
+
+
 @torch.no_grad()
 def learnt_range(head: InterventionHead, concept: str, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
     """Draws of c_j under its own intervention, (draws, concept_width), float32, ordered along their leading principal component."""
@@ -164,4 +182,4 @@ def _pixel_values(model: "InterventionModel", name: str, image: Any) -> torch.Te
         raise ValueError(f"the reference image of {name!r}: {error}") from error
 
 
-__all__ = ["influence", "learnt_range", "quantile_value"]
+__all__ = ["each_alone", "influence", "learnt_range", "quantile_value"]

@@ -136,14 +136,23 @@ def test_the_pipeline_generates_what_the_model_does(interventions, tmp_path):
 def test_guidance_is_led_away_from_the_observational_pass(tmp_path):
     pipe, model = pipeline("ddim", tmp_path)
     attach(pipe, model)
-    unet, noise = pipe.unet, torch.randn(2, 3, 4, generator=generator())
-    x = torch.randn(2, 3, 16, 16, generator=generator())
+    noise, found = torch.randn(2, 3, 4, generator=generator()), []
+    step = pipe.scheduler.step
+
+    def keep(prediction, *args, **options):
+        found.append(prediction)
+        return step(prediction, *args, **options)
+
+    pipe.scheduler.step = keep
 
     def predict(interventions, **options):
-        with intervene(pipe, interventions, noise=noise, **options), torch.no_grad():
-            return unet(x, 300).sample
+        found.clear()
+        with intervene(pipe, interventions, noise=noise, **options):
+            images(pipe)
+        return found[0]
 
     obs, plain, guided = predict("obs"), predict("a"), predict("a", guidance_scale=2.5)
+    assert (plain - obs).abs().max() > 1e-3
     torch.testing.assert_close(guided, obs + 2.5 * (plain - obs), rtol=1e-4, atol=1e-4)
 
 
@@ -326,7 +335,7 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         intervene(pipe, "obs", guidance_scale=2.0)
     with pytest.raises(ValueError, match="noise must have shape"):
         intervene(pipe, "a", noise=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="interventions for 3 images were given, but the pipeline makes 4 in a batch"):
+    with pytest.raises(ValueError, match="the interventions are for 3 images, but this call makes 2"):
         with intervene(pipe, [["a"], ["b"], "obs"]):
             images(pipe)
     intervene(pipe, "a")

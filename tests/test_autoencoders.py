@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
@@ -28,6 +29,8 @@ DC_BLOCKS = {
         "qkv_multiscales": ((), (), ()),
     }.items()
 }
+VIDEO = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+VIDEO |= {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 1.1, 2.0]}
 FAMILIES = {
     "kl": lambda: AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, shift_factor=0.1, **KL_BLOCKS),
     "asymmetric": lambda: AsymmetricAutoencoderKL(
@@ -41,6 +44,32 @@ FAMILIES = {
     ),
     "vq": lambda: VQModel(block_out_channels=(8, 16), latent_channels=3, num_vq_embeddings=16, **KL_BLOCKS),
     "dc": lambda: AutoencoderDC(latent_channels=4, scaling_factor=0.4, **DC_BLOCKS),
+    "flux2": lambda: diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, **KL_BLOCKS
+    ),
+    "hunyuan-image": lambda: diffusers.AutoencoderKLHunyuanImage(
+        3, 3, 4, block_out_channels=(32, 32), layers_per_block=1, spatial_compression_ratio=2, sample_size=16
+    ),
+    "kvae": lambda: diffusers.AutoencoderKLKVAE(
+        channels=64, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1), sample_size=16
+    ),
+    "qwen-image": lambda: diffusers.AutoencoderKLQwenImage(**VIDEO),
+    "wan": lambda: diffusers.AutoencoderKLWan(**VIDEO),
+    "rae": lambda: diffusers.AutoencoderRAE(
+        encoder_hidden_size=64,  # it has a head for each 64
+        encoder_patch_size=4,
+        encoder_num_hidden_layers=1,
+        decoder_hidden_size=8,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=8,
+        patch_size=4,
+        encoder_input_size=16,
+        noise_tau=0.5,
+        scaling_factor=0.5,
+        latents_mean=torch.full((1, 64, 4, 4), 0.1).tolist(),
+        latents_std=torch.full((1, 64, 4, 4), 2.0).tolist(),
+    ),
 }
 
 
@@ -103,6 +132,28 @@ def test_scale_and_shift_are_those_of_the_model(tmp_path):
     e = torch.randn(2, *base.embedding_shape)
     expected = vae.decode(base.adapter.network.decoder(e) / vae.config.scaling_factor + 0.1).sample
     torch.testing.assert_close(base.decode(e), expected)
+
+
+def test_a_video_autoencoder_gets_an_image_as_one_frame(tmp_path):
+    """With the statistics of its channels, as the pipelines of Qwen-Image and Wan scale their latents."""
+    vae = saved("wan", tmp_path).eval()
+    base = wrap_base(vae, sample_size=16)
+    x = torch.rand(2, 3, 16, 16)
+    mean, deviation = (torch.tensor(VIDEO[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+    frame = vae.encode((2 * x - 1)[:, :, None]).latent_dist.mean[:, :, 0]
+    torch.testing.assert_close(base._latent_posterior(x)[0], (frame - mean) / deviation)
+    torch.testing.assert_close(base.decode_latents((frame - mean) / deviation), vae.decode(frame[:, :, None]).sample[:, :, 0])
+
+
+def test_a_representation_autoencoder_has_its_own_range_and_scale(tmp_path):
+    """AutoencoderRAE takes and returns pixels in [0, 1] and scales its latents itself, without the noise of its training."""
+    rae = saved("rae", tmp_path)
+    base = wrap_base(rae, sample_size=16).train()
+    x = torch.rand(2, 3, 16, 16)
+    latents = rae.eval().encode(x).latent
+    base.train()
+    torch.testing.assert_close(base._latent_posterior(x)[0], latents)
+    torch.testing.assert_close(base.to_pixels(base.decode_latents(latents)), rae.decode(latents).sample.clamp(0, 1))
 
 
 def test_a_frozen_base_is_not_saved_but_known_by_its_hash(pretrained, tmp_path):

@@ -108,6 +108,13 @@ class TrainArguments:
         default=None, metadata={"help": "Denoiser: folder or Hub name of the frozen vision model to read z from."}
     )
     num_tokens: int = field(default=4, metadata={"help": "Denoiser with cross-attention: tokens of the embedding."})
+    prompt: str = field(
+        default="",
+        metadata={"help": "Pipeline with a text: the prompt of images without one of their own (column `prompt` or `text`)."},
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the images that are trained with `prompt` instead of their own."}
+    )
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Denoiser: bound of the weights by signal to noise."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the base."})
     residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})
@@ -214,7 +221,7 @@ class TrainArguments:
                 f"compile_mode {self.compile_mode} replays CUDA graphs, whose gradients do not last from one micro-batch to the next: leave "
                 "gradient_accumulation_steps at 1, or choose the compile_mode default."
             )
-        for name in ("beta_warmup", "final_learning_rate"):
+        for name in ("beta_warmup", "final_learning_rate", "prompt_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
         for name in (

@@ -82,7 +82,7 @@ class Feed:
     ):
         self.objective, self.data, self.prepared, self.schedule = objective, data, prepared, schedule
         self.seed, self.batch_size = arguments.seed, arguments.batch_size
-        self.accumulation = arguments.gradient_accumulation_steps
+        self.accumulation, self.prompt_dropout = arguments.gradient_accumulation_steps, arguments.prompt_dropout
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.micro_batch = self.batch_size // self.world // self.accumulation  # images
         self.targets = data.targets(objective.model.config.free_blocks).to(self.device)  # (contexts, D)
@@ -125,7 +125,11 @@ class Feed:
         host = {"indices": indices, "ids": self.data.context_ids[indices]}
         host |= {name: shard(value, self.rank, self.world) for name, value in draws.items()}
         if self.prepared is not None:
-            host |= {f"prepared.{name}": value for name, value in self.prepared[rows].items()}
+            prepared = self.prepared[rows]
+            if "prompts" in prepared and self.prompt_dropout:
+                kept = shard(torch.rand(self.batch_size, generator=generator), self.rank, self.world) >= self.prompt_dropout
+                prepared["prompts"] = prepared["prompts"].where(kept, -1)  # the one that the pipeline was recorded with
+            host |= {f"prepared.{name}": value for name, value in prepared.items()}
         elif self.at_hand:
             host["rows"] = rows
         else:

@@ -47,6 +47,7 @@ class PreparedImages:
         accelerator.wait_for_everyone()
         remedy = "do not change the folder of a run; go on with --resume auto"
         self._arrays = {file.stem: open_array(file, remedy) for file in folder.glob("*.npy")}
+        self._prompt_ids = images.prompt_ids if getattr(base, "prompts", None) is not None else None
 
     @staticmethod
     def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
@@ -66,14 +67,15 @@ class PreparedImages:
             array.flush()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prepared images of an index (n,), on the CPU.
+        """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs, if they are trained with them.
 
         Raises:
             OSError: one sentence: a file was cut meanwhile.
         """
         for _, file in self._arrays.values():
             file.check()
-        return {name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()}
+        found = {name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()}
+        return found if self._prompt_ids is None else found | {"prompts": self._prompt_ids[rows]}
 
 
 def _read_key(folder: Path) -> dict | None:

@@ -141,7 +141,17 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
+        options |= {"prompt": a.prompt, "prompts": data.prompts, "prompt_folder": Path(a.output_dir, "prepared", "prompts")}
         base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+    if a.base == "light-vae" and a.prompt:
+        raise ValueError("prompt is for a pipeline with a text (--base): leave it out.")
+    prompts = getattr(base, "prompts", None)
+    if data.prompts is not None and prompts is None:
+        logger.warning("the prompts of the images are not used: this base takes no text.")
+    if a.gradient_checkpointing and prompts is not None and len(prompts.shapes) > 1:
+        raise ValueError(
+            "gradient_checkpointing does not go with prompts whose embeddings are of different lengths: leave one of them out."
+        )
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
     ablation = None if a.ablation == "none" else a.ablation

@@ -4,7 +4,8 @@ from .autoencoder import AutoencoderBase, LatentAdapter
 from .base import Base, register_base, wrap_base
 from .diffusion import DiffusionAdapter, DiffusionBase
 from .light_vae import LightVAE, LightVAEBase
-from .loading import load_base
+from .pipelines import PipelineBase
+from .pretrained import load_base
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LatentAdapter",
     "LightVAE",
     "LightVAEBase",
+    "PipelineBase",
     "load_base",
     "register_base",
     "wrap_base",

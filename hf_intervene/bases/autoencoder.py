@@ -1,4 +1,6 @@
-"""Spatial autoencoders of diffusers under a head: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel.
+"""Spatial autoencoders of diffusers under a head: AutoencoderKL and its kin, AutoencoderTiny, AutoencoderDC, VQModel, AutoencoderRAE.
+
+Those of videos (AutoencoderKLWan, AutoencoderKLQwenImage) get each image as a video of one frame.
 
     pixels (B, C, S, S) --model.encode--> latents (B, c, h, h) --adapter--> features (B, feature_width)
     embedding (B, embedding_width, 1, 1) --adapter--> latents (B, c, h, h) --model.decode--> sample (B, C, S, S) in [-1, 1]
@@ -17,9 +19,11 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AsymmetricAutoencoderKL, VQModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -65,11 +69,6 @@ class LatentAdapter(ModelMixin, ConfigMixin):
             self.residual_log_variance = nn.Parameter(torch.tensor(2 * math.log(0.1)))  # of a pixel given the residual too
 
 
-@register_base(AutoencoderKL)
-@register_base(AsymmetricAutoencoderKL)
-@register_base(AutoencoderTiny)
-@register_base(AutoencoderDC)
-@register_base(VQModel)
 class AutoencoderBase(Base):
     """An autoencoder under a head, with an adapter between them (see the module docstring).
 
@@ -144,16 +143,16 @@ class AutoencoderBase(Base):
         return self.adapter.network.decoder(embedding.to(self.adapter.dtype))
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        scale, shift = scale_and_shift(self.model)
+        scale, shift = scale_and_shift(self.model, latents)
         latents = (latents / scale + shift).to(self.model.dtype)
         with self._lean():
-            return self.model.decode(latents).sample
+            return images_of(self.model, latents)
 
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's dtype."""
         with self._lean():
             mean, std = latents_of(self.model, (2 * pixel_values - 1).to(self.model.dtype))
-        scale, shift = scale_and_shift(self.model)
+        scale, shift = scale_and_shift(self.model, mean)
         mean = (mean - shift) * scale
         std = torch.full_like(mean, _DEQUANTISATION) if std is None else std * scale
         return mean.to(self.adapter.dtype), std.to(self.adapter.dtype)
@@ -181,12 +180,22 @@ class AutoencoderBase(Base):
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [*self.model.encoder.modules(), *self.adapter.network.encoder.modules()]
 
+    def train(self, mode: bool = True) -> "AutoencoderBase":
+        super().train(mode)
+        if has_unit_pixels(self.model):
+            self.model.training = False  # AutoencoderRAE itself, not its layers: in training it draws noise for its latents
+        return self
+
     def freeze_unused(self) -> None:
         self.adapter.network.quant.requires_grad_(False)
         if isinstance(self.model, VQModel):
             self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
+        if has_unit_pixels(self.model):
+            for name, parameter in self.model.encoder.named_parameters():
+                if name.endswith("mask_token"):  # for the training of the vision model itself
+                    parameter.requires_grad_(False)
 
 
 def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.Size:
@@ -209,7 +218,7 @@ def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple
         model = model_class(**arguments)
         try:
             latents, _ = latents_of(model, torch.empty(1, *image_shape))
-            returned = model.decode(latents).sample.shape
+            returned = images_of(model, latents).shape
         except RuntimeError as error:
             raise ValueError(f"{advice}.") from error
     if tuple(returned[2:]) != image_shape[1:]:
@@ -219,11 +228,57 @@ def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple
 
 def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1]; `None` for models without one."""
-    output = model.encode(sample)
+    sample = sample / 2 + 0.5 if has_unit_pixels(model) else sample
+    output = model.encode(sample.unsqueeze(2) if has_frames(model) else sample)
     if "latent_dist" in output:
-        return output.latent_dist.mean, output.latent_dist.std
-    return output.latents if "latents" in output else output.latent, None
+        return _one_frame(model, output.latent_dist.mean), _one_frame(model, output.latent_dist.std)
+    return _one_frame(model, output.latents if "latents" in output else output.latent), None
 
 
-def scale_and_shift(model: ModelMixin) -> tuple[float, float]:
+def images_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h)."""
+    sample = _one_frame(model, model.decode(latents.unsqueeze(2) if has_frames(model) else latents).sample)
+    return 2 * sample - 1 if has_unit_pixels(model) else sample
+
+
+def has_frames(model: ModelMixin) -> bool:
+    """Whether a model is for videos, (B, C, frames, S, S): it has convolutions in three dimensions."""
+    return any(isinstance(module, nn.Conv3d) for module in model.modules())
+
+
+def has_unit_pixels(model: ModelMixin) -> bool:
+    """Whether the pixels of a model are in [0, 1], not in [-1, 1]: of AutoencoderRAE, whose encoder is a vision model's."""
+    return type(model).__name__ == "AutoencoderRAE"
+
+
+def _one_frame(model: ModelMixin, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.squeeze(2) if has_frames(model) else tensor
+
+
+def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tuple[Any, Any]:
+    """Scale and shift by which latents (B, c, h, h) are scaled to variance 1: (latents - shift) * scale.
+
+    Two numbers, or, for a model with statistics of each channel, two tensors (c, 1, 1) in the type and on the device of `like`.
+    """
+    if has_unit_pixels(model):
+        return 1.0, 0.0  # AutoencoderRAE scales its latents itself
+    mean, std = model.config.get("latents_mean"), model.config.get("latents_std")
+    if like is not None and isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
+        shift, deviation = (torch.tensor(v, dtype=like.dtype, device=like.device)[:, None, None] for v in (mean, std))
+        return 1 / deviation, shift
     return model.config.get("scaling_factor") or 1.0, model.config.get("shift_factor") or 0.0
+
+
+# By name: an older diffusers does not have them all.
+_CLASSES: tuple[str, ...] = (
+    "AutoencoderKL",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "VQModel",
+    "AutoencoderKLFlux2",
+)
+_CLASSES += ("AutoencoderKLHunyuanImage", "AutoencoderKLKVAE", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderRAE")
+for _class in (getattr(diffusers, name, None) for name in _CLASSES):
+    if _class is not None:
+        register_base(_class)(AutoencoderBase)

@@ -11,10 +11,11 @@ A third party adds a family without touching this package:
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -99,8 +100,11 @@ class Base(nn.Module):
         """Features (B, feature_width) of prepared images."""
         raise NotImplementedError
 
-    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1)."""
+    def denoising_loss(
+        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+    ) -> torch.Tensor:
+        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1).
+        `text`: of a family whose images have prompts of their own."""
         raise NotImplementedError
 
     # Of any base
@@ -128,6 +132,7 @@ class Base(nn.Module):
 
 
 _REGISTRY: dict[type[ModelMixin], type[Base]] = {}
+_RECORDED: list[type[Base]] = []  # the family of those whose adapter has a recording, once it is imported
 
 
 def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[Base]]:
@@ -153,15 +158,24 @@ def wrap_base(model: ModelMixin | Base, **options: Any) -> Base:
     return model if isinstance(model, Base) else base_family(model)(model, **options)
 
 
-def base_family(model: ModelMixin) -> type[Base]:
-    """The family registered for a model's class. Raises as `wrap_base`."""
+def base_family(model: ModelMixin, adapter: Mapping[str, Any] | None = None) -> type[Base]:
+    """The family of a model: that of recorded pipelines if the configuration of its adapter has a recording, otherwise the one
+    registered for its class. Raises as `wrap_base`."""
+    if adapter is not None and adapter.get("recording") is not None:
+        return _RECORDED[0]
     for model_class in type(model).__mro__:
         if model_class in _REGISTRY:
             return _REGISTRY[model_class]
     raise TypeError(
-        f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. "
-        "Register another one with hf_intervene.bases.register_base."
+        f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. For the denoiser of a pipeline "
+        "use PipelineBase.from_pipeline(pipe); register another class with hf_intervene.bases.register_base."
     )
+
+
+def register_recorded(base_class: type[Base]) -> type[Base]:
+    """Class decorator: the decorated `Base` is the family of models whose adapter has a recording."""
+    _RECORDED[:] = [base_class]
+    return base_class
 
 
 def plain(value: Any) -> Any:
@@ -205,15 +219,37 @@ def running_hash(model: nn.Module) -> str:
 
 
 def model_class_named(name: str | None) -> type[ModelMixin]:
-    """The registered model class of a name, as stored in a saved base's `_class_name`.
+    """The model class of a name, as stored in a saved model's `_class_name`: a registered one, one of diffusers, or one that has
+    been imported already.
 
     Raises:
-        ValueError: no registered class has that name. Nothing is imported by name, so a checkpoint cannot choose what code runs.
+        ValueError: there is none. Nothing is imported by name, so a checkpoint cannot choose what code runs.
     """
-    for model_class in _REGISTRY:
+    of_diffusers: Any = getattr(diffusers, str(name), None)
+    known: list[type[ModelMixin]] = [*_REGISTRY, *([of_diffusers] if _is_model(of_diffusers) else []), *_imported(ModelMixin)]
+    for model_class in known:
         if model_class.__name__ == name:
             return model_class
-    raise ValueError(f"the base is a {name!r}, which is not registered; the supported classes are {_names()}.")
+    raise ValueError(
+        f"the base is a {name!r}, which is not registered and no model of diffusers: import its class first; the registered classes "
+        f"are {_names()}."
+    )
+
+
+def registered_family(name: str | None) -> type[Base] | None:
+    """The family registered for the class of a name, if there is one."""
+    return next((family for model_class, family in _REGISTRY.items() if model_class.__name__ == name), None)
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, ModelMixin)
+
+
+def _imported(model_class: type[ModelMixin]) -> Iterator[type[ModelMixin]]:
+    """The sub-classes of a class that there are in this process."""
+    for found in model_class.__subclasses__():
+        yield found
+        yield from _imported(found)
 
 
 def _names() -> str:

@@ -23,19 +23,46 @@ Predict = Callable[
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
 
 
+# Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
+# denoiser predicts by the configuration's `prediction_type`.
+DIFFUSION_SCHEDULERS = (
+    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMInverseScheduler", "DDIMScheduler"),
+    *("DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
+    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"),
+    *("UnCLIPScheduler", "UniPCMultistepScheduler"),
+)
+# Of a flow, always.
+FLOW_SCHEDULERS = (
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
+)
+
+
 def prediction_type(scheduler: SchedulerMixin) -> str:
     """What the denoiser of a scheduler predicts: one of `PREDICTIONS`.
 
     Raises:
-        ValueError: something else.
+        ValueError: one sentence: a scheduler whose noise is not known, or another prediction.
     """
-    config = scheduler.config
-    if _is_flow_match(scheduler) or config.get("prediction_type") == "flow_prediction":
+    names = {class_.__name__ for class_ in type(scheduler).__mro__}  # of a sub-class too
+    if names & set(FLOW_SCHEDULERS):
         return "flow"
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if not names & set(DIFFUSION_SCHEDULERS) or config.get("timestep_type") == "continuous":
+        continuous = bool(names & set(DIFFUSION_SCHEDULERS))
+        why = "has continuous times" if continuous else "has a noise that is not known here"
+        raise ValueError(
+            f"a {kind} {why}: use one that is in the documentation's list, such as a "
+            "DDIMScheduler or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
+        )
     found = config.get("prediction_type", "epsilon")
+    if found == "flow_prediction":
+        return "flow"
     if found not in PREDICTIONS:
         raise ValueError(
-            f"a {type(scheduler).__name__} whose denoiser predicts {found!r} is not supported; the supported ones are "
+            f"a {kind} whose denoiser predicts {found!r} is not supported; the supported ones are "
             f"{', '.join(PREDICTIONS)} (flow: a flow-matching scheduler)."
         )
     return found
@@ -65,7 +92,10 @@ def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
     if prediction_type(scheduler) != "flow":
-        return DDPMScheduler.from_config(scheduler.config)
+        made = DDPMScheduler.from_config(scheduler.config)
+        # Some schedulers shift or rescale the noise of their configuration.
+        made.alphas_cumprod = scheduler.alphas_cumprod.clone()
+        return made
     if not _is_flow_match(scheduler):
         # A solver that takes flows too: its sigmas are those of other kinds until it samples.
         steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")
@@ -140,7 +170,7 @@ def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tu
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
         return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
-    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
+    alphas = training_scheduler(scheduler).alphas_cumprod.double()
     last = len(alphas)
     timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
     return [(torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps]

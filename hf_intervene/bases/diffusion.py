@@ -35,8 +35,10 @@ from .denoising import (
     training_scheduler,
 )
 from .encoders import VisionEncoder
-from .injection import Injection, Projections, Sites, find_sites
+from .injection import Injection, Projections
 from .light_vae import convolutional_encoder
+from .replay import Recording
+from .sites import Sites, find_sites
 
 
 logger = get_logger(__name__)
@@ -54,6 +56,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         feature_width: width of the features.
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
         prediction_type: what the denoiser predicts (see `denoising.py`).
+        recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that the package calls itself.
     """
 
     @register_to_config
@@ -68,6 +71,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         text_shape: tuple[int, ...] | None = None,
         pooled_width: int | None = None,
         prediction_type: str = "epsilon",
+        recording: dict | None = None,
     ):
         super().__init__()
         self.projections = Projections(Sites(**sites), embedding_shape, map_size)
@@ -81,6 +85,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
             self.register_buffer("text", torch.zeros(1, *text_shape))
         if pooled_width is not None:
             self.register_buffer("pooled_text", torch.zeros(1, pooled_width))
+        if recording is not None:
+            self.recorded = Recording(recording)  # `recording` is the entry of the configuration
 
 
 @register_base(UNet2DModel)
@@ -131,16 +137,9 @@ class DiffusionBase(Base):
     ):
         super().__init__(model)
         name = type(model).__name__
-        if scheduler is None:
-            raise ValueError(f"a head on a {name} needs the scheduler that it was trained with: pass scheduler=.")
-        if not isinstance(scheduler, SchedulerMixin):
-            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         _check_supported(model)
-        self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
-        self._training_scheduler = training_scheduler(scheduler)
-        self.vae = None if vae is None else vae.requires_grad_(False).eval()
-        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
-
+        assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
         if vae is None:
@@ -160,12 +159,36 @@ class DiffusionBase(Base):
                 )
         if adapter is None:
             adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
-        check_sites(find_sites(model), adapter, name)
-        check_prediction(scheduler, adapter.config.prediction_type, "this head")
+        self._enter_by(adapter)
+
+    def _take_parts(
+        self,
+        scheduler: SchedulerMixin | None,
+        vae: ModelMixin | None,
+        image_encoder: PreTrainedModel | None,
+        image_processor: BaseImageProcessor | None,
+        min_snr_gamma: float | None,
+    ) -> None:
+        """What is needed beside the denoiser."""
+        if scheduler is None:
+            raise ValueError(
+                f"a head on a {type(self.model).__name__} needs the scheduler that it was trained with: pass scheduler=."
+            )
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
+        self._training_scheduler = training_scheduler(scheduler)
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
+
+    def _enter_by(self, adapter: DiffusionAdapter) -> None:
+        """Put the hooks of an adapter's embedding on the denoiser."""
+        check_sites(find_sites(self.model), adapter, type(self.model).__name__)
+        check_prediction(self.scheduler, adapter.config.prediction_type, "this head")
         self.adapter = adapter
         self.feature_width = adapter.config.feature_width
         self.embedding_shape = tuple(adapter.config.embedding_shape)
-        self.injection = Injection(model)
+        self.injection = Injection(self.model)
         self.injection.install()
 
     def _new_adapter(
@@ -223,16 +246,20 @@ class DiffusionBase(Base):
 
     # Denoising
 
-    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ()."""
+    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ().
+        `text`: of a family whose images have prompts of their own (see `PipelineBase`)."""
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
             self.injection.install()
         self.injection.set(entries)
         try:
-            output = self._call(x.to(self.model.dtype), timesteps)
+            return self._predicted(x, timesteps, **text)
         finally:
             self.injection.clear(torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False))
+
+    def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        output = self._call(x.to(self.model.dtype), timesteps)
         return output[:, : x.shape[1]].float()  # without the variance, where the denoiser has learnt one
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -248,10 +275,13 @@ class DiffusionBase(Base):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
 
-    def denoising_loss(self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and time."""
+    def denoising_loss(
+        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+    ) -> torch.Tensor:
+        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and
+        time, `denoise` for `text`."""
         noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
-        prediction = self.denoise(noisy, timesteps, embedding)
+        prediction = self.denoise(noisy, timesteps, embedding, **text)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
     def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from
@@ -263,6 +293,7 @@ class DiffusionBase(Base):
         num_inference_steps: int = 50,
         generator: torch.Generator | None = None,
         along_path: bool = False,
+        alone: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """Images (B, C, S, S) in [-1, 1] generated under embeddings (B, *embedding_shape) from noise x_T (B, *residual_shape).
 
@@ -272,10 +303,16 @@ class DiffusionBase(Base):
             guidance_scale: w of the prediction o + w (p - o), where o is that under `observational`; 1: no guidance.
             num_inference_steps: of the scheduler.
             generator: for schedulers that draw noise as they go.
+            alone: embeddings of the same noise z under one concept each: the prediction is then
+                o + w sum_k (p_k - o).
             along_path: whether to follow the deterministic path, the one that `residual_noise` inverts, instead of the scheduler.
         """
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            if observational is not None and alone:
+                plain = self.denoise(x, t, observational)
+                changes = [self.denoise(x, t, one) - plain for one in alone]
+                return plain + guidance_scale * torch.stack(changes).sum(0)
             guided = self.denoise(x, t, embedding)
             if observational is None or guidance_scale == 1.0:
                 return guided

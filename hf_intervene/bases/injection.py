@@ -2,8 +2,8 @@
 
     embedding (B, *embedding_shape) --Projections--> Entries --Injection's hooks--> the denoiser's own activations
 
-- a vector, added to the time embedding that all its blocks read: UNet2DModel, DiTTransformer2DModel, SD3Transformer2DModel,
-  FluxTransformer2DModel;
+- a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any
+  denoiser);
 - a map, added to the output of the middle block: UNet2DModel;
 - tokens, which every cross-attention layer attends to beside its own, with keys and values of their own: UNet2DConditionModel
   (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but by hooks: whatever attention processor, LoRA or adapter the
@@ -19,67 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-
-DENOISERS = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel)
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where an embedding enters a denoiser.
-
-    Args:
-        vectors: names of the modules whose output, (B, vector_width), it is added to.
-        vector_width: width of that output; 0: there are none.
-        map: name of the module whose output, (B, C, h, w), a map is added to, if there is one.
-        map_channels: C.
-        tokens: names of the cross-attention layers that attend to its tokens.
-        token_widths: inner width of each of them.
-        cross_width: width of the tokens that they attend to already, such as a text's.
-    """
-
-    vectors: tuple[str, ...] = ()
-    vector_width: int = 0
-    map: str | None = None
-    map_channels: int = 0
-    tokens: tuple[str, ...] = ()
-    token_widths: tuple[int, ...] = ()
-    cross_width: int = 0
-
-
-def find_sites(denoiser: nn.Module) -> Sites:
-    """The sites of a denoiser of a known class.
-
-    Raises:
-        TypeError, ValueError: one sentence: an unknown class, or no cross-attention where it is needed.
-    """
-    if isinstance(denoiser, UNet2DModel):
-        middle = denoiser.config.block_out_channels[-1] if denoiser.mid_block is not None else 0
-        width = denoiser.time_embedding.linear_2.out_features
-        return Sites(("time_embedding",), width, "mid_block" if middle else None, middle)
-    if isinstance(denoiser, UNet2DConditionModel):
-        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, Attention) and name.endswith("attn2")}
-        layers = {name: m for name, m in layers.items() if m.is_cross_attention}
-        if not layers:
-            raise ValueError("this UNet2DConditionModel has no cross-attention for an embedding to enter by.")
-        widths = tuple(m.inner_dim for m in layers.values())
-        return Sites(tokens=tuple(layers), token_widths=widths, cross_width=next(iter(layers.values())).cross_attention_dim)
-    if isinstance(denoiser, DiTTransformer2DModel):
-        names = tuple(f"transformer_blocks.{i}.norm1.emb" for i in range(len(denoiser.transformer_blocks)))
-        return Sites(names, denoiser.inner_dim)
-    if isinstance(denoiser, (SD3Transformer2DModel, FluxTransformer2DModel)):
-        return Sites(("time_text_embed",), denoiser.inner_dim)
-    known = ", ".join(c.__name__ for c in DENOISERS)
-    raise TypeError(f"a {type(denoiser).__name__} is not a denoiser that a head can enter; the supported ones are {known}.")
+from .lora_layers import LoraLayers
+from .sites import Sites, find_sites, spread
 
 
 @dataclass(frozen=True)
@@ -159,10 +103,14 @@ class Injection:
     Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation, LoRA, attention processors) goes on
     working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up. What a thread sets enters in its own
     calls of the denoiser and in no other's.
+
+    Args:
+        denoiser: the denoiser.
+        lora: LoRA layers that act where entries enter, and nowhere else.
     """
 
-    def __init__(self, denoiser: nn.Module):
-        self.denoiser, self.sites = denoiser, find_sites(denoiser)
+    def __init__(self, denoiser: nn.Module, lora: LoraLayers | None = None):
+        self.denoiser, self.sites, self.lora = denoiser, find_sites(denoiser), lora
         self._reset()
 
     def _reset(self) -> None:
@@ -176,6 +124,7 @@ class Injection:
         # A copied denoiser carries copies of the hooks, which must not go on acting for what was set before.
         copied = memo[id(self)] = object.__new__(Injection)
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
+        copied.lora = self.lora
         copied._reset()
         copied._handles = copy.deepcopy(self._handles, memo)  # of the copied hooks, which `install` takes away
         return copied
@@ -185,7 +134,11 @@ class Injection:
 
         Loading or unloading LoRA exchanges modules, hence the look at each time.
         """
-        plan: list[tuple[str, str, Callable]] = [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
+        plan: list[tuple[str, str, Callable]] = []
+        if self.lora is not None:  # first: the other hooks see what LoRA makes of a layer's output
+            hooks = {name: self._lora_hook(name, self.lora) for name in self.lora.names}
+            plan += [(name, "register_forward_hook", hook) for name, hook in hooks.items()]
+        plan += [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
         if self.sites.map is not None:
             plan += [(self.sites.map, "register_forward_hook", self._add_map)]
         for name, layer in zip(self.sites.tokens, self.layers):
@@ -228,15 +181,23 @@ class Injection:
             self._left = self._call.entries
         self._call.entries = None
 
+    def _lora_hook(self, name: str, lora: LoraLayers) -> Callable:
+        def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return output if self.entries is None else lora.add(name, module, args[0], output)
+
+        return add
+
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
-        return output if entries is None or entries.vector is None else output + entries.vector.to(output.dtype)
+        if entries is None or entries.vector is None:
+            return output
+        return output + spread(entries.vector, output)
 
     def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
         if entries is None or entries.map is None:
             return output
-        entered = entries.map.to(output.dtype)
+        entered = entries.map.to(output)
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered
@@ -269,7 +230,7 @@ class _CrossAttention:
         if entries is None or not entries.keys or query is None or self.attention is None:
             return None
         heads, tokens = self.attention.heads, (entries.keys[self.number], entries.values[self.number])
-        q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
+        q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
         if self.attention.norm_q is not None:
             q = self.attention.norm_q(q)
         branch = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width)

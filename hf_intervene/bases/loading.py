@@ -14,17 +14,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from `transformers`, older ones want torchvision
-from transformers.models.clip import CLIPTextModel
 
 from .. import hub
 from ..checks import check_fit, check_loaded
 from ..configuration_intervention import InterventionConfig
 from ..logging import get_logger
-from .autoencoder import AutoencoderBase
-from .base import Base, base_family, model_class_named, running_hash, weight_hash
-from .diffusion import DiffusionBase
+from .base import Base, model_class_named, running_hash, weight_hash
 from .limits import check_finite, read_part
 
 
@@ -42,7 +39,7 @@ def load_model_config(folder: Path) -> dict | None:
     return found if "_class_name" in found else None
 
 
-def _files(subfolder: str | None = None, variant: str | None = None) -> list[str]:
+def model_files(subfolder: str | None = None, variant: str | None = None) -> list[str]:
     """Patterns of the files of a saved diffusers model in a repository."""
     weights, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
     files = ["config.json", f"{weights}{dotted}.safetensors", f"{weights}{dotted}-*-of-*.safetensors"]
@@ -54,92 +51,7 @@ def base_folder(
     name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options: Any
 ) -> Path:
     """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
-    return hub.folder(name_or_path, _files(subfolder, variant), **options) / (subfolder or "")
-
-
-def load_base(
-    name_or_path: str | os.PathLike,
-    sample_size: int | None,
-    subfolder: str | None = None,
-    residual_layers: int = 0,
-    image_encoder: str | os.PathLike | None = None,
-    **options: Any,
-) -> Base:
-    """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for images of `sample_size` pixels.
-
-    Args:
-        name_or_path: folder or repository of a model, or of a diffusers pipeline, whose denoiser, scheduler and autoencoder are taken.
-        sample_size: side of the images in pixels; `None`: the model's own.
-        subfolder: the model's sub-folder there.
-        residual_layers: of an autoencoder: couplings of the prior of residual latents; 0: none.
-        image_encoder: of a denoiser: folder or repository of the vision model that z is read from; `None`: a new convolutional network.
-        **options: further ones of `DiffusionBase`, for a denoiser.
-
-    Raises:
-        OSError, ValueError: one sentence: nothing there, truncated weights, a class that is not registered, another image size, a class
-            without residual latents.
-    """
-    what = f"{str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}"
-    files = _files(subfolder)
-    if subfolder is None:  # perhaps a pipeline
-        files += ["model_index.json", "scheduler/*.json", "text_encoder/*.json", "text_encoder/model*.safetensors", "tokenizer/*"]
-        files += [file for part in ("unet", "transformer", "vae") for file in _files(part)]
-    try:
-        path = hub.folder(name_or_path, files) / (subfolder or "")
-    except OSError as error:
-        raise OSError(f"there is no pretrained base {what}: {error}") from error
-    is_pipeline = (path / "model_index.json").exists()
-    if is_pipeline:
-        denoiser = next((part for part in ("unet", "transformer") if (path / part / "config.json").exists()), None)
-        if denoiser is None:
-            raise ValueError(
-                f"the pipeline {what} has no denoiser (unet or transformer): give one of its models with a sub-folder."
-            )
-        options = _pipeline_parts(path, what) | options
-        path = path / denoiser
-    config = load_model_config(path)
-    if config is None:
-        raise FileNotFoundError(f"there is no pretrained base {what}: give a folder saved by diffusers, or a Hub name.")
-    model = load_part(model_class_named(config["_class_name"]), path, f"the base {what}")
-    family = base_family(model)
-    base: Base
-    if issubclass(family, AutoencoderBase):
-        base = family(model, sample_size=sample_size, residual_layers=residual_layers)
-    elif residual_layers:
-        raise ValueError(f"a {type(model).__name__} has no residual latents: leave residual_layers at 0.")
-    elif issubclass(family, DiffusionBase):
-        if not is_pipeline:
-            raise ValueError(f"the base {what} is a denoiser without its scheduler: give the folder of its pipeline instead.")
-        if image_encoder is not None:
-            options |= load_vision(image_encoder)
-        base = family(model, sample_size=sample_size, **options)
-    else:
-        base = family(model)
-    if image_encoder is not None and not base.denoises:
-        raise ValueError(f"a {type(model).__name__} has an encoder of its own: leave image_encoder out.")
-    if sample_size is not None and base.image_shape[-1] != sample_size:
-        raise ValueError(
-            f"the base {name_or_path} is for images of {base.image_shape[-1]} pixels, not {sample_size}: give it images of its size."
-        )
-    return base
-
-
-def _pipeline_parts(path: Path, what: str) -> dict[str, Any]:
-    """Scheduler, autoencoder and embedding of the empty prompt of a pipeline's folder, as far as it has them."""
-    parts: dict[str, Any] = {"scheduler": load_scheduler(path / "scheduler", f"the pipeline {what}")}
-    if (path / "vae" / "config.json").exists():
-        saved = load_model_config(path / "vae") or {}
-        parts["vae"] = load_part(model_class_named(saved.get("_class_name", "")), path / "vae", f"the vae of {what}")
-    if (path / "text_encoder" / "config.json").exists() and not (path / "text_encoder_2").exists():
-        config = read_part(path / "text_encoder" / "config.json")
-        if config.get("model_type") == "clip_text_model":  # Stable Diffusion 1 and 2
-            encoder = _load_transformers(CLIPTextModel, path / "text_encoder", f"the text encoder of {what}").eval()
-            tokenizer = _load_transformers(AutoTokenizer, path / "tokenizer", f"the tokenizer of {what}", weights=False)
-            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids
-            with torch.no_grad():
-                parts["text"] = encoder(tokens).last_hidden_state
-    return parts
+    return hub.folder(name_or_path, model_files(subfolder, variant), **options) / (subfolder or "")
 
 
 def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
@@ -158,7 +70,7 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     try:
         return found.from_pretrained(folder)
     except Exception as error:  # whatever it says to values that it was not made for
-        raise ValueError(f"{file} is no configuration of a {name}: {_one_line(error)}") from error
+        raise ValueError(f"{file} is no configuration of a {name}: {one_line(error)}") from error
 
 
 def load_vision(
@@ -177,7 +89,7 @@ def load_vision(
     """
     path = hub.folder(name_or_path, VISION_FILES, **options)
     try:
-        model, report = _load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True)
+        model, report = load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True)
         missing = sorted(report["missing_keys"])
         if missing and all(name.startswith("pooler.") for name in missing):
             model.pooler = None  # saved without, as part of a classifier: it would be drawn anew in every load
@@ -200,7 +112,7 @@ def load_processor(folder: Path) -> Any:
         OSError, ValueError: one sentence.
     """
     check_processor(folder)
-    return _load_transformers(AutoImageProcessor, folder, "the image processor", weights=False)
+    return load_transformers(AutoImageProcessor, folder, "the image processor", weights=False)
 
 
 def check_processor(folder: Path) -> None:
@@ -214,7 +126,7 @@ def check_processor(folder: Path) -> None:
             read_part(folder / name)
 
 
-def _load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **options: Any) -> Any:
+def load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **options: Any) -> Any:
     """Something of transformers from a folder; no code that came with it is run, whatever its configuration asks for.
 
     Raises:
@@ -226,7 +138,7 @@ def _load_transformers(auto: Any, path: Path, what: str, weights: bool = True, *
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # whatever it says to values that it was not made for
-        raise ValueError(f"{what} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"{what} cannot be loaded: {one_line(error)}") from error
 
 
 def check_transformers(model_class: Any, path: Path, what: str) -> None:
@@ -246,7 +158,7 @@ def check_transformers(model_class: Any, path: Path, what: str) -> None:
     check_fit(build, files, what)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -413,7 +325,8 @@ def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str
         OSError, ValueError: one sentence.
     """
     check_part(model_class, path, what, variant)
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True, "variant": variant}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+    options["low_cpu_mem_usage"] = bool(getattr(model_class, "_keep_in_fp32_modules", None))  # which diffusers wants it for
     model = check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
     check_finite(model, what)
     return model

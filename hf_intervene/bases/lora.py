@@ -28,19 +28,22 @@ _OTHERWISE: tuple[str, ...] = (
     "lora_bias",
 )
 _OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
-_PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
+PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 
 
 def add_lora(model: ModelMixin, rank: int) -> None:
     """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
 
-    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none.
+    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none. Nor
+    do convolutions with groups, dilation or another padding than zeros: what PEFT adds to them cannot
+    be merged.
 
     Raises:
         ValueError: one sentence: there is no layer left to add any to.
     """
     kinds = (nn.Linear, nn.Conv2d)
-    names = [name for name, m in model.named_modules() if isinstance(m, kinds) and m.weight.requires_grad]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    names = [name for name, m in layers.items() if m.weight.requires_grad and _is_plain(m)]
     if not names:
         raise ValueError(
             f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw it before adding LoRA (trainable(True))."
@@ -48,6 +51,12 @@ def add_lora(model: ModelMixin, rank: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -62,7 +71,7 @@ def lora_rank(model: ModelMixin) -> int:
 def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     """Save the LoRA layers alone; `peft.PeftModel.from_pretrained(model, folder)` reads them."""
     os.makedirs(folder, exist_ok=True)
-    weights = {_PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    weights = {PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
     save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(folder)
 
@@ -73,19 +82,24 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     Raises:
         OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the model is left as it was.
     """
+    config, saved = read_lora(folder, what)
+    try:
+        model.peft_config = PeftModel.from_pretrained(model, folder, config=config).peft_config
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} does not fit the base: {' '.join(str(error).split())[:300]}") from error
+    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(PREFIX) for name in saved}
+    if missing:  # PEFT only warns
+        raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
+
+
+def read_lora(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of saved LoRA layers. Errors as of `load_lora`."""
     check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
         saved = load_peft_weights(str(folder), device="cpu")  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
-    config = _saved_config(folder, saved, what)
-    try:
-        model.peft_config = PeftModel.from_pretrained(model, folder, config=config).peft_config
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} does not fit the base: {' '.join(str(error).split())[:300]}") from error
-    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(_PREFIX) for name in saved}
-    if missing:  # PEFT only warns
-        raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
+    return _saved_config(folder, saved, what), saved
 
 
 def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> LoraConfig:

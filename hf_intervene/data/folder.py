@@ -14,6 +14,7 @@ from ..image_files import READABLE, printable
 
 
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")  # names of no context
+PROMPT_COLUMNS = ("prompt", "text")  # in this order
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def load_contexts(
         context_column: name of its context column.
 
     Returns:
-        A data set with the columns `image` and `context`; `ContextImages.from_dataset` checks and decodes it.
+        A data set with the columns `image` and `context`, and `prompt` if it has a column `prompt` or `text`;
+        `ContextImages.from_dataset` checks and decodes it.
 
     Raises:
         OSError (FileNotFoundError, ...), ValueError: one sentence: no such folder, no images in it, no such column or split.
@@ -72,8 +74,12 @@ def load_contexts(
                 f"{source} has no column {column!r} to take the {name} from; its columns are {', '.join(dataset.column_names)}: "
                 f"give {name}_column."
             )
-    dataset = dataset.select_columns([image_column, context_column])
-    return dataset.rename_columns({a: b for a, b in ((image_column, "image"), (context_column, "context")) if a != b})
+    names = {image_column: "image", context_column: "context"}
+    prompt_column = next((name for name in PROMPT_COLUMNS if name in dataset.column_names and name not in names), None)
+    if prompt_column is not None:
+        names[prompt_column] = "prompt"
+    dataset = dataset.select_columns(list(names))
+    return dataset.rename_columns({a: b for a, b in names.items() if a != b})
 
 
 def from_hub(source: str | os.PathLike, split: str) -> Dataset:

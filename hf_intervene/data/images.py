@@ -35,6 +35,8 @@ class ContextImages:
         marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
         file: that of `stored`, if somebody may cut it meanwhile (see `mapped.py`): each reading of images looks at it, and raises an
             OSError of one sentence.
+        prompts: the different prompts of the images; `None`: they have none.
+        prompt_ids: which of them is that of each image, int64, (N,).
     """
 
     stored: torch.Tensor
@@ -45,6 +47,8 @@ class ContextImages:
     mapped: bool = False
     marks: torch.Tensor | None = None
     file: MappedFile | None = None
+    prompts: list[str] | None = None
+    prompt_ids: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -79,6 +83,8 @@ class ContextImages:
 
     def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
+        if self.prompt_ids is not None:
+            changes["prompt_ids"] = self.prompt_ids[index]
         return replace(self, rows=rows if self.rows is None else self.rows[rows], **changes)
 
     def subset(self, index: torch.Tensor) -> "ContextImages":
@@ -202,7 +208,7 @@ class ContextImages:
 
         Args:
             dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
-                list of concept names, or a class label.
+                list of concept names, or a class label; `prompt`, if there is one, the text of each image.
             concepts: the concepts; `None`: all that the contexts name, in alphabetical order. Images whose context names others are
                 left out.
             resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
@@ -269,7 +275,11 @@ class ContextImages:
         else:
             pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir)
         ids = torch.tensor([contexts.index(name) for name in names])
-        images = cls(pixels, ids, contexts, concepts, mapped=cache_dir is not None, marks=marks, file=file)
+        prompts, prompt_ids = _prompts(dataset)
+        mapped = cache_dir is not None
+        images = cls(
+            pixels, ids, contexts, concepts, mapped=mapped, marks=marks, file=file, prompts=prompts, prompt_ids=prompt_ids
+        )
         images.warn_of_copies()
         return images.checked() if complete else images
 
@@ -306,6 +316,20 @@ class ContextImages:
             if count < MIN_IMAGES:
                 raise ValueError(f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed.")
         return self
+
+
+def _prompts(dataset: Dataset) -> tuple[list[str] | None, torch.Tensor | None]:
+    """The different prompts of a data set, and which of them each image has; of one without them, `None` twice."""
+    if "prompt" not in dataset.column_names:
+        return None, None
+    texts = dataset["prompt"]
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"the prompt of image {row} is {text!r}, which is no text: leave it empty, or write it as one.")
+    texts = [text or "" for text in texts]
+    prompts = sorted(set(texts))
+    number = {text: n for n, text in enumerate(prompts)}
+    return prompts, torch.tensor([number[text] for text in texts])
 
 
 def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
