@@ -358,10 +358,12 @@ def _check_supported(model: ModelMixin) -> None:
     config, name = model.config, type(model).__name__
     if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None:
         raise ValueError(f"this {name} is conditioned on classes, which is not supported: take an unconditional one.")
-    if isinstance(model, UNet2DConditionModel) and (config.addition_embed_type or config.class_embed_type):
+    wants = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
+    more = next((key for key in wants if config.get(key)), None)
+    if isinstance(model, UNet2DConditionModel) and more is not None:
         raise ValueError(
-            f"this {name} wants more than text ({config.addition_embed_type or config.class_embed_type}), which cannot be trained here: "
-            "attach a head to its pipeline instead, or take one like Stable Diffusion 1's."
+            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes: give "
+            "the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
         )
 
 
