@@ -30,7 +30,7 @@ from .flow import ConceptFlow
 from .hub import check_weights, folder, pop_options
 from .mechanisms import ExogenousLayer, ExpressiveLayers, places
 from .posterior import PosteriorLinear, Whitening, gaussian_kl, has_row, mixture, row_of
-from .structural import OrderedInterventionLayer, InterventionLayer, LowRankInterventionLayer
+from .structural import InterventionLayer, LowRankInterventionLayer, OrderedInterventionLayer
 
 
 @dataclass
