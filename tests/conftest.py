@@ -39,6 +39,7 @@ TINY = {
     "flow_width": 8,
     "batch_size": 16,
     "max_steps": 8,
+    "prior_steps": 4,
     "eval_every": 4,
     "warmup_steps": 3,
     "log_every": 2,

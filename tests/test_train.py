@@ -36,6 +36,13 @@ def weights(folder):
     }
 
 
+def assert_about_the_same(a, b):
+    """Up to rounding. W of flows starts at 0; what hears next to nothing has next to no gradient, which Adam makes a step of."""
+    flows = {key for key in a if key.startswith(("flow.", "intervention."))}
+    assert_same(*({k: x[k] for k in x.keys() - flows} for x in (a, b)), rtol=1e-2, atol=2e-4)
+    assert_same(*({k: x[k] for k in flows} for x in (a, b)), rtol=1e-2, atol=4e-3)
+
+
 # train.py, which fails where DDP is still there when the group of processes is ended.
 ENDS_IN_ORDER = """
 import gc, sys
@@ -112,16 +119,16 @@ def test_accumulation_does_not_change_the_result(tiny, tmp_path, options):
     # No norm in the base: a bias before a norm has no gradient but rounding, which Adam blows up to whole steps. So it does
     # with some gradients of new flows, under the full weight of context prediction.
     # And the group lasso pulls on the weights among their concepts, which start at 0, by the direction of next to nothing.
-    settings = tiny | options | {"base_norm": "none", "context_prediction": 1.0}
+    settings = tiny | options | {"base_norm": "none", "context_prediction": 1.0, "free_invariance": 1.0}
     run(settings)
     run(settings, output_dir=str(tmp_path / "b"), gradient_accumulation_steps=4)
-    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"), rtol=1e-2, atol=2e-4)
+    assert_about_the_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"))
 
 
 @pytest.mark.parametrize(("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")])
 def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     settings = tiny | {"schedule": schedule, "regime": regime, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
-    settings |= {"context_prediction": 1.0}  # see above
+    settings |= {"context_prediction": 1.0, "free_invariance": 1.0}  # see above
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     # On a machine without accelerators `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun starts two.
@@ -132,7 +139,7 @@ def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     assert (state_a["processes"], state_b["processes"]) == (1, 2)
     assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]
     assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)
-    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-2, atol=2e-4)
+    assert_about_the_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"))
 
 
 def test_script_options_override_the_configuration(tmp_path):

@@ -54,7 +54,8 @@ def build_optimizer(
     if not matrices:
         return torch.optim.AdamW(groups, **options)
     in_turn = [p for p in parameters if p in matrices]  # a set has no order
-    return MuonAdamW([*groups, {"params": in_turn, "peak": base_rate, "muon": True}], **options)
+    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+    return MuonAdamW([*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -62,10 +63,12 @@ class MuonAdamW(torch.optim.AdamW):
 
     Args:
         groups: of parameters; those of Muon have two dimensions or more.
+        dtype: in which steps are made orthogonal. In bfloat16 a rounding error may become one of its size.
         **options: of AdamW. Weight decay acts on both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any):
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any):
+        self.dtype = dtype
         super().__init__([{"muon": False} | group for group in groups], **options)
 
     @torch.no_grad()
@@ -93,13 +96,13 @@ class MuonAdamW(torch.optim.AdamW):
         update = (parameter.grad + MOMENTUM * state["momentum"]).flatten(1)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         size = group["lr"] * SIZE * max(update.shape) ** 0.5
-        parameter.sub_(orthogonal(update).view(parameter.shape), alpha=size)
+        parameter.sub_(orthogonal(update, self.dtype).view(parameter.shape), alpha=size)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in bfloat16."""
+def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in this dtype."""
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.to(dtype)
     x = x.T if len(x) > x.shape[1] else x
     x = x / (x.norm() + 1e-7)
     for _ in range(STEPS):
