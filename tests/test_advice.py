@@ -93,7 +93,7 @@ def known_options(path):
         return options_of(RECIPES[path.stem]) | (TRAIN if path.stem in ("baselines", "effects") else set())
     if path.stem in OTHERS:
         return set.intersection(*map(options_of, OTHERS[path.stem])) | {"--resume"}
-    return sub_commands() if path.stem in ("cli", "demo", "page") else TRAIN
+    return sub_commands() if path.stem in ("cli", "demo", "page", "space") else TRAIN
 
 
 def messages(path):
