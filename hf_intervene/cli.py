@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
-from .options import READING, add_reading_options, seed, whole
+from .options import READING, add_reading_options, seed, whole_number
 from .pretrained import located
 
 
@@ -282,7 +282,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--reference", metavar="CONCEPT=IMAGE", action="append", default=[], help="a concept at its value in an image; repeatable"
     )
     command.add_argument("--reference-context", help="the context the references came from (default obs)")
-    command.add_argument("--num-inference-steps", type=whole(1, 10**6), default=50, help="of a denoiser (default 50)")
+    command.add_argument("--num-inference-steps", type=whole_number(1, 10**6), default=50, help="of a denoiser (default 50)")
     command.add_argument(
         "--guidance-scale", type=float, default=1.0, help="of a denoiser: away from no interventions (default 1)"
     )
@@ -335,7 +335,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command.add_argument(
         "--interventions", default="obs", help="quad1, quad1+size, size=0.5 (strength), size@0.9 (quantile), obs (default obs)"
     )
-    command.add_argument("--num-images", type=whole(1, 10**9), default=8, help="how many (default 8)")
+    command.add_argument("--num-images", type=whole_number(1, 10**9), default=8, help="how many (default 8)")
     command.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
     _add_options(command)
     command.add_argument("--output", type=_path, required=True, help="a picture (one row) or a folder (one file an image)")
@@ -358,8 +358,8 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
         "or a Hub name",
     )
     add_reading_options(command)
-    command.add_argument("--resolution", type=whole(1, 2**14), default=32, help="images are cropped and resized to this (default 32)")
-    command.add_argument("--images", type=whole(1), default=2000, help="images of a context that are tested, at most (default 2000)")
+    command.add_argument("--resolution", type=whole_number(1, 2**14), default=32, help="images are cropped and resized to this (default 32)")
+    command.add_argument("--images", type=whole_number(1), default=2000, help="images of a context that are tested, at most (default 2000)")
     command.add_argument("--seed", type=seed, default=0, help="of the test's split (default 0)")
 
     command = add("support", support, "print how a head enters a pipeline of diffusers, and what it keeps", json=True)
@@ -379,7 +379,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
     command = add("app", app, "serve a page to play with: sample, edit, compose (needs the extra `app`)")
     command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
     command.add_argument("--host", help="address to listen at (default 127.0.0.1: this machine only)")
-    command.add_argument("--port", type=whole(0, 2**16 - 1), help="port to listen at (default: the first free one from 7860 on)")
+    command.add_argument("--port", type=whole_number(0, 2**16 - 1), help="port to listen at (default: the first free one from 7860 on)")
     command.add_argument("--time-limit", type=float, help="seconds that a request may take (default 300)")
     command.add_argument(
         "--export", type=_path, metavar="DIR", help="write the page as a Hugging Face Space instead of serving it"

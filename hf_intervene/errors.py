@@ -75,7 +75,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 def spoken(
     main: Callable[[Sequence[str] | None], int], failed: int = 1
-) -> Callable[[Sequence[str] | None], int]:
+) -> Callable[..., int]:
     """The `main` of a command, of which what goes wrong is one sentence on standard error.
 
     Args:

@@ -9,11 +9,12 @@ import stat
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from PIL import Image, ImageOps
 
 
+_Result = TypeVar("_Result")
 MEGA = 10**6
 FRAMES = "hf_intervene_frames"
 # Not opened: Pillow has Ghostscript, a programming language, draw EPS, and of the others it reads nothing but the header.
@@ -73,7 +74,7 @@ def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = N
         ValueError: one sentence: it is no image, is damaged or is too large.
     """
     file = BytesIO(source) if isinstance(source, bytes) else source
-    image = _decoded(lambda: Image.open(file, formats=FORMATS), what)
+    image: Image.Image = _decoded(lambda: Image.open(file, formats=FORMATS), what)
     check_size(image, what, max_pixels)
     frames = 1 if image.format == "MPO" else _decoded(lambda: getattr(image, "n_frames", 1), what)
     image = upright(image, what)
@@ -95,7 +96,7 @@ def upright(image: Image.Image, what: str = "the image") -> Image.Image:
     return _decoded(load, what)
 
 
-def _decoded(decode: Callable[[], Image.Image], what: str) -> Image.Image:
+def _decoded(decode: Callable[[], _Result], what: str) -> _Result:
     try:
         return decode()
     except Image.DecompressionBombError as error:  # of Pillow itself, at twice its MAX_IMAGE_PIXELS

@@ -30,19 +30,19 @@ def add_reading_options(parser: argparse.ArgumentParser, default: str | None = N
         )
 
 
-def whole(least: int, most: int = 2**40) -> Callable[[str], int]:
+def whole_number(least: int, most: int = 2**40) -> Callable[[str], int]:
     """What reads a whole number between two bounds, both included, for the `type` of an option."""
 
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
+            value = least - 1
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"a whole number from {least} to {most} is needed, not {text}")
         return value
 
     return number
 
 
-seed = whole(0, 2**32 - 1)  # what all random generators take
+seed = whole_number(0, 2**32 - 1)  # what all random generators take

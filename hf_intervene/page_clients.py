@@ -31,7 +31,9 @@ class Clients:
         """Whether nobody waits any more for the answer of a `gradio.Request`."""
         scope = getattr(getattr(request, "request", None), "scope", None) or {}
         call = scope.get(_CALL)
-        key = call and (request.session_hash or call.get("event"))
+        if call is None:
+            return False
+        key = request.session_hash or call.get("event")
         if not key or self._waiting[key]:
             return False
         came, left_at = call["came"], self._left_at.get(key, 0.0)

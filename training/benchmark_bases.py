@@ -126,10 +126,11 @@ def head_alone(batch_size: int) -> Callable[[], None]:
 # The terms beside the ELBO.
 
 TERMS: dict[str, dict[str, float]] = {
-    "ELBO alone": {"context_prediction": 0.0, "edit_consistency": 0.0},
-    "context prediction": {"edit_consistency": 0.0},
-    "edit consistency": {"context_prediction": 0.0},
-    "both": {},  # the defaults
+    "ELBO alone": {"context_prediction": 0.0, "edit_consistency": 0.0, "free_invariance": 0.0},
+    "context prediction": {"edit_consistency": 0.0, "free_invariance": 0.0},
+    "edit consistency": {"context_prediction": 0.0, "free_invariance": 0.0},
+    "free invariance": {"context_prediction": 0.0, "edit_consistency": 0.0},
+    "all": {},  # the defaults
 }
 
 

@@ -35,7 +35,7 @@ from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
 from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2, times_floor
 from hf_intervene.model import InterventionModel
-from hf_intervene.options import READING, add_reading_options, seed, whole
+from hf_intervene.options import READING, add_reading_options, seed, whole_number
 from hf_intervene.plots import floor_chart, save
 from hf_intervene.training.arguments import RecipeParser, TrainArguments, check_reading, earlier_defaults
 from hf_intervene.training.checkpoints import check_writable, write_whole
@@ -426,14 +426,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
     parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
     parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them; so with another split")
-    parser.add_argument("--images", type=whole(1), default=1280, help="images a side, of each context (default 1280)")
-    parser.add_argument("--projections", type=whole(1), default=500)
-    parser.add_argument("--num-inference-steps", type=whole(1, 10**6), default=50, help="of a denoiser (default 50)")
+    parser.add_argument("--images", type=whole_number(1), default=1280, help="images a side, of each context (default 1280)")
+    parser.add_argument("--projections", type=whole_number(1), default=500)
+    parser.add_argument("--num-inference-steps", type=whole_number(1, 10**6), default=50, help="of a denoiser (default 50)")
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
     parser.add_argument(
         "--detector-images",
-        type=whole(0),
+        type=whole_number(0),
         default=DETECTOR_IMAGES,
         help="training images of each context, at most, for the detector of concepts "
         f"(default {DETECTOR_IMAGES}); 0: no presence",
@@ -445,7 +445,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--twins",
-        type=whole(0),
+        type=whole_number(0),
         help="twins for the error of edits (default 256 where the data have twins); 0: none",
     )
     parser.add_argument(

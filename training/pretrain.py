@@ -34,7 +34,7 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.digits import BUNDLED
 from hf_intervene.errors import spoken
-from hf_intervene.options import READING, add_reading_options, seed, whole
+from hf_intervene.options import READING, add_reading_options, seed, whole_number
 from hf_intervene.training.arguments import RecipeParser, check_reading, fast_bf16
 from hf_intervene.training.checkpoints import atomic_folder, check_empty
 from hf_intervene.training.distributed import process_state
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--images",
-        type=whole(1),
+        type=whole_number(1),
         default=10_000,
         help="simulated data: number of images (default 10,000); avatars has 4,000 at most",
     )

@@ -280,10 +280,10 @@ class ContextImages:
         images = cls(
             pixels, ids, contexts, concepts, mapped=mapped, marks=marks, file=file, prompts=prompts, prompt_ids=prompt_ids
         )
-        images.warn_of_copies()
+        images._warn_of_copies()
         return images.checked() if complete else images
 
-    def warn_of_copies(self) -> None:
+    def _warn_of_copies(self) -> None:
         """Say that the same image is in several contexts, as after a folder was copied."""
         pairs = np.unique(np.stack([self.fingerprints().numpy(), self.context_ids.numpy()]), axis=1)
         marks, counts = np.unique(pairs[0], return_counts=True)
