@@ -246,9 +246,15 @@ class DiffusionBase(Base):
 
     # Denoising
 
-    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+    def denoise(
+        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, prompts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ().
-        `text`: of a family whose images have prompts of their own (see `PipelineBase`)."""
+        `prompts`: of a family whose images have their own, see `PipelineBase.denoise`."""
+        return self._denoise(x, timesteps, embedding)
+
+    def _denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+        """The prediction, with what the family gives its denoiser of a text."""
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
             self.injection.install()
@@ -276,12 +282,17 @@ class DiffusionBase(Base):
         return model(x, timestep=timesteps, **text).sample
 
     def denoising_loss(
-        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+        self,
+        embedding: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and
-        time, `denoise` for `text`."""
+        time, `denoise` for `prompts`."""
         noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
-        prediction = self.denoise(noisy, timesteps, embedding, **text)
+        prediction = self.denoise(noisy, timesteps, embedding, prompts)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
     def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from
