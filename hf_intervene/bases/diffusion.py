@@ -57,6 +57,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
         prediction_type: what the denoiser predicts (see `denoising.py`).
         recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that the package calls itself.
+        class_label: the class that a denoiser of classes is given.
     """
 
     @register_to_config
@@ -72,6 +73,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         pooled_width: int | None = None,
         prediction_type: str = "epsilon",
         recording: dict | None = None,
+        class_label: int | None = None,
     ):
         super().__init__()
         self.projections = Projections(Sites(**sites), embedding_shape, map_size)
@@ -109,9 +111,10 @@ class DiffusionBase(Base):
         embedding_width, num_tokens: of a new adapter: width of the embedding where it is a vector; number of its tokens where the
             denoiser has cross-attention (of its cross-attention width).
         min_snr_gamma: see `denoising.noised`.
+        class_label: of a UNet2DModel with classes: the one that it is given for all images; the head decides the rest.
 
     Raises:
-        TypeError, ValueError: one sentence: no scheduler or vae, an adapter for another denoiser or kind of prediction.
+        TypeError, ValueError: one sentence: no scheduler or vae, no class, an adapter for another denoiser or kind of prediction.
     """
 
     adapter: DiffusionAdapter
@@ -134,11 +137,14 @@ class DiffusionBase(Base):
         embedding_width: int = 128,
         num_tokens: int = 4,
         min_snr_gamma: float | None = None,
+        class_label: int | None = None,
     ):
         super().__init__(model)
         name = type(model).__name__
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
-        _check_supported(model)
+        if adapter is not None:
+            class_label = adapter.config.class_label
+        _check_supported(model, class_label)
         assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
@@ -158,7 +164,7 @@ class DiffusionBase(Base):
                     type(vae).__name__,
                 )
         if adapter is None:
-            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
+            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text, class_label)
         self._enter_by(adapter)
 
     def _take_parts(
@@ -192,7 +198,13 @@ class DiffusionBase(Base):
         self.injection.install()
 
     def _new_adapter(
-        self, size: int, embedding_width: int, num_tokens: int, text: torch.Tensor | None, pooled_text: torch.Tensor | None
+        self,
+        size: int,
+        embedding_width: int,
+        num_tokens: int,
+        text: torch.Tensor | None,
+        pooled_text: torch.Tensor | None,
+        class_label: int | None,
     ) -> DiffusionAdapter:
         model, sites, vision = self.model, find_sites(self.model), self.image_encoder
         if isinstance(model, UNet2DConditionModel):
@@ -211,6 +223,7 @@ class DiffusionBase(Base):
             text_shape=None if text is None else tuple(text.shape[1:]),
             pooled_width=None if pooled_text is None else pooled_text.shape[-1],
             prediction_type=prediction_type(self.scheduler),
+            class_label=class_label,
         )
         for buffer, value in (("text", text), ("pooled_text", pooled_text)):
             if value is not None:
@@ -275,7 +288,9 @@ class DiffusionBase(Base):
             nobody = torch.full((batch,), model.config.num_embeds_ada_norm, device=x.device)  # the class of no class
             return model(x, timestep=timesteps, class_labels=nobody).sample
         if isinstance(model, UNet2DModel):
-            return model(x, timesteps).sample
+            label = self.adapter.config.class_label
+            labels = None if label is None else torch.full((batch,), label, device=x.device)
+            return model(x, timesteps, class_labels=labels).sample
         text = {"encoder_hidden_states": self.adapter.text.to(x.dtype).expand(batch, -1, -1)}
         if isinstance(model, SD3Transformer2DModel):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
@@ -365,14 +380,24 @@ class DiffusionBase(Base):
         return self
 
 
-def _check_supported(model: ModelMixin) -> None:
+def _check_supported(model: ModelMixin, class_label: int | None) -> None:
     config, name = model.config, type(model).__name__
-    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None:
-        raise ValueError(f"this {name} is conditioned on classes, which is not supported: take an unconditional one.")
-    if isinstance(model, UNet2DConditionModel) and (config.addition_embed_type or config.class_embed_type):
+    classes = config.get("num_class_embeds") if isinstance(model, UNet2DModel) else None
+    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None and classes is None:
+        raise ValueError(f"this {name} is conditioned on classes by other than their numbers, which is not supported.")
+    if classes is not None and not (isinstance(class_label, int) and 0 <= class_label < classes):
         raise ValueError(
-            f"this {name} wants more than text ({config.addition_embed_type or config.class_embed_type}), which cannot be trained here: "
-            "attach a head to its pipeline instead, or take one like Stable Diffusion 1's."
+            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the one for all images, "
+            f"not {class_label!r}."
+        )
+    if classes is None and class_label is not None:
+        raise ValueError(f"this {name} has no classes: leave class_label out.")
+    more = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
+    found = [key for key in more if config.get(key)] if isinstance(model, UNet2DConditionModel) else []
+    if found:
+        raise ValueError(
+            f"this {name} wants more than text ({config.get(found[0])}): make the base of its pipeline, "
+            "PipelineBase.from_pipeline(pipe), or take one like Stable Diffusion 1's."
         )
 
 

@@ -77,6 +77,8 @@ def load_base(
         if prompt or told or not _has_family(load_model_config(path / denoiser) or {}):
             if residual_layers:
                 raise ValueError(f"the pipeline {what} has no residual latents: leave residual_layers at 0.")
+            if options.pop("class_label", None) is not None:
+                raise ValueError(f"the denoiser of {what} is given no class of its own: leave class_label out.")
             options |= {} if image_encoder is None else load_vision(image_encoder)
             pipe = load_pipeline(name_or_path, what)
             return PipelineBase.from_pipeline(pipe, prompt, sample_size, **told, **options)
