@@ -66,7 +66,15 @@ __all__ = [
     "wrap_base",
 ]
 
-_DEFINED_IN = ("attaching", "bases", "configuration_intervention", "contexts", "model", "modeling_intervention", "pipeline")
+_DEFINED_IN: tuple[str, ...] = (
+    "attaching",
+    "bases",
+    "configuration_intervention",
+    "contexts",
+    "model",
+    "modeling_intervention",
+    "pipeline",
+)
 _DEFINED_IN += ("pipeline_support",)
 
 

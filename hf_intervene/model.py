@@ -300,8 +300,8 @@ class InterventionModel(PreTrainedModel):
         decoded: Any = None
         if self.base.denoises:
             time = torch.rand(len(targets), device=targets.device) if time is None else time
-            text = {name: value for name, value in prepared.items() if name == "prompts"}  # (B,), where images have their own
-            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time, **text)  # (B,)
+            prompts = (prepared or {}).get("prompts")  # (B,), where images have their own
+            reconstruction_loss = self.base.denoising_loss(embedding, latents, rho, time, prompts)  # (B,)
         else:
             decoded = self.base.decode(embedding)  # (B, C, H, W)
             reconstruction_loss = self.base.reconstruction_loss(decoded, x)  # (B,)

@@ -101,7 +101,7 @@ def _describe(name: str, node: dict[str, Any], recording: Recording, found: dict
         for key, inner in node["dict"].items():
             _describe(f"{name}.{key}", inner, recording, found, each)
     elif "list" in node or "tuple" in node:
-        for number, inner in enumerate(node.get("list", node.get("tuple"))):
+        for number, inner in enumerate(node["list"] if "list" in node else node["tuple"]):
             _describe(f"{name}[{number}]", inner, recording, found, each)
     elif "constant" in node:
         shared = "" if node["rows"] is not None or each else " for all images"

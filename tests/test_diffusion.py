@@ -381,6 +381,27 @@ def test_features_of_a_vision_model(tmp_path):
 # Bad input
 
 
+def test_a_denoiser_of_classes_is_given_one(tmp_path):
+    """The same for all images, kept with the adapter."""
+    _, parts = make("unet")
+    torch.manual_seed(0)
+    denoiser = unet(num_class_embeds=3).eval()
+    model = InterventionModel.build(wrap_base(denoiser, class_label=2, **parts), ["a", "b"], noise_width=4).eval()
+    model.save_pretrained(tmp_path)
+    loaded = InterventionModel.from_pretrained(tmp_path)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 900])
+    with torch.no_grad():
+        expected = denoiser(x, t, class_labels=torch.tensor([2, 2])).sample  # a new head changes nothing
+        for base in (model.base, loaded.base):
+            assert torch.allclose(base.denoise(x, t, torch.zeros(2, *base.embedding_shape)), expected, atol=1e-5)
+    model(torch.rand(2, 3, 16, 16), model.targets([["a"], []])).loss.backward()
+    for label in (None, 3):
+        with pytest.raises(ValueError, match="conditioned on classes: give class_label, from 0 to 2"):
+            wrap_base(denoiser, class_label=label, **parts)
+    with pytest.raises(ValueError, match="has no classes: leave class_label out"):
+        wrap_base(unet(), class_label=1, **parts)
+
+
 def test_one_sentence_for_what_does_not_fit(tmp_path):
     model, parts = make("unet")
     with pytest.raises(ValueError, match="needs the scheduler"):

@@ -35,6 +35,7 @@ _RANGES |= dict.fromkeys(("images_per_context", "validation_images", "batch_size
 _RANGES |= dict.fromkeys(("max_steps", "patience", "keep_checkpoints"), (1, _MANY))
 _RANGES |= dict.fromkeys(("eval_every", "log_every", "sample_every", "checkpoint_every"), (1, _MANY))
 _RANGES |= {
+    "class_label": (0, MAX_SIZE),
     "resolution": (1, 2**14),
     "residual_layers": (0, 1000),
     "intervention_rank": (1, MAX_SIZE),
@@ -115,6 +116,7 @@ class TrainArguments:
     prompt_dropout: float = field(
         default=0.0, metadata={"help": "Share of the images that are trained with `prompt` instead of their own."}
     )
+    class_label: int | None = field(default=None, metadata={"help": "UNet2DModel with classes: the class of all images."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Denoiser: bound of the weights by signal to noise."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory in the base."})
     residual_layers: int = field(default=0, metadata={"help": "Pretrained base: couplings of the prior of residual latents."})
@@ -180,7 +182,7 @@ class TrainArguments:
     compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
     channels_last: bool = field(default=False, metadata={"help": "Run the base's convolutions with the channels last."})
     prior_steps: int = field(
-        default=2000, metadata={"help": "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py."}
+        default=4000, metadata={"help": "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py."}
     )
     seed: int = field(default=0)
     # Running

@@ -22,7 +22,7 @@ from hf_intervene.training.validation import model_inputs
 
 
 BATCH = 512  # codes
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 MOST = 65_536  # images that are encoded
 LARGEST = 50.0  # norm of a gradient
 ORDERED = (0.2, 0.4, 0.6)  # shares of the training at which concepts are ordered

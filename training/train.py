@@ -141,6 +141,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         )
     else:
         options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
+        options |= {} if a.class_label is None else {"class_label": a.class_label}
         options |= {"prompt": a.prompt, "prompts": data.prompts, "prompt_folder": Path(a.output_dir, "prepared", "prompts")}
         base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
     if a.base == "light-vae" and a.prompt:

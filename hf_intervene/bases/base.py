@@ -101,10 +101,15 @@ class Base(nn.Module):
         raise NotImplementedError
 
     def denoising_loss(
-        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+        self,
+        embedding: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1).
-        `text`: of a family whose images have prompts of their own."""
+        `prompts`: of a family whose images have their own, the number of each, (B,) int64."""
         raise NotImplementedError
 
     # Of any base

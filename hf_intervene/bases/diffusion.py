@@ -57,6 +57,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
         prediction_type: what the denoiser predicts (see `denoising.py`).
         recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that the package calls itself.
+        class_label: the class that a denoiser of classes is given.
     """
 
     @register_to_config
@@ -72,6 +73,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         pooled_width: int | None = None,
         prediction_type: str = "epsilon",
         recording: dict | None = None,
+        class_label: int | None = None,
     ):
         super().__init__()
         self.projections = Projections(Sites(**sites), embedding_shape, map_size)
@@ -109,9 +111,10 @@ class DiffusionBase(Base):
         embedding_width, num_tokens: of a new adapter: width of the embedding where it is a vector; number of its tokens where the
             denoiser has cross-attention (of its cross-attention width).
         min_snr_gamma: see `denoising.noised`.
+        class_label: of a UNet2DModel with classes: the one that it is given for all images; the head decides the rest.
 
     Raises:
-        TypeError, ValueError: one sentence: no scheduler or vae, an adapter for another denoiser or kind of prediction.
+        TypeError, ValueError: one sentence: no scheduler or vae, no class, an adapter for another denoiser or kind of prediction.
     """
 
     adapter: DiffusionAdapter
@@ -134,11 +137,14 @@ class DiffusionBase(Base):
         embedding_width: int = 128,
         num_tokens: int = 4,
         min_snr_gamma: float | None = None,
+        class_label: int | None = None,
     ):
         super().__init__(model)
         name = type(model).__name__
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
-        _check_supported(model)
+        if adapter is not None:
+            class_label = adapter.config.class_label
+        _check_supported(model, class_label)
         assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
@@ -158,7 +164,7 @@ class DiffusionBase(Base):
                     type(vae).__name__,
                 )
         if adapter is None:
-            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text)
+            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text, class_label)
         self._enter_by(adapter)
 
     def _take_parts(
@@ -192,7 +198,13 @@ class DiffusionBase(Base):
         self.injection.install()
 
     def _new_adapter(
-        self, size: int, embedding_width: int, num_tokens: int, text: torch.Tensor | None, pooled_text: torch.Tensor | None
+        self,
+        size: int,
+        embedding_width: int,
+        num_tokens: int,
+        text: torch.Tensor | None,
+        pooled_text: torch.Tensor | None,
+        class_label: int | None,
     ) -> DiffusionAdapter:
         model, sites, vision = self.model, find_sites(self.model), self.image_encoder
         if isinstance(model, UNet2DConditionModel):
@@ -211,6 +223,7 @@ class DiffusionBase(Base):
             text_shape=None if text is None else tuple(text.shape[1:]),
             pooled_width=None if pooled_text is None else pooled_text.shape[-1],
             prediction_type=prediction_type(self.scheduler),
+            class_label=class_label,
         )
         for buffer, value in (("text", text), ("pooled_text", pooled_text)):
             if value is not None:
@@ -246,9 +259,15 @@ class DiffusionBase(Base):
 
     # Denoising
 
-    def denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+    def denoise(
+        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, prompts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ().
-        `text`: of a family whose images have prompts of their own (see `PipelineBase`)."""
+        `prompts`: of a family whose images have their own, see `PipelineBase.denoise`."""
+        return self._denoise(x, timesteps, embedding)
+
+    def _denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+        """The prediction, with what the family gives its denoiser of a text."""
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
             self.injection.install()
@@ -269,19 +288,26 @@ class DiffusionBase(Base):
             nobody = torch.full((batch,), model.config.num_embeds_ada_norm, device=x.device)  # the class of no class
             return model(x, timestep=timesteps, class_labels=nobody).sample
         if isinstance(model, UNet2DModel):
-            return model(x, timesteps).sample
+            label = self.adapter.config.class_label
+            labels = None if label is None else torch.full((batch,), label, device=x.device)
+            return model(x, timesteps, class_labels=labels).sample
         text = {"encoder_hidden_states": self.adapter.text.to(x.dtype).expand(batch, -1, -1)}
         if isinstance(model, SD3Transformer2DModel):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
 
     def denoising_loss(
-        self, embedding: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, **text: Any
+        self,
+        embedding: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and
-        time, `denoise` for `text`."""
+        time, `denoise` for `prompts`."""
         noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
-        prediction = self.denoise(noisy, timesteps, embedding, **text)
+        prediction = self.denoise(noisy, timesteps, embedding, prompts)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
     def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from
@@ -354,10 +380,18 @@ class DiffusionBase(Base):
         return self
 
 
-def _check_supported(model: ModelMixin) -> None:
+def _check_supported(model: ModelMixin, class_label: int | None) -> None:
     config, name = model.config, type(model).__name__
-    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None:
-        raise ValueError(f"this {name} is conditioned on classes, which is not supported: take an unconditional one.")
+    classes = config.get("num_class_embeds") if isinstance(model, UNet2DModel) else None
+    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None and classes is None:
+        raise ValueError(f"this {name} is conditioned on classes by other than their numbers, which is not supported.")
+    if classes is not None and not (isinstance(class_label, int) and 0 <= class_label < classes):
+        raise ValueError(
+            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the one for all images, "
+            f"not {class_label!r}."
+        )
+    if classes is None and class_label is not None:
+        raise ValueError(f"this {name} has no classes: leave class_label out.")
     wants = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
     more = next((key for key in wants if config.get(key)), None)
     if isinstance(model, UNet2DConditionModel) and more is not None:

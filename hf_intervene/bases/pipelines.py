@@ -44,6 +44,7 @@ class PipelineBase(DiffusionBase):
             vae whose latents the recording is not of.
     """
 
+    vae: ModelMixin
     prompts: Prompts | None = None  # of the images that it is trained with
 
     def __init__(
@@ -155,12 +156,7 @@ class PipelineBase(DiffusionBase):
         return self.adapter.encoder(latents.to(self.adapter.dtype))
 
     def denoise(
-        self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        embedding: torch.Tensor,
-        prompts: torch.Tensor | None = None,
-        text: Sequence[dict[int, torch.Tensor]] | None = None,
+        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, prompts: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The prediction, as that of `DiffusionBase`.
 
@@ -168,20 +164,18 @@ class PipelineBase(DiffusionBase):
             x, timesteps, embedding: see there.
             prompts: of each row the number of its prompt among `self.prompts`, (B,) int64; -1 is the one of the recording.
                 `None`: all have that one. Rows whose prompts are of the same length are denoised together.
-            text: of each row what the denoiser gets for its prompt.
         """
         if prompts is None or self.prompts is None:
-            return super().denoise(x, timesteps, embedding, text=text)
-        numbers, rows = prompts.tolist(), self.prompts
-        groups, timesteps = rows.groups(numbers), timesteps.expand(len(x))
-        if len(groups) == 1:
-            return super().denoise(x, timesteps, embedding, text=[rows[number] for number in numbers])
-        found, order = [], [row for group in groups for row in group]
+            return self._denoise(x, timesteps, embedding)
+        numbers, timesteps = prompts.tolist(), timesteps.expand(len(x))
+        groups = self.prompts.groups(numbers)
+        found = []
         for group in groups:
             index = torch.tensor(group, device=x.device)
-            told = [rows[numbers[row]] for row in group]
-            found.append(super().denoise(x[index], timesteps[index], embedding[index], text=told))
-        return torch.cat(found)[torch.tensor(order, device=x.device).argsort()]
+            text = [self.prompts[numbers[row]] for row in group]
+            found.append(self._denoise(x[index], timesteps[index], embedding[index], text=text))
+        order = torch.tensor([row for group in groups for row in group], device=x.device)
+        return torch.cat(found)[order.argsort()]
 
     def _predicted(
         self, x: torch.Tensor, timesteps: torch.Tensor, text: Sequence[dict[int, torch.Tensor]] | None = None

@@ -77,6 +77,8 @@ def load_base(
         if prompt or told or not _has_family(load_model_config(path / denoiser) or {}):
             if residual_layers:
                 raise ValueError(f"the pipeline {what} has no residual latents: leave residual_layers at 0.")
+            if options.pop("class_label", None) is not None:
+                raise ValueError(f"the denoiser of {what} is given no class of its own: leave class_label out.")
             options |= {} if image_encoder is None else load_vision(image_encoder)
             pipe = load_pipeline(name_or_path, what)
             return PipelineBase.from_pipeline(pipe, prompt, sample_size, **told, **options)
@@ -133,7 +135,7 @@ def load_pipeline(name_or_path: str | os.PathLike, what: str) -> DiffusionPipeli
     names = [name for name in names if name != "safety_checker"]
     kinds = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "diffusion_pytorch_model*.safetensors")
     path = hub.folder(name_or_path, ["model_index.json", *(f"{name}/{kind}" for name in names for kind in kinds)])
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    pipeline_class: Any = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"{what} is a {index.get('_class_name')!r}, which is no pipeline of this version of diffusers.")
     expected = pipeline_class._get_signature_keys(pipeline_class)
@@ -163,8 +165,9 @@ def _load_component(entry: list, folder: Path, what: str) -> Any:
             return load_scheduler(folder, what)
         if isinstance(found, type) and issubclass(found, ModelMixin):
             return load_part(model_class_named(name), folder, what).eval()
+        guider: Any = found
         if isinstance(found, type) and found.__module__.startswith("diffusers.guiders."):
-            return found.from_pretrained(folder)
+            return guider.from_pretrained(folder)
     raise ValueError(
         f"{what} cannot be {entry!r}, as model_index.json says: only parts of diffusers and transformers are loaded."
     )

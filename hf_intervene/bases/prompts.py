@@ -84,7 +84,8 @@ def record_prompts(recorder: Recorder, recording: Recording, prompts: Sequence[s
 
 def text_of(recorder: Recorder, recording: Recording, prompt: str) -> dict[int, torch.Tensor]:
     """By number the constants of a recording that are other ones for a prompt, on the CPU."""
-    seen, found = recorder.first_arguments(prompt), {}
+    seen = recorder.first_arguments(prompt)
+    found: dict[int, torch.Tensor] = {}
     for name, node in recording.config["arguments"].items():
         found |= _differing(name, node, seen[name], recording.constants)
     return found
@@ -101,7 +102,7 @@ def _differing(path: str, node: dict[str, Any], value: Any, constants: list[torc
     if "dict" in node:
         inner = list(node["dict"].items())
     elif "list" in node or "tuple" in node:
-        inner = list(enumerate(node.get("list", node.get("tuple"))))
+        inner = list(enumerate(node["list"] if "list" in node else node["tuple"]))
     elif "value" in node and value != node["value"]:
         raise NotRecordable(
             f"the argument {path!r} of the denoiser depends on the prompt and is no tensor: give one prompt for all images."
