@@ -41,7 +41,7 @@ class _Maps(NamedTuple):
     obs: slice | list[int]  # those without an intervention
     intervened: slice | list[int]  # those of the concepts with one
     concepts: slice | list[int]  # the concepts, by their number among all
-    count: int  # of concepts
+    number: int  # of concepts
 
 
 class ConceptFlow(nn.Module):
@@ -96,8 +96,8 @@ class ConceptFlow(nn.Module):
         are interpolated."""
         maps = self._maps(blocks)
         x, which = z.split([self.width, 1], dim=-1)
-        there = which[: maps.count] > self._threshold()[maps.concepts]
-        s = torch.cat([torch.where(there, 1.0, s[: maps.count]), s[maps.count :]])
+        there = which[: maps.number] > self._threshold()[maps.concepts]
+        s = torch.cat([torch.where(there, 1.0, s[: maps.number]), s[maps.number :]])
         for layer in range(len(self.hidden)):
             read, moved = self._halves(x, layer)
             shift, log_scale = self._coupling(layer, read, s, h, maps)
@@ -165,7 +165,7 @@ class ConceptFlow(nn.Module):
         if h is not None:
             out = move(gelu(hidden(read, maps.obs) + hear(h, maps.obs)), maps.obs)
         if not isinstance(s, float) or s == 1:
-            intervened = move(gelu(hidden(read[: maps.count], maps.intervened)), maps.intervened)
+            intervened = move(gelu(hidden(read[: maps.number], maps.intervened)), maps.intervened)
         shift, log_scale = _mixed(out, intervened, s).chunk(2, dim=-1)
         return shift, 2 * torch.tanh(log_scale / 2)  # a scale between exp(-2) and exp(2)
 

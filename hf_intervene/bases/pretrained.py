@@ -138,7 +138,7 @@ def load_pipeline(name_or_path: str | os.PathLike, what: str) -> DiffusionPipeli
     pipeline_class: Any = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"{what} is a {index.get('_class_name')!r}, which is no pipeline of this version of diffusers.")
-    expected = pipeline_class._get_signature_keys(pipeline_class)
+    expected = pipeline_class._get_signature_keys(pipeline_class)  # type: ignore[attr-defined]
     parts: dict[str, Any] = dict.fromkeys(expected[0])
     parts |= {name: index[name] for name in expected[1] if name in index and not isinstance(index[name], list)}
     parts |= {name: _load_component(index[name], path / name, f"the {name} of {what}") for name in names if name in parts}

@@ -60,7 +60,7 @@ class Agreement:
 
 
 @torch.no_grad()
-def total_effect_operator(layer: InterventionLayer, targets: torch.Tensor | None = None) -> np.ndarray:
+def total_effect_operator(layer: torch.nn.Module, targets: torch.Tensor | None = None) -> np.ndarray:
     """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all the paths that the layer follows.
 
     The structural form gives the sum of the powers of W up to its number of steps, the reduced form the
