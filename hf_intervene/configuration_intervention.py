@@ -49,9 +49,11 @@ class InterventionConfig(PreTrainedConfig):
         concept_width: width of each block of the concepts `c`, shape (batch, D, concept_width).
         mechanism: how each concept comes about (see `modeling_intervention.py`): `"flow"`, invertible, with one posterior q(c | x)
             for all contexts; or `"mlp"`, the paper's. What is said of `"mlp"` below has no effect with flows.
-        flow_depth, flow_width: couplings of each flow, and the width of their networks (see `flow.py`).
-        concept_edges: `"flow"`: whether concepts may depend on each other. Set it where they cause each other; where they do
-            not, edges that are there all the same are cut by an intervention, and tell the decoder of it.
+        flow_depth, flow_width: couplings of each flow, and the width of their networks and of what a block hears of its causes
+            (see `flow.py`).
+        concept_edges: `"flow"`: whether concepts may depend on free blocks and on the concepts before them, in the order that
+            `OrderedInterventionLayer.order` says. Set it where concepts cause each other; where they do not, edges that are
+            there all the same are cut by an intervention, and tell the decoder of it.
         depth: `"mlp"`: number of (linear, norm, GELU) layers of each block's expressive MLP.
         norm: normalisation inside the expressive layers: `"layer"` (over each block's own units), `"batch"` (the paper's) or `"none"`.
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps them.

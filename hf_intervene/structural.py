@@ -108,6 +108,7 @@ class OrderedInterventionLayer(nn.Module):
         self.concepts, self.concept_edges = concepts, concept_edges
         self.weight = nn.Parameter(torch.empty(blocks, message_width, blocks, width))
         self.register_buffer("order", torch.arange(concepts))  # of the concepts, causes first
+        self._levels: tuple[tuple[int, bool], list[list[int]]] | None = None
 
     def reset_parameters(self, std: float) -> None:
         """As a new layer's."""
@@ -124,11 +125,14 @@ class OrderedInterventionLayer(nn.Module):
 
     def levels(self) -> list[list[int]]:
         """Blocks whose causes are all in levels before."""
-        before = self.edges().cpu()
-        depth: list[int] = [0] * len(before)
-        for i in sorted(range(len(before)), key=lambda i: int(before[i].sum())):
-            depth[i] = 1 + max((depth[j] for j in before[i].nonzero()[:, 0].tolist()), default=-1)
-        return [[i for i, own in enumerate(depth) if own == level] for level in range(max(depth) + 1)]
+        state = self.order._version, self.concept_edges  # a device is asked for the order when it changed only
+        if self._levels is None or self._levels[0] != state:
+            before = self.edges().cpu()
+            depth = [0] * len(before)
+            for i in sorted(range(len(before)), key=lambda i: int(before[i].sum())):
+                depth[i] = 1 + max((depth[j] for j in before[i].nonzero()[:, 0].tolist()), default=-1)
+            self._levels = state, [[i for i, own in enumerate(depth) if own == n] for n in range(max(depth) + 1)]
+        return self._levels[1]
 
     def off_diagonal(self) -> torch.Tensor:
         """W with its blocks that are no edges set to zero, (D, m, D, w)."""

@@ -23,6 +23,11 @@ COLUMNS = {
     "real, something else": ("presence", "real", "unwanted", "value"),
     "error of edits": ("counterfactual", "edited"),
     "unedited": ("counterfactual", "unedited"),
+    "slope of correlations": ("factors", "generated", "slope"),
+    "shapes": ("factors", "generated", "shape_distance"),
+    "size": ("factors", "generated", "size_distance"),
+    "triangles": ("factors", "generated", "triangles"),
+    "real triangles": ("factors", "floor", "triangles"),
     "distance": ("independent", "distance"),
     "floor": ("independent", "floor"),
 }
