@@ -507,10 +507,14 @@ def _train(
     if accelerator.is_main_process:
         draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
-        if a.prior_steps and trained.head is not None and trained.head.is_flow:
+        if fitted := a.prior_steps and trained.head is not None and trained.head.is_flow:
             fit_prior(trained.to(accelerator.device), data, prepared, a.prior_steps, a.seed)
+            sample_grid(trained, data, a, out, step, accelerator)
         with atomic_folder(model_dir, model_files(model_dir)) as folder:
-            trained.save_pretrained(folder)
+            if fitted:
+                save_model(trained, folder, data)  # batch norm's statistics are of samples of the prior
+            else:
+                trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
             save_images(folder, trained_on(marks))
     accelerator.wait_for_everyone()
