@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_intervene.data import quad
-from hf_intervene.metrics.counterfactual import counterfactual_error
+from hf_intervene.metrics.counterfactual import another_change, counterfactual_error
 
 
 BEFORE = quad.images_by_context(["obs"], 30, 16)["obs"]
@@ -28,6 +28,19 @@ def test_known_errors():
         (0.5, 0.5), abs=1e-4
     )
     assert counterfactual_error(BEFORE, BEFORE, TRUTH, BEFORE, BEFORE).ratio is None
+
+
+def test_another_ones_change_is_right_outside_and_wrong_inside():
+    before = np.zeros((4, 2, 2, 1), np.float32)
+    truth = before.copy()
+    truth[:, 0, 0, 0] = [0.2, 0.4, 0.6, 0.8]  # drawn for each
+    changed = another_change(before, truth, 0)
+    assert not changed[:, 1].any() and not changed[:, 0, 1].any()
+    assert sorted(changed[:, 0, 0, 0]) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert (changed[:, 0, 0, 0] != truth[:, 0, 0, 0]).all()
+    found = counterfactual_error(before, truth, truth, before, truth)
+    expected = np.abs(changed - truth)[:, 0, 0, 0].mean() / 2  # of one pixel in four
+    assert found.edited == 0 and found.another == pytest.approx(expected)
 
 
 def test_what_changes_outside():

@@ -4,7 +4,8 @@
 Twins are images of the same individual in two contexts. An edit of the one has the other as its
 true answer. Three distances tell how to read the error: that of the image left as it is (doing
 nothing), that of the model's own reconstruction of the true answer (the best that its decoder can
-do), and 0.
+do), and that of the same individual with another one's change (`another_change`). An intervention
+draws the concept anew: which of 14 glasses a person wears in the true answer nobody can know.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ class CounterfactualError:
         ratio: `edited` over `unedited`; 1 is no better than doing nothing. `None` if the true
             answer changes nothing.
         ratio_interval: its 95 % interval, or `None`.
+        another: distance of `another_change` to the true answers: right in all but in what was drawn.
         outside: share of what the edit changes that lies on pixels which the true answer leaves
             alone; `None` if nothing changes.
         outside_floor: the same of the change from the model's reconstruction of the image to that
@@ -41,6 +43,7 @@ class CounterfactualError:
     reconstructed: float
     ratio: float | None
     ratio_interval: tuple[float, float] | None
+    another: float
     outside: float | None
     outside_floor: float | None
     images: int
@@ -102,10 +105,19 @@ def counterfactual_error(
         float(best.mean()),
         float(errors.mean() / idle.mean()) if moves else None,
         interval(errors, idle, statistic=_ratio_of_means) if moves else None,
+        float(_distances(another_change(before, truth, seed), truth).mean()),
         _share(np.abs(edited - returned), still),
         _share(np.abs(returned_truth - returned), still),
         len(truth),
     )
+
+
+def another_change(before: np.ndarray, truth: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Each individual with what the true answer of another one, drawn by chance, changes: its
+    pixels there. float, (n, H, W, C), of images as in `counterfactual_error`."""
+    shift = np.random.default_rng(seed).integers(1, len(truth))
+    other, moved = np.roll(truth, shift, 0), np.roll(np.abs(truth - before), shift, 0)
+    return np.where((moved >= _CHANGED / 2).any(-1, keepdims=True), other, before)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
