@@ -412,6 +412,10 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         wrap_base(model, scheduler=DDPMScheduler(prediction_type="sample"))
     with pytest.raises(ValueError, match="conditioned on classes"):
         wrap_base(unet(num_class_embeds=3), **parts)
+    text = make("conditional")[1]
+    for options in ({"num_class_embeds": 3}, {"encoder_hid_dim": 5}):
+        with pytest.raises(ValueError, match="wants more than text .*PipelineBase.from_pipeline"):
+            wrap_base(conditional(**options), **text)
     with pytest.raises(ValueError, match="denoises 3 channels, but the AutoencoderKL makes latents of 4"):
         wrap_base(model, vae=vae(), **parts)
     adapter = with_head().base.adapter

@@ -392,12 +392,12 @@ def _check_supported(model: ModelMixin, class_label: int | None) -> None:
         )
     if classes is None and class_label is not None:
         raise ValueError(f"this {name} has no classes: leave class_label out.")
-    more = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
-    found = [key for key in more if config.get(key)] if isinstance(model, UNet2DConditionModel) else []
-    if found:
+    wants = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
+    more = next((key for key in wants if config.get(key)), None)
+    if isinstance(model, UNet2DConditionModel) and more is not None:
         raise ValueError(
-            f"this {name} wants more than text ({config.get(found[0])}): make the base of its pipeline, "
-            "PipelineBase.from_pipeline(pipe), or take one like Stable Diffusion 1's."
+            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes: give "
+            "the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
         )
 
 
