@@ -18,7 +18,8 @@ from torch import nn
 from hf_intervene import InterventionModel, load_base
 from hf_intervene.bases import PipelineBase
 from hf_intervene.bases.autoencoder import images_of, latents_of
-from hf_intervene.bases.recording import fitted_time, without_draws
+from hf_intervene.bases.fitting import fitted_time
+from hf_intervene.bases.observing import without_draws
 from hf_intervene.bases.replay import Placement, probe_rows, probes_of
 
 
@@ -329,6 +330,9 @@ def test_pipelines_that_cannot_be_recorded():
     pipe, call = recorded.pipeline("sana")
     pipe.scheduler = diffusers.SCMScheduler()
     _refused("SCMScheduler", pipe, call=call)
+    pipe, call = recorded.pipeline("sd")
+    pipe.scheduler = diffusers.LCMScheduler()
+    _refused("is a distilled model", pipe, call=call)
     pipe = unheard()
     pipe.vae = None
     _refused("no autoencoder", pipe)

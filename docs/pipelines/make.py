@@ -1,7 +1,8 @@
-"""The table of docs/pipelines.md, from the tiny pipelines of the tests: `python docs/pipelines/make.py` (about a minute).
+"""The table of docs/pipelines.md, from the tiny pipelines of the tests: `python docs/pipelines/make.py`.
 
-Each pipeline has diffusers' own classes, in a configuration of a few thousand random weights. So the table says which parts
-fit together, not how good the images are.
+It says which pipelines are tested: `train` by tests/test_recording.py, `attach` by tests/test_attach_pipelines.py. Each has
+diffusers' own classes, in a configuration of a few thousand random weights. So the table says which parts fit together, not
+how good the images are.
 """
 
 import sys
@@ -10,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 
 import diffusers
-import torch
+from torch import nn
 
-from hf_intervene import InterventionModel, PipelineBase, attach, intervene
-from hf_intervene.pipeline_support import argument_texts, placement_text, site_text
+from hf_intervene.bases.sites import find_sites
+from hf_intervene.pipeline_support import site_text
 
 
 HERE = Path(__file__).parent
@@ -22,68 +23,31 @@ pipelines, recorded = map(import_module, ("pipelines", "recorded"))  # which are
 
 PAGE = HERE.parent / "pipelines.md"
 BEGIN, END = "<!-- table: docs/pipelines/make.py -->", "<!-- end of the table -->"
-HEAD = ("pipeline", "denoiser", "the head enters at", "noisy sample", "time", "train", "attach")
-KINDS = (*pipelines.KINDS, *(kind for kind in recorded.KINDS if kind not in pipelines.KINDS and kind != "sdxl-text"))
+HEAD = ("pipeline", "denoiser", "the head enters at", "train", "attach")
 
 
 def row(kind: str) -> str:
     """The line of a kind of pipeline."""
-    pipe, call = recorded.pipeline(kind)
-    name, frames = f"`{type(pipe).__name__}`", pipelines.call(kind).get("num_frames", 1) if kind in pipelines.KINDS else 1
-    name += f", {frames} frames" if frames > 1 else ""
-    try:
-        base = PipelineBase.from_pipeline(pipe, call=call | ({"num_frames": frames} if frames > 1 else {}))
-    except ValueError as error:
-        denoiser, reason = type(pipe.transformer).__name__, str(error).split(": ")[0].removeprefix(f"a {type(pipe).__name__} ")
-        return f"| {name} | `{denoiser}` | | | | no: {reason} | {attaches(kind, recorded.base('wan'))} |"
-    texts = argument_texts(base.adapter.recorded)
-    sample = next(text for text in texts.values() if text.removeprefix("of each image ").startswith("the sample"))
-    time = next(text for text in texts.values() if text in ("t", "t / 1000", "1 - t / 1000"))
-    prediction = placement_text(base.adapter.recorded.output, "")
-    shape = sample.rpartition(", ")[0].replace("the sample", "").removeprefix(", ").strip() or "as it is"
-    shape += f"; prediction{prediction.removeprefix(',')}" if prediction else ""
-    cells = [name, f"`{type(base.model).__name__}`", site_text(base.injection.sites).split(", ")[0]]
-    return "| " + " | ".join([*cells, shape, time, trains(base), attaches(kind, base)]) + " |"
-
-
-def model_on(base: PipelineBase) -> InterventionModel:
-    """A new head, as if it were trained."""
-    torch.manual_seed(0)
-    model = InterventionModel.build(base, ["a", "b"], noise_width=4, initializer_range=0.5)
-    for parameter in base.adapter.projections.parameters():
-        parameter.data.normal_(std=0.3)
-    return model
-
-
-def trains(base: PipelineBase) -> str:
-    """Whether gradients of a step reach all of the projections, and samples are finite."""
-    model = model_on(base)
-    targets = model.targets([["a"], ["b"], []])
-    model(torch.rand(3, *base.image_shape), targets).loss.backward()
-    reached = all(parameter.grad is not None for parameter in base.adapter.projections.parameters())
-    images = model.eval().sample(["a"], num_samples=1, num_inference_steps=1)
-    return "yes" if reached and bool(torch.isfinite(images).all()) else "no"
-
-
-def attaches(kind: str, base: PipelineBase) -> str:
-    """Whether an intervention of an attached head moves what the pipeline makes, and nothing moves without one."""
-    if kind not in pipelines.KINDS:
-        return ""
-    pipe = pipelines.make(kind)
-    before = pipelines.result(pipe(**pipelines.call(kind, 1)))
-    model = model_on(base)
-    attach(pipe, model.head, adapter=base.adapter)
-    unmoved = pipelines.result(pipe(**pipelines.call(kind, 1)))
-    with intervene(pipe, ["a"]):
-        moved = pipelines.result(pipe(**pipelines.call(kind, 1)))
-    return "yes" if torch.equal(before, unmoved) and not torch.equal(before, moved) else "no"
+    pipe, _ = recorded.pipeline(kind)
+    frames = pipelines.call(kind).get("num_frames", 1) if kind in pipelines.KINDS else 1
+    names = [name for name in ("unet", "transformer", "transformer_2") if isinstance(pipe.components.get(name), nn.Module)]
+    denoiser = pipe.components[names[0]]
+    cells = [
+        f"`{type(pipe).__name__}`" + (f", {frames} frames" if frames > 1 else "") + (", two denoisers" if names[1:] else ""),
+        f"`{type(denoiser).__name__}`",
+        site_text(find_sites(denoiser)).split(", ")[0].lstrip("0123456789 "),  # how many layers: of the tiny one
+        "yes" if kind in recorded.KINDS else "no",
+        "yes" if kind in pipelines.KINDS else "not tested",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
     """All lines, between the two marks."""
+    kinds = (*pipelines.KINDS, *(kind for kind in recorded.KINDS if kind not in pipelines.KINDS and kind != "sdxl-text"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lines = [f"| {' | '.join(HEAD)} |", f"| {' | '.join('---' for _ in HEAD)} |", *map(row, KINDS)]
+        lines = [f"| {' | '.join(HEAD)} |", f"| {' | '.join('---' for _ in HEAD)} |", *map(row, kinds)]
     return "\n".join([BEGIN, f"Made with diffusers {diffusers.__version__}.", "", *lines, END])
 
 
