@@ -138,12 +138,8 @@ def load_pipeline(name_or_path: str | os.PathLike, what: str) -> DiffusionPipeli
     found = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise ValueError(f"{what} is a {index.get('_class_name')!r}, which is no pipeline of this version of diffusers.")
-<<<<<<< HEAD
-    expected = pipeline_class._get_signature_keys(pipeline_class)  # type: ignore[attr-defined]
-=======
     pipeline_class: Any = found
     expected = pipeline_class._get_signature_keys(pipeline_class)
->>>>>>> wt-b
     parts: dict[str, Any] = dict.fromkeys(expected[0])
     parts |= {name: index[name] for name in expected[1] if name in index and not isinstance(index[name], list)}
     parts |= {name: _load_component(index[name], path / name, f"the {name} of {what}") for name in names if name in parts}
