@@ -181,8 +181,9 @@ class TrainArguments:
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
     compile_mode: str = field(default="default", metadata={"help": ", ".join(COMPILE_MODES)})
     channels_last: bool = field(default=False, metadata={"help": "Run the base's convolutions with the channels last."})
-    prior_steps: int = field(
-        default=4000, metadata={"help": "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py."}
+    prior_steps: int | None = field(
+        default=None,
+        metadata={"help": "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py; default: 4/3 of all."},
     )
     seed: int = field(default=0)
     # Running

@@ -507,8 +507,9 @@ def _train(
     if accelerator.is_main_process:
         draw_curves(out)
         trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
-        if fitted := a.prior_steps and trained.head is not None and trained.head.is_flow:
-            fit_prior(trained.to(accelerator.device), data, prepared, a.prior_steps, a.seed)
+        prior_steps = round(4 / 3 * total) if a.prior_steps is None else a.prior_steps
+        if fitted := prior_steps and trained.head is not None and trained.head.is_flow:
+            fit_prior(trained.to(accelerator.device), data, prepared, prior_steps, a.seed)
             sample_grid(trained, data, a, out, step, accelerator)
         with atomic_folder(model_dir, model_files(model_dir)) as folder:
             if fitted:
