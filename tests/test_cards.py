@@ -15,7 +15,7 @@ from hf_intervene import InterventionModel, InterventionPipeline, cli
 from hf_intervene.cards import MARKER, write_card
 from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.training import train
-from hf_intervene.training.arguments import TrainArguments, parse_arguments, shared_settings
+from hf_intervene.training.arguments import SETTINGS_VERSION, TrainArguments, parse_arguments, shared_settings
 
 
 pytestmark = pytest.mark.usefixtures("waits")
@@ -191,7 +191,7 @@ def test_of_a_folder_only_its_name_is_shared(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     shared = yaml.safe_load(shared_settings(TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))))
-    assert shared == {"settings_version": 4, "dataset": "faces", "base": "org/vae", "seed": 0}
+    assert shared == {"settings_version": SETTINGS_VERSION, "dataset": "faces", "base": "org/vae", "seed": 0}
 
 
 def test_presence_comes_before_distances(tmp_path):
