@@ -108,7 +108,7 @@ class OrderedInterventionLayer(nn.Module):
         self.concepts, self.concept_edges = concepts, concept_edges
         self.weight = nn.Parameter(torch.empty(blocks, message_width, blocks, width))
         self.register_buffer("order", torch.arange(concepts))  # of the concepts, causes first
-        self._levels: tuple[tuple[int, bool], list[list[int]]] | None = None
+        self._levels: tuple[torch.Tensor, tuple[int, bool], list[list[int]]] | None = None  # of this order as it is
 
     def reset_parameters(self, std: float) -> None:
         """As a new layer's."""
@@ -123,16 +123,20 @@ class OrderedInterventionLayer(nn.Module):
         before[:d] &= self.concept_edges
         return before
 
+    @torch.compiler.disable
     def levels(self) -> list[list[int]]:
-        """Blocks whose causes are all in levels before."""
-        state = self.order._version, self.concept_edges  # a device is asked for the order when it changed only
-        if self._levels is None or self._levels[0] != state:
-            before = self.edges().cpu()
-            depth = [0] * len(before)
-            for i in sorted(range(len(before)), key=lambda i: int(before[i].sum())):
-                depth[i] = 1 + max((depth[j] for j in before[i].nonzero()[:, 0].tolist()), default=-1)
-            self._levels = state, [[i for i, own in enumerate(depth) if own == n] for n in range(max(depth) + 1)]
-        return self._levels[1]
+        """Blocks whose causes are all in levels before. The device is asked for the order only after a change."""
+        state = self.order._version, self.concept_edges
+        known = self._levels
+        if known is not None and known[0] is self.order and known[1] == state:
+            return known[2]
+        before = self.edges().cpu()
+        depth = [0] * len(before)
+        for i in sorted(range(len(before)), key=lambda i: int(before[i].sum())):
+            depth[i] = 1 + max((depth[j] for j in before[i].nonzero()[:, 0].tolist()), default=-1)
+        levels = [[i for i, own in enumerate(depth) if own == n] for n in range(max(depth) + 1)]
+        self._levels = self.order, state, levels
+        return levels
 
     def off_diagonal(self) -> torch.Tensor:
         """W with its blocks that are no edges set to zero, (D, m, D, w)."""

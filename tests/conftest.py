@@ -36,6 +36,7 @@ TINY = {
     "latent_width": 16,
     "noise_width": 4,
     "concept_width": 4,
+    "free_blocks": 1,
     "flow_width": 8,
     "batch_size": 16,
     "max_steps": 8,

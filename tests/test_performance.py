@@ -12,7 +12,7 @@ from test_train import assert_same, launch, run, weights
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior, structural
+from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
 from hf_intervene.objective import Objective
 from hf_intervene.training import train
@@ -56,7 +56,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
 
         monkeypatch.setattr(torch.Tensor, name, noted)
     # What is done on CPUs only, where nothing has to be waited for: to look where targets are not 0, and at the greatest index.
-    for module in (mechanisms, posterior, structural):
+    for module in (mechanisms, posterior):
         monkeypatch.setattr(module, "at_hand", lambda x: False)
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long())
     original_batch = Feed.batch

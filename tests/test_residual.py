@@ -126,7 +126,7 @@ def test_samples_follow_generator_and_scale():
 def test_train_save_load_and_measure(tiny, tmp_path):
     autoencoder().save_pretrained(tmp_path / "vae")
     settings = tiny | {"base": str(tmp_path / "vae"), "regime": "frozen", "residual_layers": 2, "residual_weight": 0.5}
-    settings |= {"context_prediction": 1.0}  # more makes differences of rounding larger, with which Adam goes on
+    settings |= {"context_prediction": 1.0, "free_invariance": 1.0}  # more makes differences of rounding larger, with which Adam goes on
     whole = train.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
     train.train(TrainArguments(**settings | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "parts")}))
     model, parts = (InterventionModel.from_pretrained(tmp_path / name / "model") for name in ("whole", "parts"))

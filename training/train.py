@@ -381,6 +381,8 @@ def _train(
             with tracking(accelerator):
                 accelerator.log(row, step=step)
 
+    if model.head is not None and model.head.is_flow:
+        model.head.intervention.levels()  # asks the device, which no step should wait for
     order_at = {round(share * total) for share in ORDERED if model.head is not None and model.config.concept_edges}
     frozen = step < frozen_steps
     runner = wrapped(frozen)

@@ -197,6 +197,7 @@ class Recording(nn.Module):
 
     @property
     def constants(self) -> list[torch.Tensor]:
+        """The recorded tensors, in the order in which the tree of arguments numbers them."""
         return [getattr(self, _name(number)) for number in range(len(self.config["constants"]))]
 
     def check(self) -> None:
