@@ -27,6 +27,7 @@ def model_of_codes(head_of_codes):
     head.posterior = lambda features, targets: (6 * features.view(-1, 3, 2) - 3, torch.full((len(features), 3, 2), -6.0))
     model = torch.nn.Module()
     model.head, model.base, model.config, model.concepts, model.device = head, Codes(), config, ("a", "b"), torch.device("cpu")
+    model.seen = lambda targets: targets
     return model
 
 
@@ -54,6 +55,14 @@ def test_concepts_are_ordered_by_their_codes():
     model = model_of_codes({"concept_edges": True})
     order_concepts(model, chain()[1], None)
     assert model.head.intervention.order.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_steps(steps):
+    model = model_of_codes({"concept_edges": False})
+    before = [p.detach().clone() for p in model.head.flow.parameters()]
+    assert math.isfinite(fit_prior(model, chain(40)[1], None, steps, seed=0))
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.head.flow.parameters()))
 
 
 def test_the_fitted_prior_is_the_distribution_of_the_codes():

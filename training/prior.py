@@ -9,7 +9,7 @@ When the training is over, flows and W are fitted once more,
     max E_{x, c ~ q(c | x)} log p(c | s)
 
 over the flows and W alone. While encoder and decoder learn, codes move, and p(c | s) lags behind them; and with the images
-encoded once a step costs a hundredth. Nothing that a reconstruction or its code depends on is changed.
+encoded once a step needs neither of them. Nothing that a reconstruction or its code depends on is changed.
 """
 
 import torch
@@ -110,7 +110,7 @@ def _codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of q(c | x), each (N, D, w), and targets (N, D), on the CPU, contexts in equal parts."""
     model.eval()
-    of_contexts = data.targets(model.config.free_blocks)
+    of_contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
     each = min(most // len(data.contexts), int(data.context_ids.bincount().max()))
     rows = []
     for k in range(len(data.contexts)):
