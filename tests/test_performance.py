@@ -1,8 +1,6 @@
 """What keeps a training step fast: nothing waits for the device, nothing is compiled twice, batches are the same wherever images lie."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -243,25 +241,3 @@ def test_channels_last_changes_nothing_but_rounding(tiny):
     torch.testing.assert_close(after.loss, before.loss)
     assert after.reconstruction.is_contiguous(memory_format=torch.channels_last)
     assert train.train(TrainArguments(**tiny | {"channels_last": True, "max_steps": 2})).step == 2
-
-
-FREED = """
-import resource
-import torch
-from hf_intervene.training.performance import keep_freed_memory
-
-keep_freed_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    torch.ones(2**24)
-before = faults()
-torch.ones(2**24)  # 64 MiB: 16,384 pages
-print(faults() - before)
-"""
-
-
-def test_freed_memory_is_kept():
-    """What was freed is used again: no new pages from the system. In a process of its own: what other tests allocated matters."""
-    pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000

@@ -18,7 +18,6 @@ from hf_intervene.data import ContextImages, quad
 from hf_intervene.data.images import MIN_IMAGES
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_tools import Conditions, alternate, contest, figure, over, peak_gib, repeat, summary
-from hf_intervene.training.performance import keep_freed_memory
 from hf_intervene.training.pretrain import new_autoencoder, new_unet
 from hf_intervene.training.train import build_objective
 
@@ -42,7 +41,6 @@ SAMPLING_STEPS = 5
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
     """A step of AdamW on a loss, as the trainer does it."""
-    keep_freed_memory()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
     def step() -> None:
@@ -107,7 +105,6 @@ def with_and_without(rounds: int, step: Callable, sampling: Callable, arguments:
 
 def head_alone(batch_size: int) -> Callable[[], None]:
     """From features to the embedding and back: what the head itself adds to a training step."""
-    keep_freed_memory()
     model = head_on(LightVAE())
     targets, features = mixed(model, batch_size), torch.randn(batch_size, model.base.feature_width, requires_grad=True)
 

@@ -12,7 +12,6 @@ from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.training.arguments import TrainArguments, fast_bf16
 from hf_intervene.training.benchmark_bases import head_on
 from hf_intervene.training.benchmark_tools import Conditions, alternate, figure, summary
-from hf_intervene.training.performance import keep_freed_memory
 
 
 RANK = 16
@@ -24,7 +23,6 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
 
     `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the cost is linear.
     """
-    keep_freed_memory()  # as the trainer does
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     for d in numbers:
         with Conditions.device:
@@ -83,7 +81,6 @@ def _under_bf16(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tenso
 def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
     """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
     one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
-    keep_freed_memory()
     with Conditions.device:
         model = head_on(LightVAE(sample_size=resolution))
         x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)

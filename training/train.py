@@ -53,7 +53,7 @@ from hf_intervene.training.checkpoints import (
 from hf_intervene.training.distributed import Weights, end_training, new_accelerator, process_state
 from hf_intervene.training.feeding import Feed, kept_at_hand
 from hf_intervene.training.optimizer import build_optimizer
-from hf_intervene.training.performance import keep_freed_memory, use_channels_last
+from hf_intervene.training.performance import use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.prior import ORDERED, fit_prior, order_concepts
 from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
@@ -241,7 +241,6 @@ def _train(
             f"batch_size {a.batch_size} does not divide by {world} processes x {a.gradient_accumulation_steps} accumulation steps."
         )
 
-    keep_freed_memory()
     data, validation = load_data(a, accelerator)
     if a.batch_size > MOST_REPEATS * len(data):
         raise ValueError(

@@ -181,6 +181,7 @@ class AutoencoderBase(Base):
         return [*self.model.encoder.modules(), *self.adapter.network.encoder.modules()]
 
     def train(self, mode: bool = True) -> "AutoencoderBase":
+        """As in torch."""
         super().train(mode)
         if has_unit_pixels(self.model):
             self.model.training = False  # AutoencoderRAE itself, not its layers: in training it draws noise for its latents

@@ -3,7 +3,7 @@
 A `Recording` is made by `recording.py`. It holds
 
 - `arguments`: the arguments of a call, as a tree of small dictionaries that JSON can write;
-- three `Placement`s: where the entries of a noisy sample are in the arguments, where those of the prediction are in the
+- three objects of `Placement`: where the entries of a noisy sample are in the arguments, where those of the prediction are in the
   denoiser's output, and where those of a clean sample are in what the autoencoder decodes.
 
 A sample is a row of what the pipeline's scheduler steps on, such as packed tokens (S, c) or a map (c, h, w).
