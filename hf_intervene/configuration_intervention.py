@@ -49,8 +49,8 @@ class InterventionConfig(PreTrainedConfig):
         concept_width: width of each block of the concepts `c`, shape (batch, D, concept_width).
         mechanism: how each concept comes about (see `modeling_intervention.py`): `"flow"`, invertible, with one posterior q(c | x)
             for all contexts; or `"mlp"`, the paper's. What is said of `"mlp"` below has no effect with flows.
-        flow_depth, flow_width: couplings of each flow, and the width of their networks and of what a block hears of its causes
-            (see `flow.py`).
+        flow_depth, flow_width: couplings of each flow, and the width of their networks and of the message from a block's
+            causes (see `flow.py`).
         concept_edges: `"flow"`: whether concepts may depend on free blocks and on the concepts before them, in the order that
             `OrderedInterventionLayer.order` says. Set it where concepts cause each other; where they do not, edges that are
             there all the same are cut by an intervention, and tell the decoder of it.

@@ -1,6 +1,6 @@
 r"""Invertible mechanisms: how each concept comes about, as a density (an addition to the paper, where they are MLPs).
 
-Block j of the concepts comes from noise and from what it hears of its causes (`OrderedInterventionLayer`),
+Block j of the concepts is made of noise and of a message from its causes (`OrderedInterventionLayer`),
 
     c_j = F_j(z_j; s_j, h_j),    z_j ~ N(0, I),    h_j = (1 - s_j) sum_{i before j} W[j, i] c_i.
 
@@ -17,8 +17,7 @@ puts half glasses on many. So without an intervention c_j is a mixture; with a s
 The last entry of z_j says which: the second where it is above the quantile 1 - pi_j of N(0, 1).
 
 So p(c | s), the product over blocks, is known for every context. A posterior q(c | x) that is the same in every context can be
-fitted by it (see `InterventionHead.kl`), and the decoder, which reads c alone, has nothing else by which to tell contexts
-apart. Free blocks are never intervened on and have one map.
+fitted by it (see `InterventionHead.kl`), and the decoder, which reads c alone, has no other way to distinguish contexts. Free blocks are never intervened on and have one map.
 """
 
 import math
@@ -36,7 +35,7 @@ SHARE = 0.05  # pi_j before training
 
 
 class _Maps(NamedTuple):
-    """Which maps the blocks in hand have, concepts first."""
+    """The numbers of the maps of some blocks, concepts first."""
 
     obs: slice | list[int]  # those without an intervention
     intervened: slice | list[int]  # those of the concepts with one
@@ -48,7 +47,7 @@ class ConceptFlow(nn.Module):
     """The maps F_j of all blocks, and their mixtures.
 
     Shapes, for n blocks: z (n, B, w + 1); c (n, B, w); s (n, B, 1), entries in [0, 1]; h (n, B, m). Maps are numbered: the
-    first D are those without an intervention, the last d those with one, which hear nothing.
+    first D are those without an intervention, the last d those with one, which have no message.
 
     Args:
         concepts: d.
@@ -64,11 +63,11 @@ class ConceptFlow(nn.Module):
         maps = blocks + concepts
         # Even couplings read the first part of a block and move the rest; odd ones the other way round.
         self.split = [width // 2, width - width // 2]
-        self.hidden, self.hear, self.move = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.hidden, self.message, self.move = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer in range(depth if width > 1 else 0):
             read, moved = self.split if layer % 2 == 0 else self.split[::-1]
             self.hidden.append(BlockLinear(maps, read, hidden_width))
-            self.hear.append(BlockLinear(blocks, hidden_width, hidden_width))
+            self.message.append(BlockLinear(blocks, hidden_width, hidden_width))
             self.move.append(SmallBlockLinear(maps, hidden_width, 2 * moved))
         self.shift = BlockLinear(blocks, hidden_width, width)  # of the mean, by h
         self.mean = nn.Parameter(torch.empty(maps, 1, width))
@@ -160,10 +159,10 @@ class ConceptFlow(nn.Module):
     def _coupling(
         self, layer: int, read: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor | None, maps: _Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, hear, move = self.hidden[layer], self.hear[layer], self.move[layer]
+        hidden, message, move = self.hidden[layer], self.message[layer], self.move[layer]
         out = intervened = None
         if h is not None:
-            out = move(gelu(hidden(read, maps.obs) + hear(h, maps.obs)), maps.obs)
+            out = move(gelu(hidden(read, maps.obs) + message(h, maps.obs)), maps.obs)
         if not isinstance(s, float) or s == 1:
             intervened = move(gelu(hidden(read[: maps.number], maps.intervened)), maps.intervened)
         shift, log_scale = _mixed(out, intervened, s).chunk(2, dim=-1)

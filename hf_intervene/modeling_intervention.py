@@ -155,7 +155,7 @@ class InterventionHead(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def mechanisms(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1): with flows c of blocks that hear nothing."""
+        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1): with flows c of blocks without causes."""
         z, s = z.transpose(0, 1), s.transpose(0, 1)
         if self.is_flow:
             eps = self.flow(z, s, z.new_zeros(*z.shape[:2], self.config.flow_width))

@@ -86,12 +86,12 @@ class InterventionLayer(nn.Module):
 
 
 class OrderedInterventionLayer(nn.Module):
-    """What each block of a head with flows hears of its causes (see `flow.py`):
+    """The message to each block of a head with flows from its causes (see `flow.py`):
 
         h_i = (1 - s_i) sum_{j before i} W[i, j] c_j.
 
-    Free blocks come first, each hears those before it and is never cut. Concepts hear nothing, or all free blocks and the
-    concepts before them in `order`. So there are no cycles, and the density needs no determinant. W starts at 0: what no
+    Free blocks come first. Each has a message from the free blocks before it, which is never cut. A concept has none, or one
+    from all free blocks and from the concepts before it in `order`. So there are no cycles, and the density needs no determinant. W starts at 0: what no
     data ask for does not depend on anything.
 
     Args:
@@ -115,7 +115,7 @@ class OrderedInterventionLayer(nn.Module):
         nn.init.zeros_(self.weight)
 
     def edges(self) -> torch.Tensor:
-        """Whether block i may hear block j, bool (D, D)."""
+        """Whether block j may be a cause of block i, bool (D, D)."""
         blocks, d = len(self.weight), self.concepts
         position = torch.arange(blocks, device=self.order.device) - d  # free blocks first, in turn
         position[:d] = blocks + torch.argsort(self.order)
@@ -145,8 +145,8 @@ class OrderedInterventionLayer(nn.Module):
     def forward(self, c: torch.Tensor, s: torch.Tensor, blocks: list[int] | slice = slice(None)) -> torch.Tensor:
         """h of these blocks, (n, B, m), of all c, (B, D, w), and their s, (n, B, 1)."""
         weight = self.off_diagonal()[blocks]  # (n, m, D, w)
-        heard = c.flatten(1) @ weight.flatten(2).flatten(0, 1).T  # (B, n m)
-        return (1 - s) * heard.unflatten(1, weight.shape[:2]).transpose(0, 1)
+        messages = c.flatten(1) @ weight.flatten(2).flatten(0, 1).T  # (B, n m)
+        return (1 - s) * messages.unflatten(1, weight.shape[:2]).transpose(0, 1)
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
         """`InterventionHead.penalty`, of the edges into concepts."""

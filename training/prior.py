@@ -1,6 +1,6 @@
 """The order of the concepts, and the prior of a finished model: both are fitted to the codes of images.
 
-Concepts that may cause each other are put in an order, causes first. do(k) moves what k causes, and nothing before it:
+Concepts that may cause each other are put in an order, causes first. do(k) moves what k causes, and nothing else:
 
     M[k, j] = distance of c_j under do(k) from c_j in obs,    next in the order: argmin_j max_k M[k, j] of those that are left.
 
@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_intervene.data import ContextImages
+from hf_intervene.metrics.transport import sliced_w2
 from hf_intervene.model import InterventionModel
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.validation import model_inputs
@@ -26,7 +27,7 @@ LEARNING_RATE = 3e-3
 MOST = 65_536  # images that are encoded
 LARGEST = 50.0  # norm of a gradient
 ORDERED = (0.2, 0.4, 0.6)  # shares of the training at which concepts are ordered
-SOME = 512  # images of a context by which
+SOME = 512  # images of each context that the order is estimated from
 
 
 def fit_prior(
@@ -90,13 +91,13 @@ def causal_order(moved: torch.Tensor) -> list[int]:
 
 
 def _moved(there: torch.Tensor, obs: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """Sliced 2-Wasserstein distance of blocks (n, d, w) from others (n, d, w), in their standard deviations, (d,).
+    """Sliced 2-Wasserstein distance of blocks (n, d, w) from others (n, d, w), in standard deviations of the others, (d,).
 
     Args:
         directions: of length 1, (w, projections).
     """
-    sorted_there, sorted_obs = ((x.transpose(0, 1) @ directions).sort(dim=1).values for x in (there, obs))  # (d, n, P)
-    distance = (sorted_there - sorted_obs).square().mean((1, 2)).sqrt()
+    pairs = zip(there.transpose(0, 1) @ directions, obs.transpose(0, 1) @ directions)  # each (n, projections)
+    distance = torch.tensor([sliced_w2(a.numpy(), b.numpy()) for a, b in pairs])
     return distance / obs.var(0).mean(1).sqrt().clamp(min=1e-12)
 
 

@@ -2,11 +2,12 @@ r"""Free blocks know nothing of the context (an addition to the paper's objectiv
 
     loss = -log a(k | c_free),    c ~ q(c | x),    k the context of x,
 
-a being a small classifier that is trained beside the model (Ganin et al., arXiv:1505.07818): its own gradient makes the loss
-smaller; the encoder gets the reverse of it, `strength` times. No intervention changes a free block, so what tells contexts
-apart belongs to a concept. The ELBO asks for the same: p(c_free) is one for all contexts. But where contexts overlap, an
-encoder that keeps all of an image in free blocks costs it a few nats only; then concepts tell the context, as `context_prediction.py`
-asks, and the decoder need not read them. A free variable that concepts cause is no exception: a block can hold its noise.
+a is a small classifier that is trained beside the model (Ganin et al., arXiv:1505.07818). The classifier follows the gradient
+of the loss. The encoder gets the reversed gradient, `strength` times. No intervention changes a free block, so what
+distinguishes contexts belongs to a concept. The ELBO asks for the same: p(c_free) is the same in all contexts. But where
+contexts overlap, keeping a whole image in free blocks costs the ELBO a few nats only. Then concepts predict the context, as
+`context_prediction.py` asks, and the decoder ignores them. This holds for free variables that concepts cause, too: a free
+block can hold their noise.
 """
 
 from typing import Any
