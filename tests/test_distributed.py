@@ -65,6 +65,14 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     assert_same(last_state(alone)[0]["model"], last_state(settings)[0]["model"], rtol=1e-3, atol=1e-5)
 
 
+def test_concepts_are_ordered_after_a_sharded_run(tiny, tmp_path):
+    settings = tiny | {"concept_edges": True, "edit_consistency": 0.0, "free_invariance": 0.0}
+    launch_with("fsdp", settings)
+    model = InterventionModel.from_pretrained(tmp_path / "run" / "model")
+    assert sorted(model.head.intervention.order.tolist()) == list(range(len(model.concepts)))
+    assert model.sample("quad1", 2).shape == (2, 3, 16, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_machines_give_the_result_of_one_and_resume(tiny, tmp_path, launcher):

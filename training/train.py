@@ -382,7 +382,9 @@ def _train(
 
     if model.head is not None and model.head.is_flow:
         model.head.intervention.levels()  # asks the device, which no step should wait for
-    order_at = {round(share * total) for share in ORDERED if model.head is not None and model.config.concept_edges}
+    # Not with FSDP, whose parts work in a forward pass of the whole only: there the finished model is ordered, by `fit_prior`.
+    ordered = model.head is not None and model.config.concept_edges and not weights.sharded
+    order_at = {round(share * total) for share in ORDERED if ordered}
     frozen = step < frozen_steps
     runner = wrapped(frozen)
     centred = model.head is not None and model.config.posterior == "centered"
