@@ -1,8 +1,8 @@
 """Package metadata.
 
-`training/` and `model_cards/` are installed as `hf_intervene.training` and `hf_intervene.model_cards`, so that the recipes and the
-template of the cards are there without a checkout too.
-"""
+`training/` and `model_cards/` are installed as `hf_intervene.training` and
+`hf_intervene.model_cards`, so that the recipes and the template of the cards are there without a
+checkout too."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,14 @@ EXTRAS = {
     "app": ["gradio>=6.31,<7"],
     "baselines": ["pythae>=0.1.2"],
     "deepspeed": ["deepspeed>=0.19.8"],
-    "docs": ["sphinx>=9", "myst-nb>=1.4", "furo>=2025.12.19", "jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7.4"],
+    "docs": [
+        "sphinx>=9",
+        "myst-nb>=1.4",
+        "furo>=2025.12.19",
+        "jupytext>=1.19",
+        "nbclient>=0.11",
+        "ipykernel>=7.4",
+    ],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6.1",
@@ -35,22 +42,38 @@ EXTRAS = {
 setup(
     name="hf-intervene",
     version=VERSION,
-    description="Concept interventions, and their unseen compositions, for pretrained diffusers and transformers models",
+    description=(
+        "Concept interventions, and their unseen compositions, for pretrained diffusers and"
+        " transformers models"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["hf_intervene", "hf_intervene.*"]), "hf_intervene.training", "hf_intervene.model_cards"],
-    package_dir={"hf_intervene": "hf_intervene", "hf_intervene.training": "training", "hf_intervene.model_cards": "model_cards"},
+    packages=[
+        *find_packages(include=["hf_intervene", "hf_intervene.*"]),
+        "hf_intervene.training",
+        "hf_intervene.model_cards",
+    ],
+    package_dir={
+        "hf_intervene": "hf_intervene",
+        "hf_intervene.training": "training",
+        "hf_intervene.model_cards": "model_cards",
+    },
     package_data={
         "hf_intervene": ["py.typed"],
         "hf_intervene.data": ["avatar_faces/*", "mnist_digits/*"],
         "hf_intervene.pretrained": ["*/*", "*/*/*"],
-        "hf_intervene.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/reproduce/*.yaml"],
+        "hf_intervene.training": [
+            "configs/*.yaml",
+            "configs/accelerate/*.yaml",
+            "configs/reproduce/*.yaml",
+        ],
         "hf_intervene.model_cards": ["template.md", "datasets/*.md"],
     },
-    # The lower bounds, of the extras too, are the versions in `.ci/oldest.txt`: the tests pass with exactly those.
+    # The lower bounds, of the extras too, are the versions in `.ci/oldest.txt`: the tests pass with
+    # exactly those.
     install_requires=[
         "torch>=2.13",
         "transformers>=5.5,<6",

@@ -1,4 +1,6 @@
-"""Settings of the site: `sphinx-build -W docs outputs/site`. It loads nothing from elsewhere: no fonts, no scripts."""
+"""Settings of the site: `sphinx-build -W docs outputs/site`. It loads nothing from elsewhere: no
+fonts, no scripts.
+"""
 
 import re
 
@@ -42,7 +44,9 @@ def mathml(self, node: nodes.Node) -> None:
 
 
 def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """The docstrings are written for readers of the source, with Markdown's code; this makes reStructuredText of them."""
+    """The docstrings are written for readers of the source, with Markdown's code; this makes
+    reStructuredText of them.
+    """
     text = "\n".join(lines)
     text = re.sub(
         r"^( *)```(\w+)\n(.*?)\n *```$",
@@ -50,13 +54,20 @@ def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         text,
         flags=re.DOTALL | re.MULTILINE,
     )
-    text = re.sub(r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text)  # diagrams and formulas, set off by indentation
+    text = re.sub(
+        r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text
+    )  # diagrams and formulas, set off by indentation
     text = re.sub(r"(?<![`:])`([^`\n]+)`(?!`)", r"``\1``", text)
     parts = re.split(r"(``[^`]+``)", text)
-    parts[::2] = [re.sub(r"(?<!\w)[*|]+(?=\w)", lambda m: re.sub(r"(.)", r"\\\1", m[0]), part) for part in parts[::2]]
+    parts[::2] = [
+        re.sub(r"(?<!\w)[*|]+(?=\w)", lambda m: re.sub(r"(.)", r"\\\1", m[0]), part)
+        for part in parts[::2]
+    ]
     lines[:] = "".join(parts).split("\n")
 
 
 def setup(app) -> None:
-    app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None)
+    )
     app.connect("autodoc-process-docstring", markdown_docstring, priority=100)  # before napoleon

@@ -1,7 +1,8 @@
-"""hf-intervene: teach a pretrained generative model to be intervened on, concept by concept, and compose the interventions.
+"""hf-intervene: teach a pretrained generative model to be intervened on, concept by concept, and
+compose the interventions.
 
-The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled representations", arXiv:2507.04754.
-"""
+The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled
+representations", arXiv:2507.04754."""
 
 import gc
 import sys
@@ -80,7 +81,9 @@ _DEFINED_IN += ("pipeline_support",)
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Imports make millions of objects and hardly any garbage: looking for it in between takes a fifth of their time."""
+    """Imports make millions of objects and hardly any garbage: looking for it in between takes a
+    fifth of their time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -91,19 +94,24 @@ def _no_collection() -> Iterator[None]:
 
 
 def _import_all() -> None:
-    """All public names, after which transformers and diffusers know every class of the package (see the ends of `model.py` and
-    `pipeline.py`)."""
+    """All public names, after which transformers and diffusers know every class of the package (see
+    the ends of `model.py` and `pipeline.py`)."""
     modules = [import_module(f".{module}", __name__) for module in _DEFINED_IN]
-    globals().update({n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)})
+    globals().update(
+        {n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)}
+    )
 
 
 def _make_known(_: object) -> None:
-    if not any(f"{__name__}.{module}" in sys.modules for module in _DEFINED_IN):  # or this is the import of one of them
+    if not any(
+        f"{__name__}.{module}" in sys.modules for module in _DEFINED_IN
+    ):  # or this is the import of one of them
         with _no_collection():
             _import_all()
 
 
-# Whoever imports this package and transformers or diffusers, in any order, can load what it saved by their Auto classes and pipelines.
+# Whoever imports this package and transformers or diffusers, in any order, can load what it saved
+# by their Auto classes and pipelines.
 for _library in ("transformers", "diffusers"):
     wrapt.register_post_import_hook(_make_known, _library)
 
@@ -111,8 +119,9 @@ for _library in ("transformers", "diffusers"):
 if not TYPE_CHECKING:  # or a type checker would take any name
 
     def __getattr__(name: str) -> Any:
-        """The public names and the modules, imported when first asked for (PEP 562): torch and the Hugging Face libraries take seconds,
-        which neither the command line's help nor the page has to wait for."""
+        """The public names and the modules, imported when first asked for (PEP 562): torch and the
+        Hugging Face libraries take seconds, which neither the command line's help nor the page has
+        to wait for."""
         with _no_collection():
             if name in __all__:
                 _import_all()

@@ -1,5 +1,6 @@
-"""The page of `hf-intervene app`, laid out with Gradio: sample under interventions, edit images, compose pairs, read the card. Thin:
-what the buttons do is in `page.py`, and torch is not imported here.
+"""The page of `hf-intervene app`, laid out with Gradio: sample under interventions, edit images,
+compose pairs, read the card. Thin: what the buttons do is in `page.py`, and torch is not imported
+here.
 
 Nothing is fetched at run time, neither fonts nor scripts, and nothing is reported to anybody.
 """
@@ -35,7 +36,10 @@ MAX_WAITING = 16  # requests: who comes later is told so, and not made to wait f
 NO_IMAGE = "give an image first: upload one, or pick one of those below"
 
 # The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
-CSP = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+CSP = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'self\' data: blob:'
+    " 'unsafe-inline' 'unsafe-eval'"
+)
 CSP += "; form-action 'self'; base-uri 'none'\">"
 CSS = """
 .gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace; max-width: 1280px !important; }
@@ -66,7 +70,7 @@ CSS = """
   .compare .grid-container { --grid-cols: 2 !important; }
   .prose :is(td, th) { white-space: nowrap; padding: 4px 6px; }
 }
-"""
+"""  # noqa: E501
 
 
 def _shown(images: Iterable[np.ndarray]) -> list[np.ndarray]:
@@ -76,8 +80,13 @@ def _shown(images: Iterable[np.ndarray]) -> list[np.ndarray]:
 
 def build(page: Page) -> gr.Blocks:
     """The page as Gradio blocks."""
-    with gr.Blocks(title=f"{page.title}: interventions", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(f"# {page.title}\nSwitch concepts on, alone or together, and see what changes and what stays as it was.")
+    with gr.Blocks(
+        title=f"{page.title}: interventions", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as blocks:
+        gr.Markdown(
+            f"# {page.title}\nSwitch concepts on, alone or together, and see what changes and what"
+            " stays as it was."
+        )
         with gr.Tab("Sample"):
             _sample_tab(page, blocks)
         with gr.Tab("Edit") as tab:
@@ -86,7 +95,14 @@ def build(page: Page) -> gr.Blocks:
             _compose_tab(page, tab)
         with gr.Tab("About"):
             for path, caption in page.pictures():
-                gr.Image(path, label=caption, alt_text=caption, interactive=False, elem_classes="picture", buttons=["fullscreen"])
+                gr.Image(
+                    path,
+                    label=caption,
+                    alt_text=caption,
+                    interactive=False,
+                    elem_classes="picture",
+                    buttons=["fullscreen"],
+                )
             gr.Markdown(page.card())
     return blocks
 
@@ -99,27 +115,42 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
             seed = _seed()
             denoising = [*_steps(page), *_guidance(page)]
             with gr.Row():
-                other = gr.Button("Other seed" if page.denoises else "Other images", size="md", min_width=120)
+                other = gr.Button(
+                    "Other seed" if page.denoises else "Other images", size="md", min_width=120
+                )
                 button = gr.Button("Generate", variant="primary", size="md", min_width=120)
         with gr.Column(scale=3, min_width=280):
             with gr.Row():
                 before, after, change = (
-                    gr.Gallery(label=label, columns=4, format="png", elem_classes="pixels", min_width=220, buttons=["fullscreen"])
+                    gr.Gallery(
+                        label=label,
+                        columns=4,
+                        format="png",
+                        elem_classes="pixels",
+                        min_width=220,
+                        buttons=["fullscreen"],
+                    )
                     for label in ("Observational", "Intervened on", "Changed")
                 )
             gr.Markdown(
-                "All three have the same noise, image by image. *Changed*: white where the first two are the same, black from half of "
-                "the range on."
+                "All three have the same noise, image by image. *Changed*: white where the first"
+                " two are the same, black from half of the range on."
             )
 
     def sample(*values: Any) -> tuple[list[np.ndarray], gr.Gallery, list[np.ndarray]]:
         strengths, (n, chosen_seed, *options) = _strengths(page, values)
-        observational, intervened, change, name = page.sample(strengths, int(n), _checked(chosen_seed), *options)
+        observational, intervened, change, name = page.sample(
+            strengths, int(n), _checked(chosen_seed), *options
+        )
         label = "Nothing is intervened on" if name == "obs" else name
         return _shown(observational), gr.Gallery(_shown(intervened), label=label), _shown(change)
 
     inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
-    at_once = [] if page.denoises else [blocks.load, *(part.change for part in (*controls, num_images, seed))]
+    at_once = (
+        []
+        if page.denoises
+        else [blocks.load, *(part.change for part in (*controls, num_images, seed))]
+    )
     _on([button.click, *at_once], sample, inputs, outputs, "sample")
     other.click(lambda: random.randint(0, MAX_SEED), None, seed, api_visibility="private")
 
@@ -136,7 +167,12 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
                 elem_classes="pixels",
             )
             examples = gr.Gallery(
-                label="or one of these", columns=4, format="png", allow_preview=False, elem_classes="pixels", buttons=[]
+                label="or one of these",
+                columns=4,
+                format="png",
+                allow_preview=False,
+                elem_classes="pixels",
+                buttons=[],
             )
             draw = gr.Button("Draw some", size="md", visible=page.denoises)
             came_from = gr.Dropdown(
@@ -158,8 +194,9 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
                 buttons=["fullscreen"],
             )
             gr.Markdown(
-                "The noise behind the image is kept, the interventions are replaced. *Unchanged* is what the model returns when nothing is "
-                "edited: what is lost there is not the edit's doing. *Change* compares it with the edited image (white: nothing)."
+                "The noise behind the image is kept, the interventions are replaced. *Unchanged* is"
+                " what the model returns when nothing is edited: what is lost there is not the"
+                " edit's doing. *Change* compares it with the edited image (white: nothing)."
             )
 
     def edit(file: dict[str, Any] | None, context: list[str] | None, *values: Any) -> gr.Gallery:
@@ -174,19 +211,36 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         return _shown(page.examples())[event.index]
 
     inputs = [image, came_from, *controls, *denoising]
-    _on([button.click], edit, inputs, result, "edit", preprocess=False)  # Gradio would open the file, and fail in its own words
+    _on(
+        [button.click], edit, inputs, result, "edit", preprocess=False
+    )  # Gradio would open the file, and fail in its own words
     if not page.denoises:
 
         def live(file: dict[str, Any] | None, *values: Any) -> gr.Gallery | list:
             return edit(file, *values) if file else []
 
-        _on([part.change for part in (image, came_from, *controls)], live, inputs, result, preprocess=False)
-    _on([draw.click if page.denoises else tab.select], lambda: _shown(page.examples()), None, examples)
+        _on(
+            [part.change for part in (image, came_from, *controls)],
+            live,
+            inputs,
+            result,
+            preprocess=False,
+        )
+    _on(
+        [draw.click if page.denoises else tab.select],
+        lambda: _shown(page.examples()),
+        None,
+        examples,
+    )
     _on([examples.select], pick, None, image)
 
 
 def _compose_tab(page: Page, tab: gr.Tab) -> None:
-    chosen = gr.CheckboxGroup(list(page.concepts), value=list(page.concepts[:6]), label=f"Concepts (two to {MAX_COMPOSED})")
+    chosen = gr.CheckboxGroup(
+        list(page.concepts),
+        value=list(page.concepts[:6]),
+        label=f"Concepts (two to {MAX_COMPOSED})",
+    )
     with gr.Row():
         seed = _seed()
         steps = _steps(page)
@@ -200,18 +254,24 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         alt_text="A grid of all pairs of concepts",
     )
     gr.Markdown(
-        "One draw of noise. Below the diagonal: under the interventions of row and column together. Above it: how that differs from the "
-        "observational image in the corner."
+        "One draw of noise. Below the diagonal: under the interventions of row and column together."
+        " Above it: how that differs from the observational image in the corner."
     )
 
     def compose(names: list[str], chosen_seed: int | None, *options: int) -> Image.Image:
         return page.compose(names, _checked(chosen_seed), *options)
 
-    _on([button.click, *([] if page.denoises else [tab.select])], compose, [chosen, seed, *steps], picture, "compose")
+    _on(
+        [button.click, *([] if page.denoises else [tab.select])],
+        compose,
+        [chosen, seed, *steps],
+        picture,
+        "compose",
+    )
 
 
 def _concept_controls(page: Page) -> list:
-    """A switch for each concept, then a strength for each; moving a strength turns its switch on."""
+    """A switch for each concept, then a strength for each; moving a strength turns its switch on."""  # noqa: E501
     switches, strengths = [], []
     for name in page.concepts:
         with gr.Row(elem_classes="concept"):
@@ -254,7 +314,11 @@ def _uploaded(file: dict[str, Any]) -> str:
 def _strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple]:
     """What the concepts' controls say, and the values after them."""
     d = len(page.concepts)
-    chosen = {name: strength for name, on, strength in zip(page.concepts, values[:d], values[d : 2 * d]) if on}
+    chosen = {
+        name: strength
+        for name, on, strength in zip(page.concepts, values[:d], values[d : 2 * d])
+        if on
+    }
     return chosen, values[2 * d :]
 
 
@@ -269,7 +333,11 @@ def _checked(seed: int | None) -> int:
 
 
 def _steps(page: Page) -> list[gr.Slider]:
-    return [gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])] if page.denoises else []
+    return (
+        [gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])]
+        if page.denoises
+        else []
+    )
 
 
 def _guidance(page: Page) -> list[gr.Slider]:
@@ -285,8 +353,8 @@ def _on(
     name: str | None = None,
     **options: Any,
 ) -> None:
-    """Call a function when something happens: of what piled up meanwhile the last only, one call of the model at a time. What it raises is
-    shown as a sentence."""
+    """Call a function when something happens: of what piled up meanwhile the last only, one call of
+    the model at a time. What it raises is shown as a sentence."""
 
     @wraps(function)
     def spoken(request: gr.Request, *values: Any) -> Any:
@@ -305,7 +373,11 @@ def _on(
     spoken.__signature__ = own.replace(parameters=[asks, *own.parameters.values()])  # type: ignore[attr-defined]
     spoken.__annotations__ = {"request": gr.Request} | function.__annotations__
     options |= {"api_name": name} if name else {"api_visibility": "private"}
-    options |= {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "minimal"}
+    options |= {
+        "trigger_mode": "always_last",
+        "concurrency_id": "model",
+        "show_progress": "minimal",
+    }
     gr.on(triggers, spoken, inputs, outputs, **options)
 
 
@@ -330,4 +402,6 @@ def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -
     except OSError as error:
         if port is None:
             raise
-        raise OSError(f"cannot listen at port {port}: it is taken, or not allowed; choose another one.") from error
+        raise OSError(
+            f"cannot listen at port {port}: it is taken, or not allowed; choose another one."
+        ) from error

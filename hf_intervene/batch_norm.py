@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: "InterventionModel", contexts: Sequence[Interventions], num_batches: int = 50, batch_size: int = 256
+    model: "InterventionModel",
+    contexts: Sequence[Interventions],
+    num_batches: int = 50,
+    batch_size: int = 256,
 ) -> None:
-    """Gather the running statistics of batch-norm layers anew on samples from the prior, the given contexts mixed.
+    """Gather the running statistics of batch-norm layers anew on samples from the prior, the given
+    contexts mixed.
 
-    Training gathers them on posterior samples, which fit no prior sample: the same weights scored 0.343 with the former and 0.107
-    with batch statistics (METHOD section 7). Layers of the encoder are left alone. No effect without batch norm.
-    """
+    Training gathers them on posterior samples, which fit no prior sample: the same weights scored
+    0.343 with the former and 0.107 with batch statistics (METHOD section 7). Layers of the encoder
+    are left alone. No effect without batch norm."""
     encoded = set(model.base.encoder_modules())
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in encoded]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in encoded
+    ]
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

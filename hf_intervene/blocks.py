@@ -1,8 +1,7 @@
 """Block-diagonal layers: one map per block, computed for all blocks at once.
 
-Activations are (D, B, width). In memory the batch lies innermost, (D, width, B): blocks are narrow, and products with
-B columns and sums over rows of B are several times faster.
-"""
+Activations are (D, B, width). In memory the batch lies innermost, (D, width, B): blocks are narrow,
+and products with B columns and sums over rows of B are several times faster."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from torch.autograd.function import once_differentiable
 class BlockLinear(nn.Module):
     """One linear map per block: a block-diagonal product, cost linear in the number of blocks.
 
-    Shapes: (D, B, in_width) -> (D, B, out_width). The outputs may be `slices` alternatives side by side, which start out equal.
-    """
+    Shapes: (D, B, in_width) -> (D, B, out_width). The outputs may be `slices` alternatives side by
+    side, which start out equal."""
 
     def __init__(self, blocks: int, in_width: int, out_width: int, slices: int = 1):
         super().__init__()
@@ -37,7 +36,8 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, blocks: slice | list[int] = slice(None)) -> torch.Tensor:
         """The maps of `blocks` of x, which has as many."""
-        # Not .mT: the strides of its gradient would not be those that DDP expects, and it would be copied.
+        # Not .mT: the strides of its gradient would not be those that DDP expects, and it would be
+        # copied.
         bias = self.bias[blocks].squeeze(1).unsqueeze(2)
         return torch.baddbmm(bias, self.weight[blocks].mT, x.mT).mT  # (D, B, out)
 
@@ -52,7 +52,9 @@ class SmallBlockLinear(BlockLinear):
 
 
 class BlockLayerNorm(nn.Module):
-    """Layer norm of each block by itself, with a scale and a shift per unit. Shapes: (D, B, width) -> (D, B, width)."""
+    """Layer norm of each block by itself, with a scale and a shift per unit. Shapes: (D, B, width)
+    -> (D, B, width).
+    """
 
     def __init__(self, blocks: int, width: int):
         super().__init__()
@@ -69,10 +71,11 @@ class BlockLayerNorm(nn.Module):
 
 
 class _Standardize(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + 1e-5) over the last dimension, and the inverse of the root, both in float32 at least.
+    """(x - mean) / sqrt(variance + 1e-5) over the last dimension, and the inverse of the root, both
+    in float32 at least.
 
-    By hand: with rows as short as a block's, and the batch innermost in memory, forward and backward take half the time of `layer_norm`.
-    """
+    By hand: with rows as short as a block's, and the batch innermost in memory, forward and
+    backward take half the time of `layer_norm`."""
 
     @staticmethod
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +85,9 @@ class _Standardize(torch.autograd.Function):
         return centred * scale, scale
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         ctx.dtype = inputs[0].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*output)
@@ -96,7 +101,9 @@ class _Standardize(torch.autograd.Function):
 
 
 class BlockBatchNorm(nn.BatchNorm1d):
-    """Batch norm over every unit of every block, the paper's. Shapes: (D, B, width) -> (D, B, width)."""
+    """Batch norm over every unit of every block, the paper's. Shapes: (D, B, width) -> (D, B,
+    width).
+    """
 
     def __init__(self, blocks: int, width: int):
         super().__init__(blocks * width)

@@ -1,4 +1,6 @@
-"""Weights that do not fit their configuration are refused, and before a model larger than they are is in memory."""
+"""Weights that do not fit their configuration are refused, and before a model larger than they are
+is in memory.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +26,12 @@ _LAYERS = 64  # registrations a weight, at most, of a model that is made
 
 
 def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
-    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before any of it is in memory.
+    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before
+    any of it is in memory.
 
     Args:
-        build: makes the model; here on the meta device, and it is stopped when it makes many more layers than there are weights.
+        build: makes the model; here on the meta device, and it is stopped when it makes many more
+            layers than there are weights.
         files: those of the weights, of which the headers are read.
         what: in a message.
 
@@ -43,7 +47,9 @@ def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) 
             with safe_open(file, "pt") as opened:
                 there |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+        raise OSError(
+            f"{what} cannot be read: its weights are truncated or corrupt; fetch it again."
+        ) from error
     sizes = sum(math.prod(shape) for shape in there.values())
     try:
         with torch.device("meta"), _at_most(_LAYERS * (len(there) + _LAYERS)):
@@ -54,14 +60,17 @@ def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) 
     wanted = sum(value.numel() for value in model.state_dict().values())
     if wanted > 2 * sizes + MAX_SIZE:
         raise ValueError(
-            f"the weights of {what} do not fit its configuration: it asks for {wanted:,} numbers, and there are {sizes:,}."
+            f"the weights of {what} do not fit its configuration: it asks for {wanted:,} numbers,"
+            f" and there are {sizes:,}."
         )
     return model
 
 
 @contextmanager
 def _at_most(limit: int) -> Iterator[None]:
-    """Inside, modules that are made may register no more than so many parameters, buffers and modules."""
+    """Inside, modules that are made may register no more than so many parameters, buffers and
+    modules.
+    """
     count = 0
 
     def hook(*_: Any) -> None:
@@ -86,21 +95,33 @@ def _at_most(limit: int) -> Iterator[None]:
 
 
 def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -> _Model:
-    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit of weights and configuration."""
+    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit
+    of weights and configuration.
+    """
     try:
         model, info = load()
     except (SafetensorError, OSError, JSONDecodeError) as error:
         # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
         if isinstance(error, OSError) and "Unable to load weights" not in str(error):
             raise
-        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+        raise OSError(
+            f"{what} cannot be read: its weights are truncated or corrupt; fetch it again."
+        ) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
-        raise ValueError(f"the weights of {what} do not fit its configuration: sizes differ ({_first(error)}).") from error
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+        raise ValueError(
+            f"the weights of {what} do not fit its configuration: sizes differ ({_first(error)})."
+        ) from error
+    wrong = {
+        key: sorted(map(str, info[key]))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(key)
+    }
     if wrong:
-        listing = "; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:3])}" for key, names in wrong.items())
+        listing = "; ".join(
+            f"{key.replace('_', ' ')}: {', '.join(names[:3])}" for key, names in wrong.items()
+        )
         raise ValueError(f"the weights of {what} do not fit its configuration ({listing}).")
     return model
 

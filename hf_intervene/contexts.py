@@ -1,6 +1,8 @@
-"""The vocabulary of interventions: from what a user says to the target tensor `s` of METHOD section 2.
+"""The vocabulary of interventions: from what a user says to the target tensor `s` of METHOD section
+2.
 
-A *context* is a set of intervened concepts, each with a strength in (0, 1]. Every way of naming one is parsed here and nowhere else:
+A *context* is a set of intervened concepts, each with a strength in (0, 1]. Every way of naming one
+is parsed here and nowhere else:
 
     "obs"  or  None  or  []          nothing is intervened on
     "quad1"                          one concept
@@ -11,10 +13,11 @@ A *context* is a set of intervened concepts, each with a strength in (0, 1]. Eve
     [["quad1"], "obs", {"size": 0.5}]   one context per sample: a list holding at least one list, tuple, dict or None
     a tensor of targets              used as it is, after checks
 
-Chosen values are only carried through here, images unseen; `values.py` makes of them what the head takes.
+Chosen values are only carried through here, images unseen; `values.py` makes of them what the head
+takes.
 
 This file imports torch alone, so that it can travel with a checkpoint.
-"""
+"""  # noqa: E501
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +32,9 @@ import torch
 OBS = "obs"
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-_RESERVED = "+=,@/\\"  # of the notation of contexts, and of paths: names become those of folders and files
+_RESERVED = (  # of the notation of contexts, and of paths: names become those of folders and files
+    "+=,@/\\"
+)
 
 
 def _shown(value: Any) -> str:
@@ -39,7 +44,9 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Quantile:
-    """A chosen value of a concept: the point at quantile q, in (0, 1), of its learnt range (see `values.quantile_value`)."""
+    """A chosen value of a concept: the point at quantile q, in (0, 1), of its learnt range (see
+    `values.quantile_value`).
+    """
 
     q: float
 
@@ -49,7 +56,9 @@ class Quantile:
         except (TypeError, ValueError):
             q = math.nan
         if not 0.0 < q < 1.0:  # NaN fails the comparison
-            raise ValueError(f"a quantile must be a number between 0 and 1, both excluded, not {_shown(self.q)}.")
+            raise ValueError(
+                f"a quantile must be a number between 0 and 1, both excluded, not {_shown(self.q)}."
+            )
         object.__setattr__(self, "q", q)
 
 
@@ -62,8 +71,8 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Check the concept names of a model or data set and return them as a tuple.
 
     Raises:
-        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of `+ = , @ / \\`, a line break or the like
-            in a name.
+        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of
+            `+ = , @ / \\`, a line break or the like in a name.
     """
     if isinstance(concepts, str) or not isinstance(concepts, Sequence):
         raise ValueError(f"concepts must be a list of names, not {_shown(concepts)}.")
@@ -72,13 +81,23 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     seen = set()
     for name in concepts:
         if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f"concept names must be non-empty strings without surrounding spaces, not {_shown(name)}.")
+            raise ValueError(
+                "concept names must be non-empty strings without surrounding spaces, not"
+                f" {_shown(name)}."
+            )
         if name.lower() == OBS:
-            raise ValueError(f"{name!r} is reserved for the observational context and cannot name a concept.")
+            raise ValueError(
+                f"{name!r} is reserved for the observational context and cannot name a concept."
+            )
         if not name.isprintable() or name in (".", ".."):
-            raise ValueError(f"concept name {name!r} cannot be printed, or names a folder; rename it.")
+            raise ValueError(
+                f"concept name {name!r} cannot be printed, or names a folder; rename it."
+            )
         if any(character in name for character in _RESERVED):
-            raise ValueError(f"concept name {name!r} holds one of the reserved characters {' '.join(_RESERVED)}; rename it.")
+            raise ValueError(
+                f"concept name {name!r} holds one of the reserved characters {' '.join(_RESERVED)};"
+                " rename it."
+            )
         if name in seen:
             raise ValueError(f"concept {name!r} is named twice; concept names must be unique.")
         seen.add(name)
@@ -93,10 +112,12 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
         concepts: the known concept names.
 
     Returns:
-        Strength in (0, 1] of every intervened concept, in the order of `concepts`; empty for the observational context.
+        Strength in (0, 1] of every intervened concept, in the order of `concepts`; empty for the
+        observational context.
 
     Raises:
-        ValueError: unknown or repeated name (the known ones are listed), `obs` beside a concept, strength out of [0, 1], a chosen value.
+        ValueError: unknown or repeated name (the known ones are listed), `obs` beside a concept,
+            strength out of [0, 1], a chosen value.
         TypeError: not one of the forms.
     """
     values = parse_values(context, concepts)
@@ -107,12 +128,15 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
 
 def _refuse_values(names: Sequence[str]) -> None:
     if names:
-        raise ValueError(f"a value was chosen for {', '.join(map(repr, names))}, but here only names and strengths can be given.")
+        raise ValueError(
+            f"a value was chosen for {', '.join(map(repr, names))}, but here only names and"
+            " strengths can be given."
+        )
 
 
 def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
-    """As `parse_context`, for contexts that may choose values: of every intervened concept the strength, the `Quantile`, or the
-    reference image(s) as they were given."""
+    """As `parse_context`, for contexts that may choose values: of every intervened concept the
+    strength, the `Quantile`, or the reference image(s) as they were given."""
     if context is None:
         return {}
     if isinstance(context, str):
@@ -123,7 +147,8 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
         items = [_split_value(part) for name in context for part in name.split("+")]
     else:
         raise TypeError(
-            f"cannot read {_shown(context)} as a context: give a concept name, a list of names, or a dict of name to strength."
+            f"cannot read {_shown(context)} as a context: give a concept name, a list of names, or"
+            " a dict of name to strength."
         )
     values: dict[str, Value] = {}
     for name, value in items:
@@ -131,18 +156,27 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
             raise ValueError(f"concept {_shown(name)} is named twice in one context.")
         if name == OBS and len(items) > 1:
             raise ValueError(
-                f"{OBS!r} cannot be combined with concepts; for one context per sample wrap each: [['obs'], ['{concepts[0]}']]."
+                f"{OBS!r} cannot be combined with concepts; for one context per sample wrap each:"
+                f" [['obs'], ['{concepts[0]}']]."
             )
         if name != OBS and name not in concepts:
-            raise ValueError(f"unknown concept {_shown(name)}; the known ones are {OBS}, {', '.join(concepts)}.")
+            raise ValueError(
+                f"unknown concept {_shown(name)}; the known ones are {OBS}, {', '.join(concepts)}."
+            )
         if isinstance(value, Quantile) or _is_reference(value):
             if name == OBS:
-                raise ValueError(f"a value was chosen for {OBS!r}, where nothing is intervened on: name a concept.")
+                raise ValueError(
+                    f"a value was chosen for {OBS!r}, where nothing is intervened on: name a"
+                    " concept."
+                )
             values[name] = value
             continue
-        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails the comparison
+        if (
+            not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0
+        ):  # NaN fails the comparison
             raise ValueError(
-                f"strength of {_shown(name)} must be a number in [0, 1] (or its value a Quantile or an image), not {_shown(value)}."
+                f"strength of {_shown(name)} must be a number in [0, 1] (or its value a Quantile or"
+                f" an image), not {_shown(value)}."
             )
         values[name] = float(value)
     return {
@@ -153,15 +187,26 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
 
 
 def _is_reference(value: Any) -> bool:
-    """Whether a value is an image (PIL's, or an array of two or three dimensions), or a list or an array of images."""
-    image = lambda item: hasattr(item, "getbands") or getattr(item, "ndim", 0) in (2, 3)  # noqa: E731
+    """Whether a value is an image (PIL's, or an array of two or three dimensions), or a list or an
+    array of images.
+    """
+    image = lambda item: (  # noqa: E731
+        hasattr(item, "getbands")
+        or getattr(item, "ndim", 0)
+        in (
+            2,
+            3,
+        )
+    )
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and all(map(image, value))
     return image(value) or getattr(value, "ndim", 0) == 4
 
 
 def _split_value(text: str) -> tuple[str, float | Quantile | str]:
-    """Name and value of "size=0.5", "size@0.9" or "size"; what is no number stays as it was written, for the message."""
+    """Name and value of "size=0.5", "size@0.9" or "size"; what is no number stays as it was
+    written, for the message.
+    """
     name, separator, strength = text.partition("=")
     if separator:
         try:
@@ -173,14 +218,17 @@ def _split_value(text: str) -> tuple[str, float | Quantile | str]:
 
 
 def named_concepts(context: str | Sequence[str]) -> list[str]:
-    """The names in a context, `obs` included, before it is known which concepts there are: to collect them from data."""
+    """The names in a context, `obs` included, before it is known which concepts there are: to
+    collect them from data.
+    """
     parts = [context] if isinstance(context, str) else context
     return [name.partition("=")[0].strip() for part in parts for name in part.split("+")]
 
 
 def context_name(context: Context, concepts: Sequence[str]) -> str:
-    """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`, `"size@0.9"`; concepts in the order of
-    `concepts`. A reference image has no name: a ValueError."""
+    """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`,
+    `"size@0.9"`; concepts in the order of `concepts`. A reference image has no name: a
+    ValueError."""
     names = []
     for name, value in parse_values(context, concepts).items():
         if isinstance(value, Quantile):
@@ -202,22 +250,28 @@ def is_per_sample(interventions: Interventions) -> bool:
 
 
 def parse_interventions(
-    interventions: Interventions, concepts: Sequence[str], num_samples: int | None = None, free_blocks: int = 0
+    interventions: Interventions,
+    concepts: Sequence[str],
+    num_samples: int | None = None,
+    free_blocks: int = 0,
 ) -> torch.Tensor:
     """Turn any user-facing description of interventions into targets `s` (METHOD section 2).
 
     Args:
-        interventions: see the module docstring. A tensor has shape (d,), (D,), (batch, d) or (batch, D), entries in [0, 1].
+        interventions: see the module docstring. A tensor has shape (d,), (D,), (batch, d) or
+            (batch, D), entries in [0, 1].
         concepts: the `d` known concept names, in block order.
-        num_samples: number of rows wanted. One context is repeated; a list of contexts (or rows of a tensor) must have that
-            many entries. `None`: one row for one context, else a row per entry.
+        num_samples: number of rows wanted. One context is repeated; a list of contexts (or rows of
+            a tensor) must have that many entries. `None`: one row for one context, else a row per
+            entry.
         free_blocks: `f`, the number of blocks never intervened on; their columns are 0.
 
     Returns:
         float32 tensor of shape (num_samples, D), D = d + f, on the CPU (a tensor keeps its device).
 
     Raises:
-        ValueError, TypeError: one sentence saying what is wrong and what was expected; chosen values are refused, see `parse_choices`.
+        ValueError, TypeError: one sentence saying what is wrong and what was expected; chosen
+            values are refused, see `parse_choices`.
     """
     targets, choices = parse_choices(interventions, concepts, num_samples, free_blocks)
     _refuse_values(sorted({name for row in choices for name in row}))
@@ -225,57 +279,87 @@ def parse_interventions(
 
 
 def parse_choices(
-    interventions: Interventions, concepts: Sequence[str], num_samples: int | None = None, free_blocks: int = 0
+    interventions: Interventions,
+    concepts: Sequence[str],
+    num_samples: int | None = None,
+    free_blocks: int = 0,
 ) -> tuple[torch.Tensor, list[dict[str, Value]]]:
     """As `parse_interventions`, for interventions that may choose values of concepts.
 
     Returns:
         targets: (num_samples, D), 1 for a concept with a chosen value.
-        choices: of each sample, by concept, the `Quantile` or the one reference image; a single entry where all samples have the same,
-            an empty list where no value is chosen.
+        choices: of each sample, by concept, the `Quantile` or the one reference image; a single
+            entry where all samples have the same, an empty list where no value is chosen.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
     if num_samples is not None:
         try:
             num_samples = index(num_samples)
         except TypeError:
-            raise TypeError(f"the number of samples must be a whole number, not {num_samples!r}.") from None
+            raise TypeError(
+                f"the number of samples must be a whole number, not {num_samples!r}."
+            ) from None
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
     if isinstance(interventions, torch.Tensor):
         targets, choices = _check_targets(interventions, width, blocks), []
     else:
-        contexts = cast(Sequence[Context], interventions if is_per_sample(interventions) else [interventions])
+        contexts = cast(
+            Sequence[Context], interventions if is_per_sample(interventions) else [interventions]
+        )
         rows = [parse_values(context, concepts) for context in contexts]
         rows = _one_reference_each(rows, num_samples)
-        choices = [{name: value for name, value in row.items() if not isinstance(value, float)} for row in rows]
+        choices = [
+            {name: value for name, value in row.items() if not isinstance(value, float)}
+            for row in rows
+        ]
         strengths = [row | dict.fromkeys(chosen, 1.0) for row, chosen in zip(rows, choices)]
-        targets = torch.tensor([[row.get(name, 0.0) for name in concepts] for row in strengths], dtype=torch.float32)
+        targets = torch.tensor(
+            [[row.get(name, 0.0) for name in concepts] for row in strengths], dtype=torch.float32
+        )
         choices = choices if any(choices) else []
     targets = torch.nn.functional.pad(targets, (0, blocks - targets.shape[1]))
     if num_samples is None or targets.shape[0] == num_samples:
         return targets, choices
     if targets.shape[0] != 1:
         raise ValueError(
-            f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context for all, or one per sample."
+            f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context"
+            " for all, or one per sample."
         )
-    return targets.repeat(num_samples, 1), choices  # not expanded: to torch.compile other strides are another graph
+    return (
+        targets.repeat(num_samples, 1),
+        choices,
+    )  # not expanded: to torch.compile other strides are another graph
 
 
-def _one_reference_each(rows: list[dict[str, Any]], num_samples: int | None) -> list[dict[str, Any]]:
-    """Rows with one reference image each: a single context that holds several, one per sample, becomes as many rows."""
+def _one_reference_each(
+    rows: list[dict[str, Any]], num_samples: int | None
+) -> list[dict[str, Any]]:
+    """Rows with one reference image each: a single context that holds several, one per sample,
+    becomes as many rows.
+    """
     several = lambda value: isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4  # noqa: E731
-    lengths = [(name, len(value)) for row in rows for name, value in row.items() if several(value) and len(value) != 1]
-    wanted = 1 if len(rows) > 1 else num_samples or max((length for _, length in lengths), default=1)
+    lengths = [
+        (name, len(value))
+        for row in rows
+        for name, value in row.items()
+        if several(value) and len(value) != 1
+    ]
+    wanted = (
+        1 if len(rows) > 1 else num_samples or max((length for _, length in lengths), default=1)
+    )
     for name, length in lengths:
         if length != wanted:
             raise ValueError(
-                f"{length} reference images of {name!r} were given for {wanted} sample{'s' * (wanted > 1)}: "
-                "give one for all, or one per sample."
+                f"{length} reference images of {name!r} were given for {wanted}"
+                f" sample{'s' * (wanted > 1)}: give one for all, or one per sample."
             )
     rows = rows * wanted if lengths else rows
     return [
-        {name: value[number % len(value)] if several(value) else value for name, value in row.items()}
+        {
+            name: value[number % len(value)] if several(value) else value
+            for name, value in row.items()
+        }
         for number, row in enumerate(rows)
     ]
 
@@ -283,18 +367,31 @@ def _one_reference_each(rows: list[dict[str, Any]], num_samples: int | None) -> 
 def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tensor:
     targets = targets[None] if targets.ndim == 1 else targets
     if targets.ndim != 2 or targets.shape[1] not in (width, blocks):
-        raise ValueError(f"targets must have shape (batch, {width}) or (batch, {blocks}), not {tuple(targets.shape)}.")
+        raise ValueError(
+            f"targets must have shape (batch, {width}) or (batch, {blocks}), not"
+            f" {tuple(targets.shape)}."
+        )
     targets = targets.to(torch.float32)
     if not bool(((targets >= 0) & (targets <= 1)).all()):
-        raise ValueError("targets must lie in [0, 1] (0 = not intervened on, 1 = intervened on); some do not, or are NaN.")
+        raise ValueError(
+            "targets must lie in [0, 1] (0 = not intervened on, 1 = intervened on); some do not, or"
+            " are NaN."
+        )
     if bool((targets[:, width:] != 0).any()):
-        raise ValueError("targets of the free blocks must be 0: free blocks are never intervened on.")
+        raise ValueError(
+            "targets of the free blocks must be 0: free blocks are never intervened on."
+        )
     return targets
 
 
 def context_names(targets: torch.Tensor, concepts: Sequence[str]) -> list[str]:
-    """Inverse of `parse_interventions`: the canonical context name of every row of targets, shape (batch, >= d)."""
-    return [context_name({name: float(value) for name, value in zip(concepts, row)}, concepts) for row in targets.tolist()]
+    """Inverse of `parse_interventions`: the canonical context name of every row of targets, shape
+    (batch, >= d).
+    """
+    return [
+        context_name({name: float(value) for name, value in zip(concepts, row)}, concepts)
+        for row in targets.tolist()
+    ]
 
 
 __all__ = [

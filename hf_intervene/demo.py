@@ -1,9 +1,9 @@
 """The demonstrations of `hf-intervene demo`: everything from images to a saved pipeline, its
 pictures and its measures.
 
-`run` trains light VAE and head together. `run_pretrained` adds heads to a pretrained autoencoder: one that diffusers alone trained on
-observational images, since none can be counted on without network.
-"""
+`run` trains light VAE and head together. `run_pretrained` adds heads to a pretrained autoencoder:
+one that diffusers alone trained on observational images, since none can be counted on without
+network."""
 
 import shutil
 import subprocess
@@ -87,7 +87,9 @@ def run(out: Path, dataset: str) -> int:
     exit code."""
     start = time.perf_counter()
     shown, data = DEMONSTRATIONS[dataset], SIMULATED[dataset]
-    if not (out / "run").is_dir() or (out / "pipeline").exists():  # or it was interrupted, and goes on
+    if (
+        not (out / "run").is_dir() or (out / "pipeline").exists()
+    ):  # or it was interrupted, and goes on
         check_empty(out)
     print(
         f"Training on {shown.data}: {shown.light['images_per_context']} images in each of "
@@ -101,21 +103,16 @@ def run(out: Path, dataset: str) -> int:
     _save(model, out / "run", out / "pipeline")
     print(f"\n{_measure_and_draw(model, out, dataset)}")
     print(
-        f"Done in {time.perf_counter() - start:.0f} s. Look at:\n"
-        f"  {out / 'contexts.png'}   every context and {len(data.held_out)} that were never seen, "
-        "real above generated\n"
-        f"  {out / 'edits.png'}      images edited by one and by two interventions, and what that changed\n"
-        f"  {out / 'floors.png'}     how far each context is from real images\n"
-        f"  {out / 'metrics.md'}     the table above\n"
-        "Try next:\n"
-        f"  hf-intervene app {out / 'pipeline'}   (a page to play with)\n"
-        f"  hf-intervene sample {out / 'pipeline'} --interventions {shown.pair} --num-images 8 "
-        "--output pair.png\n"
-        f"  hf-intervene demo --pretrained --dataset {dataset}   "
-        "(heads on a pretrained autoencoder, frozen and with LoRA)\n"
-        f"  accelerate launch training/train.py --config training/configs/{shown.better[0]}   "
-        f"({shown.better[1]}, a better model)\n"
-        '  README.md, "Your own images"'
+        f"Done in {time.perf_counter() - start:.0f} s. Look at:\n  {out / 'contexts.png'}   every"
+        f" context and {len(data.held_out)} that were never seen, real above generated\n "
+        f" {out / 'edits.png'}      images edited by one and by two interventions, and what that"
+        f" changed\n  {out / 'floors.png'}     how far each context is from real images\n "
+        f" {out / 'metrics.md'}     the table above\nTry next:\n  hf-intervene app"
+        f" {out / 'pipeline'}   (a page to play with)\n  hf-intervene sample {out / 'pipeline'}"
+        f" --interventions {shown.pair} --num-images 8 --output pair.png\n  hf-intervene demo"
+        f" --pretrained --dataset {dataset}   (heads on a pretrained autoencoder, frozen and with"
+        f" LoRA)\n  accelerate launch training/train.py --config training/configs/{shown.better[0]}"
+        f'   ({shown.better[1]}, a better model)\n  README.md, "Your own images"'
     )
     return 0
 
@@ -141,7 +138,10 @@ def run_pretrained(out: Path, dataset: str) -> int:
         options = {"base": str(out / "vae"), "regime": regime}
         model = _train(out / regime / "run", settings | options)
         if model is None:
-            print(f"The demo itself starts from the beginning: remove {out}, or choose another folder with --output.")
+            print(
+                f"The demo itself starts from the beginning: remove {out}, or choose another folder"
+                " with --output."
+            )
             return 130
         _save(model, out / regime / "run", out / regime / "pipeline")
         print(f"\n{_measure_and_draw(model, out / regime, dataset)}")
@@ -153,13 +153,13 @@ def run_pretrained(out: Path, dataset: str) -> int:
     head = out / "frozen" / "run" / "model"
     size = sum(file.stat().st_size for file in head.rglob("*.safetensors")) / 1e6
     print(
-        f"Done in {time.perf_counter() - start:.0f} s. The frozen head and its adapter are {size:.1f} MB, without the base. Look at:\n"
-        f"  {out}/frozen/contexts.png, {out}/lora/contexts.png   every context and "
-        f"{len(data.held_out)} that were never seen, real above generated\n"
-        f"  {out}/frozen/edits.png, {out}/lora/edits.png         edited images\n"
-        "Try next:\n"
-        f"  hf-intervene card {out}/frozen/pipeline --metrics {out}/frozen --push user/name   (share it on the Hub)\n"
-        f"  accelerate launch training/train.py --base {out}/vae --regime frozen --residual_layers 8 ...   (sharper edits)"
+        f"Done in {time.perf_counter() - start:.0f} s. The frozen head and its adapter are"
+        f" {size:.1f} MB, without the base. Look at:\n  {out}/frozen/contexts.png,"
+        f" {out}/lora/contexts.png   every context and {len(data.held_out)} that were never seen,"
+        f" real above generated\n  {out}/frozen/edits.png, {out}/lora/edits.png         edited"
+        f" images\nTry next:\n  hf-intervene card {out}/frozen/pipeline --metrics {out}/frozen"
+        " --push user/name   (share it on the Hub)\n  accelerate launch training/train.py --base"
+        f" {out}/vae --regime frozen --residual_layers 8 ...   (sharper edits)"
     )
     return 0
 
@@ -181,21 +181,31 @@ def _measure_and_draw(model: InterventionModel, out: Path, dataset: str) -> str:
     channels, size, _ = model.base.image_shape
     what = (dataset, model.concepts, MEASURED_IMAGES, 0, size, channels, "dependent")
     real, other = evaluation.held_out_images(*what)
-    metrics = evaluation.evaluate(model, real, other, protocols=("independent",), num_projections=200)
+    metrics = evaluation.evaluate(
+        model, real, other, protocols=("independent",), num_projections=200
+    )
     evaluation.write(metrics, out)
     noise = torch.randn(_STRIP, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    generated = {name: to_uint8(np.asarray(model.sample(name, noise=noise, output_type="np"))) for name in real}
+    generated = {
+        name: to_uint8(np.asarray(model.sample(name, noise=noise, output_type="np")))
+        for name in real
+    }
     save(contexts_grid(real, generated, unseen=SIMULATED[dataset].held_out), out / "contexts.png")
     originals = real["obs"][:_STRIP]
     edits = {
         name: to_uint8(np.asarray(model.edit(originals, name, output_type="np")))
         for name in DEMONSTRATIONS[dataset].edits
     }
-    edits = {("reconstruction" if name == "obs" else name): images for name, images in edits.items()}
+    edits = {
+        ("reconstruction" if name == "obs" else name): images for name, images in edits.items()
+    }
     save(edit_strips(originals, edits, edits["reconstruction"]), out / "edits.png")
     return evaluation.table(metrics)
 
 
 def _print_progress(row: dict) -> None:
     if "validation" in row:
-        print(f"step {row['step']}/{row['total']}: validation {row['validation']:.3f} bits per pixel", flush=True)
+        print(
+            f"step {row['step']}/{row['total']}: validation {row['validation']:.3f} bits per pixel",
+            flush=True,
+        )

@@ -41,15 +41,20 @@ def is_expected(error: BaseException) -> bool:
     """Whether an error is said in a sentence and not shown with a traceback."""
     if isinstance(error, EXPECTED) or is_out_of_memory(error) or is_lost_process(error):
         return True
-    return any((kind.__module__.partition(".")[0], kind.__name__) in _BY_NAME for kind in type(error).__mro__)
+    return any(
+        (kind.__module__.partition(".")[0], kind.__name__) in _BY_NAME
+        for kind in type(error).__mro__
+    )
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error in one line, cut where it is absurdly long, and with nothing that a terminal cannot print."""
+    """The message of an error in one line, cut where it is absurdly long, and with nothing that a
+    terminal cannot print.
+    """
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return (
-            "there is not enough memory: ask for fewer or smaller images, or in training for a lower "
-            "batch_size, resolution or widths."
+            "there is not enough memory: ask for fewer or smaller images, or in training for a"
+            " lower batch_size, resolution or widths."
         )
     if is_lost_process(error):
         return (
@@ -58,12 +63,18 @@ def sentence(error: BaseException) -> str:
         )
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return (
+        text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a RuntimeError or ImportError says that memory is used up, in torch's words or the system's."""
-    return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in NO_MEMORY)
+    """Whether a RuntimeError or ImportError says that memory is used up, in torch's words or the
+    system's.
+    """
+    return isinstance(error, (RuntimeError, ImportError)) and any(
+        words in str(error) for words in NO_MEMORY
+    )
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -73,9 +84,7 @@ def is_lost_process(error: BaseException) -> bool:
     )
 
 
-def spoken(
-    main: Callable[[Sequence[str] | None], int], failed: int = 1
-) -> Callable[..., int]:
+def spoken(main: Callable[[Sequence[str] | None], int], failed: int = 1) -> Callable[..., int]:
     """The `main` of a command, of which what goes wrong is one sentence on standard error.
 
     Args:

@@ -1,24 +1,29 @@
-r"""Invertible mechanisms: how each concept comes about, as a density (an addition to the paper, where they are MLPs).
+r"""Invertible mechanisms: how each concept comes about, as a density (an addition to the paper,
+where they are MLPs).
 
-Block j of the concepts is made of noise and of a message from its causes (`OrderedInterventionLayer`),
+Block j of the concepts is made of noise and of a message from its causes
+(`OrderedInterventionLayer`),
 
     c_j = F_j(z_j; s_j, h_j),    z_j ~ N(0, I),    h_j = (1 - s_j) sum_{i before j} W[j, i] c_i.
 
-F_j(.; 0, h) and F_j(.; 1, 0), without and with an intervention, are two stacks of affine couplings (Dinh et al.,
-arXiv:1605.08803) whose networks read h too, so that both directions and the density are exact:
+F_j(.; 0, h) and F_j(.; 1, 0), without and with an intervention, are two stacks of affine couplings
+(Dinh et al., arXiv:1605.08803) whose networks read h too, so that both directions and the density
+are exact:
 
     log f_j(c; s, h) = log N(z; 0, I) - log |det dF_j/dz|    at z = F_j^{-1}(c; s, h).
 
-Without an intervention a concept may be there all the same: 5 of 100 people wear glasses. One map is too smooth for that, and
-puts half glasses on many. So without an intervention c_j is a mixture; with a share pi_j, learnt, it is that of one,
+Without an intervention a concept may be there all the same: 5 of 100 people wear glasses. One map
+is too smooth for that, and puts half glasses on many. So without an intervention c_j is a mixture;
+with a share pi_j, learnt, it is that of one,
 
     p(c_j | s_j, h_j) = (1 - pi_j) f_j(c_j; s_j, h_j) + pi_j f_j(c_j; 1, 0).
 
 The last entry of z_j says which: the second where it is above the quantile 1 - pi_j of N(0, 1).
 
-So p(c | s), the product over blocks, is known for every context. A posterior q(c | x) that is the same in every context can be
-fitted by it (see `InterventionHead.kl`), and the decoder, which reads c alone, has no other way to distinguish contexts. Free blocks are never intervened on and have one map.
-"""
+So p(c | s), the product over blocks, is known for every context. A posterior q(c | x) that is the
+same in every context can be fitted by it (see `InterventionHead.kl`), and the decoder, which reads
+c alone, has no other way to distinguish contexts. Free blocks are never intervened on and have one
+map."""
 
 import math
 from collections.abc import Sequence
@@ -46,8 +51,9 @@ class _Maps(NamedTuple):
 class ConceptFlow(nn.Module):
     """The maps F_j of all blocks, and their mixtures.
 
-    Shapes, for n blocks: z (n, B, w + 1); c (n, B, w); s (n, B, 1), entries in [0, 1]; h (n, B, m). Maps are numbered: the
-    first D are those without an intervention, the last d those with one, which have no message.
+    Shapes, for n blocks: z (n, B, w + 1); c (n, B, w); s (n, B, 1), entries in [0, 1]; h (n, B, m).
+    Maps are numbered: the first D are those without an intervention, the last d those with one,
+    which have no message.
 
     Args:
         concepts: d.
@@ -57,11 +63,14 @@ class ConceptFlow(nn.Module):
         hidden_width: m, of h and of the network in a coupling, which has one hidden layer.
     """
 
-    def __init__(self, concepts: int, blocks: int, width: int, depth: int = 4, hidden_width: int = 32):
+    def __init__(
+        self, concepts: int, blocks: int, width: int, depth: int = 4, hidden_width: int = 32
+    ):
         super().__init__()
         self.concepts, self.blocks, self.width = concepts, blocks, width
         maps = blocks + concepts
-        # Even couplings read the first part of a block and move the rest; odd ones the other way round.
+        # Even couplings read the first part of a block and move the rest; odd ones the other way
+        # round.
         self.split = [width // 2, width - width // 2]
         self.hidden, self.message, self.move = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer in range(depth if width > 1 else 0):
@@ -78,7 +87,8 @@ class ConceptFlow(nn.Module):
         """Start near the identity, interventions elsewhere."""
         nn.init.zeros_(self.log_scale)
         nn.init.constant_(self.share_logit, math.log(SHARE / (1 - SHARE)))
-        # Interventions start somewhere else, so that encoder and flow need not find out which way to part.
+        # Interventions start somewhere else, so that encoder and flow need not find out which way
+        # to part.
         with torch.no_grad():
             self.mean[: self.blocks].zero_()
             self.mean[self.blocks :].normal_(std=0.5)
@@ -91,8 +101,8 @@ class ConceptFlow(nn.Module):
     def forward(
         self, z: torch.Tensor, s: torch.Tensor, h: torch.Tensor, blocks: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """c = F(z; s, h) of these blocks, sorted, all by default. Between s = 0 and 1 shifts and log-scales of every layer
-        are interpolated."""
+        """c = F(z; s, h) of these blocks, sorted, all by default. Between s = 0 and 1 shifts and
+        log-scales of every layer are interpolated."""
         maps = self._maps(blocks)
         x, which = z.split([self.width, 1], dim=-1)
         there = which[: maps.number] > self._threshold()[maps.concepts]
@@ -105,12 +115,18 @@ class ConceptFlow(nn.Module):
         return x * log_scale.exp() + mean
 
     def inverse(self, c: torch.Tensor, s: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """z with F(z; s, h) = c, of the more likely part of the mixture; its last entry in the middle of that part."""
+        """z with F(z; s, h) = c, of the more likely part of the mixture; its last entry in the
+        middle of that part.
+        """
         z, density = self._component(c, s, h)
         d = self.concepts
         there, density_there = self._component(c[:d], 1.0, None)
-        without, within = (x[:, None] for x in (logsigmoid(-self.share_logit), logsigmoid(self.share_logit)))
-        second = (density_there + within > density[:d] + without)[..., None] & (s[:d] < 1)  # (d, B, 1)
+        without, within = (
+            x[:, None] for x in (logsigmoid(-self.share_logit), logsigmoid(self.share_logit))
+        )
+        second = (density_there + within > density[:d] + without)[..., None] & (
+            s[:d] < 1
+        )  # (d, B, 1)
         share = self.shares.float()[:, None, None]
         middle = torch.where(second, 1 - share / 2, torch.where(s[:d] < 1, (1 - share) / 2, 0.5))
         which = math.sqrt(2) * torch.erfinv(2 * middle - 1)
@@ -120,7 +136,8 @@ class ConceptFlow(nn.Module):
     def log_densities(
         self, c: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p(c_j | s_j, h_j) of each block, (D, B), and log f_j(c_j; 1, 0) of each concept, (d, B), in nats.
+        """log p(c_j | s_j, h_j) of each block, (D, B), and log f_j(c_j; 1, 0) of each concept, (d,
+        B), in nats.
 
         Args:
             c: (D, B, w).
@@ -130,14 +147,17 @@ class ConceptFlow(nn.Module):
         density, d = self._component(c, s, h)[1], self.concepts
         there = self._component(c[:d], 1.0, None)[1]
         mixture = torch.logaddexp(
-            density[:d] + logsigmoid(-self.share_logit)[:, None], there + logsigmoid(self.share_logit)[:, None]
+            density[:d] + logsigmoid(-self.share_logit)[:, None],
+            there + logsigmoid(self.share_logit)[:, None],
         )
         return torch.cat([mixture, density[d:]]), there
 
     def _component(
         self, c: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """F^{-1}(c; s, h), (n, B, w), and log f(c; s, h), (n, B), without the mixture. s = 1.0 is of the concepts alone."""
+        """F^{-1}(c; s, h), (n, B, w), and log f(c; s, h), (n, B), without the mixture. s = 1.0 is
+        of the concepts alone.
+        """
         maps = self._maps(None)
         mean, log_scale = self._affine(s, h, maps)
         x = (c - mean) * (-log_scale).exp()
@@ -157,7 +177,12 @@ class ConceptFlow(nn.Module):
         return _Maps(list(blocks), [all_blocks + j for j in concepts], concepts, len(concepts))
 
     def _coupling(
-        self, layer: int, read: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor | None, maps: _Maps
+        self,
+        layer: int,
+        read: torch.Tensor,
+        s: torch.Tensor | float,
+        h: torch.Tensor | None,
+        maps: _Maps,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, message, move = self.hidden[layer], self.message[layer], self.move[layer]
         out = intervened = None
@@ -191,8 +216,12 @@ class ConceptFlow(nn.Module):
         return torch.cat((read, moved) if layer % 2 == 0 else (moved, read), dim=-1)
 
 
-def _mixed(obs: torch.Tensor | None, intervened: torch.Tensor | None, s: torch.Tensor | float) -> torch.Tensor:
-    """What is computed without an intervention, (n, ...), and with one, (concepts, ...), as s asks for: (n, ...)."""
+def _mixed(
+    obs: torch.Tensor | None, intervened: torch.Tensor | None, s: torch.Tensor | float
+) -> torch.Tensor:
+    """What is computed without an intervention, (n, ...), and with one, (concepts, ...), as s asks
+    for: (n, ...).
+    """
     if isinstance(s, float):
         found = intervened if s == 1 else obs
         assert found is not None

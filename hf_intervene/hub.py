@@ -1,4 +1,5 @@
-"""The Hub as folders: every loader reads one snapshot of one commit, and says in a sentence why it cannot.
+"""The Hub as folders: every loader reads one snapshot of one commit, and says in a sentence why it
+cannot.
 
 This file imports huggingface_hub alone, so that it can travel with a checkpoint.
 """
@@ -26,7 +27,10 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-SAVED_FILES = ("*.json", "*.safetensors")  # of a saved model or pipeline; pickle files are not even fetched
+SAVED_FILES = (
+    "*.json",
+    "*.safetensors",
+)  # of a saved model or pipeline; pickle files are not even fetched
 MAX_SIZE = 1 << 20  # of any dimension in a configuration
 _MAX_JSON = 1 << 26  # bytes
 _Raised = TypeVar("_Raised", bound=BaseException)
@@ -39,30 +43,43 @@ def pop_options(kwargs: dict) -> dict:
 
 
 def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **options: Any) -> Path:
-    """The folder of a saved model: `name` itself if it is one, else a snapshot of that Hub repository in the local cache.
+    """The folder of a saved model: `name` itself if it is one, else a snapshot of that Hub
+    repository in the local cache.
 
-    Everything that a loader reads comes from this one folder, hence from one commit. Nothing is fetched that is there already, and
-    nothing at all offline (`HF_HUB_OFFLINE=1` or `local_files_only=True`).
+    Everything that a loader reads comes from this one folder, hence from one commit. Nothing is
+    fetched that is there already, and nothing at all offline (`HF_HUB_OFFLINE=1` or
+    `local_files_only=True`).
 
     Args:
         name: folder, or repository on the Hub.
         files: patterns of the files needed.
-        **options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as everywhere.
+        **options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as
+            everywhere.
 
     Raises:
-        OSError: one sentence: no such repository or revision, no access, the Hub or the connection fails, not in the cache when
-            offline, contents that are not those that were uploaded, a link that leads out of the folder.
+        OSError: one sentence: no such repository or revision, no access, the Hub or the connection
+            fails, not in the cache when offline, contents that are not those that were uploaded, a
+            link that leads out of the folder.
     """
     if os.path.isdir(name):
         shown = os.fspath(name).encode("utf-8", "backslashreplace").decode()
         if shown.encode() != os.fsencode(name):  # safetensors cannot open what is in it
-            raise OSError(f"the name of the folder {shown} has bytes that are not UTF-8: rename it.")
+            raise OSError(
+                f"the name of the folder {shown} has bytes that are not UTF-8: rename it."
+            )
         check_links(Path(name), files)
         return Path(name)
-    with clear_errors(f"there is no folder {name}, and it cannot be loaded from the Hub", str(name), options.get("revision")):
+    with clear_errors(
+        f"there is no folder {name}, and it cannot be loaded from the Hub",
+        str(name),
+        options.get("revision"),
+    ):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
     if not path.is_dir():
-        raise OSError(f"there is no saved model in {name} on the Hub: it has none of the files {', '.join(files)}.")
+        raise OSError(
+            f"there is no saved model in {name} on the Hub: it has none of the files"
+            f" {', '.join(files)}."
+        )
     _check_contents(path, files, name)
     return path
 
@@ -80,9 +97,13 @@ def subfolder(path: Path, name: str | None, of: object) -> Path:
 
 
 def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike) -> None:
-    """Weights have the hash they were uploaded with: the cache names them by it, but nobody compared when they came in."""
+    """Weights have the hash they were uploaded with: the cache names them by it, but nobody
+    compared when they came in.
+    """
     weights = [file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")]
-    for file in filter_repo_objects(weights, allow_patterns=list(patterns)):  # as snapshot_download chose them
+    for file in filter_repo_objects(
+        weights, allow_patterns=list(patterns)
+    ):  # as snapshot_download chose them
         blob = (path / file).resolve()
         if len(blob.name) != 64:  # no SHA-256: a cache without symbolic links
             continue
@@ -98,11 +119,13 @@ def check_links(path: Path, patterns: Sequence[str]) -> None:
     """Refuse a folder that somebody may have made to show or to copy another file of this machine.
 
     Args:
-        path: the folder; one in the Hub's cache, where files are links into `blobs`, is as it should be.
+        path: the folder; one in the Hub's cache, where files are links into `blobs`, is as it
+            should be.
         patterns: of the names of the files that are read.
 
     Raises:
-        OSError: one sentence: such a file, or a folder that holds one, is a link that leads out, or is a pipe or a device.
+        OSError: one sentence: such a file, or a folder that holds one, is a link that leads out, or
+            is a pipe or a device.
     """
     root, kept = os.path.realpath(path), list(patterns)
     for parent in Path(root).parents:
@@ -118,9 +141,14 @@ def check_links(path: Path, patterns: Sequence[str]) -> None:
         for name in filter_repo_objects(files, allow_patterns=kept):
             entry = os.path.join(path, name)
             if leads_out(entry):
-                raise OSError(f"{entry} is a link to outside of its folder, which is not followed: put the file itself there.")
+                raise OSError(
+                    f"{entry} is a link to outside of its folder, which is not followed: put the"
+                    " file itself there."
+                )
             if os.path.exists(entry) and not os.path.isfile(entry):
-                raise OSError(f"{entry} is a pipe or a device, not a file: replace it by the file itself.")
+                raise OSError(
+                    f"{entry} is a pipe or a device, not a file: replace it by the file itself."
+                )
         for name in folders:
             entry = os.path.join(place, name)
             if not os.path.islink(entry) or not leads_out(entry):  # into links `walk` does not go
@@ -128,7 +156,8 @@ def check_links(path: Path, patterns: Sequence[str]) -> None:
             inside = [os.path.normpath(os.path.join(at, name, file)) for file in os.listdir(entry)]
             if any(filter_repo_objects(inside, allow_patterns=kept)):
                 raise OSError(
-                    f"{entry} is a link to outside of its folder, which is not followed: put the files themselves there."
+                    f"{entry} is a link to outside of its folder, which is not followed: put the"
+                    " files themselves there."
                 )
 
 
@@ -136,7 +165,8 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
     Raises:
-        OSError: one sentence: it cannot be read, or is anything else, truncated, nested absurdly, or names a key twice.
+        OSError: one sentence: it cannot be read, or is anything else, truncated, nested absurdly,
+            or names a key twice.
     """
     try:
         if path.stat().st_size > _MAX_JSON:
@@ -145,7 +175,9 @@ def read_json(path: Path) -> dict:
         if not isinstance(found, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} is no valid JSON object: it is truncated or corrupt; fetch it again.") from error
+        raise OSError(
+            f"{path} is no valid JSON object: it is truncated or corrupt; fetch it again."
+        ) from error
     return found
 
 
@@ -156,7 +188,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict:
-    """The configuration in a JSON file, as `read_json`; what is made by it is not yet limited by any weights.
+    """The configuration in a JSON file, as `read_json`; what is made by it is not yet limited by
+    any weights.
 
     Raises:
         OSError: see there.
@@ -166,22 +199,31 @@ def read_config(path: Path) -> dict:
     pending: list[Any] = [found]
     while pending:
         value = pending.pop()
-        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        pending += (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
         values += [value] if isinstance(value, int) else []
     if any(abs(value) > MAX_SIZE for value in values):
-        raise ValueError(f"{path} names the size {max(values, key=abs)}, which no model has: it is corrupt, or made to do harm.")
+        raise ValueError(
+            f"{path} names the size {max(values, key=abs)}, which no model has: it is corrupt, or"
+            " made to do harm."
+        )
     return found
 
 
 def check_weights(path: Path, what: str, stem: str, variant: str | None = None) -> list[Path]:
-    """The files of the weights in a folder (of a variant, such as `"fp16"`), `stem` being what a library names them; a folder where they
-    are missing, incomplete, pickled or elsewhere is refused.
+    """The files of the weights in a folder (of a variant, such as `"fp16"`), `stem` being what a
+    library names them; a folder where they are missing, incomplete, pickled or elsewhere is
+    refused.
 
     Raises:
         OSError: one sentence.
     """
     dotted = f".{variant}" if variant else ""
-    single, index = path / f"{stem}{dotted}.safetensors", path / f"{stem}.safetensors.index{dotted}.json"
+    single, index = (
+        path / f"{stem}{dotted}.safetensors",
+        path / f"{stem}.safetensors.index{dotted}.json",
+    )
     needed = {single.name} if single.is_file() or not index.exists() else set()
     if index.exists():
         try:
@@ -189,28 +231,34 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
             if not names or not all(isinstance(name, str) for name in names):
                 raise TypeError("no names")
         except (OSError, LookupError, AttributeError, TypeError) as error:
-            raise OSError(f"{what} cannot be read: {index.name} is truncated or corrupt; fetch it again.") from error
+            raise OSError(
+                f"{what} cannot be read: {index.name} is truncated or corrupt; fetch it again."
+            ) from error
         needed |= names
-    if strange := sorted(name for name in needed if Path(name).name != name or not name.endswith(".safetensors")):
+    if strange := sorted(
+        name for name in needed if Path(name).name != name or not name.endswith(".safetensors")
+    ):
         raise OSError(
-            f"{what} has no whole weights in safetensors format: {index.name} names {strange[0]!r}, which is not such a file beside it; "
-            "pickle files, which are never loaded, and other folders are not looked into."
+            f"{what} has no whole weights in safetensors format: {index.name} names {strange[0]!r},"
+            " which is not such a file beside it; pickle files, which are never loaded, and other"
+            " folders are not looked into."
         )
     missing = sorted(name for name in needed if not (path / name).is_file())
     if missing:
         raise OSError(
-            f"{what} has no whole weights in safetensors format ({', '.join(missing[:3])} missing): its folder, repository or download is "
-            "incomplete, or holds pickle files, which are never loaded."
+            f"{what} has no whole weights in safetensors format ({', '.join(missing[:3])} missing):"
+            " its folder, repository or download is incomplete, or holds pickle files, which are"
+            " never loaded."
         )
     return [path / name for name in sorted(needed)]
 
 
 def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> dict[str, str | None]:
-    """Where a loaded model came from: `name_or_path`, `subfolder` and, of a Hub repository, the commit as `revision`.
+    """Where a loaded model came from: `name_or_path`, `subfolder` and, of a Hub repository, the
+    commit as `revision`.
 
-    A diffusers model keeps the name it was loaded by and no revision. One out of a pipeline keeps a path in the cache,
-    `models--user--name/snapshots/COMMIT/vae`, which says all three.
-    """
+    A diffusers model keeps the name it was loaded by and no revision. One out of a pipeline keeps a
+    path in the cache, `models--user--name/snapshots/COMMIT/vae`, which says all three."""
     parts = Path(name_or_path).parts
     if len(parts) > 2 and "snapshots" in parts[:-1]:
         at = parts.index("snapshots")
@@ -219,10 +267,16 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
             name = parts[at - 1].removeprefix("models--").replace("--", "/")
             return {"name_or_path": name, "subfolder": inside or None, "revision": parts[at + 1]}
     if os.path.isdir(name_or_path):
-        name_or_path = os.path.abspath(name_or_path)  # or, from another folder, it would pass for a repository
+        name_or_path = os.path.abspath(
+            name_or_path
+        )  # or, from another folder, it would pass for a repository
     else:
         try:  # the commit that the cache knows the revision by is the one of the last load
-            revision = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, allow_patterns=[])).name
+            revision = Path(
+                snapshot_download(
+                    name_or_path, revision=revision, local_files_only=True, allow_patterns=[]
+                )
+            ).name
         except (LocalEntryNotFoundError, HFValidationError):
             pass
     return {"name_or_path": name_or_path, "subfolder": subfolder, "revision": revision}
@@ -236,7 +290,9 @@ def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
 
 
 def without_path(text: str) -> str:
-    """A saved configuration, JSON, without the path on this machine that its model was loaded from; a name on the Hub stays."""
+    """A saved configuration, JSON, without the path on this machine that its model was loaded from;
+    a name on the Hub stays.
+    """
     try:
         found = json.loads(text)
         name = found.get("_name_or_path")
@@ -262,20 +318,28 @@ def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> Non
 
 @contextmanager
 def clear_errors(failed: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises in the body into an OSError of one sentence, `failed` and the reason; the original is its cause.
+    """Turn what the Hub's client raises in the body into an OSError of one sentence, `failed` and
+    the reason; the original is its cause.
 
     Raises:
         OSError: see above.
     """
     try:
         yield
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:  # RuntimeError: an upload in a thread
+    except (
+        OSError,
+        HTTPError,
+        HFValidationError,
+        RuntimeError,
+    ) as error:  # RuntimeError: an upload in a thread
         raise OSError(f"{failed}: {_reason(error, repo_id, revision)}") from error
 
 
 def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
         chain.append(cause)
 
     def raised(kind: type[_Raised]) -> _Raised | None:
@@ -291,18 +355,30 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     if answer is not None:
         status = answer.response.status_code
         if status in (401, 404):
-            return f"there is no such repository, or it is private: check the name and, if it is private, {_LOGIN}."
+            return (
+                "there is no such repository, or it is private: check the name and, if it is"
+                f" private, {_LOGIN}."
+            )
         if status == 403:
             return f"access is denied (403): use a token that has the permission; {_LOGIN}."
         if status in (409, 412):
-            return f"the repository was changed or is being changed by somebody else ({status}): try again."
+            return (
+                f"the repository was changed or is being changed by somebody else ({status}): try"
+                " again."
+            )
         if status == 429 or status >= 500:
             return f"the Hub is not available (it answered {status}): try again later."
         return f"the Hub answered {status}: {_one_line(answer.server_message or answer)}"
     if isinstance(chain[-1], (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return "it is not, or not whole, in the local cache, and this is offline: load it once with a connection."
+        return (
+            "it is not, or not whole, in the local cache, and this is offline: load it once with a"
+            " connection."
+        )
     if raised(HTTPError) or raised(ConnectionError):
-        return "the connection failed or was cut: try again; what is in the local cache loads with HF_HUB_OFFLINE=1."
+        return (
+            "the connection failed or was cut: try again; what is in the local cache loads with"
+            " HF_HUB_OFFLINE=1."
+        )
     return _one_line(error)
 
 

@@ -1,8 +1,8 @@
-"""Opening images that others made: every image of a user, a data set or a visitor is opened here and nowhere else.
+"""Opening images that others made: every image of a user, a data set or a visitor is opened here
+and nowhere else.
 
-What a decoder raises at damaged contents is one ValueError here. Sizes are checked before anything is decoded: a file of 20 kB can
-hold an image of gigabytes.
-"""
+What a decoder raises at damaged contents is one ValueError here. Sizes are checked before anything
+is decoded: a file of 20 kB can hold an image of gigabytes."""
 
 import os
 import stat
@@ -17,11 +17,14 @@ from PIL import Image, ImageOps
 _Result = TypeVar("_Result")
 MEGA = 10**6
 FRAMES = "hf_intervene_frames"
-# Not opened: Pillow has Ghostscript, a programming language, draw EPS, and of the others it reads nothing but the header.
+# Not opened: Pillow has Ghostscript, a programming language, draw EPS, and of the others it reads
+# nothing but the header.
 _NEVER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
 Image.init()
 FORMATS = tuple(sorted(set(Image.OPEN) - _NEVER))  # of images that are opened
-READABLE = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+READABLE = frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS
+)
 
 
 def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
@@ -45,7 +48,8 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file for reading that is neither a pipe nor a device, which could be waited for without an end.
+    """A file for reading that is neither a pipe nor a device, which could be waited for without an
+    end.
 
     Raises:
         OSError: what `open` raises.
@@ -62,8 +66,8 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
     """An image from the contents of a file, decoded and turned as its camera says.
 
-    Its `info[FRAMES]` says how many frames there are, of which this is the first; a second photo that
-    a camera puts into a JPEG is none.
+    Its `info[FRAMES]` says how many frames there are, of which this is the first; a second photo
+    that a camera puts into a JPEG is none.
 
     Args:
         source: the contents.
@@ -102,29 +106,41 @@ def _decoded(decode: Callable[[], _Result], what: str) -> _Result:
     except Image.DecompressionBombError as error:  # of Pillow itself, at twice its MAX_IMAGE_PIXELS
         raise ValueError(f"{what} is too large: {' '.join(str(error).split())}") from error
     except MemoryError as error:
-        raise ValueError(f"{what} needs more memory than there is: make the image smaller.") from error
+        raise ValueError(
+            f"{what} needs more memory than there is: make the image smaller."
+        ) from error
     except Exception as error:  # decoders raise IndexError, struct.error, SyntaxError and others
-        raise ValueError(f"{what} cannot be read as an image: it is damaged or of another kind; replace or remove it.") from error
+        raise ValueError(
+            f"{what} cannot be read as an image: it is damaged or of another kind; replace or"
+            " remove it."
+        ) from error
 
 
 def check_size(image: Image.Image, what: str, max_pixels: int | None = None) -> None:
-    """Raise a ValueError if an image, which need not be decoded yet, has more than `max_pixels` pixels."""
+    """Raise a ValueError if an image, which need not be decoded yet, has more than `max_pixels`
+    pixels.
+    """
     most = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if most is not None and image.width * image.height > most:
         raise ValueError(
-            f"{what} has {image.width}x{image.height} pixels, {image.width * image.height / MEGA:.0f} megapixels, and at most "
-            f"{most / MEGA:.0f} are read: make it smaller."
+            f"{what} has {image.width}x{image.height} pixels,"
+            f" {image.width * image.height / MEGA:.0f} megapixels, and at most {most / MEGA:.0f}"
+            " are read: make it smaller."
         )
 
 
 def flat_image(image: Image.Image, channels: int, what: str = "the image") -> Image.Image:
-    """An image with 1 (grey) or 3 (RGB) channels of 8 bits; what is transparent in it lies on white.
+    """An image with 1 (grey) or 3 (RGB) channels of 8 bits; what is transparent in it lies on
+    white.
 
     Raises:
-        ValueError: one sentence: it has more than 8 bits a channel, which Pillow would clip to white.
+        ValueError: one sentence: it has more than 8 bits a channel, which Pillow would clip to
+            white.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{what} has more than 8 bits a channel (mode {image.mode}): scale it to 8 bits first.")
+        raise ValueError(
+            f"{what} has more than 8 bits a channel (mode {image.mode}): scale it to 8 bits first."
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -133,5 +149,7 @@ def flat_image(image: Image.Image, channels: int, what: str = "the image") -> Im
 
 
 def printable(name: str | os.PathLike) -> str:
-    """A file name for a message: bytes that are no UTF-8 are shown as escapes, which every terminal and file can take."""
+    """A file name for a message: bytes that are no UTF-8 are shown as escapes, which every terminal
+    and file can take.
+    """
     return os.fspath(name).encode("utf-8", "backslashreplace").decode()

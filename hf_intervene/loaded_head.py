@@ -1,5 +1,5 @@
-"""A head for `attach`, from an object, a folder or the Hub, with its adapter and its LoRA; and whether
-a denoiser is the one that it was trained on."""
+"""A head for `attach`, from an object, a folder or the Hub, with its adapter and its LoRA; and
+whether a denoiser is the one that it was trained on."""
 
 import os
 import warnings

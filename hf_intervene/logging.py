@@ -1,5 +1,6 @@
-"""How much the package says, in the way of transformers: `set_verbosity_info()` and its like, or HF_INTERVENE_VERBOSITY=info (debug,
-warning, error, critical). Messages go to standard error; by default warnings and errors do."""
+"""How much the package says, in the way of transformers: `set_verbosity_info()` and its like, or
+HF_INTERVENE_VERBOSITY=info (debug, warning, error, critical). Messages go to standard error; by
+default warnings and errors do."""
 
 import logging
 import os
@@ -50,7 +51,8 @@ def get_verbosity() -> int:
 
 
 def set_verbosity(level: int | str) -> None:
-    """Let messages of this level and above through: a level of Python's logging, or one of `LEVELS`.
+    """Let messages of this level and above through: a level of Python's logging, or one of
+    `LEVELS`.
 
     Raises:
         ValueError: there is no such level.
@@ -88,7 +90,9 @@ def disable_progress_bars() -> None:
 
 
 def bars_on_terminals_only() -> None:
-    """No progress bars of the libraries, those of datasets included, where standard error is a file or a pipe."""
+    """No progress bars of the libraries, those of datasets included, where standard error is a file
+    or a pipe.
+    """
     if sys.stderr.isatty():
         return
     import datasets

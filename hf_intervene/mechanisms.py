@@ -1,4 +1,5 @@
-"""The paper's mechanisms (METHOD section 2, steps 1 and 2): each concept's noise through an exogenous layer and an MLP.
+"""The paper's mechanisms (METHOD section 2, steps 1 and 2): each concept's noise through an
+exogenous layer and an MLP.
 
     z (D, B, n) --exogenous--> u (D, B, n) --expressive--> eps (D, B, w)
 
@@ -17,10 +18,12 @@ class ExogenousLayer(nn.Module):
 
     u_j = GELU((1 - s_j) (A_obs[j] z_j + b_obs[j]) + s_j (A_int[j] z_j + b_int[j])).
 
-    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the targets. They start out equal, so that
-    an intervention does nothing at first but cut edges, and learns to do what the data ask for. Drawn apart, the decoder learns from the
-    first step on to read a concept that is intervened on, and all that others hear of it, in another place: likelihood and unseen
-    compositions suffer (README). Where few of many concepts are intervened on, the second slice is computed there only.
+    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the
+    targets. They start out equal, so that an intervention does nothing at first but cut edges, and
+    learns to do what the data ask for. Drawn apart, the decoder learns from the
+    first step on to read a concept that is intervened on, and all that others hear of it, in
+    another place: likelihood and unseen compositions suffer (README). Where few of many concepts
+    are intervened on, the second slice is computed there only.
     Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
     """
 
@@ -34,16 +37,25 @@ class ExogenousLayer(nn.Module):
             obs, intervened = self.slices(z).chunk(2, dim=-1)  # (D, B, n) each
             return nn.functional.gelu(torch.lerp(obs, intervened, s.to(obs.dtype)))
         # A_obs z + b_obs, and s (A_int - A_obs) z + s (b_int - b_obs) where s is not 0.
-        (A_obs, A_int), (b_obs, b_int) = (parameter.chunk(2, dim=-1) for parameter in self.slices.parameters())
+        (A_obs, A_int), (b_obs, b_int) = (
+            parameter.chunk(2, dim=-1) for parameter in self.slices.parameters()
+        )
         u = torch.baddbmm(b_obs.squeeze(1).unsqueeze(2), A_obs.mT, z.mT).mT  # (D, B, n)
         block, sample = few
-        A, b = ((after - before).index_select(0, block) for before, after in ((A_obs, A_int), (b_obs, b_int)))
+        A, b = (
+            (after - before).index_select(0, block)
+            for before, after in ((A_obs, A_int), (b_obs, b_int))
+        )
         change = z.mT[block, :, sample][:, None] @ A + b  # (few, 1, n)
-        return nn.functional.gelu(u.index_put(few, s[few].to(u.dtype) * change[:, 0].to(u.dtype), accumulate=True))
+        return nn.functional.gelu(
+            u.index_put(few, s[few].to(u.dtype) * change[:, 0].to(u.dtype), accumulate=True)
+        )
 
 
 def places(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """Where s is not 0, if that is in few places and can be looked up. What is computed in those places only is the same up to rounding."""
+    """Where s is not 0, if that is in few places and can be looked up. What is computed in those
+    places only is the same up to rounding.
+    """
     if not at_hand(s):
         return None
     found = s.nonzero(as_tuple=True)
@@ -51,16 +63,23 @@ def places(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
 
 
 class ExpressiveLayers(nn.Sequential):
-    """Expressive layers (METHOD section 2, step 2): eps_j = MLP_j(u_j), `depth` times (linear, norm, GELU) in every block.
+    """Expressive layers (METHOD section 2, step 2): eps_j = MLP_j(u_j), `depth` times (linear,
+    norm, GELU) in every block.
 
     Shapes: (D, B, in_width) -> (D, B, out_width), widths interpolated linearly.
     """
 
     def __init__(self, blocks: int, in_width: int, out_width: int, depth: int, norm: str):
-        widths = [round(in_width + (out_width - in_width) * layer / depth) for layer in range(depth + 1)]
+        widths = [
+            round(in_width + (out_width - in_width) * layer / depth) for layer in range(depth + 1)
+        ]
         layers = []
         for before, after in zip(widths[:-1], widths[1:]):
-            layers += [BlockLinear(blocks, before, after), NORM_LAYERS[norm](blocks, after), nn.GELU()]
+            layers += [
+                BlockLinear(blocks, before, after),
+                NORM_LAYERS[norm](blocks, after),
+                nn.GELU(),
+            ]
         super().__init__(*layers)
 
 

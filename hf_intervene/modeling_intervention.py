@@ -2,15 +2,15 @@
 
     z (B, D, n) --mechanisms--> eps (B, D, w) --intervention--> c (B, D, w) --unpool--> e (B, *embedding_shape)
 
-Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width. Block layers hold their activations as
-(D, B, width), see `blocks.py`.
+Shapes: B batch, d concepts, D = d + free blocks, n noise_width, w concept_width. Block layers hold
+their activations as (D, B, width), see `blocks.py`.
 
 There are two kinds of heads (`InterventionConfig.mechanism`):
 
     "flow"   the mechanisms are invertible (`flow.py`) and n = w + 1. The encoder gives one posterior q(c | x), which knows no
              context, and KL(q(c | x) || p(c | s)) is what the objective has. Contexts differ in p(c | s) alone.
     "mlp"    the paper's: the encoder gives q(z | x, s), and the KL is to N(0, I).
-"""
+"""  # noqa: E501
 
 import math
 import os
@@ -46,9 +46,8 @@ class InterventionHeadOutput(ModelOutput):
 
 
 class InterventionHead(PreTrainedModel):
-    r"""
-    Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's embedding out; and, on the encoder's side, the
-    posterior over the noise.
+    r"""Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's
+    embedding out; and, on the encoder's side, the posterior over the noise.
 
     Example:
 
@@ -69,21 +68,33 @@ class InterventionHead(PreTrainedModel):
         super().__init__(config)
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         if config.mechanism == "flow":
-            self.flow = ConceptFlow(len(config.concepts), blocks, width, config.flow_depth, config.flow_width)
-            self.intervention: InterventionLayer | OrderedInterventionLayer = OrderedInterventionLayer(
-                len(config.concepts), blocks, width, config.flow_width, config.concept_edges
+            self.flow = ConceptFlow(
+                len(config.concepts), blocks, width, config.flow_depth, config.flow_width
+            )
+            self.intervention: InterventionLayer | OrderedInterventionLayer = (
+                OrderedInterventionLayer(
+                    len(config.concepts), blocks, width, config.flow_width, config.concept_edges
+                )
             )
         else:
             self.exogenous = ExogenousLayer(blocks, noise_width)
-            self.expressive = ExpressiveLayers(blocks, noise_width, width, config.depth, config.norm)
+            self.expressive = ExpressiveLayers(
+                blocks, noise_width, width, config.depth, config.norm
+            )
             layer = (blocks, width, config.intervention == "perfect", config.propagation_steps)
             rank = config.intervention_rank
-            self.intervention = InterventionLayer(*layer) if rank is None else LowRankInterventionLayer(*layer, rank)
+            self.intervention = (
+                InterventionLayer(*layer)
+                if rank is None
+                else LowRankInterventionLayer(*layer, rank)
+            )
         self.unpool = nn.Linear(blocks * width, math.prod(config.embedding_shape))
 
         posterior_width = 2 * blocks * self.draw_width  # mean and log-variance
         if config.posterior == "unconditional":
-            self.encoder_readout: nn.Module = PosteriorLinear(config.feature_width, posterior_width, config.initial_posterior_std)
+            self.encoder_readout: nn.Module = PosteriorLinear(
+                config.feature_width, posterior_width, config.initial_posterior_std
+            )
         else:
             hidden = config.feature_width
             self.encoder_readout = nn.Sequential(
@@ -93,9 +104,12 @@ class InterventionHead(PreTrainedModel):
             )
         contexts = 1 + len(config.concepts)
         if config.posterior in CENTERED:
-            # Row 0: the mean of the posterior means over the observational context; row 1 + j: over the context of concept j.
+            # Row 0: the mean of the posterior means over the observational context; row 1 + j: over
+            # the context of concept j.
             self.register_buffer("posterior_offset", torch.zeros(contexts, blocks, noise_width))
-        self.whitening = Whitening(contexts, blocks * noise_width) if config.posterior == "whitened" else None
+        self.whitening = (
+            Whitening(contexts, blocks * noise_width) if config.posterior == "whitened" else None
+        )
         self.post_init()
 
     @torch.no_grad()
@@ -119,18 +133,24 @@ class InterventionHead(PreTrainedModel):
         Args:
             z: exogenous noise, (B, D, noise_width); standard normal under the prior.
             targets: (B, D), entries in [0, 1]; each row its own context.
-            values: chosen values of c, (B, D, concept_width), for do(c_j = v) (see `InterventionLayer`); read where `chosen` is true.
+            values: chosen values of c, (B, D, concept_width), for do(c_j = v) (see
+                `InterventionLayer`); read where `chosen` is true.
             chosen: which, bool (B, D): there s_j counts as 1.
             return_dict: whether to return an `InterventionHeadOutput` (default) or a tuple.
-            edge_targets: (B, D), the targets that the intervention layer (step 3) sees, while `targets` go
-                to the mechanisms (steps 1 and 2); `None`: the same. It tells the two ways of an intervention
-                apart; see `hf_intervene.metrics.routes`.
+            edge_targets: (B, D), the targets that the intervention layer (step 3) sees, while
+                `targets` go to the mechanisms (steps 1 and 2); `None`: the same. It tells the two
+                ways of an intervention apart; see `hf_intervene.metrics.routes`.
         """
         blocks = self.config.num_blocks
         if z.ndim != 3 or z.shape[1] != blocks or z.shape[2] != self.config.noise_width:
-            raise ValueError(f"z must have shape (batch, {blocks}, {self.config.noise_width}), not {tuple(z.shape)}.")
+            raise ValueError(
+                f"z must have shape (batch, {blocks}, {self.config.noise_width}), not"
+                f" {tuple(z.shape)}."
+            )
         if targets.ndim != 2 or targets.shape[1] != blocks:
-            raise ValueError(f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}.")
+            raise ValueError(
+                f"targets must have shape (batch, {blocks}), not {tuple(targets.shape)}."
+            )
         if edge_targets is not None and edge_targets.shape != targets.shape:
             shapes = f"{tuple(targets.shape)}, not {tuple(edge_targets.shape)}"
             raise ValueError(f"edge_targets must have the shape of targets, {shapes}.")
@@ -141,9 +161,14 @@ class InterventionHead(PreTrainedModel):
         s, edges = (x.to(self.dtype).T.contiguous().T[..., None] for x in (targets, seen))
         if values is not None and chosen is not None:
             shape = (*targets.shape, self.config.concept_width)
-            if tuple(values.shape) != shape or tuple(chosen.shape) != shape[:2] or chosen.dtype != torch.bool:
+            if (
+                tuple(values.shape) != shape
+                or tuple(chosen.shape) != shape[:2]
+                or chosen.dtype != torch.bool
+            ):
                 raise ValueError(
-                    f"values must have shape {shape} and chosen, bool, {shape[:2]}, not {tuple(values.shape)} and {tuple(chosen.shape)}."
+                    f"values must have shape {shape} and chosen, bool, {shape[:2]}, not"
+                    f" {tuple(values.shape)} and {tuple(chosen.shape)}."
                 )
             chosen = chosen[..., None]  # (B, D, 1)
             s, edges = (torch.where(chosen, 1.0, x) for x in (s, edges))
@@ -155,7 +180,9 @@ class InterventionHead(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def mechanisms(self, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1): with flows c of blocks without causes."""
+        """eps (B, D, w) of noise z (B, D, n) and strengths s (B, D, 1): with flows c of blocks
+        without causes.
+        """
         z, s = z.transpose(0, 1), s.transpose(0, 1)
         if self.is_flow:
             eps = self.flow(z, s, z.new_zeros(*z.shape[:2], self.config.flow_width))
@@ -171,13 +198,17 @@ class InterventionHead(PreTrainedModel):
         values: torch.Tensor | None,
         chosen: torch.Tensor | None,
     ) -> torch.Tensor:
-        """c of a head with flows, causes before effects. Shapes as in `forward`, s and edges (B, D, 1)."""
+        """c of a head with flows, causes before effects. Shapes as in `forward`, s and edges (B, D,
+        1).
+        """
         c: list[torch.Tensor] = [z.new_zeros(len(z), self.config.concept_width)] * z.shape[1]
         for level in self._ordered.levels():
             h = self._ordered(torch.stack(c, dim=1), edges[:, level].transpose(0, 1), level)
             made = self.flow(z[:, level].transpose(0, 1), s[:, level].transpose(0, 1), h, level)
             for j, of_block in zip(level, made):
-                if values is not None and chosen is not None:  # a chosen value depends on nothing: do(c_j = v)
+                if (
+                    values is not None and chosen is not None
+                ):  # a chosen value depends on nothing: do(c_j = v)
                     of_block = torch.where(chosen[:, j], values[:, j].to(of_block.dtype), of_block)
                 c[j] = of_block
         return torch.stack(c, dim=1)
@@ -202,7 +233,8 @@ class InterventionHead(PreTrainedModel):
         return self.config.concept_width if self.is_flow else self.config.noise_width
 
     def log_density(self, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log p(c | s) = sum_j log p(c_j | s_j, h_j) of a head with flows, in nats, (B,), float32 (see `flow.py`).
+        """log p(c | s) = sum_j log p(c_j | s_j, h_j) of a head with flows, in nats, (B,), float32
+        (see `flow.py`).
 
         Args:
             c: (B, D, w).
@@ -212,15 +244,18 @@ class InterventionHead(PreTrainedModel):
             c, s = c.to(self.dtype), targets.to(self.dtype).T[..., None]  # (D, B, 1)
             densities, there = self.flow.log_densities(c.transpose(0, 1), s, self._ordered(c, s))
             d = len(there)
-            # Under a whole intervention the mixture is one of equal parts, and equal to them but for rounding.
-            densities = torch.cat([torch.where(s[:d, :, 0] == 1, there, densities[:d]), densities[d:]])
+            # Under a whole intervention the mixture is one of equal parts, and equal to them but
+            # for rounding.
+            densities = torch.cat(
+                [torch.where(s[:d, :, 0] == 1, there, densities[:d]), densities[d:]]
+            )
             return densities.sum(0).float()
 
     def context_log_densities(self, c: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
 
-        Contexts differ in what was intervened on only, so each block is computed once for each of its states and not
-        once for each context.
+        Contexts differ in what was intervened on only, so each block is computed once for each of
+        its states and not once for each context.
 
         Args:
             c: (B, D, w).
@@ -233,10 +268,14 @@ class InterventionHead(PreTrainedModel):
             change = there - obs[: len(there)]  # (d, B)
             return (obs.sum(0)[:, None] + change.T @ s[:, : len(there)].T).float()
 
-    def posterior(self, features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of what the encoder says, float32, each (B, D, draw_width): of q(c | x) for a head with flows,
-        otherwise of q(z | x, s) (or q(z | x), see `InterventionConfig.posterior`). Of a whitened posterior those of y (see
-        `posterior.py`). `whiten` makes a draw of it z, `embed_draw` the embedding, and `kl` is the KL of the objective.
+    def posterior(
+        self, features: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of what the encoder says, float32, each (B, D, draw_width): of q(c
+        | x) for a head with flows, otherwise of q(z | x, s) (or q(z | x), see
+        `InterventionConfig.posterior`). Of a whitened posterior those of y (see `posterior.py`).
+        `whiten` makes a draw of it z, `embed_draw` the embedding, and `kl` is the KL of the
+        objective.
 
         Args:
             features: encoder features, (B, feature_width).
@@ -246,7 +285,9 @@ class InterventionHead(PreTrainedModel):
         features = features.to(self.dtype)  # the base may be in another precision
         if self.config.posterior != "unconditional":
             features = torch.cat([features, s.to(features.dtype)], dim=1)
-        moments = self.encoder_readout(features).float()  # (B, 2 D n) or (B, 2 D w): the KL wants float32
+        moments = self.encoder_readout(
+            features
+        ).float()  # (B, 2 D n) or (B, 2 D w): the KL wants float32
         mean, logvar = moments.unflatten(1, (2, self.config.num_blocks, self.draw_width)).unbind(1)
         if self.config.posterior in CENTERED:
             # Linear in the targets: offset_obs + sum_j s_j (offset_j - offset_obs).
@@ -256,38 +297,54 @@ class InterventionHead(PreTrainedModel):
                 with torch.autocast(mean.device.type, enabled=False):  # as exact as it is added up
                     mean = mean - torch.einsum("bk,kdn->bdn", weights, offset)
             else:
-                mean = mean.index_add(0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1)
+                mean = mean.index_add(
+                    0, few[0], weights[few][:, None, None] * offset[few[1]], alpha=-1
+                )
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
 
     def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Exogenous noise z, (B, D, noise_width), of a draw y from what `posterior` returned, (B, D, draw_width)."""
+        """Exogenous noise z, (B, D, noise_width), of a draw y from what `posterior` returned, (B,
+        D, draw_width).
+        """
         if self.is_flow:
             c, s = y.to(self.dtype), targets.to(self.dtype).T[..., None]
             return self.flow.inverse(c.transpose(0, 1), s, self._ordered(c, s)).transpose(0, 1)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The embedding, (B, *embedding_shape), of a draw y, (B, D, draw_width), from what `posterior` returned."""
+        """The embedding, (B, *embedding_shape), of a draw y, (B, D, draw_width), from what
+        `posterior` returned.
+        """
         if self.is_flow:  # y is c: there is no need to go back to z
             return self.represent(y.to(self.dtype))
         return self(self.whiten(y, targets), targets).embedding
 
     def kl(
-        self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        mean: torch.Tensor,
+        logvar: torch.Tensor,
+        targets: torch.Tensor,
+        y: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """KL of what `posterior` returned to the prior, of each sample in nats, (B,).
 
-        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, draw_width); its entropy is exact. Otherwise
-        KL(q(z | x, s) || N(0, I)); an upper bound of it where a whitened posterior is asked for a context that is not of
-        the training data.
-        """
+        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, draw_width); its
+        entropy is exact. Otherwise KL(q(z | x, s) || N(0, I)); an upper bound of it where a
+        whitened posterior is asked for a context that is not of the training data."""
         if self.is_flow:
             entropy = 0.5 * (logvar + 1 + math.log(2 * math.pi)).flatten(1).sum(1)
             return -entropy - self.log_density(mean if y is None else y, targets)
-        return gaussian_kl(mean, logvar) if self.whitening is None else self.whitening.kl(mean, logvar, self._mixture(targets))
+        return (
+            gaussian_kl(mean, logvar)
+            if self.whitening is None
+            else self.whitening.kl(mean, logvar, self._mixture(targets))
+        )
 
-    def marginals(self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of each entry of z, of what `posterior` returned; all (B, D, noise_width).
+    def marginals(
+        self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of each entry of z, of what `posterior` returned; all (B, D,
+        noise_width).
 
         With flows z of the posterior's mean, and the variance around it by a few draws.
         """
@@ -301,9 +358,13 @@ class InterventionHead(PreTrainedModel):
     def _noise_marginals(
         self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, draws: int = 16
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of z with flows: z of the mean of c, and the variance of z around it over draws with a fixed seed."""
+        """Of z with flows: z of the mean of c, and the variance of z around it over draws with a
+        fixed seed.
+        """
         z = self.whiten(mean, targets)
-        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(mean.device)
+        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(
+            mean.device
+        )
         std, squares = (0.5 * logvar).exp(), torch.zeros_like(z)
         for n in noise:
             squares = squares + (self.whiten(mean + std * n, targets) - z).square()
@@ -313,14 +374,19 @@ class InterventionHead(PreTrainedModel):
         return mixture(targets[:, : len(self.config.concepts)])
 
     @torch.no_grad()
-    def center_posterior(self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05) -> None:
-        """Move the offsets of a centred posterior towards the mean of each context in a batch; no effect on other posteriors.
+    def center_posterior(
+        self, mean: torch.Tensor, targets: torch.Tensor, momentum: float = 0.05
+    ) -> None:
+        """Move the offsets of a centred posterior towards the mean of each context in a batch; no
+        effect on other posteriors.
 
-        The prior of z is N(0, I) in every context. An encoder is quick to tell contexts apart by shifting z instead, and then samples
-        from the prior miss what A_int and W_int should carry. Taking the context's mean out leaves that work to the head.
+        The prior of z is N(0, I) in every context. An encoder is quick to tell contexts apart by
+        shifting z instead, and then samples from the prior miss what A_int and W_int should carry.
+        Taking the context's mean out leaves that work to the head.
 
         Args:
-            mean: posterior means of the batch, (B, D, noise_width), as `posterior` returned them (already centred so far).
+            mean: posterior means of the batch, (B, D, noise_width), as `posterior` returned them
+                (already centred so far).
             targets: (B, D); only rows with nothing or one whole concept intervened on count.
             momentum: weight of this batch in the running mean.
         """
@@ -329,29 +395,46 @@ class InterventionHead(PreTrainedModel):
         s = targets[:, : len(self.config.concepts)].float()
         single = has_row(s)
         context = row_of(s)  # (B,)
-        counts = torch.zeros(1 + s.shape[1], device=s.device).index_add(0, context, single.float())  # (1 + d,)
+        counts = torch.zeros(1 + s.shape[1], device=s.device).index_add(
+            0, context, single.float()
+        )  # (1 + d,)
         weight = momentum * single / counts[context].clamp(min=1)  # (B,)
         # Only these rows: the offsets of all contexts are many.
-        self.posterior_offset.index_add_(0, context, (weight[:, None, None] * mean.float()).to(self.posterior_offset.dtype))
+        self.posterior_offset.index_add_(
+            0, context, (weight[:, None, None] * mean.float()).to(self.posterior_offset.dtype)
+        )
 
     def penalty(self, group_lasso: float = 0.0, l2: float = 0.0) -> torch.Tensor:
-        """Group-lasso and L2 penalty on the off-diagonal blocks of W_obs and W_int (METHOD section 2), a scalar in nats."""
+        """Group-lasso and L2 penalty on the off-diagonal blocks of W_obs and W_int (METHOD section
+        2), a scalar in nats.
+        """
         return self.intervention.penalty(group_lasso, l2)
 
     def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
         """Targets (num_samples, D) of any form of `contexts.py`, on the head's device."""
         config = self.config
-        return parse_interventions(interventions, config.concepts, num_samples, config.free_blocks).to(self.device)
+        return parse_interventions(
+            interventions, config.concepts, num_samples, config.free_blocks
+        ).to(self.device)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no `None` for the name, as in no model that is loaded
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, subfolder: str = "", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        subfolder: str = "",
+        **kwargs: Any,
     ) -> "InterventionHead":
-        """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated files, pickle files and what the Hub or
-        the connection refuses are one-sentence errors. Keyword arguments as in transformers: `revision`, `token`, `local_files_only`...
-        """
-        name, patterns = pretrained_model_name_or_path, ("config.json", "model*.safetensors", "model.safetensors.index*.json")
-        path = folder(name, [os.path.join(subfolder, pattern) for pattern in patterns], **pop_options(kwargs))
+        """As in transformers, and strict: missing, unexpected or ill-shaped weights, truncated
+        files, pickle files and what the Hub or the connection refuses are one-sentence errors.
+        Keyword arguments as in transformers: `revision`, `token`, `local_files_only`..."""
+        name, patterns = (
+            pretrained_model_name_or_path,
+            ("config.json", "model*.safetensors", "model.safetensors.index*.json"),
+        )
+        path = folder(
+            name, [os.path.join(subfolder, pattern) for pattern in patterns], **pop_options(kwargs)
+        )
         what = f"the head of {os.path.join(name, subfolder) if subfolder else name}"
         files = check_weights(path / subfolder, what, "model", kwargs.get("variant"))
         config = kwargs.get("config")
@@ -359,7 +442,9 @@ class InterventionHead(PreTrainedModel):
             config = InterventionConfig.from_pretrained(path / subfolder)
         check_fit(lambda: cls(config), files, what)
         kwargs |= {"subfolder": subfolder, "use_safetensors": True}
-        load: Callable[..., Any] = super().from_pretrained  # by its hints a model, with output_loading_info too
+        load: Callable[..., Any] = (
+            super().from_pretrained
+        )  # by its hints a model, with output_loading_info too
         if kwargs.pop("output_loading_info", False):
             return load(path, *args, output_loading_info=True, **kwargs)
         return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)

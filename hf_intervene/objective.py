@@ -46,28 +46,36 @@ class Objective(nn.Module):
         return {name: term.weight(progress) for name, term in self._named_terms().items()}
 
     def draws(self, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """All random numbers for so many images, each (rows, ...), on the CPU: arguments of `forward`. Those of a term have
-        its name before theirs: `edit_consistency.noise`."""
+        """All random numbers for so many images, each (rows, ...), on the CPU: arguments of
+        `forward`. Those of a term have its name before theirs: `edit_consistency.noise`."""
         found = self.model.posterior_draws(rows, generator)
         for name, term in self._named_terms().items():
             found |= {f"{name}.{key}": value for key, value in term.draw(rows, generator).items()}
         return found
 
-    def forward(self, targets: torch.Tensor, weights: dict[str, torch.Tensor], **inputs: Any) -> ObjectiveOutput:
+    def forward(
+        self, targets: torch.Tensor, weights: dict[str, torch.Tensor], **inputs: Any
+    ) -> ObjectiveOutput:
         """The objective of a batch.
 
         Args:
             targets: (B, D).
-            weights: of the terms, scalar tensors: as numbers, a compiled objective would be compiled anew for each.
-                A term without one is not computed.
+            weights: of the terms, scalar tensors: as numbers, a compiled objective would be
+                compiled anew for each. A term without one is not computed.
             **inputs: `draws`, and further arguments of the model's `forward`.
         """
         own = {name: inputs.pop(name) for name in list(inputs) if "." in name}
         output = self.model(targets=targets, **inputs)
         loss, found = output.loss, {}
         for name, weight in weights.items():
-            draws = {key.partition(".")[2]: value for key, value in own.items() if key.startswith(f"{name}.")}
-            term = self._named_terms()[name].loss(self.model, output, self.model.seen(targets), draws)
+            draws = {
+                key.partition(".")[2]: value
+                for key, value in own.items()
+                if key.startswith(f"{name}.")
+            }
+            term = self._named_terms()[name].loss(
+                self.model, output, self.model.seen(targets), draws
+            )
             loss, found[name] = loss + weight * term, term.detach()
         return ObjectiveOutput(**{**output, "loss": loss}, terms=found)
 

@@ -1,4 +1,6 @@
-"""Options that several commands share. Nothing heavy is imported: the help of a command comes at once."""
+"""Options that several commands share. Nothing heavy is imported: the help of a command comes at
+once.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -39,7 +41,9 @@ def whole_number(least: int, most: int = 2**40) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"a whole number from {least} to {most} is needed, not {text}")
+            raise argparse.ArgumentTypeError(
+                f"a whole number from {least} to {most} is needed, not {text}"
+            )
         return value
 
     return number

@@ -1,6 +1,5 @@
-"""What the buttons of the page do: `Page`, and `PageApart`, whose model is in another process. Its layout is in `app.py`; it is served by
-`page_process.py`. Torch is imported with the model only.
-"""
+"""What the buttons of the page do: `Page`, and `PageApart`, whose model is in another process. Its
+layout is in `app.py`; it is served by `page_process.py`. Torch is imported with the model only."""
 
 import os
 from functools import cached_property, lru_cache
@@ -23,7 +22,11 @@ if TYPE_CHECKING:
     from .contexts import Context
     from .model import InterventionModel
 
-FILES = (*hub.SAVED_FILES, cards.CARD_FILE, "*.png")  # of a repository on the Hub, what the page shows
+FILES = (
+    *hub.SAVED_FILES,
+    cards.CARD_FILE,
+    "*.png",
+)  # of a repository on the Hub, what the page shows
 MAX_PIXELS = 32 * 10**6  # of an image to edit: a few seconds
 MAX_COMPOSED = 8  # concepts in the grid of pairs
 NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
@@ -31,11 +34,12 @@ STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes
 
 
 class Page:
-    """What the buttons of the page do, for one pipeline or model. What the layout needs is read from its files; the model is loaded when
-    it is first used.
+    """What the buttons of the page do, for one pipeline or model. What the layout needs is read
+    from its files; the model is loaded when it is first used.
 
     Args:
-        name: folder or Hub name of a saved pipeline or model, or of a pipeline that comes with the package.
+        name: folder or Hub name of a saved pipeline or model, or of a pipeline that comes with the
+            package.
         revision: of a repository on the Hub: branch, tag or commit.
 
     Raises:
@@ -46,7 +50,9 @@ class Page:
         self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
         self.concepts = _concepts(self.folder, name)
         self.denoises = (self.folder / "scheduler").is_dir()
-        self._observational = lru_cache(maxsize=4)(self._draw_observational)  # of a denoiser it takes as long as the rest
+        self._observational = lru_cache(maxsize=4)(
+            self._draw_observational
+        )  # of a denoiser it takes as long as the rest
 
     @property
     def title(self) -> str:
@@ -67,13 +73,21 @@ class Page:
         _ = self.model
 
     def sample(
-        self, strengths: dict[str, float], num_images: int, seed: int, steps: int = STEPS, guidance: float = 1.0
+        self,
+        strengths: dict[str, float],
+        num_images: int,
+        seed: int,
+        steps: int = STEPS,
+        guidance: float = 1.0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-        """Observational samples; of the same noise, samples under interventions; how they differ, see `pixels.difference`, each uint8
-        (n, H, W, channels); and the name of the context."""
+        """Observational samples; of the same noise, samples under interventions; how they differ,
+        see `pixels.difference`, each uint8 (n, H, W, channels); and the name of the context."""
         from .contexts import OBS, context_name
 
-        before, name = self._observational(num_images, seed, steps), context_name(strengths, self.concepts)
+        before, name = (
+            self._observational(num_images, seed, steps),
+            context_name(strengths, self.concepts),
+        )
         options = {"num_inference_steps": int(steps), "guidance_scale": guidance}
         after = before if name == OBS else self._draw(strengths, num_images, seed, **options)
         return before, after, difference(before, after), name
@@ -86,8 +100,9 @@ class Page:
         steps: int = STEPS,
         guidance: float = 1.0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
-        """An image (or its file) as the model takes it, cropped and resized; as it returns it unchanged; edited; how the last two differ,
-        each uint8 (H, W, channels); and the name of the context."""
+        """An image (or its file) as the model takes it, cropped and resized; as it returns it
+        unchanged; edited; how the last two differ, each uint8 (H, W, channels); and the name of the
+        context."""
         from .contexts import context_name
         from .pipeline import fit_image
 
@@ -99,21 +114,29 @@ class Page:
         noise = self.model.abduct(x, self.model.targets(came_from, 1), **options)
         same = self.model.predict(*noise, came_from, "np", **options)
         other = self.model.predict(*noise, strengths, "np", guidance_scale=guidance, **options)
-        given, unchanged, edited = (to_uint8(np.asarray(images)[:1]) for images in (x.movedim(1, -1).cpu(), same, other))
+        given, unchanged, edited = (
+            to_uint8(np.asarray(images)[:1]) for images in (x.movedim(1, -1).cpu(), same, other)
+        )
         change = difference(unchanged, edited)
         return given[0], unchanged[0], edited[0], change[0], context_name(strengths, self.concepts)
 
     def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
         """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
         if not 1 < len(concepts) <= MAX_COMPOSED:
-            raise ValueError(f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}.")
+            raise ValueError(
+                f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}."
+            )
         from .contexts import context_name
         from .plots import pairs_grid
 
         contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
-        images = [self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts]
+        images = [
+            self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts
+        ]
         names = [context_name(context, self.concepts) for context in contexts]
-        figure = pairs_grid(dict(zip(names, images)), [name for name in self.concepts if name in concepts])
+        figure = pairs_grid(
+            dict(zip(names, images)), [name for name in self.concepts if name in concepts]
+        )
         with BytesIO() as file:
             figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
             return Image.open(file).convert("RGB")
@@ -128,9 +151,10 @@ class Page:
         return self._observational(self.few, 1, STEPS)
 
     def card(self) -> str:
-        """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""
+        """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""  # noqa: E501
         return cards.card_text(self.folder) or (
-            f"This pipeline has no card; `hf-intervene card {self.name}` writes one. Its concepts are {', '.join(self.concepts)}."
+            f"This pipeline has no card; `hf-intervene card {self.name}` writes one. Its concepts"
+            f" are {', '.join(self.concepts)}."
         )
 
     def pictures(self) -> list[tuple[str, str]]:
@@ -139,7 +163,11 @@ class Page:
             cards.FLOORS_FILE: "Distances to real images, and their floors",
             cards.SAMPLES_FILE: "Samples of every context",
         }
-        return [(str(self.folder / name), text) for name, text in captions.items() if (self.folder / name).exists()]
+        return [
+            (str(self.folder / name), text)
+            for name, text in captions.items()
+            if (self.folder / name).exists()
+        ]
 
     def _draw_observational(self, num_images: int, seed: int, steps: int) -> np.ndarray:
         return self._draw("obs", num_images, seed, num_inference_steps=int(steps))
@@ -148,15 +176,26 @@ class Page:
         import torch
 
         generator = torch.Generator().manual_seed(seed)  # so that every context has the same noise
-        return to_uint8(np.asarray(self.model.sample(context, num_images, generator, output_type="np", **options)))
+        return to_uint8(
+            np.asarray(
+                self.model.sample(context, num_images, generator, output_type="np", **options)
+            )
+        )
 
 
 def _concepts(folder: Path, name: str | os.PathLike) -> list[str]:
     files = (folder / "head" / "config.json", folder / "config.json")
     config = next((hub.read_config(file) for file in files if file.exists()), {})
     concepts = config.get("concepts")
-    if not isinstance(concepts, list) or not concepts or not all(isinstance(concept, str) for concept in concepts):
-        raise ValueError(f"{name} is not an intervention pipeline or model: it has no config.json that names concepts.")
+    if (
+        not isinstance(concepts, list)
+        or not concepts
+        or not all(isinstance(concept, str) for concept in concepts)
+    ):
+        raise ValueError(
+            f"{name} is not an intervention pipeline or model: it has no config.json that names"
+            " concepts."
+        )
     return concepts
 
 

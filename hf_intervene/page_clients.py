@@ -1,4 +1,5 @@
-"""Which clients of the page still wait for an answer: what nobody waits for any more is not computed.
+"""Which clients of the page still wait for an answer: what nobody waits for any more is not
+computed.
 
 Gradio gives up what a client had asked for when its connection is seen to be closed, but not what a
 client asked for that never listened, or is gone for only a few seconds.
@@ -20,8 +21,8 @@ _CALL = "hf_intervene.call"  # in the scope of a request: what is known of it
 
 
 class Clients:
-    """The connections over which clients wait for answers, by session, or by event for calls without
-    one. A factory of the middleware (ASGI) that sees all requests."""
+    """The connections over which clients wait for answers, by session, or by event for calls
+    without one. A factory of the middleware (ASGI) that sees all requests."""
 
     def __init__(self) -> None:
         self._waiting: Counter[str] = Counter()

@@ -1,9 +1,10 @@
-"""Serving the page of `hf-intervene app` (`launch`), its model in a process of its own (`ModelProcess`).
+"""Serving the page of `hf-intervene app` (`launch`), its model in a process of its own
+(`ModelProcess`).
 
-Until a picture is in the browser, most of the time goes by with imports: torch and the Hugging Face libraries, Gradio, the browser's own.
-The three go on beside each other, and the longest begins first: this module imports nothing heavy, and starts the process before anything
-else.
-"""
+Until a picture is in the browser, most of the time goes by with imports: torch and the Hugging Face
+libraries, Gradio, the browser's own.
+The three go on beside each other, and the longest begins first: this module imports nothing heavy,
+and starts the process before anything else."""
 
 import gc
 import multiprocessing
@@ -19,15 +20,20 @@ from typing import Any
 from . import _no_collection
 
 
-# Seconds after which Ctrl-C is heard at the latest: one that comes just before a wait begins does not end it.
+# Seconds after which Ctrl-C is heard at the latest: one that comes just before a wait begins does
+# not end it.
 _HEARD = 0.2
 TIME_LIMIT = 300.0  # seconds of a call
-_ENDED = "the process of the model has ended, perhaps for want of memory: it is started again; try once more."
+_ENDED = (
+    "the process of the model has ended, perhaps for want of memory: it is started again; try once"
+    " more."
+)
 
 
 class ModelProcess:
-    """A process that answers calls of a `Page`'s methods, one at a time, once it is told the folder (see `page.PageApart`). What the model
-    needs is imported before that. Where it ends, or a call takes too long, another one takes its place.
+    """A process that answers calls of a `Page`'s methods, one at a time, once it is told the folder
+    (see `page.PageApart`). What the model needs is imported before that. Where it ends, or a call
+    takes too long, another one takes its place.
 
     Args:
         time_limit: seconds that a call may take, loading the model aside.
@@ -97,7 +103,10 @@ class ModelProcess:
         except (EOFError, BrokenPipeError, ConnectionError) as ended:
             self._start_again()
             raise ChildProcessError(_ENDED) from ended
-        raise TimeoutError(f"this took longer than {limit:.0f} seconds and was ended: ask for fewer images or steps.")
+        raise TimeoutError(
+            f"this took longer than {limit:.0f} seconds and was ended: ask for fewer images or"
+            " steps."
+        )
 
     def _end(self) -> None:
         self._process.kill()
@@ -155,7 +164,9 @@ def launch(
     """
     with suppress(ValueError):  # not in the main thread: the caller handles signals
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, signal.default_int_handler)  # as Ctrl-C, or the other process would be left behind
+            signal.signal(
+                number, signal.default_int_handler
+            )  # as Ctrl-C, or the other process would be left behind
     process, blocks = ModelProcess(TIME_LIMIT if time_limit is None else time_limit), None
     try:
         with _no_collection():

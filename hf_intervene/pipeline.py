@@ -1,4 +1,6 @@
-"""`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers users know."""
+"""`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers
+users know.
+"""
 
 import os
 import sys
@@ -50,11 +52,13 @@ class InterventionPipeline(DiffusionPipeline):
         base: the pretrained model under the head.
         head: the intervention head.
         adapter: the network between them, for base families that have one.
-        scheduler, vae, image_encoder, image_processor: of a denoiser, see `DiffusionBase`; as in any pipeline, another scheduler may
-            take the place of the first: `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+        scheduler, vae, image_encoder, image_processor: of a denoiser, see `DiffusionBase`; as in
+            any pipeline, another scheduler may take the place of the first: `pipe.scheduler =
+            DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
 
     Raises:
-        TypeError, ValueError: one sentence: the base is of a class that is not registered, or the three do not fit together.
+        TypeError, ValueError: one sentence: the base is of a class that is not registered, or the
+            three do not fit together.
 
     Example:
 
@@ -63,7 +67,7 @@ class InterventionPipeline(DiffusionPipeline):
     images = pipe(interventions=["quad1", "size"], num_images=8, generator=torch.Generator().manual_seed(0)).images
     edited = pipe.edit(images[0], {"quad1": 0.5}).images
     ```
-    """
+    """  # noqa: E501
 
     base: ModelMixin
     head: InterventionHead
@@ -85,7 +89,12 @@ class InterventionPipeline(DiffusionPipeline):
         image_processor: BaseImageProcessor | None = None,
     ):
         super().__init__()
-        companions = {"scheduler": scheduler, "vae": vae, "image_encoder": image_encoder, "image_processor": image_processor}
+        companions = {
+            "scheduler": scheduler,
+            "vae": vae,
+            "image_encoder": image_encoder,
+            "image_processor": image_processor,
+        }
         made = _model(base, head, adapter, companions)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter, **companions)
         self._made = made, self._parts()
@@ -93,11 +102,14 @@ class InterventionPipeline(DiffusionPipeline):
     push_to_hub = push_to_hub
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "InterventionPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "InterventionPipeline":
         """As in diffusers, from a folder or the Hub; from one commit, and from safetensors only.
 
         Raises:
-            OSError, ValueError: one sentence: not an intervention pipeline, no such repository or no access to it, missing weights.
+            OSError, ValueError: one sentence: not an intervention pipeline, no such repository or
+                no access to it, missing weights.
         """
         name = pretrained_model_name_or_path
         path = hub.folder(name, **hub.pop_options(kwargs))
@@ -105,14 +117,24 @@ class InterventionPipeline(DiffusionPipeline):
         saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
             raise ValueError(
-                f"{name} is not an intervention pipeline: it has no model_index.json of an {cls.__name__} "
-                "(a model is loaded with InterventionModel.from_pretrained)."
+                f"{name} is not an intervention pipeline: it has no model_index.json of an"
+                f" {cls.__name__} (a model is loaded with InterventionModel.from_pretrained)."
             )
         for part in ("head", "base", *cls._optional_components):
-            if part not in kwargs and (part in ("head", "base") or saved.get(part) not in (None, [None, None])):
-                _check_part(part, saved.get(part), path / part, f"the {part} of {name}", kwargs.get("variant"))
+            if part not in kwargs and (
+                part in ("head", "base") or saved.get(part) not in (None, [None, None])
+            ):
+                _check_part(
+                    part,
+                    saved.get(part),
+                    path / part,
+                    f"the {part} of {name}",
+                    kwargs.get("variant"),
+                )
         logger.info("loading the pipeline %s from %s", name, path)
-        pipe = super().from_pretrained(path, **kwargs | {"use_safetensors": True, "trust_remote_code": False})
+        pipe = super().from_pretrained(
+            path, **kwargs | {"use_safetensors": True, "trust_remote_code": False}
+        )
         for part, value in pipe.components.items():
             if isinstance(value, nn.Module) and part not in kwargs:
                 check_finite(value, f"the {part} of {name}")
@@ -120,7 +142,9 @@ class InterventionPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in diffusers, with the head's code: beside its weights, and at the top, where transformers looks for it in a repository."""
+        """As in diffusers, with the head's code: beside its weights, and at the top, where
+        transformers looks for it in a repository.
+        """
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)
@@ -128,14 +152,22 @@ class InterventionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":
-        """The pipeline of a model; the weights are shared, not copied, but for a base with LoRA layers: they are merged into a copy.
+        """The pipeline of a model; the weights are shared, not copied, but for a base with LoRA
+        layers: they are merged into a copy.
 
         Raises:
             ValueError: the model is an ablation without a head.
         """
         if model.head is None:
-            raise ValueError(f"a model with ablation={model.config.ablation!r} has no head to intervene with.")
-        return cls(base=merged(model.base.model), head=model.head, adapter=model.base.adapter, **model.base.companions())
+            raise ValueError(
+                f"a model with ablation={model.config.ablation!r} has no head to intervene with."
+            )
+        return cls(
+            base=merged(model.base.model),
+            head=model.head,
+            adapter=model.base.adapter,
+            **model.base.companions(),
+        )
 
     @property
     def model(self) -> InterventionModel:
@@ -172,8 +204,8 @@ class InterventionPipeline(DiffusionPipeline):
         """
         if not isinstance(pipeline, InterventionPipeline):
             raise TypeError(
-                f"from_pipe needs an InterventionPipeline, not a {type(pipeline).__name__}: attach() "
-                "puts a head on one."
+                f"from_pipe needs an InterventionPipeline, not a {type(pipeline).__name__}:"
+                " attach() puts a head on one."
             )
         made = cls(**pipeline.components | kwargs)
         return made if torch_dtype is None else made.to(torch_dtype)
@@ -182,7 +214,8 @@ class InterventionPipeline(DiffusionPipeline):
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
         """As in diffusers; head and adapter stay on the device, and so does a base that is no
-        denoiser. Not only their `forward` is called, which is what brings an offloaded model back."""
+        denoiser. Not only their `forward` is called, which is what brings an offloaded model
+        back."""
         if not self._made[0].base.denoises:
             self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, "base"]
             self.model_cpu_offload_seq = "image_encoder->vae"
@@ -222,20 +255,27 @@ class InterventionPipeline(DiffusionPipeline):
         """Sample images; see `InterventionModel.sample`.
 
         Args:
-            interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`, `"obs"`, or a list of those, one per image;
-                at chosen values `{"size": Quantile(0.9), "quad2": reference_image}` or `"size@0.9"`.
+            interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`,
+                `"obs"`, or a list of those, one per image; at chosen values `{"size":
+                Quantile(0.9), "quad2": reference_image}` or `"size@0.9"`.
             num_images: number of images; `None`: one for each context given.
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_images, D, noise_width).
             output_type: `"pil"`, `"np"` or `"pt"`.
-            residual_scale: standard deviation of the residual noise, for a base with residual latents.
-            residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images, *residual_shape).
+            residual_scale: standard deviation of the residual noise, for a base with residual
+                latents.
+            residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images,
+                *residual_shape).
             num_inference_steps: of a denoiser's scheduler.
-            guidance_scale: of a denoiser: above 1, further away from what it makes without interventions.
+            guidance_scale: of a denoiser: above 1, further away from what it makes without
+                interventions.
             batch_size: images at once; `None`: 256 of up to 64x64 pixels, and fewer of larger ones.
-            return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the annotation says.
-            reference_context: the context that reference images came from: observational unless said otherwise.
-            compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept changes.
+            return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the
+                annotation says.
+            reference_context: the context that reference images came from: observational unless
+                said otherwise.
+            compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept
+                changes.
         """
         images = self.model.sample(
             interventions,
@@ -268,7 +308,9 @@ class InterventionPipeline(DiffusionPipeline):
         reference_context: Interventions = None,
         compose: str = "head",
     ) -> ImagePipelineOutput:
-        """Edit images: keep their exogenous noise, replace the interventions, chosen values among them; see `InterventionModel.edit`."""
+        """Edit images: keep their exogenous noise, replace the interventions, chosen values among
+        them; see `InterventionModel.edit`.
+        """
         edited = self.model.edit(
             images,
             interventions,
@@ -301,23 +343,29 @@ def load_model(name: str | os.PathLike, **options: Any) -> InterventionModel:
 
 
 def load_for_use(name: str | os.PathLike) -> InterventionModel:
-    """`load_model`, onto a GPU if there is one: for programs, whose users cannot say `.to("cuda")`."""
-    model: Any = load_model(name)  # transformers' hints of `cuda` are of a function, not of a method
+    """`load_model`, onto a GPU if there is one: for programs, whose users cannot say `.to("cuda")`."""  # noqa: E501
+    model: Any = load_model(
+        name
+    )  # transformers' hints of `cuda` are of a function, not of a method
     return model.cuda() if torch.cuda.is_available() else model
 
 
 def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
-    """An image as a model takes it: upright, of 8 bits a channel, on white, cropped around its centre and resized.
+    """An image as a model takes it: upright, of 8 bits a channel, on white, cropped around its
+    centre and resized.
 
     Raises:
         ValueError: one sentence: it is damaged, or has more than 8 bits a channel.
     """
     channels, height, width = model.base.image_shape
-    return ImageOps.fit(flat_image(upright(image), channels), (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(
+        flat_image(upright(image), channels), (width, height), Image.Resampling.LANCZOS
+    )
 
 
 def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
-    """Refuse a saved part of a pipeline that is not what it must be, before diffusers looks for its class and loads it.
+    """Refuse a saved part of a pipeline that is not what it must be, before diffusers looks for its
+    class and loads it.
 
     Args:
         part: its name.
@@ -333,9 +381,14 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
     if part in ("base", "vae"):
         check_part(model_class_named(name), folder, what, variant)
         return
-    found: Any = getattr(sys.modules.get(str(library)), str(name), None)  # nothing is imported for it
+    found: Any = getattr(
+        sys.modules.get(str(library)), str(name), None
+    )  # nothing is imported for it
     if not isinstance(found, type) or not issubclass(found, _KINDS[part]):
-        raise ValueError(f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do harm.")
+        raise ValueError(
+            f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do"
+            " harm."
+        )
     if part == "adapter":
         check_part(found, folder, what, variant)
     elif part == "scheduler":
@@ -346,14 +399,18 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
         check_processor(folder)
 
 
-def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict) -> InterventionModel:
+def _model(
+    base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None, companions: dict
+) -> InterventionModel:
     family, name = base_family(base, getattr(adapter, "config", None)), type(base).__name__
     if not isinstance(head, InterventionHead):
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
     if family.adapter_class is None and adapter is not None:
         raise ValueError(f"a head on {name} needs no adapter: leave it out.")
     if family.adapter_class is not None and adapter is None:
-        raise ValueError(f"a head on {name} needs the adapter that was trained with it: pass adapter=.")
+        raise ValueError(
+            f"a head on {name} needs the adapter that was trained with it: pass adapter=."
+        )
     options = {"adapter": adapter} if adapter is not None else {}
     for part, value in companions.items():
         if value is not None and part not in family.companion_names:
@@ -362,8 +419,9 @@ def _model(base: ModelMixin, head: InterventionHead, adapter: ModelMixin | None,
     return InterventionModel(head.config, family(base, **options), head)
 
 
-# diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in its own module, and those of the
-# parts by these tables; a part of another library it refuses to load from the Hub.
+# diffusers has no registry: DiffusionPipeline.from_pretrained looks a saved pipeline's class up in
+# its own module, and those of the parts by these tables; a part of another library it refuses to
+# load from the Hub.
 diffusers.InterventionPipeline = InterventionPipeline
 _PARTS = {
     part.__name__: ["save_pretrained", "from_pretrained"]

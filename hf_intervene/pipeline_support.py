@@ -1,4 +1,5 @@
-"""What a head can do on a pipeline of diffusers: where it enters, how the denoiser is called, and what that keeps in memory.
+"""What a head can do on a pipeline of diffusers: where it enters, how the denoiser is called, and
+what that keeps in memory.
 
 print(support(pipe))
 """
@@ -23,7 +24,8 @@ class Support:
         image_shape: (C, H, W) of the images.
         sample_shape: of one noisy sample, as the scheduler steps on it.
         arguments: by name how each argument of the denoiser is made.
-        prediction, latents: how the prediction is made of the denoiser's output, and what is decoded of a clean sample.
+        prediction, latents: how the prediction is made of the denoiser's output, and what is
+            decoded of a clean sample.
         kept_bytes: of the arguments and maps that are kept with the adapter.
         adapter_parameters: of a new adapter: what is trained beside the head.
     """
@@ -57,10 +59,13 @@ class Support:
 
 
 def support(
-    pipe: DiffusionPipeline, prompt: str = "", sample_size: int | None = None, call: Mapping[str, Any] | None = None
+    pipe: DiffusionPipeline,
+    prompt: str = "",
+    sample_size: int | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Support:
-    """What a head can do on a pipeline. It is recorded for that, and left as it was; arguments and errors are those of
-    `PipelineBase.from_pipeline`."""
+    """What a head can do on a pipeline. It is recorded for that, and left as it was; arguments and
+    errors are those of `PipelineBase.from_pipeline`."""
     base = PipelineBase.from_pipeline(pipe, prompt, sample_size, call)
     recording: Recording = base.adapter.recorded
     kept = sum(value.numel() * value.element_size() for value in recording.buffers())
@@ -72,7 +77,9 @@ def support(
         sample_shape=base.residual_shape,
         arguments=argument_texts(recording),
         prediction=placement_text(recording.output, "the output"),
-        latents=f"{placement_text(recording.tail, 'the sample')}, {shape_text(recording.latent_shape)}",
+        latents=(
+            f"{placement_text(recording.tail, 'the sample')}, {shape_text(recording.latent_shape)}"
+        ),
         kept_bytes=kept,
         adapter_parameters=sum(parameter.numel() for parameter in base.adapter.parameters()),
     )
@@ -81,20 +88,26 @@ def support(
 def site_text(sites: Sites) -> str:
     """Where an embedding enters, in words."""
     if sites.tokens:
-        return f"{len(sites.tokens)} layers of cross-attention, by tokens of width {sites.cross_width}"
+        return (
+            f"{len(sites.tokens)} layers of cross-attention, by tokens of width {sites.cross_width}"
+        )
     more = f" and {len(sites.vectors) - 1} more" if len(sites.vectors) > 1 else ""
     return f"{sites.vectors[0]}{more}, by a vector of width {sites.vector_width}"
 
 
 def argument_texts(recording: Recording) -> dict[str, str]:
-    """How each argument of a denoiser is made, in words; those that are always `None` or empty are left out."""
+    """How each argument of a denoiser is made, in words; those that are always `None` or empty are
+    left out.
+    """
     found: dict[str, str] = {}
     for name, node in recording.config["arguments"].items():
         _describe(name, node, recording, found)
     return found
 
 
-def _describe(name: str, node: dict[str, Any], recording: Recording, found: dict[str, str], each: str = "") -> None:
+def _describe(
+    name: str, node: dict[str, Any], recording: Recording, found: dict[str, str], each: str = ""
+) -> None:
     if "each" in node:
         _describe(name, node["each"], recording, found, "of each image ")
     elif "dict" in node:
@@ -109,7 +122,9 @@ def _describe(name: str, node: dict[str, Any], recording: Recording, found: dict
         found[name] = f"{each}kept{shared}, {shape_text(shape)}"
     elif "input" in node:
         placement = recording.inputs[node["input"]]
-        found[name] = f"{each}{placement_text(placement, 'the sample')}, {shape_text(placement.shape)}"
+        found[name] = (
+            f"{each}{placement_text(placement, 'the sample')}, {shape_text(placement.shape)}"
+        )
     elif "time" in node:
         found[name] = time_text(*node["time"])
     elif node["value"] not in (None, "", 0):
@@ -142,7 +157,11 @@ def placement_text(placement: Placement, what: str) -> str:
     elif scales not in ([1.0], [0.0, 1.0]):
         parts.append(f"scaled by {scales[-1]:.4g}")
     if placement.size == placement.entries and shifts != [0.0]:
-        parts.append(f"shifted by {shifts[0]:.4g}" if shifts is not None and len(shifts) == 1 else "shifted by channel")
+        parts.append(
+            f"shifted by {shifts[0]:.4g}"
+            if shifts is not None and len(shifts) == 1
+            else "shifted by channel"
+        )
     return ", ".join(parts)
 
 

@@ -1,8 +1,9 @@
-"""Pictures: contexts real above generated, edits and what they changed, traversals, pairs, effects, training curves, distances and floors.
+"""Pictures: contexts real above generated, edits and what they changed, traversals, pairs, effects,
+training curves, distances and floors.
 
-Every function returns a Matplotlib figure; `save` writes it as PNG or SVG. Colours are safe for the colour-blind (those of Okabe and Ito,
-2008; the maps cividis and PuOr), and nothing is told by colour alone.
-"""
+Every function returns a Matplotlib figure; `save` writes it as PNG or SVG. Colours are safe for the
+colour-blind (those of Okabe and Ito, 2008; the maps cividis and PuOr), and nothing is told by
+colour alone."""
 
 import json
 import os
@@ -27,7 +28,8 @@ FORMATS = (".png", ".svg")
 
 
 def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
-    """Write a figure as PNG or SVG, as the suffix says, whole or not at all; the same figure gives the same file.
+    """Write a figure as PNG or SVG, as the suffix says, whole or not at all; the same figure gives
+    the same file.
 
     Raises:
         ValueError: another suffix.
@@ -70,7 +72,8 @@ def contexts_grid(
     columns: int = 2,
     images: int = 8,
 ) -> Figure:
-    """For each context a strip of real images above a strip of generated ones; unseen compositions are marked.
+    """For each context a strip of real images above a strip of generated ones; unseen compositions
+    are marked.
 
     Args:
         real: uint8 images (n, H, W, C) of each context.
@@ -83,7 +86,10 @@ def contexts_grid(
     rows = -(-len(names) // columns)
     height, width = next(iter(real.values())).shape[1:3]
     across = images * 0.55
-    figure = Figure(figsize=(columns * (across + 0.6), rows * (2 * across / images * height / width + 0.3)), layout="constrained")
+    figure = Figure(
+        figsize=(columns * (across + 0.6), rows * (2 * across / images * height / width + 0.3)),
+        layout="constrained",
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, name in zip(axes, names):
         _show(axis, real[name][:images], generated[name][:images])
@@ -95,13 +101,16 @@ def contexts_grid(
     return figure
 
 
-def edit_strips(originals: np.ndarray, edits: Mapping[str, np.ndarray], unchanged: np.ndarray | None = None) -> Figure:
+def edit_strips(
+    originals: np.ndarray, edits: Mapping[str, np.ndarray], unchanged: np.ndarray | None = None
+) -> Figure:
     """Original images, and below them the same images under each edit.
 
     Args:
         originals: uint8 images (n, H, W, C).
         edits: for each label, uint8 images of the same shape.
-        unchanged: the images as the model returns them when nothing is edited: below each edit, its difference from them.
+        unchanged: the images as the model returns them when nothing is edited: below each edit, its
+            difference from them.
     """
     rows = {"original": originals}
     for label, images in edits.items():
@@ -120,10 +129,16 @@ def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figur
     """
     count = max(len(images) for images in rows.values())
     height, width = next(iter(rows.values())).shape[1:3]
-    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0, compress=True)  # or it reckons with wider axes than images are
-    figure = Figure(figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout)
+    layout = ConstrainedLayoutEngine(
+        h_pad=0.02, hspace=0, compress=True
+    )  # or it reckons with wider axes than images are
+    figure = Figure(
+        figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout
+    )
     labelled = False
-    for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()):
+    for axis, (label, images) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items()
+    ):
         _show(axis, images)
         axis.set_xlim(-0.5, count * (width + 1) - 0.5)  # a shorter strip keeps to the left
         axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
@@ -142,7 +157,8 @@ def traversal(
     quantiles: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
     **options: Any,
 ) -> Figure:
-    """Edits of one image along the learnt range of each concept (see `values.py`), a strip for each concept, and the image above.
+    """Edits of one image along the learnt range of each concept (see `values.py`), a strip for each
+    concept, and the image above.
 
     Args:
         model: an `InterventionModel`, or the `model` of a pipeline.
@@ -161,12 +177,15 @@ def strength_traversal(
     strengths: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     **options: Any,
 ) -> Figure:
-    """Edits of one image by each concept at growing strength, a strip for each concept, and the image above. See `traversal`.
+    """Edits of one image by each concept at growing strength, a strip for each concept, and the
+    image above. See `traversal`.
 
     Args:
         strengths: in [0, 1], from left to right; 0 changes nothing.
     """
-    return _traverse(model, image, context, {f"{strength:g}": float(strength) for strength in strengths}, options)
+    return _traverse(
+        model, image, context, {f"{strength:g}": float(strength) for strength in strengths}, options
+    )
 
 
 def _traverse(
@@ -185,14 +204,21 @@ def _traverse(
         residual = residual.expand(len(values), *residual.shape[1:])
     rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
     for name in model.concepts:
-        edits = model.predict(noise, residual, [{name: value} for value in values.values()], output_type="np", **options)
+        edits = model.predict(
+            noise,
+            residual,
+            [{name: value} for value in values.values()],
+            output_type="np",
+            **options,
+        )
         rows[name] = to_uint8(np.asarray(edits))
     return strips(rows, list(values))
 
 
 def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Figure:
-    """Every pair of concepts of one draw of noise: below the diagonal the image under the interventions of its row and column, above it
-    how that differs from the observational image in the corner.
+    """Every pair of concepts of one draw of noise: below the diagonal the image under the
+    interventions of its row and column, above it how that differs from the observational image in
+    the corner.
 
     Args:
         images: uint8 (H, W, C) of `obs`, of every concept and of every pair, by canonical name.
@@ -203,9 +229,18 @@ def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Fig
     rows = []
     for row, head in enumerate(heads):
         cells = np.stack(
-            [images[context_name(sorted({head, other} - {OBS}), concepts)] if other != head else images[OBS] for other in heads]
+            [
+                (
+                    images[context_name(sorted({head, other} - {OBS}), concepts)]
+                    if other != head
+                    else images[OBS]
+                )
+                for other in heads
+            ]
         )
-        cells[row + 1 :] = difference(np.broadcast_to(images[OBS], cells[row + 1 :].shape), cells[row + 1 :])
+        cells[row + 1 :] = difference(
+            np.broadcast_to(images[OBS], cells[row + 1 :].shape), cells[row + 1 :]
+        )
         if row:
             cells[row] = 255
         rows.append(_strip(cells))
@@ -213,15 +248,18 @@ def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Fig
     axis = figure.subplots()
     _show(axis, np.concatenate(rows)[None])
     centres = np.arange(len(heads))
-    axis.set_xticks(centres * (width + 1) + width / 2, heads, fontsize=8, rotation=90 if len(heads) > 9 else 0)
+    axis.set_xticks(
+        centres * (width + 1) + width / 2, heads, fontsize=8, rotation=90 if len(heads) > 9 else 0
+    )
     axis.set_yticks(centres * (height + 1) + height / 2, heads, fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     return figure
 
 
 def total_effects(model: InterventionModel, draws: int = 1000, seed: int = 0) -> Figure:
-    """Heat map of what the intervention layer makes of each block's noise: the share of each concept's representation that comes from the
-    noise of each block, along all paths (see `metrics/causal.py`). A mechanism that works, not a causal graph.
+    """Heat map of what the intervention layer makes of each block's noise: the share of each
+    concept's representation that comes from the noise of each block, along all paths (see
+    `metrics/causal.py`). A mechanism that works, not a causal graph.
 
     Args:
         model: an `InterventionModel` with a head.
@@ -232,18 +270,34 @@ def total_effects(model: InterventionModel, draws: int = 1000, seed: int = 0) ->
         ValueError: it has no head.
     """
     if model.head is None:
-        raise ValueError(f"a model with ablation={model.config.ablation!r} has no head whose effects could be shown.")
-    from .metrics.causal import block_effects, head_draws, head_readout, single_interventions_operator
+        raise ValueError(
+            f"a model with ablation={model.config.ablation!r} has no head whose effects could be"
+            " shown."
+        )
+    from .metrics.causal import (
+        block_effects,
+        head_draws,
+        head_readout,
+        single_interventions_operator,
+    )
 
     eps, _ = head_draws(model.head, [OBS], draws, seed)
-    effects = block_effects(single_interventions_operator(model.head), eps[1], head_readout(model.head))
+    effects = block_effects(
+        single_interventions_operator(model.head), eps[1], head_readout(model.head)
+    )
     free = model.num_blocks - len(model.concepts)
-    blocks = [*model.concepts, *(["free"] if free == 1 else [f"free{number + 1}" for number in range(free)])]
-    return plot_matrices({"effect of the column on the row": effects}, blocks, blocks, "share (standard deviation)")
+    blocks = [
+        *model.concepts,
+        *(["free"] if free == 1 else [f"free{number + 1}" for number in range(free)]),
+    ]
+    return plot_matrices(
+        {"effect of the column on the row": effects}, blocks, blocks, "share (standard deviation)"
+    )
 
 
 def read_history(path: str | os.PathLike) -> list[dict]:
-    """The rows of a run's `history.jsonl`. Of a step that a resumed run did again, its last rows count; an unfinished line is left out.
+    """The rows of a run's `history.jsonl`. Of a step that a resumed run did again, its last rows
+    count; an unfinished line is left out.
 
     Raises:
         OSError: it cannot be read.
@@ -281,14 +335,23 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     ):
         if values:
             left.plot(*zip(*values), lw=1.2, **style)
-    right.plot([row["step"] for row in training], [row["kl"] for row in training], color=GREEN, lw=1.2, marker=marker)
+    right.plot(
+        [row["step"] for row in training],
+        [row["kl"] for row in training],
+        color=GREEN,
+        lw=1.2,
+        marker=marker,
+    )
     last = max(step for step, _ in totals + scores)
     late = [value for step, value in totals + scores if step >= 0.05 * last and np.isfinite(value)]
     if late and max(late) > min(late):  # or the first steps would flatten all the rest
         margin = 0.05 * (max(late) - min(late))
         left.set_ylim(min(late) - margin, max(late) + margin)
     left.legend(fontsize=8, frameon=False)
-    for axis, title in ((left, "loss (bits per pixel; of a denoiser, per entry)"), (right, "of it the KL")):
+    for axis, title in (
+        (left, "loss (bits per pixel; of a denoiser, per entry)"),
+        (right, "of it the KL"),
+    ):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         _plain(axis)
@@ -296,34 +359,54 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
 
 
 def floor_chart(metrics: Mapping) -> Figure:
-    """Each context's distance with its interval, and the floor that real images have between themselves.
+    """Each context's distance with its interval, and the floor that real images have between
+    themselves.
 
     Args:
         metrics: what `training/evaluate.py` measures and writes to `metrics.json`.
     """
     protocol = shown_protocol(metrics)
     contexts = list(metrics["contexts"].items())
-    styles = {"concept": (BLUE, "o", "one concept, or none"), "composition": (ORANGE, "s", "several concepts")}
+    styles = {
+        "concept": (BLUE, "o", "one concept, or none"),
+        "composition": (ORANGE, "s", "several concepts"),
+    }
     figure = Figure(figsize=(7.0, 0.22 * len(contexts) + 1.1), layout="constrained")
     axis = figure.subplots()
     for place, (_, row) in enumerate(contexts):
         measured, (colour, marker, _) = row[protocol], styles[row["kind"]]
-        axis.plot([measured["floor"], measured["distance"]], [place, place], color="0.85", lw=1, zorder=1)
-        axis.plot(measured["interval"], [place, place], color=colour, lw=3, alpha=0.45, solid_capstyle="butt", zorder=2)
+        axis.plot(
+            [measured["floor"], measured["distance"]], [place, place], color="0.85", lw=1, zorder=1
+        )
+        axis.plot(
+            measured["interval"],
+            [place, place],
+            color=colour,
+            lw=3,
+            alpha=0.45,
+            solid_capstyle="butt",
+            zorder=2,
+        )
         axis.plot(measured["distance"], place, marker, color=colour, ms=5, zorder=3)
         axis.plot(measured["floor"], place, "|", color=BLACK, ms=9, mew=1.5, zorder=3)
     axis.set_yticks(range(len(contexts)), [name for name, _ in contexts])
     axis.set_ylim(len(contexts) - 0.4, -0.6)
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"sliced 2-Wasserstein distance to real images ({protocol} protocol)", fontsize=8)
-    handles = [Line2D([], [], color=BLACK, marker="|", ls="", ms=9, mew=1.5, label="floor: real to real")]
+    axis.set_xlabel(
+        f"sliced 2-Wasserstein distance to real images ({protocol} protocol)", fontsize=8
+    )
+    handles = [
+        Line2D([], [], color=BLACK, marker="|", ls="", ms=9, mew=1.5, label="floor: real to real")
+    ]
     for kind, mean in metrics["means"].items():
         colour, marker, label = styles[kind]
         text = f"{label}: mean {mean[protocol]['distance']:.3f}"
         if mean[protocol]["ratio"] is not None:
             text += f", {mean[protocol]['ratio']:.1f} x floor"
         handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=3, label=text))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), fontsize=7, frameon=False
+    )
     _plain(axis)
     return figure
 
@@ -341,8 +424,9 @@ def plot_matrices(
     shared: bool = True,
     per_row: int = 3,
 ) -> Figure:
-    """Heat maps side by side, the numbers written in their cells. The colours are safe for the colour-blind: from yellow to dark blue, or
-    from orange over white to purple where there are negative entries.
+    """Heat maps side by side, the numbers written in their cells. The colours are safe for the
+    colour-blind: from yellow to dark blue, or from orange over white to purple where there are
+    negative entries.
 
     Args:
         matrices: for each title a matrix (rows, columns); NaN is left blank.
@@ -363,13 +447,34 @@ def plot_matrices(
     signed = any(np.nanmin(matrix, initial=0) < 0 for matrix in matrices.values())
     for axis, (title, matrix), own in zip(axes, matrices.items(), tops):
         top = max(tops) if shared else own
-        image = axis.imshow(matrix, cmap="PuOr" if signed else "cividis_r", vmin=-top if signed else 0, vmax=top, aspect="auto")
+        image = axis.imshow(
+            matrix,
+            cmap="PuOr" if signed else "cividis_r",
+            vmin=-top if signed else 0,
+            vmax=top,
+            aspect="auto",
+        )
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+        axis.set_xticks(
+            range(len(columns)),
+            columns,
+            rotation=45,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=7,
+        )
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
         for i, j in np.argwhere(np.isfinite(matrix)):
             dark = abs(matrix[i, j]) > (0.65 if signed else 0.5) * top
-            axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            axis.text(
+                j,
+                i,
+                f"{matrix[i, j]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if dark else "black",
+            )
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
     if shared:

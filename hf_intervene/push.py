@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    hf_hub_download,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
@@ -21,9 +28,22 @@ from .hub import clear_errors, without_path
 
 
 PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
-# What a push replaces: files of an earlier push that the new one does not have are deleted, or its base would be taken for this one's.
-MODEL_FILES = ["config.json", "model_index.json", "model*.safetensors", "model.safetensors.index*.json"]
-MODEL_FILES += ["checks.py", "configuration_intervention.py", "contexts.py", "hub.py", "modeling_intervention.py", "posterior.py"]
+# What a push replaces: files of an earlier push that the new one does not have are deleted, or its
+# base would be taken for this one's.
+MODEL_FILES = [
+    "config.json",
+    "model_index.json",
+    "model*.safetensors",
+    "model.safetensors.index*.json",
+]
+MODEL_FILES += [
+    "checks.py",
+    "configuration_intervention.py",
+    "contexts.py",
+    "hub.py",
+    "modeling_intervention.py",
+    "posterior.py",
+]
 MODEL_FILES += ["blocks.py", "flow.py", "mechanisms.py", "structural.py"]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
 CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
@@ -43,8 +63,9 @@ def push_to_hub(
     license: str | None = None,
     dataset_id: str | None = None,
 ) -> CommitInfo:
-    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of it has arrived. Where the folder that
-    this was loaded from has a card that somebody edited and said so, that one is pushed.
+    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of
+    it has arrived. Where the folder that this was loaded from has a card that somebody edited and
+    said so, that one is pushed.
 
     Args:
         repo_id: repository, `user/name` or `name`; it is made if there is none.
@@ -65,7 +86,9 @@ def push_to_hub(
     """
     with TemporaryDirectory() as folder:
         self.save_pretrained(folder)
-        model = self if hasattr(self, "sample") else getattr(self, "model", None)  # a head alone draws nothing
+        model = (
+            self if hasattr(self, "sample") else getattr(self, "model", None)
+        )  # a head alone draws nothing
         if model is not None:
             draw_samples(model, Path(folder, cards.SAMPLES_FILE))
         draw_floors(metrics, folder)
@@ -76,7 +99,15 @@ def push_to_hub(
         else:
             Path(folder, cards.CARD_FILE).write_text(own, encoding="utf-8")
         commit = {"commit_message": commit_message, "commit_description": commit_description}
-        return push_folder(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr, **commit)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            **commit,
+        )
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
@@ -98,31 +129,51 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Push the folder of a saved head, model or pipeline with its card: the files of ours in it and no others. See `push_to_hub`.
+    """Push the folder of a saved head, model or pipeline with its card: the files of ours in it and
+    no others. See `push_to_hub`.
 
-    A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept, unless the folder's was too.
+    A README.md on the Hub that was not generated, or that somebody has edited and said so, is kept,
+    unless the folder's was too.
 
     Raises:
-        OSError, ValueError: one sentence: no access, the Hub or the connection fails, a link out of the folder, metadata of the card that
-            the Hub refuses. Nothing was made or pushed then.
+        OSError, ValueError: one sentence: no access, the Hub or the connection fails, a link out of
+            the folder, metadata of the card that the Hub refuses. Nothing was made or pushed then.
     """
     folder, api = Path(folder), HfApi(token=token)
     root = folder.resolve()
-    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [
+        file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()
+    ]
     own = set(filter_repo_objects(names, allow_patterns=MODEL_FILES + CARD_FILES))
-    if away := next((name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None):
-        raise OSError(f"{folder / away} is a link to outside of the folder: put the file itself there.")
-    with clear_errors(f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision):
+    if away := next(
+        (name for name in sorted(own) if not (folder / name).resolve().is_relative_to(root)), None
+    ):
+        raise OSError(
+            f"{folder / away} is a link to outside of the folder: put the file itself there."
+        )
+    with clear_errors(
+        f"cannot push to {repo_id} (a commit arrives whole or not at all)", repo_id, revision
+    ):
         if cards.CARD_FILE in own:
             _check_metadata(folder / cards.CARD_FILE)  # before there is a repository
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=MODEL_FILES + CARD_FILES))
+        there = set(
+            filter_repo_objects(
+                api.list_repo_files(repo_id, revision=revision),
+                allow_patterns=MODEL_FILES + CARD_FILES,
+            )
+        )
         generated = cards.CARD_FILE in own and cards.is_generated(folder / cards.CARD_FILE)
-        if generated and cards.CARD_FILE in there and not _card_is_generated(repo_id, revision, token):
+        if (
+            generated
+            and cards.CARD_FILE in there
+            and not _card_is_generated(repo_id, revision, token)
+        ):
             own.discard(cards.CARD_FILE)
-        # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in between would find half of it.
+        # Not upload_folder: with Xet it commits a large folder in several steps, and a loader in
+        # between would find half of it.
         return api.create_commit(
             repo_id,
             [CommitOperationDelete(name) for name in sorted(there - own - {cards.CARD_FILE})]
@@ -162,19 +213,24 @@ def _check_metadata(card: Path) -> None:
         with suppress(ValueError, LookupError, TypeError):
             reason = "; ".join(item["message"] for item in json.loads(reason)["errors"])
         raise ValueError(
-            f"the metadata at the top of {card.name} are refused: {' '.join(reason.split()).rstrip('.')}; nothing was pushed."
+            f"the metadata at the top of {card.name} are refused:"
+            f" {' '.join(reason.split()).rstrip('.')}; nothing was pushed."
         ) from error
 
 
 def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
     try:
-        return cards.is_generated(hf_hub_download(repo_id, cards.CARD_FILE, revision=revision, token=token))
+        return cards.is_generated(
+            hf_hub_download(repo_id, cards.CARD_FILE, revision=revision, token=token)
+        )
     except EntryNotFoundError:
         return True
 
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
-    """A picture of samples of an `InterventionModel`: a row for each context and two compositions, the same noise down each column."""
+    """A picture of samples of an `InterventionModel`: a row for each context and two compositions,
+    the same noise down each column.
+    """
     from .pixels import to_uint8
     from .plots import save, strips  # here, or every import of the package would load Matplotlib
 
@@ -190,7 +246,9 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
 
 
 def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) -> None:
-    """The picture of measured distances and their floors for a card, where `write_card` finds it; none without metrics."""
+    """The picture of measured distances and their floors for a card, where `write_card` finds it;
+    none without metrics.
+    """
     from .plots import floor_chart, save
 
     path = Path(folder, cards.FLOORS_FILE)

@@ -1,4 +1,6 @@
-"""The page of a pipeline (see `app.py`) as a Space of the Hub: a folder that `python app.py` serves."""
+"""The page of a pipeline (see `app.py`) as a Space of the Hub: a folder that `python app.py`
+serves.
+"""
 
 import os
 import shutil
@@ -40,12 +42,13 @@ README = """\
 
 Switch concepts on, alone or together, and see what changes and what stays as it was. Made by `hf-intervene app --export` with
 hf-intervene {version}, whose sources are in `hf_intervene/`. It runs elsewhere too: `pip install -r requirements.txt && python app.py`.
-"""
+"""  # noqa: E501
 
 
 def export(name: str, folder: str | os.PathLike) -> Path:
-    """Write the page of a pipeline as a Space: app.py, requirements.txt, README.md, and the pipeline's files; of a repository on the Hub its
-    name and commit instead. The package's own sources go along, so that the Space needs nothing that is not on PyPI.
+    """Write the page of a pipeline as a Space: app.py, requirements.txt, README.md, and the
+    pipeline's files; of a repository on the Hub its name and commit instead. The package's own
+    sources go along, so that the Space needs nothing that is not on PyPI.
 
     Args:
         name: folder or Hub name of a saved pipeline, or of one that comes with the package.
@@ -55,7 +58,8 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be written.
+        OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be
+            written.
     """
     if not str(folder).strip():
         raise ValueError("the folder to export to is an empty text: give it a name.")
@@ -66,7 +70,9 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         raise ImportError(NO_GRADIO) from error
     InterventionPipeline.from_pretrained(source)  # raises unless it is one
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} already holds something: choose another folder to export to, or remove it.")
+        raise ValueError(
+            f"{folder} already holds something: choose another folder to export to, or remove it."
+        )
     title = " ".join(printable(Path(name).resolve().name).split())
     metadata = {
         "title": title,
@@ -78,15 +84,24 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         "tags": ["hf-intervene"],
     }
     if not os.path.isdir(located(name)):  # in the cache of the Hub, by commit
-        arguments, metadata = f"{str(name)!r}, revision={source.name!r}", metadata | {"models": [str(name)]}
+        arguments, metadata = (
+            f"{str(name)!r}, revision={source.name!r}",
+            metadata | {"models": [str(name)]},
+        )
     else:
         arguments = f"HERE / {('pipelines/' + title)!r}"
-        files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+        files = [
+            file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()
+        ]
         target = folder / "pipelines" / title
         _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), target)
         hub.forget_paths(target, ("", *PARTS))
     package = Path(__file__).parent
-    _copy(package, [file.relative_to(package) for file in package.rglob("*.py")], folder / package.name)
+    _copy(
+        package,
+        [file.relative_to(package) for file in package.rglob("*.py")],
+        folder / package.name,
+    )
     for file in distribution("hf-intervene").files or []:
         licence = Path(file.locate())
         if file.name == "LICENSE" and licence.exists():
@@ -107,7 +122,9 @@ def _copy(source: Path, files: Iterable[str | Path], folder: Path) -> None:
 
 
 def _requirements() -> str:
-    """The package's own requirements, and Gradio, at the versions installed here; of a local build the version that it is one of."""
+    """The package's own requirements, and Gradio, at the versions installed here; of a local build
+    the version that it is one of.
+    """
     parsed = [Requirement(line) for line in requires("hf-intervene") or []]
     names = ["gradio", *(requirement.name for requirement in parsed if requirement.marker is None)]
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in names)

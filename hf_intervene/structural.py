@@ -1,4 +1,6 @@
-"""Intervention layer (METHOD section 2, step 3): a linear SEM among the concepts, whose edges the context selects."""
+"""Intervention layer (METHOD section 2, step 3): a linear SEM among the concepts, whose edges the
+context selects.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,25 +10,30 @@ from torch import nn
 
 
 class InterventionLayer(nn.Module):
-    """Intervention layer (METHOD section 2, step 3): a linear SEM whose structure the context selects.
+    """Intervention layer (METHOD section 2, step 3): a linear SEM whose structure the context
+    selects.
 
     With `steps=1` its reduced form, the paper's, with effects of their own for intervened causes:
 
         c_i = eps_i + (1 - s_i) sum_{j != i} ((1 - s_j) W_obs[i, j] + s_j W_int[i, j]) eps_j + bias_i
 
-    The two sums are one product of (W_obs | W_int) with ((1 - s) eps, s eps) stacked. With `steps=k > 1` the structural form, one W for all
-    contexts (an intervention changes how a concept comes about, not what it does), followed along directed paths of up to k edges:
+    The two sums are one product of (W_obs | W_int) with ((1 - s) eps, s eps) stacked. With `steps=k
+    > 1` the structural form, one W for all contexts (an intervention changes how a concept comes
+    about, not what it does), followed along directed paths of up to k edges:
 
         c_i = eps_i + (1 - s_i) sum_{j != i} W[i, j] c_j,  then  + bias_i
 
-    There, cutting the edges into a concept also cuts the paths through it, which the reduced form cannot know of concepts that were never
-    intervened on together. With `perfect=False` (soft interventions) there is no factor (1 - s_i).
+    There, cutting the edges into a concept also cuts the paths through it, which the reduced form
+    cannot know of concepts that were never intervened on together. With `perfect=False` (soft
+    interventions) there is no factor (1 - s_i).
 
-    do(c_j = v): where `chosen` says so, c_j = values_j exactly, whatever it would hear, and the others hear eps_j = v - bias_j in place of
-    its noise (reduced form), or c_j = v - bias_j along every path (structural form). So a chosen value is a perfect intervention on its
-    concept, with soft interventions too. In the reduced form what W_obs has summed up over paths through j stays, as it does under s_j = 1.
+    do(c_j = v): where `chosen` says so, c_j = values_j exactly, whatever it would hear, and the
+    others hear eps_j = v - bias_j in place of its noise (reduced form), or c_j = v - bias_j along
+    every path (structural form). So a chosen value is a perfect intervention on its concept, with
+    soft interventions too. In the reduced form what W_obs has summed up over paths through j stays,
+    as it does under s_j = 1.
     Shapes: eps (B, D, w), s (B, D, 1), values (B, D, w), chosen (B, D, 1) -> c (B, D, w).
-    """
+    """  # noqa: E501
 
     def __init__(self, blocks: int, width: int, perfect: bool, steps: int):
         super().__init__()
@@ -37,7 +44,8 @@ class InterventionLayer(nn.Module):
 
     def add_weights(self, blocks: int, width: int) -> None:
         """Make the parameters of W."""
-        # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i, j]; blocks with i = j are not used.
+        # weight[i, :, 0, j, :] is the block W_obs[i, j] (or W), weight[i, :, 1, j, :] is W_int[i,
+        # j]; blocks with i = j are not used.
         self.weight = nn.Parameter(torch.empty(blocks, width, self.slices, blocks, width))
 
     def reset_parameters(self, std: float) -> None:
@@ -59,14 +67,22 @@ class InterventionLayer(nn.Module):
         return group_lasso * _norm(squares).sum() + l2 * squares.sum()
 
     def hearing(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The map of what the blocks send, (2 or 1, D, w, B), to what each hears of the others, sum_{j != i} W[i, j] sent_j, (D, w, B)."""
+        """The map of what the blocks send, (2 or 1, D, w, B), to what each hears of the others,
+        sum_{j != i} W[i, j] sent_j, (D, w, B).
+        """
         weight = self.off_diagonal().flatten(2).flatten(0, 1)  # (D w, 2 D w) or (D w, D w)
         return lambda sent: (weight @ sent.flatten(0, 2)).unflatten(0, self.bias.shape)
 
     def forward(
-        self, eps: torch.Tensor, s: torch.Tensor, values: torch.Tensor | None = None, chosen: torch.Tensor | None = None
+        self,
+        eps: torch.Tensor,
+        s: torch.Tensor,
+        values: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        eps, s = (x.permute(1, 2, 0) for x in (eps, s.to(eps.dtype)))  # (D, w, B), (D, 1, B): samples are columns
+        eps, s = (
+            x.permute(1, 2, 0) for x in (eps, s.to(eps.dtype))
+        )  # (D, w, B), (D, 1, B): samples are columns
         bias, kept = self.bias[..., None], 1 - s
         if values is not None and chosen is not None:
             values, chosen = (x.permute(1, 2, 0) for x in (values, chosen))
@@ -90,9 +106,10 @@ class OrderedInterventionLayer(nn.Module):
 
         h_i = (1 - s_i) sum_{j before i} W[i, j] c_j.
 
-    Free blocks come first. Each has a message from the free blocks before it, which is never cut. A concept has none, or one
-    from all free blocks and from the concepts before it in `order`. So there are no cycles, and the density needs no determinant. W starts at 0: what no
-    data ask for does not depend on anything.
+    Free blocks come first. Each has a message from the free blocks before it, which is never cut. A
+    concept has none, or one from all free blocks and from the concepts before it in `order`. So
+    there are no cycles, and the density needs no determinant. W starts at 0: what no data ask for
+    does not depend on anything.
 
     Args:
         concepts: d; the free blocks follow.
@@ -103,12 +120,16 @@ class OrderedInterventionLayer(nn.Module):
 
     order: torch.Tensor
 
-    def __init__(self, concepts: int, blocks: int, width: int, message_width: int, concept_edges: bool):
+    def __init__(
+        self, concepts: int, blocks: int, width: int, message_width: int, concept_edges: bool
+    ):
         super().__init__()
         self.concepts, self.concept_edges = concepts, concept_edges
         self.weight = nn.Parameter(torch.empty(blocks, message_width, blocks, width))
         self.register_buffer("order", torch.arange(concepts))  # of the concepts, causes first
-        self._levels: tuple[torch.Tensor, tuple[int, bool], list[list[int]]] | None = None  # of this order as it is
+        self._levels: tuple[torch.Tensor, tuple[int, bool], list[list[int]]] | None = (
+            None  # of this order as it is
+        )
 
     def reset_parameters(self, std: float) -> None:
         """As a new layer's."""
@@ -125,7 +146,9 @@ class OrderedInterventionLayer(nn.Module):
 
     @torch.compiler.disable
     def levels(self) -> list[list[int]]:
-        """Blocks whose causes are all in levels before. The device is asked for the order only after a change."""
+        """Blocks whose causes are all in levels before. The device is asked for the order only
+        after a change.
+        """
         state = self.order._version, self.concept_edges
         known = self._levels
         if known is not None and known[0] is self.order and known[1] == state:
@@ -142,7 +165,9 @@ class OrderedInterventionLayer(nn.Module):
         """W with its blocks that are no edges set to zero, (D, m, D, w)."""
         return self.weight * self.edges()[:, None, :, None]
 
-    def forward(self, c: torch.Tensor, s: torch.Tensor, blocks: list[int] | slice = slice(None)) -> torch.Tensor:
+    def forward(
+        self, c: torch.Tensor, s: torch.Tensor, blocks: list[int] | slice = slice(None)
+    ) -> torch.Tensor:
         """h of these blocks, (n, B, m), of all c, (B, D, w), and their s, (n, B, 1)."""
         weight = self.off_diagonal()[blocks]  # (n, m, D, w)
         messages = c.flatten(1) @ weight.flatten(2).flatten(0, 1).T  # (B, n m)
@@ -155,12 +180,13 @@ class OrderedInterventionLayer(nn.Module):
 
 
 class LowRankInterventionLayer(InterventionLayer):
-    """Intervention layer whose weights have a low rank r, for many concepts: W[i, j] = U_i V_j^T for i != j, U_i and V_j of shape (w, r).
+    """Intervention layer whose weights have a low rank r, for many concepts: W[i, j] = U_i V_j^T
+    for i != j, U_i and V_j of shape (w, r).
 
-    What a block hears, sum_{j != i} W[i, j] x_j = U_i (sum_j V_j^T x_j) - U_i V_i^T x_i, costs as much as D maps to r numbers and back;
-    no (D w, D w) matrix is made. In the reduced form W_obs[i, j] = U_i V_obs[j]^T and W_int[i, j] = U_i V_int[j]^T: r is the rank of
-    (W_obs | W_int). Shapes as those of `InterventionLayer`.
-    """
+    What a block hears, sum_{j != i} W[i, j] x_j = U_i (sum_j V_j^T x_j) - U_i V_i^T x_i, costs as
+    much as D maps to r numbers and back; no (D w, D w) matrix is made. In the reduced form W_obs[i,
+    j] = U_i V_obs[j]^T and W_int[i, j] = U_i V_int[j]^T: r is the rank of (W_obs | W_int). Shapes
+    as those of `InterventionLayer`."""
 
     def __init__(self, blocks: int, width: int, perfect: bool, steps: int, rank: int):
         self.rank = rank
@@ -168,11 +194,16 @@ class LowRankInterventionLayer(InterventionLayer):
 
     def add_weights(self, blocks: int, width: int) -> None:
         self.effects = nn.Parameter(torch.empty(blocks, width, self.rank))  # U
-        self.causes = nn.Parameter(torch.empty(self.slices, blocks, width, self.rank))  # V_obs and V_int, or V
+        self.causes = nn.Parameter(
+            torch.empty(self.slices, blocks, width, self.rank)
+        )  # V_obs and V_int, or V
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
-        for factor in (self.effects, self.causes):  # the entries of U V^T have the standard deviation std
+        for factor in (
+            self.effects,
+            self.causes,
+        ):  # the entries of U V^T have the standard deviation std
             nn.init.normal_(factor, std=(std / math.sqrt(self.rank)) ** 0.5)
         with torch.no_grad():
             self.causes.copy_(self.causes[:1].expand_as(self.causes))  # W_int starts as W_obs
@@ -183,8 +214,12 @@ class LowRankInterventionLayer(InterventionLayer):
         return torch.einsum("iar,kjbr,ij->iakjb", self.effects, self.causes, mask)
 
     def penalty(self, group_lasso: float, l2: float) -> torch.Tensor:
-        """`InterventionHead.penalty`, by |U_i V_j^T|^2 = <U_i^T U_i, V_j^T V_j>: the L2 term is linear in D, the group lasso has D^2 norms."""
-        u, v = (x.float().mT @ x.float() for x in (self.effects, self.causes))  # (D, r, r), (2 or 1, D, r, r)
+        """`InterventionHead.penalty`, by |U_i V_j^T|^2 = <U_i^T U_i, V_j^T V_j>: the L2 term is
+        linear in D, the group lasso has D^2 norms.
+        """
+        u, v = (
+            x.float().mT @ x.float() for x in (self.effects, self.causes)
+        )  # (D, r, r), (2 or 1, D, r, r)
         total = l2 * ((u.sum(0) * v.sum(1)).sum() - (u * v).sum())
         if group_lasso:
             squares = torch.einsum("irq,kjrq->ikj", u, v).clamp(min=0)  # (D, 2 or 1, D), rounded
@@ -193,8 +228,13 @@ class LowRankInterventionLayer(InterventionLayer):
         return total
 
     def hearing(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        effects, causes = self.effects.flatten(0, 1), self.causes.flatten(0, 2)  # (D w, r), (2 D w, r) or (D w, r)
-        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(2)  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
+        effects, causes = (
+            self.effects.flatten(0, 1),
+            self.causes.flatten(0, 2),
+        )  # (D w, r), (2 D w, r) or (D w, r)
+        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(
+            2
+        )  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
 
         def hear(sent: torch.Tensor) -> torch.Tensor:
             heard = (effects @ (causes.T @ sent.flatten(0, 2))).unflatten(0, self.bias.shape)

@@ -1,17 +1,21 @@
-"""Chosen values of concepts, do(c_j = v): from what a context says (`contexts.parse_choices`) to what the head takes.
+"""Chosen values of concepts, do(c_j = v): from what a context says (`contexts.parse_choices`) to
+what the head takes.
 
-The value of concept j is its representation c_j, (concept_width,), in the intervention layer. It is chosen
+The value of concept j is its representation c_j, (concept_width,), in the intervention layer. It is
+chosen
 
 - from a reference image: abduct it under its context and take c_j of its posterior mean;
-- as a `Quantile`: a point on the range that was learnt, the distribution of c_j under its own intervention (s_j = 1, z from the prior).
-  Draws are ordered along its leading principal component, and the value at q is the mean of those nearest to that quantile, so that it
-  stays where the draws are.
+- as a `Quantile`: a point on the range that was learnt, the distribution of c_j under its own
+  intervention (s_j = 1, z from the prior). Draws are ordered along its leading principal component,
+  and the value at q is the mean of those nearest to that quantile, so that it stays where the draws
+  are.
 
-Nothing in the data says which end of a range is "large": the direction is not identified, only fixed (the component's largest entry is
-positive). A concept whose range is not a curve, such as an angle, is followed along its main direction only. And nothing but context
-prediction, while training, asks the model to put a concept into its own block. One that training left empty has no value worth choosing,
-which is warned of; whether what another one holds is its concept can only be seen in images (`plots.traversal`).
-"""
+Nothing in the data says which end of a range is "large": the direction is not identified, only
+fixed (the component's largest entry is positive). A concept whose range is not a curve, such as an
+angle, is followed along its main direction only. And nothing but context prediction, while
+training, asks the model to put a concept into its own block. One that training left empty has no
+value worth choosing, which is warned of; whether what another one holds is its concept can only be
+seen in images (`plots.traversal`)."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,11 +32,14 @@ if TYPE_CHECKING:
 
 
 DRAWS, NEAREST = 4096, 64
-EMPTY = 0.01  # influence below which a block counts as empty; those measured were below 0.01 or above 0.02
+# influence below which a block counts as empty; those measured were below 0.01 or above 0.02
+EMPTY = 0.01
 
 
 class Values(NamedTuple):
-    """The last two arguments of the head: `values` (B, D, concept_width) of the concepts where `chosen`, bool (B, D)."""
+    """The last two arguments of the head: `values` (B, D, concept_width) of the concepts where
+    `chosen`, bool (B, D).
+    """
 
     values: torch.Tensor
     chosen: torch.Tensor
@@ -60,12 +67,20 @@ def each_alone(
 
 
 @torch.no_grad()
-def learnt_range(head: InterventionHead, concept: str, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
-    """Draws of c_j under its own intervention, (draws, concept_width), float32, ordered along their leading principal component."""
+def learnt_range(
+    head: InterventionHead, concept: str, draws: int = DRAWS, seed: int = 0
+) -> torch.Tensor:
+    """Draws of c_j under its own intervention, (draws, concept_width), float32, ordered along their
+    leading principal component.
+    """
     block = head.config.concepts.index(concept)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(draws, head.config.num_blocks, head.config.noise_width, generator=generator).to(head.device)
-    parts = [head(part, head.targets(concept, len(part))).concepts[:, block] for part in z.split(256)]  # embeddings may be large
+    z = torch.randn(draws, head.config.num_blocks, head.config.noise_width, generator=generator).to(
+        head.device
+    )
+    parts = [
+        head(part, head.targets(concept, len(part))).concepts[:, block] for part in z.split(256)
+    ]  # embeddings may be large
     c = torch.cat(parts).float()  # (draws, w)
     centred = (c - c.mean(0)).double().cpu()
     component = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]  # (w,)
@@ -75,20 +90,27 @@ def learnt_range(head: InterventionHead, concept: str, draws: int = DRAWS, seed:
 
 @torch.no_grad()
 def influence(head: InterventionHead, concept: str, draws: int = 256, seed: int = 0) -> float:
-    """How much of the embedding, under a concept's own intervention, its own noise z_j decides: the mean squared change when only z_j is
-    drawn anew, over that when all of z is."""
-    block, shape = head.config.concepts.index(concept), (draws, head.config.num_blocks, head.config.noise_width)
+    """How much of the embedding, under a concept's own intervention, its own noise z_j decides: the
+    mean squared change when only z_j is drawn anew, over that when all of z is."""
+    block, shape = (
+        head.config.concepts.index(concept),
+        (draws, head.config.num_blocks, head.config.noise_width),
+    )
     generator = torch.Generator().manual_seed(seed)
     z, other = (torch.randn(shape, generator=generator).to(head.device) for _ in range(2))
     own = z.clone()
     own[:, block] = other[:, block]
     targets = head.targets(concept, draws)
     before, after, all_after = (head(noise, targets).embedding.float() for noise in (z, own, other))
-    return ((after - before).square().sum() / (all_after - before).square().sum().clamp(min=1e-30)).item()
+    return (
+        (after - before).square().sum() / (all_after - before).square().sum().clamp(min=1e-30)
+    ).item()
 
 
 def quantile_value(ordered: torch.Tensor, q: float, nearest: int = NEAREST) -> torch.Tensor:
-    """The point at quantile q of a `learnt_range` (draws, w): the mean of the draws whose ranks are nearest, (w,)."""
+    """The point at quantile q of a `learnt_range` (draws, w): the mean of the draws whose ranks are
+    nearest, (w,).
+    """
     first = min(max(round(q * len(ordered) - nearest / 2), 0), len(ordered) - nearest)
     return ordered[first : first + nearest].mean(0)
 
@@ -105,7 +127,8 @@ def head_values(
         head: whose concepts they are.
         choices: those of each sample, or of all, as `parse_choices` returns them.
         num_samples: B.
-        encode: c (R, D, concept_width) of R reference images: their positions in `choices`, the concepts they are for, the images.
+        encode: c (R, D, concept_width) of R reference images: their positions in `choices`, the
+            concepts they are for, the images.
     """
     if not choices:
         return None
@@ -125,7 +148,8 @@ def head_values(
     for name in {name: None for choice in choices for name in choice}:
         if (share := influence(head, name)) < EMPTY:
             warnings.warn(
-                f"the block of {name!r} decides next to nothing in this model (influence {share:.4f}): so does a value chosen for it.",
+                f"the block of {name!r} decides next to nothing in this model (influence"
+                f" {share:.4f}): so does a value chosen for it.",
                 stacklevel=2,
             )
     if references:
@@ -143,15 +167,23 @@ def model_values(
     reference_context: Interventions,
     batch_size: int | None,
 ) -> Values | None:
-    """`head_values` of an `InterventionModel`; reference images are abducted under `reference_context`, one for all or for each sample.
+    """`head_values` of an `InterventionModel`; reference images are abducted under
+    `reference_context`, one for all or for each sample.
 
     Raises:
-        ValueError: one sentence: no head or a pooled one, a reference context without a reference, an image of another size.
+        ValueError: one sentence: no head or a pooled one, a reference context without a reference,
+            an image of another size.
     """
     if choices and model.config.ablation is not None:
-        raise ValueError(f"a model with ablation={model.config.ablation!r} has no values of concepts to choose.")
-    if reference_context is not None and all(isinstance(v, Quantile) for choice in choices for v in choice.values()):
-        raise ValueError("reference_context is the context of reference images, but none is given: leave it out.")
+        raise ValueError(
+            f"a model with ablation={model.config.ablation!r} has no values of concepts to choose."
+        )
+    if reference_context is not None and all(
+        isinstance(v, Quantile) for choice in choices for v in choice.values()
+    ):
+        raise ValueError(
+            "reference_context is the context of reference images, but none is given: leave it out."
+        )
     if not choices or model.head is None:
         return None
     head = model.head
@@ -163,7 +195,9 @@ def model_values(
         choices = [*choices] * num_samples if len(choices) == 1 else choices
 
     def encode(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
-        pixel_values = torch.cat([_pixel_values(model, name, image) for name, image in zip(names, images)])
+        pixel_values = torch.cat(
+            [_pixel_values(model, name, image) for name, image in zip(names, images)]
+        )
         targets, size = contexts[rows], batch_size or model.images_at_once
         batches = zip(pixel_values.split(size), targets.split(size))
         means = [(model._posterior_of(model.base.encode(x), s)[0], s) for x, s in batches]

@@ -12,7 +12,9 @@ os.environ["HF_ENDPOINT"] = (HUB := HubServer()).url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_DATASETS_CACHE"] = (CACHE := tempfile.TemporaryDirectory()).name  # nothing is left in the user's own
+os.environ["HF_DATASETS_CACHE"] = (
+    CACHE := tempfile.TemporaryDirectory()
+).name  # nothing is left in the user's own
 
 import time
 
@@ -23,7 +25,8 @@ from huggingface_hub import constants
 
 
 torch.set_num_threads(1)
-# A script that starts its commands in the background has them, and their children, ignore Ctrl-C, of which some tests want to see what it does.
+# A script that starts its commands in the background has them, and their children, ignore Ctrl-C,
+# of which some tests want to see what it does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -64,7 +67,9 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def waits(tmp_path, monkeypatch):
-    """An empty Hub and an empty cache, nobody logged in; the client's waits before it tries again, which take no time."""
+    """An empty Hub and an empty cache, nobody logged in; the client's waits before it tries again,
+    which take no time.
+    """
     HUB.reset()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

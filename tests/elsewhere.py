@@ -1,15 +1,19 @@
 """A device that is not the CPU, without one: `DEVICE`, "elsewhere".
 
-Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an operation on tensors of both is an error, as
-is noise from the other's generator, or a fused optimiser's step on tensors laid out in other ways. It takes a process of its own: PyTorch has room for one such backend, and keeps it.
-"""
+Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an
+operation on tensors of both is an error, as is noise from the other's generator, or a fused
+optimiser's step on tensors laid out in other ways. It takes a process of its own: PyTorch has room
+for one such backend, and keeps it."""
 
 from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 
 class _Backend(_DummyBackendModule):
@@ -26,7 +30,11 @@ class ElsewhereTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        about = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        about = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
         return torch.Tensor._make_wrapper_subclass(cls, held.size(), device=DEVICE, **about)
 
     def __init__(self, held):
@@ -87,7 +95,16 @@ class Generator(torch.Generator):
 
 MOVES = {"aten::_to_copy", "aten::copy_", "aten::_foreach_copy_"}
 WAITS = {
-    f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+    f"aten::{name}"
+    for name in (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "_unique2",
+    )
 }
 waits: list = []  # operations on what is elsewhere for whose result a host has to wait
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
@@ -106,7 +123,11 @@ def _layout(x):
 
 
 def _run(func, args, kwargs):
-    name, device, there = func._schema.name, kwargs.get("device"), [x for x in tree_leaves((args, kwargs)) if _is(x)]
+    name, device, there = (
+        func._schema.name,
+        kwargs.get("device"),
+        [x for x in tree_leaves((args, kwargs)) if _is(x)],
+    )
     goes_there = bool(there) if device is None else torch.device(device).type == DEVICE.type
     if name == "aten::copy_":
         goes_there = _is(args[0])
@@ -115,13 +136,18 @@ def _run(func, args, kwargs):
         beside = (args[0], args[2:]) if name in INDEXING else (args, kwargs)
         if any(isinstance(x, torch.Tensor) and not _is(x) and x.ndim for x in tree_leaves(beside)):
             raise RuntimeError(f"{func}: tensors on the CPU and elsewhere.")
-    if (generator := kwargs.get("generator")) is not None and (generator._cdata in Generator.elsewhere) != goes_there:
+    if (generator := kwargs.get("generator")) is not None and (
+        generator._cdata in Generator.elsewhere
+    ) != goes_there:
         raise RuntimeError(f"{func}: a generator that is not where its tensor is.")
     if there and name.startswith("aten::_fused_adam"):
-        # As on CUDA. The CPU computes what is wrong instead: it takes entries in the order of memory.
+        # As on CUDA. The CPU computes what is wrong instead: it takes entries in the order of
+        # memory.
         for parameter, *others in zip(*args[:4]):
             if any(_layout(x) != _layout(parameter) for x in others):
-                raise RuntimeError(f"{func}: gradients or moments that do not lie in memory as their parameters.")
+                raise RuntimeError(
+                    f"{func}: gradients or moments that do not lie in memory as their parameters."
+                )
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu") if goes_there else device}
     if there and (name in WAITS or (not goes_there and name in MOVES)):

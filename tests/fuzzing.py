@@ -1,4 +1,6 @@
-"""What the fuzzing of `test_fuzz.py` does to files and values, and the bounds it holds the package to."""
+"""What the fuzzing of `test_fuzz.py` does to files and values, and the bounds it holds the package
+to.
+"""
 
 import json
 import resource
@@ -22,7 +24,7 @@ class Hang(BaseException):
 
 @contextmanager
 def bounds(memory=MEMORY, seconds=SECONDS):
-    """Inside, nothing may take more than so much memory beside what is taken already, or so long."""
+    """Inside, nothing may take more than so much memory beside what is taken already, or so long."""  # noqa: E501
 
     def stop(*_):
         raise Hang
@@ -47,7 +49,9 @@ def only_ours(function, *arguments, errors=OURS):
             return function(*arguments)
         except errors as error:
             text = str(error)
-            assert text and "\n" not in text and "Traceback" not in text, f"not one sentence: {text!r}"
+            assert text and "\n" not in text and "Traceback" not in text, (
+                f"not one sentence: {text!r}"
+            )
             return None
 
 
@@ -79,19 +83,40 @@ numbers = st.one_of(
 words = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
-        ["", "..", "../../x", "/etc/passwd", "a\x00b", "{{7*7}}", "<script>", "`|`", "os.system", "None", "true", "1e-3"]
+        [
+            "",
+            "..",
+            "../../x",
+            "/etc/passwd",
+            "a\x00b",
+            "{{7*7}}",
+            "<script>",
+            "`|`",
+            "os.system",
+            "None",
+            "true",
+            "1e-3",
+        ]
     ),
 )
 scalars = st.one_of(st.none(), st.booleans(), numbers, words)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=8,
 )
 
 
 def places(value, at=()):
     """Paths to everything in a JSON value."""
     yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield from places(inner, (*at, key))
 
@@ -115,7 +140,9 @@ def changed(value, at, change, new):
 
 # Files
 
-changes = st.tuples(st.sampled_from(["replace", "replace", "remove", "add"]), st.floats(0, 1), values)
+changes = st.tuples(
+    st.sampled_from(["replace", "replace", "remove", "add"]), st.floats(0, 1), values
+)
 flips = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6)
 mutations = st.one_of(
     st.tuples(st.just("json"), st.lists(changes, min_size=1, max_size=3)),
@@ -125,7 +152,10 @@ mutations = st.one_of(
     st.tuples(st.just("cut"), st.floats(0, 1)),
     st.tuples(st.just("bytes"), st.binary(max_size=64)),
     st.tuples(
-        st.just("text"), st.sampled_from(["", "{", "[]", "null", "0", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 50_000])
+        st.just("text"),
+        st.sampled_from(
+            ["", "{", "[]", "null", "0", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 50_000]
+        ),
     ),
     st.tuples(st.just("gone"), st.none()),
     st.tuples(st.just("twice"), st.floats(0, 1)),
@@ -161,10 +191,14 @@ def mutate(file, mutation):
 
 
 def harmed(source, target, harm, pattern="*"):
-    """A copy of a folder in which one file is harmed; `harm` says which, as a share of them, and how."""
+    """A copy of a folder in which one file is harmed; `harm` says which, as a share of them, and
+    how.
+    """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
-    files = sorted(path for path in Path(target).rglob(pattern) if path.is_file() and path.suffix != ".py")
+    files = sorted(
+        path for path in Path(target).rglob(pattern) if path.is_file() and path.suffix != ".py"
+    )
     which, mutation = harm
     mutate(files[min(int(which * len(files)), len(files) - 1)], mutation)
     return target

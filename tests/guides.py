@@ -1,4 +1,5 @@
-"""What `test_docs.py` reads out of a Markdown page: its blocks, and the comments before them that say how a test runs them.
+"""What `test_docs.py` reads out of a Markdown page: its blocks, and the comments before them that
+say how a test runs them.
 
 Comments do not show on the site. Each is for the block that follows it:
 
@@ -10,7 +11,7 @@ Comments do not show on the site. Each is for the block that follows it:
     <!-- test: prints -->               the (text) block is in what the block before it printed; `...` stands for anything
     <!-- test: raises
     Python code, or $ command -->       the (text) block is what this fails with
-"""
+"""  # noqa: E501
 
 import argparse
 import re
@@ -29,14 +30,21 @@ from hf_intervene.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 _PART = re.compile(
-    r"^<!-- test: (?P<comment>.*?)\s*-->$|^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^<!-- test: (?P<comment>.*?)\s*-->$|^```(?P<kind>[\w{}-]*)[^\n]*\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 _SETTINGS = TINY | {"max_steps": 2, "eval_every": 2}
 
 # What the commands of all pages get, so that each takes a second or two.
 TINY_OPTIONS = {
-    "train": " ".join(f"--{name} {value}" for name, value in _SETTINGS.items()).translate(str.maketrans("", "", "[],")).split(),
-    "evaluate": "--images 8 --projections 5 --num-inference-steps 2 --detector-images 0 --twins 0".split(),
+    "train": (
+        " ".join(f"--{name} {value}" for name, value in _SETTINGS.items())
+        .translate(str.maketrans("", "", "[],"))
+        .split()
+    ),
+    "evaluate": (
+        "--images 8 --projections 5 --num-inference-steps 2 --detector-images 0 --twins 0".split()
+    ),
     "pretrain": ["--images", "16", "--resolution", "16", "--steps", "2", "--batch-size", "8"],
     "check": ["--images", "24", "--resolution", "16"],
 }
@@ -44,7 +52,7 @@ TINY_OPTIONS = {
 
 @dataclass
 class Block:
-    """A fenced block, or a setup: its language, text, line in the page, and the comments before it."""
+    """A fenced block, or a setup: its language, text, line in the page, and the comments before it."""  # noqa: E501
 
     kind: str
     text: str
@@ -61,12 +69,21 @@ def blocks(page: Path) -> list[Block]:
             block = Block(match["kind"], match["text"], line, comments)
             if "replace" in comments:
                 before, after = comments["replace"].split(" by ")
-                assert re.search(rf"\b{before}\b", block.text), f"{page.name}:{line}: nothing to replace"
+                assert re.search(rf"\b{before}\b", block.text), (
+                    f"{page.name}:{line}: nothing to replace"
+                )
                 block.text = re.sub(rf"\b{before}\b", after, block.text)
             found, comments = [*found, block], {}
             continue
         step, rest = re.match(r"(\S+)\s*(.*)", match["comment"], re.DOTALL).groups()
-        assert step in {"setup", "append", "replace", "skip", "prints", "raises"}, f"{page.name}:{line}: {step}"
+        assert step in {
+            "setup",
+            "append",
+            "replace",
+            "skip",
+            "prints",
+            "raises",
+        }, f"{page.name}:{line}: {step}"
         if step == "setup":
             found.append(Block("setup", rest, line))
         else:
@@ -102,7 +119,9 @@ def commands(block: Block, tiny: bool = True) -> Iterator[Command]:
 
 
 def _command(words: list[str], appended: list[str], tiny: dict[str, list[str]]) -> Command:
-    recipe = next((k for k, word in enumerate(words) if re.fullmatch(r"training/\w+\.py", word)), None)
+    recipe = next(
+        (k for k, word in enumerate(words) if re.fullmatch(r"training/\w+\.py", word)), None
+    )
     if recipe is not None:
         name, main, first = Path(words[recipe]).stem, None, recipe + 1
         main = import_module(f"hf_intervene.training.{name}").main
@@ -110,7 +129,9 @@ def _command(words: list[str], appended: list[str], tiny: dict[str, list[str]]) 
         name, main, first = words[1], cli.main, 1
     else:
         return Command(words)
-    assert not any(word.startswith("/") for word in words), f"a command of a page would write outside its folder: {words}"
+    assert not any(word.startswith("/") for word in words), (
+        f"a command of a page would write outside its folder: {words}"
+    )
     words = words + tiny.get(name, []) + appended
     return Command(words, name, main, words[first:])
 
@@ -136,6 +157,8 @@ def check_options(command: Command) -> None:
 
 
 def says(expected: str, found: str, whole: bool = False) -> bool:
-    """Whether a text is in (or is the whole of) another, up to white space; `...` stands for anything."""
+    """Whether a text is in (or is the whole of) another, up to white space; `...` stands for
+    anything.
+    """
     pattern = ".*?".join(re.escape(" ".join(part.split())) for part in expected.split("..."))
     return bool((re.fullmatch if whole else re.search)(pattern, " ".join(found.split()), re.DOTALL))

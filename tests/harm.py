@@ -1,4 +1,5 @@
-"""Processes that are made to be harmed: forked from a server that has imported the trainer, so that each costs no import.
+"""Processes that are made to be harmed: forked from a server that has imported the trainer, so that
+each costs no import.
 
 This file is imported in the processes too: nothing of pytest or `conftest.py` here.
 """
@@ -63,8 +64,17 @@ def trainer(argv, errors=None):
 
 def trainer_rank(argv, errors, rank, world, port):
     """One process of several, as a launcher starts it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
     trainer(argv, errors)
 
 
@@ -94,11 +104,13 @@ def trainer_on_full_disk(argv, errors, free):
 
 
 def trainer_on_small_disk(argv, errors, folder, size):
-    """The same with a disk of so many bytes mounted on `folder`, which nobody else sees; its end is that of `after(folder)`, or 77 where
-    that is not allowed."""
+    """The same with a disk of so many bytes mounted on `folder`, which nobody else sees; its end is
+    that of `after(folder)`, or 77 where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_user, new_mounts, private = 0x10000000, 0x00020000, 0x40000 | 0x4000
-    if libc.unshare(new_mounts | (0 if os.geteuid() == 0 else new_user)) or libc.mount(b"none", b"/", None, private, None):
+    if libc.unshare(new_mounts | (0 if os.geteuid() == 0 else new_user)) or libc.mount(
+        b"none", b"/", None, private, None
+    ):
         sys.exit(77)
     if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={size}".encode()):
         sys.exit(77)
@@ -113,8 +125,12 @@ TENSORS = {"model": {"w": torch.zeros(8)}, "optimizer": {"0.step": torch.zeros((
 
 
 def write(folder, value):
-    """A checkpoint in place of one of the same step, one that lets an older one be removed, and a best model in place of another."""
-    tensors = {file: {name: w + value for name, w in values.items()} for file, values in TENSORS.items()}
+    """A checkpoint in place of one of the same step, one that lets an older one be removed, and a
+    best model in place of another.
+    """
+    tensors = {
+        file: {name: w + value for name, w in values.items()} for file, values in TENSORS.items()
+    }
     for step in (value, value + 1):
         checkpoints.save_checkpoint(folder / "checkpoints", step, tensors, {"best": value}, keep=2)
     with checkpoints.atomic_folder(folder / "best") as best:
@@ -123,13 +139,19 @@ def write(folder, value):
 
 
 def write_and_die(folder, value, at):
-    """`write`, killed at the `at`-th time that it is about to change something on the disk; ends with status 0 if it is done before."""
+    """`write`, killed at the `at`-th time that it is about to change something on the disk; ends
+    with status 0 if it is done before.
+    """
     left = at
     changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
     def watch(event, arguments):
         nonlocal left
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if event in changes or writes:
             left -= 1
             if left == 0:

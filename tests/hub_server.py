@@ -1,8 +1,9 @@
-"""A Hub on loopback for the tests: what the real `huggingface_hub` client asks of one, from memory, with faults on demand.
+"""A Hub on loopback for the tests: what the real `huggingface_hub` client asks of one, from memory,
+with faults on demand.
 
-Large files go by git-LFS's basic transfer, which every client speaks. Xet, the default elsewhere, is a chunk store of its own behind a
-compiled client; the tests turn it off (`HF_HUB_DISABLE_XET=1`).
-"""
+Large files go by git-LFS's basic transfer, which every client speaks. Xet, the default elsewhere,
+is a chunk store of its own behind a compiled client; the tests turn it off
+(`HF_HUB_DISABLE_XET=1`)."""
 
 import base64
 import hashlib
@@ -20,7 +21,9 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png")  # as in the .gitattributes of a
 
 @dataclass
 class Repo:
-    """A repository: a commit is a mapping of paths to contents, a branch, tag or pull request a name for one."""
+    """A repository: a commit is a mapping of paths to contents, a branch, tag or pull request a
+    name for one.
+    """
 
     owner: str
     private: bool
@@ -28,7 +31,10 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: dict[str, bytes]) -> str:
-        content = [f"{len(self.commits)} {ref}", *(f"{path} {_sha256(data)}" for path, data in sorted(files.items()))]
+        content = [
+            f"{len(self.commits)} {ref}",
+            *(f"{path} {_sha256(data)}" for path, data in sorted(files.items())),
+        ]
         oid = hashlib.sha1("\n".join(content).encode()).hexdigest()
         self.commits[oid], self.refs[ref] = dict(files), oid
         return oid
@@ -41,8 +47,8 @@ class Repo:
 class Fault:
     """What happens to the next `times` requests of a method whose path holds `path`.
 
-    `kind`: a status to answer with; `"cut"`: the connection ends after half of the body; `"corrupt"`: a byte of the body is another.
-    """
+    `kind`: a status to answer with; `"cut"`: the connection ends after half of the body;
+    `"corrupt"`: a byte of the body is another."""
 
     method: str
     path: str
@@ -81,7 +87,9 @@ class HubServer:
         return repo.commits[repo.resolve(revision)]
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
-        """A commit on the main branch of a repository, made if there is none, by other means than the client's."""
+        """A commit on the main branch of a repository, made if there is none, by other means than
+        the client's.
+        """
         repo = self.repos.setdefault(repo_id, Repo(repo_id.split("/")[0], private))
         self.lfs |= {_sha256(data): data for path, data in files.items() if _is_lfs(path)}
         return repo.commit("main", files)
@@ -115,9 +123,20 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query)
         self.sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests.append((self.command, parts.path, {k.lower(): v for k, v in self.headers.items()}))
-        self.user = self.hub.users.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
-        fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.path in unquote(parts.path)), None)
+        self.hub.requests.append(
+            (self.command, parts.path, {k.lower(): v for k, v in self.headers.items()})
+        )
+        self.user = self.hub.users.get(
+            (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        )
+        fault = next(
+            (
+                f
+                for f in self.hub.faults
+                if f.times and f.method == self.command and f.path in unquote(parts.path)
+            ),
+            None,
+        )
         if fault is not None:
             fault.times -= 1
         self.fault = None if fault is None else fault.kind
@@ -127,7 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
             for pattern, method in _ROUTES:
                 match = re.fullmatch(pattern, f"{self.command} {parts.path}")
                 if match:
-                    return method(self, **{name: unquote(value) for name, value in match.groupdict().items()})
+                    return method(
+                        self, **{name: unquote(value) for name, value in match.groupdict().items()}
+                    )
             raise _Answer(404, f"no such page: {self.command} {parts.path}")
         except _Answer as answer:
             self._json(answer.body, answer.status, answer.headers)
@@ -135,7 +156,11 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers
 
     def _json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
+        self._send(
+            json.dumps(value).encode(),
+            status,
+            {"Content-Type": "application/json"} | (headers or {}),
+        )
 
     def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -161,14 +186,19 @@ class _Handler(BaseHTTPRequestHandler):
         if not wanted:
             return self._send(data, 200, headers | {"Accept-Ranges": "bytes"})
         first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
-        self._send(data[first : last + 1], 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        self._send(
+            data[first : last + 1],
+            206,
+            headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+        )
 
     # Who may do what
 
     def _repo(self, repo_id: str, write: bool = False) -> Repo:
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and self.user != repo.owner):
-            # As the Hub does, for a private repository as for none: whoever may not know does not learn it.
+            # As the Hub does, for a private repository as for none: whoever may not know does not
+            # learn it.
             if self.user is None:
                 raise _Answer(401, "Invalid username or password.")
             raise _Answer(404, "Repository not found", "RepoNotFound")
@@ -198,11 +228,18 @@ class _Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or self.user
         repo_id = f"{owner}/{asked['name']}"
         if repo_id in self.hub.repos:
-            raise _Answer(409, "You already created this model repo", url=f"{self.hub.url}/{repo_id}")
+            raise _Answer(
+                409, "You already created this model repo", url=f"{self.hub.url}/{repo_id}"
+            )
         if owner != self.user:
-            raise _Answer(403, f"You don't have the rights to create a model under the namespace {owner!r}")
+            raise _Answer(
+                403, f"You don't have the rights to create a model under the namespace {owner!r}"
+            )
         repo = self.hub.repos[repo_id] = Repo(owner, asked.get("visibility") == "private")
-        repo.commit("main", {".gitattributes": b"".join(b"*%s filter=lfs\n" % s.encode() for s in LFS_SUFFIXES)})
+        repo.commit(
+            "main",
+            {".gitattributes": b"".join(b"*%s filter=lfs\n" % s.encode() for s in LFS_SUFFIXES)},
+        )
         self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
     def create_ref(self, repo_id, kind, name):
@@ -218,18 +255,27 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo_id)
         oid = self._commit(repo, revision)
         siblings = [{"rfilename": path} for path in repo.commits[oid]]
-        self._json({"id": repo_id, "sha": oid, "private": repo.private, "tags": [], "siblings": siblings})
+        self._json(
+            {"id": repo_id, "sha": oid, "private": repo.private, "tags": [], "siblings": siblings}
+        )
 
     def tree(self, repo_id, revision):
         repo = self._repo(repo_id)
         files = repo.commits[self._commit(repo, revision)]
-        self._json([_entry(path, data) for path, data in files.items()], headers={"X-Repo-Commit": self._commit(repo, revision)})
+        self._json(
+            [_entry(path, data) for path, data in files.items()],
+            headers={"X-Repo-Commit": self._commit(repo, revision)},
+        )
 
     def validate_yaml(self):
         text = json.loads(self.sent)["content"]
         front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
         if front is None or not re.search(r"^library_name: \S", front[1], re.MULTILINE):
-            raise _Answer(400, "Invalid metadata", errors=[{"message": "no metadata, or no library_name in it"}])
+            raise _Answer(
+                400,
+                "Invalid metadata",
+                errors=[{"message": "no metadata, or no library_name in it"}],
+            )
         self._json({"errors": [], "warnings": []})
 
     def preupload(self, repo_id, revision):
@@ -238,7 +284,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = []
         for asked in json.loads(self.sent)["files"]:
             path = asked["path"]
-            mode = {"path": path, "uploadMode": "lfs" if _is_lfs(path) else "regular", "shouldIgnore": False}
+            mode = {
+                "path": path,
+                "uploadMode": "lfs" if _is_lfs(path) else "regular",
+                "shouldIgnore": False,
+            }
             files.append(mode | ({"oid": _oid(path, there[path])} if path in there else {}))
         self._json({"files": files})
 
@@ -280,7 +330,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.lfs:
-                    raise _Answer(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                    raise _Answer(
+                        400, f"LFS pointer pointed to a file that does not exist: {value['path']}"
+                    )
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif key == "deletedFile":
                 if files.pop(value["path"], None) is None:
@@ -290,19 +342,24 @@ class _Handler(BaseHTTPRequestHandler):
         oid = repo.commit(f"refs/pr/{number}" if as_request else revision, files)
         url = f"{self.hub.url}/{repo_id}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"}
-        self._json(answer | {"pullRequestUrl": f"{url}/discussions/{number}" if as_request else None})
+        self._json(
+            answer | {"pullRequestUrl": f"{url}/discussions/{number}" if as_request else None}
+        )
 
     def resolve(self, repo_id, revision, path):
         repo = self._repo(repo_id)
         oid = self._commit(repo, revision)
         headers = {"X-Repo-Commit": oid}
         if path not in repo.commits[oid]:
-            return self._json({"error": "Entry not found"}, 404, headers | {"X-Error-Code": "EntryNotFound"})
+            return self._json(
+                {"error": "Entry not found"}, 404, headers | {"X-Error-Code": "EntryNotFound"}
+            )
         data = repo.commits[oid][path]
         if not _is_lfs(path):
             return self._file(data, headers | {"ETag": f'"{_oid(path, data)}"'})
         headers |= {"X-Linked-Etag": f'"{_sha256(data)}"', "X-Linked-Size": str(len(data))}
-        # Another host than the Hub's, as there: the client follows a redirection within the Hub by itself and keeps the one out of it.
+        # Another host than the Hub's, as there: the client follows a redirection within the Hub by
+        # itself and keeps the one out of it.
         elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
         self._send(b"", 302, headers | {"Location": f"{elsewhere}/cdn/{_sha256(data)}"})
 
@@ -340,10 +397,23 @@ def _sha256(data: bytes) -> str:
 
 
 def _oid(path: str, data: bytes) -> str:
-    """The hash the Hub knows a file by: of a large one that of the contents, of a small one git's."""
-    return _sha256(data) if _is_lfs(path) else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    """The hash the Hub knows a file by: of a large one that of the contents, of a small one git's."""  # noqa: E501
+    return (
+        _sha256(data)
+        if _is_lfs(path)
+        else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    )
 
 
 def _entry(path: str, data: bytes) -> dict:
-    entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
-    return entry | ({"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 134}} if _is_lfs(path) else {})
+    entry = {
+        "type": "file",
+        "path": path,
+        "size": len(data),
+        "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+    }
+    return entry | (
+        {"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 134}}
+        if _is_lfs(path)
+        else {}
+    )

@@ -14,11 +14,18 @@ from hf_intervene.bases import PipelineBase
 
 
 # Training takes one denoiser and one frame; inference of the others is tested with `attach`.
-KINDS = (*(kind for kind in pipelines.KINDS if kind not in ("wan-two", "wan-clip")), "sdxl-text", "kontext", "cogview3")
+KINDS = (
+    *(kind for kind in pipelines.KINDS if kind not in ("wan-two", "wan-clip")),
+    "sdxl-text",
+    "kontext",
+    "cogview3",
+)
 
 
 def pipeline(kind):
-    """A pipeline, and the arguments that a recording needs: the embeddings of one prompt, and the size of its images."""
+    """A pipeline, and the arguments that a recording needs: the embeddings of one prompt, and the
+    size of its images.
+    """
     if kind in _MORE:
         torch.manual_seed(0)
         pipe, call = _MORE[kind]()
@@ -26,7 +33,9 @@ def pipeline(kind):
         return pipe, call | {"height": pipelines.SIZE, "width": pipelines.SIZE}
     call = pipelines.call(kind, 1)
     needed = ("image", "mask_image", "height", "width")
-    return pipelines.make(kind), {name: value for name, value in call.items() if "prompt" in name or name in needed}
+    return pipelines.make(kind), {
+        name: value for name, value in call.items() if "prompt" in name or name in needed
+    }
 
 
 def base(kind, **options):
@@ -39,18 +48,34 @@ def _clip(width):
     with tempfile.TemporaryDirectory() as folder:
         found = text_parts(Path(folder) / "text")
     if width:
-        sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {
+            "hidden_size": 12,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         config = CLIPTextConfig(
-            vocab_size=8, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, projection_dim=width, **sizes
+            vocab_size=8,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            projection_dim=width,
+            **sizes,
         )
         found["text_encoder"] = CLIPTextModelWithProjection(config)
     return found
 
 
 def sdxl_with_text():
-    """With its text encoders, so that it is called with a prompt, and a scheduler that scales its samples."""
+    """With its text encoders, so that it is called with a prompt, and a scheduler that scales its
+    samples.
+    """
     first, second = _clip(0), _clip(10)
-    text = {"cross_attention_dim": 24, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    text = {
+        "cross_attention_dim": 24,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+    }
     unet = conditional(projection_class_embeddings_input_dim=6 * 4 + 10, **text)
     pipe = diffusers.StableDiffusionXLPipeline(
         unet=unet,
@@ -68,11 +93,20 @@ def _kontext():
     pipe = diffusers.FluxKontextPipeline(**pipelines._flux(), **text)
     call = {"image": Image.new("RGB", (pipelines.SIZE, pipelines.SIZE), (200, 100, 50))}
     call |= {"max_area": pipelines.SIZE**2, "_auto_resize": False}
-    return pipe, call | {"prompt_embeds": torch.randn(1, 5, 12), "pooled_prompt_embeds": torch.randn(1, 10)}
+    return pipe, call | {
+        "prompt_embeds": torch.randn(1, 5, 12),
+        "pooled_prompt_embeds": torch.randn(1, 10),
+    }
 
 
 def _cogview3():
-    sizes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": 12, "time_embed_dim": 8}
+    sizes = {
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "text_embed_dim": 12,
+        "time_embed_dim": 8,
+    }
     transformer = diffusers.CogView3PlusTransformer2DModel(
         in_channels=4, out_channels=4, condition_dim=2, sample_size=8, pos_embed_max_size=8, **sizes
     )

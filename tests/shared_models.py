@@ -6,7 +6,13 @@ import torch
 from conftest import HUB
 from diffusers import AutoencoderTiny
 
-from hf_intervene import InterventionHead, InterventionModel, InterventionPipeline, LightVAE, wrap_base
+from hf_intervene import (
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+    LightVAE,
+    wrap_base,
+)
 from hf_intervene.bases.lora import add_lora
 
 
@@ -20,23 +26,36 @@ def build(seed=0):
 
 
 def of_kind(kind, model):
-    return {"head": lambda: model.head, "model": lambda: model, "pipeline": lambda: InterventionPipeline.from_model(model)}[
-        kind
-    ]()
+    return {
+        "head": lambda: model.head,
+        "model": lambda: model,
+        "pipeline": lambda: InterventionPipeline.from_model(model),
+    }[kind]()
 
 
 def outcome(saved):
     """What a head, model or pipeline makes of the same noise."""
     head = saved if isinstance(saved, InterventionHead) else saved.head
-    noise = torch.randn(2, head.config.num_blocks, head.config.noise_width, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        2,
+        head.config.num_blocks,
+        head.config.noise_width,
+        generator=torch.Generator().manual_seed(0),
+    )
     if saved is head:
         with torch.no_grad():
             return head(noise, head.targets("a+b", 2)).embedding
-    return (saved.model if isinstance(saved, InterventionPipeline) else saved).sample("a+b", noise=noise)
+    return (saved.model if isinstance(saved, InterventionPipeline) else saved).sample(
+        "a+b", noise=noise
+    )
 
 
 def put_folder(repo_id, folder, **options):
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
     return HUB.put(repo_id, files, **options)
 
 
@@ -51,7 +70,9 @@ def put_vae(repo_id="org/vae", seed=0, subfolder="", tmp_path=None):
 
 def frozen_on(vae, **options):
     torch.manual_seed(1)
-    model = InterventionModel.build(wrap_base(vae, sample_size=16), ["a", "b"], noise_width=4, initializer_range=0.5, **options)
+    model = InterventionModel.build(
+        wrap_base(vae, sample_size=16), ["a", "b"], noise_width=4, initializer_range=0.5, **options
+    )
     if model.config.lora_rank:
         add_lora(model.base.model, model.config.lora_rank)
         for name, p in model.base.model.named_parameters():

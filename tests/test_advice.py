@@ -64,7 +64,9 @@ def words_of(parser):
     found = set()
     for action in parser._actions:
         found |= {word for word in action.option_strings if word.startswith("--")}
-        for inner in getattr(action, "choices", None) or () if action.dest == "==SUPPRESS==" else ():
+        for inner in (
+            getattr(action, "choices", None) or () if action.dest == "==SUPPRESS==" else ()
+        ):
             found |= words_of(action.choices[inner])
     return found
 
@@ -72,7 +74,18 @@ def words_of(parser):
 TRAIN = words_of(train_parser()) | {"--config", "--json"}
 RECIPES = {
     module.__name__.rpartition(".")[2]: module.main
-    for module in (ablation, baselines, benchmark, effects, evaluate, identifiability, pretrain, protocol, reproduce, seeds_table)
+    for module in (
+        ablation,
+        baselines,
+        benchmark,
+        effects,
+        evaluate,
+        identifiability,
+        pretrain,
+        protocol,
+        reproduce,
+        seeds_table,
+    )
 }
 OTHERS = {  # files of functions that several commands call
     "checkpoints": [pretrain.main],
@@ -90,7 +103,9 @@ def sub_commands():
 def known_options(path):
     """What options a file may speak of."""
     if path.stem in RECIPES:
-        return options_of(RECIPES[path.stem]) | (TRAIN if path.stem in ("baselines", "effects") else set())
+        return options_of(RECIPES[path.stem]) | (
+            TRAIN if path.stem in ("baselines", "effects") else set()
+        )
     if path.stem in OTHERS:
         return set.intersection(*map(options_of, OTHERS[path.stem])) | {"--resume"}
     return sub_commands() if path.stem in ("cli", "demo", "page", "space") else TRAIN
@@ -103,11 +118,20 @@ def messages(path):
         for child in ast.iter_child_nodes(node):
             child.parent = node
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not isinstance(node.parent, ast.Expr):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and not isinstance(node.parent, ast.Expr)
+        ):
             call = node.parent
             while not isinstance(call, (ast.Call, ast.stmt)):
                 call = call.parent
-            if getattr(getattr(call, "func", None), "attr", "") not in ("add_argument", "startswith", "replace", "removeprefix"):
+            if getattr(getattr(call, "func", None), "attr", "") not in (
+                "add_argument",
+                "startswith",
+                "replace",
+                "removeprefix",
+            ):
                 yield node.value
 
 
@@ -115,9 +139,18 @@ def messages(path):
 def test_options_that_messages_name_exist(room):
     tried = 0
     for path in sorted((ROOT / room).rglob("*.py")):
-        named = {word for text in messages(path) if " " in text.strip() for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+        named = {
+            word
+            for text in messages(path)
+            if " " in text.strip()
+            for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+        }
         if named and path.name not in ("distributed.py", "app.py"):  # of DeepSpeed, of CSS
-            wrong = {word for word in named if word not in known_options(path) and word not in {"--help", "--upgrade"}}
+            wrong = {
+                word
+                for word in named
+                if word not in known_options(path) and word not in {"--help", "--upgrade"}
+            }
             assert not wrong, f"{path} names {wrong}"
             tried += len(named)
     assert tried > 10
@@ -132,7 +165,12 @@ class Work:
     def __init__(self, folder, capsys, monkeypatch):
         self.folder, self.capsys, self.monkeypatch = folder, capsys, monkeypatch
         self.data, self.out = folder / "data", folder / "run"
-        self.settings = TINY | {"output_dir": str(self.out), "max_steps": 4, "eval_every": 2, "warmup_steps": 1}
+        self.settings = TINY | {
+            "output_dir": str(self.out),
+            "max_steps": 4,
+            "eval_every": 2,
+            "warmup_steps": 1,
+        }
         self.own = {"dataset": str(self.data), "validation_fraction": 0.3}
 
     def fill(self, context, count=12, size=16, seed=0, name=""):
@@ -164,7 +202,9 @@ class Work:
         return said.err
 
     def read(self, **options):
-        return ContextImages.from_dataset(load_contexts(self.data), None, options.pop("resolution", None), **options)
+        return ContextImages.from_dataset(
+            load_contexts(self.data), None, options.pop("resolution", None), **options
+        )
 
     def newest(self):
         return sorted((self.out / "checkpoints").iterdir())[-1]
@@ -183,10 +223,18 @@ def test_a_folder_with_another_run(work):
 
 
 def test_a_run_shorter_than_its_warm_up(work):
-    short = {"output_dir": str(work.folder / "a"), "max_steps": None, "epochs": 0.2, "images_per_context": 16, "warmup_steps": 5}
+    short = {
+        "output_dir": str(work.folder / "a"),
+        "max_steps": None,
+        "epochs": 0.2,
+        "images_per_context": 16,
+        "warmup_steps": 5,
+    }
     assert "give max_steps, more epochs or fewer warmup_steps" in work.train(**short)
     for number, change in enumerate(({"max_steps": 5}, {"epochs": 0.8}, {"warmup_steps": 1})):
-        assert "fewer than its warm-up" not in work.train(**short | change | {"output_dir": str(work.folder / f"b{number}")})
+        assert "fewer than its warm-up" not in work.train(
+            **short | change | {"output_dir": str(work.folder / f"b{number}")}
+        )
 
 
 def test_a_loss_that_is_not_finite(work):
@@ -198,12 +246,22 @@ def test_a_loss_that_is_not_finite(work):
 
     work.monkeypatch.setattr(feeding.Feed, "_fetch", overflow)
     error = work.train(checkpoint_every=1, log_every=1, expect=1)
-    path = re.search(r"go on from it with --resume (\S+) and a lower learning_rate or max_grad_norm, or mixed_precision=no", error)[1]
+    path = re.search(
+        r"go on from it with --resume (\S+) and a lower learning_rate or max_grad_norm, or"
+        r" mixed_precision=no",
+        error,
+    )[1]
     work.monkeypatch.undo()
-    for number, way in enumerate((["--learning_rate", "1e-4"], ["--max_grad_norm", "1"], ["--mixed_precision", "no"])):
+    for number, way in enumerate(
+        (["--learning_rate", "1e-4"], ["--max_grad_norm", "1"], ["--mixed_precision", "no"])
+    ):
         work.train("--resume", path, *way, "--output_dir", str(work.folder / f"way-{number}"))
     work.train("--resume", path, "--learning_rate", "1e-4")  # in the same folder too
-    work.monkeypatch.setattr(feeding.Feed, "_fetch", lambda *a: original(*a) | {"noise": original(*a)["noise"] * float("inf")})
+    work.monkeypatch.setattr(
+        feeding.Feed,
+        "_fetch",
+        lambda *a: original(*a) | {"noise": original(*a)["noise"] * float("inf")},
+    )
     error = work.train(output_dir=str(work.folder / "first"), expect=1)
     assert "begin anew, in another output_dir, with a lower learning_rate" in error
     work.monkeypatch.undo()
@@ -263,7 +321,11 @@ def test_another_run_in_the_folder(work):
 
 def test_a_cache_that_is_cut_while_a_run_reads_it(work):
     work.images()
-    own = work.own | {"image_cache": str(work.folder / "cache"), "checkpoint_every": 1, "log_every": 1}
+    own = work.own | {
+        "image_cache": str(work.folder / "cache"),
+        "checkpoint_every": 1,
+        "log_every": 1,
+    }
     original = train.Feed.batch
 
     def cut(self, step):
@@ -274,14 +336,19 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
 
     work.monkeypatch.setattr(train.Feed, "batch", cut)
     error = work.train(**own, max_steps=12, expect=1)
-    assert "was cut while it was being read: do not change the image cache while it is in use; go on with --resume auto" in error
+    assert (
+        "was cut while it was being read: do not change the image cache while it is in use; go on"
+        " with --resume auto" in error
+    )
     work.monkeypatch.undo()
     assert work.newest().name >= "step-00000003"
     work.train("--resume", "auto", **own, max_steps=12)
 
 
 def test_a_run_that_was_stopped(work):
-    work.monkeypatch.setattr(train.Stop, "asked", property(lambda self: True, lambda self, value: None))
+    work.monkeypatch.setattr(
+        train.Stop, "asked", property(lambda self: True, lambda self, value: None)
+    )
     assert train.main([*arguments(work)]) == 130
     assert "go on with the same command and --resume auto" in work.capsys.readouterr().out
     work.monkeypatch.undo()
@@ -312,7 +379,9 @@ def test_an_image_that_is_too_large_or_too_deep(work):
     work.images().fill("hat", 1, size=40, name="large")
     work.monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     fails(lambda: work.read(resolution=16), "make it smaller")
-    Image.open(work.data / "hat" / "large0.png").resize((20, 20)).save(work.data / "hat" / "large0.png")
+    Image.open(work.data / "hat" / "large0.png").resize((20, 20)).save(
+        work.data / "hat" / "large0.png"
+    )
     work.read(resolution=16)
     deep = Image.new("I;16", (16, 16), 40_000)
     deep.save(work.data / "hat" / "deep.png")
@@ -347,11 +416,17 @@ def test_contexts_that_lack_something(work):
 
 def test_a_folder_without_contexts(work):
     work.fill(".", 20)
-    fails(work.read, r"make one sub-folder for each context .*, or add a metadata.csv with the columns file_name and context")
+    fails(
+        work.read,
+        r"make one sub-folder for each context .*, or add a metadata.csv with the columns file_name"
+        r" and context",
+    )
     names = [f"{n}.png,{'obs' if n < 10 else 'hat' if n < 19 else ''}" for n in range(20)]
     (work.data / "metadata.csv").write_text("\n".join(["file_name,context", *names]))
     fails(work.read, "image 19 has no context: give a name")
-    (work.data / "metadata.csv").write_text("\n".join(["file_name,context", *names[:19], "19.png,hat"]))
+    (work.data / "metadata.csv").write_text(
+        "\n".join(["file_name,context", *names[:19], "19.png,hat"])
+    )
     work.read()
     shutil.rmtree(work.data)
     work.images().read()
@@ -363,7 +438,17 @@ def test_a_folder_without_contexts(work):
 def test_too_few_images_to_measure_on(work):
     position = work.own | {"split_by": "position"}
     work.images().train(**position | {"validation_fraction": 0.05})
-    out = ["--dataset", work.data, "--output", work.folder / "m", "--detector-images", "0", "--no-tests", "--projections", "5"]
+    out = [
+        "--dataset",
+        work.data,
+        "--output",
+        work.folder / "m",
+        "--detector-images",
+        "0",
+        "--no-tests",
+        "--projections",
+        "5",
+    ]
     error = work.command(evaluate.main, "--model", work.out / "model", *out, expect=1)
     assert "hold out more (validation_fraction)" in error
     held_out = work.folder / "more"
@@ -374,20 +459,37 @@ def test_too_few_images_to_measure_on(work):
 def test_files_beside_a_model_and_options_of_evaluate(work):
     work.images().train(**work.own)
     model = work.out / "model"
-    words = ["--model", model, "--dataset", work.data, "--output", work.folder / "m", "--detector-images", "0", "--no-tests"]
+    words = [
+        "--model",
+        model,
+        "--dataset",
+        work.data,
+        "--output",
+        work.folder / "m",
+        "--detector-images",
+        "0",
+        "--no-tests",
+    ]
     words += ["--projections", "5"]
     assert "leave --twins out" in work.command(evaluate.main, *words, "--twins", "4", expect=1)
     (model / "training_images.safetensors").write_bytes(b"x")
-    assert "take it from where the model was trained, or remove it" in work.command(evaluate.main, *words, expect=1)
+    assert "take it from where the model was trained, or remove it" in work.command(
+        evaluate.main, *words, expect=1
+    )
     shutil.copy(work.out / "best" / "training_images.safetensors", model)
     work.command(evaluate.main, *words)
     (model / "training_images.safetensors").unlink()
     work.command(evaluate.main, *words)
     card = ["card", model, "--metrics", work.folder / "settings.yaml"]
-    assert "give the metrics.json that `hf-intervene evaluate` writes, or its folder" in work.command(cli.main, *card, expect=1)
+    assert (
+        "give the metrics.json that `hf-intervene evaluate` writes, or its folder"
+        in work.command(cli.main, *card, expect=1)
+    )
     work.command(cli.main, *card[:3], work.folder / "m")
     work.command(cli.main, *card[:3], work.folder / "m" / "metrics.json")
-    assert "--private and --revision need --push" in work.command(cli.main, *card[:2], "--private", expect=1)
+    assert "--private and --revision need --push" in work.command(
+        cli.main, *card[:2], "--private", expect=1
+    )
 
 
 def test_options_of_sample_and_edit(work):
@@ -396,11 +498,22 @@ def test_options_of_sample_and_edit(work):
     concept = ["--interventions", "quad1"]
     assert "--resize crops and resizes it" in work.command(cli.main, *edit, *concept, expect=1)
     work.command(cli.main, *edit, *concept, "--resize")
-    assert "give --interventions or --reference" in work.command(cli.main, *edit, "--resize", expect=1)
+    assert "give --interventions or --reference" in work.command(
+        cli.main, *edit, "--resize", expect=1
+    )
     work.command(cli.main, *edit, "--resize", "--reference", f"quad1={work.folder / 'photo.png'}")
-    assert "--reference takes CONCEPT=IMAGE" in work.command(cli.main, *edit, "--resize", "--reference", "quad1", expect=1)
+    assert "--reference takes CONCEPT=IMAGE" in work.command(
+        cli.main, *edit, "--resize", "--reference", "quad1", expect=1
+    )
     assert "there is not enough memory: ask for fewer or smaller images" in work.command(
-        cli.main, "sample", "quad", "--num-images", 10**9, "--output", work.folder / "a.png", expect=1
+        cli.main,
+        "sample",
+        "quad",
+        "--num-images",
+        10**9,
+        "--output",
+        work.folder / "a.png",
+        expect=1,
     )
     work.command(cli.main, "sample", "quad", "--num-images", 1, "--output", work.folder / "a.png")
 
@@ -416,13 +529,31 @@ def test_pretraining(work):
     shutil.rmtree(out)
     error = work.command(pretrain.main, *words, "--output", out, "--model", "dit", expect=1)
     assert "which needs it: train one with --model autoencoder" in error
-    work.command(pretrain.main, *words, "--output", out / "dit", "--model", "dit", "--autoencoder", work.folder / "other")
+    work.command(
+        pretrain.main,
+        *words,
+        "--output",
+        out / "dit",
+        "--model",
+        "dit",
+        "--autoencoder",
+        work.folder / "other",
+    )
     shutil.rmtree(work.out, ignore_errors=True)
     error = work.train(regime="frozen", expect=1)
     assert "regime frozen needs a pretrained base (--base)" in error
     work.train("--base", str(work.folder / "other"), regime="frozen")
-    assert "regime lora needs a pretrained base (--base) and a lora_rank" in work.train(regime="lora", expect=1)
-    lora = ["--base", str(work.folder / "other"), "--lora_rank", "2", "--output_dir", str(work.folder / "lora")]
+    assert "regime lora needs a pretrained base (--base) and a lora_rank" in work.train(
+        regime="lora", expect=1
+    )
+    lora = [
+        "--base",
+        str(work.folder / "other"),
+        "--lora_rank",
+        "2",
+        "--output_dir",
+        str(work.folder / "lora"),
+    ]
     work.train(*lora, regime="lora")
 
 

@@ -1,4 +1,6 @@
-"""The page: what its buttons do, how it is served, exported, and used in a real browser (where there is a Chromium)."""
+"""The page: what its buttons do, how it is served, exported, and used in a real browser (where
+there is a Chromium).
+"""
 
 import _thread
 import ast
@@ -39,8 +41,12 @@ from hf_intervene.page_process import ModelProcess  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_OPTIONS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+CHROMIUM_OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+)
 CHROMIUM_OPTIONS += " --disable-component-update --disable-sync"
 
 
@@ -71,14 +77,18 @@ def test_samples_share_their_noise(quad):
     assert before.shape == after.shape == (4, 64, 64, 3) and before.dtype == np.uint8
     assert np.array_equal(before, again) and not np.array_equal(before, quad.sample({}, 4, 4)[0])
     change = abs(after.astype(int) - before).mean((0, 3))  # (64, 64)
-    assert change[56:, :8].mean() > 3 * change[56:, 56:].mean()  # the first quadrant, and not the second
+    assert (
+        change[56:, :8].mean() > 3 * change[56:, 56:].mean()
+    )  # the first quadrant, and not the second
     assert 0 < abs(half.astype(int) - before).mean() < change.mean()
     before, after, difference, name = quad.sample({"quad1": 0.0}, 4, 3)
     assert np.array_equal(before, after) and (difference == 255).all() and name == "obs"
 
 
 def test_an_edit_of_any_image(quad):
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 4), dtype=np.uint8), "RGBA")
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (90, 140, 4), dtype=np.uint8), "RGBA"
+    )
     given, unchanged, edited, change, name = quad.edit(photo, [], {"quad1": 1.0})
     assert change.shape == (64, 64, 1) and name == "quad1"
     assert given.shape == unchanged.shape == edited.shape == (64, 64, 3)
@@ -114,7 +124,9 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
     try:
         apart = PageApart(grey.folder, process)
         assert apart.concepts == grey.concepts == ["thin", "wide"] and not apart.denoises
-        for theirs, ours in zip(apart.sample({"wide": 0.5}, 3, 1), grey.sample({"wide": 0.5}, 3, 1)):
+        for theirs, ours in zip(
+            apart.sample({"wide": 0.5}, 3, 1), grey.sample({"wide": 0.5}, 3, 1)
+        ):
             assert np.array_equal(theirs, ours)
         assert apart.examples().shape == (8, 16, 16, 1)
         (tmp_path / "photo.png").write_text("no picture")
@@ -124,7 +136,9 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
             apart.compose(["thin"], 0)
         expected = apart.sample({}, 1, 0)[0]
         process._process.kill()
-        with pytest.raises(ChildProcessError, match="the process of the model has ended, .* it is started again"):
+        with pytest.raises(
+            ChildProcessError, match="the process of the model has ended, .* it is started again"
+        ):
             apart.sample({}, 1, 0)
         assert np.array_equal(apart.sample({}, 1, 0)[0], expected)  # by another one
         process._limit = 0.5
@@ -138,7 +152,9 @@ def test_a_model_in_a_process_of_its_own(grey, tmp_path):
 
 
 def test_the_page_waits_for_no_model(grey):
-    """What is laid out is read from the files: torch is not imported for it, nor by the layout itself; Matplotlib not for samples either."""
+    """What is laid out is read from the files: torch is not imported for it, nor by the layout
+    itself; Matplotlib not for samples either.
+    """
     code = f"""if True:
         import sys
         from hf_intervene import app, page
@@ -176,9 +192,16 @@ def test_grey_images_over_the_wire(client, tmp_path):
     Image.new("L", (40, 30), 128).save(tmp_path / "photo.png")
     before, after, change = client.predict(True, False, 1.0, 1.0, 3, 5, api_name="/sample")
     assert len(before) == len(after["value"]) == len(change) == 3 and after["label"] == "thin"
-    compared = client.predict(handle_file(tmp_path / "photo.png"), [], False, True, 1.0, 0.5, api_name="/edit")
+    compared = client.predict(
+        handle_file(tmp_path / "photo.png"), [], False, True, 1.0, 0.5, api_name="/edit"
+    )
     assert compared["label"] == "Edited: wide=0.5"
-    assert [item["caption"] for item in compared["value"]] == ["given", "unchanged", "edited", "change"]
+    assert [item["caption"] for item in compared["value"]] == [
+        "given",
+        "unchanged",
+        "edited",
+        "change",
+    ]
 
 
 def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
@@ -186,7 +209,10 @@ def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
     for message, call in {
         "give a seed: a whole number": ((True, False, 1.0, 1.0, 3, None), "/sample"),
         "give an image first": ((None, [], False, True, 1.0, 1.0), "/edit"),
-        "photo.png cannot be read as an image": ((handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0), "/edit"),
+        "photo.png cannot be read as an image": (
+            (handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0),
+            "/edit",
+        ),
         "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
     }.items():
         with pytest.raises(Exception, match=message):
@@ -194,9 +220,13 @@ def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
 
 
 def edited(url, file):
-    """What the page answers to an edit of a file that was named and not uploaded, without Gradio's own client."""
+    """What the page answers to an edit of a file that was named and not uploaded, without Gradio's
+    own client.
+    """
     body = json.dumps({"data": [file, [], True, False, 1, 1]}).encode()
-    request = urllib.request.Request(f"{url}gradio_api/call/edit", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}gradio_api/call/edit", body, {"Content-Type": "application/json"}
+    )
     event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
     return urllib.request.urlopen(f"{url}gradio_api/call/edit/{event}", timeout=20).read().decode()
 
@@ -211,8 +241,21 @@ def test_no_file_of_the_servers_is_read(client, tmp_path):
     link.symlink_to(tmp_path / "private.png")
     (inside := uploads / "pipe.png").unlink(missing_ok=True)
     os.mkfifo(inside)
-    paths = [tmp_path / "private.png", tmp_path / "nothing.png", tmp_path, tmp_path / "pipe", "/dev/stdin", link, inside]
-    paths += [uploads, uploads / os.path.relpath(tmp_path / "private.png", uploads), "private.png", "a\x00b"]
+    paths = [
+        tmp_path / "private.png",
+        tmp_path / "nothing.png",
+        tmp_path,
+        tmp_path / "pipe",
+        "/dev/stdin",
+        link,
+        inside,
+    ]
+    paths += [
+        uploads,
+        uploads / os.path.relpath(tmp_path / "private.png", uploads),
+        "private.png",
+        "a\x00b",
+    ]
     try:
         answers = {edited(client.src, {"path": str(path)}) for path in paths}
     finally:
@@ -225,13 +268,18 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(grey, tmp_p
     Image.new("1", (13_300, 13_300)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 100_000
     began = time.monotonic()
-    with pytest.raises(ValueError, match="large.png has 13300x13300 pixels, 177 megapixels, and at most 32 are read"):
+    with pytest.raises(
+        ValueError,
+        match="large.png has 13300x13300 pixels, 177 megapixels, and at most 32 are read",
+    ):
         grey.edit(str(tmp_path / "large.png"), [], {})
     assert time.monotonic() - began < 1
 
 
 def waiting_room(page, monkeypatch):
-    """A page whose first grid takes until it is let go: its address, the seeds of those that were drawn, and what lets it go."""
+    """A page whose first grid takes until it is let go: its address, the seeds of those that were
+    drawn, and what lets it go.
+    """
     drawn, go = [], threading.Event()
 
     def slow(names, seed, *options):
@@ -262,7 +310,10 @@ def test_what_nobody_waits_for_is_not_computed(grey, monkeypatch):
         for seed in range(1, 6):
             event = asked(url, seed).json()["event_id"]
             if seed > 3:
-                with pytest.raises(httpx.ReadTimeout), httpx.stream("GET", f"{url}/{event}", timeout=0.3) as answer:
+                with (
+                    pytest.raises(httpx.ReadTimeout),
+                    httpx.stream("GET", f"{url}/{event}", timeout=0.3) as answer,
+                ):
                     answer.read()
         time.sleep(1)
         event = asked(url, 99).json()["event_id"]
@@ -304,7 +355,9 @@ def test_who_waits_is_known():
     clients._left_at["s"] = now  # only now: a browser may come back
     assert not clients.left(Request(now - 60))
     clients._left_at["s"] = now - 30
-    assert clients.left(Request(now - 60)) and not clients.left(Request(now - 1))  # asked for after that
+    assert clients.left(Request(now - 60)) and not clients.left(
+        Request(now - 1)
+    )  # asked for after that
 
 
 def test_nothing_is_fetched_from_elsewhere(client):
@@ -342,7 +395,11 @@ def test_no_such_pipeline(tmp_path, capsys):
 def test_a_port_that_is_taken(client, grey, capsys):
     port = client.src.rstrip("/").rpartition(":")[2]
     assert cli.main(["app", str(grey.folder), "--port", port]) == 1
-    assert capsys.readouterr().err == f"error: cannot listen at port {port}: it is taken, or not allowed; choose another one.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: cannot listen at port {port}: it is taken, or not allowed; choose another"
+        " one.\n"
+    )
 
 
 # As a Space
@@ -350,11 +407,24 @@ def test_a_port_that_is_taken(client, grey, capsys):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """The exported page of the bundled pipeline, served by `python app.py` as on the Hub. Returns the folder and the URL."""
+    """The exported page of the bundled pipeline, served by `python app.py` as on the Hub. Returns
+    the folder and the URL.
+    """
     folder = export("quad", tmp_path_factory.mktemp("space") / "quad")
-    environment = os.environ | {"PYTHONPATH": "", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder.parent / "files")}
+    environment = os.environ | {
+        "PYTHONPATH": "",
+        "PYTHONUNBUFFERED": "1",
+        "GRADIO_TEMP_DIR": str(folder.parent / "files"),
+    }
     command = [sys.executable, "app.py"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -375,7 +445,9 @@ def test_an_exported_space(space):
     assert pins["gradio"] == metadata["sdk_version"]
     assert pins["torch"] == torch.__version__.partition("+")[0]
     assert not any("hf-intervene" in name for name in pins)  # its sources are there
-    before, *_ = Client(url, verbose=False, download_files=False).predict(*[False] * 6, *[1.0] * 6, 2, 0, api_name="/sample")
+    before, *_ = Client(url, verbose=False, download_files=False).predict(
+        *[False] * 6, *[1.0] * 6, 2, 0, api_name="/sample"
+    )
     assert len(before) == 2
     with pytest.raises(ValueError, match="already holds something"):
         export("quad", folder)
@@ -402,14 +474,20 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_any_name_is_exported(grey, tmp_path, name):
-    """As text and as nothing else; one whose parent happens to have the name of a folder of the Hub's cache is copied too."""
+    """As text and as nothing else; one whose parent happens to have the name of a folder of the
+    Hub's cache is copied too.
+    """
     source = tmp_path / name
     shutil.copytree(grey.folder, source)
     folder = export(str(source), tmp_path / "space")
     text = (folder / "app.py").read_text(encoding="utf-8")
     tree = ast.parse(text)
     assert ast.get_docstring(tree) == "The page of a pipeline; see README.md."
-    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch"]
+    (call,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch"
+    ]
     path = folder / call.args[0].right.value  # HERE / "..."
     assert (path / "model_index.json").exists() and str(tmp_path) not in text
     metadata = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
@@ -424,7 +502,9 @@ def test_a_folder_whose_name_is_no_text(grey, tmp_path):
 
 
 def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
-    """Neither of the base, the adapter, the head and the frozen models, nor of what was loaded and is saved again."""
+    """Neither of the base, the adapter, the head and the frozen models, nor of what was loaded and
+    is saved again.
+    """
     here = str(tmp_path).encode()
     with_head("dit").save_pretrained(tmp_path / "model", save_base=True)
     model = InterventionModel.from_pretrained(tmp_path / "model")
@@ -433,9 +513,15 @@ def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
     InterventionPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "pipe again")
     for folder in ("pipe", "pipe again"):
         index = tmp_path / folder / "base" / "config.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": f"{tmp_path}/x"}))  # an older version's
+        index.write_text(
+            json.dumps(json.loads(index.read_text()) | {"_name_or_path": f"{tmp_path}/x"})
+        )  # an older version's
         export(str(tmp_path / folder), tmp_path / "space" / folder)
-        index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}))
+        index.write_text(
+            json.dumps(
+                {k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}
+            )
+        )
     leaks = [file for file in tmp_path.rglob("*") if file.is_file() and here in file.read_bytes()]
     assert leaks == []
     assert InterventionModel.from_pretrained(tmp_path / "again").concepts == model.concepts
@@ -444,7 +530,9 @@ def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
 def test_an_interruption_while_the_model_is_loaded(grey):
     command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert "http://" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
@@ -455,12 +543,16 @@ def test_an_interruption_while_the_model_is_loaded(grey):
 def test_a_signal_while_a_request_hangs_ends_all_processes_at_once(grey, number):
     command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     url = re.search(r"http://\S+", process.stdout.readline())[0]
     client = Client(url, verbose=False, download_files=False)
     client.predict(["thin", "wide"], 0, api_name="/compose")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (child,) = [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    (child,) = [
+        int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()
+    ]
     os.kill(child, signal.SIGSTOP)  # and not the one that only watches over resources
     client.submit(["thin", "wide"], 1, api_name="/compose")
     time.sleep(1)
@@ -475,7 +567,9 @@ def test_an_interruption_that_does_not_end_a_wait_is_heard():
     process = object.__new__(ModelProcess)
     process._lock, process._loaded, process._limit = threading.Lock(), False, 60
     process._connection, other = multiprocessing.Pipe()
-    interrupt = threading.Timer(0.3, _thread.interrupt_main)  # a signal that comes just before the wait looks like this
+    interrupt = threading.Timer(
+        0.3, _thread.interrupt_main
+    )  # a signal that comes just before the wait looks like this
     answer = threading.Timer(5.0, other.send, [(None, None)])
     interrupt.start()
     answer.start()
@@ -502,14 +596,16 @@ def browser():
 
 @pytest.fixture
 def page(browser, space):
-    """The page in a fresh tab; no request of it may leave this machine, and nothing may fail in it."""
+    """The page in a fresh tab; no request of it may leave this machine, and nothing may fail in it."""  # noqa: E501
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.set_default_timeout(60_000)
     requests, errors = [], []
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(space[1])
-    tab.locator(".pixels img").first.wait_for(timeout=180_000)  # the model is loaded while the page is there
+    tab.locator(".pixels img").first.wait_for(
+        timeout=180_000
+    )  # the model is loaded while the page is there
     yield tab
     elsewhere = [url for url in requests if not url.startswith((space[1], "data:", "blob:"))]
     tab.close()
@@ -523,7 +619,9 @@ def gallery(page, label):
 def pixels(page, label, number=0):
     """An image of a gallery, by the gallery's label."""
     source = gallery(page, label).locator("img").nth(number).get_attribute("src")
-    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")).astype(int)
+    return np.asarray(
+        Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+    ).astype(int)
 
 
 def test_two_concepts_are_switched_on(page):
@@ -601,10 +699,14 @@ def test_at_the_width_of_a_phone(page):
 
 @pytest.mark.slow  # a matter of the machine: on two quiet cores
 def test_speed(browser):
-    """From the command to the first picture in the browser within ten seconds; eight other images within two."""
+    """From the command to the first picture in the browser within ten seconds; eight other images
+    within two.
+    """
     start = time.perf_counter()
     command = [sys.executable, "-m", "hf_intervene.cli", "app"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
+    )
     try:
         url = re.search(r"http://\S+", process.stdout.readline())[0]
         served = time.perf_counter() - start
@@ -617,11 +719,17 @@ def test_speed(browser):
         source = gallery(tab, "quad1").locator("img").first.get_attribute("src")
         start = time.perf_counter()
         tab.get_by_role("button", name="Other images").click()
-        tab.wait_for_function("src => ![null, src].includes(document.querySelectorAll('.pixels img')[8]?.src)", arg=source)
+        tab.wait_for_function(
+            "src => ![null, src].includes(document.querySelectorAll('.pixels img')[8]?.src)",
+            arg=source,
+        )
         tab.wait_for_function(seen, arg=23)
         other = time.perf_counter() - start
     finally:
         process.terminate()
         process.wait(30)
-    print(f"served after {served:.1f} s, first picture after {first:.1f} s; eight other images after {other:.2f} s")
+    print(
+        f"served after {served:.1f} s, first picture after {first:.1f} s; eight other images after"
+        f" {other:.2f} s"
+    )
     assert first < 10 and other < 2

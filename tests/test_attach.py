@@ -1,4 +1,6 @@
-"""Heads on existing pipelines: unchanged outside a `with`, intervened on inside, as before after `detach`."""
+"""Heads on existing pipelines: unchanged outside a `with`, intervened on inside, as before after
+`detach`.
+"""
 
 import copy
 import sys
@@ -20,11 +22,27 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from diffusion_models import conditional, dit, save_pipeline, stable_diffusion, stable_diffusion_3, with_head
+from diffusion_models import (
+    conditional,
+    dit,
+    save_pipeline,
+    stable_diffusion,
+    stable_diffusion_3,
+    with_head,
+)
 from peft import LoraConfig
 from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, attach, detach, intervene, load_base
+from hf_intervene import (
+    InterventionModel,
+    InterventionPipeline,
+    LightVAE,
+    Quantile,
+    attach,
+    detach,
+    intervene,
+    load_base,
+)
 
 
 def generator(seed=0):
@@ -50,7 +68,12 @@ def images(pipe, num_images=2, **options):
             torch.randn(2, num_images, *shape, generator=generator(1))
             for shape in ((5, sizes.joint_attention_dim), (sizes.pooled_projection_dim,))
         )
-        call |= {"prompt_embeds": tokens[0], "negative_prompt_embeds": tokens[1], "height": 16, "width": 16}
+        call |= {
+            "prompt_embeds": tokens[0],
+            "negative_prompt_embeds": tokens[1],
+            "height": 16,
+            "width": 16,
+        }
         call |= {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
     else:
         call["prompt"] = ["a", "b"][:num_images]
@@ -64,21 +87,31 @@ def images(pipe, num_images=2, **options):
 def hooks(pipe):
     """How many there are on the denoiser: those of the model itself, which shares it, stay."""
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules()
+    )
 
 
 def pipeline(kind, tmp_path):
     """A pipeline and a model with a head on its denoiser."""
     if kind in ("ddpm", "ddim"):
         model = with_head("unet")
-        return quiet({"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[kind](model.base.model, model.base.scheduler)), model
+        return quiet(
+            {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[kind](
+                model.base.model, model.base.scheduler
+            )
+        ), model
     if kind == "dit":
         model = with_head("dit")
         return quiet(DiTPipeline(model.base.model, model.base.vae, model.base.scheduler)), model
     if kind == "sd3":
         model = with_head("sd3")
         return quiet(stable_diffusion_3(model)), model
-    kinds = {"text": StableDiffusionPipeline, "image": StableDiffusionImg2ImgPipeline, "inpaint": StableDiffusionInpaintPipeline}
+    kinds = {
+        "text": StableDiffusionPipeline,
+        "image": StableDiffusionImg2ImgPipeline,
+        "inpaint": StableDiffusionInpaintPipeline,
+    }
     model = with_head("conditional")
     return stable_diffusion(model, tmp_path, kinds[kind]), model
 
@@ -122,15 +155,24 @@ def test_each_image_has_its_own_interventions(kind, tmp_path):
 @pytest.mark.filterwarnings("ignore:the block of")
 @pytest.mark.parametrize("interventions", [["a"], {"a": Quantile(0.9)}, [["a@0.1", "b"], "obs"]])
 def test_the_pipeline_generates_what_the_model_does(interventions, tmp_path):
-    """DDIM by the library's pipeline, with a head attached, and by `InterventionModel`: the same images of the same noise."""
+    """DDIM by the library's pipeline, with a head attached, and by `InterventionModel`: the same
+    images of the same noise.
+    """
     pipe, model = pipeline("ddim", tmp_path)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    noise, x = torch.randn(2, 3, 4, generator=generator()), torch.randn(2, 3, 16, 16, generator=generator())
+    noise, x = (
+        torch.randn(2, 3, 4, generator=generator()),
+        torch.randn(2, 3, 16, 16, generator=generator()),
+    )
     expected = model.sample(interventions, noise=noise, residual_noise=x, num_inference_steps=5)
     attach(pipe, model)
     with intervene(pipe, interventions, noise=noise):
-        found = pipe(batch_size=2, generator=generator(), num_inference_steps=5, output_type="np").images
-    torch.testing.assert_close(torch.from_numpy(found).movedim(-1, 1), expected, rtol=1e-3, atol=1e-3)
+        found = pipe(
+            batch_size=2, generator=generator(), num_inference_steps=5, output_type="np"
+        ).images
+    torch.testing.assert_close(
+        torch.from_numpy(found).movedim(-1, 1), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_guidance_is_led_away_from_the_observational_pass(tmp_path):
@@ -169,11 +211,16 @@ def test_several_heads_add_up_with_their_weights(tmp_path):
     np.testing.assert_allclose(one, both, atol=1e-5)  # of weight 0
     detach(pipe, "style")
     attach(pipe, second, name="style", weight=0.7)
-    with intervene(pipe, "a", head="faces", noise=noise), intervene(pipe, "b", head="style", noise=noise):
+    with (
+        intervene(pipe, "a", head="faces", noise=noise),
+        intervene(pipe, "b", head="style", noise=noise),
+    ):
         assert np.abs(images(pipe) - one).max() > 1e-3
     with intervene(pipe, "a", head="faces", noise=noise):
         assert np.array_equal(images(pipe), one)
-    with pytest.raises(ValueError, match="give head=: the heads on this pipeline are 'faces', 'style'"):
+    with pytest.raises(
+        ValueError, match="give head=: the heads on this pipeline are 'faces', 'style'"
+    ):
         intervene(pipe, "a")
     with pytest.raises(ValueError, match="there is no head 'hair'"):
         intervene(pipe, "a", head="hair")
@@ -220,8 +267,11 @@ def test_attention_slicing_lora_and_offloading_go_on_working(tmp_path):
     pipe.enable_attention_slicing(1)
     np.testing.assert_allclose(under(), expected, atol=1e-4)
     pipe.disable_attention_slicing()
-    # LoRA of the pipeline, loaded after the head was attached, exchanges modules that the head has its hooks on.
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "to_v"], init_lora_weights=False))
+    # LoRA of the pipeline, loaded after the head was attached, exchanges modules that the head has
+    # its hooks on.
+    pipe.unet.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_out.0", "to_v"], init_lora_weights=False)
+    )
     styled = images(pipe)
     with_lora = under()
     assert np.abs(styled - before).max() > 1e-4 and np.abs(with_lora - styled).max() > 1e-3
@@ -260,7 +310,10 @@ def test_compiled_pipelines(order, tmp_path):
     np.testing.assert_allclose(images(pipe), before, atol=1e-5)
     with intervene(pipe, ["a", "b"], generator=generator()):
         np.testing.assert_allclose(images(pipe), expected, atol=1e-5)
-    with intervene(pipe, ["a"], generator=generator()), torch.compiler.set_stance("fail_on_recompile"):
+    with (
+        intervene(pipe, ["a"], generator=generator()),
+        torch.compiler.set_stance("fail_on_recompile"),
+    ):
         assert np.abs(images(pipe) - expected).max() > 1e-3  # other interventions, the same code
     detach(pipe)
     np.testing.assert_allclose(images(pipe), before, atol=1e-5)
@@ -269,7 +322,9 @@ def test_compiled_pipelines(order, tmp_path):
 def test_from_a_saved_model_or_pipeline(tmp_path):
     source = save_pipeline("unet", tmp_path / "ddpm")
     pipe = quiet(DDPMPipeline.from_pretrained(source))
-    model = InterventionModel.build(load_base(source, 16), ["a", "b"], noise_width=4, initializer_range=0.5).eval()
+    model = InterventionModel.build(
+        load_base(source, 16), ["a", "b"], noise_width=4, initializer_range=0.5
+    ).eval()
     for parameter in model.base.adapter.projections.parameters():
         parameter.data.normal_(std=0.3)
     model.save_pretrained(tmp_path / "model")  # the frozen base is not in it
@@ -286,7 +341,9 @@ def test_from_a_saved_model_or_pipeline(tmp_path):
     # A base that was trained too must be the pipeline's.
     model.base.model.conv_in.bias.data += 0.1
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match="has a base of its own, which is not the denoiser of this pipeline"):
+    with pytest.raises(
+        ValueError, match="has a base of its own, which is not the denoiser of this pipeline"
+    ):
         attach(pipe, tmp_path / "trained", name="trained")
     attach(quiet(DDPMPipeline(model.base.model, pipe.scheduler)), tmp_path / "trained")
     # Another denoiser of the same shape fits, with a warning.
@@ -318,7 +375,9 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         attach(pipe, tmp_path / "light")
     wide = stable_diffusion(model, tmp_path)
     wide.unet = conditional(cross_attention_dim=20)
-    with pytest.raises(ValueError, match="its cross-attention width is 12, that of this UNet2DConditionModel is 20"):
+    with pytest.raises(
+        ValueError, match="its cross-attention width is 12, that of this UNet2DConditionModel is 20"
+    ):
         attach(wide, model)
     with pytest.raises(ValueError, match="another denoiser"):
         attach(DiTPipeline(dit(), model.base.vae, model.base.scheduler), model)
@@ -335,7 +394,9 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         intervene(pipe, "obs", guidance_scale=2.0)
     with pytest.raises(ValueError, match="noise must have shape"):
         intervene(pipe, "a", noise=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="the interventions are for 3 images, but this call makes 2"):
+    with pytest.raises(
+        ValueError, match="the interventions are for 3 images, but this call makes 2"
+    ):
         with intervene(pipe, [["a"], ["b"], "obs"]):
             images(pipe)
     intervene(pipe, "a")
@@ -355,7 +416,9 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
 def test_threads_intervene_each_for_itself(tmp_path):
     """On two pipelines that share a denoiser; one thread does not intervene at all."""
     model = with_head("unet")
-    pipes = [quiet(DDIMPipeline(model.base.model, copy.deepcopy(model.base.scheduler))) for _ in range(3)]
+    pipes = [
+        quiet(DDIMPipeline(model.base.model, copy.deepcopy(model.base.scheduler))) for _ in range(3)
+    ]
     for pipe in pipes:
         attach(pipe, model)
 
@@ -375,7 +438,9 @@ def test_threads_intervene_each_for_itself(tmp_path):
     for round in found:
         for made, same in zip(round, expected):
             np.testing.assert_allclose(made, same, rtol=0, atol=1e-5)
-    assert abs(expected[0] - expected[1]).max() > 1e-3 and abs(expected[0] - expected[2]).max() > 1e-3
+    assert (
+        abs(expected[0] - expected[1]).max() > 1e-3 and abs(expected[0] - expected[2]).max() > 1e-3
+    )
 
 
 def test_a_copy_made_while_intervening_is_not_intervened_on(tmp_path):

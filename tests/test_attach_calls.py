@@ -388,7 +388,7 @@ def test_rows_that_cannot_be_told_apart_are_refused():
 
 
 def test_the_user_knows_better():
-    """A pipeline of one's own that steps both halves of its guidance, and says nothing of images."""
+    """A pipeline of one's own that steps both halves of its guidance, and says nothing of images."""  # noqa: E501
     pipe = diffusers.DDIMPipeline(pixels(), diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     attach(pipe, *pipelines.head_for(pipe))
@@ -519,7 +519,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["sd", "flux", "z-image"])
 def test_nothing_waits_for_the_device_in_a_step(kind):
-    """The rows of a batch are compared once in a call. Steps add nothing to what the pipeline does."""
+    """The rows of a batch are compared once in a call. Steps add nothing to what the pipeline does."""  # noqa: E501
     pipe = made(kind)
     options = {"noise": NOISE, "guidance_scale": 2.0, "compose": "scores"}
 

@@ -1,11 +1,19 @@
-"""Pretrained diffusers autoencoders under a head: every family, what is saved of them, LoRA, and the trainer's regimes on them."""
+"""Pretrained diffusers autoencoders under a head: every family, what is saved of them, LoRA, and
+the trainer's regimes on them.
+"""
 
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    VQModel,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +26,11 @@ from hf_intervene.training.train import TrainArguments, main
 
 
 CONCEPTS = ["a", "b"]
-KL_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+KL_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
 DC_BLOCKS = {
     f"{side}_{key}": value
     for side in ("encoder", "decoder")
@@ -29,12 +41,23 @@ DC_BLOCKS = {
         "qkv_multiscales": ((), (), ()),
     }.items()
 }
-VIDEO = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+VIDEO = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False],
+}
 VIDEO |= {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 1.1, 2.0]}
 FAMILIES = {
-    "kl": lambda: AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, shift_factor=0.1, **KL_BLOCKS),
+    "kl": lambda: AutoencoderKL(
+        block_out_channels=(8, 16), latent_channels=4, shift_factor=0.1, **KL_BLOCKS
+    ),
     "asymmetric": lambda: AsymmetricAutoencoderKL(
-        down_block_out_channels=(8, 16), up_block_out_channels=(8, 16), latent_channels=4, **KL_BLOCKS
+        down_block_out_channels=(8, 16),
+        up_block_out_channels=(8, 16),
+        latent_channels=4,
+        **KL_BLOCKS,
     ),
     "tiny": lambda: AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
@@ -42,16 +65,29 @@ FAMILIES = {
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     ),
-    "vq": lambda: VQModel(block_out_channels=(8, 16), latent_channels=3, num_vq_embeddings=16, **KL_BLOCKS),
+    "vq": lambda: VQModel(
+        block_out_channels=(8, 16), latent_channels=3, num_vq_embeddings=16, **KL_BLOCKS
+    ),
     "dc": lambda: AutoencoderDC(latent_channels=4, scaling_factor=0.4, **DC_BLOCKS),
     "flux2": lambda: diffusers.AutoencoderKLFlux2(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, **KL_BLOCKS
     ),
     "hunyuan-image": lambda: diffusers.AutoencoderKLHunyuanImage(
-        3, 3, 4, block_out_channels=(32, 32), layers_per_block=1, spatial_compression_ratio=2, sample_size=16
+        3,
+        3,
+        4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
     ),
     "kvae": lambda: diffusers.AutoencoderKLKVAE(
-        channels=64, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1), sample_size=16
+        channels=64,
+        num_enc_blocks=1,
+        num_dec_blocks=1,
+        z_channels=4,
+        ch_mult=(1, 1),
+        sample_size=16,
     ),
     "qwen-image": lambda: diffusers.AutoencoderKLQwenImage(**VIDEO),
     "wan": lambda: diffusers.AutoencoderKLWan(**VIDEO),
@@ -100,8 +136,12 @@ def train_a_little(model):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        model(torch.rand(3, *model.base.image_shape), model.targets([["a"], ["a", "b"], None])).loss.backward()
-        untouched = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        model(
+            torch.rand(3, *model.base.image_shape), model.targets([["a"], ["a", "b"], None])
+        ).loss.backward()
+        untouched = [
+            name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+        ]
         assert untouched == []  # or several processes would wait for gradients that never come
         optimizer.step()
 
@@ -112,9 +152,13 @@ def test_a_head_on_every_family(pretrained):
     x, s = torch.rand(3, 3, 16, 16), model.targets([["a"], ["a", "b"], None])
     noise = torch.randn(3, *model.noise_shape)
     out = model(x, s, noise=noise, return_reconstruction=True)
-    decoded = model.decode(out.posterior_mean + (0.5 * out.posterior_logvar).exp() * noise, s) / 2 + 0.5
+    decoded = (
+        model.decode(out.posterior_mean + (0.5 * out.posterior_logvar).exp() * noise, s) / 2 + 0.5
+    )
     normal = torch.distributions.Normal(decoded, (0.5 * model.base.adapter.log_variance).exp())
-    torch.testing.assert_close(out.reconstruction_loss, -normal.log_prob(x).flatten(1).sum(1), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        out.reconstruction_loss, -normal.log_prob(x).flatten(1).sum(1), rtol=1e-4, atol=1e-2
+    )
     assert out.reconstruction.min() >= 0 and out.reconstruction.max() <= 1
     model.base.trainable(True)
     train_a_little(model)
@@ -124,7 +168,9 @@ def test_scale_and_shift_are_those_of_the_model(tmp_path):
     vae = saved("kl", tmp_path)
     base = wrap_base(vae, sample_size=16)
     seen = []
-    base.adapter.network.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    base.adapter.network.encoder.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     x = torch.rand(2, 3, 16, 16)
     base.encode(x)
     latents = vae.encode(2 * x - 1).latent_dist.mean
@@ -135,25 +181,36 @@ def test_scale_and_shift_are_those_of_the_model(tmp_path):
 
 
 def test_a_video_autoencoder_gets_an_image_as_one_frame(tmp_path):
-    """With the statistics of its channels, as the pipelines of Qwen-Image and Wan scale their latents."""
+    """With the statistics of its channels, as the pipelines of Qwen-Image and Wan scale their
+    latents.
+    """
     vae = saved("wan", tmp_path).eval()
     base = wrap_base(vae, sample_size=16)
     x = torch.rand(2, 3, 16, 16)
-    mean, deviation = (torch.tensor(VIDEO[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+    mean, deviation = (
+        torch.tensor(VIDEO[f"latents_{name}"])[:, None, None] for name in ("mean", "std")
+    )
     frame = vae.encode((2 * x - 1)[:, :, None]).latent_dist.mean[:, :, 0]
     torch.testing.assert_close(base._latent_posterior(x)[0], (frame - mean) / deviation)
-    torch.testing.assert_close(base.decode_latents((frame - mean) / deviation), vae.decode(frame[:, :, None]).sample[:, :, 0])
+    torch.testing.assert_close(
+        base.decode_latents((frame - mean) / deviation),
+        vae.decode(frame[:, :, None]).sample[:, :, 0],
+    )
 
 
 def test_a_representation_autoencoder_has_its_own_range_and_scale(tmp_path):
-    """AutoencoderRAE takes and returns pixels in [0, 1] and scales its latents itself, without the noise of its training."""
+    """AutoencoderRAE takes and returns pixels in [0, 1] and scales its latents itself, without the
+    noise of its training.
+    """
     rae = saved("rae", tmp_path)
     base = wrap_base(rae, sample_size=16).train()
     x = torch.rand(2, 3, 16, 16)
     latents = rae.eval().encode(x).latent
     base.train()
     torch.testing.assert_close(base._latent_posterior(x)[0], latents)
-    torch.testing.assert_close(base.to_pixels(base.decode_latents(latents)), rae.decode(latents).sample.clamp(0, 1))
+    torch.testing.assert_close(
+        base.to_pixels(base.decode_latents(latents)), rae.decode(latents).sample.clamp(0, 1)
+    )
 
 
 def test_a_frozen_base_is_not_saved_but_known_by_its_hash(pretrained, tmp_path):
@@ -164,14 +221,18 @@ def test_a_frozen_base_is_not_saved_but_known_by_its_hash(pretrained, tmp_path):
     assert weight_hash(pretrained) == before
     model.eval().save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "base").exists()
-    assert sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file()) < 5e6
+    assert (
+        sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file()) < 5e6
+    )
     loaded = InterventionModel.from_pretrained(tmp_path / "model")
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     torch.testing.assert_close(sample(loaded), sample(model), rtol=0, atol=1e-5)
     # With a base at hand, and with one that is not the one the head was trained on.
     copy = type(pretrained).from_pretrained(tmp_path / "pretrained")
-    torch.testing.assert_close(sample(InterventionModel.from_pretrained(tmp_path / "model", base=copy)), sample(model))
+    torch.testing.assert_close(
+        sample(InterventionModel.from_pretrained(tmp_path / "model", base=copy)), sample(model)
+    )
     with torch.no_grad():
         next(copy.parameters()).view(-1)[0] += 1
     with pytest.raises(ValueError, match="is not the base that the head was trained on"):
@@ -198,7 +259,12 @@ def test_a_changed_base_is_saved_whole(pretrained, tmp_path):
     model.eval().save_pretrained(tmp_path / "model")
     plain = type(pretrained).from_pretrained(tmp_path / "model" / "base")  # plain diffusers
     assert weight_hash(plain) == weight_hash(pretrained)
-    torch.testing.assert_close(sample(InterventionModel.from_pretrained(tmp_path / "model")), sample(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        sample(InterventionModel.from_pretrained(tmp_path / "model")),
+        sample(model),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_lora_is_saved_as_peft_does(pretrained, tmp_path):
@@ -218,10 +284,13 @@ def test_lora_is_saved_as_peft_does(pretrained, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     images = sample(model)
     torch.testing.assert_close(sample(loaded), images, rtol=0, atol=1e-5)
-    # Plain PEFT on a plain base gives the same images; so does a pipeline, whose base is a plain model again.
+    # Plain PEFT on a plain base gives the same images; so does a pipeline, whose base is a plain
+    # model again.
     plain = type(pretrained).from_pretrained(tmp_path / "pretrained")
     PeftModel.from_pretrained(plain, tmp_path / "model" / "lora")
-    by_peft = InterventionModel(model.config, wrap_base(plain, adapter=model.base.adapter), model.head).eval()
+    by_peft = InterventionModel(
+        model.config, wrap_base(plain, adapter=model.base.adapter), model.head
+    ).eval()
     torch.testing.assert_close(sample(by_peft), images, rtol=0, atol=1e-5)
     InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipeline")
     pipe = InterventionPipeline.from_pretrained(tmp_path / "pipeline")
@@ -234,7 +303,12 @@ def test_lora_is_saved_as_peft_does(pretrained, tmp_path):
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune", "end-to-end", "lora"])
 def test_regimes_from_the_trainer(tiny, tmp_path, family, regime):
     saved(family, tmp_path)
-    settings = tiny | {"base": str(tmp_path / "pretrained"), "max_steps": 6, "eval_every": 3, "lora_rank": 2}
+    settings = tiny | {
+        "base": str(tmp_path / "pretrained"),
+        "max_steps": 6,
+        "eval_every": 3,
+        "lora_rank": 2,
+    }
     result = train.train(TrainArguments(**settings | {"regime": regime}))
     folder = Path(result.model_dir)
     assert (folder / "base").exists() == (regime in ("fine-tune", "end-to-end"))
@@ -248,7 +322,13 @@ def test_a_base_out_of_a_pipelines_folder(tiny, tmp_path, monkeypatch, regime):
     saved("kl", tmp_path / "pipeline")
     (tmp_path / "pipeline" / "pretrained").rename(tmp_path / "pipeline" / "vae")
     monkeypatch.chdir(tmp_path)
-    settings = tiny | {"base": "pipeline", "base_subfolder": "vae", "max_steps": 4, "lora_rank": 2, "regime": regime}
+    settings = tiny | {
+        "base": "pipeline",
+        "base_subfolder": "vae",
+        "max_steps": 4,
+        "lora_rank": 2,
+        "regime": regime,
+    }
     folder = train.train(TrainArguments(**settings)).model_dir
     monkeypatch.chdir("/")  # a relative path is known again from elsewhere
     assert InterventionModel.from_pretrained(folder).sample("size", 2).shape == (2, 3, 16, 16)
@@ -269,14 +349,19 @@ def test_lora_is_not_lost(tmp_path):
     weights = load_file(file)
     weights.pop(next(iter(weights)))
     save_file(weights, file)
-    with pytest.raises(OSError, match="the LoRA of .* does not fit the base: weights of .* are missing"):
+    with pytest.raises(
+        OSError, match="the LoRA of .* does not fit the base: weights of .* are missing"
+    ):
         InterventionModel.from_pretrained(tmp_path / "model")
 
 
 def test_lora_on_a_frozen_base_is_one_sentence(tmp_path):
     vae = saved("kl", tmp_path).requires_grad_(False)
     with pytest.raises(
-        ValueError, match="this AutoencoderKL has no linear map or convolution that is not frozen: thaw it before"
+        ValueError,
+        match=(
+            "this AutoencoderKL has no linear map or convolution that is not frozen: thaw it before"
+        ),
     ):
         add_lora(vae, 2)
     assert not hasattr(vae, "peft_config")
@@ -291,18 +376,34 @@ def test_an_ablation_without_a_head_trains_the_posterior_it_has(tiny, tmp_path, 
         "regime": regime,
         "output_dir": str(tmp_path / "run"),
     }
-    before = train.build_model(TrainArguments(**tiny | base), train.load_data(TrainArguments(**tiny | base))[0])
+    before = train.build_model(
+        TrainArguments(**tiny | base), train.load_data(TrainArguments(**tiny | base))[0]
+    )
     after = InterventionModel.from_pretrained(train.train(TrainArguments(**tiny | base)).model_dir)
-    assert not torch.equal(before.base.adapter.network.quant.weight, after.base.adapter.network.quant.weight)
+    assert not torch.equal(
+        before.base.adapter.network.quant.weight, after.base.adapter.network.quant.weight
+    )
 
 
 def test_what_does_not_fit(tmp_path, tiny, capsys):
     vae = saved("kl", tmp_path)
-    with pytest.raises(ValueError, match="the adapter is for 4 x 8.2 latents, but this AutoencoderKL makes 4 x 16.2"):
+    with pytest.raises(
+        ValueError,
+        match="the adapter is for 4 x 8.2 latents, but this AutoencoderKL makes 4 x 16.2",
+    ):
         wrap_base(vae, sample_size=32, adapter=wrap_base(vae, sample_size=16).adapter)
     with pytest.raises(ValueError, match="does not say what size of image"):
         wrap_base(FAMILIES["tiny"]())
-    assert main([word for key, value in (tiny | {"regime": "lora"}).items() for word in options(key, value)]) == 1
+    assert (
+        main(
+            [
+                word
+                for key, value in (tiny | {"regime": "lora"}).items()
+                for word in options(key, value)
+            ]
+        )
+        == 1
+    )
     assert "regime lora needs a pretrained base" in capsys.readouterr().err
     with pytest.raises(ValueError, match="regime frozen needs a pretrained base"):
         TrainArguments(**tiny | {"regime": "frozen"})

@@ -1,4 +1,6 @@
-"""The baselines: their losses against slow loops, how they sample, and the job from end to end on tiny models."""
+"""The baselines: their losses against slow loops, how they sample, and the job from end to end on
+tiny models.
+"""
 
 import json
 import math
@@ -20,7 +22,11 @@ CONTEXTS = ("obs", "quad1", "quad2", "quad3", "quad4", "size", "orientation")
 
 def build(baseline, width=12):
     torch.manual_seed(0)
-    return Baseline(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=width), quad.CONCEPTS, baseline)
+    return Baseline(
+        LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=width),
+        quad.CONCEPTS,
+        baseline,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,35 +48,59 @@ def log_gauss(z, mean, logvar):
 
 def test_decomposed_kl_is_minibatch_weighted_sampling():
     pytest.importorskip("pythae")
-    mean, logvar, z = (torch.randn(5, 3, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    mean, logvar, z = (
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)
+    )
     size, width, images = 5, 3, 100
     information = correlation = dimensions = 0.0
     for i in range(size):
-        density = [[log_gauss(float(z[i, k]), float(mean[j, k]), float(logvar[j, k])) for k in range(width)] for j in range(size)]
+        density = [
+            [
+                log_gauss(float(z[i, k]), float(mean[j, k]), float(logvar[j, k]))
+                for k in range(width)
+            ]
+            for j in range(size)
+        ]
         joint = math.log(sum(math.exp(sum(row)) for row in density) / (size * images))
-        marginals = sum(math.log(sum(math.exp(row[k]) for row in density) / (size * images)) for k in range(width))
+        marginals = sum(
+            math.log(sum(math.exp(row[k]) for row in density) / (size * images))
+            for k in range(width)
+        )
         prior = sum(log_gauss(float(z[i, k]), 0.0, 0.0) for k in range(width))
         information += (sum(density[i]) - joint) / size
         correlation += (joint - marginals) / size
         dimensions += (marginals - prior) / size
     got = baseline_losses.decomposed_kl(mean, logvar, z, 0.5, 3.0, images)
-    assert got.item() == pytest.approx(0.5 * (information + dimensions) + 3.0 * correlation, rel=1e-4)
-    plain = baseline_losses.decomposed_kl(mean, logvar, z, 1.0, 1.0, images)  # all weights equal: the KL, at these draws
+    assert got.item() == pytest.approx(
+        0.5 * (information + dimensions) + 3.0 * correlation, rel=1e-4
+    )
+    plain = baseline_losses.decomposed_kl(
+        mean, logvar, z, 1.0, 1.0, images
+    )  # all weights equal: the KL, at these draws
     assert plain.item() == pytest.approx(information + correlation + dimensions, rel=1e-4)
 
 
 def test_averaged_posteriors_average_what_a_pair_shares():
-    mean, logvar = (torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    mean, logvar = (
+        torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(k)) for k in range(2)
+    )
     means, logvars = baseline_losses.averaged_posteriors(mean, logvar)
     averaged = 0
     for n in range(3):
         m, v = mean[[n, n + 3], :, 0, 0].tolist(), logvar[[n, n + 3], :, 0, 0].exp().tolist()
-        delta = [0.5 * (math.log(v[1][i] / v[0][i]) + (v[0][i] + (m[0][i] - m[1][i]) ** 2) / v[1][i] - 1) for i in range(4)]
+        delta = [
+            0.5 * (math.log(v[1][i] / v[0][i]) + (v[0][i] + (m[0][i] - m[1][i]) ** 2) / v[1][i] - 1)
+            for i in range(4)
+        ]
         for i in range(4):
             shared = delta[i] < (max(delta) + min(delta)) / 2
             averaged += shared
             for k in range(2):
-                expected = (sum(row[i] for row in m) / 2, sum(row[i] for row in v) / 2) if shared else (m[k][i], v[k][i])
+                expected = (
+                    (sum(row[i] for row in m) / 2, sum(row[i] for row in v) / 2)
+                    if shared
+                    else (m[k][i], v[k][i])
+                )
                 found = (means[n + 3 * k, i].item(), logvars[n + 3 * k, i].exp().item())
                 assert found == pytest.approx(expected, rel=1e-4)
     assert 0 < averaged < 12
@@ -85,10 +115,14 @@ def test_triplets_within_the_batch():
         positive = next((p for p in order if ids[p] == ids[a]), None)
         negative = next(n for n in order if ids[n] != ids[a])
         if positive is not None:
-            near, far = (math.dist(mean[a].tolist(), mean[k].tolist()) for k in (positive, negative))
+            near, far = (
+                math.dist(mean[a].tolist(), mean[k].tolist()) for k in (positive, negative)
+            )
             losses.append(max(0.0, near - far + 1.0))
     assert len(losses) == 6
-    assert baseline_losses.triplet_loss(mean, ids).item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert baseline_losses.triplet_loss(mean, ids).item() == pytest.approx(
+        np.mean(losses), rel=1e-4
+    )
     assert baseline_losses.triplet_loss(mean, torch.zeros(7)).item() == 0
 
 
@@ -101,16 +135,24 @@ def test_gradient_reaches_every_weight(baseline, data):
     assert (data.context_ids[rows[:12]] == 0).all() and (data.context_ids[rows[12:]] > 0).all()
     ids = data.context_ids[rows]
     noise = torch.randn(24, *model.noise_shape)
-    model.objective(data.pixels[rows] / 255, data.targets()[ids], ids, noise, 1.0, 5.0, len(data)).backward()
+    model.objective(
+        data.pixels[rows] / 255, data.targets()[ids], ids, noise, 1.0, 5.0, len(data)
+    ).backward()
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in model.parameters())
 
 
 def test_plain_objective_is_the_negative_elbo_with_its_weight(data):
     for baseline in ("conditional-vae", "tvae"):
         model = build(baseline)
-        x, s, noise = data.pixels[::5] / 255, data.targets()[data.context_ids[::5]], torch.randn(23, *model.noise_shape)
+        x, s, noise = (
+            data.pixels[::5] / 255,
+            data.targets()[data.context_ids[::5]],
+            torch.randn(23, *model.noise_shape),
+        )
         expected = model(x, s, beta=3.0, noise=noise).loss
-        assert model.objective(x, s, data.context_ids[::5], noise, 3.0, 0.0, 1).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert model.objective(
+            x, s, data.context_ids[::5], noise, 3.0, 0.0, 1
+        ).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_conditional_vae_is_told_the_sum_of_the_concepts(data):
@@ -145,7 +187,8 @@ def test_contexts_are_gaussians_and_compose_by_addition(data):
     means = model.context_means
     assert torch.allclose(z[:100_000].mean(0), means[1] + means[3] - means[0], atol=0.03)
     assert torch.allclose(z[100_000:].mean(0), means[0], atol=0.03)
-    # The sum of the two less obs has the eigenvalue 0.3 + 0.2 - 1 < 0: that direction has no variance.
+    # The sum of the two less obs has the eigenvalue 0.3 + 0.2 - 1 < 0: that direction has no
+    # variance.
     expected = torch.tensor([[2.0, 0.5, 0.0], [0.5, 3.0, 0.0], [0.0, 0.0, 0.0]])
     assert torch.allclose(z[:100_000].T.cov(), expected, atol=0.05)
 
@@ -155,7 +198,10 @@ def test_job_from_end_to_end_and_not_twice(tiny, tmp_path, capsys, monkeypatch):
     assert baselines.main(argv) == 0
     out = tmp_path / "run"
     metrics = json.loads((out / "metrics" / "metrics.json").read_text())
-    assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT} and metrics["seconds"] > 0
+    assert (
+        set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
+        and metrics["seconds"] > 0
+    )
     assert set(metrics["contexts"]["obs"]) >= {"independent", "paper", "bits_per_pixel"}
     assert "paper protocol" in (out / "metrics" / "metrics.md").read_text()
     saved = Baseline.load(out / "model")
@@ -174,7 +220,10 @@ def test_saved_model_samples_the_same(tmp_path, data):
             model.fit_contexts(data)
         model.save(tmp_path)
         noise = torch.randn(3, *model.noise_shape)
-        assert torch.equal(Baseline.load(tmp_path).sample("quad1+size", noise=noise), model.sample("quad1+size", noise=noise))
+        assert torch.equal(
+            Baseline.load(tmp_path).sample("quad1+size", noise=noise),
+            model.sample("quad1+size", noise=noise),
+        )
 
 
 def test_training_learns_and_keeps_the_best(tiny, monkeypatch):
@@ -189,7 +238,9 @@ def test_training_learns_and_keeps_the_best(tiny, monkeypatch):
     a = TrainArguments(**tiny | {"max_steps": 12})
     model = baselines.train_baseline(a, "conditional-vae", 0.0)
     assert torch.equal(model.base.model.quant.weight, states[1]["base.model.quant.weight"])
-    assert not torch.equal(states[0]["base.model.quant.weight"], states[1]["base.model.quant.weight"])
+    assert not torch.equal(
+        states[0]["base.model.quant.weight"], states[1]["base.model.quant.weight"]
+    )
     assert not next(scores, None)
 
 
@@ -227,14 +278,21 @@ def test_grid_holds_settings_that_exist():
 
 
 def test_references_of_images_without_content(tiny, capsys):
-    settings = {key: tiny[key] for key in ("resolution", "images_per_context", "validation_images", "block_out_channels")}
+    settings = {
+        key: tiny[key]
+        for key in ("resolution", "images_per_context", "validation_images", "block_out_channels")
+    }
     assert baselines.main(["--explain", "quad", "--images", "64", *words(settings)]) == 0
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:] if line]
+    lines = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:] if line
+    ]
     rows = {label: [float(cell) for cell in cells] for label, *cells in lines}
     assert rows["grey 0.5"][-1] == pytest.approx(3, abs=1e-3)  # a bit a channel
     assert rows["uniform noise"][-1] == pytest.approx(3 / math.log(2), abs=0.05)
     assert rows["real images"][-1] < rows["mean training image"][-1] < 3
-    assert rows["real images"][0] < 0.5 * min(row[0] for label, row in rows.items() if label != "real images")
+    assert rows["real images"][0] < 0.5 * min(
+        row[0] for label, row in rows.items() if label != "real images"
+    )
 
 
 def test_bernoulli_bits():

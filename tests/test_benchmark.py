@@ -1,4 +1,6 @@
-"""benchmark.py: what it measures is measured in turn, what it compares is told from noise, and every benchmark runs."""
+"""benchmark.py: what it measures is measured in turn, what it compares is told from noise, and
+every benchmark runs.
+"""
 
 import json
 import time
@@ -8,35 +10,69 @@ import pytest
 import torch
 
 from hf_intervene.data import quad
-from hf_intervene.training import benchmark, benchmark_bases, benchmark_data, benchmark_textbook, benchmark_tools
+from hf_intervene.training import (
+    benchmark,
+    benchmark_bases,
+    benchmark_data,
+    benchmark_textbook,
+    benchmark_tools,
+)
 from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Turns, alternate, contest, figure, machine, over, summary
+from hf_intervene.training.benchmark_tools import (
+    Turns,
+    alternate,
+    contest,
+    figure,
+    machine,
+    over,
+    summary,
+)
 
 
-TINY = {"resolution": 16, "images_per_context": 16, "batch_size": 8, "block_out_channels": [8, 8], "hidden_width": 16}
+TINY = {
+    "resolution": 16,
+    "images_per_context": 16,
+    "batch_size": 8,
+    "block_out_channels": [8, 8],
+    "hidden_width": 16,
+}
 
 STEPS = [
     lambda: benchmark_bases.light_step(None, 4, {"sample_size": 16}),
     lambda: benchmark_bases.light_sampling("base", 4, {"sample_size": 16}),
     lambda: benchmark_bases.head_alone(4),
-    *(lambda kind=kind: benchmark_bases.objective_step(kind, 8, {"sample_size": 16}) for kind in benchmark_bases.TERMS),
+    *(
+        lambda kind=kind: benchmark_bases.objective_step(kind, 8, {"sample_size": 16})
+        for kind in benchmark_bases.TERMS
+    ),
     *(lambda kind=kind: benchmark_bases.autoencoder_step(kind, 2, 16) for kind in ("head", "base")),
-    *(lambda kind=kind: benchmark_bases.autoencoder_sampling(kind, 2, 16) for kind in ("head", "base")),
+    *(
+        lambda kind=kind: benchmark_bases.autoencoder_sampling(kind, 2, 16)
+        for kind in ("head", "base")
+    ),
     *(lambda kind=kind: benchmark_bases.unet_step(kind, 2, 16) for kind in ("head", "base")),
     *(lambda kind=kind: benchmark_bases.unet_sampling(kind, 2, 16) for kind in ("head", "base")),
 ]
 
 
 def report(values, kind="ratio", **machine_changes):
-    return {"machine": machine() | machine_changes, "results": {"thing": {"training": figure(kind, values) | {"peak_gib": 2.0}}}}
+    return {
+        "machine": machine() | machine_changes,
+        "results": {"thing": {"training": figure(kind, values) | {"peak_gib": 2.0}}},
+    }
 
 
 def test_ratios_are_of_the_same_round():
-    found = summary([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])  # ratios 2, 2, 3, whatever the rounds have in common
+    found = summary(
+        [2.0, 4.0, 9.0], [1.0, 2.0, 3.0]
+    )  # ratios 2, 2, 3, whatever the rounds have in common
     assert found == {"ratio": 2.0, "quartiles": [2.0, 2.5], "rounds": 3}
     calls = []
     seconds = alternate([lambda: calls.append("a"), lambda: calls.append("b")], 2)
-    assert calls == ["a", "b"] * 3 and [len(s) for s in seconds] == [2, 2]  # the first round warms up
+    assert calls == ["a", "b"] * 3 and [len(s) for s in seconds] == [
+        2,
+        2,
+    ]  # the first round warms up
 
 
 def take_turns(turns: Turns, file, name, seconds, megabytes):
@@ -51,9 +87,13 @@ def take_turns(turns: Turns, file, name, seconds, megabytes):
 
 def test_contestants_take_turns_in_processes_of_their_own(tmp_path):
     log = tmp_path / "log"
-    found = contest({"a": (take_turns, (log, "a", 0.02, 300)), "b": (take_turns, (log, "b", 0.2, 1))}, 2)
+    found = contest(
+        {"a": (take_turns, (log, "a", 0.02, 300)), "b": (take_turns, (log, "b", 0.2, 1))}, 2
+    )
     assert log.read_text() == "ababab"
-    assert all(0.02 <= s < 0.2 for s in found["a"].seconds) and all(s >= 0.2 for s in found["b"].seconds)
+    assert all(0.02 <= s < 0.2 for s in found["a"].seconds) and all(
+        s >= 0.2 for s in found["b"].seconds
+    )
     assert found["a"].peak_gib - found["b"].peak_gib == pytest.approx(299 / 1024, abs=0.1)
     assert over(found, "b", "a")["ratio"] > 1
     here, there = Pipe()
@@ -85,19 +125,27 @@ def test_compare(tmp_path, capsys, kind, before, after, verdict):
 
 
 def test_seconds_of_other_machines_are_not_compared():
-    a, b = report([100.0] * 3, "images_per_second"), report([10.0] * 3, "images_per_second", processor="another")
+    a, b = (
+        report([100.0] * 3, "images_per_second"),
+        report([10.0] * 3, "images_per_second", processor="another"),
+    )
     text, worse = benchmark.compare(a, b)
     assert not worse and "The machines differ" in text and "images_per_second:" not in text
     assert benchmark.compare(report([1.0] * 3), report([2.0] * 3, processor="another"))[1]
 
 
 def test_the_command_writes_json_and_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_data, "render", lambda rounds: figure("images_per_second", [1000.0] * rounds))
+    monkeypatch.setattr(
+        benchmark_data, "render", lambda rounds: figure("images_per_second", [1000.0] * rounds)
+    )
     file = tmp_path / "out" / "b.json"
     assert benchmark.main(["render", "--rounds", "3", "--output", str(file)]) == 0
     assert benchmark.read(str(file))["results"]["render"]["rounds"] == 3
     table = file.with_suffix(".md").read_text()
-    assert "| render | images per second | 1,000 | 1,000 to 1,000 |" in table and machine()["processor"] in table
+    assert (
+        "| render | images per second | 1,000 | 1,000 to 1,000 |" in table
+        and machine()["processor"] in table
+    )
     assert "| render | images per second | 1,000 |" in capsys.readouterr().out
 
 
@@ -148,12 +196,16 @@ def test_the_textbook_sees_one_context_a_batch():
     rows = [next(batches) for _ in range(6)]
     assert all(len({data.contexts[i] for i in batch}) == 1 and len(batch) == 8 for batch in rows)
     assert sorted(data.contexts[batch[0]] for batch in rows) == sorted(("obs", "quad1", "size") * 2)
-    torch.testing.assert_close(data[21][0], torch.from_numpy(images["quad1"][1]).permute(2, 0, 1) / 255)
+    torch.testing.assert_close(
+        data[21][0], torch.from_numpy(images["quad1"][1]).permute(2, 0, 1) / 255
+    )
 
 
 def test_the_data_benchmark():
     found = benchmark_data.data(1, 8, 16, 16)
-    assert {name: sorted(row) for name, row in found.items()} == dict.fromkeys(("memory", "file"), ["share", "speed"])
+    assert {name: sorted(row) for name, row in found.items()} == dict.fromkeys(
+        ("memory", "file"), ["share", "speed"]
+    )
     assert found["memory"]["share"]["ratio"] > 0
 
 
@@ -162,12 +214,17 @@ def test_the_quality_benchmark():
     assert found["images"] == 32
     shown = {f.name: f.value for f in benchmark.figures({"quality": found})}
     for who in ("textbook", "trainer", "trainer, half of the images"):
-        assert 0 < shown[f"quality, {who}, likelihood"] < 12 and 0 < shown[f"quality, {who}, compositions"] < 1
+        assert (
+            0 < shown[f"quality, {who}, likelihood"] < 12
+            and 0 < shown[f"quality, {who}, compositions"] < 1
+        )
     assert 0 < shown["quality, trainer, half of the images, time over the loop's"]
 
 
 def test_operations_are_counted():
-    """Twice those of the forward pass again for the backward pass, but for what meets the images, which need no gradient."""
+    """Twice those of the forward pass again for the backward pass, but for what meets the images,
+    which need no gradient.
+    """
     a = TrainArguments(dataset="quad", resolution=16)
     convolutions = [(3, 32, 8), (32, 64, 4), (64, 128, 2), (128, 256, 1)]
     forward = sum(

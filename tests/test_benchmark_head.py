@@ -11,6 +11,12 @@ def test_benchmarks_return_figures():
         assert math.isfinite(found[kind]["slope"]) and found[kind]["3 concepts"]["milliseconds"] > 0
     assert found["low_rank_over_full"]["2 concepts"]["ratio"] > 0
     found = benchmark_head.contexts(1, resolution=16)
-    assert found["head, 64 contexts"]["speedup"] > 1 and found["light VAE, 64 contexts"]["speedup"] > 1
+    assert (
+        found["head, 64 contexts"]["speedup"] > 1 and found["light VAE, 64 contexts"]["speedup"] > 1
+    )
     found = benchmark_head.evaluation(1, 50, 5)
-    assert found["difference"] < 1e-5 and found["difference_of_float64"] < 1e-6 and found["over POT"]["rounds"] == 1
+    assert (
+        found["difference"] < 1e-5
+        and found["difference_of_float64"] < 1e-6
+        and found["over POT"]["rounds"] == 1
+    )

@@ -15,7 +15,12 @@ from hf_intervene import InterventionModel, InterventionPipeline, cli
 from hf_intervene.cards import MARKER, write_card
 from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.training import train
-from hf_intervene.training.arguments import SETTINGS_VERSION, TrainArguments, parse_arguments, shared_settings
+from hf_intervene.training.arguments import (
+    SETTINGS_VERSION,
+    TrainArguments,
+    parse_arguments,
+    shared_settings,
+)
 
 
 pytestmark = pytest.mark.usefixtures("waits")
@@ -23,13 +28,29 @@ pytestmark = pytest.mark.usefixtures("waits")
 
 def measured(path):
     """A metrics.json as evaluate.py writes it, with somebody's paths in its settings."""
-    one = {"distance": 0.0791, "interval": [0.075, 0.083], "floor": 0.026, "ratio": 3.04, "ratio_interval": [2.9, 3.2]}
-    row = {"kind": "concept", "images": 70, "bits_per_pixel": 0.8694, "bits_per_pixel_interval": [0.8, 0.9], "independent": one}
+    one = {
+        "distance": 0.0791,
+        "interval": [0.075, 0.083],
+        "floor": 0.026,
+        "ratio": 3.04,
+        "ratio_interval": [2.9, 3.2],
+    }
+    row = {
+        "kind": "concept",
+        "images": 70,
+        "bits_per_pixel": 0.8694,
+        "bits_per_pixel_interval": [0.8, 0.9],
+        "independent": one,
+    }
     mean = {"contexts": 2, "bits_per_pixel": 0.8694, "independent": one}
     metrics = {
         "contexts": {"obs": row, "a": row, "a+b": row | {"kind": "composition"}},
         "means": {"concept": mean, "composition": mean | {"contexts": 1}},
-        "settings": {"dataset": "/home/somebody/faces", "model": "/home/somebody/model", "output": "/home/somebody"},
+        "settings": {
+            "dataset": "/home/somebody/faces",
+            "model": "/home/somebody/model",
+            "output": "/home/somebody",
+        },
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
     return path
@@ -67,8 +88,13 @@ def test_what_a_full_card_says(tmp_path):
     (tmp_path / "m" / "samples.png").write_bytes(b"")
     path = write_card(tmp_path / "m", "alice/m", measured(tmp_path), "apache-2.0", "alice/faces")
     text, data = path.read_text(), ModelCard.load(path).data
-    assert data.library_name == "hf-intervene" and data.pipeline_tag == "unconditional-image-generation"
-    assert data.license == "apache-2.0" and data.datasets == "alice/faces" and data.base_model is None
+    assert (
+        data.library_name == "hf-intervene"
+        and data.pipeline_tag == "unconditional-image-generation"
+    )
+    assert (
+        data.license == "apache-2.0" and data.datasets == "alice/faces" and data.base_model is None
+    )
     assert {(r.metric_type, r.metric_value, r.dataset_name) for r in data.eval_results} >= {
         ("sliced-wasserstein-2", 0.0791, "faces"),
         ("sliced-wasserstein-2-floor", 0.026, "faces"),
@@ -89,7 +115,12 @@ def test_what_is_not_known_is_left_out(tmp_path):
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
     for heading in ("Training", "Measured", "Base"):
         assert f"## {heading}" not in text
-    assert "samples.png" not in text and "ore information" not in text and "None" not in text and "\n\n\n" not in text
+    assert (
+        "samples.png" not in text
+        and "ore information" not in text
+        and "None" not in text
+        and "\n\n\n" not in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +133,9 @@ def test_what_is_not_known_is_left_out(tmp_path):
 )
 def test_the_base_of_a_model(tmp_path, regime, relation, words):
     commit = put_vae(tmp_path=tmp_path)
-    model = frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if regime == "lora" else 0)
+    model = frozen_on(
+        AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if regime == "lora" else 0
+    )
     model.save_pretrained(tmp_path / "m", save_base=regime == "fine-tune")
     text = write_card(tmp_path / "m").read_text()
     data = ModelCard(text).data
@@ -115,7 +148,10 @@ def test_a_base_from_a_folder_is_said_and_not_named(tmp_path):
     frozen_on(AutoencoderTiny.from_pretrained(tmp_path / "org/vae")).save_pretrained(tmp_path / "m")
     text = write_card(tmp_path / "m").read_text()
     assert ModelCard(text).data.base_model is None and str(tmp_path) not in text
-    assert "loaded from a folder, not from the Hub: pass `base=`" in text and "base=base)" in code_blocks(text)[0]
+    assert (
+        "loaded from a folder, not from the Hub: pass `base=`" in text
+        and "base=base)" in code_blocks(text)[0]
+    )
 
 
 def test_a_card_that_somebody_wrote_is_not_overwritten(tmp_path):
@@ -145,24 +181,38 @@ def test_metrics_that_are_none(tmp_path):
 def test_the_command_writes_and_pushes(tmp_path, capsys, monkeypatch, kind):
     of_kind(kind, build()).save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "diary.txt").write_text("private")
-    assert cli.main(["card", str(tmp_path / "m"), "--metrics", str(measured(tmp_path)), "--license", "mit"]) == 0
-    assert (tmp_path / "m" / "README.md").exists() and (tmp_path / "m" / "samples.png").stat().st_size > 1000
+    assert (
+        cli.main(
+            ["card", str(tmp_path / "m"), "--metrics", str(measured(tmp_path)), "--license", "mit"]
+        )
+        == 0
+    )
+    assert (tmp_path / "m" / "README.md").exists() and (
+        tmp_path / "m" / "samples.png"
+    ).stat().st_size > 1000
     assert HUB.repos == {}
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     argv = ["card", str(tmp_path / "m"), "--push", "thing", "--private", "--revision", "dev"]
     assert cli.main(argv) == 0
     repo = HUB.repos["alice/thing"]
     assert repo.private and set(HUB.files("alice/thing", "dev")) == {".gitattributes"} | {
-        path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*") if path.is_file()
+        path.relative_to(tmp_path / "m").as_posix()
+        for path in (tmp_path / "m").rglob("*")
+        if path.is_file()
     } - {"diary.txt"}
     assert repo.refs["dev"] in capsys.readouterr().out
-    # An edited card, without its marker as the marker says, is pushed as it is, also by Python and over what was there.
+    # An edited card, without its marker as the marker says, is pushed as it is, also by Python and
+    # over what was there.
     for number, words in enumerate(("my own", "better words")):
         text = f"---\nlibrary_name: hf-intervene\n---\n{words}"
         (tmp_path / "m" / "README.md").write_text(text)
         samples = (tmp_path / "m" / "samples.png").stat().st_mtime_ns
         assert cli.main(argv) == 0
-        assert (tmp_path / "m" / "README.md").read_text() == text == HUB.files("alice/thing", "dev")["README.md"].decode()
+        assert (
+            (tmp_path / "m" / "README.md").read_text()
+            == text
+            == HUB.files("alice/thing", "dev")["README.md"].decode()
+        )
         assert (tmp_path / "m" / "samples.png").stat().st_mtime_ns == samples
         load = InterventionPipeline if kind == "pipeline" else InterventionModel
         load.from_pretrained(tmp_path / "m").push_to_hub(f"alice/other{number}", **ALICE)
@@ -181,7 +231,11 @@ def test_the_trainer_puts_its_settings_beside_the_model(tiny, tmp_path):
     file = result.model_dir / "training_arguments.yaml"
     settings = yaml.safe_load(file.read_text())
     assert settings["max_steps"] == 2 and settings["seed"] == 0 and "epochs" not in settings
-    assert str(tmp_path) not in file.read_text() and not {"output_dir", "tracker", "log_every"} & set(settings)
+    assert str(tmp_path) not in file.read_text() and not {
+        "output_dir",
+        "tracker",
+        "log_every",
+    } & set(settings)
     again = parse_arguments(["--config", str(file)])
     assert (again.max_steps, again.hidden_width, again.beta) == (2, 16, TrainArguments().beta)
     assert "max_steps: 2" in write_card(result.model_dir).read_text()
@@ -190,8 +244,17 @@ def test_the_trainer_puts_its_settings_beside_the_model(tiny, tmp_path):
 def test_of_a_folder_only_its_name_is_shared(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
-    shared = yaml.safe_load(shared_settings(TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))))
-    assert shared == {"settings_version": SETTINGS_VERSION, "dataset": "faces", "base": "org/vae", "seed": 0}
+    shared = yaml.safe_load(
+        shared_settings(
+            TrainArguments(dataset=str(folder), base="org/vae", output_dir=os.fspath(tmp_path))
+        )
+    )
+    assert shared == {
+        "settings_version": SETTINGS_VERSION,
+        "dataset": "faces",
+        "base": "org/vae",
+        "seed": 0,
+    }
 
 
 def test_presence_comes_before_distances(tmp_path):
@@ -199,7 +262,10 @@ def test_presence_comes_before_distances(tmp_path):
     path = measured(tmp_path) / "metrics.json"
     metrics = json.loads(path.read_text())
     share = {"value": 0.49, "interval": [0.45, 0.53]}
-    sides = {side: {"all_wanted": share | {"value": value}} for side, value in (("real", 0.96), ("nothing", 0.05))}
+    sides = {
+        side: {"all_wanted": share | {"value": value}}
+        for side, value in (("real", 0.96), ("nothing", 0.05))
+    }
     metrics["contexts"]["a"]["presence"] = {"generated": {"all_wanted": share}} | sides
     metrics["contexts"]["obs"]["presence"] = {"generated": {"all_wanted": None}}
     metrics["means"]["concept"]["presence"] = {"generated": 0.49, "real": 0.96}
@@ -209,11 +275,20 @@ def test_presence_comes_before_distances(tmp_path):
     path.write_text(json.dumps(metrics))
     card = write_card(tmp_path / "m", "alice/m", tmp_path)
     text, data = card.read_text(), ModelCard.load(card).data
-    assert text.index("- `a`: partly (49 % of 96 %)") < text.index("| `a` | 0.49 [0.45, 0.53] | 0.96 | 0.05 |")
-    assert text.index("0.49 [0.45") < text.index("Sliced 2-Wasserstein") and "so concepts that those have count as errors" in text
+    assert text.index("- `a`: partly (49 % of 96 %)") < text.index(
+        "| `a` | 0.49 [0.45, 0.53] | 0.96 | 0.05 |"
+    )
+    assert (
+        text.index("0.49 [0.45") < text.index("Sliced 2-Wasserstein")
+        and "so concepts that those have count as errors" in text
+    )
     assert "| `a+b` | 0.079 [0.075, 0.083] | 0.026 |  | 0.869 |" in text
     found = {(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results}
-    assert ("presence", "share of samples with all concepts that were asked for, concept", 0.49) in found
+    assert (
+        "presence",
+        "share of samples with all concepts that were asked for, concept",
+        0.49,
+    ) in found
     assert sum(kind == "sliced-wasserstein-2-ratio" for kind, _, _ in found) == 1
 
 
@@ -221,6 +296,8 @@ def test_presence_comes_before_distances(tmp_path):
 def test_metadata_that_the_hub_refuses_leave_no_repository(tmp_path, waits, front):
     build().save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text(f"---\n{front}\n---\nmy own")
-    with pytest.raises(ValueError, match="the metadata at the top of README.md are refused: .*nothing was pushed") as error:
+    with pytest.raises(
+        ValueError, match="the metadata at the top of README.md are refused: .*nothing was pushed"
+    ) as error:
         push_folder(tmp_path / "m", "alice/new", **ALICE)
     assert "\n" not in str(error.value) and HUB.repos == {}

@@ -18,9 +18,15 @@ def test_round_trip_and_pruning(tmp_path):
         save(tmp_path, step)
     assert [path.name for path in c.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
     path, tensors, state = c.newest_checkpoint(tmp_path)
-    assert path.name == "step-00000010" and state == {"step": 10, "files": ["model", "optimizer"], "best": 1.5}
+    assert path.name == "step-00000010" and state == {
+        "step": 10,
+        "files": ["model", "optimizer"],
+        "best": 1.5,
+    }
     assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"])
-    assert all(file.suffix in (".json", ".safetensors") for file in tmp_path.rglob("*") if file.is_file())
+    assert all(
+        file.suffix in (".json", ".safetensors") for file in tmp_path.rglob("*") if file.is_file()
+    )
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -79,7 +85,9 @@ def test_optimizer_state_round_trip():
     step(layer, optimizer)
     other, resumed = make()
     other.load_state_dict(layer.state_dict())
-    saved = {k: v.clone() for k, v in c.flatten_optimizer(optimizer.state, [*layer.parameters()]).items()}
+    saved = {
+        k: v.clone() for k, v in c.flatten_optimizer(optimizer.state, [*layer.parameters()]).items()
+    }
     c.restore_optimizer(resumed, [*other.parameters()], saved, lambda value, parameter: value)
     for pair in ((layer, optimizer), (other, resumed)):
         step(*pair)

@@ -26,7 +26,9 @@ def test_every_command_has_examples(command, capsys):
         assert all(f"    {name}" in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "evaluate")])
+@pytest.mark.parametrize(
+    "command", [name for name in COMMANDS if name not in ("train", "evaluate")]
+)
 def test_examples_are_commands(command):
     """Every example of a command is one that its parser takes."""
     for line in cli.EXAMPLES[command].strip().splitlines():
@@ -39,7 +41,14 @@ def test_examples_are_commands(command):
 def test_completion(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for word in ("hf-intervene", "sample", "num-images", "learning_rate", "num-inference-steps", "config"):
+    for word in (
+        "hf-intervene",
+        "sample",
+        "num-images",
+        "learning_rate",
+        "num-inference-steps",
+        "config",
+    ):
         assert word in script
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -48,10 +57,16 @@ def test_completion(shell, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "quad", "--seed", "1" + "0" * 30, "--output", "a.png"], "a whole number from 0 to 4294967295 is needed"),
+        (
+            ["sample", "quad", "--seed", "1" + "0" * 30, "--output", "a.png"],
+            "a whole number from 0 to 4294967295 is needed",
+        ),
         (["sample", "quad", "--num-images", "-1", "--output", "a.png"], "a whole number from 1 to"),
         (["check", "quad", "--seed", "-1"], "a whole number from 0 to 4294967295"),
-        (["evaluate", "--model", "m", "--output", "o", "--projections", "0"], "a whole number from 1 to"),
+        (
+            ["evaluate", "--model", "m", "--output", "o", "--projections", "0"],
+            "a whole number from 1 to",
+        ),
         (["evaluate", "--model", "m", "--output", "o", "--twins", "x"], "a whole number from 0 to"),
         (["app", "--port", "99999"], "a whole number from 0 to 65535 is needed, not 99999"),
     ],
@@ -62,8 +77,16 @@ def test_numbers_that_nothing_can_be_done_with(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.xyz", "take .png, or a name without an ending"), ("file/x.png", "choose another --output")])
-def test_a_place_that_nothing_can_be_written_to_costs_no_images(tmp_path, monkeypatch, capsys, name, message):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.xyz", "take .png, or a name without an ending"),
+        ("file/x.png", "choose another --output"),
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_costs_no_images(
+    tmp_path, monkeypatch, capsys, name, message
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cli, "_load", lambda name: pytest.fail("images are computed first"))
     for words in (["sample", "quad"], ["edit", "quad", "photo.png"]):
@@ -82,7 +105,9 @@ def test_warnings_without_their_source_line():
 
 
 def test_quiet_and_light(tmp_path):
-    """No terminal: no bar and no word beside the result. Nothing is imported that the command has no use for."""
+    """No terminal: no bar and no word beside the result. Nothing is imported that the command has
+    no use for.
+    """
     code = f"""if True:
         import sys
         import transformers.generation.candidate_generator  # older ones import scikit-learn there, for whoever uses transformers
@@ -90,7 +115,7 @@ def test_quiet_and_light(tmp_path):
         from hf_intervene import cli
         code = cli.main(["sample", "quad", "--num-images", "2", "--output", {str(tmp_path / "pair")!r}, "--json"])
         heavy = {{"datasets", "gradio", "matplotlib", "sklearn", "ot", "tensorboard", "shtab"}} & (sys.modules.keys() - theirs)
-        sys.exit(code or (f"imported {{heavy}}" if heavy else 0))"""
+        sys.exit(code or (f"imported {{heavy}}" if heavy else 0))"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     files = [str(tmp_path / "pair" / f"000{number}.png") for number in range(2)]
@@ -109,9 +134,15 @@ def test_json_and_pictures_of_a_run(tiny, tmp_path, capsys):
     metrics = json.loads(capsys.readouterr().out)
     assert metrics == json.loads((tmp_path / "metrics" / "metrics.json").read_text())
     assert (tmp_path / "metrics" / "floors.png").stat().st_size > 1000
-    assert cli.main(["card", result["model_dir"], "--metrics", str(tmp_path / "metrics"), "--json"]) == 0
+    assert (
+        cli.main(["card", result["model_dir"], "--metrics", str(tmp_path / "metrics"), "--json"])
+        == 0
+    )
     card = json.loads(capsys.readouterr().out)["card"]
-    assert "](floors.png)" in open(card).read() and (tmp_path / "run" / "model" / "floors.png").exists()
+    assert (
+        "](floors.png)" in open(card).read()
+        and (tmp_path / "run" / "model" / "floors.png").exists()
+    )
     assert cli.main(["card", result["model_dir"]]) == 0  # without metrics there is nothing to show
     assert "](floors.png)" not in open(card).read()
 
@@ -146,17 +177,25 @@ def test_verbosity(verbosity, capsys):
     logger.warning("hidden")
     captured = capsys.readouterr()
     assert captured.err == "warning: shown 1\ninfo: as asked for\n" and captured.out == ""
-    with pytest.raises(ValueError, match="one of debug, info, warning, error, critical, not 'loud'"):
+    with pytest.raises(
+        ValueError, match="one of debug, info, warning, error, critical, not 'loud'"
+    ):
         logging.set_verbosity("loud")
 
 
 def test_verbosity_of_the_environment(verbosity, monkeypatch, capsys):
     root = logging.get_logger()
-    for value, level in (("debug", logging.DEBUG), ("", logging.WARNING), ("loud", logging.WARNING)):
+    for value, level in (
+        ("debug", logging.DEBUG),
+        ("", logging.WARNING),
+        ("loud", logging.WARNING),
+    ):
         monkeypatch.setattr(root, "handlers", [])
         monkeypatch.setenv("HF_INTERVENE_VERBOSITY", value)
         assert logging.get_verbosity() == level
-    assert capsys.readouterr().err.startswith("warning: HF_INTERVENE_VERBOSITY: verbosity must be one of")
+    assert capsys.readouterr().err.startswith(
+        "warning: HF_INTERVENE_VERBOSITY: verbosity must be one of"
+    )
 
 
 @pytest.mark.parametrize("words", [["--help"], ["sample", "--help"], ["completion", "--help"]])
@@ -169,13 +208,15 @@ def test_help_comes_at_once(words):
             cli.main({words})
         except SystemExit:
             heavy = {{"torch", "transformers", "diffusers", "datasets", "peft", "numpy", "PIL", "gradio"}} & sys.modules.keys()
-            sys.exit(f"imported {{heavy}}" if heavy else 0)"""
+            sys.exit(f"imported {{heavy}}" if heavy else 0)"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_public_names_come_when_asked_for():
-    """The first one tells transformers and diffusers about all classes; modules are there by name; what is none is an error."""
+    """The first one tells transformers and diffusers about all classes; modules are there by name;
+    what is none is an error.
+    """
     code = """if True:
         import gc
         import hf_intervene
@@ -186,6 +227,6 @@ def test_public_names_come_when_asked_for():
         import diffusers, transformers
         assert diffusers.InterventionPipeline is hf_intervene.InterventionPipeline
         assert type(transformers.AutoConfig.for_model("intervention", concepts=["a"])) is InterventionConfig
-        assert callable(hf_intervene.attach) and gc.isenabled()"""
+        assert callable(hf_intervene.attach) and gc.isenabled()"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,6 @@
-"""The vocabulary: every way to name a context ends in the same targets, and bad names are said clearly."""
+"""The vocabulary: every way to name a context ends in the same targets, and bad names are said
+clearly.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,11 @@ from hf_intervene.contexts import (
 CONCEPTS = ("quad1", "quad2", "size")
 
 names = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_characters="+=,@/\\", exclude_categories=["Z", "C"]), min_size=1, max_size=8),
+    st.text(
+        st.characters(codec="utf-8", exclude_characters="+=,@/\\", exclude_categories=["Z", "C"]),
+        min_size=1,
+        max_size=8,
+    ),
     min_size=1,
     max_size=6,
     unique=True,
@@ -45,14 +51,20 @@ names = st.lists(
 )
 def test_every_form_of_one_context(context, expected):
     assert parse_interventions(context, CONCEPTS).tolist() == [expected]
-    assert parse_interventions(context, CONCEPTS, 3, free_blocks=2).tolist() == [[*expected, 0, 0]] * 3
+    assert (
+        parse_interventions(context, CONCEPTS, 3, free_blocks=2).tolist() == [[*expected, 0, 0]] * 3
+    )
 
 
 def test_one_context_per_sample():
     interventions = [["quad1", "size"], "obs", {"quad2": 0.5}, None]
     expected = [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0, 0]]
     assert parse_interventions(interventions, CONCEPTS, 4, free_blocks=1).tolist() == expected
-    assert is_per_sample(interventions) and not is_per_sample(["quad1", "size"]) and not is_per_sample("quad1")
+    assert (
+        is_per_sample(interventions)
+        and not is_per_sample(["quad1", "size"])
+        and not is_per_sample("quad1")
+    )
     with pytest.raises(ValueError, match="4 contexts were given for 3 samples"):
         parse_interventions(interventions, CONCEPTS, 3)
 
@@ -60,7 +72,9 @@ def test_one_context_per_sample():
 def test_tensors_are_checked_and_used_as_they_are():
     targets = torch.tensor([[0.0, 1.0, 0.3]])
     assert torch.equal(parse_interventions(targets, CONCEPTS, 2), targets.expand(2, -1))
-    assert parse_interventions(torch.tensor([1.0, 0.0, 0.0, 0.0]), CONCEPTS, free_blocks=1).tolist() == [[1, 0, 0, 0]]
+    assert parse_interventions(
+        torch.tensor([1.0, 0.0, 0.0, 0.0]), CONCEPTS, free_blocks=1
+    ).tolist() == [[1, 0, 0, 0]]
     for bad, message in (
         (torch.tensor([[0.0, 1.5, 0.0]]), r"lie in \[0, 1\]"),
         (torch.tensor([[0.0, float("nan"), 0.0]]), r"lie in \[0, 1\]"),
@@ -103,7 +117,9 @@ def test_bad_contexts(context, message):
 
 def test_chosen_values_are_carried_through():
     a, b = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
-    targets, choices = parse_choices({"size": Quantile(0.9), "quad1": a, "quad2": 0.5}, CONCEPTS, 2, free_blocks=1)
+    targets, choices = parse_choices(
+        {"size": Quantile(0.9), "quad1": a, "quad2": 0.5}, CONCEPTS, 2, free_blocks=1
+    )
     assert targets.tolist() == [[1, 0.5, 1, 0]] * 2
     assert choices == [{"quad1": a, "size": Quantile(0.9)}] and choices[0]["quad1"] is a
     targets, choices = parse_choices([{"quad1": a}, "obs", ["quad2", "size@0.25"]], CONCEPTS)
@@ -111,18 +127,29 @@ def test_chosen_values_are_carried_through():
     assert choices == [{"quad1": a}, {}, {"size": Quantile(0.25)}]
     for many in ([a, b], torch.stack([a, b])):  # one reference for each sample
         for number in (None, 2):
-            targets, choices = parse_choices({"quad1": many, "quad2": [a], "size": Quantile(0.5)}, CONCEPTS, number)
+            targets, choices = parse_choices(
+                {"quad1": many, "quad2": [a], "size": Quantile(0.5)}, CONCEPTS, number
+            )
             assert targets.tolist() == [[1, 1, 1]] * 2
-            assert [torch.equal(row["quad1"], image) for row, image in zip(choices, (a, b))] == [True, True]
+            assert [torch.equal(row["quad1"], image) for row, image in zip(choices, (a, b))] == [
+                True,
+                True,
+            ]
             assert all(torch.equal(row["quad2"], a) for row in choices)
-    assert parse_choices("quad1", CONCEPTS, 5)[1] == parse_choices(torch.zeros(3), CONCEPTS)[1] == []
+    assert (
+        parse_choices("quad1", CONCEPTS, 5)[1] == parse_choices(torch.zeros(3), CONCEPTS)[1] == []
+    )
     for bad, number in (
         ({"quad1": [a, b]}, 3),
         ({"quad1": [a, b], "quad2": [a, b, b]}, None),
         ({"quad1": torch.zeros(0, 3, 4, 4)}, 2),
     ):
         with pytest.raises(
-            ValueError, match="reference images of '.*' were given for . samples: give one for all, or one per sample"
+            ValueError,
+            match=(
+                "reference images of '.*' were given for . samples: give one for all, or one per"
+                " sample"
+            ),
         ):
             parse_choices(bad, CONCEPTS, number)
     with pytest.raises(ValueError, match="2 reference images of 'quad1' were given for 1 sample:"):
@@ -134,7 +161,10 @@ def test_chosen_values_are_carried_through():
             Quantile(bad)
 
 
-@pytest.mark.parametrize("context", [3, 1.5, Quantile(0.5), torch.zeros(3, 4, 4).numpy(), [["quad1", ["size"]]], object()])
+@pytest.mark.parametrize(
+    "context",
+    [3, 1.5, Quantile(0.5), torch.zeros(3, 4, 4).numpy(), [["quad1", ["size"]]], object()],
+)
 def test_what_is_no_context(context):
     with pytest.raises(TypeError, match="as a context"):
         parse_interventions(context, CONCEPTS)
@@ -169,20 +199,34 @@ def test_bad_concept_names(concepts):
 
 @given(names, st.data())
 def test_names_round_trip(concepts, data):
-    """Any set of strengths, written as a dict or as its canonical name, gives the same targets, and the name comes back."""
+    """Any set of strengths, written as a dict or as its canonical name, gives the same targets, and
+    the name comes back.
+    """
     concepts = validate_concepts(concepts)
-    strengths = {name: data.draw(st.floats(0, 1)) for name in data.draw(st.lists(st.sampled_from(concepts), unique=True))}
+    strengths = {
+        name: data.draw(st.floats(0, 1))
+        for name in data.draw(st.lists(st.sampled_from(concepts), unique=True))
+    }
     targets = parse_interventions(strengths, concepts)
     assert targets.tolist() == [[pytest.approx(strengths.get(name, 0.0)) for name in concepts]]
     name = context_name(strengths, concepts)
-    assert parse_context(name, concepts) == {key: value for key, value in strengths.items() if value > 0}
+    assert parse_context(name, concepts) == {
+        key: value for key, value in strengths.items() if value > 0
+    }
     assert context_name(name, concepts) == name
     points = st.floats(0, 1, exclude_min=True, exclude_max=True).map(Quantile)
-    values = strengths | {name: data.draw(points) for name in data.draw(st.lists(st.sampled_from(concepts), unique=True))}
+    values = strengths | {
+        name: data.draw(points)
+        for name in data.draw(st.lists(st.sampled_from(concepts), unique=True))
+    }
     name = context_name(values, concepts)
-    assert parse_values(name, concepts) == {key: value for key, value in values.items() if value != 0}
+    assert parse_values(name, concepts) == {
+        key: value for key, value in values.items() if value != 0
+    }
     assert context_name(name, concepts) == name
     assert parse_choices(name, concepts)[0].equal(parse_choices(values, concepts)[0])
     full = {key: 1.0 for key in strengths}
-    assert context_names(parse_interventions(full, concepts), concepts) == [context_name(full, concepts)]
+    assert context_names(parse_interventions(full, concepts), concepts) == [
+        context_name(full, concepts)
+    ]
     assert context_name(list(reversed(list(full))), concepts) == context_name(full, concepts)

@@ -31,7 +31,10 @@ def folder(tmp_path):
 
 
 def check(data):
-    assert data.contexts == ["obs", "glasses", "smile", "glasses+smile"] and data.concepts == ("glasses", "smile")
+    assert data.contexts == ["obs", "glasses", "smile", "glasses+smile"] and data.concepts == (
+        "glasses",
+        "smile",
+    )
     assert data.pixels.shape == (35, 3, 12, 12) and data.pixels.dtype == torch.uint8
     assert data.targets(1).tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
     reds = {name: sorted(a[:, 0, 0, 0].tolist()) for name, a in data.by_context().items()}
@@ -48,7 +51,9 @@ def test_a_folder_of_contexts(folder):
 
 
 def test_an_image_folder_with_metadata(folder, tmp_path):
-    rows = ["file_name,context"] + [f"{c}/{n:03d}.png,{c}" for c, count in CONTEXTS.items() for n in range(count)]
+    rows = ["file_name,context"] + [
+        f"{c}/{n:03d}.png,{c}" for c, count in CONTEXTS.items() for n in range(count)
+    ]
     (folder / "metadata.csv").write_text("\n".join(rows))
     check(ContextImages.from_dataset(load_contexts(folder)))
 
@@ -56,10 +61,18 @@ def test_an_image_folder_with_metadata(folder, tmp_path):
 @pytest.mark.parametrize("as_lists", [False, True])
 def test_a_saved_data_set_with_names_or_lists(folder, tmp_path, as_lists):
     data = load_contexts(folder)
-    contexts = [[] if c == "obs" else c.split("+") for c in data["context"]] if as_lists else data["context"][:]
+    contexts = (
+        [[] if c == "obs" else c.split("+") for c in data["context"]]
+        if as_lists
+        else data["context"][:]
+    )
     columns = {"picture": data["image"][:], "group": contexts}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
-    check(ContextImages.from_dataset(load_contexts(tmp_path / "saved", image_column="picture", context_column="group")))
+    check(
+        ContextImages.from_dataset(
+            load_contexts(tmp_path / "saved", image_column="picture", context_column="group")
+        )
+    )
     with pytest.raises(ValueError, match="no column 'image'.*picture, group"):
         load_contexts(tmp_path / "saved")
 
@@ -83,7 +96,9 @@ def test_resolution_crops_and_resizes(folder):
     image(5, (30, 20)).save(folder / "obs" / "wide.png")
     data = ContextImages.from_dataset(load_contexts(folder), resolution=8)
     assert data.pixels.shape == (36, 3, 8, 8)
-    assert ContextImages.from_dataset(load_contexts(folder), resolution=8, channels=1).pixels.shape == (36, 1, 8, 8)
+    assert ContextImages.from_dataset(
+        load_contexts(folder), resolution=8, channels=1
+    ).pixels.shape == (36, 1, 8, 8)
 
 
 def test_split_is_stratified_disjoint_and_reproducible(folder):
@@ -111,11 +126,31 @@ def remove(context):
     [
         (remove("obs"), {}, "no observational images"),
         (remove("smile"), {}, "'smile' has no context in which it alone"),
-        (None, {"concepts": ["hat"]}, "no context names the concept 'hat'; the concepts of the data set are glasses, smile"),
-        (lambda f: (f / "smile" / "000.png").write_bytes(b"\x89PNG nothing"), {}, "000.png.*of context 'smile' cannot be read"),
-        (lambda f: image(1, (12, 13)).save(f / "smile" / "000.png"), {}, "is 12x13, not .*give a resolution"),
-        (lambda f: image(1, (13, 13)).save(f / "smile" / "000.png"), {}, "is 13x13, not 12x12 like the others"),
-        (lambda f: [(f / "smile" / f"00{n}.png").unlink() for n in range(2)], {}, "'smile' has 7 images; at least 8"),
+        (
+            None,
+            {"concepts": ["hat"]},
+            "no context names the concept 'hat'; the concepts of the data set are glasses, smile",
+        ),
+        (
+            lambda f: (f / "smile" / "000.png").write_bytes(b"\x89PNG nothing"),
+            {},
+            "000.png.*of context 'smile' cannot be read",
+        ),
+        (
+            lambda f: image(1, (12, 13)).save(f / "smile" / "000.png"),
+            {},
+            "is 12x13, not .*give a resolution",
+        ),
+        (
+            lambda f: image(1, (13, 13)).save(f / "smile" / "000.png"),
+            {},
+            "is 13x13, not 12x12 like the others",
+        ),
+        (
+            lambda f: [(f / "smile" / f"00{n}.png").unlink() for n in range(2)],
+            {},
+            "'smile' has 7 images; at least 8",
+        ),
         (None, {"channels": 4}, "channels must be 1"),
     ],
 )
@@ -171,4 +206,6 @@ def test_bad_fraction_and_context(folder):
         data.split(1.0)
     with pytest.raises(ValueError, match="no context 'hat'"):
         data.select(["hat"])
-    assert np.array_equal(data.select(["smile"]).pixels, data.pixels[data.context_ids == data.contexts.index("smile")])
+    assert np.array_equal(
+        data.select(["smile"]).pixels, data.pixels[data.context_ids == data.contexts.index("smile")]
+    )

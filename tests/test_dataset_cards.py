@@ -26,7 +26,9 @@ def card(request):
 
 def table(text, heading, columns):
     """Cells of the rows of the first table below a heading whose header starts so."""
-    rows = text.split(heading)[1].split(f"| {columns} |")[1].split("\n\n")[0].strip().split("\n")[1:]
+    rows = (
+        text.split(heading)[1].split(f"| {columns} |")[1].split("\n\n")[0].strip().split("\n")[1:]
+    )
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
@@ -34,9 +36,15 @@ def test_contexts_licence_and_columns(card):
     name, card = card
     module = MODULES[name]
     data = card.data.to_dict()
-    assert data["contexts"] == {"train": list(module.TRAIN_CONTEXTS), "held_out": list(module.HELD_OUT)}
+    assert data["contexts"] == {
+        "train": list(module.TRAIN_CONTEXTS),
+        "held_out": list(module.HELD_OUT),
+    }
     assert data["license"] == LICENSES[name] and data["pretty_name"]
-    assert data["task_categories"][0] == "unconditional-image-generation" and "hf-intervene" in data["tags"]
+    assert (
+        data["task_categories"][0] == "unconditional-image-generation"
+        and "hf-intervene" in data["tags"]
+    )
     images = 4000 * len(module.TRAIN_CONTEXTS)
     assert data["size_categories"] == ["10K<n<100K"] and 10_000 < images < 100_000
     truth = "Latents" if hasattr(module, "LATENTS") else "Attributes"
@@ -46,11 +54,15 @@ def test_contexts_licence_and_columns(card):
     scope = {}
     exec(code.replace("images_per_context=100", "images_per_context=2, streaming=True"), scope)
     row = next(iter(scope["data"]))
-    assert list(row) == re.findall(r"^\| `(\w+)` \|", card.text.split("## Columns")[1].split("##")[0], re.MULTILINE)
+    assert list(row) == re.findall(
+        r"^\| `(\w+)` \|", card.text.split("## Columns")[1].split("##")[0], re.MULTILINE
+    )
     if truth == "Attributes":
         return
     assert f"{len(row['latents'])} float32" in card.text
-    assert all(f"`{latent}`" in card.text for latent in module.LATENTS if not latent.startswith("quad"))
+    assert all(
+        f"`{latent}`" in card.text for latent in module.LATENTS if not latent.startswith("quad")
+    )
 
 
 def test_numbers_of_the_tables(card):
@@ -60,14 +72,22 @@ def test_numbers_of_the_tables(card):
         return
     if name == "mnist":
         rows = {
-            row[0].split("`")[1]: row[1:] for row in table(card.text, "## Latents", "latent | concept | from | to | otherwise")
+            row[0].split("`")[1]: row[1:]
+            for row in table(card.text, "## Latents", "latent | concept | from | to | otherwise")
         }
         assert tuple(rows) == mnist.LATENTS
         for latent, (concept, neutral, low, high) in mnist._PARAMETERS.items():
-            assert rows[latent][0] == f"`{concept}`" and [float(x) for x in rows[latent][1:]] == [low, high, neutral]
+            assert rows[latent][0] == f"`{concept}`" and [float(x) for x in rows[latent][1:]] == [
+                low,
+                high,
+                neutral,
+            ]
         return
     module = MODULES[name]
-    edges = {(a.strip("`"), b.strip("`")): float(weight) for a, b, weight in table(card.text, "## Latents", "from | to | weight")}
+    edges = {
+        (a.strip("`"), b.strip("`")): float(weight)
+        for a, b, weight in table(card.text, "## Latents", "from | to | weight")
+    }
     assert edges == module._EDGES
     if name == "ident3d":
         rows = table(card.text, "## Latents", "latent | from | to")

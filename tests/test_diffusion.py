@@ -1,4 +1,4 @@
-"""Heads on denoisers: what enters, the objective, schedules and their inverse, saving and loading."""
+"""Heads on denoisers: what enters, the objective, schedules and their inverse, saving and loading."""  # noqa: E501
 
 import copy
 import math
@@ -8,13 +8,34 @@ from concurrent.futures import ThreadPoolExecutor
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from diffusion_models import KINDS, conditional, make, save_pipeline, save_vision, unet, vae, with_head
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusion_models import (
+    KINDS,
+    conditional,
+    make,
+    save_pipeline,
+    save_vision,
+    unet,
+    vae,
+    with_head,
+)
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, cli, load_base, wrap_base
+from hf_intervene import (
+    InterventionConfig,
+    InterventionModel,
+    InterventionPipeline,
+    cli,
+    load_base,
+    wrap_base,
+)
 from hf_intervene.bases import denoising
 from hf_intervene.bases.injection import Entries, Injection, find_sites
 from hf_intervene.bases.loading import load_scheduler
@@ -33,11 +54,36 @@ def test_the_commands_take_what_a_denoiser_does(tmp_path):
     InterventionPipeline.from_model(with_head()).save_pretrained(tmp_path / "pipe")
     pipe = InterventionPipeline.from_pretrained(tmp_path / "pipe")
     options = ["--interventions", "a", "--num-inference-steps", "3", "--guidance-scale", "2"]
-    assert cli.main(["sample", str(tmp_path / "pipe"), "--num-images", "1", *options, "--output", str(tmp_path / "a.png")]) == 0
+    assert (
+        cli.main(
+            [
+                "sample",
+                str(tmp_path / "pipe"),
+                "--num-images",
+                "1",
+                *options,
+                "--output",
+                str(tmp_path / "a.png"),
+            ]
+        )
+        == 0
+    )
     expected = pipe("a", 1, generator(), num_inference_steps=3, guidance_scale=2.0).images[0]
     image = Image.open(tmp_path / "a.png")
     assert image.tobytes() == expected.tobytes()
-    assert cli.main(["edit", str(tmp_path / "pipe"), str(tmp_path / "a.png"), *options, "--output", str(tmp_path / "b.png")]) == 0
+    assert (
+        cli.main(
+            [
+                "edit",
+                str(tmp_path / "pipe"),
+                str(tmp_path / "a.png"),
+                *options,
+                "--output",
+                str(tmp_path / "b.png"),
+            ]
+        )
+        == 0
+    )
     edited = pipe.edit(image, "a", num_inference_steps=3, guidance_scale=2.0).images[0]
     assert Image.open(tmp_path / "b.png").tobytes() == edited.tobytes()
 
@@ -58,23 +104,34 @@ def test_a_new_head_changes_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sample_has_its_own_embedding(kind):
     base = with_head(kind).base
-    x, t, e = randn(3, *base.residual_shape), torch.tensor([900, 20, 400]), randn(3, *base.embedding_shape, seed=1)
+    x, t, e = (
+        randn(3, *base.residual_shape),
+        torch.tensor([900, 20, 400]),
+        randn(3, *base.embedding_shape, seed=1),
+    )
     with torch.no_grad():
         together = base.denoise(x, t, e)
-        alone = torch.cat([base.denoise(x[i : i + 1], t[i : i + 1], e[i : i + 1]) for i in range(3)])
+        alone = torch.cat(
+            [base.denoise(x[i : i + 1], t[i : i + 1], e[i : i + 1]) for i in range(3)]
+        )
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         other = base.denoise(x, t, e.roll(1, 0))
     assert (together - other).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("unet", "time_embedding.linear_2"), ("sd3", "time_text_embed.timestep_embedder.linear_2")]
+    ("kind", "layer"),
+    [("unet", "time_embedding.linear_2"), ("sd3", "time_text_embed.timestep_embedder.linear_2")],
 )
 def test_a_vector_is_added_to_the_time_embedding(kind, layer):
     base = with_head(kind).base
     if kind == "unet":
         del base.adapter.projections.map  # the vector alone
-    x, t, e = randn(1, *base.residual_shape), torch.tensor([300]), randn(1, *base.embedding_shape, seed=1)
+    x, t, e = (
+        randn(1, *base.residual_shape),
+        torch.tensor([300]),
+        randn(1, *base.embedding_shape, seed=1),
+    )
     with torch.no_grad():
         entered = base.denoise(x, t, e)
         base.model.get_submodule(layer).bias += base.adapter.projections.vector(e)[0]
@@ -91,7 +148,9 @@ def test_tokens_are_attended_to_beside_the_text():
     with torch.no_grad():
         plain = layer(hidden, encoder_hidden_states=text)
         injection.install()
-        injection.set(Entries(keys=(keys,) * len(injection.layers), values=(values,) * len(injection.layers)))
+        injection.set(
+            Entries(keys=(keys,) * len(injection.layers), values=(values,) * len(injection.layers))
+        )
         entered = layer(hidden, encoder_hidden_states=text)
         injection.remove()
         assert torch.equal(layer(hidden, encoder_hidden_states=text), plain)
@@ -101,9 +160,15 @@ def test_tokens_are_attended_to_beside_the_text():
             for n in range(5):
                 for h in range(layer.heads):
                     part = slice(h * width, (h + 1) * width)
-                    scores = torch.stack([query[b, n, part] @ keys[b, k, part] / math.sqrt(width) for k in range(4)])
-                    branch[b, n, part] = sum(w * values[b, k, part] for k, w in enumerate(scores.softmax(0)))
-        expected = plain + (layer.to_out[0](branch) - layer.to_out[0].bias) / layer.rescale_output_factor
+                    scores = torch.stack(
+                        [query[b, n, part] @ keys[b, k, part] / math.sqrt(width) for k in range(4)]
+                    )
+                    branch[b, n, part] = sum(
+                        w * values[b, k, part] for k, w in enumerate(scores.softmax(0))
+                    )
+        expected = (
+            plain + (layer.to_out[0](branch) - layer.to_out[0].bias) / layer.rescale_output_factor
+        )
         torch.testing.assert_close(entered, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -111,8 +176,12 @@ def test_entries_add_up_and_are_weighted():
     entries = with_head("conditional").base.adapter.projections(randn(2, 4, 12))
     doubled = entries.weighted(2.0)
     assert all(torch.equal(2 * a, b) for a, b in zip(entries.values, doubled.values))
-    assert all(torch.equal(a, b) for a, b in zip(entries.keys, doubled.keys))  # the softmax is not a weight
-    assert torch.equal(entries.rows(torch.tensor([1, 1, 0])).values[0], entries.values[0][[1, 1, 0]])
+    assert all(
+        torch.equal(a, b) for a, b in zip(entries.keys, doubled.keys)
+    )  # the softmax is not a weight
+    assert torch.equal(
+        entries.rows(torch.tensor([1, 1, 0])).values[0], entries.values[0][[1, 1, 0]]
+    )
 
 
 def test_a_copy_of_a_denoiser_does_not_keep_what_entered():
@@ -132,7 +201,11 @@ def test_a_copy_of_a_denoiser_does_not_keep_what_entered():
 def test_lora_added_later_is_entered_too(kind):
     model = with_head(kind)
     base = model.base
-    x, t, e = randn(2, *base.residual_shape), torch.tensor([5, 500]), randn(2, *base.embedding_shape, seed=1)
+    x, t, e = (
+        randn(2, *base.residual_shape),
+        torch.tensor([5, 500]),
+        randn(2, *base.embedding_shape, seed=1),
+    )
     with torch.no_grad():
         entered, plain = base.denoise(x, t, e), base._call(x, t)
     add_lora(base.model, 2)
@@ -143,7 +216,9 @@ def test_lora_added_later_is_entered_too(kind):
         assert not torch.allclose(base.denoise(x, t, e), entered)
         whole = merged(base.model)
         again = wrap_base(whole, **base.companions(), adapter=base.adapter)
-        torch.testing.assert_close(again.denoise(x, t, e), base.denoise(x, t, e), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            again.denoise(x, t, e), base.denoise(x, t, e), rtol=1e-4, atol=1e-5
+        )
     assert not torch.equal(entered, plain)
 
 
@@ -151,7 +226,10 @@ def test_lora_added_later_is_entered_too(kind):
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     model = with_head(kind)
     draws = model.posterior_draws(3, generator())
-    x, s = torch.rand(3, 3, 16, 16, generator=generator(1)), model.targets([["a"], "obs", ["a", "b"]])
+    x, s = (
+        torch.rand(3, 3, 16, 16, generator=generator(1)),
+        model.targets([["a"], "obs", ["a", "b"]]),
+    )
 
     def gradients():
         model.zero_grad()
@@ -171,7 +249,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     e = randn(3, *other.embedding_shape)
     with torch.no_grad():
         noisy, t = randn(3, *other.residual_shape), torch.tensor([3, 30, 300])
-        torch.testing.assert_close(other.eval().denoise(noisy, t, e), fresh.base.denoise(noisy, t, e))
+        torch.testing.assert_close(
+            other.eval().denoise(noisy, t, e), fresh.base.denoise(noisy, t, e)
+        )
 
 
 # The objective
@@ -181,31 +261,51 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_targets_and_weights_of_a_diffusion(kind, gamma):
     scheduler = DDPMScheduler(prediction_type=kind)
-    x0, noise, time = randn(4, 1, 2, 2), randn(4, 1, 2, 2, seed=1), torch.tensor([0.0, 0.1, 0.5, 0.9999])
+    x0, noise, time = (
+        randn(4, 1, 2, 2),
+        randn(4, 1, 2, 2, seed=1),
+        torch.tensor([0.0, 0.1, 0.5, 0.9999]),
+    )
     noisy, timesteps, target, weight = denoising.noised(scheduler, x0, noise, time, gamma)
     for i in range(4):
         t = int(time[i] * 1000)
         a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
         assert timesteps[i] == t
         torch.testing.assert_close(noisy[i], a * x0[i] + s * noise[i])
-        torch.testing.assert_close(target[i], noise[i] if kind == "epsilon" else a * noise[i] - s * x0[i])
+        torch.testing.assert_close(
+            target[i], noise[i] if kind == "epsilon" else a * noise[i] - s * x0[i]
+        )
         snr = (a / s) ** 2
-        expected = 1.0 if gamma is None else min(snr, gamma) / (snr if kind == "epsilon" else snr + 1)
-        torch.testing.assert_close(weight[i], torch.as_tensor(expected), rtol=1e-3, atol=1e-6, check_dtype=False)
+        expected = (
+            1.0 if gamma is None else min(snr, gamma) / (snr if kind == "epsilon" else snr + 1)
+        )
+        torch.testing.assert_close(
+            weight[i], torch.as_tensor(expected), rtol=1e-3, atol=1e-6, check_dtype=False
+        )
 
 
 def test_targets_of_a_flow():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    x0, noise, time = randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1), torch.tensor([0.0, 0.5, 0.9999999])
+    x0, noise, time = (
+        randn(3, 1, 2, 2),
+        randn(3, 1, 2, 2, seed=1),
+        torch.tensor([0.0, 0.5, 0.9999999]),
+    )
     noisy, timesteps, target, weight = denoising.noised(scheduler, x0, noise, time)
     sigma = timesteps / 1000
-    torch.testing.assert_close(noisy, (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * noise)
+    torch.testing.assert_close(
+        noisy, (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * noise
+    )
     assert torch.equal(target, noise - x0) and torch.equal(weight, torch.ones(3))
-    assert sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01  # 3 u / (1 + 2 u), u = 1/2
+    assert (
+        sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01
+    )  # 3 u / (1 + 2 u), u = 1/2
     with pytest.raises(ValueError, match="a flow has no such weights"):
         denoising.noised(scheduler, x0, noise, time, 5.0)
     # A solver of other kinds too, whose sigmas are not the flow's before it samples.
-    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    solver = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     found = denoising.noised(denoising.training_scheduler(solver), x0, noise, time)
     for one, other in zip(found, (noisy, timesteps, target, weight)):
         torch.testing.assert_close(one, other)
@@ -216,13 +316,19 @@ def test_targets_of_a_flow():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     model = with_head(kind)
-    x, s = torch.rand(3, 3, 16, 16, generator=generator(1)), model.targets([["a"], "obs", {"b": 0.5}])
+    x, s = (
+        torch.rand(3, 3, 16, 16, generator=generator(1)),
+        model.targets([["a"], "obs", {"b": 0.5}]),
+    )
     draws = model.posterior_draws(3, generator())
     output = model(x, s, beta=2.0, **draws)
     mean, logvar = model.posterior(x, s)
     e = model.embed(mean + (0.5 * logvar).exp() * draws["noise"], s)
     noisy, t, target, _ = denoising.noised(
-        model.base._training_scheduler, model.base.prepare(x)["x0"], draws["residual_noise"], draws["time"]
+        model.base._training_scheduler,
+        model.base.prepare(x)["x0"],
+        draws["residual_noise"],
+        draws["time"],
     )
     expected = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
@@ -253,8 +359,12 @@ def test_the_path_is_that_of_the_scheduler(scheduler):
         return torch.tanh(x + t / 1000)
 
     noise = randn(2, 3, 4, 4)
-    found = denoising.follow(predict, scheduler, noise, 10)  # DDIM's own grid is even only where it divides its 1,000 steps
-    torch.testing.assert_close(found, denoising.generate(predict, scheduler, noise, 10), rtol=1e-3, atol=1e-3)
+    found = denoising.follow(
+        predict, scheduler, noise, 10
+    )  # DDIM's own grid is even only where it divides its 1,000 steps
+    torch.testing.assert_close(
+        found, denoising.generate(predict, scheduler, noise, 10), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS)
@@ -263,7 +373,10 @@ def test_the_path_is_inverted(scheduler):
         return torch.tanh(x) * (0.5 + t / 2000)
 
     x0 = randn(2, 3, 4, 4)
-    back = {n: denoising.follow(predict, scheduler, denoising.invert(predict, scheduler, x0, 20, n), 20) for n in (1, 3, 8)}
+    back = {
+        n: denoising.follow(predict, scheduler, denoising.invert(predict, scheduler, x0, 20, n), 20)
+        for n in (1, 3, 8)
+    }
     errors = {n: float((x - x0).abs().max()) for n, x in back.items()}
     assert errors[8] < errors[3] < errors[1] and errors[8] < 1e-3
 
@@ -278,7 +391,8 @@ def test_an_edit_to_nothing_returns_the_image(kind):
         psnr = -10 * torch.log10((returned - images).square().mean())
         assert psnr > 30
         assert (edited - images).abs().mean() > 3 * (returned - images).abs().mean()
-    # What is returned without an intervention is what the model makes of the abducted noise, whatever the autoencoder does to it.
+    # What is returned without an intervention is what the model makes of the abducted noise,
+    # whatever the autoencoder does to it.
     noise, residual = model.abduct(images, model.targets("a", 2), num_inference_steps=20)
     assert torch.equal(model.predict(noise, residual, "a", num_inference_steps=20), returned)
 
@@ -299,17 +413,31 @@ SAMPLERS = [
 def test_any_scheduler_generates(name):
     pipe = InterventionPipeline.from_model(with_head())
     kind = getattr(
-        diffusers, f"{name.removesuffix('Discrete')}DiscreteScheduler" if name.endswith("Discrete") else f"{name}Scheduler"
+        diffusers,
+        (
+            f"{name.removesuffix('Discrete')}DiscreteScheduler"
+            if name.endswith("Discrete")
+            else f"{name}Scheduler"
+        ),
     )
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    a, b = (pipe(["a", "b"], 2, generator(), output_type="pt", num_inference_steps=6).images for _ in range(2))
+    a, b = (
+        pipe(["a", "b"], 2, generator(), output_type="pt", num_inference_steps=6).images
+        for _ in range(2)
+    )
     assert torch.equal(a, b) and a.std() > 0.05
 
 
 def test_guidance_leads_away_from_the_observational_pass():
     model = with_head()
-    draws = {"noise": randn(2, 3, 4), "residual_noise": randn(2, 3, 16, 16, seed=1), "num_inference_steps": 1}
-    obs, plain, guided = (model.sample(["a"] if w else "obs", guidance_scale=w or 1.0, **draws) for w in (0, 1.0, 2.0))
+    draws = {
+        "noise": randn(2, 3, 4),
+        "residual_noise": randn(2, 3, 16, 16, seed=1),
+        "num_inference_steps": 1,
+    }
+    obs, plain, guided = (
+        model.sample(["a"] if w else "obs", guidance_scale=w or 1.0, **draws) for w in (0, 1.0, 2.0)
+    )
     inside = (guided > 0) & (guided < 1) & (plain > 0) & (plain < 1) & (obs > 0) & (obs < 1)
     assert inside.float().mean() > 0.2
     torch.testing.assert_close(guided[inside], (2 * plain - obs)[inside], rtol=1e-3, atol=1e-3)
@@ -327,12 +455,18 @@ def test_round_trips(kind, tmp_path):
     images = model.sample(["a", "b"], 2, **call)
     model.save_pretrained(tmp_path / "model")
     call["generator"] = generator()
-    assert torch.equal(InterventionModel.from_pretrained(tmp_path / "model").sample(["a", "b"], 2, **call), images)
+    assert torch.equal(
+        InterventionModel.from_pretrained(tmp_path / "model").sample(["a", "b"], 2, **call), images
+    )
     InterventionPipeline.from_model(model).save_pretrained(tmp_path / "pipe")
     pipe = InterventionPipeline.from_pretrained(tmp_path / "pipe")
     call["generator"] = generator()
     assert torch.equal(pipe(["a", "b"], 2, output_type="pt", **call).images, images)
-    assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
+    assert all(
+        path.suffix in (".json", ".safetensors", ".py")
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lora", "end-to-end"])
@@ -352,9 +486,14 @@ def test_only_what_was_trained_is_saved(regime, tmp_path):
     assert folders == {"adapter", "scheduler", "image_processor"} | own
     loaded = InterventionModel.from_pretrained(tmp_path / "model")
     call = {"num_samples": 2, "num_inference_steps": 3}
-    assert torch.equal(loaded.sample("a", generator=generator(), **call), model.sample("a", generator=generator(), **call))
+    assert torch.equal(
+        loaded.sample("a", generator=generator(), **call),
+        model.sample("a", generator=generator(), **call),
+    )
     x = torch.rand(2, 3, 16, 16, generator=generator())
-    assert torch.equal(loaded.posterior(x, loaded.targets("a", 2))[0], model.posterior(x, model.targets("a", 2))[0])
+    assert torch.equal(
+        loaded.posterior(x, loaded.targets("a", 2))[0], model.posterior(x, model.targets("a", 2))[0]
+    )
     # The frozen models beside the denoiser are known by their hash too.
     save_pipeline("dit", source, seed=1)
     with pytest.raises(ValueError, match="is not the base that the head was trained on"):
@@ -365,17 +504,30 @@ def test_features_of_a_vision_model(tmp_path):
     save_vision(tmp_path / "vit")
     base = load_base(save_pipeline("unet", tmp_path / "ddpm"), 16, image_encoder=tmp_path / "vit")
     images = torch.randint(256, (3, 3, 16, 16), generator=generator(), dtype=torch.uint8)
-    expected = AutoImageProcessor.from_pretrained(tmp_path / "vit")(list(images), return_tensors="pt")
+    expected = AutoImageProcessor.from_pretrained(tmp_path / "vit")(
+        list(images), return_tensors="pt"
+    )
     with torch.no_grad():
         expected = ViTModel.from_pretrained(tmp_path / "vit").eval()(**expected).pooler_output
-    torch.testing.assert_close(base.train().encode(images.float() / 255), expected)  # dropout stays off
+    torch.testing.assert_close(
+        base.train().encode(images.float() / 255), expected
+    )  # dropout stays off
     assert base.feature_width == 16 and not hasattr(base.adapter, "encoder")
     # One that was saved as part of a classifier has no pooler, and none is drawn.
-    ViTForImageClassification(ViTConfig.from_pretrained(tmp_path / "vit")).save_pretrained(tmp_path / "vit")
-    features = [load_base(tmp_path / "ddpm", 16, image_encoder=tmp_path / "vit").encode(images.float() / 255) for _ in range(2)]
+    ViTForImageClassification(ViTConfig.from_pretrained(tmp_path / "vit")).save_pretrained(
+        tmp_path / "vit"
+    )
+    features = [
+        load_base(tmp_path / "ddpm", 16, image_encoder=tmp_path / "vit").encode(
+            images.float() / 255
+        )
+        for _ in range(2)
+    ]
     assert features[0].shape == (3, 16) and torch.equal(*features)
     model = InterventionModel.build(base, ["a"], posterior="unconditional")
-    assert isinstance(model.head.encoder_readout, torch.nn.Linear)  # the linear readout of the paper
+    assert isinstance(
+        model.head.encoder_readout, torch.nn.Linear
+    )  # the linear readout of the paper
 
 
 # Bad input
@@ -386,17 +538,25 @@ def test_a_denoiser_of_classes_is_given_one(tmp_path):
     _, parts = make("unet")
     torch.manual_seed(0)
     denoiser = unet(num_class_embeds=3).eval()
-    model = InterventionModel.build(wrap_base(denoiser, class_label=2, **parts), ["a", "b"], noise_width=4).eval()
+    model = InterventionModel.build(
+        wrap_base(denoiser, class_label=2, **parts), ["a", "b"], noise_width=4
+    ).eval()
     model.save_pretrained(tmp_path)
     loaded = InterventionModel.from_pretrained(tmp_path)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 900])
     with torch.no_grad():
-        expected = denoiser(x, t, class_labels=torch.tensor([2, 2])).sample  # a new head changes nothing
+        expected = denoiser(
+            x, t, class_labels=torch.tensor([2, 2])
+        ).sample  # a new head changes nothing
         for base in (model.base, loaded.base):
-            assert torch.allclose(base.denoise(x, t, torch.zeros(2, *base.embedding_shape)), expected, atol=1e-5)
+            assert torch.allclose(
+                base.denoise(x, t, torch.zeros(2, *base.embedding_shape)), expected, atol=1e-5
+            )
     model(torch.rand(2, 3, 16, 16), model.targets([["a"], []])).loss.backward()
     for label in (None, 3):
-        with pytest.raises(ValueError, match="conditioned on classes: give class_label, from 0 to 2"):
+        with pytest.raises(
+            ValueError, match="conditioned on classes: give class_label, from 0 to 2"
+        ):
             wrap_base(denoiser, class_label=label, **parts)
     with pytest.raises(ValueError, match="has no classes: leave class_label out"):
         wrap_base(unet(), class_label=1, **parts)
@@ -416,27 +576,43 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
     for options in ({"num_class_embeds": 3}, {"encoder_hid_dim": 5}):
         with pytest.raises(ValueError, match="wants more than text .*PipelineBase.from_pipeline"):
             wrap_base(conditional(**options), **text)
-    with pytest.raises(ValueError, match="denoises 3 channels, but the AutoencoderKL makes latents of 4"):
+    with pytest.raises(
+        ValueError, match="denoises 3 channels, but the AutoencoderKL makes latents of 4"
+    ):
         wrap_base(model, vae=vae(), **parts)
     adapter = with_head().base.adapter
-    with pytest.raises(ValueError, match="trained with 'v_prediction' predictions, but this DDIMScheduler"):
+    with pytest.raises(
+        ValueError, match="trained with 'v_prediction' predictions, but this DDIMScheduler"
+    ):
         wrap_base(model, scheduler=DDIMScheduler(), adapter=adapter)
-    other = {"scheduler": DDIMScheduler(), "vae": vae(), "adapter": with_head("conditional").base.adapter}
-    with pytest.raises(ValueError, match="its cross-attention width is 12, that of this UNet2DConditionModel is 20"):
+    other = {
+        "scheduler": DDIMScheduler(),
+        "vae": vae(),
+        "adapter": with_head("conditional").base.adapter,
+    }
+    with pytest.raises(
+        ValueError, match="its cross-attention width is 12, that of this UNet2DConditionModel is 20"
+    ):
         wrap_base(conditional(cross_attention_dim=20), **other)
     with pytest.raises(ValueError, match="does not say what size"):
         wrap_base(unet(sample_size=None), **parts)
     with pytest.raises(ValueError, match="ablation 'base'"):
-        InterventionModel(InterventionConfig(concepts=["a"], ablation="base"), wrap_base(model, **parts))
+        InterventionModel(
+            InterventionConfig(concepts=["a"], ablation="base"), wrap_base(model, **parts)
+        )
     built = with_head()
     with pytest.raises(ValueError, match="residual_noise has 1 rows for 2 samples"):
         built.sample("a", 2, residual_noise=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="in many steps"):
         built(torch.rand(1, 3, 16, 16), built.targets("a"), return_reconstruction=True)
     for steps in (0, -1, 2000, 2.5):
-        with pytest.raises(ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"):
+        with pytest.raises(
+            ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"
+        ):
             built.sample("a", 2, num_inference_steps=steps)
-        with pytest.raises(ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"):
+        with pytest.raises(
+            ValueError, match=f"a whole number from 1 to 1000, those of the scheduler, not {steps}"
+        ):
             built.edit(torch.rand(2, 3, 16, 16), "a", num_inference_steps=steps)
     pipe = InterventionPipeline.from_model(built)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
@@ -482,11 +658,15 @@ def test_threads_share_a_denoiser(kind):
     """Each call has what it was given, whatever another thread does meanwhile."""
     model = with_head(kind)
     noise = torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    residual = torch.randn(4, *model.base.residual_shape, generator=torch.Generator().manual_seed(1))
+    residual = torch.randn(
+        4, *model.base.residual_shape, generator=torch.Generator().manual_seed(1)
+    )
 
     def sample(row):
         context, part = ("obs", "a", "b", "a+b")[row], slice(row, row + 1)
-        return model.sample(context, noise=noise[part], residual_noise=residual[part], num_inference_steps=4)
+        return model.sample(
+            context, noise=noise[part], residual_noise=residual[part], num_inference_steps=4
+        )
 
     expected, interval = [sample(row) for row in range(4)], sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

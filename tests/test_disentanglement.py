@@ -1,4 +1,6 @@
-"""Measures of disentanglement: codes whose scores are known, and slow loops written from the definitions."""
+"""Measures of disentanglement: codes whose scores are known, and slow loops written from the
+definitions.
+"""
 
 import math
 import sys
@@ -30,13 +32,23 @@ CODES = {
 def test_dci_of_known_codes(predictor):
     found = {name: dci(codes[:1000], FACTORS[:1000], predictor) for name, codes in CODES.items()}
     perfect, rotated, chance = found["perfect"], found["rotated"], found["random"]
-    assert perfect.disentanglement > 0.95 and perfect.completeness > 0.95 and perfect.informativeness > 0.95
+    assert (
+        perfect.disentanglement > 0.95
+        and perfect.completeness > 0.95
+        and perfect.informativeness > 0.95
+    )
     assert perfect.importance.argmax(0).tolist() == [1, 2, 0]
-    assert rotated.disentanglement < 0.6 and rotated.completeness < 0.6 and rotated.informativeness > 0.8
+    assert (
+        rotated.disentanglement < 0.6
+        and rotated.completeness < 0.6
+        and rotated.informativeness > 0.8
+    )
     assert chance.informativeness < 0.02
     duplicated = found["duplicated"]
     assert duplicated.disentanglement > 0.95 and duplicated.informativeness > 0.95
-    if predictor == "boosting":  # trees share a factor between its two codes; the lasso may take one of them
+    if (
+        predictor == "boosting"
+    ):  # trees share a factor between its two codes; the lasso may take one of them
         assert duplicated.completeness == pytest.approx(1 - math.log(2) / math.log(6), abs=0.15)
 
 
@@ -48,7 +60,11 @@ def test_gaps_of_known_codes():
         assert measured(CODES["rotated"], FACTORS) < 0.7
     assert mig(CODES["monotone"], FACTORS) == pytest.approx(mig(FACTORS, FACTORS))
     assert sap(CODES["monotone"], FACTORS) < sap(FACTORS, FACTORS) - 0.2
-    assert mig(FACTORS[:, :1], FACTORS[:, :1]) == pytest.approx(1) == pytest.approx(sap(FACTORS[:, :1], FACTORS[:, :1]))
+    assert (
+        mig(FACTORS[:, :1], FACTORS[:, :1])
+        == pytest.approx(1)
+        == pytest.approx(sap(FACTORS[:, :1], FACTORS[:, :1]))
+    )
 
 
 def test_correlations_of_known_codes():
@@ -57,10 +73,16 @@ def test_correlations_of_known_codes():
     assert mcc(CODES["monotone"], FACTORS) < 0.9
     assert mcc(CODES["random"], FACTORS) < 0.1 and mcc(CODES["random"], FACTORS, "spearman") < 0.1
     # Independent factors of one variance: each code's correlations are its weights.
-    expected = max(sum(abs(ROTATION[k, p[k]]) for k in range(3)) for p in permutations(range(3))) / 3
+    expected = (
+        max(sum(abs(ROTATION[k, p[k]]) for k in range(3)) for p in permutations(range(3))) / 3
+    )
     assert mcc(CODES["rotated"], FACTORS) == pytest.approx(expected, abs=0.05)
-    assert mcc(FACTORS[:, :2], FACTORS) == pytest.approx(2 / 3, abs=0.05), "a factor without a code counts as 0"
-    assert mcc(np.column_stack([FACTORS, np.ones(2000)]), FACTORS) == pytest.approx(1), "a dead code costs nothing"
+    assert mcc(FACTORS[:, :2], FACTORS) == pytest.approx(2 / 3, abs=0.05), (
+        "a factor without a code counts as 0"
+    )
+    assert mcc(np.column_stack([FACTORS, np.ones(2000)]), FACTORS) == pytest.approx(1), (
+        "a dead code costs nothing"
+    )
 
 
 def test_blocks_are_read_whole():
@@ -70,7 +92,9 @@ def test_blocks_are_read_whole():
     assert block_mcc(blocks, FACTORS) == pytest.approx(1)
     assert mcc(blocks.reshape(2000, -1), FACTORS) < 0.6
     assert block_mcc(RNG.normal(size=(2000, 3, 4)), FACTORS) < 0.1
-    assert block_mcc(CODES["rotated"][..., None], FACTORS) == pytest.approx(mcc(CODES["rotated"], FACTORS), abs=0.02)
+    assert block_mcc(CODES["rotated"][..., None], FACTORS) == pytest.approx(
+        mcc(CODES["rotated"], FACTORS), abs=0.02
+    )
     assert block_mcc(np.zeros((2000, 3, 2)), FACTORS) == 0
 
 
@@ -78,7 +102,10 @@ def test_blocks_are_read_whole():
 def tables(draw):
     """Codes and factors of few values, so that every case of ties occurs."""
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    codes, factors = (rng.integers(0, draw(st.integers(2, 5)), size=(30, draw(st.integers(1, 4)))) for _ in range(2))
+    codes, factors = (
+        rng.integers(0, draw(st.integers(2, 5)), size=(30, draw(st.integers(1, 4))))
+        for _ in range(2)
+    )
     factors[:2] = [[0], [1]]
     return codes.astype(float), factors.astype(float)
 
@@ -108,19 +135,31 @@ def test_slow_loops(table):
     for y in factors.T:
         shared = sorted([information(x, y) for x in codes.T] + [0.0] * (size == 1), reverse=True)
         gaps.append((shared[0] - shared[1]) / information(y, y))
-        r2 = sorted([correlated(pearsonr, x, y) ** 2 for x in codes.T] + [0.0] * (size == 1), reverse=True)
+        r2 = sorted(
+            [correlated(pearsonr, x, y) ** 2 for x in codes.T] + [0.0] * (size == 1), reverse=True
+        )
         separations.append(r2[0] - r2[1])
         matrix["linear"].append([correlated(pearsonr, x, y) for x in codes.T])
         matrix["spearman"].append([correlated(spearmanr, x, y) for x in codes.T])
     assert mig(codes, factors) == pytest.approx(np.mean(gaps), abs=1e-9)
     assert sap(codes, factors) == pytest.approx(np.mean(separations), abs=1e-9)
     for kind, rows in matrix.items():
-        rows = [row + [0.0] * (len(rows) - size) for row in rows]  # a factor that is left over gets a code of correlation 0
-        best = max(sum(row[p[k]] for k, row in enumerate(rows)) for p in permutations(range(len(rows[0]))))
+        rows = [
+            row + [0.0] * (len(rows) - size) for row in rows
+        ]  # a factor that is left over gets a code of correlation 0
+        best = max(
+            sum(row[p[k]] for k, row in enumerate(rows)) for p in permutations(range(len(rows[0])))
+        )
         assert mcc(codes, factors, kind) == pytest.approx(best / len(rows), abs=1e-9)
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_concentration_by_a_slow_loop(rows):
     total, weights = 0.0, sum(sum(row) for row in rows)
     for row in rows:
@@ -135,8 +174,15 @@ def test_concentration_by_a_slow_loop(rows):
 def test_floor_and_interval():
     scores = measure(CODES["rotated"][:600], FACTORS[:600], resamples=10)
     for score in scores.values():
-        assert score.interval[0] < score.value < score.interval[1] and score.to_dict()["floor"] == score.floor
-    assert scores["mcc_linear"].floor < 0.15 and scores["mig"].floor < 0.1 and scores["informativeness"].floor < 0.02
+        assert (
+            score.interval[0] < score.value < score.interval[1]
+            and score.to_dict()["floor"] == score.floor
+        )
+    assert (
+        scores["mcc_linear"].floor < 0.15
+        and scores["mig"].floor < 0.1
+        and scores["informativeness"].floor < 0.02
+    )
     chance = measure(CODES["random"][:600], FACTORS[:600], resamples=2)
     assert chance["mcc_linear"].value == pytest.approx(chance["mcc_linear"].floor, abs=0.05)
 
@@ -150,7 +196,9 @@ def test_interval_is_as_wide_as_fresh_samples_scatter(function):
         return factors @ [[1, 0.6], [0.2, 1]] + 0.5 * rng.normal(size=(400, 2)), factors
 
     values = np.array([function(*fresh()) for _ in range(200)])
-    half_widths = [np.ptp(scored(function, *fresh(), resamples=40, seed=k).interval) / 2 for k in range(10)]
+    half_widths = [
+        np.ptp(scored(function, *fresh(), resamples=40, seed=k).interval) / 2 for k in range(10)
+    ]
     assert np.mean(half_widths) == pytest.approx(1.96 * values.std(), rel=0.35)
 
 
@@ -164,9 +212,20 @@ def test_the_same_twice():
 def test_two_samples():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 1000, 5))
-    same, shifted, spread = two_sample_test(a, b), two_sample_test(a, b + 1), two_sample_test(a, 2 * b[:400])
-    assert not same.told_apart and same.interval[0] < 0.5 < same.interval[1] and same.samples == 1000
-    assert shifted.told_apart and shifted.accuracy > 0.8 and spread.told_apart and spread.samples == 400
+    same, shifted, spread = (
+        two_sample_test(a, b),
+        two_sample_test(a, b + 1),
+        two_sample_test(a, 2 * b[:400]),
+    )
+    assert (
+        not same.told_apart and same.interval[0] < 0.5 < same.interval[1] and same.samples == 1000
+    )
+    assert (
+        shifted.told_apart
+        and shifted.accuracy > 0.8
+        and spread.told_apart
+        and spread.samples == 400
+    )
     assert shifted.to_dict()["told_apart"] is True and two_sample_test(a, b) == same
 
 

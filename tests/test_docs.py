@@ -1,4 +1,6 @@
-"""The guides in docs/ and the README: their blocks run, and the files, links, options, names and figures in them exist."""
+"""The guides in docs/ and the README: their blocks run, and the files, links, options, names and
+figures in them exist.
+"""
 
 import ast
 import importlib
@@ -30,7 +32,9 @@ SOURCES = [*(ROOT / "hf_intervene").rglob("*.py"), *(ROOT / "training").glob("*.
 
 
 def ids(pages: list[Path]) -> list[str]:
-    return [page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/") for page in pages]
+    return [
+        page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/") for page in pages
+    ]
 
 
 @pytest.fixture
@@ -47,7 +51,8 @@ class Reader:
 
     Args:
         page: their page.
-        how: what is done with commands: `"process"` runs ours in this process, `"shell"` as they stand, `"parse"` reads their options.
+        how: what is done with commands: `"process"` runs ours in this process, `"shell"` as they
+            stand, `"parse"` reads their options.
     """
 
     def __init__(self, page: Path, how: str):
@@ -58,7 +63,9 @@ class Reader:
     def read(self, page_blocks: list[Block]) -> None:
         for block in page_blocks:
             where = f"{self.page.name}:{block.line}"
-            assert block.kind in KINDS or block.kind.startswith("{"), f"{where}: a block of kind {block.kind!r}"
+            assert block.kind in KINDS or block.kind.startswith("{"), (
+                f"{where}: a block of kind {block.kind!r}"
+            )
             if "prints" in block.steps:
                 assert says(block.text, self.printed), f"{where}: printed was\n{self.printed}"
             elif "raises" in block.steps:
@@ -117,7 +124,9 @@ def _in_shell(command: Command) -> tuple[int, str, str]:
 
 
 def _installs(words: list[str], where: str) -> bool:
-    """Whether a command installs something, or is one of the tests' own, which no test runs; the extras that it names exist."""
+    """Whether a command installs something, or is one of the tests' own, which no test runs; the
+    extras that it names exist.
+    """
     if not {"pip", "ruff", "pytest"} & set(words[:3]):
         return False
     setup = (ROOT / "setup.py").read_text()
@@ -158,14 +167,17 @@ for context in ("obs", "smile", "glasses"):
     Path("my-images", context).mkdir(parents=True)
     for number in range(24):
         Image.effect_noise((16, 16), 99 + number).convert("RGB").save(f"my-images/{context}/{number}.png")
-"""
+"""  # noqa: E501
 FROZEN_HEAD = """
 shutil.rmtree("outputs/ddpm", ignore_errors=True)
 DDPMPipeline(unet(), DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=50)).save_pretrained("outputs/ddpm")
 frozen = InterventionModel.build(load_base("outputs/ddpm", 16), ["quad1", "size"])
 frozen.save_pretrained("outputs/frozen-diffusion/model")
-"""
-SETUPS = {"attach(pipe": FROZEN_HEAD, "local_files_only": 'InterventionPipeline.from_pretrained("user/name")'}
+"""  # noqa: E501
+SETUPS = {
+    "attach(pipe": FROZEN_HEAD,
+    "local_files_only": 'InterventionPipeline.from_pretrained("user/name")',
+}
 UNRUN = {
     "@register_base": "test_full_size.py runs it",
     "hf-intervene demo": "minutes",
@@ -177,7 +189,9 @@ UNRUN = {
 
 
 def readme_blocks() -> Iterator[Block]:
-    """Blocks of the README with what is to be done about them; the figures under "What it reaches" took hours."""
+    """Blocks of the README with what is to be done about them; the figures under "What it reaches"
+    took hours.
+    """
     text = README.read_text(encoding="utf-8")
     hours = text[: text.index("\n## What it reaches")].count("\n")
     yield Block("setup", PREPARED, 1)
@@ -222,11 +236,17 @@ def prose(page: Path) -> str:
 
 
 def inline_code(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE),
+        re.MULTILINE,
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -239,10 +259,14 @@ def test_links_and_files_exist(page):
         found = page.parent / target if target else page
         assert found.exists(), target
         assert not anchor or anchor[1:] in anchors(found), f"{target}{anchor}"
-    for target in re.findall(r"^```\{(?:figure|literalinclude|include)\} (\S+)", text, re.MULTILINE):
+    for target in re.findall(
+        r"^```\{(?:figure|literalinclude|include)\} (\S+)", text, re.MULTILINE
+    ):
         assert (page.parent / target).exists(), target
     for code in inline_code(text):
-        for path in re.findall(r"(?<![\w/])(?:hf_intervene|training|tests|docs|model_cards)/[\w./*-]*\w", code):
+        for path in re.findall(
+            r"(?<![\w/])(?:hf_intervene|training|tests|docs|model_cards)/[\w./*-]*\w", code
+        ):
             assert list(ROOT.glob(path)), code
 
 
@@ -269,15 +293,27 @@ def test_options_exist(page):
 
 
 def test_the_reference_has_all_public_names():
-    text = "\n".join((ROOT / "docs" / "api" / name).read_text() for name in ("models.md", "pipelines.md", "bases.md"))
-    documented = set(re.findall(r"auto(?:class|function|data):: (?:hf_intervene\.)?(\w+)$", text, re.MULTILINE))
-    documented |= {name for members in re.findall(r":members: (.*)", text) for name in members.split(", ")}
+    text = "\n".join(
+        (ROOT / "docs" / "api" / name).read_text()
+        for name in ("models.md", "pipelines.md", "bases.md")
+    )
+    documented = set(
+        re.findall(r"auto(?:class|function|data):: (?:hf_intervene\.)?(\w+)$", text, re.MULTILINE)
+    )
+    documented |= {
+        name for members in re.findall(r":members: (.*)", text) for name in members.split(", ")
+    }
     assert set(hf_intervene.__all__) <= documented, "name them in docs/api"
 
 
 def test_figures_are_those_that_were_measured():
-    """Rows of tables, and figures of three decimals, stand in the README, the results or the cards."""
-    measured = [README, RESULTS, *(ROOT / "training" / "results").glob("*.md"), *(ROOT / "model_cards").rglob("*.md")]
+    """Rows of tables, and figures of three decimals, stand in the README, the results or the cards."""  # noqa: E501
+    measured = [
+        README,
+        RESULTS,
+        *(ROOT / "training" / "results").glob("*.md"),
+        *(ROOT / "model_cards").rglob("*.md"),
+    ]
     text = "\n".join(path.read_text(encoding="utf-8") for path in measured)
     rows = {line.strip() for line in text.splitlines() if line.startswith("|")}
     for page in (page for page in PAGES if page not in measured):
@@ -289,30 +325,54 @@ def test_figures_are_those_that_were_measured():
                 assert figure in text, f"{page.name}: {figure} in {line}"
 
 
-PAPER = {"quad (dependent)": "quad-dependent", "quad (independent)": "quad-independent", "MNIST": "mnist"}
+PAPER = {
+    "quad (dependent)": "quad-dependent",
+    "quad (independent)": "quad-independent",
+    "MNIST": "mnist",
+}
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
-    """Cells of the rows of tables by the letters of their names: the results' `beta-tcvae` is the guides' BetaTCVAE."""
+    """Cells of the rows of tables by the letters of their names: the results' `beta-tcvae` is the
+    guides' BetaTCVAE.
+    """
     found = [
-        [cell.strip() for cell in line[1:].removesuffix("|").split("|")] for line in text.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line[1:].removesuffix("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
     ]
     return {re.sub("[^a-z]", "", name.lower()): cells for name, *cells in found if name.strip("- ")}
 
 
 def test_tables_of_the_paper_are_those_that_were_written():
-    """In the README concept and composition of all tables side by side, in the results bits per pixel and the paper's protocol too."""
+    """In the README concept and composition of all tables side by side, in the results bits per
+    pixel and the paper's protocol too.
+    """
     text = RESULTS.read_text(encoding="utf-8")
-    summary = table_rows(README.read_text(encoding="utf-8").split("\n## What it reaches")[1].split("\n## ")[0])
+    summary = table_rows(
+        README.read_text(encoding="utf-8").split("\n## What it reaches")[1].split("\n## ")[0]
+    )
     for number, (heading, name) in enumerate(PAPER.items()):
-        written = table_rows((ROOT / "training" / "results" / f"{name}-cpu.md").read_text(encoding="utf-8"))
+        written = table_rows(
+            (ROOT / "training" / "results" / f"{name}-cpu.md").read_text(encoding="utf-8")
+        )
         detailed = table_rows(re.split(r"\n#+ ", text.split(f"\n### {heading}\n")[1])[0])
-        assert {"endtoend", "finetune", "tvae", "floor"} <= written.keys() <= detailed.keys() & summary.keys(), heading
+        assert (
+            {"endtoend", "finetune", "tvae", "floor"}
+            <= written.keys()
+            <= detailed.keys() & summary.keys()
+        ), heading
         for row, (concept, _, composition, _, bits, bits_out, *paper, _) in written.items():
             means = [cell.partition(" ±")[0] for cell in (bits_out, *paper)]
-            assert summary[row][2 * number : 2 * number + 2] == [concept, composition], f"README: {heading}, {row}"
+            assert summary[row][2 * number : 2 * number + 2] == [
+                concept,
+                composition,
+            ], f"README: {heading}, {row}"
             assert detailed[row][:2] == [concept, composition], f"{heading}, {row}"
-            assert detailed[row][2:4] == [f"{bits} / {means[0]}" if bits else "", f"{means[1]} / {means[2]}"], f"{heading}, {row}"
+            assert detailed[row][2:4] == [
+                f"{bits} / {means[0]}" if bits else "",
+                f"{means[1]} / {means[2]}",
+            ], f"{heading}, {row}"
 
 
 def test_messages_of_tables_are_those_of_the_source():
@@ -321,7 +381,12 @@ def test_messages_of_tables_are_those_of_the_source():
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                said.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                said.append(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 said.append(node.value)
     everything = "\n".join(said)

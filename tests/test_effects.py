@@ -1,4 +1,6 @@
-"""Effects on true factors in samples, total effects of the causal layer, what the published protocol can tell apart."""
+"""Effects on true factors in samples, total effects of the causal layer, what the published
+protocol can tell apart.
+"""
 
 import json
 import math
@@ -16,8 +18,20 @@ from sklearn.linear_model import LassoCV
 
 from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.data import quad
-from hf_intervene.metrics import agreement, block_effects, disentanglement, effects, intervention_moves, sliced_wasserstein
-from hf_intervene.metrics.causal import head_draws, head_readout, single_interventions_operator, total_effect_operator
+from hf_intervene.metrics import (
+    agreement,
+    block_effects,
+    disentanglement,
+    effects,
+    intervention_moves,
+    sliced_wasserstein,
+)
+from hf_intervene.metrics.causal import (
+    head_draws,
+    head_readout,
+    single_interventions_operator,
+    total_effect_operator,
+)
 from hf_intervene.metrics.factors import KINDS, LEVELS, Factors, true_factors
 from hf_intervene.plots import plot_matrices
 from hf_intervene.training import effects as recipe
@@ -31,17 +45,28 @@ SHAPE, ORIENTATION = (quad.LATENTS.index(name) for name in ("shape", "orientatio
 
 
 def paths(matrix, source, target, cut=()):
-    """Sum over all directed paths of the products of their weights, those that enter a node in `cut` left out."""
+    """Sum over all directed paths of the products of their weights, those that enter a node in
+    `cut` left out.
+    """
     if source == target:
         return 1.0
     if target in cut:
         return 0.0
-    return sum(matrix[target, k] * paths(matrix, source, k, cut) for k in range(len(matrix)) if matrix[target, k])
+    return sum(
+        matrix[target, k] * paths(matrix, source, k, cut)
+        for k in range(len(matrix))
+        if matrix[target, k]
+    )
 
 
 def test_total_effects_are_sums_over_paths():
     matrix, found = quad.weights("dependent"), quad.total_effects("dependent")
-    scale = np.sqrt([sum(paths(matrix, j, i) ** 2 * quad._NOISE_VARIANCE[j] for j in range(8)) for i in range(8)])
+    scale = np.sqrt(
+        [
+            sum(paths(matrix, j, i) ** 2 * quad._NOISE_VARIANCE[j] for j in range(8))
+            for i in range(8)
+        ]
+    )
     for i, j in product(range(8), repeat=2):
         assert found[i, j] == pytest.approx(paths(matrix, j, i) * scale[j] / scale[i])
     np.testing.assert_array_equal(quad.total_effects("independent"), np.eye(8))
@@ -54,7 +79,9 @@ def test_moments_and_total_effects_by_simulation(context):
     np.testing.assert_allclose(means, latents.mean(0), atol=0.02)
     np.testing.assert_allclose(spreads, latents.std(0), atol=0.02)
     if context == "orientation":  # one intervention moves every mean by its total effect
-        np.testing.assert_allclose(means, quad.total_effects()[:, ORIENTATION] * means[ORIENTATION], atol=1e-9)
+        np.testing.assert_allclose(
+            means, quad.total_effects()[:, ORIENTATION] * means[ORIENTATION], atol=1e-9
+        )
 
 
 def test_noise_behind_latents():
@@ -84,7 +111,9 @@ def phases(draw):
 @settings(max_examples=60)
 @given(phases(), phases())
 def test_circular_distance_by_a_slow_loop(a, b):
-    """The least over all points at which the circle may be cut open, of the distance of the angles as numbers, mass being carried round."""
+    """The least over all points at which the circle may be cut open, of the distance of the angles
+    as numbers, mass being carried round.
+    """
     grid = np.arange(240) / 240 + 1 / 480
     difference = np.array([(a <= x).mean() - (b <= x).mean() for x in grid])
     expected = min(np.abs(difference - level).mean() for level in difference)
@@ -102,22 +131,30 @@ def test_circular_distances_that_are_known():
 
 def some_factors(n, rng, shift=0.0):
     kinds = np.eye(4)[rng.integers(4, size=n)]
-    return Factors(0.5 * rng.uniform(size=(n, 6)) + shift, kinds, (0.2 * rng.uniform(size=(n, 3)) + shift) % 1)
+    return Factors(
+        0.5 * rng.uniform(size=(n, 6)) + shift, kinds, (0.2 * rng.uniform(size=(n, 3)) + shift) % 1
+    )
 
 
 def test_moves_by_a_slow_loop():
     rng = np.random.default_rng(0)
     for sizes in ((40, 40), (40, 31)):
         a, b = some_factors(sizes[0], rng), some_factors(sizes[1], rng, 0.1)
-        expected = {name: wasserstein_distance(a.levels[:, k], b.levels[:, k]) for k, name in enumerate(LEVELS)}
+        expected = {
+            name: wasserstein_distance(a.levels[:, k], b.levels[:, k])
+            for k, name in enumerate(LEVELS)
+        }
         shares = [[(x.kinds.argmax(1) == kind).mean() for kind in range(4)] for x in (a, b)]
         expected["shape"] = sum(max(0, p - q) for p, q in zip(*shares))
         weights = [shares[0][kind] + shares[1][kind] for kind in (1, 2, 3)]
         turns = [
-            effects.circular_w1(*(x.phases[x.kinds.argmax(1) == kind, kind - 1] for x in (a, b))) for kind in range(1, len(KINDS))
+            effects.circular_w1(*(x.phases[x.kinds.argmax(1) == kind, kind - 1] for x in (a, b)))
+            for kind in range(1, len(KINDS))
         ]
         expected["orientation"] = sum(w * turn for w, turn in zip(weights, turns)) / sum(weights)
-        np.testing.assert_allclose(effects.factor_moves(a, b), [expected[name] for name in quad.LATENTS], atol=1e-9)
+        np.testing.assert_allclose(
+            effects.factor_moves(a, b), [expected[name] for name in quad.LATENTS], atol=1e-9
+        )
 
 
 def test_a_shift_is_found_and_no_move_is_the_floor():
@@ -126,18 +163,32 @@ def test_a_shift_is_found_and_no_move_is_the_floor():
     matrix = effects.effect_matrix(obs, other, {"same": same, "moved": moved}, resamples=20)
     columns = [quad.LATENTS.index(name) for name in (*LEVELS, "orientation")]
     np.testing.assert_allclose(matrix.values[1, columns], 0.3, atol=0.03)
-    margins = (matrix.intervals[1, :, 1] - matrix.values[1])[[quad.LATENTS.index(name) for name in LEVELS]]
+    margins = (matrix.intervals[1, :, 1] - matrix.values[1])[
+        [quad.LATENTS.index(name) for name in LEVELS]
+    ]
     # Of a difference of means of 400 numbers, uniform over 0.5, each.
     np.testing.assert_allclose(margins, 1.96 * 0.5 * np.sqrt(2 / 12 / 400), rtol=0.5)
-    assert (matrix.values[0] < 2 * matrix.floor).all() and (matrix.floor < matrix.noise).all() and (matrix.noise < 0.12).all()
+    assert (
+        (matrix.values[0] < 2 * matrix.floor).all()
+        and (matrix.floor < matrix.noise).all()
+        and (matrix.noise < 0.12).all()
+    )
     assert matrix.values[1, SHAPE] < matrix.noise[SHAPE]
     moving = np.zeros((2, 8), bool)
     moving[1, columns] = True
     perfect = effects.compare_effects(matrix, matrix, moving)
-    assert perfect["correlation"] == pytest.approx(1) and perfect["found"] == 1 and perfect["size"] == pytest.approx(1)
+    assert (
+        perfect["correlation"] == pytest.approx(1)
+        and perfect["found"] == 1
+        and perfect["size"] == pytest.approx(1)
+    )
     still = effects.effect_matrix(obs, other, {"same": same, "moved": same}, resamples=20)
     nothing = effects.compare_effects(still, matrix, moving)
-    assert nothing["found"] == 0 and abs(nothing["size"]) < 0.05 and nothing["error"] == pytest.approx(0.3 * 7 / 16, abs=0.03)
+    assert (
+        nothing["found"] == 0
+        and abs(nothing["size"]) < 0.05
+        and nothing["error"] == pytest.approx(0.3 * 7 / 16, abs=0.03)
+    )
     reverse = effects.compare_effects(matrix, still, ~moving)
     assert reverse["spurious"] > 0.8
     shifts, errors = effects.mean_shifts(obs, {"moved": moved})
@@ -151,7 +202,10 @@ def test_no_orientation_without_a_kind_that_has_one():
 
 
 def test_shifts_of_true_factors_give_the_total_effects():
-    read = {name: true_factors(quad.sample_latents(name, 40_000, seed=9)) for name in quad.TRAIN_CONTEXTS}
+    read = {
+        name: true_factors(quad.sample_latents(name, 40_000, seed=9))
+        for name in quad.TRAIN_CONTEXTS
+    }
     obs = read.pop("obs")
     shifts, errors = effects.mean_shifts(obs, read)
     assert (np.abs(shifts - effects.true_mean_shifts(quad.CONCEPTS)) < 5 * errors).all()
@@ -173,7 +227,12 @@ def test_too_few_images():
 def a_model(concepts=quad.CONCEPTS, **options):
     torch.manual_seed(0)
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
-    options = {"noise_width": 4, "concept_width": 3, "initializer_range": 0.5, "free_blocks": 1} | options
+    options = {
+        "noise_width": 4,
+        "concept_width": 3,
+        "initializer_range": 0.5,
+        "free_blocks": 1,
+    } | options
     return InterventionModel.build(base, concepts, **options).eval()
 
 
@@ -188,21 +247,32 @@ def test_total_effects_of_the_layer_are_sums_over_paths(steps):
         walks = [(i,)]  # from i backwards to j, of up to `steps` edges
         total = np.eye(3) * (i == j)
         for _ in range(steps):
-            walks = [(*walk, k) for walk in walks for k in range(4) if k != walk[-1] and not targets[walk[-1]]]
+            walks = [
+                (*walk, k)
+                for walk in walks
+                for k in range(4)
+                if k != walk[-1] and not targets[walk[-1]]
+            ]
             for walk in (walk for walk in walks if walk[-1] == j):
                 product = np.eye(3)
                 for effect, cause in zip(walk, walk[1:]):
-                    product = product @ weight[effect, :, int(targets[cause]) if steps == 1 else 0, cause]
+                    product = (
+                        product @ weight[effect, :, int(targets[cause]) if steps == 1 else 0, cause]
+                    )
                 total = total + product
         return total
 
     for targets in ([0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]):
-        operator = total_effect_operator(head.intervention, torch.tensor(targets, dtype=torch.float32))
+        operator = total_effect_operator(
+            head.intervention, torch.tensor(targets, dtype=torch.float32)
+        )
         for i, j in product(range(4), repeat=2):
             np.testing.assert_allclose(operator[i, :, j], expected(i, j, targets), atol=1e-5)
     single = single_interventions_operator(head)
     for i, j in product(range(4), range(3)):
-        np.testing.assert_allclose(single[i, :, j], expected(i, j, [int(k == j) for k in range(4)]), atol=1e-5)
+        np.testing.assert_allclose(
+            single[i, :, j], expected(i, j, [int(k == j) for k in range(4)]), atol=1e-5
+        )
 
 
 def test_shares_by_simulation_whatever_the_basis():
@@ -213,7 +283,9 @@ def test_shares_by_simulation_whatever_the_basis():
     np.testing.assert_allclose(np.square(shares).sum(1), 1)
     for i, j in product(range(4), repeat=2):
         part = (eps[0][:, j] @ operator[i, :, j].T @ readout[i]).var(0).sum()
-        assert shares[i, j] ** 2 == pytest.approx(part / (c[0][:, i] @ readout[i]).var(0).sum(), rel=0.2, abs=0.02)
+        assert shares[i, j] ** 2 == pytest.approx(
+            part / (c[0][:, i] @ readout[i]).var(0).sum(), rel=0.2, abs=0.02
+        )
     # Another basis of every block: eps -> eps B, T -> B^-1 T A, U -> A^-1 U.
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(4, 3, 3)) + 2 * np.eye(3) for _ in range(2))
@@ -222,18 +294,23 @@ def test_shares_by_simulation_whatever_the_basis():
     back = np.einsum("ixa,iae->ixe", np.linalg.inv(a), readout)
     np.testing.assert_allclose(block_effects(other, changed, back), shares, rtol=1e-6)
     moved = np.einsum("knia,iab->knib", c, a)
-    for found, same in zip(intervention_moves(moved[0], moved[1:], back), intervention_moves(c[0], c[1:], readout)):
+    for found, same in zip(
+        intervention_moves(moved[0], moved[1:], back), intervention_moves(c[0], c[1:], readout)
+    ):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-6)
 
 
 def test_moves_under_interventions():
     rng = np.random.default_rng(0)
     obs = rng.normal(size=(20_000, 2, 3))
-    moved = np.stack([obs, obs]) + np.array([0, 2.0])[:, None, None, None] * np.array([[1.0, 0, 0], [0, 0, 0]])
+    moved = np.stack([obs, obs]) + np.array([0, 2.0])[:, None, None, None] * np.array(
+        [[1.0, 0, 0], [0, 0, 0]]
+    )
     moved[1, :, 1] *= 2
     means, distances = intervention_moves(obs, moved)
     np.testing.assert_allclose(means, [[0, 2 / math.sqrt(3)], [0, 0]], atol=0.02)
-    # Gaussians of standard deviations 1 and 2 in three dimensions are sqrt(3) apart; the unit is sqrt(3).
+    # Gaussians of standard deviations 1 and 2 in three dimensions are sqrt(3) apart; the unit is
+    # sqrt(3).
     np.testing.assert_allclose(distances, [[0, 2 / math.sqrt(3)], [0, 1]], atol=0.03)
 
 
@@ -241,11 +318,17 @@ def test_agreement():
     true = np.abs(quad.total_effects())[:6, :6]
     perfect, reverse = agreement(true, true), agreement(true.T, true)
     assert perfect.auroc == 1 and perfect.rank == pytest.approx(1) and perfect.direction == 1
-    assert perfect.auroc_p < 0.01 and perfect.auroc_floor == pytest.approx(0.5) and abs(perfect.rank_floor) < 1e-9
+    assert (
+        perfect.auroc_p < 0.01
+        and perfect.auroc_floor == pytest.approx(0.5)
+        and abs(perfect.rank_floor) < 1e-9
+    )
     assert reverse.direction == 0 and reverse.auroc < 0.5
     constant = agreement(np.ones((6, 6)), true)
     assert constant.auroc == 0.5 and constant.auroc_p == 1 and constant.direction == 0.5
-    random = [agreement(np.random.default_rng(k).uniform(size=(6, 6)), true).auroc_p for k in range(12)]
+    random = [
+        agreement(np.random.default_rng(k).uniform(size=(6, 6)), true).auroc_p for k in range(12)
+    ]
     assert np.mean(random) == pytest.approx(0.5, abs=0.3)
     assert math.isnan(agreement(true, np.eye(6)).auroc_p)
     assert agreement(np.eye(9) + np.tri(9), np.tri(9)).auroc == 1
@@ -255,7 +338,12 @@ def test_agreement():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_plot(tmp_path, shared):
-    matrices = {"a": np.array([[0.1, np.nan]]), "b": np.array([[-0.5, 1.0]]), "c": np.zeros((1, 2)), "d": np.zeros((1, 2))}
+    matrices = {
+        "a": np.array([[0.1, np.nan]]),
+        "b": np.array([[-0.5, 1.0]]),
+        "c": np.zeros((1, 2)),
+        "d": np.zeros((1, 2)),
+    }
     figure = plot_matrices(matrices, ["row"], ["x", "y"], "size", shared)
     figure.savefig(tmp_path / "figure.png")
     assert [axis.get_title() for axis in figure.axes if axis.get_visible()][:4] == list("abcd")
@@ -277,10 +365,22 @@ def test_recipe(tmp_path, capsys, monkeypatch):
     measured = json.loads((tmp_path / "out" / "effects.json").read_text())
     assert np.array(measured["effects"]["generated"]["values"]).shape == (15, 8)
     assert np.array(measured["codes"]["z"]["blocks"]).shape == (7, 8)
-    assert {np.array(x).shape for x in measured["causal"]["learnt"].values()} == {(7, 7), (7, 6), (6, 6)}
+    assert {np.array(x).shape for x in measured["causal"]["learnt"].values()} == {
+        (7, 7),
+        (7, 6),
+        (6, 6),
+    }
     text = (tmp_path / "out" / "effects.md").read_text()
-    assert text in capsys.readouterr().out and "| quad2+orientation | " in text and "| real images | " in text
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"effects.png", "codes.png", "causal.png"}
+    assert (
+        text in capsys.readouterr().out
+        and "| quad2+orientation | " in text
+        and "| real images | " in text
+    )
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "effects.png",
+        "codes.png",
+        "causal.png",
+    }
 
 
 @pytest.mark.parametrize(
@@ -301,7 +401,11 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, model, options
     (tmp_path / "file").write_text("")
     a_model(**model).save_pretrained("model")
     (tmp_path / "model" / "training_arguments.yaml").write_text("resolution: 16\n")
-    words = [word for pair in ({"--model": "model", "--output": "out"} | options).items() for word in pair]
+    words = [
+        word
+        for pair in ({"--model": "model", "--output": "out"} | options).items()
+        for word in pair
+    ]
     assert recipe.main(words) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
@@ -314,7 +418,18 @@ def test_without_scikit_learn(tmp_path, monkeypatch, capsys):
 
 
 def test_protocol(tmp_path, capsys):
-    argv = ["--output", str(tmp_path), "--resolution", "8", "--seeds", "3", "--projections", "20", "--contexts", "quad4"]
+    argv = [
+        "--output",
+        str(tmp_path),
+        "--resolution",
+        "8",
+        "--seeds",
+        "3",
+        "--projections",
+        "20",
+        "--contexts",
+        "quad4",
+    ]
     assert protocol.main(argv) == 0
     measured = np.array(json.loads((tmp_path / "protocol.json").read_text())["distances"]["quad4"])
     assert measured.shape == (3, 4, 5) and (measured[:, -1, 4] > 3 * measured[:, -1, 0]).all()
@@ -328,7 +443,9 @@ def test_protocol(tmp_path, capsys):
 def test_repeating_images_changes_nothing():
     """Why 64 distinct images stand for the published protocol."""
     real, few = (quad.images_by_context(("quad1",), n, 8, seed=n)["quad1"] for n in (160, 8))
-    assert sliced_wasserstein(real, few, 20) == pytest.approx(sliced_wasserstein(real, np.repeat(few, 20, axis=0), 20))
+    assert sliced_wasserstein(real, few, 20) == pytest.approx(
+        sliced_wasserstein(real, np.repeat(few, 20, axis=0), 20)
+    )
 
 
 def test_spoilt_sets():

@@ -1,5 +1,6 @@
-"""Nothing of this package needs a GPU, and where there is none, none of its ways can be tested on one. What can be: that tensors are where they
-have to be, on a device of our own making (`elsewhere.py`), with what runs there (`elsewhere_cases.py`). PyTorch takes one such device in a
+"""Nothing of this package needs a GPU, and where there is none, none of its ways can be tested on
+one. What can be: that tensors are where they have to be, on a device of our own making
+(`elsewhere.py`), with what runs there (`elsewhere_cases.py`). PyTorch takes one such device in a
 process, and keeps it: so these have a process of their own."""
 
 import subprocess

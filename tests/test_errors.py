@@ -34,9 +34,15 @@ def test_a_message_is_one_line_of_bounded_length():
     long = sentence(ValueError("begin " + "x" * 10**7 + " end"))
     assert len(long) < 2100 and long.startswith("begin x") and long.endswith("x end")
     sentence(ValueError("caf\udce9")).encode()
-    for error in (MemoryError(), RuntimeError("could not create a primitive"), RuntimeError("CUDA out of memory. Tried ...")):
+    for error in (
+        MemoryError(),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("CUDA out of memory. Tried ..."),
+    ):
         assert sentence(error).startswith("there is not enough memory")
-    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(
+        RuntimeError("size mismatch")
+    )
 
 
 @pytest.mark.parametrize("error", [kind("what was\nwrong " + "x" * 10**6) for kind in EXPECTED])
@@ -60,10 +66,33 @@ def lost_process():
 # As httpx raises it, which older versions of the Hub's client do not have.
 CONNECTION = type("ConnectError", (type("HTTPError", (Exception,), {"__module__": "httpx"}),), {})
 UNEXPECTED = RuntimeError("size mismatch")
-LIBRARIES = [SafetensorError("truncated\nheader"), DatasetsError("x"), yaml.YAMLError("x"), CONNECTION("no\nroute")]
-MEMORY = [RuntimeError("could not create a primitive"), RuntimeError("can't start new thread"), MemoryError()]
-RECIPES = [ablation, baselines, benchmark, effects, evaluate, identifiability, pretrain, protocol, reproduce, seeds_table, train]
-MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} | {"hf-intervene": cli.main}
+LIBRARIES = [
+    SafetensorError("truncated\nheader"),
+    DatasetsError("x"),
+    yaml.YAMLError("x"),
+    CONNECTION("no\nroute"),
+]
+MEMORY = [
+    RuntimeError("could not create a primitive"),
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+]
+RECIPES = [
+    ablation,
+    baselines,
+    benchmark,
+    effects,
+    evaluate,
+    identifiability,
+    pretrain,
+    protocol,
+    reproduce,
+    seeds_table,
+    train,
+]
+MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} | {
+    "hf-intervene": cli.main
+}
 
 
 def failing(monkeypatch, error):
@@ -76,7 +105,11 @@ def failing(monkeypatch, error):
         monkeypatch.setattr(f"argparse.ArgumentParser.{name}", fail)
 
 
-@pytest.mark.parametrize("error", [*LIBRARIES, *MEMORY, lost_process(), OSError("a\nb")], ids=lambda error: str(error)[:12])
+@pytest.mark.parametrize(
+    "error",
+    [*LIBRARIES, *MEMORY, lost_process(), OSError("a\nb")],
+    ids=lambda error: str(error)[:12],
+)
 @pytest.mark.parametrize("name", MAINS)
 def test_every_command_says_what_goes_wrong_in_one_line(monkeypatch, capsys, name, error):
     failing(monkeypatch, error)
@@ -86,7 +119,9 @@ def test_every_command_says_what_goes_wrong_in_one_line(monkeypatch, capsys, nam
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_every_command_shows_a_mistake_of_ours_and_ends_quietly_when_it_is_stopped(monkeypatch, capsys, name):
+def test_every_command_shows_a_mistake_of_ours_and_ends_quietly_when_it_is_stopped(
+    monkeypatch, capsys, name
+):
     failing(monkeypatch, UNEXPECTED)
     with pytest.raises(RuntimeError, match="size mismatch"):
         MAINS[name]([])
@@ -99,16 +134,31 @@ def test_no_command_has_a_list_of_exceptions_of_its_own():
         for path in (ROOT / room).rglob("*.py"):
             if path.name != "errors.py":
                 assert "EXPECTED" not in path.read_text(), path
-    mains = [path.stem for path in (ROOT / "training").glob("*.py") if "\ndef main(" in path.read_text()]
+    mains = [
+        path.stem for path in (ROOT / "training").glob("*.py") if "\ndef main(" in path.read_text()
+    ]
     assert set(mains) <= set(MAINS)
 
 
 def test_an_optimisers_state_of_another_shape_is_refused():
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-    right = {"0.step": torch.tensor(1.0), "0.exp_avg": torch.ones(2, 3), "1.exp_avg_sq": torch.ones(4)}
+    right = {
+        "0.step": torch.tensor(1.0),
+        "0.exp_avg": torch.ones(2, 3),
+        "1.exp_avg_sq": torch.ones(4),
+    }
     optimizer = torch.optim.AdamW(parameters)
     restore_optimizer(optimizer, parameters, right, lambda value, _: value)
     assert torch.equal(optimizer.state[parameters[0]]["exp_avg"], torch.ones(2, 3))
-    for name, value in (("0.exp_avg", torch.ones(3, 2)), ("1.exp_avg_sq", torch.ones(1)), ("0.exp_avg", torch.ones(6))):
+    for name, value in (
+        ("0.exp_avg", torch.ones(3, 2)),
+        ("1.exp_avg_sq", torch.ones(1)),
+        ("0.exp_avg", torch.ones(6)),
+    ):
         with pytest.raises(RuntimeError, match="optimiser's exp_avg"):
-            restore_optimizer(torch.optim.AdamW(parameters), parameters, right | {name: value}, lambda value, _: value)
+            restore_optimizer(
+                torch.optim.AdamW(parameters),
+                parameters,
+                right | {name: value},
+                lambda value, _: value,
+            )

@@ -44,9 +44,15 @@ def test_evaluate_measures_what_it_says(model):
     contexts = ("obs", "quad1", "quad1+quad2")
     real, other = (quad.images_by_context(contexts, 24, 16, seed=seed) for seed in (1, 2))
     metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=30)
-    assert [row["kind"] for row in metrics["contexts"].values()] == ["concept", "concept", "composition"]
+    assert [row["kind"] for row in metrics["contexts"].values()] == [
+        "concept",
+        "concept",
+        "composition",
+    ]
     for name, row in metrics["contexts"].items():
-        assert row["independent"]["floor"] == pytest.approx(sliced_wasserstein(real[name], other[name], 30), rel=1e-4)
+        assert row["independent"]["floor"] == pytest.approx(
+            sliced_wasserstein(real[name], other[name], 30), rel=1e-4
+        )
         x = torch.from_numpy(real[name]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             output = model(x, model.targets(name, 24), noise=torch.zeros(24, *model.noise_shape))
@@ -54,13 +60,21 @@ def test_evaluate_measures_what_it_says(model):
         assert row["bits_per_pixel"] == pytest.approx(near, rel=0.05)
     distances = [metrics["contexts"][name]["independent"]["distance"] for name in ("obs", "quad1")]
     mean = metrics["means"]["concept"]["independent"]
-    assert mean["distance"] == pytest.approx(np.mean(distances)) and 0 < mean["mean_shift"] < mean["distance"]
-    assert f"make {mean['mean_shift']:.3f} (concept; floor {mean['mean_shift_floor']:.3f}), " in evaluate.table(metrics)
+    assert (
+        mean["distance"] == pytest.approx(np.mean(distances))
+        and 0 < mean["mean_shift"] < mean["distance"]
+    )
+    assert (
+        f"make {mean['mean_shift']:.3f} (concept; floor {mean['mean_shift_floor']:.3f}), "
+        in evaluate.table(metrics)
+    )
     assert evaluate.evaluate(model, real, other, ("independent",), num_projections=30) == metrics
 
 
 def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypatch):
-    real, other, third = (quad.images_by_context(("quad1",), 200, 16, seed=seed) for seed in (1, 2, 3))
+    real, other, third = (
+        quad.images_by_context(("quad1",), 200, 16, seed=seed) for seed in (1, 2, 3)
+    )
     tensor = torch.from_numpy(third["quad1"]).permute(0, 3, 1, 2).float() / 255
     monkeypatch.setattr(model, "sample", lambda *args, **kwargs: tensor)
     row = evaluate.evaluate(model, real, other, num_projections=100)["contexts"]["quad1"]
@@ -77,21 +91,41 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
         return abduct(pixel_values, targets, generator, *rest, **options)
 
     def perfect(noise, residual, name, *rest, **options):
-        assert noise.std() > 0 and predict(noise, residual, name, *rest, **options).shape == other[name].shape
+        assert (
+            noise.std() > 0
+            and predict(noise, residual, name, *rest, **options).shape == other[name].shape
+        )
         return other[name] / 255
 
     monkeypatch.setattr(model, "abduct", remembered)
     monkeypatch.setattr(model, "predict", perfect)
     metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=50)
     for (x, targets, mean), (name, row) in zip(seen, metrics["contexts"].items(), strict=True):
-        assert torch.equal(x, model.preprocess(other[name])) and torch.equal(targets, model.targets(name, 40)) and not mean
-        assert row["reconstruction"]["distance"] == pytest.approx(row["independent"]["floor"], rel=1e-5)
+        assert (
+            torch.equal(x, model.preprocess(other[name]))
+            and torch.equal(targets, model.targets(name, 40))
+            and not mean
+        )
+        assert row["reconstruction"]["distance"] == pytest.approx(
+            row["independent"]["floor"], rel=1e-5
+        )
     mean = metrics["means"]["concept"]["reconstruction"]["distance"]
     assert f"at {mean:.3f} (concept), " in evaluate.table(metrics)
 
 
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
-    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70", "--projections", "10", "--protocol", "both"]
+    argv = [
+        "--model",
+        str(saved),
+        "--output",
+        str(tmp_path / "m"),
+        "--images",
+        "70",
+        "--projections",
+        "10",
+        "--protocol",
+        "both",
+    ]
     argv += ["--detector-images", "110", "--twins", "6"]
     monkeypatch.setattr(
         evaluate_setup, "train_context_detector", partial(train_context_detector, steps=10)
@@ -100,10 +134,16 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
     assert metrics["settings"]["images"] == 70
-    assert torch.__version__.startswith(metrics["versions"]["torch"])  # a package may leave out "+cu130"
+    assert torch.__version__.startswith(
+        metrics["versions"]["torch"]
+    )  # a package may leave out "+cu130"
     text = (tmp_path / "m" / "metrics.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    assert "| **mean composition** |" in text and "independent protocol" in text and "paper protocol" in text
+    assert (
+        "| **mean composition** |" in text
+        and "independent protocol" in text
+        and "paper protocol" in text
+    )
     row = metrics["contexts"]["quad1+quad2"]
     assert row["counterfactual"]["images"] == 6 and row["independent"]["ratio"] is None
     assert row["alternatives"]["single_context"] in ("quad1", "quad2")
@@ -209,9 +249,24 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
         "8",
     ]
     assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "training/evaluate.py"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "training/evaluate.py",
+    ]
     done = subprocess.run(
-        [sys.executable, *launcher, "--model", str(saved), "--output", str(tmp_path / "two"), *options],
+        [
+            sys.executable,
+            *launcher,
+            "--model",
+            str(saved),
+            "--output",
+            str(tmp_path / "two"),
+            *options,
+        ],
         cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -222,7 +277,9 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
     assert (
         done.stdout.count("mean composition") == 2
     )  # one table of distances for each protocol, of one process
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
+    )
     assert list(one["contexts"]) == list(two["contexts"])
     assert list(numbers(one["contexts"])) == pytest.approx(list(numbers(two["contexts"])), rel=1e-5)
     assert list(numbers(one["means"])) == pytest.approx(list(numbers(two["means"])), rel=1e-5)
@@ -243,7 +300,14 @@ def test_own_images(saved, model, tmp_path, capsys):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / "images" / name / f"{number}.png")
-    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--dataset", str(tmp_path / "images")]
+    argv = [
+        "--model",
+        str(saved),
+        "--output",
+        str(tmp_path / "m"),
+        "--dataset",
+        str(tmp_path / "images"),
+    ]
     assert evaluate.main([*argv, "--all"]) == 0
     assert "6 held-out images of obs a side" in capsys.readouterr().err
     rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
@@ -259,14 +323,23 @@ def test_own_images(saved, model, tmp_path, capsys):
         "resolution": 16,
         "concepts": list(quad.CONCEPTS),
     }
-    (saved / "training_arguments.yaml").write_text(yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings))
+    (saved / "training_arguments.yaml").write_text(
+        yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings)
+    )
     assert evaluate.main(argv) == 0
     _, validation = train.load_data(train.TrainArguments(output_dir="unused", **settings))
     split = evaluate.training_split(saved)
-    halves = evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 99, 0, 16, 3, "dependent", split)
+    halves = evaluate.held_out_images(
+        str(tmp_path / "images"), model.concepts, 99, 0, 16, 3, "dependent", split
+    )
     for name, expected in validation.by_context().items():
-        measured, held_out = {x.tobytes() for half in halves for x in half[name]}, {x.tobytes() for x in expected}
-        assert measured <= held_out and len(measured) == len(held_out) // 2 * 2  # in two halves of one size
+        measured, held_out = (
+            {x.tobytes() for half in halves for x in half[name]},
+            {x.tobytes() for x in expected},
+        )
+        assert (
+            measured <= held_out and len(measured) == len(held_out) // 2 * 2
+        )  # in two halves of one size
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no context names the concept 'size'"):
@@ -300,23 +373,53 @@ def test_sample_edit_and_concepts_commands(model, kind, tmp_path, capsys):
     assert cli.main([*argv, str(tmp_path / "many")]) == 0
     assert len(list((tmp_path / "many").glob("*.png"))) == 3
     image = str(tmp_path / "many" / "0000.png")
-    assert cli.main(["edit", pipe, image, "--interventions", "quad1", "--output", str(tmp_path / "edited.png")]) == 0
+    assert (
+        cli.main(
+            [
+                "edit",
+                pipe,
+                image,
+                "--interventions",
+                "quad1",
+                "--output",
+                str(tmp_path / "edited.png"),
+            ]
+        )
+        == 0
+    )
     Image.new("RGB", (40, 30), (200, 40, 40)).save(photo := str(tmp_path / "photo.png"))
-    resized = ["edit", pipe, photo, "--reference", f"quad1={photo}", "--output", str(tmp_path / "photo-edited.png")]
+    resized = [
+        "edit",
+        pipe,
+        photo,
+        "--reference",
+        f"quad1={photo}",
+        "--output",
+        str(tmp_path / "photo-edited.png"),
+    ]
     assert cli.main([*resized, "--resize"]) == 0 and Image.open(resized[-1]).size == (16, 16)
     assert cli.main(resized) == 1
-    assert "is 40x30, and the model's images are 16x16: --resize crops and resizes it." in capsys.readouterr().err
+    assert (
+        "is 40x30, and the model's images are 16x16: --resize crops and resizes it."
+        in capsys.readouterr().err
+    )
     assert cli.main(["concepts", pipe]) == 0
     assert capsys.readouterr().out.split() == list(quad.CONCEPTS)
     assert cli.main(["concepts", pipe, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"concepts": list(quad.CONCEPTS), "contexts": ["obs", *quad.CONCEPTS]}
+    assert json.loads(capsys.readouterr().out) == {
+        "concepts": list(quad.CONCEPTS),
+        "contexts": ["obs", *quad.CONCEPTS],
+    }
     assert cli.main(["sample", pipe, "--interventions", "quad9", "--output", image]) == 1
     assert "unknown concept 'quad9'" in capsys.readouterr().err
 
 
 @pytest.fixture
 def quick_demo(tiny, monkeypatch):
-    settings = {key: value for key, value in tiny.items() if key != "output_dir"} | {"max_steps": 4, "mixed_precision": "auto"}
+    settings = {key: value for key, value in tiny.items() if key != "output_dir"} | {
+        "max_steps": 4,
+        "mixed_precision": "auto",
+    }
     for name, shown in demo.DEMONSTRATIONS.items():
         quick = settings | {"dataset": name}
         quick = replace(shown, light=quick, pretrained=quick)
@@ -341,7 +444,13 @@ def test_demo_makes_everything_it_names(quick_demo, dataset, tmp_path, capsys):
     out = tmp_path / "demo"
     argv = ["demo", "--dataset", dataset, "--output", str(out)]
     assert cli.main(argv) == 0
-    for name in ("contexts.png", "edits.png", "metrics.md", "metrics.json", "pipeline/model_index.json"):
+    for name in (
+        "contexts.png",
+        "edits.png",
+        "metrics.md",
+        "metrics.json",
+        "pipeline/model_index.json",
+    ):
         assert (out / name).stat().st_size > 100
     printed = capsys.readouterr().out
     assert "mean composition" in printed and "Try next" in printed
@@ -370,13 +479,26 @@ def test_an_interrupted_demo_goes_on(quick_demo, tmp_path, monkeypatch, capsys):
 def test_pretrained_demo(quick_demo, tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--pretrained", "--output", str(out)]) == 0
-    for name in ("pair.png", "frozen/contexts.png", "lora/edits.png", "frozen/metrics.json", "vae/config.json"):
+    for name in (
+        "pair.png",
+        "frozen/contexts.png",
+        "lora/edits.png",
+        "frozen/metrics.json",
+        "vae/config.json",
+    ):
         assert (out / name).stat().st_size > 100
-    assert not (out / "frozen" / "run" / "model" / "base").exists() and (out / "lora" / "run" / "model" / "lora").exists()
+    assert (
+        not (out / "frozen" / "run" / "model" / "base").exists()
+        and (out / "lora" / "run" / "model" / "lora").exists()
+    )
     assert "without the base" in capsys.readouterr().out
-    assert cli.main(["card", str(out / "frozen" / "pipeline"), "--metrics", str(out / "frozen")]) == 0
+    assert (
+        cli.main(["card", str(out / "frozen" / "pipeline"), "--metrics", str(out / "frozen")]) == 0
+    )
     settings = (out / "frozen" / "pipeline" / "training_arguments.yaml").read_text()
-    assert "output_dir" not in settings and str(tmp_path) not in settings  # what is published names no folder of this machine
+    assert (
+        "output_dir" not in settings and str(tmp_path) not in settings
+    )  # what is published names no folder of this machine
     assert "regime: frozen" in (out / "frozen" / "pipeline" / "README.md").read_text()
 
 
@@ -386,12 +508,22 @@ def test_ablation_table(tmp_path, monkeypatch):
         folder = tmp_path / f"default-seed{seed}" / "metrics"
         folder.mkdir(parents=True)
         mean = {"bits_per_pixel": 1.0, "independent": {"distance": value, "floor": 0.025}}
-        (folder / "metrics.json").write_text(json.dumps({"means": {"concept": mean, "composition": mean}}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"means": {"concept": mean, "composition": mean}})
+        )
     assert ablation.main(["--output", str(tmp_path), "--seeds", "2", "--variants", "default"]) == 0
     # Two values 0.1 apart: the t-interval's half width is 12.706 * 0.0707 / sqrt(2).
-    assert "| default | 0.150 ± 0.635 | 0.150 ± 0.635 | 1.000 ± 0.000 |" in (tmp_path / "ablation.md").read_text()
+    assert (
+        "| default | 0.150 ± 0.635 | 0.150 ± 0.635 | 1.000 ± 0.000 |"
+        in (tmp_path / "ablation.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("option", ["--num-inference-steps", "--num_inference_steps"])
 def test_options_are_spelled_as_those_of_training_may_be(option):
-    assert evaluate.make_parser().parse_args(["--model", "m", "--output", "o", option, "7"]).num_inference_steps == 7
+    assert (
+        evaluate.make_parser()
+        .parse_args(["--model", "m", "--output", "o", option, "7"])
+        .num_inference_steps
+        == 7
+    )

@@ -90,11 +90,16 @@ def drawn(kind, orientation):
 
 @pytest.mark.parametrize("kind", TURNS)
 def test_orientations_that_look_the_same_are_the_same(kind):
-    latents, turned, half = (drawn(kind, u) for u in (0.1, 0.1 + 1 / TURNS[kind], 0.1 + 0.5 / TURNS[kind]))
+    latents, turned, half = (
+        drawn(kind, u) for u in (0.1, 0.1 + 1 / TURNS[kind], 0.1 + 0.5 / TURNS[kind])
+    )
     images = [quad.render(x, 64).astype(float) for x in (latents, turned, half)]
     assert np.abs(images[0] - images[1]).mean() < 0.2 < np.abs(images[0] - images[2]).mean()
     index = np.array([KINDS.index(kind)])
-    same, most = (factor_changes(true_factors(latents), true_factors(x), index)[ORIENTATION] for x in (turned, half))
+    same, most = (
+        factor_changes(true_factors(latents), true_factors(x), index)[ORIENTATION]
+        for x in (turned, half)
+    )
     assert same == pytest.approx(0, abs=1e-6) and most == pytest.approx(0.5)
 
 
@@ -111,7 +116,9 @@ def test_kinds_are_those_that_are_drawn():
 def some_factors(draw, images):
     def numbers(*shape):
         size = math.prod(shape)
-        return np.array(draw(st.lists(st.floats(0, 1, width=32), min_size=size, max_size=size)), dtype=float).reshape(shape)
+        return np.array(
+            draw(st.lists(st.floats(0, 1, width=32), min_size=size, max_size=size)), dtype=float
+        ).reshape(shape)
 
     kinds = numbers(images, 4) + 0.01
     return Factors(numbers(images, 6), kinds / kinds.sum(1, keepdims=True), numbers(images, 3))
@@ -119,10 +126,18 @@ def some_factors(draw, images):
 
 @given(some_factors(3), some_factors(3), st.lists(st.integers(0, 3), min_size=3, max_size=3))
 def test_changes_by_a_slow_loop(before, after, kinds):
-    expected = {name: sum(abs(before.levels[i, k] - after.levels[i, k]) for i in range(3)) / 3 for k, name in enumerate(LEVELS)}
-    expected["shape"] = sum(max(0, before.kinds[i, k] - after.kinds[i, k]) for i in range(3) for k in range(4)) / 3
+    expected = {
+        name: sum(abs(before.levels[i, k] - after.levels[i, k]) for i in range(3)) / 3
+        for k, name in enumerate(LEVELS)
+    }
+    expected["shape"] = (
+        sum(max(0, before.kinds[i, k] - after.kinds[i, k]) for i in range(3) for k in range(4)) / 3
+    )
     turns = [
-        min(abs(before.phases[i, kind - 1] - after.phases[i, kind - 1] + whole) for whole in (-1, 0, 1))
+        min(
+            abs(before.phases[i, kind - 1] - after.phases[i, kind - 1] + whole)
+            for whole in (-1, 0, 1)
+        )
         for i, kind in enumerate(kinds)
         if kind
     ]
@@ -140,7 +155,9 @@ def test_changes_by_chance():
 
 def test_levels_are_u():
     latents = quad.sample_latents("quad1", 5)
-    np.testing.assert_allclose(true_factors(latents).levels[:, 0], ndtr(latents[:, 0].astype(float)), atol=1e-6)
+    np.testing.assert_allclose(
+        true_factors(latents).levels[:, 0], ndtr(latents[:, 0].astype(float)), atol=1e-6
+    )
 
 
 # Edits
@@ -154,7 +171,9 @@ def test_effects_of_edits(latents):
         return intervention_effects(images, edited, latents, truth, "quad1")
 
     right, nothing = effects(quad.render(truth, 32)), effects(images)
-    assert right["moved"] == pytest.approx(1) and right["leak"] == pytest.approx(right["leak_floor"])
+    assert right["moved"] == pytest.approx(1) and right["leak"] == pytest.approx(
+        right["leak_floor"]
+    )
     assert nothing["moved"] == 0 and nothing["leak"] == 0
     other = latents.copy()
     other[:, quad.LATENTS.index("quad4")] = np.random.default_rng(0).normal(size=len(latents))

@@ -1,4 +1,6 @@
-"""Faults of everything around the method: processes that die, losses that are not finite, clocks, caches, images, a home that is read-only."""
+"""Faults of everything around the method: processes that die, losses that are not finite, clocks,
+caches, images, a home that is read-only.
+"""
 
 import os
 import socket
@@ -39,7 +41,8 @@ def test_a_process_that_draws_images_dies(tmp_path):
 def test_a_worker_of_a_loader_dies():
     """The workers are torch's; that one of them is gone must be said and not waited for."""
     with pytest.MonkeyPatch.context() as patch:
-        # Of a module of its own: for its fingerprint, `datasets` pickles everything that a function of the tests refers to.
+        # Of a module of its own: for its fingerprint, `datasets` pickles everything that a function
+        # of the tests refers to.
         patch.setattr(quad, "_rows", partial(harm.dying_rows, quad._rows, os.getpid()))
         images = load_quad(images_per_context=8, resolution=8, streaming=True)
         loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=1, timeout=60)
@@ -64,7 +67,12 @@ def test_one_of_two_processes_dies(tiny, tmp_path, victim):
         survivor = both[1 - victim]
         survivor.join(60)
         assert survivor.exitcode == 1, "the other one waits for ever"
-        assert Path(errors[1 - victim]).read_text().splitlines()[-1].startswith("error: another process of this run has ended")
+        assert (
+            Path(errors[1 - victim])
+            .read_text()
+            .splitlines()[-1]
+            .startswith("error: another process of this run has ended")
+        )
         assert checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] >= 4
     finally:
         for process in both:
@@ -75,17 +83,26 @@ def test_one_of_two_processes_dies(tiny, tmp_path, victim):
 
 
 def folder_of_images(path, side=16):
-    """Ten grey images of each of two contexts; image n of a context has the grey value 10 n, and 5 more under `hat`."""
+    """Ten grey images of each of two contexts; image n of a context has the grey value 10 n, and 5
+    more under `hat`.
+    """
     for number, context in enumerate(("obs", "hat")):
         (path / context).mkdir(parents=True)
         for value in range(10):
-            Image.new("RGB", (side, side), (10 * value + 5 * number,) * 3).save(path / context / f"{value}.png")
+            Image.new("RGB", (side, side), (10 * value + 5 * number,) * 3).save(
+                path / context / f"{value}.png"
+            )
     return path
 
 
 def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch, capsys):
     """As when the base overflows on one image of the data."""
-    settings = tiny | {"dataset": str(folder_of_images(tmp_path / "images")), "batch_size": 4, "max_steps": 40, "log_every": 7}
+    settings = tiny | {
+        "dataset": str(folder_of_images(tmp_path / "images")),
+        "batch_size": 4,
+        "max_steps": 40,
+        "log_every": 7,
+    }
     settings |= {"checkpoint_every": 3, "eval_every": 6, "split_by": "position"}
     original, poisoned, steps = feeding.Feed._inputs, 65 / 255, []  # image 6 under `hat`
 
@@ -101,14 +118,21 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
     first = [bool(step) for step in steps].index(True)
     data = train.load_data(train.TrainArguments(**settings))[0]
     row = int((data.pixels[:, 0, 0, 0] == 65).nonzero()[0, 0])
-    assert f"the loss of step {first} is not finite for 1 of its 4 images (training images {row} ('hat');" in error
+    assert (
+        f"the loss of step {first} is not finite for 1 of its 4 images (training images {row}"
+        " ('hat');" in error
+    )
     assert np.asarray(Image.open(tmp_path / "run" / "not_finite.png")).shape == (16, 16, 3)
     assert (np.asarray(Image.open(tmp_path / "run" / "not_finite.png")) == 65).all()
-    last = first // 3 * 3  # every third step has a checkpoint, but for the one that came after the bad step
+    last = (
+        first // 3 * 3
+    )  # every third step has a checkpoint, but for the one that came after the bad step
     assert ("the last good state is" in error) == bool(last)
     if last:
         _, tensors, state = checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")
-        assert state["step"] == last and all(value.isfinite().all() for value in tensors["model"].values())
+        assert state["step"] == last and all(
+            value.isfinite().all() for value in tensors["model"].values()
+        )
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -125,7 +149,9 @@ def test_when_everything_overflows_the_best_model_is_kept(tiny, tmp_path, capsys
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_an_image_that_the_autoencoder_of_a_denoiser_overflows_on(tiny, tmp_path, monkeypatch, capsys):
+def test_an_image_that_the_autoencoder_of_a_denoiser_overflows_on(
+    tiny, tmp_path, monkeypatch, capsys
+):
     images = folder_of_images(tmp_path / "images")
     original = DiffusionBase.prepare
 
@@ -135,7 +161,11 @@ def test_an_image_that_the_autoencoder_of_a_denoiser_overflows_on(tiny, tmp_path
         return found
 
     monkeypatch.setattr(DiffusionBase, "prepare", prepare)
-    settings = tiny | {"dataset": str(images), "base": str(save_pipeline("dit", tmp_path / "dit")), "regime": "frozen"}
+    settings = tiny | {
+        "dataset": str(images),
+        "base": str(save_pipeline("dit", tmp_path / "dit")),
+        "regime": "frozen",
+    }
     assert "('hat') are not finite: look at it" in error_of(capsys, options(settings))
 
 
@@ -143,12 +173,19 @@ def test_an_image_that_the_autoencoder_of_a_denoiser_overflows_on(tiny, tmp_path
 
 
 def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
-    """The newest checkpoint is that of the latest step, whatever the clock says; nothing that is learnt depends on it."""
+    """The newest checkpoint is that of the latest step, whatever the clock says; nothing that is
+    learnt depends on it.
+    """
     settings = tiny | {"checkpoint_every": 2, "keep_checkpoints": 9, "ema_decay": 0.9}
     run(settings)
     other = settings | {"output_dir": str(tmp_path / "other")}
     calls = iter(range(100))
-    monkeypatch.setattr(train.Stop, "asked", property(lambda self: next(calls) >= 4, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        train.Stop,
+        "asked",
+        property(lambda self: next(calls) >= 4, lambda self, value: None),
+        raising=False,
+    )
     assert run(other).step == 5
     monkeypatch.undo()
     for path in (tmp_path / "other").rglob("*"):  # the later, the older
@@ -165,12 +202,18 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
 
 def test_checkpoints_are_ordered_by_their_steps(tmp_path):
     for number, step in enumerate((99_999_998, 100_000_001, 99_999_999)):
-        path = checkpoints.save_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
+        path = checkpoints.save_checkpoint(
+            tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=9
+        )
         os.utime(path, (10**6 * number,) * 2)
     for name in ("step-x", "step-", "step-00000001.bak"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{}")
-    assert [int(path.name[5:]) for path in checkpoints.checkpoints(tmp_path)] == [99_999_998, 99_999_999, 100_000_001]
+    assert [int(path.name[5:]) for path in checkpoints.checkpoints(tmp_path)] == [
+        99_999_998,
+        99_999_999,
+        100_000_001,
+    ]
 
 
 # Caches and files of images
@@ -182,11 +225,18 @@ def test_a_corrupt_cache_of_drawn_images(tmp_path, harm_done):
     file = Path(load().cache_files[0]["filename"])
     whole = file.read_bytes()
     file.write_bytes(
-        {"half": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole)), "tail": whole[:-3]}.get(harm_done, whole)
+        {
+            "half": whole[: len(whole) // 2],
+            "empty": b"",
+            "zeros": bytes(len(whole)),
+            "tail": whole[:-3],
+        }.get(harm_done, whole)
     )
     if harm_done == "info":
         (file.parent / "dataset_info.json").write_text("{")
-    with pytest.raises(OSError, match="the images in the cache are corrupt: remove .*quad-.*drawn again") as error:
+    with pytest.raises(
+        OSError, match="the images in the cache are corrupt: remove .*quad-.*drawn again"
+    ) as error:
         load()
     entry = Path(str(error.value).split("remove ")[1].split(", and")[0])
     assert entry.is_dir() and entry in file.parents
@@ -202,7 +252,10 @@ def test_bytes_that_have_changed_in_a_cache(tmp_path):
     at = whole.index(b"\x89PNG")
     file.write_bytes(whole[:at] + bytes(40) + whole[at + 40 :])
     with pytest.raises(ValueError, match=f"image 0 .{file}. of context 'obs' cannot be read"):
-        ContextImages.from_dataset(load_quad(images_per_context=8, resolution=8, cache_dir=str(tmp_path)), list(quad.CONCEPTS))
+        ContextImages.from_dataset(
+            load_quad(images_per_context=8, resolution=8, cache_dir=str(tmp_path)),
+            list(quad.CONCEPTS),
+        )
 
 
 def test_a_corrupt_cache_of_a_folder_is_made_anew(tmp_path, monkeypatch):
@@ -216,7 +269,9 @@ def test_a_corrupt_cache_of_a_folder_is_made_anew(tmp_path, monkeypatch):
     assert len(ContextImages.from_dataset(load_contexts(folder))) == 20
 
 
-@pytest.mark.parametrize("content", [None, b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 60])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 60]
+)
 def test_a_file_that_is_no_image_is_named(tiny, tmp_path, capsys, content):
     """A link to nowhere, an empty file, texts, the first bytes of an image."""
     file = folder_of_images(tmp_path / "images") / "hat" / "3.png"
@@ -227,7 +282,9 @@ def test_a_file_that_is_no_image_is_named(tiny, tmp_path, capsys, content):
     else:
         file.write_bytes(whole[:content] if isinstance(content, int) else content)
     error = error_of(capsys, options(tiny | {"dataset": str(tmp_path / "images")}))
-    why = "(No such file or directory): replace" if content is None else "as an image: it is damaged"
+    why = (
+        "(No such file or directory): replace" if content is None else "as an image: it is damaged"
+    )
     assert f"({file}) of context 'hat' cannot be read {why}" in error
 
 
@@ -270,7 +327,7 @@ for load, say in (
     else:
         raise AssertionError("it was not read-only")
 assert load_quad(images_per_context=8, resolution=8, cache_dir=out + "/cache").num_rows == 56
-"""
+"""  # noqa: E501
 
 
 def test_local_work_needs_no_home(tmp_path):
@@ -278,10 +335,21 @@ def test_local_work_needs_no_home(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("images", "table"):
         folder_of_images(tmp_path / name)
-    (tmp_path / "table" / "metadata.csv").write_text("file_name,context\nobs/0.png,obs\nhat/1.png,hat\n")
+    (tmp_path / "table" / "metadata.csv").write_text(
+        "file_name,context\nobs/0.png,obs\nhat/1.png,hat\n"
+    )
     home = str(tmp_path / "file" / "home")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_", "MPLCONFIGDIR"))}
-    env |= {"HOME": home, "HF_HOME": home + "/hf", "XDG_CACHE_HOME": home + "/cache", "HF_HUB_OFFLINE": "1"}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_", "MPLCONFIGDIR"))
+    }
+    env |= {
+        "HOME": home,
+        "HF_HOME": home + "/hf",
+        "XDG_CACHE_HOME": home + "/cache",
+        "HF_HUB_OFFLINE": "1",
+    }
     work = LOCAL_WORK.replace("{settings!r}", repr(TINY))
     command = [sys.executable, "-c", work, str(tmp_path), str(tmp_path / "images")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,6 @@
-"""Invertible mechanisms: both directions, the density against autograd and against draws, the mixture, the exact SEM."""
+"""Invertible mechanisms: both directions, the density against autograd and against draws, the
+mixture, the exact SEM.
+"""
 
 import math
 
@@ -43,7 +45,8 @@ def test_noise_of_concepts_is_the_noise_that_made_them(width):
     c = h(z, s).concepts
     found = h.whiten(c, s)
     torch.testing.assert_close(h(found, s).concepts, c)
-    # Away from where the two parts of a mixture meet, z itself is found; its last entry says only which part it was.
+    # Away from where the two parts of a mixture meet, z itself is found; its last entry says only
+    # which part it was.
     same = (found[..., :-1] - z[..., :-1]).abs().amax(-1) < 1e-6
     assert same[:, 2].all() and same[:10, 0].all() and same.float().mean() > 0.8
 
@@ -61,7 +64,9 @@ def test_the_density_is_that_of_a_change_of_variables(context):
 
     jacobian = torch.autograd.functional.jacobian(noise, c.flatten())
     z = noise(c.flatten())
-    expected = -0.5 * (z.square() + math.log(2 * math.pi)).sum() + torch.linalg.slogdet(jacobian).logabsdet
+    expected = (
+        -0.5 * (z.square() + math.log(2 * math.pi)).sum() + torch.linalg.slogdet(jacobian).logabsdet
+    )
     torch.testing.assert_close(h.log_density(c, s)[0], expected.float())
 
 
@@ -76,7 +81,9 @@ def test_the_mixture_is_a_density_and_draws_follow_it():
         flow.log_scale[1] = -1.0
     grid = torch.linspace(-12, 18, 60001)
     nothing = torch.zeros(1, 200_000, 32)  # it hears
-    density = flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
+    density = (
+        flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
+    )
     step = grid[1] - grid[0]
     assert (density.sum() * step).item() == pytest.approx(1, abs=1e-3)
     drawn = flow(torch.randn(1, 200_000, 2), nothing[..., :1], nothing)[0, :, 0]
@@ -105,7 +112,10 @@ def test_blocks_hear_their_causes_in_order_unless_they_are_intervened_on():
     causes = {3: [], 4: [3], 2: [3, 4], 0: [3, 4, 2], 1: [3, 4, 2, 0]}  # free blocks first
     heard = layer(c, s)
     for i, before in causes.items():
-        expected = sum((c[:, j] @ layer.weight[i, :, j].T for j in before), torch.zeros(40, 6, dtype=torch.float64))
+        expected = sum(
+            (c[:, j] @ layer.weight[i, :, j].T for j in before),
+            torch.zeros(40, 6, dtype=torch.float64),
+        )
         torch.testing.assert_close(heard[i], (1 - s[i]) * expected)
     assert layer.levels() == [[3], [4], [2], [0], [1]]
     torch.testing.assert_close(layer(c, s[[0, 4]], [0, 4]), heard[[0, 4]])
@@ -155,7 +165,10 @@ def test_strengths_lead_from_one_map_to_the_other_without_a_jump():
 
 def test_the_kl_is_that_of_draws():
     h = head()
-    mean, logvar = torch.randn(1, 3, 4, dtype=torch.float64), torch.full((1, 3, 4), -1.0, dtype=torch.float64)
+    mean, logvar = (
+        torch.randn(1, 3, 4, dtype=torch.float64),
+        torch.full((1, 3, 4), -1.0, dtype=torch.float64),
+    )
     s = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).expand(20_000, -1)
     y = mean + (0.5 * logvar).exp() * torch.randn(20_000, 3, 4, dtype=torch.float64)
     q = torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(y).flatten(1).sum(1)

@@ -1,4 +1,6 @@
-"""What full-size models need: variants and shards, half precision with the base still checked, the base's own memory options."""
+"""What full-size models need: variants and shards, half precision with the base still checked, the
+base's own memory options.
+"""
 
 import importlib
 import json
@@ -11,7 +13,14 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 
-from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline, LightVAE, wrap_base
+from hf_intervene import (
+    InterventionConfig,
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+    LightVAE,
+    wrap_base,
+)
 from hf_intervene.bases.autoencoder import AutoencoderBase
 from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
@@ -51,7 +60,11 @@ def sample(model):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".md" and path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix != ".md" and path.is_file()
+    )
 
 
 # Saving and loading
@@ -70,11 +83,19 @@ def test_variants_and_shards(vae, tmp_path, dtype, max_shard_size):
     assert sharded == ({"model", "adapter", "base"} if max_shard_size == "20KB" else set())
     # Plain diffusers and transformers read the parts, and so does the whole.
     options = {"variant": variant, "torch_dtype": dtype}
-    assert weight_hash(AutoencoderKL.from_pretrained(folder / "base", **options)) == weight_hash(vae)
-    assert weight_hash(InterventionHead.from_pretrained(folder, variant=variant, dtype=dtype)) == weight_hash(model.head)
+    assert weight_hash(AutoencoderKL.from_pretrained(folder / "base", **options)) == weight_hash(
+        vae
+    )
+    assert weight_hash(
+        InterventionHead.from_pretrained(folder, variant=variant, dtype=dtype)
+    ) == weight_hash(model.head)
     assert torch.equal(sample(InterventionModel.from_pretrained(folder, **options)), sample(model))
     with pytest.raises(
-        OSError, match="the base of .* no whole weights in safetensors format .diffusion_pytorch_model.safetensors missing"
+        OSError,
+        match=(
+            "the base of .* no whole weights in safetensors format"
+            " .diffusion_pytorch_model.safetensors missing"
+        ),
     ):
         InterventionModel.from_pretrained(folder)
     pipe = InterventionPipeline.from_model(model)
@@ -104,7 +125,9 @@ def test_lora_is_one_file(vae, tmp_path):
         "lora/adapter_model.safetensors",
     ]
     assert not (tmp_path / "model" / "base").exists()
-    PeftModel.from_pretrained(AutoencoderKL.from_pretrained(tmp_path / "vae"), tmp_path / "model" / "lora")
+    PeftModel.from_pretrained(
+        AutoencoderKL.from_pretrained(tmp_path / "vae"), tmp_path / "model" / "lora"
+    )
     loaded = InterventionModel.from_pretrained(tmp_path / "model", variant="fp16", torch_dtype=BF16)
     torch.testing.assert_close(sample(loaded), sample(model), rtol=0, atol=0.05)
 
@@ -133,7 +156,9 @@ def test_a_base_that_is_passed_is_known_in_any_precision(vae, tmp_path, dtype):
     build(vae).save_pretrained(tmp_path / "model")
     base = AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
     loaded = InterventionModel.from_pretrained(tmp_path / "model", base=base)
-    assert loaded.base.model.dtype == dtype and {loaded.head.dtype, loaded.base.adapter.dtype} == {torch.float32}
+    assert loaded.base.model.dtype == dtype and {loaded.head.dtype, loaded.base.adapter.dtype} == {
+        torch.float32
+    }
     sample(loaded)
     with torch.no_grad():
         base.decoder.conv_out.bias[0] += 1
@@ -144,7 +169,8 @@ def test_a_base_that_is_passed_is_known_in_any_precision(vae, tmp_path, dtype):
 def test_a_frozen_base_cast_is_not_saved_and_a_trained_one_is(vae, tmp_path):
     build(vae).to(FP16).save_pretrained(tmp_path / "model", variant="fp16")
     assert not (tmp_path / "model" / "base").exists()
-    # A head on a base in half precision, and what is trained once that is cast up: less than half precision shows.
+    # A head on a base in half precision, and what is trained once that is cast up: less than half
+    # precision shows.
     half = AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=BF16)
     model = build(half)
     reference = model.config.base_reference
@@ -187,11 +213,18 @@ def test_truncated_and_missing_shards(vae, tmp_path, part):
     shard.write_bytes(whole[: len(whole) // 2])
     what = {".": "head", "adapter": "adapter", "base": "base"}[part]
     with pytest.raises(
-        OSError, match=f"^the {what} of [^ ]*model cannot be read: its weights are truncated or corrupt; fetch it again.$"
+        OSError,
+        match=(
+            f"^the {what} of [^ ]*model cannot be read: its weights are truncated or corrupt; fetch"
+            " it again.$"
+        ),
     ):
         InterventionModel.from_pretrained(folder)
     shard.unlink()
-    with pytest.raises(OSError, match=f"^the {what} of [^ ]*model has no whole weights .*{shard.name} missing.*incomplete"):
+    with pytest.raises(
+        OSError,
+        match=f"^the {what} of [^ ]*model has no whole weights .*{shard.name} missing.*incomplete",
+    ):
         InterventionModel.from_pretrained(folder)
     shard.write_bytes(whole)
     index = next((folder / part).glob("*.index.json"))
@@ -234,7 +267,9 @@ def test_slicing_and_tiling_go_on_under_the_head(vae):
     calls.clear()
     vae.enable_tiling()  # tiles of the 16 pixels of its configuration
     images = model.edit(x, "a")
-    assert images.shape == plain.shape and len(calls) > 2 and all(shape[-1] <= 16 for shape in calls)
+    assert (
+        images.shape == plain.shape and len(calls) > 2 and all(shape[-1] <= 16 for shape in calls)
+    )
     loss = model(x, model.targets("a", 3)).loss
     assert loss.isfinite()
 
@@ -245,7 +280,11 @@ def test_a_base_in_half_precision_under_a_head_in_float32(vae, dtype, family):
     torch.manual_seed(0)
     base = vae if family == "kl" else LightVAE(3, 16, (8, 8), hidden_width=16, latent_width=12)
     model = build(base)
-    x, s, noise = torch.rand(2, 3, 16, 16), model.targets(["a"], 2), torch.randn(2, *model.noise_shape)
+    x, s, noise = (
+        torch.rand(2, 3, 16, 16),
+        model.targets(["a"], 2),
+        torch.randn(2, *model.noise_shape),
+    )
     expected = model(x, s, noise=noise).loss.detach()
     base.to(dtype)
     model.base.trainable(False)
@@ -288,11 +327,15 @@ def gradients(model):
     with Kept() as kept:
         loss = model(x, model.targets("a", 2), noise=noise).loss
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, kept.bytes
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }, kept.bytes
 
 
 def assert_same(found, expected, tolerance=1e-4):
-    """Gradients are equal up to a share of each one's norm (those of a bias in front of a norm are zero, up to rounding)."""
+    """Gradients are equal up to a share of each one's norm (those of a bias in front of a norm are
+    zero, up to rounding).
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-3, name
@@ -322,7 +365,8 @@ def test_a_frozen_base_keeps_only_what_the_adapter_needs(vae, monkeypatch, autoc
     # Where bf16 is not computed in hardware, the two ways round in different places.
     assert_same(found, plain, (0.02 if fast_bf16() else 0.1) if autocast else 1e-4)
     assert kept < kept_by_autograd < trained
-    # Of the decoder alone, at least the third of it that is inputs of convolutions; of the encoder, nothing at all.
+    # Of the decoder alone, at least the third of it that is inputs of convolutions; of the encoder,
+    # nothing at all.
     latents = torch.rand(1, 4, 8, 8, requires_grad=True)
     with Kept() as by_autograd:
         vae.decode(latents)
@@ -355,7 +399,10 @@ def test_pipelines_of_parts_that_do_not_fit(vae):
     light = LightVAE(3, 16, (8, 8), hidden_width=16, latent_width=12)
     head, other = build(vae).head, build(light).head
     adapter = wrap_base(vae).adapter
-    with pytest.raises(TypeError, match="no base is registered for Linear; the supported classes are .*register_base"):
+    with pytest.raises(
+        TypeError,
+        match="no base is registered for Linear; the supported classes are .*register_base",
+    ):
         InterventionPipeline(torch.nn.Linear(2, 2), head)
     with pytest.raises(TypeError, match="head must be an InterventionHead, not a Linear"):
         InterventionPipeline(light, torch.nn.Linear(2, 2))
@@ -363,14 +410,21 @@ def test_pipelines_of_parts_that_do_not_fit(vae):
         InterventionPipeline(vae, head)
     with pytest.raises(ValueError, match="a head on LightVAE needs no adapter"):
         InterventionPipeline(light, other, adapter)
-    with pytest.raises(ValueError, match="the head was made for feature_width 16, but this AutoencoderKL has 128"):
+    with pytest.raises(
+        ValueError, match="the head was made for feature_width 16, but this AutoencoderKL has 128"
+    ):
         InterventionPipeline(vae, other, adapter)
-    with pytest.raises(ValueError, match="the adapter is for 4 x 16.2 latents, but this AutoencoderKL makes"):
+    with pytest.raises(
+        ValueError, match="the adapter is for 4 x 16.2 latents, but this AutoencoderKL makes"
+    ):
         InterventionPipeline(
             AutoencoderKL(
                 **CONFIG
                 | {"block_out_channels": (8, 8, 16), "latent_channels": 4, "sample_size": 32}
-                | {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+                | {
+                    "down_block_types": ("DownEncoderBlock2D",) * 3,
+                    "up_block_types": ("UpDecoderBlock2D",) * 3,
+                }
             ),
             head,
             wrap_base(vae, sample_size=32).adapter,
@@ -379,8 +433,12 @@ def test_pipelines_of_parts_that_do_not_fit(vae):
 
 def test_pipeline_loading_with_another_head(vae, tmp_path):
     InterventionPipeline.from_model(build(vae)).save_pretrained(tmp_path / "pipe")
-    other = InterventionHead(InterventionConfig(concepts=["a", "b"], feature_width=7, embedding_shape=[128, 1, 1]))
-    with pytest.raises(ValueError, match="the head was made for feature_width 7, but this AutoencoderKL has 128"):
+    other = InterventionHead(
+        InterventionConfig(concepts=["a", "b"], feature_width=7, embedding_shape=[128, 1, 1])
+    )
+    with pytest.raises(
+        ValueError, match="the head was made for feature_width 7, but this AutoencoderKL has 128"
+    ):
         InterventionPipeline.from_pretrained(tmp_path / "pipe", head=other)
 
 
@@ -408,16 +466,24 @@ def test_concepts_that_clash(vae, tmp_path, concepts, message):
 
 def test_bases_and_images_that_cannot_carry_a_head(vae, tmp_path):
     for base in (torch.nn.Linear(2, 2), "path/to/vae", None):
-        with pytest.raises(TypeError, match="no base is registered for .*; the supported classes are .*register_base"):
+        with pytest.raises(
+            TypeError,
+            match="no base is registered for .*; the supported classes are .*register_base",
+        ):
             InterventionModel.build(base, ["a"])
     build(vae).save_pretrained(tmp_path / "model")
     with pytest.raises(TypeError, match="no base is registered for Linear"):
         InterventionModel.from_pretrained(tmp_path / "model", base=torch.nn.Linear(2, 2))
     for size in (15, 17, 1):  # encoded, but decoded in another size; too small to encode
-        with pytest.raises(ValueError, match=f"this AutoencoderKL cannot encode images of {size} pixels: choose a multiple"):
+        with pytest.raises(
+            ValueError,
+            match=f"this AutoencoderKL cannot encode images of {size} pixels: choose a multiple",
+        ):
             wrap_base(vae, sample_size=size)
     for size in (0, -16, 16.0, (16, 16)):
-        with pytest.raises(ValueError, match="sample_size must be the side of a square image in pixels"):
+        with pytest.raises(
+            ValueError, match="sample_size must be the side of a square image in pixels"
+        ):
             wrap_base(vae, sample_size=size)
 
 
@@ -426,13 +492,21 @@ def test_bases_and_images_that_cannot_carry_a_head(vae, tmp_path):
 
 def test_the_family_of_the_readme(tiny, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@register_base" in block]
+    (block,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "@register_base" in block
+    ]
     (tmp_path / "family_of_the_readme.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("family_of_the_readme")
     module.PatchCoder(sample_size=16, width=8).save_pretrained(tmp_path / "pretrained")
     for regime in ("frozen", "lora", "end-to-end"):
-        options = {"base": str(tmp_path / "pretrained"), "regime": regime, "output_dir": str(tmp_path / regime)}
+        options = {
+            "base": str(tmp_path / "pretrained"),
+            "regime": regime,
+            "output_dir": str(tmp_path / regime),
+        }
         result = train.train(train.TrainArguments(**tiny | options))
         model = InterventionModel.from_pretrained(result.model_dir)
         assert type(model.base) is module.PatchCoderBase
@@ -458,8 +532,17 @@ def test_the_load_benchmark():
 
 
 def test_the_denoise_benchmark():
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 8, "cross_attention_dim": 12, **blocks}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    small = {
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "sample_size": 8,
+        "cross_attention_dim": 12,
+        **blocks,
+    }
     assert benchmark.denoise(1, small)["ratio"] > 0
     with torch.device("meta"):
         unet = UNet2DConditionModel(**benchmark.STABLE_DIFFUSION_UNET)

@@ -1,7 +1,9 @@
-"""Fuzzing of everything that comes from outside: contexts, settings, checkpoints, configurations, cards.
+"""Fuzzing of everything that comes from outside: contexts, settings, checkpoints, configurations,
+cards.
 
-Whatever it is given, the package raises what it documents, in one sentence, neither hangs nor takes memory for what is not there, and runs
-no code. `FUZZ_SECONDS` is shared by all targets; for an hour:
+Whatever it is given, the package raises what it documents, in one sentence, neither hangs nor takes
+memory for what is not there, and runs no code. `FUZZ_SECONDS` is shared by all targets; for an
+hour:
 
     FUZZ_SECONDS=3600 python -m pytest -q -m slow tests/test_fuzz.py
 """
@@ -27,9 +29,21 @@ from huggingface_hub import ModelCard
 from hypothesis import strategies as st
 from shared_models import build, frozen_on
 
-from hf_intervene import InterventionHead, InterventionModel, InterventionPipeline, Quantile, load_base
+from hf_intervene import (
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+    Quantile,
+    load_base,
+)
 from hf_intervene.cards import write_card
-from hf_intervene.contexts import context_name, parse_choices, parse_interventions, parse_values, validate_concepts
+from hf_intervene.contexts import (
+    context_name,
+    parse_choices,
+    parse_interventions,
+    parse_values,
+    validate_concepts,
+)
 from hf_intervene.training import checkpoints, train
 from hf_intervene.training.arguments import TrainArguments, read_config
 
@@ -40,12 +54,47 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", 15))
 
 # Contexts
 
-names = st.sampled_from([*CONCEPTS, "obs", "", "quad1+size", "size=0.5", "size@0.9", "quad1=", "@", "+", "size=nan", "size@2"])
-tensors = st.lists(numbers.filter(lambda n: abs(n) < 2**60), max_size=5).map(lambda row: torch.tensor(row, dtype=torch.float64))
-images = st.sampled_from([np.zeros((4, 4, 3), np.uint8), torch.zeros(2, 3, 4, 4), np.zeros(()), torch.tensor(0.5), np.float32(1)])
-atoms = st.one_of(names, scalars, images, tensors, st.floats(0, 1, exclude_min=True, exclude_max=True).map(Quantile))
+names = st.sampled_from(
+    [
+        *CONCEPTS,
+        "obs",
+        "",
+        "quad1+size",
+        "size=0.5",
+        "size@0.9",
+        "quad1=",
+        "@",
+        "+",
+        "size=nan",
+        "size@2",
+    ]
+)
+tensors = st.lists(numbers.filter(lambda n: abs(n) < 2**60), max_size=5).map(
+    lambda row: torch.tensor(row, dtype=torch.float64)
+)
+images = st.sampled_from(
+    [
+        np.zeros((4, 4, 3), np.uint8),
+        torch.zeros(2, 3, 4, 4),
+        np.zeros(()),
+        torch.tensor(0.5),
+        np.float32(1),
+    ]
+)
+atoms = st.one_of(
+    names,
+    scalars,
+    images,
+    tensors,
+    st.floats(0, 1, exclude_min=True, exclude_max=True).map(Quantile),
+)
 contexts = st.recursive(
-    atoms, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(names | words, inner, max_size=3)
+    atoms,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(names | words, inner, max_size=3)
+    ),
 )
 
 
@@ -96,41 +145,92 @@ lines = st.one_of(
     ),
     st.text(max_size=30),
 )
-laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "concepts: *a39\n"
-documents = st.one_of(st.lists(lines, max_size=5).map("\n".join), st.binary(max_size=60), st.just(laughs), st.just("[" * 10_000))
+laughs = (
+    "a0: &a0 [x, x]\n"
+    + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    + "concepts: *a39\n"
+)
+documents = st.one_of(
+    st.lists(lines, max_size=5).map("\n".join),
+    st.binary(max_size=60),
+    st.just(laughs),
+    st.just("[" * 10_000),
+)
 
 
 def check_documents(document, folder):
     path = folder / "config.yaml"
-    path.write_bytes(document if isinstance(document, bytes) else document.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        document if isinstance(document, bytes) else document.encode("utf-8", "surrogatepass")
+    )
     settings = only_ours(read_config, str(path))
     if settings is not None:
         only_ours(lambda: TrainArguments(**settings))
 
 
-_HARMLESS = ("output_dir", "dataset", "base", "resume", "tracker", "compile", "mnist_digits", "image_encoder", "base_subfolder")
+_HARMLESS = (
+    "output_dir",
+    "dataset",
+    "base",
+    "resume",
+    "tracker",
+    "compile",
+    "mnist_digits",
+    "image_encoder",
+    "base_subfolder",
+)
 _BY_TYPE = {
     "int": st.one_of(st.integers(-2, 20), st.sampled_from([2**20, 2**31, 2**63, 2**70, -(2**70)])),
     "float": st.floats(),
     "str": words
-    | st.sampled_from(["dependent", "none", "no", "bf16", "fp16", "batch", "layer", "single", "adaptive", "obs", "quad1"]),
+    | st.sampled_from(
+        [
+            "dependent",
+            "none",
+            "no",
+            "bf16",
+            "fp16",
+            "batch",
+            "layer",
+            "single",
+            "adaptive",
+            "obs",
+            "quad1",
+        ]
+    ),
     "bool": st.booleans(),
 }
 _TYPED = {}
 for _name, _field in TrainArguments.__dataclass_fields__.items():
-    _kind = str(getattr(_field.type, "__name__", _field.type)) if not str(_field.type).startswith("list") else str(_field.type)
+    _kind = (
+        str(getattr(_field.type, "__name__", _field.type))
+        if not str(_field.type).startswith("list")
+        else str(_field.type)
+    )
     _inner = next((key for key in _BY_TYPE if key in str(_field.type)), None)
     if _name not in _HARMLESS and _inner is not None:
-        _TYPED[_name] = st.lists(_BY_TYPE[_inner], max_size=3) if "list" in str(_field.type) else _BY_TYPE[_inner]
-some_settings = st.lists(st.sampled_from(sorted(_TYPED)), min_size=1, max_size=3, unique=True).flatmap(
-    lambda chosen: st.fixed_dictionaries({name: _TYPED[name] for name in chosen})
-)
+        _TYPED[_name] = (
+            st.lists(_BY_TYPE[_inner], max_size=3)
+            if "list" in str(_field.type)
+            else _BY_TYPE[_inner]
+        )
+some_settings = st.lists(
+    st.sampled_from(sorted(_TYPED)), min_size=1, max_size=3, unique=True
+).flatmap(lambda chosen: st.fixed_dictionaries({name: _TYPED[name] for name in chosen}))
 
 
 def check_settings(changes, folder):
     """A run of at most two steps."""
-    settings = TINY | {"images_per_context": 8, "max_steps": 2, "output_dir": str(folder / "run")} | changes
-    if settings["max_steps"] not in (1, 2) or settings["images_per_context"] > 100 or settings["validation_images"] > 100:
+    settings = (
+        TINY
+        | {"images_per_context": 8, "max_steps": 2, "output_dir": str(folder / "run")}
+        | changes
+    )
+    if (
+        settings["max_steps"] not in (1, 2)
+        or settings["images_per_context"] > 100
+        or settings["validation_images"] > 100
+    ):
         only_ours(lambda: TrainArguments(**settings))  # and no more: it asks for work
         return
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -175,10 +275,20 @@ def saved(tmp_path_factory):
     stable_diffusion(with_head("conditional"), folder).save_pretrained(folder / "source")
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder / "vae")
+    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(
+        folder / "vae"
+    )
     frozen_on(AutoencoderTiny.from_pretrained(folder / "vae")).save_pretrained(folder / "frozen")
-    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae"), lora_rank=2).save_pretrained(folder / "lora")
-    run = TINY | {"images_per_context": 8, "max_steps": 2, "eval_every": 2, "ema_decay": 0.9, "schedule": "adaptive"}
+    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae"), lora_rank=2).save_pretrained(
+        folder / "lora"
+    )
+    run = TINY | {
+        "images_per_context": 8,
+        "max_steps": 2,
+        "eval_every": 2,
+        "ema_decay": 0.9,
+        "schedule": "adaptive",
+    }
     train.train(TrainArguments(**run, output_dir=str(folder / "run")))
     return folder
 
@@ -191,7 +301,9 @@ def check_checkpoint(example, saved, folder):
 def check_resumed(harm, saved, folder):
     run = harmed(saved / "run", folder / "run", harm, "checkpoints/*/*")
     only_ours(checkpoints.newest_checkpoint, run / "checkpoints")
-    run_trainer(saved / "run" / "training_arguments.yaml", "--output_dir", str(run), "--resume", "auto")
+    run_trainer(
+        saved / "run" / "training_arguments.yaml", "--output_dir", str(run), "--resume", "auto"
+    )
 
 
 # Cards
@@ -213,7 +325,9 @@ METRICS = {
         }
     },
 }
-card_parts = st.fixed_dictionaries({"concept": words, "settings": lines, "metrics": mutations, "config": harms})
+card_parts = st.fixed_dictionaries(
+    {"concept": words, "settings": lines, "metrics": mutations, "config": harms}
+)
 
 
 def check_card(example, saved, folder):
@@ -224,7 +338,9 @@ def check_card(example, saved, folder):
     harmed_metrics.mkdir(exist_ok=True)
     (harmed_metrics / "metrics.json").write_text(json.dumps(METRICS))
     only_ours(lambda: harmed(harmed_metrics, folder / "harmed-metrics", (0.0, example["metrics"])))
-    (target / "training_arguments.yaml").write_text(example["settings"], encoding="utf-8", errors="replace")
+    (target / "training_arguments.yaml").write_text(
+        example["settings"], encoding="utf-8", errors="replace"
+    )
     config = target / "config.json"
     try:
         found = json.loads(config.read_text())
@@ -233,7 +349,9 @@ def check_card(example, saved, folder):
         pass
     card = only_ours(lambda: write_card(target, "user/name", folder / "harmed-metrics"))
     if card is not None:
-        text = re.sub(r"^```.*?^```", "", ModelCard.load(card).text, flags=re.M | re.S)  # code is shown as it is
+        text = re.sub(
+            r"^```.*?^```", "", ModelCard.load(card).text, flags=re.M | re.S
+        )  # code is shown as it is
         assert "<script>" not in text.replace("`<script>`", "") and "\n| 49" not in text
 
 
@@ -241,7 +359,11 @@ TARGETS = {
     "contexts": (st.tuples(contexts, st.none() | st.integers(-1, 4)), check_contexts, ()),
     "documents": (documents, check_documents, ("folder",)),
     "settings": (some_settings, check_settings, ("folder",)),
-    "checkpoints": (st.tuples(st.sampled_from(sorted(KINDS)), harms), check_checkpoint, ("saved", "folder")),
+    "checkpoints": (
+        st.tuples(st.sampled_from(sorted(KINDS)), harms),
+        check_checkpoint,
+        ("saved", "folder"),
+    ),
     "resumed": (harms, check_resumed, ("saved", "folder")),
     "cards": (card_parts, check_card, ("saved", "folder")),
 }

@@ -16,9 +16,21 @@ CONCEPTS = ["a", "b", "c"]
 
 def make_head(seed=0, **options):
     torch.manual_seed(seed)
-    options = {"free_blocks": 1, "noise_width": 5, "concept_width": 3, "feature_width": 7, "embedding_shape": [2, 3]} | options
-    head = InterventionHead(InterventionConfig(concepts=CONCEPTS, initializer_range=0.5, **options)).double().eval()
-    for parameter in head.parameters():  # norms start at 1 and 0, biases at 0: no test would see them missing
+    options = {
+        "free_blocks": 1,
+        "noise_width": 5,
+        "concept_width": 3,
+        "feature_width": 7,
+        "embedding_shape": [2, 3],
+    } | options
+    head = (
+        InterventionHead(InterventionConfig(concepts=CONCEPTS, initializer_range=0.5, **options))
+        .double()
+        .eval()
+    )
+    for (
+        parameter
+    ) in head.parameters():  # norms start at 1 and 0, biases at 0: no test would see them missing
         parameter.data += 0.1 * torch.randn_like(parameter)
     return head
 
@@ -43,12 +55,16 @@ def slow_head(head, z, targets, values=None, chosen=None):
         s = [1.0 if chosen[b, j] else s[j] for j in range(D)]
         eps = []
         for j in range(D):
-            h = gelu((1 - s[j]) * (z_b[j] @ A_obs[j] + b_obs[j]) + s[j] * (z_b[j] @ A_int[j] + b_int[j]))
+            h = gelu(
+                (1 - s[j]) * (z_b[j] @ A_obs[j] + b_obs[j]) + s[j] * (z_b[j] @ A_int[j] + b_int[j])
+            )
             for layer in range(config.depth):
                 linear, norm = head.expressive[3 * layer], head.expressive[3 * layer + 1]
                 h = h @ linear.weight[j] + linear.bias[j, 0]
                 if config.norm == "layer":
-                    h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt() * norm.weight[j, 0] + norm.bias[j, 0]
+                    h = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt() * norm.weight[
+                        j, 0
+                    ] + norm.bias[j, 0]
                 h = gelu(h)
             eps.append(values[b, j] - head.intervention.bias[j] if chosen[b, j] else h)
         c = eps
@@ -64,7 +80,9 @@ def slow_head(head, z, targets, values=None, chosen=None):
                 new.append(eps[i] + ((1 - s[i]) * heard if cut else heard))
             c = new
         c = torch.cat([c[i] + head.intervention.bias[i] for i in range(D)])
-        embeddings.append((head.unpool.weight @ c + head.unpool.bias).reshape(config.embedding_shape))
+        embeddings.append(
+            (head.unpool.weight @ c + head.unpool.bias).reshape(config.embedding_shape)
+        )
     return torch.stack(embeddings)
 
 
@@ -74,7 +92,14 @@ def slow_head(head, z, targets, values=None, chosen=None):
 @pytest.mark.parametrize("do", [False, True])
 def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks, do):
     check_against_the_slow_loop(
-        make_head(intervention=intervention, norm=norm, depth=depth, propagation_steps=steps, free_blocks=free_blocks), do
+        make_head(
+            intervention=intervention,
+            norm=norm,
+            depth=depth,
+            propagation_steps=steps,
+            free_blocks=free_blocks,
+        ),
+        do,
     )
 
 
@@ -82,11 +107,15 @@ def test_head_equals_the_slow_loop(intervention, norm, depth, steps, free_blocks
 @pytest.mark.parametrize(("steps", "rank"), [(1, 2), (3, 2), (2, 1)])
 @pytest.mark.parametrize("do", [False, True])
 def test_low_rank_head_equals_the_slow_loop(intervention, steps, rank, do):
-    check_against_the_slow_loop(make_head(intervention=intervention, propagation_steps=steps, intervention_rank=rank), do)
+    check_against_the_slow_loop(
+        make_head(intervention=intervention, propagation_steps=steps, intervention_rank=rank), do
+    )
 
 
 def check_against_the_slow_loop(head, do):
-    targets = head.targets(["obs", ["a"], ["b", "c"], {"a": 0.3, "c": 0.8}, ["a", "b", "c"]]).double()
+    targets = head.targets(
+        ["obs", ["a"], ["b", "c"], {"a": 0.3, "c": 0.8}, ["a", "b", "c"]]
+    ).double()
     z = torch.randn(5, head.config.num_blocks, 5, dtype=torch.float64)
     values = torch.randn(5, head.config.num_blocks, 3, dtype=torch.float64, requires_grad=True)
     chosen = torch.rand(5, head.config.num_blocks) < 0.4
@@ -96,9 +125,15 @@ def check_against_the_slow_loop(head, do):
 
     weight = torch.randn_like(fast)
     if do:
-        a, b = (torch.autograd.grad((out * weight).sum(), values, retain_graph=True)[0] for out in (fast, slow))
+        a, b = (
+            torch.autograd.grad((out * weight).sum(), values, retain_graph=True)[0]
+            for out in (fast, slow)
+        )
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    gradients = [torch.autograd.grad((out * weight).sum(), list(head.parameters()), allow_unused=True) for out in (fast, slow)]
+    gradients = [
+        torch.autograd.grad((out * weight).sum(), list(head.parameters()), allow_unused=True)
+        for out in (fast, slow)
+    ]
     for (name, _), a, b in zip(head.named_parameters(), *gradients):
         assert (a is None) == (b is None) == name.startswith("encoder_readout"), name
         if a is not None:
@@ -112,11 +147,17 @@ def test_batch_norm_head_equals_one_batch_norm_per_unit():
     linear, norm = head.expressive[0], head.expressive[1]
     h = linear(u)
     blocks = norm.weight.view(4, 1, -1), norm.bias.view(4, 1, -1)
-    expected = (h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * blocks[0] + blocks[1]
+    expected = (h - h.mean(1, keepdim=True)) / (
+        h.var(1, correction=0, keepdim=True) + 1e-5
+    ).sqrt() * blocks[0] + blocks[1]
     torch.testing.assert_close(norm(h), expected)
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.25]), min_size=3, max_size=3), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 0.25]), min_size=3, max_size=3), min_size=1, max_size=6
+    )
+)
 @settings(max_examples=25, deadline=None)
 def test_mixed_batch_equals_one_context_batches(rows):
     head = make_head()
@@ -134,7 +175,9 @@ def test_an_intervened_concept_hears_no_other_block(context, steps):
     head = make_head(propagation_steps=steps)
     targets = head.targets(context).double()
     z = torch.randn(1, 4, 5, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets).concepts[0], z)[:, :, 0]  # (D, w, D, n)
+    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets).concepts[0], z)[
+        :, :, 0
+    ]  # (D, w, D, n)
     for i in range(4):
         for j in range(4):
             reaches = bool((jacobian[i, :, j] != 0).any())
@@ -147,26 +190,47 @@ def test_an_intervened_concept_hears_no_other_block(context, steps):
 def test_a_chosen_value_is_the_value_and_hears_nothing(intervention, steps):
     head = make_head(intervention=intervention, propagation_steps=steps)
     z, targets = torch.randn(2, 4, 5, dtype=torch.float64), head.targets([["a"], ["b"]]).double()
-    values, chosen = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([[True, False, True, False]] * 2)
+    values, chosen = (
+        torch.randn(2, 4, 3, dtype=torch.float64),
+        torch.tensor([[True, False, True, False]] * 2),
+    )
     out = head(z, targets, values, chosen)
     assert torch.equal(out.concepts[chosen], values[chosen])
-    assert torch.equal(out.embedding, head(z, targets, values.masked_fill(~chosen[..., None], torch.nan), chosen).embedding)
-    assert torch.equal(out.embedding, head(z, torch.where(chosen, 0.5, targets), values, chosen).embedding)  # s_j counts as 1
+    assert torch.equal(
+        out.embedding,
+        head(z, targets, values.masked_fill(~chosen[..., None], torch.nan), chosen).embedding,
+    )
+    assert torch.equal(
+        out.embedding, head(z, torch.where(chosen, 0.5, targets), values, chosen).embedding
+    )  # s_j counts as 1
     replaced = torch.where(chosen[..., None], torch.randn_like(z), z)
     assert torch.equal(out.embedding, head(replaced, targets, values, chosen).embedding)
 
-    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets, values, chosen).concepts[1], z)[:, :, 1]
-    others = torch.autograd.functional.jacobian(lambda v: head(z, targets, v, chosen).concepts[1], values)[:, :, 1]
-    hard = [True, intervention == "perfect", True, False]  # a and c by their values, b by its target
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: head(z, targets, values, chosen).concepts[1], z
+    )[:, :, 1]
+    others = torch.autograd.functional.jacobian(
+        lambda v: head(z, targets, v, chosen).concepts[1], values
+    )[:, :, 1]
+    hard = [
+        True,
+        intervention == "perfect",
+        True,
+        False,
+    ]  # a and c by their values, b by its target
     for i in range(4):
         for j in range(4):
             noise_reaches = not chosen[1, j] and (i == j or not hard[i])
             assert bool((jacobian[i, :, j] != 0).any()) == noise_reaches, (i, j)
-            assert bool((others[i, :, j] != 0).any()) == bool(chosen[1, j] and (i == j or not hard[i])), (i, j)
+            assert bool((others[i, :, j] != 0).any()) == bool(
+                chosen[1, j] and (i == j or not hard[i])
+            ), (i, j)
 
 
 def test_the_value_a_concept_has_changes_nothing_where_paths_are_followed_to_their_end():
-    """In the structural form, along an acyclic graph: do(c_j = c_j) is no intervention on anything downstream."""
+    """In the structural form, along an acyclic graph: do(c_j = c_j) is no intervention on anything
+    downstream.
+    """
     head = make_head(propagation_steps=3)
     head.intervention.weight.data *= torch.ones(4, 4).tril(-1).double()[:, None, None, :, None]
     z, targets = torch.randn(6, 4, 5, dtype=torch.float64), head.targets("obs", 6).double()
@@ -178,8 +242,17 @@ def test_the_value_a_concept_has_changes_nothing_where_paths_are_followed_to_the
 
 def test_chosen_values_of_wrong_shapes():
     head, z = make_head().float(), torch.zeros(2, 4, 5)
-    targets, values, chosen = torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool)
-    for bad in ((values[:1], chosen), (values, chosen[:, :3]), (values[..., 0], chosen), (values, chosen.float())):
+    targets, values, chosen = (
+        torch.zeros(2, 4),
+        torch.zeros(2, 4, 3),
+        torch.zeros(2, 4, dtype=torch.bool),
+    )
+    for bad in (
+        (values[:1], chosen),
+        (values, chosen[:, :3]),
+        (values[..., 0], chosen),
+        (values, chosen.float()),
+    ):
         with pytest.raises(ValueError, match="values must have shape"):
             head(z, targets, *bad)
     with pytest.raises(ValueError, match="go together"):
@@ -190,7 +263,9 @@ def test_soft_interventions_keep_incoming_edges():
     head = make_head(intervention="soft")
     targets = head.targets(["a", "b"]).double()
     z = torch.randn(1, 4, 5, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets).concepts[0], z)[:, :, 0]
+    jacobian = torch.autograd.functional.jacobian(lambda z: head(z, targets).concepts[0], z)[
+        :, :, 0
+    ]
     assert (jacobian.abs().amax(dim=(1, 3)) > 0).all()
 
 
@@ -199,29 +274,42 @@ def test_strength_interpolates_the_exogenous_layer():
     z = torch.randn(1, 4, 5).double().transpose(0, 1)
     before = [head.exogenous.slices(z).chunk(2, -1)[k] for k in (0, 1)]
     s = torch.full((4, 1, 1), 0.25, dtype=torch.float64)
-    torch.testing.assert_close(head.exogenous(z, s), torch.nn.functional.gelu(0.75 * before[0] + 0.25 * before[1]))
+    torch.testing.assert_close(
+        head.exogenous(z, s), torch.nn.functional.gelu(0.75 * before[0] + 0.25 * before[1])
+    )
 
 
 def test_the_posterior_is_told_the_targets_only_when_conditional():
     features = torch.randn(3, 7).double()
     for posterior, told in (("conditional", True), ("unconditional", False)):
         head = make_head(posterior=posterior)
-        obs, a = (head.posterior(features, head.targets(context, 3).double())[0] for context in ("obs", "a"))
+        obs, a = (
+            head.posterior(features, head.targets(context, 3).double())[0]
+            for context in ("obs", "a")
+        )
         assert torch.equal(obs, a) != told
     unconditional = dict(make_head(posterior="unconditional").named_parameters())
-    assert unconditional["encoder_readout.weight"].shape == (2 * 4 * 5, 7), "the paper's linear readout"
+    assert unconditional["encoder_readout.weight"].shape == (2 * 4 * 5, 7), (
+        "the paper's linear readout"
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_an_intervention_starts_out_cutting_edges_and_nothing_else(steps):
     torch.manual_seed(0)
-    config = InterventionConfig(concepts=CONCEPTS, free_blocks=1, propagation_steps=steps, intervention="soft")
+    config = InterventionConfig(
+        concepts=CONCEPTS, free_blocks=1, propagation_steps=steps, intervention="soft"
+    )
     head = InterventionHead(config).double()  # soft: no edges are cut
     z = torch.randn(4, 4, config.noise_width, dtype=torch.float64)
     observed = head(z, head.targets("obs", 4)).concepts
     torch.testing.assert_close(head(z, head.targets(["a", "c"], 4)).concepts, observed)
-    head.exogenous.slices.weight.data[..., config.noise_width :] += 0.1  # they are not tied: training moves them apart
-    assert (head(z, head.targets("a", 4)).concepts - head(z, head.targets("obs", 4)).concepts).abs().max() > 0.01
+    head.exogenous.slices.weight.data[..., config.noise_width :] += (
+        0.1  # they are not tied: training moves them apart
+    )
+    assert (
+        head(z, head.targets("a", 4)).concepts - head(z, head.targets("obs", 4)).concepts
+    ).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("posterior", ["centered", "unconditional"])
@@ -233,7 +321,9 @@ def test_the_posterior_starts_at_its_standard_deviation(posterior, std):
     mean, logvar = head.posterior(features, head.targets("a", 256))
     assert (0.5 * logvar).exp().mean().item() == pytest.approx(std, rel=0.25)
     torch.manual_seed(0)
-    plain = InterventionHead(InterventionConfig(concepts=CONCEPTS, posterior=posterior, initial_posterior_std=1.0))
+    plain = InterventionHead(
+        InterventionConfig(concepts=CONCEPTS, posterior=posterior, initial_posterior_std=1.0)
+    )
     spread = plain.posterior(features, plain.targets("a", 256))[0].std(0).mean()
     assert mean.std(0).mean().item() == pytest.approx(spread.item() / std, rel=1e-3)
 
@@ -244,17 +334,28 @@ FORMS = [("perfect", 3, False), ("perfect", 3, True), ("soft", 1, True)]
 @pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)
 def test_compiles_whole(intervention, steps, do):
     head = make_head(intervention=intervention, propagation_steps=steps).float()
-    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager" if do else "inductor")
+    compiled = torch.compile(
+        head, fullgraph=True, dynamic=True, backend="aot_eager" if do else "inductor"
+    )
     for batch in (2, 5):
-        z, targets = torch.randn(batch, 4, 5), head.targets([["a"], None] + [["b", "c"]] * (batch - 2))
+        z, targets = (
+            torch.randn(batch, 4, 5),
+            head.targets([["a"], None] + [["b", "c"]] * (batch - 2)),
+        )
         clamp = (torch.randn(batch, 4, 3), torch.rand(batch, 4) < 0.5) if do else ()
-        torch.testing.assert_close(compiled(z, targets, *clamp).embedding, head(z, targets, *clamp).embedding)
+        torch.testing.assert_close(
+            compiled(z, targets, *clamp).embedding, head(z, targets, *clamp).embedding
+        )
 
 
 @pytest.mark.parametrize(("steps", "rank"), [(1, None), (3, 2)])
 def test_one_compilation_serves_all_contexts(steps, rank):
-    concepts = [f"c{j}" for j in range(40)]  # many: a look at the targets, were there one, would find few that differ
-    head = InterventionHead(InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank))
+    concepts = [
+        f"c{j}" for j in range(40)
+    ]  # many: a look at the targets, were there one, would find few that differ
+    head = InterventionHead(
+        InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank)
+    )
     torch._dynamo.reset()
     graphs = CompileCounter()
 
@@ -264,7 +365,14 @@ def test_one_compilation_serves_all_contexts(steps, rank):
         return head(mean + (0.5 * logvar).exp() * noise, targets).embedding
 
     features, noise = torch.randn(4, 128), torch.randn(4, 41, 32)
-    for context in ("obs", ["c0"], ["c1", "c7"], {"c3": 0.3}, [["c0"], "obs", ["c1", "c2"], {"c39": 0.5}], concepts):
+    for context in (
+        "obs",
+        ["c0"],
+        ["c1", "c7"],
+        {"c3": 0.3},
+        [["c0"], "obs", ["c1", "c2"], {"c39": 0.5}],
+        concepts,
+    ):
         targets = head.targets(context, 4)
         found = step(features, targets, noise)
         mean, logvar = head.posterior(features, targets)
@@ -283,10 +391,16 @@ def test_exports_with_a_dynamic_batch(intervention, steps, do):
         clamp = (torch.randn(size, 4, 3), torch.rand(size, 4) < 0.5) if do else (None, None)
         return torch.randn(size, 4, 5), head.targets("a", size), *clamp
 
-    shapes = {name: {0: batch} if do or name in ("z", "targets") else None for name in ("z", "targets", "values", "chosen")}
+    shapes = {
+        name: {0: batch} if do or name in ("z", "targets") else None
+        for name in ("z", "targets", "values", "chosen")
+    }
     program = torch.export.export(head, inputs(3), dynamic_shapes=shapes)
     z, targets, values, chosen = inputs(8)
-    torch.testing.assert_close(program.module()(z, targets, values, chosen).embedding, head(z, targets, values, chosen).embedding)
+    torch.testing.assert_close(
+        program.module()(z, targets, values, chosen).embedding,
+        head(z, targets, values, chosen).embedding,
+    )
 
 
 def test_runs_under_bf16_autocast():
@@ -301,7 +415,14 @@ def test_runs_under_bf16_autocast():
 
 
 @pytest.mark.parametrize(
-    ("z_shape", "s_shape"), [((2, 3, 5), (2, 4)), ((2, 4, 6), (2, 4)), ((4, 5), (2, 4)), ((2, 4, 5), (2, 3)), ((2, 4, 5), (4,))]
+    ("z_shape", "s_shape"),
+    [
+        ((2, 3, 5), (2, 4)),
+        ((2, 4, 6), (2, 4)),
+        ((4, 5), (2, 4)),
+        ((2, 4, 5), (2, 3)),
+        ((2, 4, 5), (4,)),
+    ],
 )
 def test_wrong_shapes(z_shape, s_shape):
     with pytest.raises(ValueError, match="must have shape"):

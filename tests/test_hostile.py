@@ -1,4 +1,6 @@
-"""Checkpoints made to do harm: refused in a sentence, before anything of theirs is run, and before memory is taken for what they announce."""
+"""Checkpoints made to do harm: refused in a sentence, before anything of theirs is run, and before
+memory is taken for what they announce.
+"""
 
 import json
 import os
@@ -15,7 +17,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from shared_models import ALICE, build, frozen_on
 
-from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline, load_base
+from hf_intervene import (
+    InterventionConfig,
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+    load_base,
+)
 from hf_intervene.bases.loading import load_scheduler, load_vision
 from hf_intervene.cards import card_path, code, read_settings, write_card
 from hf_intervene.page import Page
@@ -44,9 +52,13 @@ def originals(tmp_path_factory):
     InterventionPipeline.from_model(model).save_pretrained(folder / "pipeline")
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder / "vae")
+    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(
+        folder / "vae"
+    )
     frozen_on(AutoencoderTiny.from_pretrained(folder / "vae")).save_pretrained(folder / "frozen")
-    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae"), lora_rank=2).save_pretrained(folder / "lora")
+    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae"), lora_rank=2).save_pretrained(
+        folder / "lora"
+    )
     return folder
 
 
@@ -88,15 +100,30 @@ def test_pickled_weights_are_not_opened(copy, tmp_path, kind, part, stem, decoy)
     weights = folder / part / f"{stem}.safetensors"
     weights.rename(weights.with_name("other.safetensors")) if decoy else weights.unlink()
     for suffix in ("bin", "pt", "pkl"):
-        torch.save(Canary(tmp_path / "opened"), folder / part / f"{'pytorch_model' if stem == HEAD else stem}.{suffix}")
-    refused(folder, "no whole weights in safetensors format .*pickle files, which are never loaded", kind)
+        torch.save(
+            Canary(tmp_path / "opened"),
+            folder / part / f"{'pytorch_model' if stem == HEAD else stem}.{suffix}",
+        )
+    refused(
+        folder,
+        "no whole weights in safetensors format .*pickle files, which are never loaded",
+        kind,
+    )
     weights.write_bytes(pickle.dumps(Canary(tmp_path / "opened")))
     refused(folder, "weights are truncated or corrupt", kind)
     assert not (tmp_path / "opened").exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["../else.safetensors", "{folder}/else.safetensors", "sub/else.safetensors", "else.bin", "..", "a\x00b"]
+    "name",
+    [
+        "../else.safetensors",
+        "{folder}/else.safetensors",
+        "sub/else.safetensors",
+        "else.bin",
+        "..",
+        "a\x00b",
+    ],
 )
 @pytest.mark.parametrize(("kind", "part", "stem"), PARTS)
 def test_an_index_names_files_beside_it_only(copy, tmp_path, kind, part, stem, name):
@@ -116,11 +143,19 @@ def header(entries, length=None, data=b""):
 
 
 HEADERS = {
-    "terabytes": header({"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}),
-    "overflow": header({"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}}, data=bytes(16)),
+    "terabytes": header(
+        {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}
+    ),
+    "overflow": header(
+        {"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}}, data=bytes(16)
+    ),
     "length": header({}, 2**62),
-    "overlap": header({k: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for k in "ab"}, data=bytes(8)),
-    "negative": header({"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, data=bytes(8)),
+    "overlap": header(
+        {k: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for k in "ab"}, data=bytes(8)
+    ),
+    "negative": header(
+        {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, data=bytes(8)
+    ),
     "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
     "list": header([]),
     "empty": b"",
@@ -183,11 +218,16 @@ def test_a_base_that_asks_for_more_than_its_weights(copy, kind, entries, message
     refused(folder, message, kind)
 
 
-@pytest.mark.parametrize("entries", [{"residual_layers": 10**6}, {"in_channels": 10**6}, {"latent_size": 10**6}])
+@pytest.mark.parametrize(
+    "entries", [{"residual_layers": 10**6}, {"in_channels": 10**6}, {"latent_size": 10**6}]
+)
 def test_an_adapter_that_asks_for_more_than_its_weights(copy, entries):
     folder = copy("frozen")
     change(folder / "adapter" / "config.json", **entries)
-    refused(folder, "the adapter of .*(cannot be used|do not fit)|latent_size 1000000, which must be at most")
+    refused(
+        folder,
+        "the adapter of .*(cannot be used|do not fit)|latent_size 1000000, which must be at most",
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +237,9 @@ def test_an_adapter_that_asks_for_more_than_its_weights(copy, entries):
         {"r": 10**6},
         {"r": 3},
         {"r": "x"},
-        {"target_modules": "((((a*)*)*)*)*$|(.*.*.*.*.*.*.*.*.*)*x"},  # a pattern that takes for ever
+        {
+            "target_modules": "((((a*)*)*)*)*$|(.*.*.*.*.*.*.*.*.*)*x"
+        },  # a pattern that takes for ever
         {"target_modules": [1]},
         {"peft_type": "PROMPT_TUNING"},
         {"rank_pattern": {"decoder": 10**6}},
@@ -216,7 +258,12 @@ def test_a_lora_configuration_of_another_kind(copy, entries):
 
 def test_a_lora_configuration_does_not_say_what_is_imported(copy):
     folder = copy("lora")
-    change(folder / "lora" / "adapter_config.json", megatron_config={"a": 1}, megatron_core="nowhere", auto_mapping={"a": "b"})
+    change(
+        folder / "lora" / "adapter_config.json",
+        megatron_config={"a": 1},
+        megatron_core="nowhere",
+        auto_mapping={"a": "b"},
+    )
     InterventionModel.from_pretrained(folder)
 
 
@@ -246,7 +293,10 @@ def test_a_reference_leads_to_a_base_and_nowhere_else(copy, entries, message):
 JSONS = {
     "deep list": "[" * 100_000,
     "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000,
-    "twice": '{"model_type": "intervention", "_class_name": "LightVAE", "model_type": "x", "_class_name": "AutoencoderKL"}',
+    "twice": (
+        '{"model_type": "intervention", "_class_name": "LightVAE", "model_type": "x",'
+        ' "_class_name": "AutoencoderKL"}'
+    ),
     "list": "[]",
     "null": "null",
     "number": "1",
@@ -270,7 +320,9 @@ FILES = [
 def test_json_that_is_no_configuration(copy, kind, name, text):
     folder = copy(kind)
     (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
-    refused(folder, "truncated or corrupt|is not a valid JSON file|is not an intervention model", kind)
+    refused(
+        folder, "truncated or corrupt|is not a valid JSON file|is not an intervention model", kind
+    )
 
 
 # Code
@@ -282,14 +334,32 @@ def test_code_that_came_with_a_checkpoint_is_not_run(copy, tmp_path):
     for kind in ("model", "pipeline"):
         folder = copy(kind)
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            for name in ("evil.py", "configuration_intervention.py", "modeling_intervention.py", "hub.py", "contexts.py"):
+            for name in (
+                "evil.py",
+                "configuration_intervention.py",
+                "modeling_intervention.py",
+                "hub.py",
+                "contexts.py",
+            ):
                 (place / name).write_text(evil)
         config = folder / ("head/config.json" if kind == "pipeline" else "config.json")
-        change(config, auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}, architectures=["Evil"])
+        change(
+            config,
+            auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+            architectures=["Evil"],
+        )
         LOADERS.get(kind, InterventionModel.from_pretrained)(folder)
         InterventionHead.from_pretrained(config.parent)
     whole = (folder / "model_index.json").read_text()
-    for entry in (["evil", "Evil"], ["os", "system"], ["subprocess", "Popen"], ["diffusers", "UNet2DModel"], "x", [1, 2], None):
+    for entry in (
+        ["evil", "Evil"],
+        ["os", "system"],
+        ["subprocess", "Popen"],
+        ["diffusers", "UNet2DModel"],
+        "x",
+        [1, 2],
+        None,
+    ):
         for part in ("head", "base"):
             (folder / "model_index.json").write_text(whole)
             change(folder / "model_index.json", **{part: entry})
@@ -304,7 +374,13 @@ def test_code_that_came_with_a_vision_model_is_not_run(tmp_path, monkeypatch):
     (vision / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
     whole = (vision / "config.json").read_text()
     for entries, message in (
-        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}, "is no vision model"),
+        (
+            {
+                "model_type": "evil",
+                "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+            },
+            "is no vision model",
+        ),
         ({"num_labels": HUGE}, "which no model has"),
         ({"num_hidden_layers": 10**6}, "far more than there are weights"),
     ):
@@ -317,12 +393,20 @@ def test_code_that_came_with_a_vision_model_is_not_run(tmp_path, monkeypatch):
 
 def test_parts_of_a_pretrained_pipeline_that_ask_for_too_much(tmp_path):
     source = save_pipeline("dit", tmp_path / "dit")
-    config, schedule = source / "transformer" / "config.json", source / "scheduler" / "scheduler_config.json"
+    config, schedule = (
+        source / "transformer" / "config.json",
+        source / "scheduler" / "scheduler_config.json",
+    )
     whole = config.read_text()
     for entries in ({"sample_size": 2**14}, {"num_layers": 10**6}, {"num_attention_heads": 10**6}):
         config.write_text(whole)
         change(config, **entries)
-        with bounds(), pytest.raises(ValueError, match="the base .*(cannot be used|do not fit)|which must be at most"):
+        with (
+            bounds(),
+            pytest.raises(
+                ValueError, match="the base .*(cannot be used|do not fit)|which must be at most"
+            ),
+        ):
             load_base(source, 16)
     for steps, message in ((10**12, "which no model has"), ("x", "must be a positive number")):
         change(schedule, num_train_timesteps=steps)
@@ -356,9 +440,15 @@ def test_names_of_concepts_on_a_card(copy):
     config = InterventionConfig.from_pretrained(folder)
     config.concepts = NAMES
     config.save_pretrained(folder)
-    (folder / "training_arguments.yaml").write_text("seed: 0\nx: |\n  ```\n  <script>alert(2)</script>\n")
+    (folder / "training_arguments.yaml").write_text(
+        "seed: 0\nx: |\n  ```\n  <script>alert(2)</script>\n"
+    )
     card = ModelCard.load(write_card(folder, "user/name"))
-    assert "hf-intervene" in card.data.tags and "{{ 7 * 7 }}" in card.text and "\n````yaml\n" in card.text
+    assert (
+        "hf-intervene" in card.data.tags
+        and "{{ 7 * 7 }}" in card.text
+        and "\n````yaml\n" in card.text
+    )
     rows = [line for line in card.text.splitlines() if line.endswith(" alone |")]
     assert rows == [f"| {code(name)} | {code(name)} alone |" for name in NAMES]
 
@@ -366,7 +456,11 @@ def test_names_of_concepts_on_a_card(copy):
 @pytest.mark.parametrize("text", NAMES)
 def test_code_in_markdown_is_that_text(text):
     markdown = pytest.importorskip("markdown_it")
-    row = markdown.MarkdownIt("commonmark").enable("table").render(f"| a |\n| --- |\n| {code(text)} |\n")
+    row = (
+        markdown.MarkdownIt("commonmark")
+        .enable("table")
+        .render(f"| a |\n| --- |\n| {code(text)} |\n")
+    )
     assert f"<td><code>{markdown.common.utils.escapeHtml(text)}</code></td>" in row
 
 
@@ -416,9 +510,19 @@ def test_nothing_is_read_through_a_link_out_of_the_folder(copy, tmp_path, use, n
         entry.unlink(missing_ok=True)
     entry.symlink_to(os.path.relpath(secret, entry.parent))
     picture, settings = name.endswith((".md", ".png")), name.endswith(".yaml")
-    if {"load": picture or settings, "page": settings, "card": picture, "settings": not settings}.get(use):
+    if {
+        "load": picture or settings,
+        "page": settings,
+        "card": picture,
+        "settings": not settings,
+    }.get(use):
         return  # it is not read there, or is a card that is not written through a link
-    calls = {"load": InterventionPipeline.from_pretrained, "page": Page, "card": write_card, "settings": read_settings}
+    calls = {
+        "load": InterventionPipeline.from_pretrained,
+        "page": Page,
+        "card": write_card,
+        "settings": read_settings,
+    }
     calls["export"] = lambda path: export(path, tmp_path / "space")
     with pytest.raises(OSError, match="is a link to outside of its folder"):
         calls[use](folder)
@@ -435,14 +539,18 @@ def test_links_within_a_folder_and_those_of_the_hubs_cache_are_followed(copy, tm
     repository = tmp_path / "models--user--name"
     (repository / "blobs").mkdir(parents=True)
     shutil.copytree(copy("model"), repository / "snapshots" / "0123")
-    for number, file in enumerate(path for path in (repository / "snapshots").rglob("*") if path.is_file()):
+    for number, file in enumerate(
+        path for path in (repository / "snapshots").rglob("*") if path.is_file()
+    ):
         blob = repository / "blobs" / str(number)
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
     InterventionModel.from_pretrained(repository / "snapshots" / "0123")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model_index.json", "base/config.json", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model_index.json", "base/config.json", "README.md"]
+)
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copy, name):
     folder = copy("pipeline")
     (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""Sharing, with the real client of the Hub against a server on loopback (`hub_server.py`), in fair weather and foul."""
+"""Sharing, with the real client of the Hub against a server on loopback (`hub_server.py`), in fair
+weather and foul.
+"""
 
 import os
 import pickle
@@ -26,7 +28,9 @@ LOADERS = {"head": InterventionHead, "model": InterventionModel, "pipeline": Int
 def one_sentence(error):
     """The message of an error of ours: a sentence, with what the client raised as its cause."""
     message = str(error.value)
-    assert "\n" not in message and message.rstrip(")").endswith(".") and "http" not in message, message
+    assert "\n" not in message and message.rstrip(")").endswith(".") and "http" not in message, (
+        message
+    )
     assert error.value.__cause__ is not None
     return message
 
@@ -40,7 +44,9 @@ def test_pushed_in_one_commit_and_loaded_again(kind):
     commit = saved.push_to_hub("alice/thing", **ALICE)
     repo = HUB.repos["alice/thing"]
     assert commit.oid == repo.refs["main"] and len(repo.commits) == 2  # the first is the Hub's own
-    assert HUB.asked("PUT", "/lfs/") and not any("pickle" in path or path.endswith(".bin") for path in HUB.files("alice/thing"))
+    assert HUB.asked("PUT", "/lfs/") and not any(
+        "pickle" in path or path.endswith(".bin") for path in HUB.files("alice/thing")
+    )
     assert ("samples.png" in HUB.files("alice/thing")) == (kind != "head")
     loaded = LOADERS[kind].from_pretrained("alice/thing")
     assert torch.equal(outcome(loaded), outcome(saved))
@@ -68,7 +74,14 @@ def test_revisions():
     third.push_to_hub("alice/m", revision="dev", **ALICE)
     request = third.push_to_hub("alice/m", create_pr=True, token="hf_bob")
     assert HUB.repos["alice/m"].refs["main"] == new and request.pr_revision == "refs/pr/1"
-    for revision, model in ((old, first), ("v1", first), (new, second), (None, second), ("dev", third), ("refs/pr/1", third)):
+    for revision, model in (
+        (old, first),
+        ("v1", first),
+        (new, second),
+        (None, second),
+        ("dev", third),
+        ("refs/pr/1", third),
+    ):
         loaded = InterventionModel.from_pretrained("alice/m", revision=revision)
         assert torch.equal(outcome(loaded), outcome(model)), revision
     with pytest.raises(OSError, match="has no revision 'v9'") as error:
@@ -78,7 +91,14 @@ def test_revisions():
 
 def test_a_push_replaces_what_is_ours_and_keeps_what_is_not(tmp_path):
     build().push_to_hub("alice/m", **ALICE)
-    HUB.put("alice/m", HUB.files("alice/m") | {"notes.txt": b"mine", "README.md": b"---\nlibrary_name: x\n---\nmy own words"})
+    HUB.put(
+        "alice/m",
+        HUB.files("alice/m")
+        | {
+            "notes.txt": b"mine",
+            "README.md": b"---\nlibrary_name: x\n---\nmy own words",
+        },
+    )
     put_vae(tmp_path=tmp_path)
     model = frozen_on(AutoencoderTiny.from_pretrained("org/vae"))
     commits = len(HUB.repos["alice/m"].commits)
@@ -108,16 +128,25 @@ def test_save_pretrained_does_not_push_half(tmp_path):
 @pytest.mark.parametrize("regime", ["frozen", "lora"])
 def test_a_base_on_the_hub_is_pinned_to_its_commit(tmp_path, regime):
     commit = put_vae(tmp_path=tmp_path)
-    model = frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if regime == "lora" else 0)
+    model = frozen_on(
+        AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if regime == "lora" else 0
+    )
     assert model.config.base_reference["revision"] == commit
     model.push_to_hub("alice/m", **ALICE)
     assert ("lora/adapter_model.safetensors" in HUB.files("alice/m")) == (regime == "lora")
-    put_vae(seed=5, tmp_path=tmp_path)  # the base moves on; the model stays with the one that it knows
+    put_vae(
+        seed=5, tmp_path=tmp_path
+    )  # the base moves on; the model stays with the one that it knows
     constants.HF_HUB_CACHE += "-empty"
-    torch.testing.assert_close(outcome(InterventionModel.from_pretrained("alice/m")), outcome(model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        outcome(InterventionModel.from_pretrained("alice/m")), outcome(model), rtol=0, atol=1e-6
+    )
     del HUB.repos["org/vae"]
     constants.HF_HUB_CACHE += "-too"
-    with pytest.raises(OSError, match="the base that alice/m was trained on, org/vae, cannot be loaded .* pass base=") as error:
+    with pytest.raises(
+        OSError,
+        match="the base that alice/m was trained on, org/vae, cannot be loaded .* pass base=",
+    ) as error:
         InterventionModel.from_pretrained("alice/m")
     one_sentence(error)
 
@@ -151,7 +180,9 @@ def test_offline_from_the_cache(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         options = {} if offline else {"local_files_only": True}
         for kind, saved in models.items():
-            assert torch.equal(outcome(LOADERS[kind].from_pretrained(f"alice/{kind}", **options)), outcome(saved))
+            assert torch.equal(
+                outcome(LOADERS[kind].from_pretrained(f"alice/{kind}", **options)), outcome(saved)
+            )
             with pytest.raises(OSError, match="not, or not whole, in the local cache") as error:
                 LOADERS[kind].from_pretrained("alice/other", **options)
             one_sentence(error)
@@ -187,7 +218,9 @@ def test_a_cut_download_goes_on_where_it_stopped(waits, monkeypatch):
     loaded = InterventionModel.from_pretrained("alice/m")
     assert torch.equal(outcome(loaded), outcome(model)) and waits == [1]
     ranges = [headers["range"] for headers in HUB.asked("GET", "/cdn/") if "range" in headers]
-    sizes = [len(data) for path, data in HUB.files("alice/m").items() if path.endswith(".safetensors")]
+    sizes = [
+        len(data) for path, data in HUB.files("alice/m").items() if path.endswith(".safetensors")
+    ]
     assert ranges in [[f"bytes={size // 2 // 1024 * 1024}-"] for size in sizes]
 
 
@@ -199,7 +232,9 @@ def test_a_connection_that_never_recovers(kind):
     with pytest.raises(OSError, match="the connection failed or was cut") as error:
         LOADERS[kind].from_pretrained("alice/m")
     one_sentence(error)
-    with pytest.raises(OSError, match="not, or not whole, in the local cache"):  # nothing half-loaded stays to be found
+    with pytest.raises(
+        OSError, match="not, or not whole, in the local cache"
+    ):  # nothing half-loaded stays to be found
         LOADERS[kind].from_pretrained("alice/m", local_files_only=True)
     HUB.faults.clear()
     assert torch.equal(outcome(LOADERS[kind].from_pretrained("alice/m")), outcome(saved))
@@ -213,7 +248,9 @@ def test_a_corrupted_download_is_not_loaded(kind):
     with pytest.raises(OSError, match="of alice/m is corrupt, .* force_download=True"):
         LOADERS[kind].from_pretrained("alice/m")
     HUB.faults.clear()
-    assert torch.equal(outcome(LOADERS[kind].from_pretrained("alice/m", force_download=True)), outcome(saved))
+    assert torch.equal(
+        outcome(LOADERS[kind].from_pretrained("alice/m", force_download=True)), outcome(saved)
+    )
 
 
 def test_the_client_tries_again(waits):
@@ -230,10 +267,14 @@ def test_private_repositories():
     model.push_to_hub("alice/m", private=True, **ALICE)
     for token in (False, "hf_bob", "hf_nobody"):
         for loader in (InterventionModel, InterventionHead):
-            with pytest.raises(OSError, match="no such repository, or it is private: .*hf auth login.*token=") as error:
+            with pytest.raises(
+                OSError, match="no such repository, or it is private: .*hf auth login.*token="
+            ) as error:
                 loader.from_pretrained("alice/m", token=token)
             one_sentence(error)
-    assert torch.equal(outcome(InterventionModel.from_pretrained("alice/m", **ALICE)), outcome(model))
+    assert torch.equal(
+        outcome(InterventionModel.from_pretrained("alice/m", **ALICE)), outcome(model)
+    )
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -251,13 +292,18 @@ def test_private_repositories():
 def test_what_the_hub_answers_to_a_load(kind, status, message):
     HUB.put("alice/m", {})
     HUB.fail("GET", "/api/models/alice/m", status)
-    with pytest.raises(OSError, match=f"^there is no folder alice/m, and it cannot be loaded from the Hub: .*{message}") as error:
+    with pytest.raises(
+        OSError,
+        match=f"^there is no folder alice/m, and it cannot be loaded from the Hub: .*{message}",
+    ) as error:
         LOADERS[kind].from_pretrained("alice/m")
     one_sentence(error)
     chain = [error.value]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    assert isinstance(chain[-1], HfHubHTTPError) or any(isinstance(e, HfHubHTTPError) for e in chain)
+    assert isinstance(chain[-1], HfHubHTTPError) or any(
+        isinstance(e, HfHubHTTPError) for e in chain
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +324,9 @@ def test_a_push_that_fails_changes_nothing(method, path, status, message):
     first, second = build(1).head, build(2).head
     first.push_to_hub("alice/m", **ALICE)
     before = HUB.files("alice/m")
-    if status == "cut":  # the answer to a commit that has happened is lost: then it has happened, whole
+    if (
+        status == "cut"
+    ):  # the answer to a commit that has happened is lost: then it has happened, whole
         before = None
     HUB.fail(method, path, status)
     with pytest.raises(OSError, match=f"cannot push to alice/m.*{message}") as error:
@@ -293,7 +341,10 @@ def test_a_push_that_fails_changes_nothing(method, path, status, message):
 def test_a_push_to_somebody_elses_repository():
     build(1).head.push_to_hub("alice/m", **ALICE)
     before = HUB.files("alice/m")
-    for token, message in (("hf_bob", "access is denied"), (False, "no such repository, or it is private")):
+    for token, message in (
+        ("hf_bob", "access is denied"),
+        (False, "no such repository, or it is private"),
+    ):
         with pytest.raises(OSError, match=message):
             build(2).head.push_to_hub("alice/m", token=token)
     assert HUB.files("alice/m") == before
@@ -311,7 +362,11 @@ def test_what_is_not_ours(kind, tmp_path):
     with pytest.raises((OSError, ValueError), match="there is no saved model in org/empty"):
         LOADERS[kind].from_pretrained("org/empty")
     with pytest.raises(
-        OSError, match="there is no folder .*nowhere, and it cannot be loaded from the Hub: that is not a name there"
+        OSError,
+        match=(
+            "there is no folder .*nowhere, and it cannot be loaded from the Hub: that is not a name"
+            " there"
+        ),
     ) as error:
         LOADERS[kind].from_pretrained(tmp_path / "nowhere")
     one_sentence(error)
@@ -324,7 +379,10 @@ def test_a_model_and_a_pipeline_are_not_mixed_up():
         InterventionModel.from_pretrained("alice/pipeline")
     with pytest.raises(ValueError, match="InterventionModel.from_pretrained"):
         InterventionPipeline.from_pretrained("alice/model")
-    assert InterventionHead.from_pretrained("alice/pipeline", subfolder="head").config.concepts == ["a", "b"]
+    assert InterventionHead.from_pretrained("alice/pipeline", subfolder="head").config.concepts == [
+        "a",
+        "b",
+    ]
 
 
 class Canary:
@@ -340,7 +398,10 @@ class Canary:
 PARTS = {
     "head": ("model.safetensors", "pytorch_model.bin"),
     "base": ("base/diffusion_pytorch_model.safetensors", "base/diffusion_pytorch_model.bin"),
-    "adapter": ("adapter/diffusion_pytorch_model.safetensors", "adapter/diffusion_pytorch_model.bin"),
+    "adapter": (
+        "adapter/diffusion_pytorch_model.safetensors",
+        "adapter/diffusion_pytorch_model.bin",
+    ),
     "lora": ("lora/adapter_model.safetensors", "lora/adapter_model.bin"),
     "frozen base": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
 }
@@ -353,7 +414,9 @@ def test_weights_that_are_missing_or_pickled(part, where, tmp_path):
     if part == "base":
         model = build()
     else:
-        model = frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if part == "lora" else 0)
+        model = frozen_on(
+            AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2 if part == "lora" else 0
+        )
     model.save_pretrained(tmp_path / "m")
     owner = tmp_path / ("org/vae" if part == "frozen base" else "m")
     safe, pickled = PARTS[part]
@@ -366,10 +429,15 @@ def test_weights_that_are_missing_or_pickled(part, where, tmp_path):
             put_folder(repo_id, folder)
         if part == "frozen base":  # the reference names the commit before: let it name this one
             config = (tmp_path / "m" / "config.json").read_text()
-            config = re.sub(r'"revision": "\w+"', f'"revision": "{HUB.repos["org/vae"].refs["main"]}"', config)
+            config = re.sub(
+                r'"revision": "\w+"', f'"revision": "{HUB.repos["org/vae"].refs["main"]}"', config
+            )
             (tmp_path / "m" / "config.json").write_text(config)
             put_folder("alice/m", tmp_path / "m")
-        with pytest.raises(OSError, match=r"no whole weights in safetensors format .*pickle files, which are never loaded"):
+        with pytest.raises(
+            OSError,
+            match=r"no whole weights in safetensors format .*pickle files, which are never loaded",
+        ):
             InterventionModel.from_pretrained("alice/m" if where == "hub" else tmp_path / "m")
         if part == "head":
             with pytest.raises(OSError, match="the head of .* no whole weights"):
@@ -385,7 +453,9 @@ def test_a_pipeline_whose_weights_are_pickled(part, tmp_path):
         file.rename(file.with_suffix(".bin"))
     put_folder("alice/p", tmp_path / "p")
     for name in ("alice/p", tmp_path / "p"):
-        with pytest.raises(OSError, match=f"the {part} of .* no whole weights in safetensors format"):
+        with pytest.raises(
+            OSError, match=f"the {part} of .* no whole weights in safetensors format"
+        ):
             InterventionPipeline.from_pretrained(name)
 
 
@@ -395,7 +465,9 @@ def test_a_shard_that_is_missing(tmp_path):
     assert torch.equal(outcome(InterventionModel.from_pretrained(tmp_path / "m")), outcome(model))
     shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
     shards[1].unlink()
-    with pytest.raises(OSError, match=f"no whole weights in safetensors format .{shards[1].name} missing"):
+    with pytest.raises(
+        OSError, match=f"no whole weights in safetensors format .{shards[1].name} missing"
+    ):
         InterventionModel.from_pretrained(tmp_path / "m")
 
 
@@ -439,7 +511,7 @@ for place, (name, subfolder) in places.items():
 head.save_pretrained(sys.argv[2])
 save_file(found, sys.argv[2] + "/found.safetensors")
 assert "hf_intervene" not in sys.modules and "diffusers" not in sys.modules
-"""
+"""  # noqa: E501
 
 
 def test_the_head_loads_without_the_package(tmp_path):
@@ -453,11 +525,19 @@ def test_the_head_loads_without_the_package(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     environment.pop("HF_TOKEN", None)
     arguments = [str(tmp_path / "p" / "head"), str(tmp_path / "again")]
-    run = subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     for place, embedding in load_file(tmp_path / "again" / "found.safetensors").items():
         assert torch.equal(embedding, outcome(model.head)), place
-    # What was saved there is a checkpoint like any other, and with the package here its own code is run, not the checkpoint's.
-    (tmp_path / "again" / "modeling_intervention.py").write_text("raise AssertionError('remote code was run')")
+    # What was saved there is a checkpoint like any other, and with the package here its own code is
+    # run, not the checkpoint's.
+    (tmp_path / "again" / "modeling_intervention.py").write_text(
+        "raise AssertionError('remote code was run')"
+    )
     head = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert type(head) is InterventionHead and torch.equal(outcome(head), outcome(model.head))

@@ -1,4 +1,6 @@
-"""ident3d against slow references: the causal model one row at a time, the renderer by marching along single rays."""
+"""ident3d against slow references: the causal model one row at a time, the renderer by marching
+along single rays.
+"""
 
 import colorsys
 from dataclasses import replace
@@ -35,14 +37,23 @@ def slow_latents(context, noise, variant):
     for draw in noise:
         z = dict(zip(ident3d.LATENTS, draw))
         if variant == "dependent":
-            # Noise such that all variances are 1: object and its parents, then background, whose parents are independent.
+            # Noise such that all variances are 1: object and its parents, then background, whose
+            # parents are independent.
             z["spotlight"] = 0.7 * z["spotlight_position"] + (1 - 0.49) ** 0.5 * z["spotlight"]
             if "spotlight" in context:
                 z["spotlight"] = 1.6 + 0.6 * draw[2]
-            z["object"] = 0.6 * z["spotlight"] - 0.5 * z["position_x"] + (1 - 0.36 - 0.25) ** 0.5 * z["object"]
+            z["object"] = (
+                0.6 * z["spotlight"]
+                - 0.5 * z["position_x"]
+                + (1 - 0.36 - 0.25) ** 0.5 * z["object"]
+            )
             if "object" in context:
                 z["object"] = -1.6 + 0.6 * draw[1]
-            z["background"] = -0.6 * z["object"] + 0.5 * z["position_y"] + (1 - 0.36 - 0.25) ** 0.5 * z["background"]
+            z["background"] = (
+                -0.6 * z["object"]
+                + 0.5 * z["position_y"]
+                + (1 - 0.36 - 0.25) ** 0.5 * z["background"]
+            )
             if "background" in context:
                 z["background"] = 1.6 + 0.6 * draw[0]
         else:
@@ -57,7 +68,9 @@ def slow_latents(context, noise, variant):
 def test_latents_have_the_moments_of_the_causal_model(context, variant):
     n = 20_000
     latents = ident3d.sample_latents(context, n, variant)
-    slow = slow_latents(context.split("+"), np.random.default_rng(0).standard_normal((n, 10)), variant)
+    slow = slow_latents(
+        context.split("+"), np.random.default_rng(0).standard_normal((n, 10)), variant
+    )
     np.testing.assert_allclose(latents.mean(0), slow.mean(0), atol=0.04)
     np.testing.assert_allclose(np.cov(latents.T), np.cov(slow.T), atol=0.06)
     if context == "obs":
@@ -72,8 +85,16 @@ def test_counterfactuals_keep_the_noise(variant, context, seed):
     before, after = slow_latents([], noise, variant), slow_latents(context, noise, variant)
     counterfactual = ident3d.counterfactual_latents(before, sorted(context) or "obs", variant)
     np.testing.assert_allclose(counterfactual, after, atol=1e-9)
-    downstream = {"background": 1, "object": 2, "spotlight": 3} if variant == "dependent" else dict.fromkeys(HUES, 1)
-    touched = {name for cause in context for name in (HUES[: downstream[cause]] if variant == "dependent" else [cause])}
+    downstream = (
+        {"background": 1, "object": 2, "spotlight": 3}
+        if variant == "dependent"
+        else dict.fromkeys(HUES, 1)
+    )
+    touched = {
+        name
+        for cause in context
+        for name in (HUES[: downstream[cause]] if variant == "dependent" else [cause])
+    }
     untouched = [i for i, name in enumerate(ident3d.LATENTS) if name not in touched]
     np.testing.assert_allclose(counterfactual[:, untouched], before[:, untouched], atol=1e-9)
 
@@ -94,7 +115,9 @@ def test_a_pair_holds_both_interventions():
 def test_hues_are_not_uniform_and_interventions_show():
     hues = ident3d.scenes(ident3d.sample_latents("obs", 20_000))[:, :3]
     middles = ident3d.RANGES[:3].mean(1)
-    assert (np.abs(hues - middles) < 75).mean(0) == pytest.approx(norm.cdf(norm.ppf(0.75) * 1.5) * 2 - 1, abs=0.02)
+    assert (np.abs(hues - middles) < 75).mean(0) == pytest.approx(
+        norm.cdf(norm.ppf(0.75) * 1.5) * 2 - 1, abs=0.02
+    )
     for i, name in enumerate(HUES):
         moved = ident3d.scenes(ident3d.sample_latents(name, 5000))[:, i]
         assert abs(moved.mean() - hues[:, i].mean()) > 1.3 * hues[:, i].std()
@@ -105,14 +128,19 @@ def test_hues_are_not_uniform_and_interventions_show():
 
 def test_images_are_functions_of_seed_context_and_row():
     latents = ident3d.sample_latents("background+spotlight", 12, seed=3)
-    assert np.array_equal(ident3d.sample_latents(["spotlight", "background"], 5, seed=3), latents[:5])
+    assert np.array_equal(
+        ident3d.sample_latents(["spotlight", "background"], 5, seed=3), latents[:5]
+    )
     images = ident3d.render(latents, 24)
     assert np.array_equal(images, ident3d.render(latents, 24))
     for row, image in zip(latents, images):
         assert np.array_equal(ident3d.render(row[None], 24)[0], image)
     by_context = ident3d.images_by_context(["background+spotlight"], 7, 24, seed=3)
     assert np.array_equal(by_context["background+spotlight"], images[:7])
-    for other in (ident3d.sample_latents("background+spotlight", 12, seed=4), ident3d.sample_latents("obs", 12, seed=3)):
+    for other in (
+        ident3d.sample_latents("background+spotlight", 12, seed=4),
+        ident3d.sample_latents("obs", 12, seed=3),
+    ):
         assert not np.isclose(other, latents).any()
 
 
@@ -127,7 +155,9 @@ def inside(point):
 
 
 def first_hit(scene, origin, direction):
-    """Distance to the object along a unit direction, by small steps and bisection; `inf` if there is none."""
+    """Distance to the object along a unit direction, by small steps and bisection; `inf` if there
+    is none.
+    """
 
     def within(t):
         return inside((origin + np.multiply.outer(t, direction) - scene.centre) @ scene.rotation)
@@ -165,12 +195,19 @@ def slow_colour(scene, direction):
     point = camera + direction * (t if on_object else -camera[2] / direction[2])
     normal = slow_normal(scene, point) if on_object else np.array([0.0, 0.0, 1.0])
     to_light, distance = unit(scene.light - point), np.linalg.norm(scene.light - point)
-    x = np.clip((unit(raycast.LIT - scene.light) @ -to_light - raycast.CONE[0]) / (raycast.CONE[1] - raycast.CONE[0]), 0, 1)
+    x = np.clip(
+        (unit(raycast.LIT - scene.light) @ -to_light - raycast.CONE[0])
+        / (raycast.CONE[1] - raycast.CONE[0]),
+        0,
+        1,
+    )
     facing = normal @ to_light
     clear = first_hit(scene, scene.light, -to_light) > distance - 0.03
     light = max(facing, 0) * x * x * (3 - 2 * x) * clear
     ambient = raycast.AMBIENT * (0.7 + 0.3 * normal[2])
-    colour = (scene.object if on_object else scene.ground) * (ambient + raycast.SPOT * light * scene.spotlight)
+    colour = (scene.object if on_object else scene.ground) * (
+        ambient + raycast.SPOT * light * scene.spotlight
+    )
     if on_object and light > 0:
         shine = max(normal @ unit(to_light - direction), 0) ** 32 * x * x * (3 - 2 * x)
         colour = colour + raycast.SPECULAR * shine * scene.spotlight
@@ -181,17 +218,26 @@ def test_rendering_against_a_ray_marcher():
     resolution, checked, off = 32, {"object": 0, "shadow": 0}, []
     rays = raycast.rays(resolution)
     for row in ident3d.sample_latents("obs", 4, seed=5):
-        image, scene = ident3d.render(row[None], resolution)[0], ident3d.scene(ident3d.scenes(row[None])[0])
+        image, scene = (
+            ident3d.render(row[None], resolution)[0],
+            ident3d.scene(ident3d.scenes(row[None])[0]),
+        )
         changed = raycast.cast(scene, resolution) != raycast.cast(moved_away(scene), resolution)
         pixels = np.flatnonzero(changed.any(-1))
         for pixel in np.random.default_rng(0).choice(pixels, 12, replace=False):
-            colours = np.mean([slow_colour(scene, rays[:, s, pixel]) for s in range(rays.shape[1])], axis=0)
+            colours = np.mean(
+                [slow_colour(scene, rays[:, s, pixel]) for s in range(rays.shape[1])], axis=0
+            )
             expected = 255 * np.sqrt(np.minimum(colours, 1))
             off.append(np.abs(image.reshape(-1, 3)[pixel] - expected).max())
-            hits = [first_hit(scene, raycast.CAMERA, rays[:, s, pixel]) < np.inf for s in range(rays.shape[1])]
+            hits = [
+                first_hit(scene, raycast.CAMERA, rays[:, s, pixel]) < np.inf
+                for s in range(rays.shape[1])
+            ]
             checked["object" if all(hits) else "shadow"] += not any(hits) or all(hits)
     assert checked["object"] > 8 and checked["shadow"] > 8
-    # The slow normals are those of a sampled ball: a little off everywhere, more where two parts meet.
+    # The slow normals are those of a sampled ball: a little off everywhere, more where two parts
+    # meet.
     assert np.quantile(off, 0.8) < 2.5 and max(off) < 25
 
 
@@ -203,9 +249,15 @@ def moved_away(scene):
 def test_the_shadow_is_dark_and_has_the_hue_of_the_ground():
     row = latents_with(position_z=0.5, spotlight_position=0.05)
     scene = ident3d.scene(ident3d.scenes(row[None])[0])
-    image, empty = raycast.cast(scene, 64).astype(int), raycast.cast(moved_away(scene), 64).astype(int)
-    # Where the line from the light through the object's centre meets the ground, seen by the camera.
-    ground = scene.light + (scene.centre - scene.light) * (scene.light[2] / (scene.light[2] - scene.centre[2]))
+    image, empty = (
+        raycast.cast(scene, 64).astype(int),
+        raycast.cast(moved_away(scene), 64).astype(int),
+    )
+    # Where the line from the light through the object's centre meets the ground, seen by the
+    # camera.
+    ground = scene.light + (scene.centre - scene.light) * (
+        scene.light[2] / (scene.light[2] - scene.centre[2])
+    )
     rays = raycast.rays(64)[:, 0]
     towards = (ground - raycast.CAMERA) / np.linalg.norm(ground - raycast.CAMERA)
     y, x = divmod(int(np.argmax(towards @ rays)), 64)
@@ -223,10 +275,14 @@ def hue(pixel):
 @settings(deadline=None, max_examples=20)
 def test_hues_can_be_read_from_the_image(level):
     def off(hue_read, name, row):
-        return abs((hue_read - ident3d.scenes(row[None])[0, ident3d.LATENTS.index(name)] + 180) % 360 - 180)
+        return abs(
+            (hue_read - ident3d.scenes(row[None])[0, ident3d.LATENTS.index(name)] + 180) % 360 - 180
+        )
 
     row = latents_with(background=level)
-    assert off(hue(ident3d.render(row[None], 64)[0, 1, 1]), "background", row) < 6  # a corner that the light does not reach
+    assert (
+        off(hue(ident3d.render(row[None], 64)[0, 1, 1]), "background", row) < 6
+    )  # a corner that the light does not reach
     row = latents_with(object=level)
     scene = ident3d.scene(ident3d.scenes(row[None])[0])
     image, empty = raycast.cast(scene, 64), raycast.cast(moved_away(scene), 64)
@@ -234,13 +290,22 @@ def test_hues_can_be_read_from_the_image(level):
     assert min(off(hue(pixel), "object", row) for pixel in pixels) < 12  # the side in ambient light
     row = latents_with(spotlight=level)
     scene = ident3d.scene(ident3d.scenes(row[None])[0])
-    lit = np.square(raycast.cast(moved_away(scene), 64)[40, 32] / 255) / scene.ground - raycast.AMBIENT
-    assert off(hue(255 * np.sqrt(np.clip(lit, 0, 1))), "spotlight", row) < 12 or (lit + raycast.AMBIENT).max() > 0.9
+    lit = (
+        np.square(raycast.cast(moved_away(scene), 64)[40, 32] / 255) / scene.ground
+        - raycast.AMBIENT
+    )
+    assert (
+        off(hue(255 * np.sqrt(np.clip(lit, 0, 1))), "spotlight", row) < 12
+        or (lit + raycast.AMBIENT).max() > 0.9
+    )
 
 
 @pytest.mark.parametrize("name", ident3d.LATENTS)
 def test_every_latent_is_visible(name):
-    low, high = (ident3d.render(latents_with(**{name: level})[None], 48)[0].astype(int) for level in (0.25, 0.75))
+    low, high = (
+        ident3d.render(latents_with(**{name: level})[None], 48)[0].astype(int)
+        for level in (0.25, 0.75)
+    )
     assert (np.abs(low - high).max(-1) > 20).mean() > 0.01
 
 
@@ -252,19 +317,27 @@ def test_no_rotation_leaves_the_object_as_it_is():
         for angle in np.radians([60, 90, 120, 180]):
             k = np.cross(np.eye(3), axis)
             turned = points @ (np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k)
-            assert (inside(turned) != shape).sum() > 0.04 * shape.sum()  # handle, spout and knob are small
+            assert (
+                inside(turned) != shape
+            ).sum() > 0.04 * shape.sum()  # handle, spout and knob are small
 
 
 def test_the_object_is_always_in_view_and_above_the_ground():
-    assert (np.linalg.norm(raycast.CAPSULES[:, :3], axis=1) + raycast.CAPSULES[:, 6]).max() < raycast.REACH
-    assert (np.linalg.norm(raycast.CAPSULES[:, 3:6], axis=1) + raycast.CAPSULES[:, 6]).max() < raycast.REACH
+    assert (
+        np.linalg.norm(raycast.CAPSULES[:, :3], axis=1) + raycast.CAPSULES[:, 6]
+    ).max() < raycast.REACH
+    assert (
+        np.linalg.norm(raycast.CAPSULES[:, 3:6], axis=1) + raycast.CAPSULES[:, 6]
+    ).max() < raycast.REACH
     assert ident3d.RANGES[ident3d.LATENTS.index("position_z"), 0] > raycast.REACH
     forward = raycast.LOOKS_AT - raycast.CAMERA
     forward /= np.linalg.norm(forward)
     up = np.array([0, -forward[2], forward[1]])
     for corner in np.stack(np.meshgrid(*ident3d.RANGES[3:6]), -1).reshape(-1, 3) - raycast.CAMERA:
         for side in (corner[0], corner @ up):
-            angle = np.arctan2(abs(side), corner @ forward) + np.arcsin(raycast.REACH / np.hypot(side, corner @ forward))
+            angle = np.arctan2(abs(side), corner @ forward) + np.arcsin(
+                raycast.REACH / np.hypot(side, corner @ forward)
+            )
             assert np.tan(angle) < raycast.ZOOM
 
 
@@ -280,7 +353,12 @@ def test_resolutions_show_the_same_scene():
 
 
 def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
-    arguments = {"contexts": ["obs", "background+object"], "images_per_context": 6, "resolution": 16, "cache_dir": str(tmp_path)}
+    arguments = {
+        "contexts": ["obs", "background+object"],
+        "images_per_context": 6,
+        "resolution": 16,
+        "cache_dir": str(tmp_path),
+    }
     data = load_ident3d(**arguments)
     assert data.column_names == ["image", "context", "latents"]
     assert data["context"][:] == ["obs"] * 6 + ["background+object"] * 6
@@ -313,7 +391,11 @@ def test_bad_arguments_are_one_sentence(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@given(latents=st.lists(st.lists(st.floats(allow_infinity=True), min_size=8, max_size=11), min_size=1, max_size=2))
+@given(
+    latents=st.lists(
+        st.lists(st.floats(allow_infinity=True), min_size=8, max_size=11), min_size=1, max_size=2
+    )
+)
 @settings(deadline=None, max_examples=40)
 def test_any_latents_are_drawn_or_refused_in_one_sentence(latents):
     try:
@@ -326,9 +408,17 @@ def test_any_latents_are_drawn_or_refused_in_one_sentence(latents):
 
 def test_training_and_pretraining_draw_it(tiny):
     data, validation = train.load_data(train.TrainArguments(**tiny | {"dataset": "ident3d"}))
-    assert data.contexts == list(ident3d.TRAIN_CONTEXTS) and data.pixels.shape == (4 * 32, 3, 16, 16)
+    assert data.contexts == list(ident3d.TRAIN_CONTEXTS) and data.pixels.shape == (
+        4 * 32,
+        3,
+        16,
+        16,
+    )
     assert len(validation) == 4 * 8
     real, other = simulated.SIMULATED["ident3d"](16, 3, "independent").held_out_images(3, 0)
     assert tuple(real) == tuple(other) == ALL
-    assert np.array_equal(real["obs"], ident3d.images_by_context(["obs"], 3, 16, "independent", simulated.HELD_OUT_SEED)["obs"])
+    assert np.array_equal(
+        real["obs"],
+        ident3d.images_by_context(["obs"], 3, 16, "independent", simulated.HELD_OUT_SEED)["obs"],
+    )
     assert pretrain.observational_images("ident3d", 3, 16).shape == (3, 3, 16, 16)

@@ -11,7 +11,15 @@ from hf_intervene import cli
 from hf_intervene.data import quad
 from hf_intervene.metrics import check
 from hf_intervene.metrics.identifiability import FAILS, HOLDS, WEAK, shift_spectrum
-from hf_intervene.metrics.recovery import BROKEN, Structure, _structure, recover, score, simulate, simulate_and_recover
+from hf_intervene.metrics.recovery import (
+    BROKEN,
+    Structure,
+    _structure,
+    recover,
+    score,
+    simulate,
+    simulate_and_recover,
+)
 from hf_intervene.training import identifiability as study
 
 
@@ -31,14 +39,26 @@ GOOD = vectors(a=(0, 1.0), b=(1, -1.0), c=(2, 1.5))
 
 
 def failing(result, status=FAILS):
-    return [f"{finding.assumption}: {finding.message}" for finding in result.findings if finding.status == status]
+    return [
+        f"{finding.assumption}: {finding.message}"
+        for finding in result.findings
+        if finding.status == status
+    ]
 
 
 def test_good_contexts_pass():
     result = check(GOOD)
-    assert result.passed and all(finding.status == HOLDS and not finding.advice for finding in result.findings)
-    assert str(result).endswith("Nothing speaks against identifying the concepts from these contexts.")
-    assert list(result.from_obs) == ["a", "b", "c"] and list(result.pairs) == ["a / b", "a / c", "b / c"]
+    assert result.passed and all(
+        finding.status == HOLDS and not finding.advice for finding in result.findings
+    )
+    assert str(result).endswith(
+        "Nothing speaks against identifying the concepts from these contexts."
+    )
+    assert list(result.from_obs) == ["a", "b", "c"] and list(result.pairs) == [
+        "a / b",
+        "a / c",
+        "b / c",
+    ]
     assert json.loads(json.dumps(result.to_dict()))["from_obs"]["a"]["told_apart"] is True
     assert check(GOOD).to_dict() == result.to_dict()
 
@@ -53,12 +73,17 @@ def test_a_concept_without_a_context_of_its_own():
     contexts = {name: x for name, x in GOOD.items() if name != "c"} | {"a+c": GOOD["c"]}
     result = check(contexts)
     assert "'c' has no context in which it alone was intervened on, only a+c." in failing(result)[0]
-    assert "'d' has no context in which it alone was intervened on." in failing(check(GOOD, ["a", "b", "c", "d"]))[0]
+    assert (
+        "'d' has no context in which it alone was intervened on."
+        in failing(check(GOOD, ["a", "b", "c", "d"]))[0]
+    )
 
 
 def test_a_context_that_changes_nothing():
     result = check(GOOD | {"d": vectors(seed=5)["obs"]})
-    assert len(failing(result)) == 1 and failing(result)[0].startswith("'d' differs from 'obs': the classifier tells them apart")
+    assert len(failing(result)) == 1 and failing(result)[0].startswith(
+        "'d' differs from 'obs': the classifier tells them apart"
+    )
     assert "those of d are too small to compare" in failing(result, WEAK)[0]
     assert "1 of 8 findings, speaks against" in str(result)
 
@@ -78,7 +103,10 @@ def test_a_concept_changed_to_two_values():
 
 def test_few_images_and_copies():
     few = check({name: x[:200] for name, x in GOOD.items()})
-    assert "few images: obs (200), a (200), b (200), c (200)." in failing(few, WEAK)[0] and few.images["a"] == 200
+    assert (
+        "few images: obs (200), a (200), b (200), c (200)." in failing(few, WEAK)[0]
+        and few.images["a"] == 200
+    )
     too_few = check(GOOD | {"b": GOOD["b"][:7]})
     assert "few images: b (7)." in failing(too_few)[0] and "b" not in too_few.from_obs
     copies = check(GOOD | {"d": np.repeat(vectors(seed=5)["obs"][:30], 40, axis=0)})
@@ -93,9 +121,13 @@ def test_shifts_by_hand():
     a += 1.0 * mixing[0]
     b += 0.5 * (mixing[0] + mixing[1])
     spectrum = shift_spectrum(obs, {"a": a, "b": b})
-    assert spectrum["hidden"] == [] and spectrum["closest"] == ["a", "b"] and spectrum["noise"] < 0.05
+    assert (
+        spectrum["hidden"] == [] and spectrum["closest"] == ["a", "b"] and spectrum["noise"] < 0.05
+    )
     # Two directions at 45 degrees: sqrt(1 +- cos 45).
-    assert spectrum["singular_values"] == pytest.approx([np.sqrt(1 + np.sqrt(0.5)), np.sqrt(1 - np.sqrt(0.5))], abs=0.03)
+    assert spectrum["singular_values"] == pytest.approx(
+        [np.sqrt(1 + np.sqrt(0.5)), np.sqrt(1 - np.sqrt(0.5))], abs=0.03
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +150,9 @@ def test_bad_input(images, message):
 def test_bad_options():
     with pytest.raises(ValueError, match="unknown concept 'c'; the known ones are obs, a, b"):
         check(GOOD, ["a", "b"])
-    with pytest.raises(ValueError, match="at least 20 images of a context are needed for a test, not 5"):
+    with pytest.raises(
+        ValueError, match="at least 20 images of a context are needed for a test, not 5"
+    ):
         check(GOOD, max_images=5)
 
 
@@ -136,10 +170,15 @@ def test_the_command(folder, capsys):
     assert cli.main(["check", str(folder), "--resolution", "8"]) == 1
     said = capsys.readouterr().out
     assert (
-        "FAILS a context for each concept: 'quad1' has no context in which it alone was intervened on, only quad1+quad3." in said
+        "FAILS a context for each concept: 'quad1' has no context in which it alone was intervened"
+        " on, only quad1+quad3." in said
     )
     assert cli.main(["check", str(folder), "--resolution", "8", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["images"] == {"obs": 60, "quad3": 60, "quad1+quad3": 60}
+    assert json.loads(capsys.readouterr().out)["images"] == {
+        "obs": 60,
+        "quad3": 60,
+        "quad1+quad3": 60,
+    }
     assert cli.main(["check", str(folder / "nowhere")]) == 1
     assert "error: there is no folder" in capsys.readouterr().err
 
@@ -157,10 +196,15 @@ def test_quad_passes(capsys):
 def test_structure_of_concepts_known_up_to_a_linear_map(width):
     simulation = simulate(d=3, width=width, seed=1)
     total = 3 * width
-    z = [simulation.sample(k, 4000, 0)[1] @ simulation.concepts.reshape(total, -1).T for k in range(4)]
+    z = [
+        simulation.sample(k, 4000, 0)[1] @ simulation.concepts.reshape(total, -1).T
+        for k in range(4)
+    ]
     mixing = np.random.default_rng(0).normal(size=(total, total))
     unmix = _structure([x @ mixing for x in z], Structure(3, width, range(3)))
-    blocks = np.abs(mixing @ unmix.T).reshape(3, width, 3, width).sum((1, 3))  # from each concept to each found one
+    blocks = (
+        np.abs(mixing @ unmix.T).reshape(3, width, 3, width).sum((1, 3))
+    )  # from each concept to each found one
     assert (np.diag(blocks) > 10 * (blocks - np.diag(np.diag(blocks))).max(0)).all()
 
 
@@ -175,7 +219,9 @@ def test_logits_are_density_ratios():
         z = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
         matrices, offsets = structure.whitening()
         logs = [
-            torch.distributions.MultivariateNormal(torch.linalg.solve(m, t), precision_matrix=m.T @ m).log_prob(z)
+            torch.distributions.MultivariateNormal(
+                torch.linalg.solve(m, t), precision_matrix=m.T @ m
+            ).log_prob(z)
             for m, t in zip(matrices.double(), offsets.double())
         ]
         expected = torch.stack([log - logs[0] for log in logs], 1).float()
@@ -183,7 +229,9 @@ def test_logits_are_density_ratios():
 
 
 def test_simulated_contexts():
-    """An intervention changes its concept and what depends on it, cuts its incoming edges, and leaves the others."""
+    """An intervention changes its concept and what depends on it, cuts its incoming edges, and
+    leaves the others.
+    """
     simulation = simulate(d=4, seed=3)
     size = 40_000
     z = [simulation.sample(k, size, 0)[1] @ simulation.concepts[:, 0].T for k in range(5)]
@@ -200,7 +248,9 @@ def test_simulated_contexts():
 def test_broken_assumptions():
     def contexts(broken, **options):
         simulation = simulate(d=3, broken=broken, seed=1, **options)
-        return simulation, [simulation.sample(k, 20_000, 0)[1] @ simulation.concepts[:, 0].T for k in range(4)]
+        return simulation, [
+            simulation.sample(k, 20_000, 0)[1] @ simulation.concepts[:, 0].T for k in range(4)
+        ]
 
     simulation, z = contexts("unchanged")
     np.testing.assert_allclose(np.cov(z[3].T), np.cov(z[0].T), atol=0.05)
@@ -231,15 +281,26 @@ def test_score_of_the_truth():
             return np.einsum("jwe,ne->njw", simulation.concepts, e) @ [[2, 1], [0, 1]]
 
     result = score(simulation, Truth(), seed=7)
-    assert result["mcc"] == pytest.approx(1) and result["worst_angle"] < 0.01 and result["floor"] < 0.95
+    assert (
+        result["mcc"] == pytest.approx(1)
+        and result["worst_angle"] < 0.01
+        and result["floor"] < 0.95
+    )
 
 
 def test_the_study(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "ROWS", {"two": {"d": 2, "samples": 50}, "missing": {"d": 2, "samples": 50, "broken": "missing"}})
+    monkeypatch.setattr(
+        study,
+        "ROWS",
+        {"two": {"d": 2, "samples": 50}, "missing": {"d": 2, "samples": 50, "broken": "missing"}},
+    )
     monkeypatch.setattr(study, "ProcessPoolExecutor", study_in_this_process)
     assert study.main(["--output", str(tmp_path), "--steps", "20", "--seeds", "2"]) == 0
     assert (tmp_path / "identifiability.md").read_text() in capsys.readouterr().out
-    assert [row["seed"] for row in json.loads((tmp_path / "identifiability.json").read_text())["missing"]] == [0, 1]
+    assert [
+        row["seed"]
+        for row in json.loads((tmp_path / "identifiability.json").read_text())["missing"]
+    ] == [0, 1]
     assert study.main(["--output", str(tmp_path), "--steps", "20", "--seeds", "2"]) == 0
     assert "seed" not in capsys.readouterr().out, "finished jobs are not run again"
 
@@ -256,7 +317,9 @@ def test_bad_recovery():
     with pytest.raises(ValueError, match="not 1 of 1"):
         simulate(d=1)
     for contexts in ([None, None], [np.zeros((5, 3)), None]):
-        with pytest.raises(ValueError, match="an observational and an interventional context of 20 samples"):
+        with pytest.raises(
+            ValueError, match="an observational and an interventional context of 20 samples"
+        ):
             recover(np.zeros((30, 3)), contexts)
 
 
@@ -271,5 +334,9 @@ def test_assumptions_met():
 def test_assumptions_dropped(broken):
     """The concept that the others do not show (all, where the assumption is about all) is lost."""
     result = simulate_and_recover(3000, steps=3000, d=4, broken=broken, seed=0)
-    found = result["correlations"][result["affected"]] if broken in ("missing", "unchanged") else min(result["correlations"])
+    found = (
+        result["correlations"][result["affected"]]
+        if broken in ("missing", "unchanged")
+        else min(result["correlations"])
+    )
     assert found < 0.85

@@ -22,7 +22,9 @@ def fill(folder, count, seed):
     folder.mkdir(parents=True, exist_ok=True)
     start = len(list(folder.iterdir()))
     for number in range(start, start + count):
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
 
 
 @pytest.fixture
@@ -47,11 +49,20 @@ def marks(images):
 def test_images_that_are_added_move_none_that_was_held_out(seed):
     rng = np.random.default_rng(seed)
     arrays = {name: rng.integers(0, 255, (60, 4, 4, 3), dtype=np.uint8) for name in ("obs", "hat")}
-    train_then, held_out_then = (marks(part) for part in ContextImages.from_arrays(arrays, ["hat"]).split(0.2, seed))
+    train_then, held_out_then = (
+        marks(part) for part in ContextImages.from_arrays(arrays, ["hat"]).split(0.2, seed)
+    )
     more = rng.integers(0, 255, (7, 4, 4, 3), dtype=np.uint8)
-    arrays = {"obs": arrays["obs"][::-1], "hat": np.concatenate([more[:3], arrays["hat"], more[3:]])}
-    train_now, held_out_now = (marks(part) for part in ContextImages.from_arrays(arrays, ["hat"]).split(0.2, seed))
-    assert held_out_then <= held_out_now and train_then <= train_now and not train_now & held_out_now
+    arrays = {
+        "obs": arrays["obs"][::-1],
+        "hat": np.concatenate([more[:3], arrays["hat"], more[3:]]),
+    }
+    train_now, held_out_now = (
+        marks(part) for part in ContextImages.from_arrays(arrays, ["hat"]).split(0.2, seed)
+    )
+    assert (
+        held_out_then <= held_out_now and train_then <= train_now and not train_now & held_out_now
+    )
     assert 8 <= len(held_out_then) <= 45  # a fifth of 120, give or take
 
 
@@ -64,11 +75,18 @@ def test_copies_of_an_image_are_on_one_side():
 def test_every_context_has_images_on_both_sides():
     same = np.zeros((8, 4, 4, 3), np.uint8)
     part, held_out = ContextImages.from_arrays({"obs": same, "hat": same + 1}, ["hat"]).split(0.01)
-    assert [len(images) for side in (part, held_out) for images in side.by_context().values()] == [6, 6, 2, 2]
+    assert [len(images) for side in (part, held_out) for images in side.by_context().values()] == [
+        6,
+        6,
+        2,
+        2,
+    ]
 
 
 def test_places_are_uniform_and_another_seeds_are_others():
-    found = fingerprints(torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(20, 1, 1, 1)[:256])
+    found = fingerprints(
+        torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(20, 1, 1, 1)[:256]
+    )
     assert len(set(found.tolist())) == 256
     many = np.random.default_rng(0).integers(-(2**63), 2**63, 20_000)
     first, second = places(many, 0), places(many, 1)
@@ -81,10 +99,16 @@ def test_the_same_files_are_the_same_images_wherever_they_are(data, tmp_path):
     expected = read(data).fingerprints_by_context()
     shutil.copytree(data, tmp_path / "elsewhere")
     load_contexts(data).save_to_disk(tmp_path / "saved")
-    for images in (read(tmp_path / "elsewhere"), read(tmp_path / "saved"), *(read(data, cache_dir=tmp_path / "c") for _ in "ab")):
+    for images in (
+        read(tmp_path / "elsewhere"),
+        read(tmp_path / "saved"),
+        *(read(data, cache_dir=tmp_path / "c") for _ in "ab"),
+    ):
         assert changes(expected, images.fingerprints_by_context()) is None
     part = read(data).select(["hat", "obs"])
-    assert {k: v.tolist() for k, v in part.fingerprints_by_context().items()} == {k: expected[k].tolist() for k in ("hat", "obs")}
+    assert {k: v.tolist() for k, v in part.fingerprints_by_context().items()} == {
+        k: expected[k].tolist() for k in ("hat", "obs")
+    }
 
 
 # A run that goes on
@@ -99,7 +123,9 @@ def settings(data, tmp_path):
         "eval_every": 2,
         "output_dir": str(tmp_path / "run"),
     }
-    return {k: v for k, v in TINY.items() if k not in ("images_per_context", "validation_images")} | own
+    return {
+        k: v for k, v in TINY.items() if k not in ("images_per_context", "validation_images")
+    } | own
 
 
 def go_on(settings, **changed):
@@ -155,7 +181,10 @@ def test_a_checkpoint_of_before_goes_on_with_the_split_of_before(settings, tmp_p
     state["files"].remove("images")
     (path / "state.json").write_text(json.dumps(state | {"settings_version": 2}))
     assert go_on(settings).step == 4
-    assert yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())["split_by"] == "position"
+    assert (
+        yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())["split_by"]
+        == "position"
+    )
 
 
 def test_auto_is_the_precision_that_it_was(settings, tmp_path, monkeypatch, capsys):
@@ -194,10 +223,16 @@ def test_images_that_were_trained_on_are_not_measured_on(settings, data, tmp_pat
     assert changes(trained, split.fingerprints_by_context()) is None
     assert changes(trained, load_images(tmp_path / "run" / "best")) is None
     arguments = (str(data), ("apple", "hat"), 99, 0, 16, 3, "dependent")
-    for split_then, said in ((evaluate.training_split(model), False), ((0.4, 1, "image"), True), (None, True)):
+    for split_then, said in (
+        (evaluate.training_split(model), False),
+        ((0.4, 1, "image"), True),
+        (None, True),
+    ):
         halves = evaluate.held_out_images(*arguments, split_then, trained=trained)
         seen = {image.tobytes() for images in split.by_context().values() for image in images}
-        measured = {image.tobytes() for half in halves for images in half.values() for image in images}
+        measured = {
+            image.tobytes() for half in halves for images in half.values() for image in images
+        }
         assert measured and not measured & seen
         assert ("were trained on and are left out" in capsys.readouterr().err) == said
     assert not load_images(tmp_path / "nowhere")

@@ -23,7 +23,7 @@ if fail == "fail":
     sys.exit("error: no such luck.")
 (folder / "metrics").mkdir()
 (folder / "metrics" / "metrics.json").write_text(json.dumps({"value": value, "after": sys.argv[4:]}))
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -33,7 +33,13 @@ def job(tmp_path, monkeypatch):
 
     def make(name, value="1", fail="", after=()):
         folder = tmp_path / name
-        return Job(folder, lambda: [("script.py", str(folder), value, fail, *(str(a.metrics()["value"]) for a in after))], after)
+        return Job(
+            folder,
+            lambda: [
+                ("script.py", str(folder), value, fail, *(str(a.metrics()["value"]) for a in after))
+            ],
+            after,
+        )
 
     return make
 
@@ -47,7 +53,9 @@ def test_a_job_waits_for_others_and_is_done_once(job, tmp_path):
     jobs = [*first, job("c", after=tuple(first))]
     seen = []
     assert run_jobs(jobs, 3, lambda job, metrics: seen.append(metrics)) == {}
-    assert jobs[2].metrics()["after"] == ["1", "2"] and len(seen) == 3 and calls(tmp_path)[-1] == "c"
+    assert (
+        jobs[2].metrics()["after"] == ["1", "2"] and len(seen) == 3 and calls(tmp_path)[-1] == "c"
+    )
     assert run_jobs(jobs, 1) == {} and len(calls(tmp_path)) == 3
 
 
@@ -77,7 +85,9 @@ def test_moved_results_are_found_done(job, tmp_path, monkeypatch):
 
 
 def test_sigterm_stops_the_processes_with_it(tmp_path, monkeypatch):
-    (tmp_path / "sleep.py").write_text("import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(600)\n")
+    (tmp_path / "sleep.py").write_text(
+        "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(600)\n"
+    )
     monkeypatch.setattr(recipe, "HERE", tmp_path)
     begun = tmp_path / "begun"
     job = Job(tmp_path / "a", lambda: [("sleep.py", str(begun))])
@@ -106,7 +116,10 @@ def test_an_interrupted_run_interrupts_all():
         Processes().run([sys.executable, "-c", "raise SystemExit(130)"], dict(os.environ))
 
 
-@pytest.mark.parametrize(("given", "names"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])])
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])],
+)
 def test_gpus_are_those_that_one_was_given(monkeypatch, given, names):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -117,4 +130,6 @@ def test_gpus_are_those_that_one_was_given(monkeypatch, given, names):
 
 def test_job_json_is_what_was_told(job, tmp_path):
     run_jobs([job("a")], 1)
-    assert json.loads((tmp_path / "a" / "job.json").read_text()) == [["script.py", "{folder}", "1", ""]]
+    assert json.loads((tmp_path / "a" / "job.json").read_text()) == [
+        ["script.py", "{folder}", "1", ""]
+    ]

@@ -1,4 +1,6 @@
-"""What a configuration of somebody's may fetch, may ask for, and may compute with; and what a caller may ask of sampling."""
+"""What a configuration of somebody's may fetch, may ask for, and may compute with; and what a
+caller may ask of sampling.
+"""
 
 import json
 import math
@@ -30,7 +32,9 @@ def change(file, **entries):
 
 @pytest.fixture
 def private_base(tmp_path, waits):
-    """A stranger's model whose configuration names a private repository of alice's; returns the model."""
+    """A stranger's model whose configuration names a private repository of alice's; returns the
+    model.
+    """
     put_vae("alice/vae", tmp_path=tmp_path)
     model = frozen_on(AutoencoderTiny.from_pretrained("alice/vae"))
     model.push_to_hub("bob/model", token="hf_bob")
@@ -42,7 +46,9 @@ def private_base(tmp_path, waits):
 
 def authorised(path):
     return [
-        headers for method, found, headers in HUB.requests if path in found and "authorization" in {k.lower() for k in headers}
+        headers
+        for method, found, headers in HUB.requests
+        if path in found and "authorization" in {k.lower() for k in headers}
     ]
 
 
@@ -65,11 +71,17 @@ def test_what_is_fetched_from_where_is_said_once(private_base, capsys):
 def test_the_vision_model_beside_a_denoiser_is_the_one_of_training_time(tmp_path, waits):
     commit = put_folder("org/vit", save_vision(tmp_path / "vit"))
     source = save_pipeline("unet", tmp_path / "ddpm")
-    model = InterventionModel.build(load_base(source, 16, image_encoder="org/vit"), ["a"], noise_width=4).eval()
+    model = InterventionModel.build(
+        load_base(source, 16, image_encoder="org/vit"), ["a"], noise_width=4
+    ).eval()
     assert model.config.companion_references["image_encoder"]["revision"] == commit
     model.save_pretrained(tmp_path / "model")
     files = load_file(tmp_path / "vit" / "model.safetensors")
-    save_file({k: v + 1 for k, v in files.items()}, tmp_path / "vit" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v + 1 for k, v in files.items()},
+        tmp_path / "vit" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     put_folder("org/vit", tmp_path / "vit")  # the repository moves on
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = model.base.image_encoder(x)
@@ -112,27 +124,77 @@ def refused(load, folder, message):
 @pytest.mark.parametrize(
     ("kind", "file", "entries", "message"),
     [
-        ("unet", "adapter/config.json", {"sample_size": 1048576}, "sample_size 1048576, which must be at most"),
+        (
+            "unet",
+            "adapter/config.json",
+            {"sample_size": 1048576},
+            "sample_size 1048576, which must be at most",
+        ),
         ("unet", "adapter/config.json", {"map_size": 2**19}, "map_size"),
         ("unet", "base/config.json", {"sample_size": [2**20, 2**20]}, "sample_size"),
-        ("unet", "base/config.json", {"downsample_padding": 2**20}, "downsample_padding 1048576, which must be at most 64"),
-        ("unet", "base/config.json", {"norm_eps": math.nan}, "norm_eps nan, which must be a finite number"),
+        (
+            "unet",
+            "base/config.json",
+            {"downsample_padding": 2**20},
+            "downsample_padding 1048576, which must be at most 64",
+        ),
+        (
+            "unet",
+            "base/config.json",
+            {"norm_eps": math.nan},
+            "norm_eps nan, which must be a finite number",
+        ),
         ("dit", "vae/config.json", {"scaling_factor": math.nan}, "scaling_factor nan"),
         ("dit", "vae/config.json", {"scaling_factor": math.inf}, "scaling_factor inf"),
-        ("dit", "vae/config.json", {"scaling_factor": 0}, "scaling_factor 0, which must be a positive number"),
+        (
+            "dit",
+            "vae/config.json",
+            {"scaling_factor": 0},
+            "scaling_factor 0, which must be a positive number",
+        ),
         ("dit", "vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x'"),
         ("dit", "vae/config.json", {"scaling_factor": [1, "x"]}, "scaling_factor 'x'"),
-        ("dit", "vae/config.json", {"shift_factor": "x"}, "shift_factor 'x', which must be a number"),
+        (
+            "dit",
+            "vae/config.json",
+            {"shift_factor": "x"},
+            "shift_factor 'x', which must be a number",
+        ),
         ("dit", "vae/config.json", {"sample_size": 10**6}, "sample_size"),
         ("pipeline", "vae/config.json", {"scaling_factor": math.nan}, "scaling_factor nan"),
         ("pipeline", "scheduler/scheduler_config.json", {"beta_start": math.nan}, "beta_start nan"),
         ("dit", "scheduler/scheduler_config.json", {"beta_end": "x"}, "beta_end 'x'"),
         ("dit", "scheduler/scheduler_config.json", {"clip_sample_range": 0}, "clip_sample_range 0"),
-        ("dit", "scheduler/scheduler_config.json", {"clip_sample_range": math.inf}, "clip_sample_range inf"),
-        ("dit", "scheduler/scheduler_config.json", {"sample_max_value": "1"}, "sample_max_value '1'"),
-        ("dit", "scheduler/scheduler_config.json", {"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio 2"),
-        ("dit", "scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps 0"),
-        ("dit", "scheduler/scheduler_config.json", {"trained_betas": [0.1, -1.0]}, "trained_betas -1.0"),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"clip_sample_range": math.inf},
+            "clip_sample_range inf",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"sample_max_value": "1"},
+            "sample_max_value '1'",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"dynamic_thresholding_ratio": 2},
+            "dynamic_thresholding_ratio 2",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 0},
+            "num_train_timesteps 0",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"trained_betas": [0.1, -1.0]},
+            "trained_betas -1.0",
+        ),
     ],
 )
 def test_values_that_no_weights_tie_down(copy, kind, file, entries, message):
@@ -181,7 +243,14 @@ def test_what_diffusers_itself_saves_is_right(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("kind", "part"),
-    [("unet", "."), ("unet", "adapter"), ("unet", "base"), ("dit", "vae"), ("pipeline", "head"), ("pipeline", "vae")],
+    [
+        ("unet", "."),
+        ("unet", "adapter"),
+        ("unet", "base"),
+        ("dit", "vae"),
+        ("pipeline", "head"),
+        ("pipeline", "vae"),
+    ],
 )
 def test_weights_that_are_not_finite(copy, kind, part, value):
     folder = copy(kind)
@@ -195,9 +264,15 @@ def test_weights_that_are_not_finite(copy, kind, part, value):
 
 def test_lora_that_is_not_finite(tmp_path, waits):
     put_vae(tmp_path=tmp_path)
-    frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2).save_pretrained(tmp_path / "lora")
+    frozen_on(AutoencoderTiny.from_pretrained("org/vae"), lora_rank=2).save_pretrained(
+        tmp_path / "lora"
+    )
     file = tmp_path / "lora" / "lora" / "adapter_model.safetensors"
-    save_file({name: value * math.nan for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: value * math.nan for name, value in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     refused(InterventionModel.from_pretrained, tmp_path / "lora", "with its LoRA are not finite")
 
 
@@ -216,7 +291,10 @@ NOT_RIGHT = [
     ({"noise": torch.full((2, 3, 4), math.nan)}, "noise must be finite numbers"),
     ({"noise": torch.tensor(0.0)}, "noise must have shape"),
     ({"residual_noise": np.zeros((2, 3, 16, 16))}, "residual_noise must be a tensor"),
-    ({"residual_noise": torch.full((2, 3, 16, 16), math.inf)}, "residual_noise must be finite numbers"),
+    (
+        {"residual_noise": torch.full((2, 3, 16, 16), math.inf)},
+        "residual_noise must be finite numbers",
+    ),
     ({"residual_noise": torch.zeros(3, 3, 16, 16)}, "residual_noise has 3 rows for 2 samples"),
     ({"residual_scale": math.nan}, "residual_scale must be a finite number"),
     ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
@@ -242,7 +320,16 @@ def test_arguments_that_nothing_can_be_sampled_with(pipe, entries, message):
 
 
 @pytest.mark.parametrize(
-    "images", [[], None, 5, [None], np.zeros((1, 1, 16, 16, 3), np.uint8), torch.zeros(0, 3, 16, 16), Image.new("I;16", (16, 16))]
+    "images",
+    [
+        [],
+        None,
+        5,
+        [None],
+        np.zeros((1, 1, 16, 16, 3), np.uint8),
+        torch.zeros(0, 3, 16, 16),
+        Image.new("I;16", (16, 16)),
+    ],
 )
 def test_images_that_cannot_be_edited(pipe, images):
     with pytest.raises((TypeError, ValueError), match="image") as error:

@@ -10,19 +10,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene.metrics import bits_per_pixel, compare, mean_interval, sliced_wasserstein, transport
-from hf_intervene.metrics.transport import PAPER_DISTINCT, PAPER_REPEATS, directions, project, sliced_w2
+from hf_intervene.metrics import (
+    bits_per_pixel,
+    compare,
+    mean_interval,
+    sliced_wasserstein,
+    transport,
+)
+from hf_intervene.metrics.transport import (
+    PAPER_DISTINCT,
+    PAPER_REPEATS,
+    directions,
+    project,
+    sliced_w2,
+)
 
 
 def images(n, seed=0, shift=0.0, side=4):
     rng = np.random.default_rng(seed)
-    return (0.5 + 0.1 * rng.standard_normal((n, side, side, 3)) + shift).clip(0, 1).astype(np.float32)
+    return (
+        (0.5 + 0.1 * rng.standard_normal((n, side, side, 3)) + shift).clip(0, 1).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 60), (60, 45), (17, 64)])
 def test_distance_is_pots(n, m):
     a, b = images(n, 1), images(m, 2, 0.05)
-    expected = ot.sliced_wasserstein_distance(a.reshape(n, -1), b.reshape(m, -1), n_projections=70, seed=3, p=2)
+    expected = ot.sliced_wasserstein_distance(
+        a.reshape(n, -1), b.reshape(m, -1), n_projections=70, seed=3, p=2
+    )
     assert sliced_wasserstein(a, b, 70, seed=3) == pytest.approx(expected, rel=1e-4)
 
 
@@ -34,12 +50,19 @@ def test_distance_of_large_sets_is_pots_for_the_same_directions(monkeypatch, byt
     monkeypatch.setattr(transport, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
     axes = directions(48, 60, 1)
-    sets = [rng.integers(0, high, (n, 4, 4, 3), dtype=np.uint8) for high, n in ((256, 1000), (250, 1000), (256, 700))]
+    sets = [
+        rng.integers(0, high, (n, 4, 4, 3), dtype=np.uint8)
+        for high, n in ((256, 1000), (250, 1000), (256, 700))
+    ]
     exact = [x.reshape(len(x), -1) / 255 for x in sets]
     given = sets if bytes_ else [x.astype(np.float32) for x in exact]
     for other in (1, 2):
-        expected = ot.sliced_wasserstein_distance(exact[0], exact[other], projections=axes.astype(np.float64), p=2)
-        assert sliced_w2(*(project(given[k], axes) for k in (0, other))) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        expected = ot.sliced_wasserstein_distance(
+            exact[0], exact[other], projections=axes.astype(np.float64), p=2
+        )
+        assert sliced_w2(*(project(given[k], axes) for k in (0, other))) == pytest.approx(
+            expected, abs=1e-5, rel=1e-5
+        )
 
 
 def test_no_float_copy_of_all_images_is_made(monkeypatch):
@@ -48,7 +71,11 @@ def test_no_float_copy_of_all_images_is_made(monkeypatch):
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             output = function(*args, **(kwargs or {}))
-            self.elements = max(self.elements, output.numel()) if isinstance(output, torch.Tensor) else self.elements
+            self.elements = (
+                max(self.elements, output.numel())
+                if isinstance(output, torch.Tensor)
+                else self.elements
+            )
             return output
 
     monkeypatch.setattr(transport, "_CHUNK", 6400)
@@ -71,7 +98,9 @@ def test_interval_is_that_of_pots_distances_of_halves():
         pair = [x[rng.permutation(len(x))[: len(x) // 2]] for x in (a, c)]
         halves.append(ot.wasserstein_1d(*pair, p=2).mean() ** 0.5)
     result = transport.compare_projected(*(project(x, axes) for x in sets), resamples=20, seed=4)
-    assert result.interval[1] - result.distance == pytest.approx(1.96 * np.std(halves, ddof=1), rel=1e-4)
+    assert result.interval[1] - result.distance == pytest.approx(
+        1.96 * np.std(halves, ddof=1), rel=1e-4
+    )
 
 
 def test_distance_of_a_shift_is_its_root_mean_square():
@@ -89,7 +118,10 @@ def test_the_shift_of_means_and_the_rest_make_the_distance(protocol):
     a, b, c = (project(x, axes) for x in sets)
     result = transport.compare_projected(a, b, c, protocol)
     used = slice(PAPER_DISTINCT) if protocol == "paper" else slice(None)
-    for other, distance, shift in ((c, result.distance, result.mean_shift), (b, result.floor, result.mean_shift_floor)):
+    for other, distance, shift in (
+        (c, result.distance, result.mean_shift),
+        (b, result.floor, result.mean_shift_floor),
+    ):
         centred = sliced_w2(a - a.mean(0), other[used] - other[used].mean(0))
         assert np.hypot(shift, centred) == pytest.approx(distance, rel=1e-4)
     assert result.mean_shift > 3 * result.mean_shift_floor
@@ -108,26 +140,38 @@ def test_distance_is_a_distance(n, m, seed):
 def test_bytes_and_fractions_are_the_same_image():
     a = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
     b = images(20)
-    assert sliced_wasserstein(a, b) == pytest.approx(sliced_wasserstein(a.astype(np.float32) / 255, b), rel=1e-5)
+    assert sliced_wasserstein(a, b) == pytest.approx(
+        sliced_wasserstein(a.astype(np.float32) / 255, b), rel=1e-5
+    )
 
 
 def test_paper_protocol_is_the_explicit_repeat():
     real, other, generated = images(1280, 1), images(1280, 2), images(1280, 3, 0.03)
     repeat = lambda x: np.repeat(x[:PAPER_DISTINCT], PAPER_REPEATS, axis=0)  # noqa: E731
     result = compare(real, other, generated, "paper", 50)
-    assert result.distance == pytest.approx(sliced_wasserstein(real, repeat(generated), 50), rel=1e-5)
+    assert result.distance == pytest.approx(
+        sliced_wasserstein(real, repeat(generated), 50), rel=1e-5
+    )
     assert result.floor == pytest.approx(sliced_wasserstein(real, repeat(other), 50), rel=1e-5)
     assert result.ratio is None and result.ratio_interval is None  # 64 distinct images
     independent = compare(real, other, generated, "independent", 50)
     assert independent.ratio == pytest.approx(independent.distance / independent.floor)
     assert compare(real[:199], other, generated[:199], "independent", 50).ratio is None
-    assert independent.floor < result.floor / 2, "64 distinct images are a far higher floor than 1,280"
+    assert independent.floor < result.floor / 2, (
+        "64 distinct images are a far higher floor than 1,280"
+    )
 
 
 def test_interval_covers_what_repeated_draws_give():
     """Fresh draws of both sides scatter as wide as one draw's interval says."""
     fresh = [
-        compare(images(200, 3 * k), images(200, 3 * k + 1), images(200, 3 * k + 2, 0.03), num_projections=40) for k in range(40)
+        compare(
+            images(200, 3 * k),
+            images(200, 3 * k + 1),
+            images(200, 3 * k + 2, 0.03),
+            num_projections=40,
+        )
+        for k in range(40)
     ]
     distances = np.array([r.distance for r in fresh])
     widths = np.array([r.interval[1] - r.interval[0] for r in fresh])
@@ -139,7 +183,10 @@ def test_interval_covers_what_repeated_draws_give():
 
 def test_floor_is_blind_to_the_generated_images():
     real, other = images(100, 1), images(100, 2)
-    floors = {compare(real, other, images(100, 5, shift), num_projections=20).floor for shift in (0.0, 0.2)}
+    floors = {
+        compare(real, other, images(100, 5, shift), num_projections=20).floor
+        for shift in (0.0, 0.2)
+    }
     assert len(floors) == 1
 
 

@@ -1,4 +1,6 @@
-"""MNIST concepts: what interventions do to real digits, measured on the images alone; the sources of digits; training and evaluation."""
+"""MNIST concepts: what interventions do to real digits, measured on the images alone; the sources
+of digits; training and evaluation.
+"""
 
 import gzip
 import json
@@ -28,8 +30,9 @@ def column(latents, name):
 
 
 def measures(images):
-    """Of images (n, 28, 28, 1), by name, each (n,): area, thickness (twice the area over the length of the contour), centre of mass, slant
-    (x over y), size, and the radius of the largest disk inside."""
+    """Of images (n, 28, 28, 1), by name, each (n,): area, thickness (twice the area over the length
+    of the contour), centre of mass, slant (x over y), size, and the radius of the largest disk
+    inside."""
     x = images[..., 0] / 255
     area = x.sum((1, 2))
     gradient = np.gradient(np.pad(x, ((0, 0), (1, 1), (1, 1))), axis=(1, 2))
@@ -43,7 +46,9 @@ def measures(images):
         "y": mean_y,
         "slant": xy / yy,
         "size": np.sqrt(xx + yy),
-        "widest": np.array([ndimage.distance_transform_edt(np.pad(image > 0.5, 1)).max() for image in x]),
+        "widest": np.array(
+            [ndimage.distance_transform_edt(np.pad(image > 0.5, 1)).max() for image in x]
+        ),
     }
 
 
@@ -60,7 +65,9 @@ def measured(contexts):
 
 @pytest.fixture(scope="module")
 def paired():
-    """The same 200 digits without an intervention, and a function that draws them under one: latents, measures before and after."""
+    """The same 200 digits without an intervention, and a function that draws them under one:
+    latents, measures before and after.
+    """
     digits = load_digits().images[::2]
     before = measures(mnist.render(digits, mnist.sample_latents("obs", len(digits))))
 
@@ -74,13 +81,20 @@ def paired():
 def test_images_are_functions_of_digits_seed_context_and_row(contexts):
     digits = load_digits()
     alone = mnist.images_by_context(["thin+shift"], 8, digits)
-    assert list(alone) == ["shift+thin"] and np.array_equal(alone["shift+thin"], contexts["shift+thin"][:8])
+    assert list(alone) == ["shift+thin"] and np.array_equal(
+        alone["shift+thin"], contexts["shift+thin"][:8]
+    )
     assert alone["shift+thin"].dtype == np.uint8 and alone["shift+thin"].shape == (8, 28, 28, 1)
-    rows, latents = mnist.sample_rows("shift+thin", 8, len(digits)), mnist.sample_latents("shift+thin", 8)
+    rows, latents = (
+        mnist.sample_rows("shift+thin", 8, len(digits)),
+        mnist.sample_latents("shift+thin", 8),
+    )
     assert np.array_equal(alone["shift+thin"], mnist.render(digits.images[rows], latents))
     other = mnist.images_by_context(["shift+thin"], 8, digits, seed=1)["shift+thin"]
     assert not np.array_equal(other, alone["shift+thin"])
-    assert not np.isin(column(mnist.sample_latents("thin", 8), "thin"), column(latents, "thin")).any()
+    assert not np.isin(
+        column(mnist.sample_latents("thin", 8), "thin"), column(latents, "thin")
+    ).any()
 
 
 def test_every_digit_is_taken_once_before_any_is_taken_again():
@@ -96,7 +110,9 @@ def test_only_what_is_intervened_on_is_drawn(context):
     for k, (name, (concept, neutral, low, high)) in enumerate(mnist._PARAMETERS.items()):
         if concept in context.split("+"):
             assert low <= latents[:, k].min() and latents[:, k].max() <= high, name
-            assert latents[:, k].mean() == pytest.approx((low + high) / 2, abs=0.05 * (high - low)), name
+            assert latents[:, k].mean() == pytest.approx(
+                (low + high) / 2, abs=0.05 * (high - low)
+            ), name
             assert latents[:, k].std() == pytest.approx((high - low) / 12**0.5, rel=0.05), name
             assert not low <= neutral <= high or concept == "swell", name
         else:
@@ -111,8 +127,13 @@ def test_observational_images_are_the_digits_themselves():
 
 
 def slow_render(digit, p):
-    """One digit: a set of points on the fine grid, dilated or eroded by a disk of points, then looked up point by point."""
-    shape = np.asarray(ndimage.zoom(digit.astype(float), 4, order=3, mode="nearest", grid_mode=True)) > digit.max() / 2
+    """One digit: a set of points on the fine grid, dilated or eroded by a disk of points, then
+    looked up point by point.
+    """
+    shape = (
+        np.asarray(ndimage.zoom(digit.astype(float), 4, order=3, mode="nearest", grid_mode=True))
+        > digit.max() / 2
+    )
     inside = ndimage.distance_transform_edt(shape) - 0.5
     radius = (p["thicken"] - p["thin"]) * 2 * inside[shape].mean()
     reach = int(abs(radius)) + 1
@@ -146,18 +167,25 @@ def test_rendering_against_a_per_point_reference(context):
     latents = mnist.sample_latents(context, 2)
     for image, digit, row in zip(mnist.render(digits, latents)[..., 0] / 255, digits, latents):
         expected = slow_render(digit, dict(zip(mnist.LATENTS, row)))
-        # The reference knows whole points only: its edges are hard, and off by up to half a point, an eighth of a pixel.
-        assert np.abs(image - expected).sum() < 0.16 * np.abs(np.gradient(np.pad(expected, 1))).sum()
+        # The reference knows whole points only: its edges are hard, and off by up to half a point,
+        # an eighth of a pixel.
+        assert (
+            np.abs(image - expected).sum() < 0.16 * np.abs(np.gradient(np.pad(expected, 1))).sum()
+        )
         assert np.abs(image - expected).max() < 0.5
 
 
 def test_affine_interventions_do_what_their_parameters_say(paired):
     latents, before, after = paired("scale")
     np.testing.assert_allclose(after["size"] / before["size"], column(latents, "scale"), atol=0.02)
-    np.testing.assert_allclose(after["area"] / before["area"], column(latents, "scale") ** 2, atol=0.05)
+    np.testing.assert_allclose(
+        after["area"] / before["area"], column(latents, "scale") ** 2, atol=0.05
+    )
     latents, before, after = paired("shear")
     # Contours that leave the image, and the blur of pixels, cost a little of the slant.
-    np.testing.assert_allclose(after["slant"] - before["slant"], column(latents, "shear"), atol=0.15)
+    np.testing.assert_allclose(
+        after["slant"] - before["slant"], column(latents, "shear"), atol=0.15
+    )
     assert np.median(np.abs(after["slant"] - before["slant"] - column(latents, "shear"))) < 0.02
     np.testing.assert_allclose(after["area"] / before["area"], 1, atol=0.06)
     latents, before, after = paired("shift")
@@ -171,7 +199,8 @@ def test_morphological_interventions_do_what_their_parameters_say(paired):
     for name, sign in (("thicken", 1), ("thin", -1)):
         latents, before, after = paired(name)
         factor = 1 + sign * column(latents, name)
-        # The dilated area of a stroke grows like its thickness, but where strokes meet or the image ends.
+        # The dilated area of a stroke grows like its thickness, but where strokes meet or the image
+        # ends.
         ratio = after["area"] / before["area"]
         assert np.corrcoef(ratio, factor)[0, 1] > 0.8
         assert np.abs(ratio - factor).mean() < 0.15
@@ -180,17 +209,24 @@ def test_morphological_interventions_do_what_their_parameters_say(paired):
             assert np.abs(after[axis] - before[axis]).mean() < 0.4
         assert np.abs(after["slant"] - before["slant"]).mean() < 0.1
     latents, before, after = paired("swell")
-    assert np.mean(after["widest"] > before["widest"] + 0.5) > 0.95 and np.mean(after["area"] > before["area"]) > 0.98
+    assert (
+        np.mean(after["widest"] > before["widest"] + 0.5) > 0.95
+        and np.mean(after["area"] > before["area"]) > 0.98
+    )
 
 
 def test_swelling_is_local():
     digits = load_digits().images[:60]
     latents = mnist.sample_latents("swell", 60)
-    plain, swollen = (mnist.render(digits, x)[..., 0].astype(int) for x in (mnist.sample_latents("obs", 60), latents))
+    plain, swollen = (
+        mnist.render(digits, x)[..., 0].astype(int)
+        for x in (mnist.sample_latents("obs", 60), latents)
+    )
     changed = np.abs(plain - swollen) > 20
     assert changed.any((1, 2)).all()
     for mask, radius in zip(changed, column(latents, "swell_radius")):
-        # All that changed lies in a disk, so no two changed pixels are farther apart than its diameter.
+        # All that changed lies in a disk, so no two changed pixels are farther apart than its
+        # diameter.
         y, x = np.nonzero(mask)
         assert np.hypot(y[:, None] - y, x[:, None] - x).max() <= 2 * radius + 1
     # The position runs along the axis from top to bottom.
@@ -221,13 +257,18 @@ def test_contexts_differ_from_obs_in_their_concepts(measured, context):
         # Smaller digits have thinner strokes too, so they are compared with their like.
         like = measured["scale"] if "scale" in context and concept != "scale" else obs
         assert order(*(like[name], here[name])[::sign]) > 0.85, concept
-    for concept, (name, _) in EFFECTS.items():  # what has nothing to do with the context is as in obs
+    for concept, (
+        name,
+        _,
+    ) in EFFECTS.items():  # what has nothing to do with the context is as in obs
         if concept in ("shear", "shift") and concept not in context:
             assert 0.35 < order(obs[name], here[name]) < 0.65, concept
 
 
 def test_no_context_is_told_by_how_it_was_drawn(contexts):
-    obs, *others = (contexts[name] for name in ("obs", "shear", "shift"))  # of strokes of the same thickness
+    obs, *others = (
+        contexts[name] for name in ("obs", "shear", "shift")
+    )  # of strokes of the same thickness
     assert len(np.unique(obs)) > 150
 
     def grey_share(images):
@@ -257,17 +298,29 @@ def test_a_blank_digit_stays_blank_and_a_full_one_is_drawn():
     ("call", "message"),
     [
         (lambda: mnist.images_by_context(["rotate"], 4), "unknown concept 'rotate'"),
-        (lambda: mnist.images_by_context(["scale=0.5"], 4), "mnist simulates full interventions only"),
+        (
+            lambda: mnist.images_by_context(["scale=0.5"], 4),
+            "mnist simulates full interventions only",
+        ),
         (lambda: mnist.images_by_context("scale", 4), "list of at least one context"),
         (lambda: mnist.images_by_context(["thin", "thin"], 4), "named twice"),
         (lambda: load_mnist(["thin"], 0), "at least 1"),
         (lambda: load_mnist(["thin"], 1.5), "whole number"),
         (lambda: mnist.render(np.zeros((2, 28, 28)), np.zeros((2, 9))), "uint8"),
-        (lambda: mnist.render(np.zeros((2, 28, 28), np.uint8), np.zeros((2, 8))), r"shape \(2, 9\)"),
-        (lambda: mnist.render(np.zeros((2, 28, 28), np.uint8), np.zeros((2, 9))), "scale and swell_strength positive"),
+        (
+            lambda: mnist.render(np.zeros((2, 28, 28), np.uint8), np.zeros((2, 8))),
+            r"shape \(2, 9\)",
+        ),
+        (
+            lambda: mnist.render(np.zeros((2, 28, 28), np.uint8), np.zeros((2, 9))),
+            "scale and swell_strength positive",
+        ),
         (lambda: load_digits(split="validation"), "no split 'validation'"),
         (lambda: load_digits("./nowhere"), "no folder ./nowhere"),
-        (lambda: load_digits("ylecun/mnist"), "neither a folder here nor a data set that could be reached"),
+        (
+            lambda: load_digits("ylecun/mnist"),
+            "neither a folder here nor a data set that could be reached",
+        ),
         (lambda: load_digits().split(0.001), "cannot be held out of 400 digits"),
     ],
 )
@@ -278,15 +331,24 @@ def test_bad_input_is_one_sentence(call, message):
 
 
 def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
-    arguments = {"contexts": ["obs", "scale+thin"], "images_per_context": 6, "split": "test", "cache_dir": str(tmp_path)}
+    arguments = {
+        "contexts": ["obs", "scale+thin"],
+        "images_per_context": 6,
+        "split": "test",
+        "cache_dir": str(tmp_path),
+    }
     data = load_mnist(**arguments)
     assert data.column_names == ["image", "context", "label", "latents"]
     assert data["context"][:] == ["obs"] * 6 + ["scale+thin"] * 6
     digits, rows = load_digits("bundled", "test"), mnist.sample_rows("scale+thin", 6, 400)
     assert data["label"][6:] == digits.labels[rows].tolist()
-    np.testing.assert_allclose(data[6:]["latents"], mnist.sample_latents("scale+thin", 6), rtol=1e-6)
+    np.testing.assert_allclose(
+        data[6:]["latents"], mnist.sample_latents("scale+thin", 6), rtol=1e-6
+    )
     expected = mnist.images_by_context(["scale+thin"], 6, digits)["scale+thin"]
-    assert np.array_equal(np.stack([np.asarray(image) for image in data[6:]["image"]]), expected[..., 0])
+    assert np.array_equal(
+        np.stack([np.asarray(image) for image in data[6:]["image"]]), expected[..., 0]
+    )
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
     load_mnist(**arguments)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == files
@@ -297,7 +359,10 @@ def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
 
 
 def idx(array, kind=8):
-    return struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def write_idx(folder, gzipped=False, dot="-"):
@@ -307,7 +372,9 @@ def write_idx(folder, gzipped=False, dot="-"):
         for kind, array in (("images", digits.images), ("labels", digits.labels)):
             data = idx(array)
             name = f"{stem}-{kind}{dot}idx{array.ndim}-ubyte"
-            (folder / (name + ".gz" * gzipped)).write_bytes(gzip.compress(data) if gzipped else data)
+            (folder / (name + ".gz" * gzipped)).write_bytes(
+                gzip.compress(data) if gzipped else data
+            )
     return folder
 
 
@@ -316,7 +383,10 @@ def save_digits(folder):
     splits = {}
     for split in ("train", "test"):
         digits = load_digits("bundled", split)
-        rows = {"image": [Image.fromarray(image) for image in digits.images], "label": digits.labels.tolist()}
+        rows = {
+            "image": [Image.fromarray(image) for image in digits.images],
+            "label": digits.labels.tolist(),
+        }
         splits[split] = Dataset.from_dict(rows, features)
     DatasetDict(splits).save_to_disk(folder)
     return folder
@@ -331,13 +401,19 @@ def test_every_source_gives_the_same_digits(tmp_path, write):
     folder = write(tmp_path / "digits")
     for split in ("train", "test"):
         digits, expected = load_digits(folder, split), load_digits("bundled", split)
-        assert np.array_equal(digits.images, expected.images) and np.array_equal(digits.labels, expected.labels)
+        assert np.array_equal(digits.images, expected.images) and np.array_equal(
+            digits.labels, expected.labels
+        )
 
 
 def test_bundled_digits():
     train, test = load_digits(), load_digits("bundled", "test")
     for digits in (train, test):
-        assert np.bincount(digits.labels).tolist() == [40] * 10 and digits.images.shape == (400, 28, 28)
+        assert np.bincount(digits.labels).tolist() == [40] * 10 and digits.images.shape == (
+            400,
+            28,
+            28,
+        )
     assert not {x.tobytes() for x in train.images} & {x.tobytes() for x in test.images}
 
 
@@ -346,7 +422,11 @@ def idx_file(tmp_path_factory):
     return tmp_path_factory.mktemp("idx") / "file"
 
 
-@given(shape=st.lists(st.integers(0, 6), min_size=1, max_size=3), seed=st.integers(0, 99), gzipped=st.booleans())
+@given(
+    shape=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    gzipped=st.booleans(),
+)
 @settings(deadline=None, max_examples=50)
 def test_idx_files_come_back(idx_file, shape, seed, gzipped):
     array = np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
@@ -375,13 +455,19 @@ def test_anything_else_is_refused_in_one_sentence(idx_file, data):
     assert read is None or idx(read) == data
 
 
-@given(cut=st.integers(1, 200), seed=st.integers(0, 99), gzipped=st.booleans(), longer=st.booleans())
+@given(
+    cut=st.integers(1, 200), seed=st.integers(0, 99), gzipped=st.booleans(), longer=st.booleans()
+)
 @settings(deadline=None, max_examples=100)
 def test_damaged_idx_files_are_refused(idx_file, cut, seed, gzipped, longer):
     data = idx(np.random.default_rng(seed).integers(0, 256, (3, 8, 8)).astype(np.uint8))
     whole = gzip.compress(data) if gzipped else data
     idx_file.write_bytes(
-        gzip.compress(data + b"x" * cut) if longer and gzipped else data + b"x" * cut if longer else whole[:-cut]
+        gzip.compress(data + b"x" * cut)
+        if longer and gzipped
+        else data + b"x" * cut
+        if longer
+        else whole[:-cut]
     )
     assert read_or_sentence(idx_file) is None
 
@@ -394,7 +480,9 @@ def test_a_flipped_bit_of_a_gzip_file_is_seen(idx_file, place, bit):
     data[place % len(data)] ^= 1 << bit
     idx_file.write_bytes(bytes(data))
     read = read_or_sentence(idx_file)
-    assert read is None or np.array_equal(read, array)  # of the header there are bits that mean nothing
+    assert read is None or np.array_equal(
+        read, array
+    )  # of the header there are bits that mean nothing
 
 
 def test_header_that_names_too_much_is_refused_before_anything_is_read(tmp_path):
@@ -413,7 +501,9 @@ def test_folders_that_hold_other_things(tmp_path):
     with pytest.raises(ValueError, match=r"have the shape \(5, 8, 8\)"):
         load_digits(folder, "test")
     (folder / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="no file train-labels-idx1-ubyte or train-labels-idx1-ubyte.gz"):
+    with pytest.raises(
+        FileNotFoundError, match="no file train-labels-idx1-ubyte or train-labels-idx1-ubyte.gz"
+    ):
         load_digits(folder)
     features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=10)})
     colours = {"image": [Image.new("RGB", (28, 28))], "label": [1]}
@@ -450,7 +540,9 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
     training, validating, held_out = used
     assert (len(training), len(validating), len(held_out)) == (360, 40, 400)
     assert not training & validating and not (training | validating) & held_out
-    assert list(real) == list(other) == list(ALL) and {len(x) for x in (*real.values(), *other.values())} == {12}
+    assert list(real) == list(other) == list(ALL) and {
+        len(x) for x in (*real.values(), *other.values())
+    } == {12}
     for name in ALL:  # all distinct, the floor's images too
         assert len({image.tobytes() for image in (*real[name], *other[name])}) == 24
 
@@ -468,7 +560,9 @@ def test_held_out_images_are_drawn_once(monkeypatch):
     monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
     drawn = simulated.Mnist(28, 1).held_out_images(3, 5)
     digits = load_digits(split="test")
-    expected = mnist.images_by_context((*mnist.TRAIN_CONTEXTS, "scale+thin"), 6, digits, simulated.HELD_OUT_SEED + 5)
+    expected = mnist.images_by_context(
+        (*mnist.TRAIN_CONTEXTS, "scale+thin"), 6, digits, simulated.HELD_OUT_SEED + 5
+    )
     monkeypatch.setattr(mnist, "render", lambda *_: pytest.fail("drawn again"))
     for images in (drawn, simulated.Mnist(28, 1).held_out_images(3, 5)):
         assert list(images[0]) == list(expected)
@@ -510,7 +604,9 @@ def test_bad_settings(tiny, change, message):
 
 def test_what_is_published_names_no_folder_of_this_machine(tiny, tmp_path):
     (tmp_path / "digits").mkdir()
-    text = shared_settings(train.TrainArguments(**tiny | SETTINGS | {"mnist_digits": str(tmp_path / "digits")}))
+    text = shared_settings(
+        train.TrainArguments(**tiny | SETTINGS | {"mnist_digits": str(tmp_path / "digits")})
+    )
     assert "mnist_digits: digits" in text and str(tmp_path) not in text
 
 
@@ -519,4 +615,6 @@ def test_a_base_is_pretrained_on_observational_digits():
     assert pixels.shape == (6, 3, 28, 28)
     digits = load_digits().images
     rows = mnist.sample_rows("obs", 6, 400, simulated.PRETRAINING_SEED)
-    assert np.array_equal(pixels[:, 0].numpy(), mnist.render(digits[rows], mnist.sample_latents("obs", 6))[..., 0])
+    assert np.array_equal(
+        pixels[:, 0].numpy(), mnist.render(digits[rows], mnist.sample_latents("obs", 6))[..., 0]
+    )

@@ -15,7 +15,9 @@ CONCEPTS = ["a", "b"]
 
 def tiny_vae(size=16, channels=3, norm="group", seed=0):
     torch.manual_seed(seed)
-    return LightVAE(channels, size, block_out_channels=(8, 8), hidden_width=16, latent_width=12, norm=norm)
+    return LightVAE(
+        channels, size, block_out_channels=(8, 8), hidden_width=16, latent_width=12, norm=norm
+    )
 
 
 def tiny_model(ablation=None, norm="group", seed=0, **head):
@@ -72,7 +74,11 @@ def test_loss_is_the_negative_elbo(ablation):
 def test_a_mixed_batch_equals_one_context_at_a_time():
     model = tiny_model(free_blocks=1).eval()
     contexts = [["a"], ["b"], ["a", "b"], None]
-    x, s, noise = torch.rand(4, 3, 16, 16), model.targets(contexts), torch.randn(4, *model.noise_shape)
+    x, s, noise = (
+        torch.rand(4, 3, 16, 16),
+        model.targets(contexts),
+        torch.randn(4, *model.noise_shape),
+    )
     together = model(x, s, noise=noise)
     for row in range(4):
         alone = model(x[row : row + 1], s[row : row + 1], noise=noise[row : row + 1])
@@ -83,7 +89,9 @@ def test_a_mixed_batch_equals_one_context_at_a_time():
 def test_pooled_head_ignores_the_context():
     model, x = tiny_model("head-pooled").eval(), torch.rand(2, 3, 16, 16)
     noise = torch.randn(2, *model.noise_shape)
-    losses = [model(x, model.targets(context, 2), noise=noise).loss for context in ("obs", ["a", "b"])]
+    losses = [
+        model(x, model.targets(context, 2), noise=noise).loss for context in ("obs", ["a", "b"])
+    ]
     assert torch.equal(*losses)
     assert torch.equal(model.sample("a", noise=noise), model.sample("obs", noise=noise))
 
@@ -97,8 +105,12 @@ def test_sampling_is_reproducible_and_composes_per_sample():
     noise = torch.randn(3, *model.noise_shape)
     mixed = model.sample([["a"], None, ["a", "b"]], noise=noise)
     for row, context in enumerate(["a", "obs", "a+b"]):
-        torch.testing.assert_close(mixed[row : row + 1], model.sample(context, noise=noise[row : row + 1]))
-    torch.testing.assert_close(mixed, model.sample([["a"], None, ["a", "b"]], noise=noise, batch_size=2))
+        torch.testing.assert_close(
+            mixed[row : row + 1], model.sample(context, noise=noise[row : row + 1])
+        )
+    torch.testing.assert_close(
+        mixed, model.sample([["a"], None, ["a", "b"]], noise=noise, batch_size=2)
+    )
     assert isinstance(model.sample("a", 2, output_type="pil")[1], Image.Image)
 
 
@@ -119,7 +131,9 @@ def test_edit_keeps_the_noise_and_replaces_the_targets():
     model = tiny_model().eval()
     x = torch.rand(3, 3, 16, 16)
     mean, _ = model.posterior(x, model.targets("a", 3))
-    torch.testing.assert_close(model.edit(x, ["a", "b"], context="a"), model.sample("a+b", noise=mean))
+    torch.testing.assert_close(
+        model.edit(x, ["a", "b"], context="a"), model.sample("a+b", noise=mean)
+    )
     torch.testing.assert_close(model.reconstruct(x, "a"), model.sample("a", noise=mean))
 
 
@@ -168,8 +182,15 @@ def test_save_and_load_is_bit_equal(tmp_path, ablation):
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     sample = {"interventions": ["a", "b"], "num_samples": 3}
-    assert torch.equal(model.sample(generator=generator(), **sample), loaded.sample(generator=generator(), **sample))
-    assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
+    assert torch.equal(
+        model.sample(generator=generator(), **sample),
+        loaded.sample(generator=generator(), **sample),
+    )
+    assert all(
+        path.suffix in (".json", ".safetensors", ".py")
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    )
 
 
 def test_bad_checkpoints(tmp_path):
@@ -189,7 +210,9 @@ def test_bad_checkpoints(tmp_path):
         InterventionModel.from_pretrained(tmp_path)
     assert InterventionModel.from_pretrained(tmp_path, base=tiny_vae()).num_blocks == 3
     with pytest.raises(ValueError, match="the head was made for"):
-        InterventionModel.from_pretrained(tmp_path, base=LightVAE(3, 16, (8, 8), hidden_width=16, latent_width=10))
+        InterventionModel.from_pretrained(
+            tmp_path, base=LightVAE(3, 16, (8, 8), hidden_width=16, latent_width=10)
+        )
     with pytest.raises(NotADirectoryError, match="it is a file"):
         model.save_pretrained(weights)
     with pytest.raises(OSError):
@@ -235,7 +258,10 @@ class Toy(ModelMixin, ConfigMixin):
 
 
 def test_an_unsupported_base_and_how_to_register_it(tmp_path):
-    with pytest.raises(TypeError, match="no base is registered for Toy; the supported classes are .*LightVAE.*register_base"):
+    with pytest.raises(
+        TypeError,
+        match="no base is registered for Toy; the supported classes are .*LightVAE.*register_base",
+    ):
         wrap_base(Toy())
 
     @register_base(Toy)
@@ -258,7 +284,9 @@ def test_an_unsupported_base_and_how_to_register_it(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = InterventionModel.from_pretrained(tmp_path)
     args = {"interventions": "a", "num_samples": 2}
-    assert torch.equal(model.sample(generator=generator(), **args), loaded.sample(generator=generator(), **args))
+    assert torch.equal(
+        model.sample(generator=generator(), **args), loaded.sample(generator=generator(), **args)
+    )
 
 
 def test_a_saved_base_of_an_unknown_class(tmp_path):

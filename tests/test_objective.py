@@ -8,7 +8,14 @@ from torch.nn.functional import cross_entropy
 
 from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.objective import Objective
-from hf_intervene.terms import L2, ContextPrediction, EditConsistency, FreeInvariance, GroupLasso, Term
+from hf_intervene.terms import (
+    L2,
+    ContextPrediction,
+    EditConsistency,
+    FreeInvariance,
+    GroupLasso,
+    Term,
+)
 from hf_intervene.terms.edit_consistency import LARGEST, edited
 
 
@@ -19,7 +26,9 @@ CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
 def model():
     torch.manual_seed(0)
     base = LightVAE(3, 16, (8, 16), hidden_width=16, latent_width=8, likelihood="gaussian")
-    made = InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4, free_blocks=1, concept_edges=True)
+    made = InterventionModel.build(
+        base, ["a", "b"], mechanism="flow", concept_width=4, free_blocks=1, concept_edges=True
+    )
     with torch.no_grad():
         made.head.intervention.weight.normal_(std=0.1)
     return made
@@ -43,7 +52,12 @@ def whole(model):
 
 def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
     objective = Objective(model, whole(model))
-    assert set(objective.terms) == {"context_prediction", "edit_consistency", "free_invariance", "group_lasso"}  # without l2
+    assert set(objective.terms) == {
+        "context_prediction",
+        "edit_consistency",
+        "free_invariance",
+        "group_lasso",
+    }  # without l2
     draws = objective.draws(6, torch.Generator().manual_seed(0))
     weights = {name: torch.tensor(w) for name, w in objective.weights(1.0).items()}
     output = objective(**batch, weights=weights, **draws)
@@ -55,13 +69,21 @@ def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
 
 def test_terms_rise_when_they_say(model):
     term = EditConsistency(0.5, model.noise_shape)
-    assert [round(term.weight(p), 3) for p in (0.0, 0.05, 0.15, 0.25, 1.0)] == [0, 0, 0.25, 0.5, 0.5]
+    assert [round(term.weight(p), 3) for p in (0.0, 0.05, 0.15, 0.25, 1.0)] == [
+        0,
+        0,
+        0.25,
+        0.5,
+        0.5,
+    ]
 
 
 def test_context_prediction_is_the_cross_entropy_of_the_densities(model, batch):
     output = model(**batch)
     found = ContextPrediction(1.0, CONTEXTS).loss(model, output, batch["targets"], {})
-    logits = torch.stack([model.head.log_density(output.draw, row.expand(6, -1)) for row in CONTEXTS], dim=1)
+    logits = torch.stack(
+        [model.head.log_density(output.draw, row.expand(6, -1)) for row in CONTEXTS], dim=1
+    )
     torch.testing.assert_close(found, cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])))
 
 
@@ -97,8 +119,13 @@ def test_the_gradient_of_edit_consistency_goes_to_the_decoder_alone(model, batch
     draws = term.draw(6, torch.Generator().manual_seed(0))
     output = model(**batch)
     term.loss(model, output, batch["targets"], draws).backward()
-    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert any(name.startswith("base.model.decoder") for name in moved) and "head.unpool.weight" in moved
+    moved = {
+        name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())
+    }
+    assert (
+        any(name.startswith("base.model.decoder") for name in moved)
+        and "head.unpool.weight" in moved
+    )
     assert not any("encoder" in name or "flow" in name or "intervention" in name for name in moved)
 
 
@@ -111,7 +138,11 @@ def test_edit_consistency_by_a_loop(model, batch):
         for i in (0, 2, 4):
             row = slice(i, i + 1)
             after, new = edited(
-                model.head, output.draw[row], batch["targets"][row], draws["noise"][row], draws["kind"][row]
+                model.head,
+                output.draw[row],
+                batch["targets"][row],
+                draws["noise"][row],
+                draws["kind"][row],
             )
             image = model.base.to_pixels(model.base.decode(model.head.represent(after)))
             mean, logvar = model.head.posterior(model.base.encode(image), new)
@@ -123,7 +154,9 @@ def test_edit_consistency_by_a_loop(model, batch):
 def test_the_decoder_learns_to_be_read_back(model, batch):
     """Only the decoder is trained, by this term only: edits are read back better."""
     term = EditConsistency(1.0, model.noise_shape, every=1)
-    optimizer = torch.optim.Adam([*model.base.model.decoder.parameters(), *model.head.unpool.parameters()], lr=3e-3)
+    optimizer = torch.optim.Adam(
+        [*model.base.model.decoder.parameters(), *model.head.unpool.parameters()], lr=3e-3
+    )
     draws = term.draw(6, torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = model(**batch)
@@ -155,7 +188,9 @@ def test_a_new_term_is_one_class(model, batch):
     draws = objective.draws(6, torch.Generator().manual_seed(0))
     output = objective(**batch, weights={"dark_images": torch.tensor(3.0)}, **draws)
     elbo = (output.reconstruction_loss + output.kl).mean()
-    torch.testing.assert_close(output.loss - elbo, 3 * output.terms["dark_images"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        output.loss - elbo, 3 * output.terms["dark_images"], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_penalties_are_of_the_edges_into_concepts(model, batch):
@@ -163,9 +198,13 @@ def test_penalties_are_of_the_edges_into_concepts(model, batch):
     layer.concept_edges = True
     with torch.no_grad():
         layer.weight.normal_()
-    blocks = torch.stack([layer.weight[i, :, j].square().sum() for i, j in ((0, 2), (1, 2), (1, 0))])
+    blocks = torch.stack(
+        [layer.weight[i, :, j].square().sum() for i, j in ((0, 2), (1, 2), (1, 0))]
+    )
     output = model(**batch)
-    torch.testing.assert_close(GroupLasso(1.0).loss(model, output, None, {}), blocks.sqrt().sum(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        GroupLasso(1.0).loss(model, output, None, {}), blocks.sqrt().sum(), rtol=1e-3, atol=1e-3
+    )
     torch.testing.assert_close(L2(1.0).loss(model, output, None, {}), blocks.sum())
 
 
@@ -177,9 +216,10 @@ def test_free_invariance_turns_the_gradient_of_the_encoder_round(model, batch):
     loss = term.loss(model, output, batch["targets"], {})
     loss.backward()
     plain = c.detach().clone().requires_grad_()
-    expected = cross_entropy(term.classifier(plain[:, 2:].flatten(1)), torch.tensor([0, 1, 2, 0, 1, 2]))
+    expected = cross_entropy(
+        term.classifier(plain[:, 2:].flatten(1)), torch.tensor([0, 1, 2, 0, 1, 2])
+    )
     (gradient,) = torch.autograd.grad(expected, plain)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(c.grad, -50 * gradient)
     assert all(bool(p.grad.any()) for p in term.classifier.parameters())
-

@@ -1,7 +1,8 @@
-"""What earlier versions saved loads with the meaning that it had then, or it is said what to do; what later ones saved is refused.
+"""What earlier versions saved loads with the meaning that it had then, or it is said what to do;
+what later ones saved is refused.
 
-The checkpoints in `fixtures/` were written by the commits in their names (see `make_checkpoints.py` there).
-"""
+The checkpoints in `fixtures/` were written by the commits in their names (see `make_checkpoints.py`
+there)."""
 
 import json
 import shutil
@@ -15,7 +16,12 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, InterventionPipeline
+from hf_intervene import (
+    InterventionConfig,
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+)
 from hf_intervene.bases.loading import check_reference
 from hf_intervene.configuration_intervention import FORMAT_VERSION
 from hf_intervene.training import train
@@ -36,7 +42,9 @@ def assert_does_what_it_did(model, folder):
     expected = load_file(folder / "expected.safetensors")
     sampled = model.sample([["a"], None, ["a", "b"]], noise=expected["noise"])
     torch.testing.assert_close(sampled, expected["sampled"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.edit(expected["images"], ["b"]), expected["edited"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model.edit(expected["images"], ["b"]), expected["edited"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_model_of_the_first_commit():
@@ -44,7 +52,9 @@ def test_a_model_of_the_first_commit():
     model = InterventionModel.from_pretrained(folder)
     assert_does_what_it_did(model, folder)
     assert model.config.posterior == "conditional" and model.config.propagation_steps == 1
-    assert model.config.initial_posterior_std == 1.0, "what there was before it was a setting, not today's default"
+    assert model.config.initial_posterior_std == 1.0, (
+        "what there was before it was a setting, not today's default"
+    )
     assert model.config.mechanism == "mlp" and model.base.model.config.likelihood == "bernoulli"
 
 
@@ -81,13 +91,23 @@ def test_a_base_is_known_by_its_first_kind_of_hash():
 
 
 @pytest.mark.parametrize(
-    "load", [InterventionConfig.from_pretrained, AutoConfig.from_pretrained, InterventionModel.from_pretrained]
+    "load",
+    [
+        InterventionConfig.from_pretrained,
+        AutoConfig.from_pretrained,
+        InterventionModel.from_pretrained,
+    ],
 )
 def test_a_later_format_is_refused(load, tmp_path):
     shutil.copytree(FIXTURES / "model-0a66273", tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"format_version": FORMAT_VERSION + 1}
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "format_version": FORMAT_VERSION + 1
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"has the format {FORMAT_VERSION + 1}, .*pip install --upgrade hf-intervene"):
+    with pytest.raises(
+        ValueError,
+        match=f"has the format {FORMAT_VERSION + 1}, .*pip install --upgrade hf-intervene",
+    ):
         load(tmp_path)
 
 
@@ -98,13 +118,17 @@ def test_a_format_that_is_none(version):
 
 
 def test_defaults_change_with_the_version_alone():
-    """Whoever changes a default raises FORMAT_VERSION or SETTINGS_VERSION, and gives EARLIER the former value."""
+    """Whoever changes a default raises FORMAT_VERSION or SETTINGS_VERSION, and gives EARLIER the
+    former value.
+    """
     listed = json.loads((FIXTURES / "defaults-1.json").read_text())
     config = InterventionConfig.from_dict({"concepts": ["concept"], "format_version": 1}).to_dict()
     assert {name: config[name] for name in listed["configuration"]} == listed["configuration"]
     for version in (1, 3):
         then = json.loads((FIXTURES / f"defaults-{version}.json").read_text())["settings"]
-        settings = json.loads(json.dumps(asdict(TrainArguments()))) | earlier_defaults(version, "settings")
+        settings = json.loads(json.dumps(asdict(TrainArguments()))) | earlier_defaults(
+            version, "settings"
+        )
         assert {name: settings[name] for name in then} == then
 
 
@@ -113,14 +137,27 @@ def read(path):
 
 
 def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
-    settings = read(FIXTURES / "plain-51a1a79" / "training_arguments.yaml")  # names everything that was a setting
-    assert settings["mechanism"] == "mlp" and settings["likelihood"] == "bernoulli" and settings["beta"] == 4.0
-    assert settings["context_prediction"] == settings["edit_consistency"] == 0.0 and settings["max_steps"] == 8
+    settings = read(
+        FIXTURES / "plain-51a1a79" / "training_arguments.yaml"
+    )  # names everything that was a setting
+    assert (
+        settings["mechanism"] == "mlp"
+        and settings["likelihood"] == "bernoulli"
+        and settings["beta"] == 4.0
+    )
+    assert (
+        settings["context_prediction"] == settings["edit_consistency"] == 0.0
+        and settings["max_steps"] == 8
+    )
     assert "moment_matching" not in settings
     TrainArguments(**settings)
     without = {"moment_matching": 0.0, "seed": 3}  # names what differed from the defaults
     settings = of_today(without, 0, "settings")
-    assert settings["initial_posterior_std"] == 1.0 and settings["posterior"] == "centered" and settings["seed"] == 3
+    assert (
+        settings["initial_posterior_std"] == 1.0
+        and settings["posterior"] == "centered"
+        and settings["seed"] == 3
+    )
     (tmp_path / "mine.yaml").write_text("epochs: 6\n")  # written by hand, for today
     assert read(tmp_path / "mine.yaml") == {"epochs": 6.0}
 
@@ -128,11 +165,22 @@ def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
-        ({"settings_version": 3}, "moment_matching 10.0, prior_matching 1.0, a whitened posterior, which"),
-        ({"settings_version": 0}, "moment_matching 100.0, which"),
-        ({"settings_version": 3, "moment_matching": 0.0, "prior_matching": 0.0}, "a whitened posterior, which"),
         (
-            {"settings_version": 2, "posterior": "centered", "moment_matching": 0.0, "prior_matching": 0.0}
+            {"settings_version": 3},
+            "moment_matching 10.0, prior_matching 1.0, a whitened posterior, which",
+        ),
+        ({"settings_version": 0}, "moment_matching 100.0, which"),
+        (
+            {"settings_version": 3, "moment_matching": 0.0, "prior_matching": 0.0},
+            "a whitened posterior, which",
+        ),
+        (
+            {
+                "settings_version": 2,
+                "posterior": "centered",
+                "moment_matching": 0.0,
+                "prior_matching": 0.0,
+            }
             | {"context_prediction": 0.1},
             "context_prediction 0.1, which",
         ),
@@ -148,7 +196,10 @@ def test_settings_of_today_and_of_later_ones(tmp_path):
     arguments = TrainArguments(epochs=3.0, seed=4)
     (tmp_path / "s.yaml").write_text(shared_settings(arguments))
     assert TrainArguments(**read(tmp_path / "s.yaml")) == arguments
-    for version, words in ((SETTINGS_VERSION + 1, "pip install --upgrade hf-intervene"), ("new", "must be a whole number")):
+    for version, words in (
+        (SETTINGS_VERSION + 1, "pip install --upgrade hf-intervene"),
+        ("new", "must be a whole number"),
+    ):
         (tmp_path / "s.yaml").write_text(f"settings_version: {version}\nepochs: 3\n")
         with pytest.raises(ValueError, match=words):
             read(tmp_path / "s.yaml")
@@ -162,14 +213,19 @@ def resumed(run, tmp_path, **options):
 
 
 def test_an_older_run_goes_on(tmp_path, capsys):
-    result = resumed("plain-51a1a79", tmp_path, initial_posterior_std=0.5)  # of a start it does not matter any more
+    result = resumed(
+        "plain-51a1a79", tmp_path, initial_posterior_std=0.5
+    )  # of a start it does not matter any more
     assert result.step == 8 and "step 4" in capsys.readouterr().out
-    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in history if "kl" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     saved = yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())
     assert saved["settings_version"] == SETTINGS_VERSION
     found, expected = (
-        load_file(tmp_path / "run" / name) for name in ("checkpoints/step-00000008/model.safetensors", "finished.safetensors")
+        load_file(tmp_path / "run" / name)
+        for name in ("checkpoints/step-00000008/model.safetensors", "finished.safetensors")
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # as the commit went on itself
@@ -183,9 +239,24 @@ def test_an_older_run_does_not_go_on_with_the_defaults_of_today(tmp_path):
 
 def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
     shutil.copytree(FIXTURES / "run-874628a", tmp_path / "run")
-    small = {"resolution": 8, "channels": 1, "images_per_context": 16, "validation_images": 8, "block_out_channels": [2]}
-    small |= {"hidden_width": 4, "latent_width": 4, "concept_width": 2, "tracker": "none", "resume": "auto"}
-    with pytest.raises(ValueError, match="a run with moment_matching 100.0, which .* start anew in another output_dir"):
+    small = {
+        "resolution": 8,
+        "channels": 1,
+        "images_per_context": 16,
+        "validation_images": 8,
+        "block_out_channels": [2],
+    }
+    small |= {
+        "hidden_width": 4,
+        "latent_width": 4,
+        "concept_width": 2,
+        "tracker": "none",
+        "resume": "auto",
+    }
+    with pytest.raises(
+        ValueError,
+        match="a run with moment_matching 100.0, which .* start anew in another output_dir",
+    ):
         train.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
     best = InterventionModel.from_pretrained(tmp_path / "run" / "best")  # its model is of use
     assert best.sample([["quad1"]]).isfinite().all()
@@ -196,7 +267,10 @@ def test_a_run_of_the_first_day_says_that_it_cannot_go_on(tmp_path, capsys):
         resumed("run-e76ea4f", tmp_path)
     assert "is of a version before 0.1, which cannot be resumed" in capsys.readouterr().err
     assert (
-        InterventionModel.from_pretrained(tmp_path / "run" / "best").sample([["quad1"]]).isfinite().all()
+        InterventionModel.from_pretrained(tmp_path / "run" / "best")
+        .sample([["quad1"]])
+        .isfinite()
+        .all()
     )  # its model is of use
 
 

@@ -1,4 +1,4 @@
-"""Muon beside AdamW: steps against an SVD, the rest against AdamW, and which parameters get which."""
+"""Muon beside AdamW: steps against an SVD, the rest against AdamW, and which parameters get which."""  # noqa: E501
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ def test_a_convolution_takes_the_step_of_its_matrix_and_the_rest_that_of_adamw()
     kernel, bias = torch.nn.Parameter(torch.randn(8, 3, 4, 4)), torch.nn.Parameter(torch.randn(8))
     other = torch.nn.Parameter(bias.detach().clone())
     before = kernel.detach().clone()
-    ours = MuonAdamW([{"params": [bias]}, {"params": [kernel], "muon": True}], lr=0.1, weight_decay=0.0)
+    ours = MuonAdamW(
+        [{"params": [bias]}, {"params": [kernel], "muon": True}], lr=0.1, weight_decay=0.0
+    )
     theirs = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
     momentum = torch.zeros_like(kernel)
     for _ in range(3):
@@ -48,7 +50,9 @@ def test_its_state_is_saved_and_restored():
         for step in range(6):
             if stop and step == 3:
                 state = optimizer.state_dict()
-                optimizer = MuonAdamW([{"params": [bias]}, {"params": [weight], "muon": True}], lr=0.1)
+                optimizer = MuonAdamW(
+                    [{"params": [bias]}, {"params": [weight], "muon": True}], lr=0.1
+                )
                 optimizer.load_state_dict(state)
             weight.grad, bias.grad = torch.randn(4, 6), torch.randn(4)
             optimizer.step()

@@ -1,4 +1,6 @@
-"""Folders of images as people have them: hidden folders, other kinds of files, transparency, damage, strange names."""
+"""Folders of images as people have them: hidden folders, other kinds of files, transparency,
+damage, strange names.
+"""
 
 import os
 import shutil
@@ -20,7 +22,9 @@ def fill(folder, count=10, seed=0, size=16):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
     return folder
 
 
@@ -33,7 +37,10 @@ def source(tmp_path):
 
 def counts(folder):
     return {
-        name: len(images) for name, images in ContextImages.from_dataset(load_contexts(folder), None, 16).by_context().items()
+        name: len(images)
+        for name, images in ContextImages.from_dataset(load_contexts(folder), None, 16)
+        .by_context()
+        .items()
     }
 
 
@@ -51,10 +58,15 @@ def test_files_that_are_left_out_are_counted(source, caplog):
     (source / "shoe").mkdir()
     (source / "shoe" / "a.heic").write_bytes(b"ftypheic")
     assert counts(source) == {"obs": 10, "hat": 10}
-    assert "left out (30 .heic, 1 .txt)" in caplog.text and "holds no images that can be read (1 .heic)" in caplog.text
+    assert (
+        "left out (30 .heic, 1 .txt)" in caplog.text
+        and "holds no images that can be read (1 .heic)" in caplog.text
+    )
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1-transparent", "L-transparent", "RGB-transparent"])
+@pytest.mark.parametrize(
+    "mode", ["RGBA", "LA", "P", "1-transparent", "L-transparent", "RGB-transparent"]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_transparent_lies_on_white(tmp_path, mode, channels):
     """Black strokes on nothing."""
@@ -98,7 +110,9 @@ def test_a_concept_may_be_called_like_a_split(source):
 def test_a_large_image_is_said_to_be_too_large(source, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     fill(source / "hat", 1, size=40)
-    with pytest.raises(ValueError, match="0.png. of context 'hat' has 40x40 pixels, .* at most .* make it smaller"):
+    with pytest.raises(
+        ValueError, match="0.png. of context 'hat' has 40x40 pixels, .* at most .* make it smaller"
+    ):
         counts(source)
 
 
@@ -130,7 +144,9 @@ def test_a_table_that_names_no_images(tmp_path, table):
 
 
 def mutated(whole, seed):
-    """An image file with bytes of it changed, some cut off, or a piece there twice; checksums of PNG made right again, to get deeper."""
+    """An image file with bytes of it changed, some cut off, or a piece there twice; checksums of
+    PNG made right again, to get deeper.
+    """
     rng = np.random.default_rng(seed)
     data = bytearray(whole)
     for place in rng.integers(0, len(data), rng.integers(1, 6)):
@@ -157,7 +173,9 @@ def test_damage_is_one_kind_of_error(tmp_path, kind):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[274] = 6
-    image.save(tmp_path / f"a.{kind}", **{"exif": exif} if kind in ("png", "jpeg", "webp", "tiff") else {})
+    image.save(
+        tmp_path / f"a.{kind}", **{"exif": exif} if kind in ("png", "jpeg", "webp", "tiff") else {}
+    )
     whole = (tmp_path / f"a.{kind}").read_bytes()
     for seed in range(300):
         try:
@@ -174,7 +192,10 @@ def test_exif_that_is_none(source):
     except ValueError as error:
         assert "0.png" in str(error)
     dataset = Dataset.from_dict(
-        {"image": [str(file)] * 8 + [str(source / "obs" / "1.png")] * 8, "context": ["obs"] * 8 + ["hat"] * 8}
+        {
+            "image": [str(file)] * 8 + [str(source / "obs" / "1.png")] * 8,
+            "context": ["obs"] * 8 + ["hat"] * 8,
+        }
     )
     try:
         ContextImages.from_dataset(dataset, None, 16)
@@ -186,11 +207,20 @@ def test_exif_that_is_none(source):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x93NUMPY\x01\x00\xff\xff" + b"{" * 70_000, b"\x93NUMPY\x01\x00v\x00{'descr': '|O', ", 200, -50]
+    "content",
+    [
+        b"",
+        b"\x93NUMPY\x01\x00\xff\xff" + b"{" * 70_000,
+        b"\x93NUMPY\x01\x00v\x00{'descr': '|O', ",
+        200,
+        -50,
+    ],
 )
 def test_a_broken_cache_is_made_anew(source, tmp_path, content):
     def load():
-        return ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache").pixels.clone()
+        return ContextImages.from_dataset(
+            load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
+        ).pixels.clone()
 
     expected = load()
     (file,) = (tmp_path / "cache").glob("*.npy")
@@ -201,9 +231,13 @@ def test_a_broken_cache_is_made_anew(source, tmp_path, content):
 # Cards
 
 
-@pytest.mark.parametrize("front", ["a: [b", "!!python/object:os.system x", "[" * 20_000, "a: b", "a: &x [*x]"])
+@pytest.mark.parametrize(
+    "front", ["a: [b", "!!python/object:os.system x", "[" * 20_000, "a: b", "a: &x [*x]"]
+)
 def test_the_front_matter_of_a_card_is_not_parsed(tmp_path, front):
-    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Title\n<!-- gone --> text ![x](y.png) end")
+    (tmp_path / "README.md").write_text(
+        f"---\n{front}\n---\n# Title\n<!-- gone --> text ![x](y.png) end"
+    )
     assert card_text(tmp_path) == "# Title\n text  end"
 
 
@@ -220,8 +254,12 @@ def test_a_card_that_is_no_text(tmp_path):
     assert card_text(tmp_path).startswith("# caf")
 
 
-def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(source, tmp_path):
-    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 256, cache_dir=tmp_path / "cache")  # noqa: E731
+def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(
+    source, tmp_path
+):
+    read = lambda: ContextImages.from_dataset(  # noqa: E731
+        load_contexts(source), None, 256, cache_dir=tmp_path / "cache"
+    )  # noqa: E731
     images = read()
     part, _ = images.split(0.2)
     (file,) = (tmp_path / "cache").glob("*.npy")
@@ -233,7 +271,9 @@ def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the
         lambda: part.on("cpu"),
         images.by_context,
     ):
-        with pytest.raises(OSError, match=r"npy was cut while it was being read: do not change the image cache"):
+        with pytest.raises(
+            OSError, match=r"npy was cut while it was being read: do not change the image cache"
+        ):
             use()
     file.unlink()
     file.write_bytes(whole)  # another file in its place does no harm, nor that it is cut
@@ -243,7 +283,9 @@ def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the
 
 
 def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
-    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    read = lambda: ContextImages.from_dataset(  # noqa: E731
+        load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
+    )  # noqa: E731
     read()
     (file,) = (tmp_path / "cache").glob("*.npy")
     left = [file.with_name(f".{file.name}.{n}.images.part") for n in (1, 2)]
@@ -258,7 +300,9 @@ def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_is_there_need_not_be_writable(source, tmp_path):
-    read = lambda: ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "cache")  # noqa: E731
+    read = lambda: ContextImages.from_dataset(  # noqa: E731
+        load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
+    )  # noqa: E731
     expected = read().pixels.clone()
     (tmp_path / "cache").chmod(0o500)
     assert torch.equal(read().pixels, expected)
@@ -307,7 +351,9 @@ def test_folders_beside_the_split_that_is_read(source, tmp_path, caplog):
     assert said(caplog, tmp_path / "splits")[0] == ""
     fill(tmp_path / "splits" / "shoe", 9, seed=7)
     text, found = said(caplog, tmp_path / "splits")
-    assert "the split 'train' alone is read; shoe beside it: left out" in text and "shoe" not in found
+    assert (
+        "the split 'train' alone is read; shoe beside it: left out" in text and "shoe" not in found
+    )
 
 
 def test_images_that_a_table_does_not_name(tmp_path, caplog):
@@ -315,14 +361,20 @@ def test_images_that_a_table_does_not_name(tmp_path, caplog):
     rows = [f"{n}.png,{'obs' if n < 8 else 'hat'}" for n in range(16)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,context", *rows]))
     text, found = said(caplog, folder)
-    assert "4 images that the metadata file does not name are left out" in text and found == {"obs": 8, "hat": 8}
+    assert "4 images that the metadata file does not name are left out" in text and found == {
+        "obs": 8,
+        "hat": 8,
+    }
 
 
 def test_images_of_other_concepts(source, caplog):
     fill(source / "shoe", 9, seed=7)
     found = ContextImages.from_dataset(load_contexts(source), ["hat"], 16)
     assert found.contexts == ["obs", "hat"]
-    assert "9 of 29 images are left out, whose contexts name other concepts (shoe) than hat" in caplog.text
+    assert (
+        "9 of 29 images are left out, whose contexts name other concepts (shoe) than hat"
+        in caplog.text
+    )
 
 
 def test_frames_after_the_first(source, caplog):
@@ -335,7 +387,9 @@ def test_frames_after_the_first(source, caplog):
 
 def test_copies_in_several_contexts(source, caplog):
     shutil.copy(source / "obs" / "0.png", source / "hat" / "copy.png")
-    shutil.copy(source / "obs" / "1.png", source / "obs" / "copy.png")  # in one context it does no harm
+    shutil.copy(
+        source / "obs" / "1.png", source / "obs" / "copy.png"
+    )  # in one context it does no harm
     assert "1 images are the same in several contexts (obs, hat)" in said(caplog, source)[0]
 
 

@@ -1,4 +1,6 @@
-"""What keeps a training step fast: nothing waits for the device, nothing is compiled twice, batches are the same wherever images lie."""
+"""What keeps a training step fast: nothing waits for the device, nothing is compiled twice, batches
+are the same wherever images lie.
+"""
 
 import json
 
@@ -22,7 +24,15 @@ from hf_intervene.training.performance import use_channels_last
 
 
 # Operators whose result the host must have before it goes on.
-WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "unique", "_unique2")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "is_nonzero",
+    "unique",
+    "_unique2",
+)
 METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
 
@@ -44,7 +54,9 @@ class Waiting(TorchDispatchMode):
 def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
     """From the moment a batch is on the device to the next batch, for steps without a log."""
     if torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a step waits for the device"))
+        monkeypatch.setattr(
+            torch.cuda, "synchronize", lambda *_: pytest.fail("a step waits for the device")
+        )
     waiting, active = Waiting(), []
     for name in METHODS:
         original = getattr(torch.Tensor, name)
@@ -55,10 +67,13 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, noted)
-    # What is done on CPUs only, where nothing has to be waited for: to look where targets are not 0, and at the greatest index.
+    # What is done on CPUs only, where nothing has to be waited for: to look where targets are not
+    # 0, and at the greatest index.
     for module in (mechanisms, posterior):
         monkeypatch.setattr(module, "at_hand", lambda x: False)
-    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long())
+    monkeypatch.setattr(
+        torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long()
+    )
     original_batch = Feed.batch
 
     def batch(self, step):
@@ -71,7 +86,13 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
         return found
 
     monkeypatch.setattr(Feed, "batch", batch)
-    settings = {"log_every": 1000, "eval_every": 1000, "ema_decay": 0.9, "gradient_accumulation_steps": 2, "l2": 0.1}
+    settings = {
+        "log_every": 1000,
+        "eval_every": 1000,
+        "ema_decay": 0.9,
+        "gradient_accumulation_steps": 2,
+        "l2": 0.1,
+    }
     run(
         tiny,
         **settings
@@ -91,16 +112,24 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
 def compiled_by_step(settings, monkeypatch, **changes):
     """How often something has been compiled before each of ten steps."""
     counter, compiled = CompileCounter(), []
-    monkeypatch.setattr(torch, "compile", lambda model, mode, real=torch.compile: real(model, backend=counter))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode, real=torch.compile: real(model, backend=counter)
+    )
     original = Feed.batch
-    monkeypatch.setattr(Feed, "batch", lambda self, step: (compiled.append(counter.frame_count), original(self, step))[1])
+    monkeypatch.setattr(
+        Feed,
+        "batch",
+        lambda self, step: (compiled.append(counter.frame_count), original(self, step))[1],
+    )
     run(settings, compile=True, max_steps=10, eval_every=1000, **changes)
     return compiled
 
 
 @pytest.mark.parametrize("schedule", ["balanced", "single"])
 def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
-    compiled = compiled_by_step(tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, edit_consistency=0.0)
+    compiled = compiled_by_step(
+        tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, edit_consistency=0.0
+    )
     assert compiled[0] == 0 and compiled[1] > 0 and set(compiled[1:]) == {compiled[1]}
 
 
@@ -112,7 +141,9 @@ def test_a_term_that_begins_is_compiled_once(tiny, monkeypatch):
 
 
 def drawn(mapped=None):
-    found = ContextImages.from_arrays(quad.images_by_context(images_per_context=20, resolution=16), quad.CONCEPTS)
+    found = ContextImages.from_arrays(
+        quad.images_by_context(images_per_context=20, resolution=16), quad.CONCEPTS
+    )
     if mapped is not None:
         np.save(mapped, found.stored.numpy())
         found.stored, found.mapped = torch.from_numpy(np.load(mapped, mmap_mode="c")), True
@@ -124,7 +155,14 @@ def feed(data, schedule="balanced", accumulation=1):
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     model = InterventionModel.build(base, quad.CONCEPTS, noise_width=4)
     a = TrainArguments(batch_size=8, schedule=schedule, gradient_accumulation_steps=accumulation)
-    return Feed(Objective(model), data, None, ContextSchedule(data.context_ids, schedule, 8, a.seed), a, PartialState(cpu=True))
+    return Feed(
+        Objective(model),
+        data,
+        None,
+        ContextSchedule(data.context_ids, schedule, 8, a.seed),
+        a,
+        PartialState(cpu=True),
+    )
 
 
 def test_batches_are_the_same_out_of_memory_and_ahead_out_of_a_file(tmp_path):
@@ -140,7 +178,10 @@ def test_batches_are_the_same_out_of_memory_and_ahead_out_of_a_file(tmp_path):
         for found in (f.batch(step) for f in feeds):
             pixels = torch.cat([inputs["pixel_values"] for inputs in found.inputs])
             torch.testing.assert_close(pixels, parts[0].pixels[indices] / 255, rtol=0, atol=0)
-            assert torch.equal(found.ids, parts[0].context_ids[indices]) and found.parts == [slice(0, 4), slice(4, 8)]
+            assert torch.equal(found.ids, parts[0].context_ids[indices]) and found.parts == [
+                slice(0, 4),
+                slice(4, 8),
+            ]
     resumed = feed(parts[1])
     resumed.load_state_dict(json.loads(json.dumps(feeds[1].state_dict())))
     assert torch.equal(resumed.batch(12).ids, feeds[1].batch(12).ids)
@@ -181,11 +222,17 @@ def test_images_are_decoded_into_a_cache_once(folder, tmp_path, monkeypatch):
 
     def cached(**options):
         return ContextImages.from_dataset(
-            load_contexts(folder), None, **{"resolution": 8, "cache_dir": tmp_path / "cache"} | options
+            load_contexts(folder),
+            None,
+            **{"resolution": 8, "cache_dir": tmp_path / "cache"} | options,
         )
 
     first = cached()
-    assert first.mapped and torch.equal(first.pixels, expected.pixels) and torch.equal(first.context_ids, expected.context_ids)
+    assert (
+        first.mapped
+        and torch.equal(first.pixels, expected.pixels)
+        and torch.equal(first.context_ids, expected.context_ids)
+    )
     (file,) = (tmp_path / "cache").glob("*.npy")
     assert np.array_equal(np.load(file), expected.pixels.numpy())
     part = first.split(0.2, seed=1)[0]
@@ -195,12 +242,19 @@ def test_images_are_decoded_into_a_cache_once(folder, tmp_path, monkeypatch):
         patched.setattr(decoding, "decode_image", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(cached().pixels, expected.pixels)
     assert cached(resolution=4).pixels.shape == (20, 3, 4, 4)
-    Image.new("RGB", (9, 12), (255, 0, 0)).save(folder / "hat" / "0.png")  # another image in the same file
+    Image.new("RGB", (9, 12), (255, 0, 0)).save(
+        folder / "hat" / "0.png"
+    )  # another image in the same file
     assert not torch.equal(cached().pixels, expected.pixels)
     saved = Dataset.from_dict(
-        {"image": [str(p) for p in sorted((folder / "obs").iterdir())] * 2, "context": ["obs"] * 10 + ["hat"] * 10}
+        {
+            "image": [str(p) for p in sorted((folder / "obs").iterdir())] * 2,
+            "context": ["obs"] * 10 + ["hat"] * 10,
+        }
     )
-    assert ContextImages.from_dataset(saved, resolution=8, cache_dir=tmp_path / "cache").pixels.shape == (20, 3, 8, 8)
+    assert ContextImages.from_dataset(
+        saved, resolution=8, cache_dir=tmp_path / "cache"
+    ).pixels.shape == (20, 3, 8, 8)
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(folder, tmp_path):
@@ -210,13 +264,18 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(folder, tmp_path):
     (folder / "hat" / "3.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="3.png.* cannot be read"):
         ContextImages.from_dataset(load_contexts(folder), None, 8, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.npy")) and not list((tmp_path / "cache").glob("*.part"))  # nothing half written
+    assert not list((tmp_path / "cache").glob("*.npy")) and not list(
+        (tmp_path / "cache").glob("*.part")
+    )  # nothing half written
 
 
 def test_training_out_of_a_cache(tiny, folder, tmp_path):
     options = {"dataset": str(folder), "max_steps": 4}
     run(tiny, **options)
-    run(tiny, **options | {"output_dir": str(tmp_path / "b"), "image_cache": str(tmp_path / "cache")})
+    run(
+        tiny,
+        **options | {"output_dir": str(tmp_path / "b"), "image_cache": str(tmp_path / "cache")},
+    )
     scores = [(tmp_path / name / "history.jsonl").read_text() for name in ("run", "b")]
     assert scores[0] == scores[1]
 
@@ -228,13 +287,24 @@ def test_two_processes_train_out_of_a_cache(tiny, folder, tmp_path):
     two = settings | {"output_dir": str(tmp_path / "two"), "image_cache": str(tmp_path / "cache")}
     launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-2, atol=2e-4)
+    assert_same(
+        weights(tmp_path / "run" / "model"),
+        weights(tmp_path / "two" / "model"),
+        rtol=1e-2,
+        atol=2e-4,
+    )
 
 
 def test_channels_last_changes_nothing_but_rounding(tiny):
     torch.manual_seed(0)
-    model = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), quad.CONCEPTS, noise_width=4)
-    x, targets, noise = torch.rand(4, 3, 16, 16), model.targets("quad1", 4), torch.randn(4, *model.noise_shape)
+    model = InterventionModel.build(
+        LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), quad.CONCEPTS, noise_width=4
+    )
+    x, targets, noise = (
+        torch.rand(4, 3, 16, 16),
+        model.targets("quad1", 4),
+        torch.randn(4, *model.noise_shape),
+    )
     before = model(x, targets, noise=noise, return_reconstruction=True)
     use_channels_last(model.base)
     after = model(x, targets, noise=noise, return_reconstruction=True)

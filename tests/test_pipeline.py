@@ -32,15 +32,28 @@ def test_round_trip(pipe, tmp_path, pipeline_class):
     images = pipe(generator=generator(), **call).images
     assert images.shape == (8, 3, 16, 16)
     assert torch.equal(images, loaded(generator=generator(), **call).images)
-    assert all(path.suffix in (".json", ".safetensors", ".py") for path in tmp_path.rglob("*") if path.is_file())
+    assert all(
+        path.suffix in (".json", ".safetensors", ".py")
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    )
 
 
 @pytest.mark.parametrize(
     "imports",
     [
-        "import hf_intervene; from transformers import AutoModel; from diffusers import DiffusionPipeline",
-        "from diffusers import DiffusionPipeline; from transformers import AutoModel; import hf_intervene",
-        "from transformers import AutoModel; import hf_intervene.contexts; from diffusers import DiffusionPipeline",
+        (
+            "import hf_intervene; from transformers import AutoModel; from diffusers import"
+            " DiffusionPipeline"
+        ),
+        (
+            "from diffusers import DiffusionPipeline; from transformers import AutoModel; import"
+            " hf_intervene"
+        ),
+        (
+            "from transformers import AutoModel; import hf_intervene.contexts; from diffusers"
+            " import DiffusionPipeline"
+        ),
     ],
 )
 def test_importing_the_package_makes_its_classes_known(pipe, tmp_path, imports):
@@ -52,14 +65,19 @@ def test_importing_the_package_makes_its_classes_known(pipe, tmp_path, imports):
         print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__name__)
     """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout.split() == ["InterventionHead", "InterventionPipeline"], found.stderr[-2000:]
+    assert found.stdout.split() == ["InterventionHead", "InterventionPipeline"], found.stderr[
+        -2000:
+    ]
 
 
 def test_output_types(pipe):
     pil = pipe("quad1", num_images=2, generator=generator()).images
     array = pipe("quad1", num_images=2, generator=generator(), output_type="np").images
     assert pil[0].size == (16, 16) and array.shape == (2, 16, 16, 3)
-    assert pipe("quad1", num_images=2, generator=generator(), return_dict=False)[0][0].tobytes() == pil[0].tobytes()
+    assert (
+        pipe("quad1", num_images=2, generator=generator(), return_dict=False)[0][0].tobytes()
+        == pil[0].tobytes()
+    )
 
 
 def test_edit_of_pil_images(pipe):

@@ -1,4 +1,6 @@
-"""`support` and `hf-intervene support` say how a head enters a pipeline; loading one runs no code that its files name."""
+"""`support` and `hf-intervene support` say how a head enters a pipeline; loading one runs no code
+that its files name.
+"""
 
 import json
 
@@ -19,7 +21,9 @@ def test_support_says_what_was_recorded():
     }
     assert found.prediction == "the output, in another order, negated"
     assert found.latents == "the sample, in another order, scaled by 3, shifted by 0.5, 4 x 8 x 8"
-    assert found.kept_bytes == 3 * 4 + 3 * 256 * 4  # three numbers, and three permutations of 4 x 8 x 8
+    assert (
+        found.kept_bytes == 3 * 4 + 3 * 256 * 4
+    )  # three numbers, and three permutations of 4 x 8 x 8
     assert "1 - t / 1000" in str(found)
 
 
@@ -34,7 +38,14 @@ def test_the_command_prints_it_of_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "entry", [["os", "system"], ["evil", "Evil"], ["diffusers", "os"], ["transformers", "pipeline"], ["diffusers"]]
+    "entry",
+    [
+        ["os", "system"],
+        ["evil", "Evil"],
+        ["diffusers", "os"],
+        ["transformers", "pipeline"],
+        ["diffusers"],
+    ],
 )
 def test_no_code_is_run_that_a_pipeline_names(tmp_path, entry):
     pipe, _ = recorded.sdxl_with_text()

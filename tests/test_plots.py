@@ -22,10 +22,16 @@ def images(count, side=8, channels=3):
 def measured(names):
     one = {"distance": 0.08, "interval": [0.07, 0.1], "floor": 0.03, "ratio": 2.7}
     rows = {
-        name: {"kind": "composition" if "+" in name else "concept", "independent": one | {"distance": 0.05 + 0.01 * number}}
+        name: {
+            "kind": "composition" if "+" in name else "concept",
+            "independent": one | {"distance": 0.05 + 0.01 * number},
+        }
         for number, name in enumerate(names)
     }
-    return {"contexts": rows, "means": {kind: {"independent": one} for kind in {row["kind"] for row in rows.values()}}}
+    return {
+        "contexts": rows,
+        "means": {kind: {"independent": one} for kind in {row["kind"] for row in rows.values()}},
+    }
 
 
 def check_texts(figure):
@@ -37,7 +43,11 @@ def check_texts(figure):
         low, high = sorted(ruler.get_view_interval())  # labels beyond it exist, but are not drawn
         texts += [tick.label1 for tick in ruler.get_major_ticks() if low <= tick.get_loc() <= high]
         texts += [tick.label2 for tick in ruler.get_major_ticks() if low <= tick.get_loc() <= high]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in texts
+        if text.get_text() and text.get_visible()
+    ]
     assert len(boxes) > 2
     assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for _, box in boxes)
     for (name, box), (other, other_box) in combinations(boxes, 2):
@@ -80,8 +90,12 @@ def test_a_picture_is_written_as_its_suffix_says(tmp_path):
 
 def test_real_above_generated():
     real, generated = images(3), images(3)
-    grid = shown(plots.contexts_grid({"obs": real}, {"obs": generated}, columns=1, images=3).axes[0])
-    assert np.array_equal(grid[:8, 9:17], real[1]) and np.array_equal(grid[9:17, 18:26], generated[2])
+    grid = shown(
+        plots.contexts_grid({"obs": real}, {"obs": generated}, columns=1, images=3).axes[0]
+    )
+    assert np.array_equal(grid[:8, 9:17], real[1]) and np.array_equal(
+        grid[9:17, 18:26], generated[2]
+    )
 
 
 def test_differences():
@@ -93,7 +107,12 @@ def test_differences():
     assert np.array_equal(plots.difference(after, before), plots.difference(before, after))
     unchanged = images(3)
     figure = plots.edit_strips(images(3), {"reconstruction": unchanged, "a": images(3)}, unchanged)
-    assert [axis.get_ylabel() for axis in figure.axes] == ["original", "reconstruction", "a", "change: a"]
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "original",
+        "reconstruction",
+        "a",
+        "change: a",
+    ]
 
 
 def test_a_strength_grows_from_nothing():
@@ -104,7 +123,9 @@ def test_a_strength_grows_from_nothing():
     unchanged = plots.to_uint8(model.edit(image, "obs", output_type="np"))[0]
     edited = plots.to_uint8(model.edit(image, "b", output_type="np"))[0]
     assert list(rows) == ["image", "a", "b"]
-    assert np.array_equal(rows["a"][:16, :16], unchanged) and np.array_equal(rows["b"][:16, 34:50], edited)
+    assert np.array_equal(rows["a"][:16, :16], unchanged) and np.array_equal(
+        rows["b"][:16, 34:50], edited
+    )
     assert [text.get_text() for text in figure.axes[1].texts] == ["0", "0.5", "1"]
 
 
@@ -130,7 +151,10 @@ def test_total_effects():
 
 def test_the_history_of_a_resumed_run(tmp_path):
     rows = [{"step": step, "reconstruction": 2.0 - step / 100, "kl": 0.5} for step in (10, 20, 30)]
-    rows += [{"step": 20, "validation": 1.9}, {"step": 20, "reconstruction": 1.0, "kl": 0.25}]  # step 20 done again
+    rows += [
+        {"step": 20, "validation": 1.9},
+        {"step": 20, "reconstruction": 1.0, "kl": 0.25},
+    ]  # step 20 done again
     text = "\n".join(map(json.dumps, rows)) + '\n{"step": 40, "recon'
     (tmp_path / "history.jsonl").write_text(text)
     history = plots.read_history(tmp_path / "history.jsonl")
@@ -152,6 +176,14 @@ def test_curves_of_a_run_that_only_began():
 def test_a_chart_of_floors():
     axis = plots.floor_chart(measured(["obs", "a", "a+b"])).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["obs", "a", "a+b"]
-    points = {to_hex(line.get_color()): line.get_xdata().tolist() for line in axis.lines if line.get_marker() in "os"}
-    assert points[plots.BLUE.lower()] == pytest.approx([0.06]) and points[plots.ORANGE.lower()] == pytest.approx([0.07])
-    assert [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "|"] == [[0.03]] * 3
+    points = {
+        to_hex(line.get_color()): line.get_xdata().tolist()
+        for line in axis.lines
+        if line.get_marker() in "os"
+    }
+    assert points[plots.BLUE.lower()] == pytest.approx([0.06]) and points[
+        plots.ORANGE.lower()
+    ] == pytest.approx([0.07])
+    assert [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "|"] == [
+        [0.03]
+    ] * 3

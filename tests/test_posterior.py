@@ -21,8 +21,8 @@ def covariances(contexts=3, width=WIDTH, seed=0):
 
 
 def whitened_by(head, covariance):
-    """Let z be white in obs and every single context, over which y has these covariances, (1 + d, D n, D n), as trainings of
-    version 0.1 did."""
+    """Let z be white in obs and every single context, over which y has these covariances, (1 + d, D
+    n, D n), as trainings of version 0.1 did."""
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues = eigenvalues.clamp(min=1e-3)
     head.whitening.matrix.copy_((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT)
@@ -33,7 +33,12 @@ def make_head(**options):
     torch.manual_seed(0)
     head = InterventionHead(
         InterventionConfig(
-            concepts=CONCEPTS, noise_width=4, feature_width=7, embedding_shape=[5], posterior="whitened", **options
+            concepts=CONCEPTS,
+            noise_width=4,
+            feature_width=7,
+            embedding_shape=[5],
+            posterior="whitened",
+            **options,
         )
     )
     head.posterior_offset.normal_()
@@ -45,17 +50,26 @@ def test_noise_against_a_loop():
     head, y = make_head(), torch.randn(4, 3, 4)
     found = head.whiten(y, head.targets([["obs"], ["b"], ["a"], ["b"]]))
     for sample, context in enumerate((0, 2, 1, 2)):
-        T = torch.linalg.inv(torch.linalg.cholesky(covariances()[context].double()))  # any root: symmetric by a rotation
+        T = torch.linalg.inv(
+            torch.linalg.cholesky(covariances()[context].double())
+        )  # any root: symmetric by a rotation
         u, _, v = torch.linalg.svd(T)
         T = v.mT @ u.mT @ T
         torch.testing.assert_close(T, T.mT)
-        torch.testing.assert_close(found[sample].flatten(), (T @ y[sample].flatten().double()).float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found[sample].flatten(),
+            (T @ y[sample].flatten().double()).float(),
+            rtol=1e-3,
+            atol=1e-4,
+        )
 
 
 def test_offsets_come_before_the_map():
     head, features = make_head(), torch.randn(3, 7)
     targets = head.targets([["obs"], ["a"], ["b"]])
-    plain = InterventionHead(InterventionConfig(**head.config.to_dict() | {"posterior": "conditional"}))
+    plain = InterventionHead(
+        InterventionConfig(**head.config.to_dict() | {"posterior": "conditional"})
+    )
     plain.load_state_dict(head.state_dict(), strict=False)
     mean, _ = head.posterior(features, targets)
     torch.testing.assert_close(mean, plain.posterior(features, targets)[0] - head.posterior_offset)
@@ -65,15 +79,21 @@ def exact(head, mean, logvar, targets):
     """q(z | x, s) with a full covariance."""
     T = torch.einsum("bk,kij->bij", mixture(targets[:, :2]), head.whitening.matrix).double()
     return MultivariateNormal(
-        (T @ mean.flatten(1).double()[..., None])[..., 0], T @ logvar.flatten(1).double().exp().diag_embed() @ T.mT
+        (T @ mean.flatten(1).double()[..., None])[..., 0],
+        T @ logvar.flatten(1).double().exp().diag_embed() @ T.mT,
     )
 
 
 def test_kl_and_marginals_against_torch():
     head, mean, logvar = make_head(), torch.randn(5, 3, 4), torch.randn(5, 3, 4) - 2
     targets = head.targets([["obs"], ["a"], ["b"], ["a"], ["obs"]])
-    q, prior = exact(head, mean, logvar, targets), MultivariateNormal(torch.zeros(WIDTH).double(), torch.eye(WIDTH).double())
-    torch.testing.assert_close(head.kl(mean, logvar, targets).double(), kl_divergence(q, prior), rtol=1e-4, atol=1e-4)
+    q, prior = (
+        exact(head, mean, logvar, targets),
+        MultivariateNormal(torch.zeros(WIDTH).double(), torch.eye(WIDTH).double()),
+    )
+    torch.testing.assert_close(
+        head.kl(mean, logvar, targets).double(), kl_divergence(q, prior), rtol=1e-4, atol=1e-4
+    )
     of_z = head.marginals(mean, logvar, targets)
     torch.testing.assert_close(of_z[0].flatten(1).double(), q.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(of_z[1].exp().flatten(1).double(), q.variance, rtol=1e-4, atol=1e-5)
@@ -82,7 +102,10 @@ def test_kl_and_marginals_against_torch():
 def test_kl_of_contexts_that_were_never_seen_is_an_upper_bound():
     head, mean, logvar = make_head(), torch.randn(3, 3, 4), torch.randn(3, 3, 4) - 2
     targets = head.targets([["a", "b"], {"a": 0.5}, {"a": 0.2, "b": 0.9}])
-    q, prior = exact(head, mean, logvar, targets), MultivariateNormal(torch.zeros(WIDTH).double(), torch.eye(WIDTH).double())
+    q, prior = (
+        exact(head, mean, logvar, targets),
+        MultivariateNormal(torch.zeros(WIDTH).double(), torch.eye(WIDTH).double()),
+    )
     excess = head.kl(mean, logvar, targets).double() - kl_divergence(q, prior)
     assert (excess > 0).all()
     assert (head.marginals(mean, logvar, targets)[1].exp().flatten(1) >= q.variance - 1e-5).all()
@@ -96,13 +119,17 @@ def test_draws_are_white_in_every_context_whatever_the_encoder_does():
     roots = torch.linalg.cholesky(covariances(seed=1))
     shift = torch.randn(3, WIDTH)
     rows = torch.arange(30_000) % 3
-    mean = (0.9 * torch.einsum("bij,bj->bi", roots[rows], torch.randn(len(rows), WIDTH)) + shift[rows]).view(-1, 3, 4)
+    mean = (
+        0.9 * torch.einsum("bij,bj->bi", roots[rows], torch.randn(len(rows), WIDTH)) + shift[rows]
+    ).view(-1, 3, 4)
     std = 0.3
     targets = head.targets([["obs"], ["a"], ["b"]])
     head.posterior_offset.copy_(torch.stack([mean[rows == k].mean(0) for k in range(3)]))
     centred = mean - head.posterior_offset[rows]
     flat = centred.flatten(1)
-    covariance = torch.stack([flat[rows == k].T @ flat[rows == k] / (rows == k).sum() for k in range(3)])
+    covariance = torch.stack(
+        [flat[rows == k].T @ flat[rows == k] / (rows == k).sum() for k in range(3)]
+    )
     whitened_by(head, covariance + std**2 * torch.eye(WIDTH))
     z = head.whiten(centred + std * torch.randn_like(centred), targets[rows]).flatten(1)
     for k in range(3):
@@ -113,8 +140,13 @@ def test_draws_are_white_in_every_context_whatever_the_encoder_does():
 
 def test_gaussian_kl_against_torch():
     mean, logvar = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 5).double()
-    posterior, prior = Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    torch.testing.assert_close(gaussian_kl(mean, logvar), kl_divergence(posterior, prior).sum((1, 2)))
+    posterior, prior = (
+        Normal(mean, (0.5 * logvar).exp()),
+        Normal(torch.zeros_like(mean), torch.ones_like(mean)),
+    )
+    torch.testing.assert_close(
+        gaussian_kl(mean, logvar), kl_divergence(posterior, prior).sum((1, 2))
+    )
 
 
 def test_a_new_whitening_changes_nothing():
@@ -177,12 +209,20 @@ def test_a_model_encodes_to_white_noise_and_back(tmp_path):
     y = output.posterior_mean + (0.5 * output.posterior_logvar).exp() * noise
     z = model.head.whiten(y, s)
     torch.testing.assert_close(output.reconstruction, model.sample("a", noise=z))
-    torch.testing.assert_close(output.kl, model.head.kl(output.posterior_mean, output.posterior_logvar, s))
+    torch.testing.assert_close(
+        output.kl, model.head.kl(output.posterior_mean, output.posterior_logvar, s)
+    )
     torch.testing.assert_close(model.posterior(x, s)[0], model.abduct(x, s)[0])
-    torch.testing.assert_close(model.posterior(x, s)[0], model.head.whiten(output.posterior_mean, s))
-    torch.testing.assert_close(model.edit(x, "b", context="a"), model.sample("b", noise=model.posterior(x, s)[0]))
+    torch.testing.assert_close(
+        model.posterior(x, s)[0], model.head.whiten(output.posterior_mean, s)
+    )
+    torch.testing.assert_close(
+        model.edit(x, "b", context="a"), model.sample("b", noise=model.posterior(x, s)[0])
+    )
 
 
 def test_matrices_that_are_too_many():
     with pytest.raises(ValueError, match='use posterior="centered"'):
-        InterventionHead(InterventionConfig(concepts=[f"c{j}" for j in range(16)], posterior="whitened"))
+        InterventionHead(
+            InterventionConfig(concepts=[f"c{j}" for j in range(16)], posterior="whitened")
+        )

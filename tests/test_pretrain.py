@@ -1,4 +1,6 @@
-"""The recipe for a pretrained base: a plain autoencoder of diffusers, better than the mean image, that a head can be added to."""
+"""The recipe for a pretrained base: a plain autoencoder of diffusers, better than the mean image,
+that a head can be added to.
+"""
 
 import pytest
 import torch
@@ -27,9 +29,18 @@ def test_pretrain_then_add_a_head(tiny, autoencoder):
         error = (vae.decode(latents).sample - x).square().mean()
     assert error < 0.6 * (x - x.mean(0)).square().mean()
     assert 0.8 < vae.config.scaling_factor * latents.std() < 1.25
-    result = train.train(TrainArguments(**tiny | {"base": str(autoencoder), "regime": "frozen", "mixed_precision": "auto"}))
+    result = train.train(
+        TrainArguments(
+            **tiny | {"base": str(autoencoder), "regime": "frozen", "mixed_precision": "auto"}
+        )
+    )
     assert not (result.model_dir / "base").exists()
-    assert InterventionModel.from_pretrained(result.model_dir).sample("quad1", 2).shape == (2, 3, 16, 16)
+    assert InterventionModel.from_pretrained(result.model_dir).sample("quad1", 2).shape == (
+        2,
+        3,
+        16,
+        16,
+    )
 
 
 def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tmp_path):
@@ -43,14 +54,20 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     assert pipe([1000], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, vae.state_dict()[name]), name
-    t = torch.full((64,), 999)  # where next to all is noise, v is -x: what is nearest to it without looking is the mean image's
+    t = torch.full(
+        (64,), 999
+    )  # where next to all is noise, v is -x: what is nearest to it without looking is the mean image's  # noqa: E501
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        v = pipe.transformer(pipe.scheduler.add_noise(x, noise, t), t, class_labels=torch.full((64,), 1000)).sample
+        v = pipe.transformer(
+            pipe.scheduler.add_noise(x, noise, t), t, class_labels=torch.full((64,), 1000)
+        ).sample
     assert (v + x).square().mean() < 0.95 * x.square().mean()
     arguments = tiny | {"base": str(tmp_path / "dit"), "regime": "frozen", "mixed_precision": "no"}
     result = train.train(TrainArguments(**arguments))
-    assert InterventionModel.from_pretrained(result.model_dir).sample("quad1", 2, num_inference_steps=2).shape == (2, 3, 16, 16)
+    assert InterventionModel.from_pretrained(result.model_dir).sample(
+        "quad1", 2, num_inference_steps=2
+    ).shape == (2, 3, 16, 16)
 
 
 def test_errors_are_one_sentence(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""The order of concepts and the fit of a finished model's prior, on codes whose distribution is known."""
+"""The order of concepts and the fit of a finished model's prior, on codes whose distribution is
+known.
+"""
 
 import math
 
@@ -21,18 +23,35 @@ def model_of_codes(head_of_codes):
 
     torch.manual_seed(0)
     config = InterventionConfig(
-        concepts=["a", "b"], mechanism="flow", concept_width=2, free_blocks=1, feature_width=6, embedding_shape=[4], **head_of_codes
+        concepts=["a", "b"],
+        mechanism="flow",
+        concept_width=2,
+        free_blocks=1,
+        feature_width=6,
+        embedding_shape=[4],
+        **head_of_codes,
     )
     head = InterventionHead(config)
-    head.posterior = lambda features, targets: (6 * features.view(-1, 3, 2) - 3, torch.full((len(features), 3, 2), -6.0))
+    head.posterior = lambda features, targets: (
+        6 * features.view(-1, 3, 2) - 3,
+        torch.full((len(features), 3, 2), -6.0),
+    )
     model = torch.nn.Module()
-    model.head, model.base, model.config, model.concepts, model.device = head, Codes(), config, ("a", "b"), torch.device("cpu")
+    model.head, model.base, model.config, model.concepts, model.device = (
+        head,
+        Codes(),
+        config,
+        ("a", "b"),
+        torch.device("cpu"),
+    )
     model.seen = lambda targets: targets
     return model
 
 
 def chain(rows=2000, seed=0):
-    """b causes a: images of codes (rows, 3, 2), in obs and under both interventions, with their data set."""
+    """b causes a: images of codes (rows, 3, 2), in obs and under both interventions, with their
+    data set.
+    """
     generator = torch.Generator().manual_seed(seed)
     codes = []
     for context in ("obs", "a", "b"):
@@ -47,7 +66,9 @@ def chain(rows=2000, seed=0):
 
 
 def test_causes_come_before_what_they_move():
-    moved = torch.tensor([[9.0, 0.5, 0.2, 0.1], [4.0, 9.0, 0.3, 0.2], [5.0, 6.0, 9.0, 0.4], [0.3, 0.2, 7.0, 9.0]])
+    moved = torch.tensor(
+        [[9.0, 0.5, 0.2, 0.1], [4.0, 9.0, 0.3, 0.2], [5.0, 6.0, 9.0, 0.4], [0.3, 0.2, 7.0, 9.0]]
+    )
     assert causal_order(moved) == [3, 2, 1, 0]
 
 
@@ -70,7 +91,8 @@ def test_the_fitted_prior_is_the_distribution_of_the_codes():
     model = model_of_codes({"concept_edges": True})
     order_concepts(model, data, None)
     fitted = fit_prior(model, data, None, steps=400, seed=0)
-    # The entropy of what was drawn: six normal entries of standard deviation 0.3, with the posterior's own noise.
+    # The entropy of what was drawn: six normal entries of standard deviation 0.3, with the
+    # posterior's own noise.
     variance = 0.09 + math.exp(-6) + (6 / 255) ** 2 / 12
     assert fitted == pytest.approx(-6 * 0.5 * math.log(2 * math.pi * math.e * variance), abs=0.25)
     drawn = model.head(torch.randn(4000, 3, 3), torch.zeros(4000, 3)).concepts.detach()
@@ -78,5 +100,7 @@ def test_the_fitted_prior_is_the_distribution_of_the_codes():
     torch.testing.assert_close(drawn.mean(0), real.mean(0), atol=0.06, rtol=0)
     correlation = [torch.corrcoef(x[:, :2, 0].T)[0, 1].item() for x in (drawn, real)]
     assert correlation[0] == pytest.approx(correlation[1], abs=0.08) and correlation[1] > 0.5
-    cut = model.head(torch.randn(4000, 3, 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(4000, -1)).concepts
+    cut = model.head(
+        torch.randn(4000, 3, 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(4000, -1)
+    ).concepts
     assert abs(torch.corrcoef(cut[:, :2, 0].T)[0, 1].item()) < 0.08

@@ -1,4 +1,6 @@
-"""Images with prompts of their own: what a pipeline makes of each prompt is kept, and each image is trained with its own."""
+"""Images with prompts of their own: what a pipeline makes of each prompt is kept, and each image is
+trained with its own.
+"""
 
 from dataclasses import replace
 
@@ -19,14 +21,19 @@ PROMPTS = ["abc", "abcdef", "", "xyz"]
 
 @pytest.fixture
 def base(tmp_path):
-    return PipelineBase.from_pipeline(unheard(), "abc", prompts=PROMPTS, prompt_folder=tmp_path / "prompts")
+    return PipelineBase.from_pipeline(
+        unheard(), "abc", prompts=PROMPTS, prompt_folder=tmp_path / "prompts"
+    )
 
 
 def test_rows_with_prompts_of_other_lengths_are_denoised_as_each_alone(base):
     assert base.prompts.groups([0, 1, 2, 3, -1]) == [[0, 3, 4], [1], [2]]  # 3, 6, 0 and 3 letters
     with_head(base)
     numbers = torch.tensor([1, 0, 2, 3, -1, 1])
-    x, t = torch.randn(6, 4, 8, 8, generator=generator()), torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0])
+    x, t = (
+        torch.randn(6, 4, 8, 8, generator=generator()),
+        torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0]),
+    )
     embedding = torch.randn(6, *base.embedding_shape, generator=generator(1))
     with torch.no_grad():
         together = base.denoise(x, t, embedding, prompts=numbers)
@@ -35,7 +42,9 @@ def test_rows_with_prompts_of_other_lengths_are_denoised_as_each_alone(base):
             alone.model.load_state_dict(base.model.state_dict())
             alone.adapter.projections.load_state_dict(base.adapter.projections.state_dict())
             one = slice(row, row + 1)
-            assert torch.allclose(alone.denoise(x[one], t[one], embedding[one]), together[one], atol=1e-5)
+            assert torch.allclose(
+                alone.denoise(x[one], t[one], embedding[one]), together[one], atol=1e-5
+            )
         assert not torch.allclose(base.denoise(x, t, embedding), together, atol=1e-3)
 
 
@@ -76,8 +85,12 @@ def captioned(tmp_path):
     folder.mkdir()
     lines = ["file_name,context,text"]
     for number in range(48):
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{('obs', 'a', 'b')[number % 3]},{('a', 'a b', 'b')[number % 2]}")
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        lines.append(
+            f"{number}.png,{('obs', 'a', 'b')[number % 3]},{('a', 'a b', 'b')[number % 2]}"
+        )
     (folder / "metadata.csv").write_text("\n".join(lines))
     return folder
 
@@ -85,22 +98,43 @@ def captioned(tmp_path):
 def test_prompts_stay_with_their_images(captioned):
     images = ContextImages.from_dataset(load_contexts(captioned), resolution=16)
     assert images.prompts == ["a", "a b"]
-    pixels = {row.numpy().tobytes(): int(n) for row, n in zip(images.images(torch.arange(48)), images.prompt_ids)}
-    for part in (*images.split(0.25), images.select(["b", "obs"]), images.subset(torch.tensor([5, 2, 7]))):
+    pixels = {
+        row.numpy().tobytes(): int(n)
+        for row, n in zip(images.images(torch.arange(48)), images.prompt_ids)
+    }
+    for part in (
+        *images.split(0.25),
+        images.select(["b", "obs"]),
+        images.subset(torch.tensor([5, 2, 7])),
+    ):
         for row, number in zip(part.images(torch.arange(len(part))), part.prompt_ids):
             assert pixels[row.numpy().tobytes()] == int(number)
 
 
 def test_training_with_prompts(captioned, tmp_path, tiny):
-    """A pipeline of a folder, each image with its own prompt, and with the other one in half of its steps."""
+    """A pipeline of a folder, each image with its own prompt, and with the other one in half of its
+    steps.
+    """
     pipe, _ = recorded.sdxl_with_text()
     pipe.save_pretrained(tmp_path / "pipe")
-    settings = {key: value for key, value in tiny.items() if key not in ("images_per_context", "validation_images")}
-    settings |= {"dataset": str(captioned), "base": str(tmp_path / "pipe"), "regime": "frozen", "max_steps": 4}
+    settings = {
+        key: value
+        for key, value in tiny.items()
+        if key not in ("images_per_context", "validation_images")
+    }
+    settings |= {
+        "dataset": str(captioned),
+        "base": str(tmp_path / "pipe"),
+        "regime": "frozen",
+        "max_steps": 4,
+    }
     arguments = TrainArguments(**settings, prompt_dropout=0.5, validation_fraction=0.25)
     data, _ = load_data(arguments)
     base = build_model(replace(arguments, output_dir=str(tmp_path / "other")), data).base
-    own = [PipelineBase.from_pipeline(pipe, prompt).adapter.recorded.constants for prompt in data.prompts]
+    own = [
+        PipelineBase.from_pipeline(pipe, prompt).adapter.recorded.constants
+        for prompt in data.prompts
+    ]
     for number, constants in enumerate(own):
         for index, value in base.prompts[number].items():
             assert torch.allclose(value, constants[index], atol=1e-5)

@@ -1,6 +1,7 @@
 """The public API: every name in the `__all__` of a module, its signature and its docstring.
 
-`public_api.txt` lists it as it was last agreed on. After a change that is meant, write it anew and read the difference:
+`public_api.txt` lists it as it was last agreed on. After a change that is meant, write it anew and
+read the difference:
 
     python tests/test_public_api.py
 """
@@ -23,23 +24,39 @@ WRAPPERS = {"property": "property ", "classmethod": "classmethod ", "staticmetho
 
 
 def public_modules():
-    """Every module of the package that has an `__all__`: that is what makes a module public. The others are not even imported."""
+    """Every module of the package that has an `__all__`: that is what makes a module public. The
+    others are not even imported.
+    """
     names = {"hf_intervene"}
     for package in (hf_intervene, hf_intervene.training):
-        names |= {found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")}
-    sources = {name: Path(importlib.util.find_spec(name).origin).read_text() for name in sorted(names)}
-    return {name: importlib.import_module(name) for name, source in sources.items() if "\n__all__ = [" in source}
+        names |= {
+            found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        }
+    sources = {
+        name: Path(importlib.util.find_spec(name).origin).read_text() for name in sorted(names)
+    }
+    return {
+        name: importlib.import_module(name)
+        for name, source in sources.items()
+        if "\n__all__ = [" in source
+    }
 
 
 def definition(thing):
-    """The syntax tree of a class or function, without decorators' doing: annotations and defaults as they are written."""
+    """The syntax tree of a class or function, without decorators' doing: annotations and defaults
+    as they are written.
+    """
     return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
 
 
 def plain_function(member):
-    """The function under a method, property or decorator, or `None` if there is none that was written in this package."""
+    """The function under a method, property or decorator, or `None` if there is none that was
+    written in this package.
+    """
     function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
-    written = inspect.isfunction(function) and not function.__code__.co_filename.startswith("<")  # not by `dataclass`
+    written = inspect.isfunction(function) and not function.__code__.co_filename.startswith(
+        "<"
+    )  # not by `dataclass`
     return function if written and function.__module__.startswith("hf_intervene") else None
 
 
@@ -50,7 +67,9 @@ def signature(name, function):
 
 
 def attribute(statement):
-    """A public attribute or field of a class as `name: type = default`, without its help; `None` for what is none."""
+    """A public attribute or field of a class as `name: type = default`, without its help; `None`
+    for what is none.
+    """
     value = statement.value
     if isinstance(statement, ast.Assign):
         name, shown = statement.targets[0].id, "" if isinstance(value, ast.Constant) else None
@@ -59,26 +78,38 @@ def attribute(statement):
     if shown is None or name.startswith("_"):
         return None
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-        value.keywords = [keyword for keyword in value.keywords if keyword.arg in ("default", "default_factory")]
+        value.keywords = [
+            keyword for keyword in value.keywords if keyword.arg in ("default", "default_factory")
+        ]
     return f"{name}{shown}" + (f" = {ast.unparse(value)}" if value is not None else "")
 
 
 def methods(cls):
     """The public methods and properties that a class defines, by name."""
     found = {name: plain_function(member) for name, member in sorted(vars(cls).items())}
-    return {name: function for name, function in found.items() if function and (name in SPECIAL or not name.startswith("_"))}
+    return {
+        name: function
+        for name, function in found.items()
+        if function and (name in SPECIAL or not name.startswith("_"))
+    }
 
 
 def described(name, thing):
     """Lines of the listing for one public name."""
     if inspect.isclass(thing):
         node = definition(thing)
-        yield f"class {name}" + (f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else "")
+        yield f"class {name}" + (
+            f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
+        )
         for statement in node.body:
-            if isinstance(statement, (ast.AnnAssign, ast.Assign)) and (shown := attribute(statement)):
+            if isinstance(statement, (ast.AnnAssign, ast.Assign)) and (
+                shown := attribute(statement)
+            ):
                 yield f"    {shown}"
         for method, function in methods(thing).items():
-            yield f"    {WRAPPERS.get(type(vars(thing)[method]).__name__, '')}{signature(method, function)}"
+            yield (
+                f"    {WRAPPERS.get(type(vars(thing)[method]).__name__, '')}{signature(method, function)}"  # noqa: E501
+            )
     elif callable(thing) and plain_function(thing):
         yield signature(name, plain_function(thing))
     elif isinstance(thing, (str, int, float, tuple)):
@@ -105,10 +136,12 @@ def listing():
 
 def test_the_public_api_is_the_one_that_is_listed():
     before, now = LISTED.read_text().splitlines(), listing().splitlines()
-    changes = "\n".join(line for line in difflib.unified_diff(before, now, "listed", "now", n=0, lineterm=""))
+    changes = "\n".join(
+        line for line in difflib.unified_diff(before, now, "listed", "now", n=0, lineterm="")
+    )
     assert not changes, (
-        f"the public API has changed:\n{changes}\nIf that is meant, run `python tests/test_public_api.py` and "
-        "look at what it writes."
+        f"the public API has changed:\n{changes}\nIf that is meant, run `python"
+        " tests/test_public_api.py` and look at what it writes."
     )
 
 
@@ -119,13 +152,20 @@ def test_every_public_name_has_a_docstring():
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isclass(thing):
-                # The constructor's arguments are described by the class; an override without words of its own means what it overrides.
-                things |= {f"{name}.{method}": getattr(thing, method) for method in methods(thing) if method != "__init__"}
+                # The constructor's arguments are described by the class; an override without words
+                # of its own means what it overrides.
+                things |= {
+                    f"{name}.{method}": getattr(thing, method)
+                    for method in methods(thing)
+                    if method != "__init__"
+                }
                 if ast.get_docstring(definition(thing)) is None:  # dataclasses make one up
                     missing.append(f"{module_name}: {name}")
             elif plain_function(thing):
                 things[name] = thing
-        missing += [f"{module_name}: {name}" for name, thing in things.items() if not inspect.getdoc(thing)]
+        missing += [
+            f"{module_name}: {name}" for name, thing in things.items() if not inspect.getdoc(thing)
+        ]
     assert not missing, f"without a docstring: {missing}"
 
 

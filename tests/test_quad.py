@@ -26,7 +26,9 @@ def slow_latents(context, noise, variant):
 
 
 def slow_covariance(variant):
-    """Of the observational latents: a linear map of the noise, whose columns are what unit draws give."""
+    """Of the observational latents: a linear map of the noise, whose columns are what unit draws
+    give.
+    """
     columns = slow_latents([], np.eye(8), variant)
     return columns.T @ columns
 
@@ -54,7 +56,9 @@ def test_observational_latents_are_standardised_and_interventions_cut_the_edges(
 
 def test_draws_are_functions_of_seed_context_and_row():
     assert np.array_equal(quad.sample_latents("quad1", 10), quad.sample_latents("quad1", 25)[:10])
-    assert np.array_equal(quad.sample_latents("size+quad1", 5), quad.sample_latents(["quad1", "size"], 5))
+    assert np.array_equal(
+        quad.sample_latents("size+quad1", 5), quad.sample_latents(["quad1", "size"], 5)
+    )
     first = quad.sample_latents("quad1", 10)
     for other in (quad.sample_latents("quad1", 10, seed=1), quad.sample_latents("quad2", 10)):
         assert not np.isclose(first, other).any()
@@ -67,12 +71,22 @@ def test_counterfactuals_keep_the_noise(variant, context, seed):
     noise = np.random.default_rng(seed).standard_normal((5, 8))
     scale = np.sqrt(np.diag(slow_covariance(variant)))
     before, after = (slow_latents(names, noise, variant) / scale for names in ([], context))
-    np.testing.assert_allclose(quad.counterfactual_latents(before, context or "obs", variant), after, atol=1e-9)
+    np.testing.assert_allclose(
+        quad.counterfactual_latents(before, context or "obs", variant), after, atol=1e-9
+    )
 
 
 def test_palette():
     levels = np.array([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
-    expected = [(255, 0, 0), (255, 128, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255)]
+    expected = [
+        (255, 0, 0),
+        (255, 128, 0),
+        (255, 255, 0),
+        (0, 255, 0),
+        (0, 255, 255),
+        (0, 0, 255),
+        (255, 0, 255),
+    ]
     assert np.abs(quad.palette(levels).astype(int) - expected).max() <= 1
 
 
@@ -85,7 +99,9 @@ def test_rendering_against_a_per_pixel_reference(resolution):
         half = resolution // 2
         for y in range(resolution):
             for x in range(resolution):
-                quadrant = {(1, 0): 0, (1, 1): 1, (0, 0): 2, (0, 1): 3}[(int(y >= half), int(x >= half))]
+                quadrant = {(1, 0): 0, (1, 1): 1, (0, 0): 2, (0, 1): 3}[
+                    (int(y >= half), int(x >= half))
+                ]
                 expected[y, x] = quad.palette(row[quadrant])
         radius = 48 / 64 * resolution * (0.2 + 0.8 * row[4]) / 2
         angle, centre = 2 * np.pi * row[7], resolution / 2
@@ -93,18 +109,24 @@ def test_rendering_against_a_per_pixel_reference(resolution):
         for y in range(resolution):
             for x in range(resolution):
                 dx, dy = x + 0.5 - centre, y + 0.5 - centre
-                p, q = dx * np.cos(angle) + dy * np.sin(angle), -dx * np.sin(angle) + dy * np.cos(angle)
+                p, q = (
+                    dx * np.cos(angle) + dy * np.sin(angle),
+                    -dx * np.sin(angle) + dy * np.cos(angle),
+                )
                 inside = {
                     "circle": p**2 + q**2 <= radius**2,
                     "square": max(abs(p), abs(q)) <= radius,
                     "ellipse": (p / radius) ** 2 + (q / (radius / 2)) ** 2 <= 1,
                     "triangle": all(
-                        p * np.cos(t) + q * np.sin(t) <= radius / 2 for t in np.pi / 2 + 2 * np.pi / 3 * np.arange(3)
+                        p * np.cos(t) + q * np.sin(t) <= radius / 2
+                        for t in np.pi / 2 + 2 * np.pi / 3 * np.arange(3)
                     ),
                 }[kind]
                 if inside:
                     expected[y, x] = quad.palette(row[5])
-        assert (image != expected).any(-1).sum() <= 2, kind  # a pixel may lie on the edge within rounding
+        assert (image != expected).any(-1).sum() <= 2, (
+            kind
+        )  # a pixel may lie on the edge within rounding
 
 
 def test_all_four_shapes_are_drawn_with_their_areas():
@@ -115,11 +137,18 @@ def test_all_four_shapes_are_drawn_with_their_areas():
     latents[:, 6] = norm.ppf(np.array([0.01, 1 / 3, 2 / 3, 0.99]))
     areas = (quad.render(latents, side)[..., 2] > 200).sum((1, 2))
     r = 0.75 * side * 0.6 / 2
-    np.testing.assert_allclose(areas, [np.pi * r**2, 4 * r**2, 3 * 3**0.5 / 4 * r**2, np.pi * r**2 / 2], rtol=0.06)
+    np.testing.assert_allclose(
+        areas, [np.pi * r**2, 4 * r**2, 3 * 3**0.5 / 4 * r**2, np.pi * r**2 / 2], rtol=0.06
+    )
 
 
 def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
-    arguments = {"contexts": ["obs", "quad1+size"], "images_per_context": 12, "resolution": 16, "cache_dir": str(tmp_path)}
+    arguments = {
+        "contexts": ["obs", "quad1+size"],
+        "images_per_context": 12,
+        "resolution": 16,
+        "cache_dir": str(tmp_path),
+    }
     data = load_quad(**arguments)
     assert data.column_names == ["image", "context", "latents"] and len(data) == 24
     assert data["context"][:] == ["obs"] * 12 + ["quad1+size"] * 12
@@ -129,7 +158,10 @@ def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
     assert load_quad(**arguments)["context"][:] == data["context"][:]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == files
-    assert np.asarray(load_quad(**arguments | {"seed": 1})[0]["image"]).tobytes() != np.asarray(data[0]["image"]).tobytes()
+    assert (
+        np.asarray(load_quad(**arguments | {"seed": 1})[0]["image"]).tobytes()
+        != np.asarray(data[0]["image"]).tobytes()
+    )
 
 
 @pytest.mark.parametrize(

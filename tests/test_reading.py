@@ -19,7 +19,9 @@ OPTIONS = ["--image_column", "picture", "--context_column", "group"]
 
 def table(count, seed):
     rng = np.random.default_rng(seed)
-    images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(3 * count)]
+    images = [
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(3 * count)
+    ]
     groups = [name for name in ("obs", "hat", "shoe") for _ in range(count)]
     return Dataset.from_dict({"picture": images, "group": groups, "age": list(range(3 * count))})
 
@@ -34,7 +36,12 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(saved, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    own = {"dataset": str(saved), "image_column": "picture", "context_column": "group", "validation_fraction": 0.3}
+    own = {
+        "dataset": str(saved),
+        "image_column": "picture",
+        "context_column": "group",
+        "validation_fraction": 0.3,
+    }
     small = {"max_steps": 2, "eval_every": 2, "output_dir": str(out)}
     train.train(TrainArguments(**TINY | own | small))
     return out / "model"
@@ -42,14 +49,32 @@ def trained(saved, tmp_path_factory):
 
 def measured(trained, saved, out, *options):
     quick = ["--images", "99", "--projections", "5", "--no-tests", "--output", str(out)]
-    assert evaluate.main(["--model", str(trained), "--dataset", str(saved), *quick, "--detector-images", "0", *options]) == 0
+    assert (
+        evaluate.main(
+            [
+                "--model",
+                str(trained),
+                "--dataset",
+                str(saved),
+                *quick,
+                "--detector-images",
+                "0",
+                *options,
+            ]
+        )
+        == 0
+    )
     contexts = json.loads((out / "metrics.json").read_text())["contexts"]
     return {name: row["images"] for name, row in contexts.items()}
 
 
 def test_evaluate_reads_the_data_as_training_did(trained, saved, tmp_path, capsys):
     found = measured(trained, saved, tmp_path, "--detector-images", "8")
-    assert sum(found.values()) < 30 and set(found) == {"obs", "hat", "shoe"}  # of 60 images what was held out, in halves
+    assert sum(found.values()) < 30 and set(found) == {
+        "obs",
+        "hat",
+        "shoe",
+    }  # of 60 images what was held out, in halves
     assert "were trained on" not in capsys.readouterr().err
 
 
@@ -61,12 +86,19 @@ def test_columns_may_have_other_names_where_it_is_measured(trained, saved, tmp_p
     renamed = load_contexts(saved, "test", "picture", "group")  # `image` and `context`
     renamed.save_to_disk(tmp_path / "renamed")
     options = ["--all", "--image-column", "image", "--context_column", "context"]
-    assert measured(trained, tmp_path / "renamed", tmp_path / "m", *options) == {"obs": 4, "hat": 4, "shoe": 4}
+    assert measured(trained, tmp_path / "renamed", tmp_path / "m", *options) == {
+        "obs": 4,
+        "hat": 4,
+        "shoe": 4,
+    }
 
 
 def test_check_reads_the_same(saved, capsys):
     argv = ["check", str(saved), "--resolution", "16", "--json"]
-    assert cli.main([*argv, *(word.replace("_", "-") for word in OPTIONS), "--split", "test"]) in (0, 1)
+    assert cli.main([*argv, *(word.replace("_", "-") for word in OPTIONS), "--split", "test"]) in (
+        0,
+        1,
+    )
     assert json.loads(capsys.readouterr().out)["images"] == {"obs": 9, "hat": 9, "shoe": 9}
     assert cli.main(argv) == 1
     error = capsys.readouterr().err
@@ -80,16 +112,26 @@ def test_pretrain_reads_the_same(saved):
 
 @pytest.mark.parametrize("name", ["split", "image_column", "context_column"])
 def test_drawn_data_have_neither_columns_nor_splits(tiny, tmp_path, capsys, trained, name):
-    with pytest.raises(ValueError, match=f"quad is drawn, and has no {name} to choose: leave {name} out"):
+    with pytest.raises(
+        ValueError, match=f"quad is drawn, and has no {name} to choose: leave {name} out"
+    ):
         train.train(TrainArguments(**tiny | {name: "other"}))
     option = [f"--{name.replace('_', '-')}", "other"]
-    for argv in (["check", "quad"], ["evaluate", "--model", str(trained), "--output", str(tmp_path / "m")]):
+    for argv in (
+        ["check", "quad"],
+        ["evaluate", "--model", str(trained), "--output", str(tmp_path / "m")],
+    ):
         assert cli.main([*argv, *option]) == 1
         assert f"leave {name} out" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_columns_of_other_names(saved, tmp_path):
-    small = TINY | {"max_steps": 2, "eval_every": 2, "output_dir": str(tmp_path / "run"), "resume": "auto"}
+    small = TINY | {
+        "max_steps": 2,
+        "eval_every": 2,
+        "output_dir": str(tmp_path / "run"),
+        "resume": "auto",
+    }
     own = {"dataset": str(saved), "image_column": "picture", "context_column": "group"}
     train.train(TrainArguments(**small | own))
     load_contexts(saved, "train", "picture", "group").save_to_disk(tmp_path / "renamed")

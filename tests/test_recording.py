@@ -1,4 +1,6 @@
-"""How pipelines call their denoisers is recorded, and a head is trained, sampled, saved and loaded on what was recorded."""
+"""How pipelines call their denoisers is recorded, and a head is trained, sampled, saved and loaded
+on what was recorded.
+"""
 
 import inspect
 import json
@@ -23,7 +25,12 @@ from hf_intervene.bases.observing import without_draws
 from hf_intervene.bases.replay import Placement, probe_rows, probes_of
 
 
-FEW = ("sdxl", "flux", "z-image", "kandinsky")  # of the kinds of call: a map and dictionaries, tokens, lists, channels last
+FEW = (
+    "sdxl",
+    "flux",
+    "z-image",
+    "kandinsky",
+)  # of the kinds of call: a map and dictionaries, tokens, lists, channels last
 OPTIONS = {"noise_width": 4, "initializer_range": 0.5}
 
 
@@ -45,15 +52,22 @@ def with_head(base, awake=True):
 
 @pytest.mark.parametrize("entries", [1, 16, 17, 300])
 def test_a_placement_is_found_from_probes(entries):
-    """Any permutation with scales, shifts and constants is found exactly, and inverted where it can be."""
+    """Any permutation with scales, shifts and constants is found exactly, and inverted where it can
+    be.
+    """
     order, rows = torch.randperm(entries, generator=generator()), probe_rows(entries)
-    scale, shift = torch.rand(entries, generator=generator(1)) + 0.5, torch.randn(entries, generator=generator(2))
+    scale, shift = (
+        torch.rand(entries, generator=generator(1)) + 0.5,
+        torch.randn(entries, generator=generator(2)),
+    )
     apply = lambda x: x[:, order] * scale + shift  # noqa: E731
     found = Placement.fit(apply(probes_of(entries, rows)), entries)
     x = torch.randn(3, entries, generator=generator(3))
     assert torch.allclose(found(x), apply(x), atol=1e-5)
     assert found.is_invertible() and torch.allclose(found.inverse(apply(x)), x, atol=1e-4)
-    constant = torch.cat([apply(probes_of(entries, rows)), torch.full((rows, 2), 7.0)], 1)  # as the mask of inpainting
+    constant = torch.cat(
+        [apply(probes_of(entries, rows)), torch.full((rows, 2), 7.0)], 1
+    )  # as the mask of inpainting
     found = Placement.fit(constant, entries)
     assert not found.is_invertible() and torch.equal(found(x)[:, entries:], torch.full((3, 2), 7.0))
 
@@ -94,17 +108,33 @@ def bases():
 
 
 def kinds():
-    return [kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow) for kind in recorded.KINDS]
+    return [
+        kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in recorded.KINDS
+    ]
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_the_replay_denoises_as_the_pipeline(kind, bases, monkeypatch):
-    """The denoiser, called by the recording, steps from noise to the latents that the pipeline itself comes to."""
+    """The denoiser, called by the recording, steps from noise to the latents that the pipeline
+    itself comes to.
+    """
     pipe, call = recorded.pipeline(kind)
     base = bases(kind)
-    run, off = [], {"guidance_scale": 0.0 if kind == "z-image" else 1.0, "image_guidance_scale": 1.0, "num_frames": 1}
+    run, off = (
+        [],
+        {
+            "guidance_scale": 0.0 if kind == "z-image" else 1.0,
+            "image_guidance_scale": 1.0,
+            "num_frames": 1,
+        },
+    )
     off |= {"use_resolution_binning": False, "true_cfg_scale": 1.0}
-    off = {name: value for name, value in off.items() if name in inspect.signature(type(pipe).__call__).parameters}
+    off = {
+        name: value
+        for name, value in off.items()
+        if name in inspect.signature(type(pipe).__call__).parameters
+    }
     for part in pipe.components.values():
         if hasattr(part, "_enabled"):
             part.disable()
@@ -112,24 +142,41 @@ def test_the_replay_denoises_as_the_pipeline(kind, bases, monkeypatch):
     step = pipe.scheduler.step
 
     def watched(prediction, t, sample, *args, **kwargs):
-        scaled = pipe.scheduler.scale_model_input(sample, t) if kind == "sdxl-text" else sample  # as the denoiser got it
+        scaled = (
+            pipe.scheduler.scale_model_input(sample, t) if kind == "sdxl-text" else sample
+        )  # as the denoiser got it
         run.append((prediction.clone(), t, scaled.clone()))
         return step(prediction, t, sample, *args, **kwargs)
 
     monkeypatch.setattr(pipe.scheduler, "step", watched)
-    monkeypatch.setattr(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode))  # of an image to be painted in
+    monkeypatch.setattr(
+        pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode)
+    )  # of an image to be painted in
     text = {} if "prompt_embeds" in call or "prompt_embeds_qwen" in call else {"prompt": "a b"}
-    pipe(**{**call, **off, **text, "num_inference_steps": 2, "generator": generator(), "output_type": "latent"})
+    pipe(
+        **{
+            **call,
+            **off,
+            **text,
+            "num_inference_steps": 2,
+            "generator": generator(),
+            "output_type": "latent",
+        }
+    )
     assert len(run) == 2
     for prediction, t, sample in run:
         with torch.no_grad():
             found = base._predicted(sample, torch.as_tensor(t))
-        assert torch.allclose(found, prediction.float(), atol=1e-4), (found - prediction).abs().max()
+        assert torch.allclose(found, prediction.float(), atol=1e-4), (
+            (found - prediction).abs().max()
+        )
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_a_clean_sample_decodes_to_its_image(kind, bases):
-    """x_0 of images is what the pipeline's own tail brings to the autoencoder, which has no say in it."""
+    """x_0 of images is what the pipeline's own tail brings to the autoencoder, which has no say in
+    it.
+    """
     base, images = bases(kind), torch.rand(2, *bases(kind).image_shape, generator=generator())
     x0 = base.prepare(images)["x0"]
     assert x0.shape == (2, *base.residual_shape)
@@ -142,12 +189,17 @@ def test_a_clean_sample_decodes_to_its_image(kind, bases):
 
 @pytest.mark.parametrize("kind", kinds())
 def test_a_head_is_trained_on_it(kind, bases):
-    """The loss of one batch falls in a few steps; samples and edits of it are images, and interventions move them."""
+    """The loss of one batch falls in a few steps; samples and edits of it are images, and
+    interventions move them.
+    """
     base = bases(kind)
     model = with_head(base, awake=False)
     parameters = [*model.head.parameters(), *base.adapter.parameters()]
     optimizer = torch.optim.Adam(parameters, 1e-3)
-    images, targets = torch.rand(4, *base.image_shape, generator=generator()), model.targets([["a"], ["b"], [], ["a", "b"]])
+    images, targets = (
+        torch.rand(4, *base.image_shape, generator=generator()),
+        model.targets([["a"], ["b"], [], ["a", "b"]]),
+    )
     draws, losses = model.posterior_draws(4, generator()), []
     for _ in range(3):
         loss = model(images, targets, **draws).loss
@@ -179,14 +231,22 @@ def same_in_a_new_process(models, tmp_path):
     wanted = []
     for number, model in enumerate(models):
         model.save_pretrained(tmp_path / str(number))
-        assert not [file for file in (tmp_path / str(number)).rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
-        wanted.append(model.sample(["a"], num_samples=1, num_inference_steps=2, generator=generator()))
+        assert not [
+            file
+            for file in (tmp_path / str(number)).rglob("*")
+            if file.suffix in (".bin", ".pt", ".pkl")
+        ]
+        wanted.append(
+            model.sample(["a"], num_samples=1, num_inference_steps=2, generator=generator())
+        )
     folders = [str(tmp_path / str(number)) for number in range(len(models))]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line, images in zip(done.stdout.splitlines()[-len(models) :], wanted, strict=True):
         family, found = json.loads(line)
-        assert family == "PipelineBase" and torch.allclose(torch.tensor(found), images.flatten(), atol=1e-5)
+        assert family == "PipelineBase" and torch.allclose(
+            torch.tensor(found), images.flatten(), atol=1e-5
+        )
 
 
 def test_saved_and_loaded_in_a_new_process(bases, tmp_path):
@@ -201,7 +261,11 @@ def test_all_saved_and_loaded_in_a_new_process(bases, tmp_path):
 
 def test_the_pipeline_is_left_as_it_was():
     pipe, call = recorded.pipeline("flux")
-    before = {name: vars(part).copy() for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    before = {
+        name: vars(part).copy()
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module)
+    }
     scheduler, classes = pipe.scheduler, {name: type(pipe.components[name]) for name in before}
     PipelineBase.from_pipeline(pipe, call=call)
     own = {"_diffusers_hook"}  # which the pipeline puts on its denoiser at its first call
@@ -216,7 +280,9 @@ def test_the_pipeline_is_left_as_it_was():
 
 
 class Unheard(ModelMixin, ConfigMixin):
-    """Takes its samples as keyword arguments in a dictionary, counts time upwards, and returns the negated prediction."""
+    """Takes its samples as keyword arguments in a dictionary, counts time upwards, and returns the
+    negated prediction.
+    """
 
     @register_to_config
     def __init__(self, channels: int = 4, width: int = 16):
@@ -227,7 +293,9 @@ class Unheard(ModelMixin, ConfigMixin):
     def forward(self, inputs: dict, progress: torch.Tensor, words: list):
         entered = self.time_embed(self.times(1000 * (1 - progress)).to(self.dtype))  # (B, W)
         told = torch.stack([word.mean() for word in words])[:, None, None, None]
-        return (self.out(torch.tanh(self.into(inputs["latent"]) + entered[..., None, None]) + told),)
+        return (
+            self.out(torch.tanh(self.into(inputs["latent"]) + entered[..., None, None]) + told),
+        )
 
 
 class UnheardPipeline(diffusers.DiffusionPipeline):
@@ -236,11 +304,15 @@ class UnheardPipeline(diffusers.DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, prompt=None, num_images_per_prompt=1, num_inference_steps=10, generator=None):
+    def __call__(
+        self, prompt=None, num_images_per_prompt=1, num_inference_steps=10, generator=None
+    ):
         x = torch.randn(num_images_per_prompt, 4, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            words = [torch.full((max(1, len(prompt)),), float(len(prompt)))] * len(x)  # longer for longer prompts
+            words = [torch.full((max(1, len(prompt)),), float(len(prompt)))] * len(
+                x
+            )  # longer for longer prompts
             shown = x.flip(-1) * 1.0
             found = self.denoise({"latent": shown}, 1 - (t / 1000).expand(len(x)), words=words)[0]
             x = self.scheduler.step(-found.flip(-1), t, x).prev_sample
@@ -255,20 +327,31 @@ class UnheardPipeline(diffusers.DiffusionPipeline):
 
 def unheard():
     torch.manual_seed(0)
-    return UnheardPipeline(Unheard().eval(), pipelines._vae().eval(), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0))
+    return UnheardPipeline(
+        Unheard().eval(),
+        pipelines._vae().eval(),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
+    )
 
 
 def test_a_denoiser_that_nobody_has_heard_of(tmp_path):
     """No line of code knows its class, its arguments or its layouts."""
     base = PipelineBase.from_pipeline(unheard(), "abc")
     kept = base.adapter.config.recording
-    assert kept["arguments"]["progress"]["time"] == [-0.001, 1.0] and base.injection.sites.vectors == ("time_embed",)
+    assert kept["arguments"]["progress"]["time"] == [
+        -0.001,
+        1.0,
+    ] and base.injection.sites.vectors == ("time_embed",)
     x = torch.randn(2, 4, 8, 8, generator=generator())
     with torch.no_grad():
-        wanted = -base.model({"latent": x.flip(-1)}, torch.tensor([0.75, 0.75]), [torch.full((3,), 3.0)] * 2)[0].flip(-1)
+        wanted = -base.model(
+            {"latent": x.flip(-1)}, torch.tensor([0.75, 0.75]), [torch.full((3,), 3.0)] * 2
+        )[0].flip(-1)
         found = base._predicted(x, torch.tensor(250.0))
     assert torch.allclose(found, wanted, atol=1e-5)
-    assert torch.allclose(base.adapter.recorded.to_latents(x), 3 * x.transpose(2, 3) + 0.5, atol=1e-5)
+    assert torch.allclose(
+        base.adapter.recorded.to_latents(x), 3 * x.transpose(2, 3) + 0.5, atol=1e-5
+    )
     model = with_head(base)
     model.save_pretrained(tmp_path)
     loaded = InterventionModel.from_pretrained(tmp_path)
@@ -295,14 +378,19 @@ def test_half_precision_is_recorded_without_its_roundings(dtype, bases):
     """Maps are those of float32: nothing of what is probed is rounded."""
     pipe, call = recorded.pipeline("flux")
     pipe.to(dtype)
-    call = {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    call = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
     base = PipelineBase.from_pipeline(pipe, call=call)
     kept, other = (b.adapter.config.recording for b in (base, bases("flux")))
     assert kept["placements"] == other["placements"] and kept["arguments"] == other["arguments"]
 
 
 def test_a_shift_of_times_for_the_size_of_the_images_is_kept():
-    """Trained and sampled with the times that the pipeline has for such images: a saved scheduler says so."""
+    """Trained and sampled with the times that the pipeline has for such images: a saved scheduler
+    says so.
+    """
     pipe, call = recorded.pipeline("flux")
     base = PipelineBase.from_pipeline(pipe, call=call)
     assert not base.scheduler.config.use_dynamic_shifting
@@ -315,12 +403,18 @@ def test_a_shift_of_times_for_the_size_of_the_images_is_kept():
 
 
 def _refused(match, pipe, **options):
-    before = {name: len(m._forward_hooks) for name, m in pipe.transformer.named_modules()} if hasattr(pipe, "transformer") else {}
+    before = (
+        {name: len(m._forward_hooks) for name, m in pipe.transformer.named_modules()}
+        if hasattr(pipe, "transformer")
+        else {}
+    )
     with pytest.raises((ValueError, TypeError), match=match) as caught:
         PipelineBase.from_pipeline(pipe, **options)
     assert "\n" not in str(caught.value)
     if before:
-        assert before == {name: len(m._forward_hooks) for name, m in pipe.transformer.named_modules()}
+        assert before == {
+            name: len(m._forward_hooks) for name, m in pipe.transformer.named_modules()
+        }
 
 
 def test_pipelines_that_cannot_be_recorded():
@@ -340,15 +434,21 @@ def test_pipelines_that_cannot_be_recorded():
 
 
 class Residuals(UnheardPipeline):
-    """An argument is computed of each noisy sample by something else, as a ControlNet's residuals are."""
+    """An argument is computed of each noisy sample by something else, as a ControlNet's residuals
+    are.
+    """
 
     @torch.no_grad()
-    def __call__(self, prompt=None, num_images_per_prompt=1, num_inference_steps=10, generator=None):
+    def __call__(
+        self, prompt=None, num_images_per_prompt=1, num_inference_steps=10, generator=None
+    ):
         x = torch.randn(num_images_per_prompt, 4, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             shown = {"latent": x, "residual": torch.tanh(x) + x.roll(1, 1)}
-            found = self.denoise(shown, (t / 1000).expand(len(x)), words=[torch.zeros(3)] * len(x))[0]
+            found = self.denoise(shown, (t / 1000).expand(len(x)), words=[torch.zeros(3)] * len(x))[
+                0
+            ]
             x = self.scheduler.step(found, t, x).prev_sample
         return self.decode(x)
 
@@ -392,7 +492,11 @@ def test_a_replay_that_does_not_equal_its_run_is_named(monkeypatch):
 
     counting.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(Unheard, "forward", counting)
-    _refused("the replay of a UnheardPipeline does not equal its run: the denoiser returns something else", pipe)
+    _refused(
+        "the replay of a UnheardPipeline does not equal its run: the denoiser returns something"
+        " else",
+        pipe,
+    )
 
 
 def test_a_denoiser_without_a_site():

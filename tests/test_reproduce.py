@@ -1,4 +1,6 @@
-"""reproduce.py: the plan of a table, its figures in every form, and what is said about them; a small table end to end."""
+"""reproduce.py: the plan of a table, its figures in every form, and what is said about them; a
+small table end to end.
+"""
 
 import json
 
@@ -13,13 +15,20 @@ from hf_intervene.training.reproduce import HEADED, SCALES, TABLES
 
 def metrics(concept, composition=None, bits=1.0):
     kinds = {"concept": concept} | ({} if composition is None else {"composition": composition})
-    protocols = {name: (shift, floor) for name, shift, floor in (("independent", 0, 0.02), ("paper", 0.05, 0.08))}
+    protocols = {
+        name: (shift, floor)
+        for name, shift, floor in (("independent", 0, 0.02), ("paper", 0.05, 0.08))
+    }
     return {
         "means": {
             kind: {
                 "bits_per_pixel": bits,
                 **{
-                    name: {"distance": value + shift, "floor": floor, "ratio": (value + shift) / floor}
+                    name: {
+                        "distance": value + shift,
+                        "floor": floor,
+                        "ratio": (value + shift) / floor,
+                    }
                     for name, (shift, floor) in protocols.items()
                 },
             }
@@ -35,12 +44,16 @@ def results():
         "base pooled": [(0.30, 0.30, 1.0), (0.30, 0.31, 1.0)],
         "frozen": [(0.10, 0.40, 1.0), (0.11, 0.40, 1.0)],
     }
-    return {row: [reproduce.measures(metrics(*seed)) for seed in seeds] for row, seeds in rows.items()}
+    return {
+        row: [reproduce.measures(metrics(*seed)) for seed in seeds] for row, seeds in rows.items()
+    }
 
 
 def plan(tmp_path, table="quad-dependent", rows=None, seeds=2):
     table = TABLES[table]
-    return reproduce.plan(table, rows or [*table.rows, *table.baselines], SCALES["smoke"], seeds, tmp_path, "bundled")
+    return reproduce.plan(
+        table, rows or [*table.rows, *table.baselines], SCALES["smoke"], seeds, tmp_path, "bundled"
+    )
 
 
 def test_the_plan_has_every_row_and_seed_after_what_it_waits_for(tmp_path):
@@ -69,10 +82,16 @@ def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
     from hf_intervene.training.arguments import parse_arguments
 
     chosen = TABLES[table]
-    for (row, _), job in reproduce.plan(chosen, list(chosen.rows), SCALES[scale], 1, tmp_path, "bundled").items():
+    for (row, _), job in reproduce.plan(
+        chosen, list(chosen.rows), SCALES[scale], 1, tmp_path, "bundled"
+    ).items():
         script, *words = job.commands()[0]
         settings = parse_arguments(words)
-        assert script == "train.py" and settings.dataset == chosen.dataset and settings.variant == chosen.variant
+        assert (
+            script == "train.py"
+            and settings.dataset == chosen.dataset
+            and settings.variant == chosen.variant
+        )
         assert {name: getattr(settings, name) for name in chosen.rows[row] if name != "base"} == {
             name: value for name, value in chosen.rows[row].items() if name != "base"
         }
@@ -88,7 +107,9 @@ def test_baselines_take_their_best_setting(tmp_path):
         words = job.commands()[0]
         assert words[words.index("--seed") + 1] == str(reproduce.TUNING_SEED)
         (job.folder / "metrics").mkdir(parents=True)
-        (job.folder / "metrics" / "metrics.json").write_text(json.dumps(metrics(0.1 if number == 1 else 0.2)))
+        (job.folder / "metrics" / "metrics.json").write_text(
+            json.dumps(metrics(0.1 if number == 1 else 0.2))
+        )
     words = jobs[name, 0].commands()[0]
     for key, value in GRID[name][1].items():
         assert words[len(words) - 1 - words[::-1].index(f"--{key}") + 1] == str(value)
@@ -100,13 +121,22 @@ def test_figures_in_every_form(results, tmp_path):
     assert text == (tmp_path / "t.md").read_text() and "- a note." in text
     # Two values 0.01 apart: the t-interval's half width is 12.706 * 0.00707 / sqrt(2).
     assert "| end-to-end | 0.100 ± 0.000 | 5.0 | 0.115 ± 0.064 | 5.8 | 1.030 ± 0.127 |" in text
-    assert "| 0.116 / 0.127 / 0.828 |" in text and "| 0.167 / 0.746 |" in text and "| floor | 0.020 |" in text
+    assert (
+        "| 0.116 / 0.127 / 0.828 |" in text
+        and "| 0.167 / 0.746 |" in text
+        and "| floor | 0.020 |" in text
+    )
     table = pd.read_csv(tmp_path / "t.csv").set_index(["row", "measure"])
     row = table.loc[HEADED, "composition distance, paper"]
     assert row["mean"] == pytest.approx(0.165) and row["published"] == 0.127 and row["seeds"] == 2
     assert row["high"] - row["low"] == pytest.approx(2 * 0.0635, rel=1e-2)
     tex = (tmp_path / "t.tex").read_text()
-    assert tex.count("\\\\") == 6 - 1 and "\\toprule" in tex and "0.115 $\\pm$ 0.064" in tex and "±" not in tex
+    assert (
+        tex.count("\\\\") == 6 - 1
+        and "\\toprule" in tex
+        and "0.115 $\\pm$ 0.064" in tex
+        and "±" not in tex
+    )
 
 
 def test_what_the_figures_say(results):
@@ -119,7 +149,10 @@ def test_what_the_figures_say(results):
 
 def test_a_table_without_pairs_or_with_a_single_seed(tmp_path):
     text = reproduce.write("t", {HEADED: [reproduce.measures(metrics(0.1))]}, {}, [], tmp_path)
-    assert "| end-to-end | 0.100 | 5.0 |" in text and np.isnan(pd.read_csv(tmp_path / "t.csv")["low"]).all()
+    assert (
+        "| end-to-end | 0.100 | 5.0 |" in text
+        and np.isnan(pd.read_csv(tmp_path / "t.csv")["low"]).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,31 +169,61 @@ def test_bad_requests_are_said_in_a_sentence(options, message, tmp_path, capsys)
 
 
 def test_missing_digits_are_said_before_anything_is_trained(tmp_path, capsys):
-    argv = ["--table", "mnist", "--scale", "smoke", "--rows", HEADED, "--mnist_digits", str(tmp_path / "none")]
+    argv = [
+        "--table",
+        "mnist",
+        "--scale",
+        "smoke",
+        "--rows",
+        HEADED,
+        "--mnist_digits",
+        str(tmp_path / "none"),
+    ]
     assert reproduce.main([*argv, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "a folder with MNIST's four files" in error
-    assert error.startswith("error: ") and error.count("\n") == 1 and not list((tmp_path / "out").glob("mnist*"))
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and not list((tmp_path / "out").glob("mnist*"))
+    )
 
 
 @pytest.mark.parametrize(
     "rows",
     [
         [HEADED, "conditional-vae"],
-        pytest.param([*reproduce.REGIMES, "conditional-vae", "ada-gvae", "tvae"], marks=pytest.mark.slow),
+        pytest.param(
+            [*reproduce.REGIMES, "conditional-vae", "ada-gvae", "tvae"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_small_table_end_to_end_and_again(rows, tmp_path, capsys):
-    argv = ["--table", "mnist", "--scale", "smoke", "--mnist_digits", "bundled", "--output", str(tmp_path), "--seeds", "1"]
+    argv = [
+        "--table",
+        "mnist",
+        "--scale",
+        "smoke",
+        "--mnist_digits",
+        "bundled",
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "1",
+    ]
     assert reproduce.main([*argv, "--rows", *rows]) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "mnist-smoke.json").read_text())
-    assert list(first["results"]) == rows and all(len(seeds) == 1 for seeds in first["results"].values())
+    assert list(first["results"]) == rows and all(
+        len(seeds) == 1 for seeds in first["results"].values()
+    )
     assert "64 images a side" in first["notes"][0]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
     assert reproduce.main([*argv, "--rows", *rows]) == 0
     assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
     assert reproduce.main([*argv, "--rows", HEADED]) == 0
-    assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first  # a row that is not asked for stays
+    assert (
+        json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
+    )  # a row that is not asked for stays
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} == written
     (tmp_path / "mnist-smoke.json").write_text('{"rows": 1}')
     assert reproduce.main([*argv, "--rows", HEADED]) == 1

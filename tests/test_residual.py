@@ -1,4 +1,6 @@
-"""Residual latents: the prior against its formulas, the objective term by term, edits that keep them, training, leakage."""
+"""Residual latents: the prior against its formulas, the objective term by term, edits that keep
+them, training, leakage.
+"""
 
 from functools import partial
 
@@ -19,7 +21,11 @@ def autoencoder(kind="kl"):
     if kind == "tiny":
         blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
     return AutoencoderKL(block_out_channels=(8, 16), scaling_factor=0.7, shift_factor=0.2, **blocks)
 
 
@@ -52,10 +58,14 @@ def test_prior_is_invertible_and_its_density_is_that_of_the_map(channels):
     r = prior(rho, m)
     found, log_density = prior.inverse(r, m)
     torch.testing.assert_close(found, rho, rtol=0, atol=1e-4)
-    for k in range(2):  # log N(rho; 0, I) - log |det dr/drho|, the determinant from the whole Jacobian
+    for k in range(
+        2
+    ):  # log N(rho; 0, I) - log |det dr/drho|, the determinant from the whole Jacobian
         one = partial(prior, m=m[k : k + 1])
         jacobian = torch.autograd.functional.jacobian(one, rho[k : k + 1]).flatten(4).flatten(0, 3)
-        expected = torch.distributions.Normal(0, 1).log_prob(rho[k]).sum() - jacobian.double().slogdet()[1]
+        expected = (
+            torch.distributions.Normal(0, 1).log_prob(rho[k]).sum() - jacobian.double().slogdet()[1]
+        )
         torch.testing.assert_close(log_density[k], expected.float(), rtol=1e-4, atol=1e-3)
     assert (r - m).abs().max() > 0.1
 
@@ -70,8 +80,19 @@ def test_a_new_prior_is_a_plain_gaussian():
 def test_the_objective_term_by_term(kind):
     model = build(kind)
     x, s = torch.rand(3, 3, 16, 16), model.targets([["a"], ["a", "b"], None])
-    noise, residual_noise = torch.randn(3, *model.noise_shape), torch.randn(3, *model.base.residual_shape)
-    out = model(x, s, beta=2.0, noise=noise, residual_weight=0.5, residual_noise=residual_noise, return_reconstruction=True)
+    noise, residual_noise = (
+        torch.randn(3, *model.noise_shape),
+        torch.randn(3, *model.base.residual_shape),
+    )
+    out = model(
+        x,
+        s,
+        beta=2.0,
+        noise=noise,
+        residual_weight=0.5,
+        residual_noise=residual_noise,
+        return_reconstruction=True,
+    )
     vae, adapter = model.base.model, model.base.adapter
     with torch.no_grad():
         if kind == "kl":
@@ -88,12 +109,24 @@ def test_the_objective_term_by_term(kind):
         log_p = adapter.residual_prior.inverse(r, m)[1]
         torch.testing.assert_close(out.residual_kl, log_q - log_p, rtol=1e-4, atol=1e-2)
         decoded = vae.decode(r / scale + shift).sample / 2 + 0.5
-        pixels = torch.distributions.Normal(decoded, (0.5 * adapter.residual_log_variance).exp()).log_prob(x).flatten(1).sum(1)
+        pixels = (
+            torch.distributions.Normal(decoded, (0.5 * adapter.residual_log_variance).exp())
+            .log_prob(x)
+            .flatten(1)
+            .sum(1)
+        )
         torch.testing.assert_close(out.reconstruction_loss, -pixels, rtol=1e-4, atol=1e-2)
         alone = vae.decode(m / scale + shift).sample / 2 + 0.5
-        pixels = torch.distributions.Normal(alone, (0.5 * adapter.log_variance).exp()).log_prob(x).flatten(1).sum(1)
+        pixels = (
+            torch.distributions.Normal(alone, (0.5 * adapter.log_variance).exp())
+            .log_prob(x)
+            .flatten(1)
+            .sum(1)
+        )
         torch.testing.assert_close(out.bottleneck_loss, -pixels, rtol=1e-4, atol=1e-2)
-    expected = (out.reconstruction_loss + out.bottleneck_loss + 2 * out.kl + 0.5 * out.residual_kl).mean()
+    expected = (
+        out.reconstruction_loss + out.bottleneck_loss + 2 * out.kl + 0.5 * out.residual_kl
+    ).mean()
     torch.testing.assert_close(out.loss, expected)
 
 
@@ -114,32 +147,56 @@ def test_an_edit_keeps_the_residual_and_changing_nothing_returns_the_image():
 def test_samples_follow_generator_and_scale():
     model = build()
     noise = torch.randn(2, *model.noise_shape)
-    draw = [model.sample("a", noise=noise, generator=torch.Generator().manual_seed(k)) for k in (0, 0, 1)]
+    draw = [
+        model.sample("a", noise=noise, generator=torch.Generator().manual_seed(k))
+        for k in (0, 0, 1)
+    ]
     assert torch.equal(draw[0], draw[1]) and not torch.allclose(draw[0], draw[2])
     still = [model.sample("a", noise=noise, residual_scale=0.0) for _ in range(2)]
     assert torch.equal(*still)
     with torch.no_grad():
-        expected = model.base.to_pixels(model.decode(noise, model.targets("a", 2), torch.zeros(2, *model.base.residual_shape)))
+        expected = model.base.to_pixels(
+            model.decode(noise, model.targets("a", 2), torch.zeros(2, *model.base.residual_shape))
+        )
     torch.testing.assert_close(still[0], expected)
 
 
 def test_train_save_load_and_measure(tiny, tmp_path):
     autoencoder().save_pretrained(tmp_path / "vae")
-    settings = tiny | {"base": str(tmp_path / "vae"), "regime": "frozen", "residual_layers": 2, "residual_weight": 0.5}
-    settings |= {"context_prediction": 1.0, "free_invariance": 1.0}  # more makes differences of rounding larger, with which Adam goes on
+    settings = tiny | {
+        "base": str(tmp_path / "vae"),
+        "regime": "frozen",
+        "residual_layers": 2,
+        "residual_weight": 0.5,
+    }
+    settings |= {
+        "context_prediction": 1.0,
+        "free_invariance": 1.0,
+    }  # more makes differences of rounding larger, with which Adam goes on
     whole = train.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
-    train.train(TrainArguments(**settings | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "parts")}))
-    model, parts = (InterventionModel.from_pretrained(tmp_path / name / "model") for name in ("whole", "parts"))
+    train.train(
+        TrainArguments(
+            **settings | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "parts")}
+        )
+    )
+    model, parts = (
+        InterventionModel.from_pretrained(tmp_path / name / "model") for name in ("whole", "parts")
+    )
     for name, value in model.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert model.base.residual_shape == (4, 8, 8) and whole.step == 8
     rng = np.random.default_rng(0)
     names = ("obs", "quad1", "size", "quad1+size")
-    real, other = ({name: rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8) for name in names} for _ in range(2))
+    real, other = (
+        {name: rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8) for name in names}
+        for _ in range(2)
+    )
     metrics = evaluate.evaluate(model, real, other, ("independent",), 20, edits=True)
     assert metrics["leakage"]["chance"] == pytest.approx(1 / 3)
     returned = model.reconstruct(real["obs"], output_type="np")
-    assert metrics["reconstruction_psnr"] == pytest.approx(-10 * np.log10(((returned - real["obs"] / 255) ** 2).mean()))
+    assert metrics["reconstruction_psnr"] == pytest.approx(
+        -10 * np.log10(((returned - real["obs"] / 255) ** 2).mean())
+    )
     assert (
         "edit" not in metrics["contexts"]["obs"]
         and metrics["means"]["composition"]["edit"]["distance"] > 0
@@ -172,7 +229,9 @@ def test_leakage_is_found_where_there_is_some_and_only_there():
 
 
 def test_draws_do_not_leak_where_means_do():
-    """The exact posterior of a model without leakage, r = a_k z + rho: the residual noise of means tells the contexts apart."""
+    """The exact posterior of a model without leakage, r = a_k z + rho: the residual noise of means
+    tells the contexts apart.
+    """
     rng = np.random.default_rng(0)
     means, draws, contexts = [], [], []
     for name, a in (("obs", 0.0), ("a", 1.0)):

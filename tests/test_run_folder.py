@@ -20,7 +20,11 @@ def write(file, text="mine"):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,9 @@ def test_a_folder_with_files_of_somebodys_is_refused(tiny, tmp_path, name):
     write(out / "notes.txt")
     before = contents(out)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"was not written by a run, .*choose another output_dir"):
+        with pytest.raises(
+            ValueError, match=r"was not written by a run, .*choose another output_dir"
+        ):
             train(TrainArguments(**tiny))
         assert contents(out) == before and len(list(out.iterdir())) == 2
 
@@ -56,7 +62,14 @@ def test_what_a_user_puts_into_the_folder_of_a_run_stays(tiny, tmp_path):
     out, settings = tmp_path / "run", tiny | {"max_steps": 4}
     write(out / "notes.txt")
     train(TrainArguments(**settings))
-    kept = ["notes.txt", "model/thesis.txt", "best/figures/a.txt", ".old.previous/x", "model/README.md", ".thesis.writing"]
+    kept = [
+        "notes.txt",
+        "model/thesis.txt",
+        "best/figures/a.txt",
+        ".old.previous/x",
+        "model/README.md",
+        ".thesis.writing",
+    ]
     for name in kept:
         write(out / name)
     write(out / "best" / "README.md", MARKER)  # a card of the weights that were there
@@ -67,13 +80,22 @@ def test_what_a_user_puts_into_the_folder_of_a_run_stays(tiny, tmp_path):
 
 def test_a_new_best_model_keeps_what_is_not_the_models(tmp_path):
     folder = tmp_path / "best"
-    for name, text in (("adapter/notes.txt", "mine"), ("adapter/config.json", "old"), ("README.md", MARKER), ("a/b.txt", "mine")):
+    for name, text in (
+        ("adapter/notes.txt", "mine"),
+        ("adapter/config.json", "old"),
+        ("README.md", MARKER),
+        ("a/b.txt", "mine"),
+    ):
         write(folder / name, text)
     save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     (folder / "link").symlink_to(tmp_path / "nowhere")
     with atomic_folder(folder, run_folder.model_files(folder)) as new:
         write(new / "config.json", "new")
-    assert contents(folder) == {"adapter/notes.txt": "mine", "a/b.txt": "mine", "config.json": "new"}
+    assert contents(folder) == {
+        "adapter/notes.txt": "mine",
+        "a/b.txt": "mine",
+        "config.json": "new",
+    }
     assert (folder / "link").is_symlink() and not (tmp_path / ".best.previous").exists()
 
 
@@ -82,15 +104,21 @@ def test_a_link_in_the_place_of_a_folder_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
     with atomic_folder(tmp_path / "model") as new:
         write(new / "config.json", "new")
-    assert not (tmp_path / "model").is_symlink() and (tmp_path / "elsewhere" / "thesis.txt").exists()
+    assert (
+        not (tmp_path / "model").is_symlink() and (tmp_path / "elsewhere" / "thesis.txt").exists()
+    )
     (tmp_path / ".best.previous").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "best").mkdir()
     run_folder.tidy(tmp_path)
-    assert (tmp_path / "elsewhere" / "thesis.txt").exists() and not (tmp_path / ".best.previous").is_symlink()
+    assert (tmp_path / "elsewhere" / "thesis.txt").exists() and not (
+        tmp_path / ".best.previous"
+    ).is_symlink()
 
 
 @pytest.mark.parametrize("name", ["", " "])
-def test_a_folder_without_a_name_is_not_the_one_we_are_in(tiny, tmp_path, monkeypatch, capsys, name):
+def test_a_folder_without_a_name_is_not_the_one_we_are_in(
+    tiny, tmp_path, monkeypatch, capsys, name
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="the output folder is an empty text"):

@@ -25,10 +25,16 @@ def test_every_pass_over_a_context_sees_each_image_once(counts, batch_size, kind
     schedule = ContextSchedule(ids(counts), kind, batch_size, seed)
     drawn = torch.cat([schedule.next_batch() for _ in range(30)])
     assert len(drawn) == 30 * batch_size
-    pools = [range(sum(counts))] if kind == "proportional" else np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    pools = (
+        [range(sum(counts))]
+        if kind == "proportional"
+        else np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    )
     for pool in pools:
         seen = np.bincount(drawn.numpy(), minlength=sum(counts))[list(pool)]
-        assert seen.max() - seen.min() <= 1, "an image came again before all others of its context had come"
+        assert seen.max() - seen.min() <= 1, (
+            "an image came again before all others of its context had come"
+        )
 
 
 @given(st.integers(1, 6), st.integers(1, 20))
@@ -36,7 +42,9 @@ def test_every_pass_over_a_context_sees_each_image_once(counts, batch_size, kind
 def test_balanced_counts(contexts, batch_size):
     context_ids = ids([50] * contexts)
     schedule = ContextSchedule(context_ids, "balanced", batch_size)
-    counts = np.stack([np.bincount(context_ids[schedule.next_batch()], minlength=contexts) for _ in range(200)])
+    counts = np.stack(
+        [np.bincount(context_ids[schedule.next_batch()], minlength=contexts) for _ in range(200)]
+    )
     assert (counts.max(1) - counts.min(1)).max() <= 1
     np.testing.assert_allclose(counts.mean(0), batch_size / contexts, atol=0.15)
 
@@ -47,7 +55,10 @@ def test_single_draws_every_context_once_a_round():
     contexts = [set(context_ids[schedule.next_batch()].tolist()) for _ in range(30)]
     assert all(len(c) == 1 for c in contexts)
     rounds = [set.union(*contexts[k : k + 3]) for k in range(0, 30, 3)]
-    assert all(r == {0, 1, 2} for r in rounds) and len({tuple(map(tuple, contexts[k : k + 3])) for k in range(0, 30, 3)}) > 1
+    assert (
+        all(r == {0, 1, 2} for r in rounds)
+        and len({tuple(map(tuple, contexts[k : k + 3])) for k in range(0, 30, 3)}) > 1
+    )
 
 
 def test_adaptive_follows_the_excess_and_starves_none():
@@ -59,7 +70,8 @@ def test_adaptive_follows_the_excess_and_starves_none():
         batch = context_ids[schedule.next_batch()]
         schedule.update(batch, base[batch])
     np.testing.assert_allclose(schedule.probabilities(), 1 / 3)
-    # Context 2 gets worse by 3. The docstring, written out: its running loss above the lowest, in units of its noise.
+    # Context 2 gets worse by 3. The docstring, written out: its running loss above the lowest, in
+    # units of its noise.
     running, noise = 5.0, 0.0
     for _ in range(5):
         batch = context_ids[schedule.next_batch()]
@@ -67,14 +79,20 @@ def test_adaptive_follows_the_excess_and_starves_none():
         running, noise = running + 0.05 * (8 - running), 0.95 * noise + 0.05 * (8 - running) ** 2
     weight = 1 + (running - 5) / noise**0.5
     probabilities = schedule.probabilities()
-    np.testing.assert_allclose(probabilities, 1 / 6 + np.array([1, 1, weight]) / (weight + 2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        probabilities, 1 / 6 + np.array([1, 1, weight]) / (weight + 2) / 2, rtol=1e-6
+    )
     assert probabilities[2] > 0.35
-    counts = np.bincount(context_ids[torch.cat([schedule.next_batch() for _ in range(30)])], minlength=3)
+    counts = np.bincount(
+        context_ids[torch.cat([schedule.next_batch() for _ in range(30)])], minlength=3
+    )
     np.testing.assert_allclose(counts, probabilities * 360, atol=6)
 
 
 def test_adaptive_does_not_follow_noise():
-    """One context's loss is a hundred times as noisy as the others', and none has anything to regain."""
+    """One context's loss is a hundred times as noisy as the others', and none has anything to
+    regain.
+    """
     context_ids, rng = ids([40, 40, 40]), np.random.default_rng(0)
     schedule, preferred = ContextSchedule(context_ids, "adaptive", 12), []
     for _ in range(600):

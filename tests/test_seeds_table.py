@@ -8,14 +8,19 @@ from hf_intervene.training import seeds_table
 
 
 def run(value, extra=None):
-    presence = {side: {"all_wanted": {"value": v}, "unwanted": None} for side, v in (("generated", value), ("real", 1.0))}
+    presence = {
+        side: {"all_wanted": {"value": v}, "unwanted": None}
+        for side, v in (("generated", value), ("real", 1.0))
+    }
     contexts = {"hat": {"presence": presence, "independent": {"distance": 0.1, "floor": 0.05}}}
     return {"contexts": contexts | (extra or {})}
 
 
 def test_means_and_half_intervals():
     combined = seeds_table.combine([run(0.8), run(0.9), run(1.0)])
-    assert combined["hat"]["all there"] == [0.8, 0.9, 1.0] and "something else" not in combined["hat"]
+    assert (
+        combined["hat"]["all there"] == [0.8, 0.9, 1.0] and "something else" not in combined["hat"]
+    )
     # t(0.975, 2) = 4.303, times 0.1 over the root of 3
     assert "| `hat` | 0.900 ± 0.248 | 1.000 | 0.100 | 0.050 |" in seeds_table.table(combined)
 
@@ -35,5 +40,7 @@ def test_files(tmp_path, capsys):
     assert seeds_table.main([*folders, "--output", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["hat"]["real"] == [1.0, 1.0]
     assert (tmp_path / "out.md").read_text() == capsys.readouterr().out
-    assert seeds_table.main([*folders, str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 1
+    assert (
+        seeds_table.main([*folders, str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 1
+    )
     assert "none" in capsys.readouterr().err

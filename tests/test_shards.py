@@ -1,4 +1,6 @@
-"""Simulated data in shards: the same rows whether drawn at once, by several processes, or as they are read."""
+"""Simulated data in shards: the same rows whether drawn at once, by several processes, or as they
+are read.
+"""
 
 import hashlib
 
@@ -7,7 +9,15 @@ import pytest
 from datasets import Image
 from datasets.distributed import split_dataset_by_node
 
-from hf_intervene.data import load_avatars, load_ident3d, load_mnist, load_quad, mnist, quad, requests
+from hf_intervene.data import (
+    load_avatars,
+    load_ident3d,
+    load_mnist,
+    load_quad,
+    mnist,
+    quad,
+    requests,
+)
 
 
 LOADERS = {

@@ -1,4 +1,6 @@
-"""Runs that are asked to stop: a signal to the launcher, to one of several processes, to a group, before a long validation."""
+"""Runs that are asked to stop: a signal to the launcher, to one of several processes, to a group,
+before a long validation.
+"""
 
 import errno
 import fcntl
@@ -30,19 +32,37 @@ from hf_intervene.training.stopping import Stop
 
 
 ROOT = Path(__file__).parents[1]
-LONG = {"max_steps": 100_000, "log_every": 1, "eval_every": 100_000, "checkpoint_every": 100_000, "warmup_steps": 1}
+LONG = {
+    "max_steps": 100_000,
+    "log_every": 1,
+    "eval_every": 100_000,
+    "checkpoint_every": 100_000,
+    "warmup_steps": 1,
+}
 
 
 def script(tmp_path, **settings):
     config = tmp_path / "settings.yaml"
-    config.write_text(yaml.safe_dump(TINY | LONG | {"output_dir": str(tmp_path / "run")} | settings))
+    config.write_text(
+        yaml.safe_dump(TINY | LONG | {"output_dir": str(tmp_path / "run")} | settings)
+    )
     return ["training/train.py", "--config", str(config), "--resume", "auto"]
 
 
 def launched(command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -62,13 +82,33 @@ def rows(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("to", ["launcher", "group", "one"])
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, processes, to):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
     command, step = launcher + script(tmp_path), 0
     for _ in range(2):
         process, before = launched(command), rows(tmp_path)
-        wait_for(lambda process=process, before=before: rows(tmp_path) > before + 2 or process.poll() is not None)
+        wait_for(
+            lambda process=process, before=before: (
+                rows(tmp_path) > before + 2 or process.poll() is not None
+            )
+        )
         assert process.poll() is None, process.stderr.read()[-3000:]
         if to == "group":
             os.killpg(process.pid, signal.SIGTERM)
@@ -100,11 +140,15 @@ def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping.os, "getppid", parent)
     result = train.train(TrainArguments(**tiny))
     assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")  # without a launcher, as under nohup, parents come and go
+    monkeypatch.delenv(
+        "ACCELERATE_DYNAMO_BACKEND"
+    )  # without a launcher, as under nohup, parents come and go
     assert not train.train(TrainArguments(**tiny | {"resume": "auto"})).interrupted
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(5.0, [1, 1, 1]), (0.5, [1, 2, 2]), (0.01, [1, 10, 10])])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(5.0, [1, 1, 1]), (0.5, [1, 2, 2]), (0.01, [1, 10, 10])]
+)
 def test_processes_agree_after_a_second_or_a_step(monkeypatch, seconds, expected):
     """Steps between agreements, by how long a step takes."""
     clock = SimpleNamespace(now=0.0, agreements=[])
@@ -148,7 +192,10 @@ def test_a_requeued_run_waits_for_the_end_of_the_one_before(tmp_path):
             time.sleep(1)"""
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(OSError, match="another run is writing in"), run_folder.sole_run(tmp_path):
+        with (
+            pytest.raises(OSError, match="another run is writing in"),
+            run_folder.sole_run(tmp_path),
+        ):
             pass
         with run_folder.sole_run(tmp_path, patience=30):
             pass
@@ -195,14 +242,22 @@ def test_a_tracker_that_fails_does_not_end_a_run(tiny, capsys, monkeypatch):
     monkeypatch.setattr(train.Accelerator, "init_trackers", no_login)
     assert train.train(TrainArguments(**tiny | {"tracker": "tensorboard"})).step == 8
     error = capsys.readouterr().err
-    assert "the tracker cannot write (api_key not configured (no-tty). call wandb.login) and is left out" in error
+    assert (
+        "the tracker cannot write (api_key not configured (no-tty). call wandb.login) and is"
+        " left out" in error
+    )
 
 
 def test_history_of_a_stopped_run_is_json(tiny, tmp_path, monkeypatch):
     calls = count(1)
-    monkeypatch.setattr(Stop, "asked", property(lambda self: next(calls) >= 3, lambda self, value: None))
+    monkeypatch.setattr(
+        Stop, "asked", property(lambda self: next(calls) >= 3, lambda self, value: None)
+    )
     assert train.train(TrainArguments(**tiny | {"log_every": 1})).interrupted
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    ]
     assert steps[-1] == 3 and checkpoints(tmp_path / "run" / "checkpoints")
 
 
@@ -210,7 +265,9 @@ def test_history_of_a_stopped_run_is_json(tiny, tmp_path, monkeypatch):
 
 
 def interrupted_while(monkeypatch, module, name, happening):
-    """Have something happen when a function is called first; afterwards it takes ten seconds, if it is not ended."""
+    """Have something happen when a function is called first; afterwards it takes ten seconds, if it
+    is not ended.
+    """
     original, calls = getattr(module, name), count()
 
     def slow(*arguments, **options):
@@ -223,7 +280,9 @@ def interrupted_while(monkeypatch, module, name, happening):
 
 
 @pytest.mark.parametrize("how", ["sigterm", "ctrl-c", "launcher"])
-def test_a_run_that_prepares_data_ends_at_once_and_goes_on(tiny, tmp_path, monkeypatch, capsys, how):
+def test_a_run_that_prepares_data_ends_at_once_and_goes_on(
+    tiny, tmp_path, monkeypatch, capsys, how
+):
     ended = threading.Event()
     monkeypatch.setattr(stopping, "orphaned", ended.is_set)
     happens = {
@@ -242,12 +301,18 @@ def test_a_run_that_prepares_data_ends_at_once_and_goes_on(tiny, tmp_path, monke
 
 
 @pytest.mark.parametrize("command", ["evaluate", "pretrain"])
-def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(tmp_path, monkeypatch, capsys, command):
+def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(
+    tmp_path, monkeypatch, capsys, command
+):
     module = {"evaluate": evaluate, "pretrain": pretrain}[command]
     name = {"evaluate": "load_model", "pretrain": "observational_images"}[command]
     interrupted_while(monkeypatch, module, name, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    argv = ["--output", str(tmp_path / "out")] + (["--model", "nowhere"] if command == "evaluate" else [])
-    before = signal.getsignal(signal.SIGTERM)  # a test of a page in this process may have left another than the default
+    argv = ["--output", str(tmp_path / "out")] + (
+        ["--model", "nowhere"] if command == "evaluate" else []
+    )
+    before = signal.getsignal(
+        signal.SIGTERM
+    )  # a test of a page in this process may have left another than the default
     assert module.main(argv) == 130 and not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -259,8 +324,14 @@ def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatc
         for number in range(10):
             image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
             image.save(tmp_path / "data" / name / f"{number}.png")
-    interrupted_while(monkeypatch, decoding, "flat_image", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    own = {"dataset": str(tmp_path / "data"), "image_cache": str(tmp_path / "cache"), "max_steps": 2}
+    interrupted_while(
+        monkeypatch, decoding, "flat_image", lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    own = {
+        "dataset": str(tmp_path / "data"),
+        "image_cache": str(tmp_path / "cache"),
+        "max_steps": 2,
+    }
     argv = script(tmp_path, **own)[1:]
     assert train.main(argv) == 130
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
@@ -272,7 +343,9 @@ def test_what_an_orphan_is(monkeypatch):
     assert not stopping.orphaned()
     monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
     assert stopping.orphaned()
-    monkeypatch.setattr(stopping, "_PARENT", 1)  # from the beginning: the launcher ended before, or is process 1 of a container
+    monkeypatch.setattr(
+        stopping, "_PARENT", 1
+    )  # from the beginning: the launcher ended before, or is process 1 of a container
     for launcher in (True, False):
         monkeypatch.setattr(stopping, "_is_launcher", lambda process, launcher=launcher: launcher)
         assert stopping.orphaned() != launcher
@@ -291,19 +364,28 @@ def removing(folder, at):
 
 
 def test_a_folder_that_is_removed_in_mid_run_is_made_and_locked_again(tiny, tmp_path, capsys):
-    settings, out = tiny | {"max_steps": 12, "log_every": 1, "checkpoint_every": 4}, tmp_path / "run"
+    settings, out = (
+        tiny | {"max_steps": 12, "log_every": 1, "checkpoint_every": 4},
+        tmp_path / "run",
+    )
     locked = []
 
     def look(row):
         remove(row)
         if row["step"] == 10:
-            with pytest.raises(OSError, match="another run is writing in"), run_folder.sole_run(out):
+            with (
+                pytest.raises(OSError, match="another run is writing in"),
+                run_folder.sole_run(out),
+            ):
                 pass
             locked.append(out)
 
     remove = removing(out, 6)
     assert train.train(TrainArguments(**settings), look).step == 12
-    assert f"{out} was removed while a run was writing in it: it is made again" in capsys.readouterr().err
+    assert (
+        f"{out} was removed while a run was writing in it: it is made again"
+        in capsys.readouterr().err
+    )
     assert locked and (out / "model" / "model.safetensors").exists() and newest_step(tmp_path) == 12
     run_folder.check_own(out)  # it is a run's, which goes on
     assert train.train(TrainArguments(**settings | {"resume": "auto"})).step == 12

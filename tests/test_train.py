@@ -32,7 +32,8 @@ def run(settings, **overrides):
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors") | {
-        f"base.{k}": v for k, v in load_file(Path(folder) / "base" / "diffusion_pytorch_model.safetensors").items()
+        f"base.{k}": v
+        for k, v in load_file(Path(folder) / "base" / "diffusion_pytorch_model.safetensors").items()
     }
 
 
@@ -49,12 +50,16 @@ def end_training(self, end=Accelerator.end_training):
 
 Accelerator.end_training = end_training
 sys.exit(main())
-"""
+"""  # noqa: E501
 
 
 def launch(launcher, settings, script="training/train.py", name=None):
-    """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings of this name; what they print."""
-    config = Path(settings["output_dir"]).with_name(f"{name or Path(settings['output_dir']).name}.yaml")
+    """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings
+    of this name; what they print.
+    """
+    config = Path(settings["output_dir"]).with_name(
+        f"{name or Path(settings['output_dir']).name}.yaml"
+    )
     config.write_text(yaml.safe_dump(settings))
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(script), "--config", str(config)],
@@ -93,7 +98,9 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
         return stop_at_five.calls >= 5
 
     stop_at_five.calls = 0
-    monkeypatch.setattr(train.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        train.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
+    )
     result = run(stopped)
     assert result.interrupted and result.step == 5
     monkeypatch.undo()
@@ -106,44 +113,78 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "options", [{"l2": 0.1}, {"mechanism": "mlp", "l2": 0.1, "group_lasso": 0.1}], ids=["flow", "mlp"]
+    "options",
+    [{"l2": 0.1}, {"mechanism": "mlp", "l2": 0.1, "group_lasso": 0.1}],
+    ids=["flow", "mlp"],
 )
 def test_accumulation_does_not_change_the_result(tiny, tmp_path, options):
-    # No norm in the base: a bias before a norm has no gradient but rounding, which Adam blows up to whole steps. So it does
-    # with some gradients of new flows, under the full weight of context prediction.
-    # And the group lasso pulls on the weights among their concepts, which start at 0, by the direction of next to nothing.
-    settings = tiny | options | {"base_norm": "none", "context_prediction": 1.0, "free_invariance": 1.0}
+    # No norm in the base: a bias before a norm has no gradient but rounding, which Adam blows up to
+    # whole steps. So it does with some gradients of new flows, under the full weight of context
+    # prediction. And the group lasso pulls on the weights among their concepts, which start at 0,
+    # by the direction of next to nothing.
+    settings = (
+        tiny | options | {"base_norm": "none", "context_prediction": 1.0, "free_invariance": 1.0}
+    )
     run(settings)
     run(settings, output_dir=str(tmp_path / "b"), gradient_accumulation_steps=4)
-    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"), rtol=1e-2, atol=2e-4)
+    assert_same(
+        weights(tmp_path / "run" / "model"), weights(tmp_path / "b" / "model"), rtol=1e-2, atol=2e-4
+    )
 
 
-@pytest.mark.parametrize(("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")])
+@pytest.mark.parametrize(
+    ("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")]
+)
 def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
-    settings = tiny | {"schedule": schedule, "regime": regime, "max_steps": 6, "eval_every": 3, "base_norm": "none"}
+    settings = tiny | {
+        "schedule": schedule,
+        "regime": regime,
+        "max_steps": 6,
+        "eval_every": 3,
+        "base_norm": "none",
+    }
     settings |= {"context_prediction": 1.0, "free_invariance": 1.0}  # see above
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
-    # On a machine without accelerators `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun starts two.
+    # On a machine without accelerators `accelerate launch --cpu` starts one process whatever
+    # --num_processes says; torchrun starts two.
     script = tmp_path / "train.py"
     script.write_text(ENDS_IN_ORDER)
-    assert launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two, script).count("trained 6 steps") == 1
+    assert (
+        launch(
+            ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], two, script
+        ).count("trained 6 steps")
+        == 1
+    )
     (_, state_a), (_, state_b) = last_state(settings), last_state(two)
     assert (state_a["processes"], state_b["processes"]) == (1, 2)
     assert state_a["schedule"]["drawn"] == state_b["schedule"]["drawn"]
     assert state_a["best"] == pytest.approx(state_b["best"], rel=1e-4)
-    assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "two" / "model"), rtol=1e-2, atol=2e-4)
+    assert_same(
+        weights(tmp_path / "run" / "model"),
+        weights(tmp_path / "two" / "model"),
+        rtol=1e-2,
+        atol=2e-4,
+    )
 
 
 def test_script_options_override_the_configuration(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("learning_rate: 1e-4\nbatch_size: 32\nconcepts: [a, b]\nema_decay: null\n")
-    arguments = parse_arguments(["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"])
-    assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (1e-4, 8, ["a", "b"])
+    arguments = parse_arguments(
+        ["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"]
+    )
+    assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (
+        1e-4,
+        8,
+        ["a", "b"],
+    )
     assert arguments.block_out_channels == [4, 6] and arguments.ema_decay is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_shipped_configurations_are_read(path):
     parse_arguments(["--config", str(path)])
 
@@ -151,7 +192,9 @@ def test_shipped_configurations_are_read(path):
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune"])
 def test_regimes_train_what_they_should(tiny, tmp_path, regime):
     torch.manual_seed(3)
-    base = train.build_model(TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]).base.model
+    base = train.build_model(
+        TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+    ).base.model
     base.save_pretrained(tmp_path / "base")
     before = base.state_dict()
     seen = []
@@ -159,7 +202,9 @@ def test_regimes_train_what_they_should(tiny, tmp_path, regime):
 
     def forward(self, *args, **kwargs):
         if self.training:
-            seen.append(all(torch.equal(v, before[k]) for k, v in self.base.model.state_dict().items()))
+            seen.append(
+                all(torch.equal(v, before[k]) for k, v in self.base.model.state_dict().items())
+            )
         return original(self, *args, **kwargs)
 
     train.InterventionModel.forward = forward
@@ -175,10 +220,19 @@ def test_the_base_has_a_learning_rate_of_its_own(tiny):
     """Adam's first step is as long as the learning rate."""
     rates = {"learning_rate": 1e-2, "base_learning_rate": 1e-4, "warmup_steps": 1}
     torch.manual_seed(tiny.get("seed", 0))
-    before = dict(train.build_model(TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]).named_parameters())
-    after = InterventionModel.from_pretrained(run(tiny, max_steps=1, optimizer="adamw", prior_steps=0, **rates).model_dir).state_dict()
+    before = dict(
+        train.build_model(
+            TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+        ).named_parameters()
+    )
+    after = InterventionModel.from_pretrained(
+        run(tiny, max_steps=1, optimizer="adamw", prior_steps=0, **rates).model_dir
+    ).state_dict()
     moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
-    base, rest = ([v for k, v in moved.items() if k.startswith("base.model.") is kind] for kind in (True, False))
+    base, rest = (
+        [v for k, v in moved.items() if k.startswith("base.model.") is kind]
+        for kind in (True, False)
+    )
     assert max(base) == pytest.approx(1e-4, rel=1e-2) and max(rest) == pytest.approx(1e-2, rel=1e-2)
 
 
@@ -191,21 +245,33 @@ def test_ablations_train_and_save(tiny, tmp_path, ablation):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mixed_precision": "bf16"}, {"base_norm": "batch", "norm": "batch"}, {"tracker": "tensorboard"}]
+    "options",
+    [
+        {"mixed_precision": "bf16"},
+        {"base_norm": "batch", "norm": "batch"},
+        {"tracker": "tensorboard"},
+    ],
 )
 def test_options_train(tiny, tmp_path, options):
     result = run(tiny, **options, beta_warmup=0.5)
-    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    ]
     assert result.validation == min(row["validation"] for row in history if "validation" in row)
     grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000008.png"))
-    assert grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16  # seven contexts and nine pairs, by name
+    assert (
+        grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16
+    )  # seven contexts and nine pairs, by name
     assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(16, -1))
 
 
 def test_validation_is_the_same_however_many_images_at_once(tiny):
     settings = TrainArguments(**tiny)
     _, data = train.load_data(settings)
-    model, accelerator = train.build_model(settings, data), train.new_accelerator(mixed_precision="no")
+    model, accelerator = (
+        train.build_model(settings, data),
+        train.new_accelerator(mixed_precision="no"),
+    )
     found = [train.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
@@ -218,7 +284,13 @@ def test_training_learns(tiny, capsys):
 
 def test_a_silent_z_is_said(tiny, capsys):
     # The KL of flows is an estimate: it takes the mean of some steps.
-    settings = {"eval_every": 60, "log_every": 20, "learning_rate": 5e-3, "beta": 1000.0, "initial_posterior_std": 1.0}
+    settings = {
+        "eval_every": 60,
+        "log_every": 20,
+        "learning_rate": 5e-3,
+        "beta": 1000.0,
+        "initial_posterior_std": 1.0,
+    }
     run(tiny, **settings, max_steps=60)
     assert "warning: z carries" in capsys.readouterr().err
     logging.set_verbosity_error()
@@ -234,7 +306,11 @@ def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validation_loss", lambda *_: next(scores))
     saved = []
     original = train.save_model
-    monkeypatch.setattr(train, "save_model", lambda model, folder, data: (saved.append(model), original(model, folder, data)))
+    monkeypatch.setattr(
+        train,
+        "save_model",
+        lambda model, folder, data: (saved.append(model), original(model, folder, data)),
+    )
     result = run(tiny, max_steps=12, eval_every=2, patience=2, prior_steps=0)
     assert result.step == 8 and result.validation == 2.0 and len(saved) == 2
 
@@ -245,7 +321,9 @@ def test_own_images(tiny, tmp_path):
     for context in ("obs", "hat"):
         (tmp_path / "images" / context).mkdir(parents=True)
         for number in range(20):
-            Image.new("L", (20, 16), 10 * number).save(tmp_path / "images" / context / f"{number}.png")
+            Image.new("L", (20, 16), 10 * number).save(
+                tmp_path / "images" / context / f"{number}.png"
+            )
     result = run(tiny, dataset=str(tmp_path / "images"), channels=1)
     assert InterventionModel.from_pretrained(result.model_dir).concepts == ("hat",)
 
@@ -311,7 +389,10 @@ def options(settings):
         ({"posterior": "whitened"}, "posterior whitened is no longer trained with"),
         ({"moment_matching": 1.0}, "unknown option --moment_matching: versions before 0.2 had it"),
         ({"intervention_rank": 2}, 'choose mechanism="mlp"'),
-        ({"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2}, "replays CUDA graphs"),
+        (
+            {"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2},
+            "replays CUDA graphs",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
@@ -340,13 +421,17 @@ def test_bad_configurations_are_one_sentence(tmp_path, capsys, text, message):
 
 def test_output_that_cannot_be_written(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in error_of(capsys, options(tiny | {"output_dir": str(tmp_path / "file" / "run")}))
+    assert "cannot be written" in error_of(
+        capsys, options(tiny | {"output_dir": str(tmp_path / "file" / "run")})
+    )
 
 
 def test_a_folder_with_another_run(tiny, capsys):
     run(tiny)
     assert "already holds a run" in error_of(capsys, options(tiny))
-    assert "other settings (beta was 1.0, is 2.0)" in error_of(capsys, options(tiny | {"resume": "auto", "beta": 2.0}))
+    assert "other settings (beta was 1.0, is 2.0)" in error_of(
+        capsys, options(tiny | {"resume": "auto", "beta": 2.0})
+    )
 
 
 def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
@@ -355,7 +440,14 @@ def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
     state = {"settings": before, "settings_version": SETTINGS_VERSION}
     check_same(TrainArguments(resume="auto"), now, state, None, {}, Path("step-1"))
     with pytest.raises(ValueError, match="mnist_digits was 'bundled', is 'elsewhere'"):
-        check_same(TrainArguments(resume="auto"), now | {"mnist_digits": "elsewhere"}, state, None, {}, Path("step-1"))
+        check_same(
+            TrainArguments(resume="auto"),
+            now | {"mnist_digits": "elsewhere"},
+            state,
+            None,
+            {},
+            Path("step-1"),
+        )
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
@@ -375,21 +467,50 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
 
 def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypatch):
     source = save_pipeline("dit", tmp_path / "dit")
-    settings = tiny | {"base": str(source), "regime": "frozen", "ema_decay": 0.9, "min_snr_gamma": 5.0}
-    settings |= {"image_encoder": str(save_vision(tmp_path / "vit")), "gradient_checkpointing": True}
+    settings = tiny | {
+        "base": str(source),
+        "regime": "frozen",
+        "ema_decay": 0.9,
+        "min_snr_gamma": 5.0,
+    }
+    settings |= {
+        "image_encoder": str(save_vision(tmp_path / "vit")),
+        "gradient_checkpointing": True,
+    }
     run(settings)
-    assert {path.name for path in (tmp_path / "run" / "prepared" / "train").iterdir()} == {"x0.npy", "features.npy", "key.json"}
+    assert {path.name for path in (tmp_path / "run" / "prepared" / "train").iterdir()} == {
+        "x0.npy",
+        "features.npy",
+        "key.json",
+    }
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     calls = iter(range(100))
-    monkeypatch.setattr(train.Stop, "asked", property(lambda self: next(calls) >= 4, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        train.Stop,
+        "asked",
+        property(lambda self: next(calls) >= 4, lambda self, value: None),
+        raising=False,
+    )
     assert run(stopped).step == 5
     monkeypatch.undo()
     written = (tmp_path / "stopped" / "prepared" / "train" / "x0.npy").stat().st_mtime_ns
     assert run(stopped, resume="auto").step == 8
-    assert (tmp_path / "stopped" / "prepared" / "train" / "x0.npy").stat().st_mtime_ns == written  # read, not made again
+    assert (
+        tmp_path / "stopped" / "prepared" / "train" / "x0.npy"
+    ).stat().st_mtime_ns == written  # read, not made again
     (a, _), (b, _) = last_state(settings), last_state(stopped)
     for name in ("model", "ema", "optimizer"):
         assert_same(a[name], b[name])
-    assert not any(".vae." in name or ".image_encoder." in name for name in a["model"])  # frozen, and elsewhere already
-    assert not (tmp_path / "run" / "model" / "base").exists() and not (tmp_path / "run" / "model" / "vae").exists()
-    assert InterventionModel.from_pretrained(tmp_path / "run" / "model").sample("quad1", 1, num_inference_steps=2).shape[0] == 1
+    assert not any(
+        ".vae." in name or ".image_encoder." in name for name in a["model"]
+    )  # frozen, and elsewhere already
+    assert (
+        not (tmp_path / "run" / "model" / "base").exists()
+        and not (tmp_path / "run" / "model" / "vae").exists()
+    )
+    assert (
+        InterventionModel.from_pretrained(tmp_path / "run" / "model")
+        .sample("quad1", 1, num_inference_steps=2)
+        .shape[0]
+        == 1
+    )

@@ -15,5 +15,10 @@ def test_hints_ship_with_the_package():
 
 def test_mypy_finds_nothing():
     pytest.importorskip("mypy", reason="mypy is not installed: pip install hf-intervene[test]")
-    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

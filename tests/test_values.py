@@ -1,4 +1,6 @@
-"""Chosen values of concepts, do(c_j = v): quantiles of the learnt range and reference images, from what a user says to the image."""
+"""Chosen values of concepts, do(c_j = v): quantiles of the learnt range and reference images, from
+what a user says to the image.
+"""
 
 import json
 import warnings
@@ -50,18 +52,28 @@ def test_edit_with_a_reference_is_the_head_at_its_value(intervention):
         e = model.head(z, model.targets("a", 3), c, chosen).embedding
         expected = model.base.to_pixels(model.base.decode(e))
         torch.testing.assert_close(model.edit(x, {"a": other}, reference_context=context), expected)
-        torch.testing.assert_close(model.edit(x, {"a": list(other)}, reference_context=context, batch_size=2), expected)
+        torch.testing.assert_close(
+            model.edit(x, {"a": list(other)}, reference_context=context, batch_size=2), expected
+        )
         per_sample = [{"a": image} for image in other]
-        torch.testing.assert_close(model.edit(x, per_sample, reference_context=[[context]] * 3), expected)
-        torch.testing.assert_close(model.sample({"a": other}, noise=z, reference_context=context), expected)
+        torch.testing.assert_close(
+            model.edit(x, per_sample, reference_context=[[context]] * 3), expected
+        )
+        torch.testing.assert_close(
+            model.sample({"a": other}, noise=z, reference_context=context), expected
+        )
     one = model.edit(x, {"a": other[0]}, reference_context=["b"])  # one reference for all
-    torch.testing.assert_close(one, model.edit(x, {"a": other[:1].expand(3, -1, -1, -1)}, reference_context=[["b"]] * 3))
+    torch.testing.assert_close(
+        one, model.edit(x, {"a": other[:1].expand(3, -1, -1, -1)}, reference_context=[["b"]] * 3)
+    )
 
 
 @torch.no_grad()
 def test_the_images_own_value_leaves_the_concept_as_it_is():
     model, x = tiny_model(), images(4)
-    model.head.intervention.weight.data *= torch.ones(3, 3).tril(-1)[:, None, None, :, None]  # no path longer than 2
+    model.head.intervention.weight.data *= torch.ones(3, 3).tril(-1)[
+        :, None, None, :, None
+    ]  # no path longer than 2
     c = concepts(model, x)
     for j in range(2):
         chosen = (torch.arange(3) == j).expand(4, -1)
@@ -72,14 +84,24 @@ def test_the_images_own_value_leaves_the_concept_as_it_is():
 @torch.no_grad()
 def test_mixed_contexts_equal_one_at_a_time():
     model, x, other = tiny_model(), images(5), images(2, 1)
-    contexts = [{"a": other[0]}, "obs", {"a": Quantile(0.3), "b": other[1]}, {"b": 0.5}, ["a@0.9", "b"]]
+    contexts = [
+        {"a": other[0]},
+        "obs",
+        {"a": Quantile(0.3), "b": other[1]},
+        {"b": 0.5},
+        ["a@0.9", "b"],
+    ]
     mixed = model.edit(x, contexts)
     torch.testing.assert_close(mixed, model.edit(x, contexts, batch_size=2))
     for row, context in enumerate(contexts):
         torch.testing.assert_close(mixed[row : row + 1], model.edit(x[row : row + 1], context))
     noise = torch.randn(5, *model.noise_shape)
-    torch.testing.assert_close(model.sample(contexts, noise=noise)[1], model.sample("obs", noise=noise)[1])
-    assert model.sample({"a": other}).shape[0] == 2 and model.sample({"a": other[0]}, 3).shape[0] == 3
+    torch.testing.assert_close(
+        model.sample(contexts, noise=noise)[1], model.sample("obs", noise=noise)[1]
+    )
+    assert (
+        model.sample({"a": other}).shape[0] == 2 and model.sample({"a": other[0]}, 3).shape[0] == 3
+    )
 
 
 @given(st.integers(0, 5), st.lists(st.floats(0.001, 0.999), min_size=2, max_size=8))
@@ -102,7 +124,9 @@ def test_a_quantile_is_a_mean_of_its_neighbours_under_the_own_intervention():
     head = tiny_model(concept_width=1, free_blocks=0, norm="none").head
     ordered = learnt_range(head, "a")
     z = torch.randn(4096, 2, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ordered[:, 0], head(z, head.targets("a", 4096)).concepts[:, 0, 0].sort().values)
+    torch.testing.assert_close(
+        ordered[:, 0], head(z, head.targets("a", 4096)).concepts[:, 0, 0].sort().values
+    )
     torch.testing.assert_close(quantile_value(ordered, 0.5), ordered[2016:2080].mean(0))
     torch.testing.assert_close(quantile_value(ordered, 0.001), ordered[:64].mean(0))
     assert quantile_value(ordered, 0.5).sub(ordered.quantile(0.5)).abs() < 0.02 * ordered.std()
@@ -115,29 +139,52 @@ def test_strings_dicts_and_all_kinds_of_images_are_the_same():
     tensor = torch.from_numpy(array).permute(2, 0, 1).float() / 255
     call = {"noise": noise, "output_type": "pt"}
     expected = pipe({"a": tensor, "b": Quantile(0.9)}, **call).images
-    for image in (array, Image.fromarray(array), array[None], [array], tensor[None], [Image.fromarray(array)] * 2):
+    for image in (
+        array,
+        Image.fromarray(array),
+        array[None],
+        [array],
+        tensor[None],
+        [Image.fromarray(array)] * 2,
+    ):
         torch.testing.assert_close(pipe({"a": image, "b": Quantile(0.9)}, **call).images, expected)
-    assert torch.equal(pipe("a+b@0.9", **call).images, pipe({"a": 1.0, "b": Quantile(0.9)}, **call).images)
+    assert torch.equal(
+        pipe("a+b@0.9", **call).images, pipe({"a": 1.0, "b": Quantile(0.9)}, **call).images
+    )
     edited = pipe.edit(Image.fromarray(array), {"a": array}, reference_context="a").images
     assert edited[0].size == (16, 16)
 
 
 @pytest.mark.parametrize("ablation", ["base", "head-pooled"])
 def test_models_without_values(ablation):
-    with pytest.raises(ValueError, match=f"a model with ablation='{ablation}' has no values of concepts to choose"):
+    with pytest.raises(
+        ValueError, match=f"a model with ablation='{ablation}' has no values of concepts to choose"
+    ):
         tiny_model(ablation).edit(images(1), "a@0.5")
 
 
 @pytest.mark.parametrize(
     ("interventions", "options", "message"),
     [
-        ({"a": torch.rand(3, 8, 16)}, {}, "the reference image of 'a': images of 3x16x16 .* were expected, not 3x8x16"),
-        ({"a": torch.full((3, 16, 16), 2.0)}, {}, r"the reference image of 'a': pixel values must lie in \[0, 1\]"),
+        (
+            {"a": torch.rand(3, 8, 16)},
+            {},
+            "the reference image of 'a': images of 3x16x16 .* were expected, not 3x8x16",
+        ),
+        (
+            {"a": torch.full((3, 16, 16), 2.0)},
+            {},
+            r"the reference image of 'a': pixel values must lie in \[0, 1\]",
+        ),
         ({"a": images(3)}, {}, "3 reference images of 'a' were given for 2 samples"),
         ({"c": Quantile(0.5)}, {}, "unknown concept 'c'; the known ones are obs, a, b"),
         ({"c": images(1)[0]}, {}, "unknown concept 'c'; the known ones are obs, a, b"),
         ({"a": images(1)[0]}, {"reference_context": "c"}, "unknown concept 'c'"),
-        ({"a": images(1)[0]}, {"reference_context": [["a"], ["b"], ["a"]]}, "3 contexts were given for 2 samples"),
+        (
+            {"a": images(1)[0]},
+            {"reference_context": [["a"], ["b"], ["a"]]},
+            "3 contexts were given for 2 samples",
+        ),
         ({"a": images(1)[0]}, {"reference_context": "a@0.5"}, "here only names and strengths"),
         (
             {"a": Quantile(0.5)},
@@ -174,7 +221,11 @@ def test_a_denoiser_takes_values_with_guidance_and_references():
     chosen = torch.tensor([True, False, False]).expand(2, -1)
     noise, residual = model.abduct(x, model.targets("obs", 2), **steps)
     embedding = model.head(noise, model.targets("a", 2), c, chosen).embedding
-    options = {"observational": model.embed(noise, model.targets("obs", 2)), "guidance_scale": 2.0, "along_path": True} | steps
+    options = {
+        "observational": model.embed(noise, model.targets("obs", 2)),
+        "guidance_scale": 2.0,
+        "along_path": True,
+    } | steps
     expected = model.base.to_pixels(model.base.decode(embedding, residual, **options))
     found = model.edit(x, {"a": images(2, 1)}, guidance_scale=2.0, **steps)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -184,16 +235,33 @@ def test_a_denoiser_takes_values_with_guidance_and_references():
 def test_command_line(tmp_path, capsys):
     pipe = InterventionPipeline.from_model(tiny_model())
     pipe.save_pretrained(tmp_path / "pipe")
-    image, other = (Image.fromarray((x.permute(1, 2, 0).numpy() * 255).astype("uint8")) for x in images(2))
+    image, other = (
+        Image.fromarray((x.permute(1, 2, 0).numpy() * 255).astype("uint8")) for x in images(2)
+    )
     image.save(tmp_path / "image.png")
     other.save(tmp_path / "other.png")
-    edit = ["edit", str(tmp_path / "pipe"), str(tmp_path / "image.png"), "--output", str(tmp_path / "out.png")]
+    edit = [
+        "edit",
+        str(tmp_path / "pipe"),
+        str(tmp_path / "image.png"),
+        "--output",
+        str(tmp_path / "out.png"),
+    ]
     reference = ["--reference", f"a={tmp_path / 'other.png'}"]
-    assert cli.main([*edit, "--interventions", "b@0.9", *reference, "--reference-context", "a"]) == 0
+    assert (
+        cli.main([*edit, "--interventions", "b@0.9", *reference, "--reference-context", "a"]) == 0
+    )
     expected = pipe.edit(image, {"a": other, "b": Quantile(0.9)}, reference_context="a").images[0]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
     assert cli.main([*edit, *reference]) == 0
-    sample = ["sample", str(tmp_path / "pipe"), "--num-images", "2", "--output", str(tmp_path / "s.png")]
+    sample = [
+        "sample",
+        str(tmp_path / "pipe"),
+        "--num-images",
+        "2",
+        "--output",
+        str(tmp_path / "s.png"),
+    ]
     assert cli.main([*sample, *reference, "--interventions", "b"]) == 0
     for bad, message in (
         (edit, "nothing is intervened on: give --interventions or --reference"),
@@ -202,7 +270,10 @@ def test_command_line(tmp_path, capsys):
         ([*edit, "--reference", f"c={tmp_path / 'other.png'}"], "unknown concept 'c'"),
         ([*edit, "--interventions", "a@2"], "a quantile must be"),
         ([*edit, "--reference", "a=nowhere.png"], "error: there is no file nowhere.png."),
-        ([*edit, "--reference", f"a={tmp_path / 'pipe' / 'model_index.json'}"], "cannot be read as an image"),
+        (
+            [*edit, "--reference", f"a={tmp_path / 'pipe' / 'model_index.json'}"],
+            "cannot be read as an image",
+        ),
     ):
         assert cli.main(bad) == 1
         assert message in capsys.readouterr().err
@@ -214,19 +285,28 @@ def test_traversal_draws_a_strip_for_each_concept():
 
 
 def test_bundled_colours_follow_a_reference():
-    """The block of quad4 holds its colour, those of quad1 and quad2 much of theirs, that of quad3 little. `pytest -s` prints all of it."""
+    """The block of quad4 holds its colour, those of quad1 and quad2 much of theirs, that of quad3
+    little. `pytest -s` prints all of it.
+    """
     model = InterventionPipeline.from_pretrained(hf_intervene.bundled("quad")).model
     found = chosen_values(model, "dependent", images=256, seed=0)
     print(json.dumps(found, indent=1))
     ratios = {name: found[name]["reference"] / found[name]["chance"] for name in quad.CONCEPTS[:4]}
-    assert ratios["quad4"] < 0.2 and ratios["quad2"] < 0.7 and ratios["quad1"] < 0.8 and ratios["quad3"] < 0.95
+    assert (
+        ratios["quad4"] < 0.2
+        and ratios["quad2"] < 0.7
+        and ratios["quad1"] < 0.8
+        and ratios["quad3"] < 0.95
+    )
     assert all(value < 0.25 for name in ratios for value in found[name]["kept"].values())
     assert found["reconstructed"] < 0.02
 
 
 @pytest.mark.parametrize("taken", ["own", "the next"])
 def test_what_is_measured_of_chosen_values(taken):
-    """A model that takes the right quadrant from another image, or in place of quad1 the one beside it, quad2."""
+    """A model that takes the right quadrant from another image, or in place of quad1 the one beside
+    it, quad2.
+    """
 
     def edit(own, choice, **_):
         edited = own / 255
@@ -244,7 +324,11 @@ def test_what_is_measured_of_chosen_values(taken):
         found = chosen_values(model, "independent", images=64, seed=0)
     assert found["reconstructed"] == 0
     for name in ("quad2", "quad3", "quad4"):
-        assert found[name]["reference"] == 0 and found[name]["chance"] > 0.4 and found[name]["influence"] == 0.5
+        assert (
+            found[name]["reference"] == 0
+            and found[name]["chance"] > 0.4
+            and found[name]["influence"] == 0.5
+        )
         assert max(found[name]["kept"].values()) == 0
     if taken == "own":
         assert found["quad1"]["reference"] == 0

@@ -1,7 +1,7 @@
 """What a user's type checker makes of the package: read by mypy (`test_types.py`), never run.
 
-Each `type: ignore` marks a mistake that must be seen; one that is not seen any more is an error (`warn_unused_ignores`).
-"""
+Each `type: ignore` marks a mistake that must be seen; one that is not seen any more is an error
+(`warn_unused_ignores`)."""
 
 from typing import assert_type
 
@@ -38,13 +38,17 @@ def sample_and_edit() -> None:
 
 
 def build_and_save() -> None:
-    model = InterventionModel.build(LightVAE(sample_size=64), concepts=["quad1", "size"], free_blocks=1)
+    model = InterventionModel.build(
+        LightVAE(sample_size=64), concepts=["quad1", "size"], free_blocks=1
+    )
     assert_type(model, InterventionModel)
     assert_type(model.targets([["quad1"], "obs"]), torch.Tensor)
     assert_type(model.head, InterventionHead | None)
     model.save_pretrained("folder", save_base=True)
     model.push_to_hub("user/name", private=True, license="apache-2.0")
-    assert_type(InterventionModel.from_pretrained("folder", torch_dtype=torch.bfloat16), InterventionModel)
+    assert_type(
+        InterventionModel.from_pretrained("folder", torch_dtype=torch.bfloat16), InterventionModel
+    )
     assert_type(InterventionHead.from_pretrained("folder", subfolder="head"), InterventionHead)
     assert_type(InterventionConfig(concepts=["a"], free_blocks=2).num_blocks, int)
     InterventionConfig(concept=["a"])  # type: ignore[call-arg]

@@ -2,9 +2,9 @@
 
     python training/ablation.py --config training/configs/ablation.yaml --output outputs/ablation --jobs 2
 
-Every variant changes one setting of the configuration. Each job is a run of train.py and one of evaluate.py in a process of its own, on
-one core; a finished job is not run again. Writes `ablation.json` and `ablation.md`.
-"""
+Every variant changes one setting of the configuration. Each job is a run of train.py and one of
+evaluate.py in a process of its own, on one core; a finished job is not run again. Writes
+`ablation.json` and `ablation.md`."""  # noqa: E501
 
 import argparse
 import json
@@ -27,7 +27,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "no context prediction": {"context_prediction": "0"},
     "no edit consistency": {"edit_consistency": "0"},
     "no free invariance": {"free_invariance": "0"},
-    "none of the three terms": {"context_prediction": "0", "edit_consistency": "0", "free_invariance": "0"},
+    "none of the three terms": {
+        "context_prediction": "0",
+        "edit_consistency": "0",
+        "free_invariance": "0",
+    },
     "no fit of the prior": {"prior_steps": "0"},
     "AdamW alone": {"optimizer": "adamw"},
     "no warm-up of beta": {"beta_warmup": "0"},
@@ -57,7 +61,9 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         cells = [mean_cell([row[measure] for row in rows]) for measure in MEASURES]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     rows = [row for variant in results.values() for row in variant]
-    floors = [np.mean([row[f"{kind} floor"] for row in rows]) for kind in ("concept", "composition")]
+    floors = [
+        np.mean([row[f"{kind} floor"] for row in rows]) for kind in ("concept", "composition")
+    ]
     lines.append(f"| floor | {floors[0]:.3f} | {floors[1]:.3f} | |")
     return "\n".join(lines) + "\n"
 
@@ -78,13 +84,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(arguments.seeds):
         for variant in arguments.variants:
             folder = out / run_name(variant, seed)
-            trained = ["--config", arguments.config, "--seed", str(seed), *options(VARIANTS[variant])]
+            trained = [
+                "--config",
+                arguments.config,
+                "--seed",
+                str(seed),
+                *options(VARIANTS[variant]),
+            ]
             jobs[variant, seed] = Job(folder, partial(training_commands, folder, trained, measured))
     failed = run_jobs(list(jobs.values()), arguments.jobs)
     if failed:
-        print("\n".join(f"error: {job.folder}: {reason}" for job, reason in failed.items()), file=sys.stderr)
+        print(
+            "\n".join(f"error: {job.folder}: {reason}" for job, reason in failed.items()),
+            file=sys.stderr,
+        )
         return 1
-    results = {v: [measures(jobs[v, seed].metrics()) for seed in range(arguments.seeds)] for v in arguments.variants}
+    results = {
+        v: [measures(jobs[v, seed].metrics()) for seed in range(arguments.seeds)]
+        for v in arguments.variants
+    }
     (out / "ablation.json").write_text(json.dumps(results, indent=1))
     (out / "ablation.md").write_text(table(results))
     print(table(results))

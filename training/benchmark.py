@@ -1,11 +1,11 @@
-"""Benchmarks: ratios of things that take turns in one run, medians and quartiles of several rounds, peak memory of a process.
+"""Benchmarks: ratios of things that take turns in one run, medians and quartiles of several rounds,
+peak memory of a process.
 
     python training/benchmark.py --output benchmarks/one-thread.json          # the quick ones; or names, or `all`
     python training/benchmark.py --compare benchmarks/before.json benchmarks/after.json
 
-`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured: `python training/benchmark.py --list`. On
-the CPU, unless `--device` names another one.
-"""
+`--output` writes a JSON file and, beside it, the same as a Markdown table. What is measured:
+`python training/benchmark.py --list`. On the CPU, unless `--device` names another one."""  # noqa: E501
 
 import json
 import os
@@ -28,7 +28,8 @@ from hf_intervene.training.checkpoints import check_writable, write_whole
 class Benchmark:
     """
     Args:
-        where: `module:function` beside this file; the function takes the number of rounds and returns a nested dictionary of figures.
+        where: `module:function` beside this file; the function takes the number of rounds and
+            returns a nested dictionary of figures.
         about: what is measured.
         long: whether it takes many minutes, and is run only by its name or by `all`.
     """
@@ -46,53 +47,74 @@ BENCHMARKS = {
     "render": Benchmark("benchmark_data:render", "quad images of 64x64 drawn a second"),
     "head": Benchmark(
         "benchmark_bases:head",
-        "light VAE, 64x64, batch 256: with the head over without; a training step, sampling; the head alone over that step",
+        "light VAE, 64x64, batch 256: with the head over without; a training step, sampling; the"
+        " head alone over that step",
     ),
     "autoencoder": Benchmark(
         "benchmark_bases:autoencoder",
-        "AutoencoderKL of pretrain.py, 64x64, batch 16: with head and adapter over plain diffusers; a training step, sampling",
+        "AutoencoderKL of pretrain.py, 64x64, batch 16: with head and adapter over plain diffusers;"
+        " a training step, sampling",
     ),
     "unet": Benchmark(
         "benchmark_bases:unet",
-        "UNet2DModel of pretrain.py, 32x32, batch 16: with head and adapter over plain diffusers; a training step, sampling in 5 steps",
+        "UNet2DModel of pretrain.py, 32x32, batch 16: with head and adapter over plain diffusers; a"
+        " training step, sampling in 5 steps",
     ),
     "terms": Benchmark(
         "benchmark_bases:terms",
-        "training steps of the light VAE, 64x64, batch 64: with each term, and with both, over the ELBO alone",
+        "training steps of the light VAE, 64x64, batch 64: with each term, and with both, over the"
+        " ELBO alone",
     ),
     "textbook": Benchmark(
         "benchmark_textbook:textbook",
-        "train.py against a plain float32 loop: per-sample data set, one context a batch, dense masked head, Adam; light VAE, 64x64, batch 64",
+        "train.py against a plain float32 loop: per-sample data set, one context a batch, dense"
+        " masked head, Adam; light VAE, 64x64, batch 64",
     ),
     "utilisation": Benchmark(
         "benchmark_textbook:utilisation",
-        "what train.py computes a second, over what a matrix product does; light VAE, 64x64, batch 64",
+        "what train.py computes a second, over what a matrix product does; light VAE, 64x64,"
+        " batch 64",
     ),
     "variants": Benchmark(
-        "benchmark_textbook:variants", "train.py with settings that may make it faster, against its defaults", long=True
+        "benchmark_textbook:variants",
+        "train.py with settings that may make it faster, against its defaults",
+        long=True,
     ),
     "textbook-quality": Benchmark(
         "benchmark_textbook:quality",
-        "that loop and train.py after equally many images, and after half of them, 32x32: likelihood, distances, time",
+        "that loop and train.py after equally many images, and after half of them, 32x32:"
+        " likelihood, distances, time",
         long=True,
     ),
-    "data": Benchmark("benchmark_data:data", "batches onto the device, over the training step of the light VAE, 64x64, batch 64"),
-    "processes": Benchmark("benchmark_data:processes", "train.py in two processes of one core each over one; light VAE, 64x64"),
+    "data": Benchmark(
+        "benchmark_data:data",
+        "batches onto the device, over the training step of the light VAE, 64x64, batch 64",
+    ),
+    "processes": Benchmark(
+        "benchmark_data:processes",
+        "train.py in two processes of one core each over one; light VAE, 64x64",
+    ),
     "concepts": Benchmark(
         "benchmark_head:concepts",
-        "heads of 2 to 512 concepts, batch 64: forward and backward, with full and low-rank weights; the posterior",
+        "heads of 2 to 512 concepts, batch 64: forward and backward, with full and low-rank"
+        " weights; the posterior",
     ),
     "contexts": Benchmark(
         "benchmark_head:contexts",
-        "one pass for a batch that mixes 7 or 64 contexts, over a pass for each; head, light VAE with head",
+        "one pass for a batch that mixes 7 or 64 contexts, over a pass for each; head, light VAE"
+        " with head",
     ),
-    "evaluation": Benchmark("benchmark_head:evaluation", "sliced Wasserstein distances, POT over ours", long=True),
+    "evaluation": Benchmark(
+        "benchmark_head:evaluation", "sliced Wasserstein distances, POT over ours", long=True
+    ),
     "load": Benchmark(
-        "benchmark_bases:load", "a saved head on its frozen Stable Diffusion autoencoder, beyond the autoencoder alone"
+        "benchmark_bases:load",
+        "a saved head on its frozen Stable Diffusion autoencoder, beyond the autoencoder alone",
     ),
     "denoise": Benchmark(
         "benchmark_bases:denoise",
-        "a denoising step of a UNet of Stable Diffusion's size, batch 2, with head, projections and hooks over the UNet alone",
+        "a denoising step of a UNet of Stable Diffusion's size, batch 2, with head, projections and"
+        " hooks over the UNet alone",
         long=True,
     ),
     "full-size": Benchmark(
@@ -101,7 +123,9 @@ BENCHMARKS = {
         long=True,
     ),
     "full-size-head": Benchmark(
-        "benchmark_bases:full_size_head", "the same with head and adapter, end to end, over plain diffusers; sampling", long=True
+        "benchmark_bases:full_size_head",
+        "the same with head and adapter, end to end, over plain diffusers; sampling",
+        long=True,
     ),
 }
 
@@ -130,7 +154,9 @@ class Figure:
 
 
 def figures(results: dict, path: tuple[str, ...] = ()) -> Iterator[Figure]:
-    """The figures in what benchmarks returned: numbers of a known kind, with quartiles beside them; peak memory."""
+    """The figures in what benchmarks returned: numbers of a known kind, with quartiles beside them;
+    peak memory.
+    """
     for key, value in results.items():
         name = ", ".join(path)
         if isinstance(value, dict):
@@ -146,23 +172,37 @@ def markdown(report: dict) -> str:
     """The report as a table, with what it was measured on."""
     m = report["machine"]
     device = f"{m['device']}, " if "device" in m else ""
-    device += f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']} cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
+    device += (
+        f"{m['processor']} ({m['instructions']}), {m['threads']} of {m['cores']}"
+        f" cores{', bf16' if m['bf16'] else ''}, {m['clock']} time"
+    )
     lines = [f"{device}, torch {m['torch']}:", ""]
     lines += ["| benchmark | | median | quartiles |", "| --- | --- | --- | --- |"]
     for f in figures(report["results"]):
-        quartiles = "" if f.kind == MEMORY else f"{_number(f.quartiles[0])} to {_number(f.quartiles[1])}"
+        quartiles = (
+            "" if f.kind == MEMORY else f"{_number(f.quartiles[0])} to {_number(f.quartiles[1])}"
+        )
         lines.append(
-            f"| {f.name} | {'peak memory, GiB' if f.kind == MEMORY else f.kind.replace('_', ' ')} | {_number(f.value)} | {quartiles} |"
+            f"| {f.name} | {'peak memory, GiB' if f.kind == MEMORY else f.kind.replace('_', ' ')} |"
+            f" {_number(f.value)} | {quartiles} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:.3g}"
+        if abs(value) < 0.1
+        else f"{value:.3f}"
+    )
 
 
 def compare(before: dict, after: dict) -> tuple[str, bool]:
-    """What of two reports changed, and whether anything got worse beyond noise. On other machines only ratios can be compared."""
+    """What of two reports changed, and whether anything got worse beyond noise. On other machines
+    only ratios can be compared.
+    """
     same = before["machine"] == after["machine"]
     old = {(f.name, f.kind): f for f in figures(before["results"])}
     new = {(f.name, f.kind): f for f in figures(after["results"])}
@@ -173,7 +213,10 @@ def compare(before: dict, after: dict) -> tuple[str, bool]:
         a, b = old[key], new[key]
         verdict = ("better" if a.gain(b) > 0 else "WORSE") if a.differs(b) else "same"
         worse = worse or verdict == "WORSE"
-        span = [f"{_number(f.value)} [{_number(f.quartiles[0])}, {_number(f.quartiles[1])}]" for f in (a, b)]
+        span = [
+            f"{_number(f.value)} [{_number(f.quartiles[0])}, {_number(f.quartiles[1])}]"
+            for f in (a, b)
+        ]
         lines.append(f"{verdict:6}  {a.name}, {a.kind}: {span[0]} -> {span[1]} ({a.gain(b):+.1%})")
     lines += [f"gone    {name}, {kind}" for name, kind in old if (name, kind) not in new]
     lines += [f"new     {name}, {kind}" for name, kind in new if (name, kind) not in old]
@@ -199,7 +242,10 @@ def read(path: str) -> dict:
 def chosen(names: Sequence[str]) -> list[str]:
     unknown = [name for name in names if name != "all" and name not in BENCHMARKS]
     if unknown:
-        raise ValueError(f"there is no benchmark {unknown[0]!r}; the benchmarks are {', '.join(BENCHMARKS)}, and all.")
+        raise ValueError(
+            f"there is no benchmark {unknown[0]!r}; the benchmarks are {', '.join(BENCHMARKS)}, and"
+            " all."
+        )
     if "all" in names:
         return list(BENCHMARKS)
     return list(names) or [name for name, benchmark in BENCHMARKS.items() if not benchmark.long]
@@ -211,7 +257,9 @@ def chosen_device(name: str) -> torch.device:
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0].rstrip('.')}).") from error
+        raise ValueError(
+            f"there is no device {name!r} here ({str(error).splitlines()[0].rstrip('.')})."
+        ) from error
 
 
 def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
@@ -220,7 +268,10 @@ def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
     for name in names:
         print(f"{name}: {BENCHMARKS[name].about}", flush=True)
         report["results"][name] = BENCHMARKS[name](rounds)
-        print(markdown(report | {"results": {name: report["results"][name]}}).split("\n", 4)[-1], flush=True)
+        print(
+            markdown(report | {"results": {name: report["results"][name]}}).split("\n", 4)[-1],
+            flush=True,
+        )
         if output:
             write_whole(Path(output), json.dumps(report, indent=1))
             write_whole(Path(output).with_suffix(".md"), markdown(report))
@@ -229,18 +280,40 @@ def measure(names: Sequence[str], rounds: int, output: str | None) -> dict:
 
 def _main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="default: those that take no longer than minutes; or all")
+    parser.add_argument(
+        "benchmarks",
+        nargs="*",
+        metavar="NAME",
+        help="default: those that take no longer than minutes; or all",
+    )
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="of models and batches, such as cuda; default: cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time on the wall: for a busy machine")
-    parser.add_argument("--output", metavar="FILE.json", help="written after each benchmark, with a table beside it")
-    parser.add_argument("--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="exit code 1 if something got worse")
+    parser.add_argument(
+        "--device", default="cpu", help="of models and batches, such as cuda; default: cpu"
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time instead of time on the wall: for a busy machine",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE.json", help="written after each benchmark, with a table beside it"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="exit code 1 if something got worse",
+    )
     arguments = parser.parse_args(argv)
     bars_on_terminals_only()
     if arguments.list:
-        print("\n".join(f"{name}: {b.about}{' (long)' if b.long else ''}" for name, b in BENCHMARKS.items()))
+        print(
+            "\n".join(
+                f"{name}: {b.about}{' (long)' if b.long else ''}" for name, b in BENCHMARKS.items()
+            )
+        )
         return 0
     if arguments.compare:
         text, worse = compare(*map(read, arguments.compare))
@@ -258,7 +331,8 @@ def _main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("processor time says nothing of another device: leave out --cpu-time.")
     elif Conditions.device.index:
         raise ValueError(
-            f"the trainer takes the first device that it sees: give it {Conditions.device.type} and let it see no other."
+            f"the trainer takes the first device that it sees: give it {Conditions.device.type} and"
+            " let it see no other."
         )
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -17,7 +17,16 @@ from hf_intervene.bases.lora import add_lora
 from hf_intervene.data import ContextImages, quad
 from hf_intervene.data.images import MIN_IMAGES
 from hf_intervene.training.arguments import REGIMES, TrainArguments, fast_bf16
-from hf_intervene.training.benchmark_tools import Conditions, alternate, contest, figure, over, peak_gib, repeat, summary
+from hf_intervene.training.benchmark_tools import (
+    Conditions,
+    alternate,
+    contest,
+    figure,
+    over,
+    peak_gib,
+    repeat,
+    summary,
+)
 from hf_intervene.training.pretrain import new_autoencoder, new_unet
 from hf_intervene.training.train import build_objective
 
@@ -41,7 +50,9 @@ SAMPLING_STEPS = 5
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
     """A step of AdamW on a loss, as the trainer does it."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-4, fused=True
+    )
 
     def step() -> None:
         with Conditions.autocast():
@@ -53,7 +64,9 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
     return step
 
 
-def head_on(base: nn.Module, ablation: str | None = None, settings: TrainArguments | None = None) -> InterventionModel:
+def head_on(
+    base: nn.Module, ablation: str | None = None, settings: TrainArguments | None = None
+) -> InterventionModel:
     options = (settings or TrainArguments()).head_options()
     return InterventionModel.build(base, quad.CONCEPTS, ablation=ablation, **options).train()
 
@@ -85,12 +98,21 @@ def light_sampling(ablation: str | None, batch_size: int, config: dict) -> Calla
 
 
 def head(rounds: int, batch_size: int = 256, config: dict | None = None) -> dict:
-    arguments = {"head": (None, batch_size, config or {}), "base": ("base", batch_size, config or {})}
-    return {"batch_size": batch_size} | with_and_without(rounds, light_step, light_sampling, arguments)
+    arguments = {
+        "head": (None, batch_size, config or {}),
+        "base": ("base", batch_size, config or {}),
+    }
+    return {"batch_size": batch_size} | with_and_without(
+        rounds, light_step, light_sampling, arguments
+    )
 
 
-def with_and_without(rounds: int, step: Callable, sampling: Callable, arguments: dict[str, tuple]) -> dict:
-    """Training steps and sampling of `"head"` over those of `"base"`; the head's own part over that step."""
+def with_and_without(
+    rounds: int, step: Callable, sampling: Callable, arguments: dict[str, tuple]
+) -> dict:
+    """Training steps and sampling of `"head"` over those of `"base"`; the head's own part over that
+    step.
+    """
     found = {}
     for what, make in (("training", step), ("sampling", sampling)):
         contestants = {name: (repeat, (make, *arguments[name])) for name in ("head", "base")}
@@ -99,14 +121,19 @@ def with_and_without(rounds: int, step: Callable, sampling: Callable, arguments:
         outcomes = contest(contestants, rounds)
         found[what] = over(outcomes, "head", "base")
         if what == "training":
-            found["head alone, training"] = summary(outcomes["alone"].seconds, outcomes["base"].seconds)
+            found["head alone, training"] = summary(
+                outcomes["alone"].seconds, outcomes["base"].seconds
+            )
     return found
 
 
 def head_alone(batch_size: int) -> Callable[[], None]:
     """From features to the embedding and back: what the head itself adds to a training step."""
     model = head_on(LightVAE())
-    targets, features = mixed(model, batch_size), torch.randn(batch_size, model.base.feature_width, requires_grad=True)
+    targets, features = (
+        mixed(model, batch_size),
+        torch.randn(batch_size, model.base.feature_width, requires_grad=True),
+    )
 
     def step() -> None:
         with Conditions.autocast():
@@ -150,13 +177,16 @@ def objective_step(kind: str, batch_size: int, config: dict) -> Callable[[], Non
 
 
 def terms(rounds: int, batch_size: int = 64, config: dict | None = None) -> dict:
-    contestants = {kind: (repeat, (objective_step, kind, batch_size, config or {})) for kind in TERMS}
+    contestants = {
+        kind: (repeat, (objective_step, kind, batch_size, config or {})) for kind in TERMS
+    }
     outcomes = contest(contestants, rounds)
     first, *others = TERMS
     return {"batch_size": batch_size} | {kind: over(outcomes, kind, first) for kind in others}
 
 
-# An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of the pixels.
+# An AutoencoderKL: alone as latent diffusion trains it (see pretrain.py), with a fixed variance of
+# the pixels.
 
 
 def autoencoder_step(kind: str, batch_size: int, config: dict | int) -> Callable[[], None]:
@@ -178,12 +208,16 @@ def autoencoder_sampling(kind: str, batch_size: int, config: dict | int) -> Call
     vae = _autoencoder(config).eval()
     if kind == "head":
         return model_sampling(head_on(vae), batch_size)
-    latents = vae.encode(torch.zeros(1, 3, vae.config.sample_size, vae.config.sample_size)).latent_dist.mean
+    latents = vae.encode(
+        torch.zeros(1, 3, vae.config.sample_size, vae.config.sample_size)
+    ).latent_dist.mean
     latents = torch.randn(batch_size, *latents.shape[1:])
 
     @torch.no_grad()
     def sample() -> None:
-        VaeImageProcessor.denormalize(vae.decode(latents).sample)  # pixels in [0, 1], as a pipeline's
+        VaeImageProcessor.denormalize(
+            vae.decode(latents).sample
+        )  # pixels in [0, 1], as a pipeline's
 
     return sample
 
@@ -195,11 +229,15 @@ def _autoencoder(config: dict | int) -> AutoencoderKL:
 def autoencoder(rounds: int, batch_size: int = 16, config: dict | int = 64) -> dict:
     """`config`: of diffusers, or the side of the images of the one that pretrain.py makes."""
     arguments = {kind: (kind, batch_size, config) for kind in ("head", "base")}
-    return {"batch_size": batch_size} | with_and_without(rounds, autoencoder_step, autoencoder_sampling, arguments)
+    return {"batch_size": batch_size} | with_and_without(
+        rounds, autoencoder_step, autoencoder_sampling, arguments
+    )
 
 
 def full_size_head(rounds: int, config: dict = STABLE_DIFFUSION | {"sample_size": 256}) -> dict:
-    """Images of 256x256, so that two models fit into the memory of a small machine; larger ones cost the base more, and the head the same."""
+    """Images of 256x256, so that two models fit into the memory of a small machine; larger ones
+    cost the base more, and the head the same.
+    """
     return autoencoder(min(rounds, 5), 1, config)  # a minute each
 
 
@@ -215,7 +253,13 @@ def unet_step(kind: str, batch_size: int, resolution: int) -> Callable[[], None]
     def loss() -> torch.Tensor:
         noise, t = torch.randn_like(x), torch.randint(1000, (batch_size,), device=x.device)
         predicted = unet(scheduler.add_noise(x, noise, t), t).sample
-        return (predicted.float() - scheduler.get_velocity(x, noise, t)).square().flatten(1).sum(1).mean()
+        return (
+            (predicted.float() - scheduler.get_velocity(x, noise, t))
+            .square()
+            .flatten(1)
+            .sum(1)
+            .mean()
+        )
 
     return training_step(unet, loss)
 
@@ -223,7 +267,9 @@ def unet_step(kind: str, batch_size: int, resolution: int) -> Callable[[], None]
 def unet_sampling(kind: str, batch_size: int, resolution: int) -> Callable[[], None]:
     unet, scheduler = new_unet(resolution).eval(), DDIMScheduler(prediction_type="v_prediction")
     if kind == "head":
-        return model_sampling(head_on(DiffusionBase(unet, scheduler)), batch_size, num_inference_steps=SAMPLING_STEPS)
+        return model_sampling(
+            head_on(DiffusionBase(unet, scheduler)), batch_size, num_inference_steps=SAMPLING_STEPS
+        )
 
     @torch.no_grad()
     def sample() -> None:
@@ -238,14 +284,20 @@ def unet_sampling(kind: str, batch_size: int, resolution: int) -> Callable[[], N
 
 def unet(rounds: int, batch_size: int = 16, resolution: int = 32) -> dict:
     arguments = {kind: (kind, batch_size, resolution) for kind in ("head", "base")}
-    return {"batch_size": batch_size} | with_and_without(rounds, unet_step, unet_sampling, arguments)
+    return {"batch_size": batch_size} | with_and_without(
+        rounds, unet_step, unet_sampling, arguments
+    )
 
 
 # Full size
 
 
-def full_size_step(regime: str, config: dict, threads: int, device: torch.device) -> tuple[float, float]:
-    """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once `fine-tune` has thawed its base."""
+def full_size_step(
+    regime: str, config: dict, threads: int, device: torch.device
+) -> tuple[float, float]:
+    """Peak memory of this process in GiB, and seconds of a step, as the trainer does it once
+    `fine-tune` has thawed its base.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     Conditions.device = device
@@ -267,23 +319,39 @@ def full_size(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
         for regime in REGIMES:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 measured[regime].append(
-                    pool.submit(full_size_step, regime, config, torch.get_num_threads(), Conditions.device).result()
+                    pool.submit(
+                        full_size_step, regime, config, torch.get_num_threads(), Conditions.device
+                    ).result()
                 )
-    peaks, seconds = ({regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2))
-    return {regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"]) for regime in REGIMES}
+    peaks, seconds = (
+        {regime: [row[i] for row in rows] for regime, rows in measured.items()} for i in range(2)
+    )
+    return {
+        regime: {"peak_gib": max(peaks[regime])} | summary(seconds[regime], seconds["end-to-end"])
+        for regime in REGIMES
+    }
 
 
 @torch.no_grad()
 def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int = 2) -> dict:
-    """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling it is run once."""
+    """Batch 2 is one image under a text's guidance. The head is run at every step here; in sampling
+    it is run once.
+    """
     dtype = torch.bfloat16 if fast_bf16() else torch.float32
     with Conditions.device:
         unet = UNet2DConditionModel(**config).to(dtype).eval()
         text = torch.randn(1, 77, config["cross_attention_dim"])
-        model = InterventionModel.build(DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS).eval()
-        for values in model.base.adapter.projections.values:  # zero in a new head: as after training
+        model = InterventionModel.build(
+            DiffusionBase(unet, DDIMScheduler(), text=text), quad.CONCEPTS
+        ).eval()
+        for (
+            values
+        ) in model.base.adapter.projections.values:  # zero in a new head: as after training
             torch.nn.init.normal_(values.weight, std=0.02)
-        x, z = torch.randn(batch_size, *model.base.residual_shape), torch.randn(batch_size, *model.noise_shape)
+        x, z = (
+            torch.randn(batch_size, *model.base.residual_shape),
+            torch.randn(batch_size, *model.noise_shape),
+        )
         targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)
         texts = text.to(dtype).expand(batch_size, -1, -1)
 
@@ -303,7 +371,9 @@ def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int =
 def load(rounds: int, config: dict = STABLE_DIFFUSION) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         AutoencoderKL(**config).save_pretrained(f"{folder}/vae")
-        frozen = InterventionModel.build(AutoencoderKL.from_pretrained(f"{folder}/vae"), quad.CONCEPTS)
+        frozen = InterventionModel.build(
+            AutoencoderKL.from_pretrained(f"{folder}/vae"), quad.CONCEPTS
+        )
         frozen.save_pretrained(f"{folder}/model")
         alone, together = alternate(
             [

@@ -32,7 +32,9 @@ def render(rounds: int) -> dict:
 
 
 def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
-    """What the trainer does before a step: the schedule, the noise, the images on the device in [0, 1]."""
+    """What the trainer does before a step: the schedule, the noise, the images on the device in [0,
+    1].
+    """
     a = TrainArguments(batch_size=batch_size)
     with Conditions.device:
         model = head_on(LightVAE(sample_size=data.image_shape[-1]))
@@ -55,16 +57,24 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
 
 
 def data(rounds: int, batch_size: int = 64, resolution: int = 64, images: int = 2000) -> dict:
-    """Ten batches out of memory, and out of a file by memory map, over ten training steps of the light VAE."""
-    drawn = ContextImages.from_arrays(quad.images_by_context(images_per_context=images, resolution=resolution), quad.CONCEPTS)
+    """Ten batches out of memory, and out of a file by memory map, over ten training steps of the
+    light VAE.
+    """
+    drawn = ContextImages.from_arrays(
+        quad.images_by_context(images_per_context=images, resolution=resolution), quad.CONCEPTS
+    )
     with Conditions.device:
         step = model_step(head_on(LightVAE(sample_size=resolution)), batch_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.npy")
         np.save(path, drawn.stored.numpy())
         stored = torch.from_numpy(np.load(path, mmap_mode="c"))
-        mapped = ContextImages(stored, drawn.context_ids, drawn.contexts, drawn.concepts, mapped=True)
-        memory, file, steps = alternate([feeding(drawn, batch_size), feeding(mapped, batch_size), step], rounds)
+        mapped = ContextImages(
+            stored, drawn.context_ids, drawn.contexts, drawn.concepts, mapped=True
+        )
+        memory, file, steps = alternate(
+            [feeding(drawn, batch_size), feeding(mapped, batch_size), step], rounds
+        )
     ten = [10 * seconds for seconds in steps]
     return {
         name: {"speed": rate(10 * batch_size, seconds), "share": summary(seconds, ten)}
@@ -73,11 +83,15 @@ def data(rounds: int, batch_size: int = 64, resolution: int = 64, images: int = 
 
 
 def processes(rounds: int, steps: int = 5, **settings) -> dict:
-    """The trainer in one process and in two of one thread each, each on a core of its own: with the same batch in total, and with the same
-    in each process."""
+    """The trainer in one process and in two of one thread each, each on a core of its own: with the
+    same batch in total, and with the same in each process."""
     settings = SETTINGS | {"resolution": 64} | settings
     batch_size = TrainArguments(**settings).batch_size
-    started = {"one": (1, batch_size), "two": (2, batch_size), "two, twice the batch": (2, 2 * batch_size)}
+    started = {
+        "one": (1, batch_size),
+        "two": (2, batch_size),
+        "two, twice the batch": (2, 2 * batch_size),
+    }
     speeds: dict[str, list[float]] = {name: [] for name in started}
     for _ in range(min(rounds, 5)):
         for name, (number, size) in started.items():
@@ -93,10 +107,22 @@ def processes(rounds: int, steps: int = 5, **settings) -> dict:
 def _launched(number: int, settings: dict, steps: int) -> float:
     """Images a second, median over a few rounds, of the trainer in so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        job = settings | {"output_dir": f"{folder}/run", "log_every": steps, "eval_every": NEVER, "max_steps": 6 * steps}
+        job = settings | {
+            "output_dir": f"{folder}/run",
+            "log_every": steps,
+            "eval_every": NEVER,
+            "max_steps": 6 * steps,
+        }
         Path(folder, "job.json").write_text(json.dumps(job))
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(number),
+            ]
             + ["-m", "hf_intervene.training.benchmark_data", folder],
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -113,10 +139,12 @@ def _process(folder: str) -> None:
     torch.set_num_threads(1)
     times: list[float] = []
     train(
-        TrainArguments(**json.loads(Path(folder, "job.json").read_text())), on_log=lambda row: times.append(time.perf_counter())
+        TrainArguments(**json.loads(Path(folder, "job.json").read_text())),
+        on_log=lambda row: times.append(time.perf_counter()),
     )
     if rank == 0:
-        # The first steps warm up; after the last step the run ends with a validation, which is logged too.
+        # The first steps warm up; after the last step the run ends with a validation, which is
+        # logged too.
         Path(folder, "seconds.json").write_text(json.dumps(np.diff(times)[:-1].tolist()))
 
 

@@ -17,12 +17,15 @@ from hf_intervene.training.benchmark_tools import Conditions, alternate, figure,
 RANK = 16
 
 
-def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_size: int = 64) -> dict:
-    """Forward and backward of the paper's heads of more and more concepts, every sample in the context of one of them: with full and with low-rank
-    weights among concepts, and the posterior's readout.
+def concepts(
+    rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_size: int = 64
+) -> dict:
+    """Forward and backward of the paper's heads of more and more concepts, every sample in the
+    context of one of them: with full and with low-rank weights among concepts, and the posterior's
+    readout.
 
-    `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the cost is linear.
-    """
+    `slope` is d log(time) / d log(number of concepts) between the two largest numbers, 1 if the
+    cost is linear."""
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     for d in numbers:
         with Conditions.device:
@@ -30,28 +33,37 @@ def concepts(rounds: int, numbers: Sequence[int] = (2, 8, 32, 128, 512), batch_s
     seconds = dict(zip(functions, alternate(list(functions.values()), rounds)))
     results: dict[str, dict] = {"batch_size": batch_size, "rank": RANK}
     for (kind, d), times in seconds.items():
-        results.setdefault(kind, {})[f"{d} concepts"] = figure("milliseconds", [1e3 * t for t in times])
+        results.setdefault(kind, {})[f"{d} concepts"] = figure(
+            "milliseconds", [1e3 * t for t in times]
+        )
     for kind in [key for key in results if isinstance(results[key], dict)]:
         few, many = (torch.tensor(seconds[kind, d]).median().item() for d in numbers[-2:])
         results[kind]["slope"] = math.log(many / few) / math.log(numbers[-1] / numbers[-2])
-    results["low_rank_over_full"] = {f"{d} concepts": summary(seconds["low_rank", d], seconds["full", d]) for d in numbers}
+    results["low_rank_over_full"] = {
+        f"{d} concepts": summary(seconds["low_rank", d], seconds["full", d]) for d in numbers
+    }
     return results
 
 
 def _functions_of(d: int, batch_size: int) -> dict[tuple[str, int], Callable[[], None]]:
     functions: dict[tuple[str, int], Callable[[], None]] = {}
     names = [f"c{j}" for j in range(d)]
-    targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[torch.arange(batch_size) % (d + 1)]
+    targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[
+        torch.arange(batch_size) % (d + 1)
+    ]
     z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
     for kind, rank in (("full", None), ("low_rank", RANK)):
         head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
         forward = partial(_embedding, head, z, targets)
         functions[kind, d] = _gradients(forward, [z, *_of_the_way_to_e(head)])
         if fast_bf16():
-            functions[f"{kind}_bf16", d] = _gradients(_under_bf16(forward), [z, *_of_the_way_to_e(head)])
+            functions[f"{kind}_bf16", d] = _gradients(
+                _under_bf16(forward), [z, *_of_the_way_to_e(head)]
+            )
     features = torch.randn(batch_size, head.config.feature_width, requires_grad=True)
     functions["posterior", d] = _gradients(
-        lambda: torch.cat(head.posterior(features, targets)), [features, *head.encoder_readout.parameters()]
+        lambda: torch.cat(head.posterior(features, targets)),
+        [features, *head.encoder_readout.parameters()],
     )
     return functions
 
@@ -61,10 +73,16 @@ def _embedding(head: InterventionHead, z: torch.Tensor, targets: torch.Tensor) -
 
 
 def _of_the_way_to_e(head: InterventionHead) -> list[torch.nn.Parameter]:
-    return [parameter for name, parameter in head.named_parameters() if not name.startswith("encoder_readout")]
+    return [
+        parameter
+        for name, parameter in head.named_parameters()
+        if not name.startswith("encoder_readout")
+    ]
 
 
-def _gradients(forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tensor]) -> Callable[[], None]:
+def _gradients(
+    forward: Callable[[], torch.Tensor], inputs: Iterable[torch.Tensor]
+) -> Callable[[], None]:
     inputs = list(inputs)
     gradient = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), inputs, gradient) and None
@@ -79,27 +97,40 @@ def _under_bf16(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tenso
 
 
 def contexts(rounds: int, batch_size: int = 64, resolution: int = 64) -> dict:
-    """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts (all subsets of six concepts), against
-    one pass for each of its contexts: of the head alone, and of the light VAE with a head."""
+    """One forward and backward pass for a batch of 7 (the training contexts of quad) or 64 contexts
+    (all subsets of six concepts), against one pass for each of its contexts: of the head alone, and
+    of the light VAE with a head."""
     with Conditions.device:
         model = head_on(LightVAE(sample_size=resolution))
-        x, z = torch.rand(batch_size, 3, resolution, resolution), torch.randn(batch_size, *model.noise_shape)
+        x, z = (
+            torch.rand(batch_size, 3, resolution, resolution),
+            torch.randn(batch_size, *model.noise_shape),
+        )
     subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)  # (64, 6)
     results = {"batch_size": batch_size, "bf16": fast_bf16()}
     for number, rows in ((7, subsets[subsets.sum(1) <= 1]), (64, subsets)):
         targets = model.targets(rows[torch.arange(batch_size) % number])
         parts = [torch.arange(first, batch_size, number) for first in range(number)]
         for name, loss in (
-            ("head", lambda rows, s=targets: model.head(z[rows], s[rows]).embedding.float().square().mean()),
+            (
+                "head",
+                lambda rows, s=targets: (
+                    model.head(z[rows], s[rows]).embedding.float().square().mean()
+                ),
+            ),
             ("light VAE", lambda rows, s=targets: model(x[rows], s[rows]).loss),
         ):
-            mixed, single = (_passes(model, loss, batches) for batches in ([torch.arange(batch_size)], parts))
+            mixed, single = (
+                _passes(model, loss, batches) for batches in ([torch.arange(batch_size)], parts)
+            )
             mixed, single = alternate([mixed, single], rounds)
             results[f"{name}, {number} contexts"] = summary(single, mixed, "speedup")
     return results
 
 
-def _passes(model: InterventionModel, loss: Callable, batches: Sequence[torch.Tensor]) -> Callable[[], None]:
+def _passes(
+    model: InterventionModel, loss: Callable, batches: Sequence[torch.Tensor]
+) -> Callable[[], None]:
     """A forward and a backward pass for each batch of rows."""
 
     def run() -> None:
@@ -113,8 +144,9 @@ def _passes(model: InterventionModel, loss: Callable, batches: Sequence[torch.Te
 
 
 def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) -> dict:
-    """The sliced Wasserstein distance of two sets of so many 3x64x64 images, uint8 as an evaluation has them, for the same directions: ours
-    against POT's (NumPy and torch; images converted to float first), and what comes after the projection against POT's."""
+    """The sliced Wasserstein distance of two sets of so many 3x64x64 images, uint8 as an evaluation
+    has them, for the same directions: ours against POT's (NumPy and torch; images converted to
+    float first), and what comes after the projection against POT's."""
     import ot
 
     rng = np.random.default_rng(0)
@@ -140,7 +172,9 @@ def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) ->
         ],
         rounds,
     )
-    exact = float(np.sqrt(ot.wasserstein_1d(*(x.astype(np.float64) for x in projected), p=2).mean()))
+    exact = float(
+        np.sqrt(ot.wasserstein_1d(*(x.astype(np.float64) for x in projected), p=2).mean())
+    )
     return {
         "images": number,
         "projections": num_projections,

@@ -1,8 +1,9 @@
-"""The trainer against the textbook: a plain PyTorch loop over a plain data set, one context a batch, with dense masked matrices.
+"""The trainer against the textbook: a plain PyTorch loop over a plain data set, one context a
+batch, with dense masked matrices.
 
-Everything around the method is what one writes first: float32, a `Dataset` that turns one image at a time into a tensor, `DataLoader`, Adam.
-The light VAE, the sizes of the head, the batch and the images are ours.
-"""
+Everything around the method is what one writes first: float32, a `Dataset` that turns one image at
+a time into a tensor, `DataLoader`, Adam. The light VAE, the sizes of the head, the batch and the
+images are ours."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,26 +25,47 @@ from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.training.arguments import TrainArguments, read_config
 from hf_intervene.training.benchmark_bases import head_on, mixed
-from hf_intervene.training.benchmark_tools import Conditions, Turns, contest, figure, rate, repeat, summary
+from hf_intervene.training.benchmark_tools import (
+    Conditions,
+    Turns,
+    contest,
+    figure,
+    rate,
+    repeat,
+    summary,
+)
 from hf_intervene.training.evaluate import load_model
 from hf_intervene.training.simulated import Quad
 from hf_intervene.training.train import train
 
 
 NEVER = 10**9
-SETTINGS = {"dataset": "quad", "images_per_context": 1000, "validation_images": 8, "tracker": "none"}
+SETTINGS = {
+    "dataset": "quad",
+    "images_per_context": 1000,
+    "validation_images": 8,
+    "tracker": "none",
+}
 BLOCKS = len(quad.CONCEPTS) + TrainArguments.free_blocks
 
 
 class DenseMaskedHead(nn.Module):
-    """The head as one would write it first: dense matrices under 0/1 masks, one context per forward pass."""
+    """The head as one would write it first: dense matrices under 0/1 masks, one context per forward
+    pass.
+    """
 
     def __init__(self, blocks: int, noise_width: int, width: int, embedding: int):
         super().__init__()
         middle = (noise_width + width) // 2
-        self.obs, self.int = (nn.Linear(blocks * noise_width, blocks * noise_width) for _ in range(2))
-        self.layers = nn.ModuleList(nn.Linear(blocks * a, blocks * b) for a, b in ((noise_width, middle), (middle, width)))
-        self.edges_obs, self.edges_int = (nn.Linear(blocks * width, blocks * width) for _ in range(2))
+        self.obs, self.int = (
+            nn.Linear(blocks * noise_width, blocks * noise_width) for _ in range(2)
+        )
+        self.layers = nn.ModuleList(
+            nn.Linear(blocks * a, blocks * b) for a, b in ((noise_width, middle), (middle, width))
+        )
+        self.edges_obs, self.edges_int = (
+            nn.Linear(blocks * width, blocks * width) for _ in range(2)
+        )
         self.unpool = nn.Linear(blocks * width, embedding)
         self.blocks, self.sizes = blocks, (noise_width, middle, width)
 
@@ -56,18 +78,28 @@ class DenseMaskedHead(nn.Module):
         eye, (n, m, w) = torch.eye(self.blocks, device=z.device), self.sizes
         diagonal = torch.kron(eye, z.new_ones(n, n))
         rows = context.repeat_interleave(n)
-        x = nn.functional.gelu((1 - rows) * masked(self.obs, diagonal, z) + rows * masked(self.int, diagonal, z))
+        x = nn.functional.gelu(
+            (1 - rows) * masked(self.obs, diagonal, z) + rows * masked(self.int, diagonal, z)
+        )
         for layer, (a, b) in zip(self.layers, ((n, m), (m, w))):
             x = masked(layer, torch.kron(eye, z.new_ones(b, a)), x)
-            x = nn.functional.gelu(nn.functional.layer_norm(x.view(-1, self.blocks, b), (b,)).flatten(1))
+            x = nn.functional.gelu(
+                nn.functional.layer_norm(x.view(-1, self.blocks, b), (b,)).flatten(1)
+            )
         off = torch.kron((1 - eye) * (1 - context)[:, None], z.new_ones(w, w))
         source = context.repeat_interleave(w)
-        x = x + masked(self.edges_obs, off * (1 - source), x) + masked(self.edges_int, off * source, x)
+        x = (
+            x
+            + masked(self.edges_obs, off * (1 - source), x)
+            + masked(self.edges_int, off * source, x)
+        )
         return self.unpool(x)
 
 
 class TextbookVAE(nn.Module):
-    def __init__(self, resolution: int, noise_width: int = 32, width: int = TrainArguments.concept_width):
+    def __init__(
+        self, resolution: int, noise_width: int = 32, width: int = TrainArguments.concept_width
+    ):
         super().__init__()
         self.vae = LightVAE(sample_size=resolution, likelihood=TrainArguments.likelihood)
         self.vae.quant.requires_grad_(False)  # the readout stands in its place
@@ -117,7 +149,11 @@ def batches(data: ImageDataset, batch_size: int) -> Iterator[list[int]]:
     names = list(dict.fromkeys(data.contexts))
     while True:
         rows = [np.random.permutation(np.flatnonzero(contexts == name)) for name in names]
-        full = [part[i : i + batch_size] for part in rows for i in range(0, len(part) - batch_size + 1, batch_size)]
+        full = [
+            part[i : i + batch_size]
+            for part in rows
+            for i in range(0, len(part) - batch_size + 1, batch_size)
+        ]
         for number in np.random.permutation(len(full)):
             yield full[number].tolist()
 
@@ -125,7 +161,9 @@ def batches(data: ImageDataset, batch_size: int) -> Iterator[list[int]]:
 class Textbook:
     """The loop, a step at a time."""
 
-    def __init__(self, images: dict[str, np.ndarray], batch_size: int, beta: float, total: int | None = None):
+    def __init__(
+        self, images: dict[str, np.ndarray], batch_size: int, beta: float, total: int | None = None
+    ):
         data = ImageDataset(images)
         self.loader = iter(DataLoader(data, batch_sampler=batches(data, batch_size)))
         self.model = TextbookVAE(data.images[0].size[0]).to(Conditions.device)
@@ -159,7 +197,15 @@ def trainer(turns: Turns, settings: dict, steps: int) -> None:
     """A contestant: so many steps of `train.py` a round, with all that it does in them."""
     with tempfile.TemporaryDirectory() as folder:
         train(
-            TrainArguments(**settings | {"output_dir": folder, "log_every": steps, "eval_every": NEVER, "max_steps": NEVER}),
+            TrainArguments(
+                **settings
+                | {
+                    "output_dir": folder,
+                    "log_every": steps,
+                    "eval_every": NEVER,
+                    "max_steps": NEVER,
+                }
+            ),
             on_log=lambda row: turns.next(),
         )
 
@@ -173,26 +219,36 @@ def training_images(a: TrainArguments) -> tuple[dict[str, np.ndarray], dict[str,
 
 def textbook(rounds: int, steps: int = 3, **settings) -> dict:
     settings = SETTINGS | settings
-    found = contest({"textbook": (plain_loop, (settings, steps)), "trainer": (trainer, (settings, steps))}, rounds)
+    found = contest(
+        {"textbook": (plain_loop, (settings, steps)), "trainer": (trainer, (settings, steps))},
+        rounds,
+    )
     images = steps * TrainArguments(**settings).batch_size
     gain = summary(found["textbook"].seconds, found["trainer"].seconds, "speedup")
-    return {name: rate(images, outcome.seconds) | {"peak_gib": outcome.peak_gib} for name, outcome in found.items()} | {
-        "gain": gain
-    }
+    return {
+        name: rate(images, outcome.seconds) | {"peak_gib": outcome.peak_gib}
+        for name, outcome in found.items()
+    } | {"gain": gain}
 
 
 def utilisation(rounds: int, steps: int = 3, side: int | None = None, **settings) -> dict:
-    """What `train.py` computes a second, as a share of what a matrix product of `side` by `side` does in the same precision: 2048, or on a
-    device 16384, which takes it some milliseconds. Counted is what the loss and its gradient multiply and add, and of that the convolutions
-    and matrix products only."""
+    """What `train.py` computes a second, as a share of what a matrix product of `side` by `side`
+    does in the same precision: 2048, or on a device 16384, which takes it some milliseconds.
+    Counted is what the loss and its gradient multiply and add, and of that the convolutions and
+    matrix products only."""
     settings = SETTINGS | settings
     side = side or (2048 if Conditions.device.type == "cpu" else 16384)
     a = TrainArguments(**settings)
-    contestants = {"trainer": (trainer, (settings, steps)), "product": (repeat, (_product, side, a.precision == "bf16"))}
+    contestants = {
+        "trainer": (trainer, (settings, steps)),
+        "product": (repeat, (_product, side, a.precision == "bf16")),
+    }
     found = contest(contestants, rounds)
     images, gflop_an_image = steps * a.batch_size, _operations(a) / 1e9
     work = {"trainer": images * gflop_an_image, "product": 2 * side**3 / 1e9}
-    each = {name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()}  # seconds of a gigaflop
+    each = {
+        name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()
+    }  # seconds of a gigaflop
     return {
         "trainer": rate(images, found["trainer"].seconds) | {"peak_gib": found["trainer"].peak_gib},
         "gflop_an_image": gflop_an_image,
@@ -230,7 +286,9 @@ VARIANTS = {
 def variants(rounds: int, steps: int = 3, chosen: dict[str, dict] = VARIANTS, **settings) -> dict:
     settings = SETTINGS | settings
     contestants = {"default": (trainer, (settings, steps))}
-    contestants |= {name: (trainer, (settings | options, steps)) for name, options in chosen.items()}
+    contestants |= {
+        name: (trainer, (settings | options, steps)) for name, options in chosen.items()
+    }
     found = contest(contestants, rounds)
     return {
         name: summary(found["default"].seconds, outcome.seconds, "speedup")
@@ -243,8 +301,8 @@ RECIPE = Path(__file__).parent / "configs" / "reproduce" / "quad.yaml"
 
 
 def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> dict:
-    """The loop, the trainer with its recipe, and that for half of the steps: how good they are after it on held-out images, and what it took.
-    Rounds are seeds."""
+    """The loop, the trainer with its recipe, and that for half of the steps: how good they are
+    after it on held-out images, and what it took. Rounds are seeds."""
     settings = read_config(str(RECIPE)) | {"tracker": "none"} | settings
     runs = {"trainer": steps, "trainer, half of the images": steps // 2}
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("textbook", *runs)}
@@ -259,22 +317,40 @@ def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> d
         for _ in range(steps):
             loop.step()
         taken = Conditions.now() - started
-        rows["textbook"].append((taken, _textbook_loss(loop.model, validation), *_distances(loop.model.sample, a, images)))
+        rows["textbook"].append(
+            (
+                taken,
+                _textbook_loss(loop.model, validation),
+                *_distances(loop.model.sample, a, images),
+            )
+        )
         for name, number in runs.items():
             with tempfile.TemporaryDirectory() as folder:
                 started = Conditions.now()
-                result = train(TrainArguments(**settings | seeds | {"output_dir": folder, "max_steps": number}))
+                result = train(
+                    TrainArguments(**settings | seeds | {"output_dir": folder, "max_steps": number})
+                )
                 taken = Conditions.now() - started
                 ours = load_model(result.model_dir).eval()
             sample = partial(ours.sample, output_type="np")
             rows[name].append((taken, result.validation, *_distances(sample, a, images)))
-    kinds = {"time": "seconds", "likelihood": "bits_per_pixel", "concepts": "distance", "compositions": "distance"}
+    kinds = {
+        "time": "seconds",
+        "likelihood": "bits_per_pixel",
+        "concepts": "distance",
+        "compositions": "distance",
+    }
     found: dict = {
-        who: {name: figure(kind, [row[i] for row in measured]) for i, (name, kind) in enumerate(kinds.items())}
+        who: {
+            name: figure(kind, [row[i] for row in measured])
+            for i, (name, kind) in enumerate(kinds.items())
+        }
         for who, measured in rows.items()
     }
     for who in runs:
-        found[who]["time over the loop's"] = summary(*([row[0] for row in rows[which]] for which in (who, "textbook")))
+        found[who]["time over the loop's"] = summary(
+            *([row[0] for row in rows[which]] for which in (who, "textbook"))
+        )
     return found | {"images": steps * a.batch_size}
 
 
@@ -289,8 +365,15 @@ def _textbook_loss(model: TextbookVAE, validation: dict[str, np.ndarray]) -> flo
     return bits_per_pixel(nats / count, *x.shape[-2:])
 
 
-def _distances(sample: Callable[[str, int], np.ndarray], a: TrainArguments, images: int) -> tuple[float, float]:
-    """Mean sliced Wasserstein distances of samples from held-out images: of the training contexts, and of pairs never seen."""
+def _distances(
+    sample: Callable[[str, int], np.ndarray], a: TrainArguments, images: int
+) -> tuple[float, float]:
+    """Mean sliced Wasserstein distances of samples from held-out images: of the training contexts,
+    and of pairs never seen.
+    """
     real, _ = Quad(a.resolution, 3, a.variant).held_out_images(images, a.data_seed)
     found = {name: sliced_wasserstein(x, sample(name, len(x))) for name, x in real.items()}
-    return tuple(float(np.mean([found[name] for name in names])) for names in (quad.TRAIN_CONTEXTS, quad.HELD_OUT))
+    return tuple(
+        float(np.mean([found[name] for name in names]))
+        for names in (quad.TRAIN_CONTEXTS, quad.HELD_OUT)
+    )

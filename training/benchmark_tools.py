@@ -1,8 +1,9 @@
-"""How the benchmarks measure: things take turns in one run, and what counts are the ratios within a round.
+"""How the benchmarks measure: things take turns in one run, and what counts are the ratios within a
+round.
 
-So what slows the machine down for a while slows both sides of a ratio. `alternate` calls functions of this process in turn; `contest` lets
-processes take turns, each of which does nothing else, so that their peak memory can be told and neither profits from what the other sets.
-"""
+So what slows the machine down for a while slows both sides of a ratio. `alternate` calls functions
+of this process in turn; `contest` lets processes take turns, each of which does nothing else, so
+that their peak memory can be told and neither profits from what the other sets."""
 
 import multiprocessing
 import os
@@ -20,8 +21,9 @@ from hf_intervene.training.arguments import fast_bf16
 
 
 class Conditions:
-    """How this process measures: which device models and batches are on, and what a round's seconds are. Those on the wall, or on a machine
-    with other work the processor time of this process; until the device is done with its work, which otherwise goes on beside the host's."""
+    """How this process measures: which device models and batches are on, and what a round's seconds
+    are. Those on the wall, or on a machine with other work the processor time of this process;
+    until the device is done with its work, which otherwise goes on beside the host's."""
 
     cpu_time = False
     device = torch.device("cpu")
@@ -51,7 +53,9 @@ def alternate(functions: Sequence[Callable[[], None]], rounds: int) -> list[list
 
 
 def figure(name: str, values: Sequence[float]) -> dict:
-    """Median and quartiles of a quantity over the rounds; `benchmark.py` knows by its name which way is better."""
+    """Median and quartiles of a quantity over the rounds; `benchmark.py` knows by its name which
+    way is better.
+    """
     low, middle, high = torch.quantile(
         torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double()
     ).tolist()
@@ -73,7 +77,9 @@ class _Over(BaseException):
 
 
 class Turns:
-    """A contestant's side of a contest: it calls `next` before each of its rounds, for as long as that returns."""
+    """A contestant's side of a contest: it calls `next` before each of its rounds, for as long as
+    that returns.
+    """
 
     def __init__(self, connection: Connection):
         self._connection, self._start = connection, Conditions.now()
@@ -100,20 +106,26 @@ class Outcome:
 
 
 def contest(contestants: dict[str, tuple[Callable, tuple]], rounds: int) -> dict[str, Outcome]:
-    """Let contestants do their rounds in turn, each in a process of its own with as many threads as this one, after a round of warm-up.
+    """Let contestants do their rounds in turn, each in a process of its own with as many threads as
+    this one, after a round of warm-up.
 
     Args:
-        contestants: by name a function that pickle finds by its module, called with `Turns` and the arguments.
+        contestants: by name a function that pickle finds by its module, called with `Turns` and the
+            arguments.
         rounds: how many are measured.
     """
     spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     outcomes: dict[str, Outcome] = {name: Outcome() for name in contestants}
     running = {}
     try:
-        for name, (function, arguments) in contestants.items():  # one after the other: each start has the machine to itself
+        for name, (
+            function,
+            arguments,
+        ) in contestants.items():  # one after the other: each start has the machine to itself
             here, there = spawn.Pipe()
             process = spawn.Process(
-                target=_take_part, args=(there, threads, Conditions.cpu_time, Conditions.device, function, arguments)
+                target=_take_part,
+                args=(there, threads, Conditions.cpu_time, Conditions.device, function, arguments),
             )
             process.start()
             there.close()
@@ -144,7 +156,12 @@ def _answer(name: str, connection: Connection) -> float:
 
 
 def _take_part(
-    connection: Connection, threads: int, cpu_time: bool, device: torch.device, function: Callable, arguments: tuple
+    connection: Connection,
+    threads: int,
+    cpu_time: bool,
+    device: torch.device,
+    function: Callable,
+    arguments: tuple,
 ) -> None:
     Conditions.cpu_time, Conditions.device = cpu_time, device
     torch.set_num_threads(threads)
@@ -156,7 +173,9 @@ def _take_part(
 
 
 def repeat(turns: Turns, make: Callable[..., Callable[[], None]], *arguments) -> None:
-    """A contestant whose rounds are calls of the function that `make` makes, with what it makes on the device."""
+    """A contestant whose rounds are calls of the function that `make` makes, with what it makes on
+    the device.
+    """
     with Conditions.device:
         step = make(*arguments)
     step()
@@ -186,12 +205,26 @@ def machine() -> dict:
     """What figures depend on beside the code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        processor = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": processor, "cores": cores, "threads": torch.get_num_threads(), "bf16": fast_bf16()}
+    found = {
+        "processor": processor,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "bf16": fast_bf16(),
+    }
     found["clock"] = "processor" if Conditions.cpu_time else "wall"
     if Conditions.device.type != "cpu":
-        found["device"] = torch.cuda.get_device_name() if Conditions.device.type == "cuda" else Conditions.device.type
-    return found | {"instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+        found["device"] = (
+            torch.cuda.get_device_name()
+            if Conditions.device.type == "cuda"
+            else Conditions.device.type
+        )
+    return found | {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }

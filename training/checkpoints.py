@@ -22,19 +22,29 @@ from hf_intervene.training.run_folder import keep_foreign, named_folder, remove
 
 logger = get_logger("hf_intervene.training")
 STATE_FILE = "state.json"
-FILES = ("model", "terms", "ema", "optimizer", "moments", "images")  # a checkpoint may hold, each a file of tensors
+FILES = (
+    "model",
+    "terms",
+    "ema",
+    "optimizer",
+    "moments",
+    "images",
+)  # a checkpoint may hold, each a file of tensors
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike, own: Sequence[str] = ("*",)) -> Iterator[Path]:
-    """Write a folder whole or not at all: the body fills a temporary sibling, which then takes the place of `path`.
+    """Write a folder whole or not at all: the body fills a temporary sibling, which then takes the
+    place of `path`.
 
     Args:
         path: the folder.
-        own: patterns of names of what is written in it; what else there was, of the user's, is kept.
+        own: patterns of names of what is written in it; what else there was, of the user's, is
+            kept.
 
     Raises:
-        OSError: one sentence: the folder cannot be written or the disk is full. What was there before is still there.
+        OSError: one sentence: the folder cannot be written or the disk is full. What was there
+            before is still there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
@@ -59,7 +69,9 @@ def atomic_folder(path: str | os.PathLike, own: Sequence[str] = ("*",)) -> Itera
             remove(previous)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write {path}: {_reason(error)}; earlier checkpoints are untouched.") from error
+        raise OSError(
+            f"cannot write {path}: {_reason(error)}; earlier checkpoints are untouched."
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -67,7 +79,9 @@ def atomic_folder(path: str | os.PathLike, own: Sequence[str] = ("*",)) -> Itera
 
 def _sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk: a machine that loses power keeps it."""
-    with suppress(OSError) if path.is_dir() else nullcontext():  # not every file system can do it for folders
+    with (
+        suppress(OSError) if path.is_dir() else nullcontext()
+    ):  # not every file system can do it for folders
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -79,7 +93,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all.
 
     Raises:
-        OSError: one sentence: it cannot be written or the disk is full. What was there before is still there.
+        OSError: one sentence: it cannot be written or the disk is full. What was there before is
+            still there.
     """
     temporary = path.with_name(f".{path.name}.writing")
     try:
@@ -92,7 +107,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a folder so that what is left of it, if that is interrupted, is not taken for it; as far as it can be removed."""
+    """Remove a folder so that what is left of it, if that is interrupted, is not taken for it; as
+    far as it can be removed.
+    """
     removing = path.with_name(f".{path.name}.removing")
     shutil.rmtree(removing, ignore_errors=True)
     with suppress(OSError):
@@ -101,7 +118,9 @@ def remove_whole(path: Path) -> None:
 
 
 def keep_history(path: Path, step: int) -> None:
-    """Remove from a history, a JSON object a line, the rows after a step: those that a resumed run writes again, and a torn last line."""
+    """Remove from a history, a JSON object a line, the rows after a step: those that a resumed run
+    writes again, and a torn last line.
+    """
     if not path.exists():
         return
     rows = []
@@ -127,7 +146,10 @@ def check_writable(folder: str | os.PathLike) -> None:
         with TemporaryFile(dir=folder):  # without a name, where the system has such files
             pass
     except OSError as error:
-        raise OSError(f"the output folder {folder} cannot be written ({_reason(error)}): choose another output_dir.") from error
+        raise OSError(
+            f"the output folder {folder} cannot be written ({_reason(error)}): choose another"
+            " output_dir."
+        ) from error
 
 
 def check_empty(folder: str | os.PathLike) -> None:
@@ -138,7 +160,9 @@ def check_empty(folder: str | os.PathLike) -> None:
     """
     check_writable(folder)
     if any(Path(folder).iterdir()):
-        raise ValueError(f"{folder} already holds something: choose another folder with --output, or remove it.")
+        raise ValueError(
+            f"{folder} already holds something: choose another folder with --output, or remove it."
+        )
 
 
 def save_checkpoint(
@@ -161,17 +185,26 @@ def save_checkpoint(
     with atomic_folder(path) as temporary:
         for name, values in tensors.items():
             save_file(
-                {key: value.detach().cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors"
+                {key: value.detach().cpu().contiguous() for key, value in values.items()},
+                temporary / f"{name}.safetensors",
             )
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step, "files": sorted(tensors), **state}, indent=1))
+        (temporary / STATE_FILE).write_text(
+            json.dumps({"step": step, "files": sorted(tensors), **state}, indent=1)
+        )
     for old in checkpoints(folder)[:-keep]:
         remove_whole(old)
     return path
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: by their steps, whatever the clock said when they were written."""
-    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal() and (path / STATE_FILE).exists()]
+    """The complete checkpoints of a run, oldest first: by their steps, whatever the clock said when
+    they were written.
+    """
+    found = [
+        path
+        for path in Path(folder).glob("step-*")
+        if path.name[5:].isdecimal() and (path / STATE_FILE).exists()
+    ]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -179,7 +212,8 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     """Tensors and state as given to `save_checkpoint`.
 
     Raises:
-        OSError: one sentence: no checkpoint, truncated or corrupt, or older than what can be resumed.
+        OSError: one sentence: no checkpoint, truncated or corrupt, or older than what can be
+            resumed.
     """
     path = Path(path)
     if not path.is_dir():
@@ -193,16 +227,23 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise broken(path) from error
     if "files" not in state:
-        raise OSError(f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run anew elsewhere.")
+        raise OSError(
+            f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run"
+            " anew elsewhere."
+        )
     return tensors, state
 
 
 def broken(path: Path) -> OSError:
     """The error of a checkpoint that cannot be used."""
-    return OSError(f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one.")
+    return OSError(
+        f"checkpoint {path} is incomplete or corrupt: remove it, or resume from another one."
+    )
 
 
-def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:
+def newest_checkpoint(
+    folder: str | os.PathLike,
+) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict] | None:
     """The newest checkpoint that can be read, passing over broken ones; `None` if there is none."""
     for path in reversed(checkpoints(folder)):
         try:
@@ -213,10 +254,17 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict[str, dict[s
 
 
 def flatten_optimizer(
-    state: Mapping[torch.nn.Parameter, dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]
+    state: Mapping[torch.nn.Parameter, dict[str, torch.Tensor]],
+    parameters: list[torch.nn.Parameter],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an optimiser's state, by `number of the parameter.entry`, whatever groups the parameters are in."""
-    return {f"{i}.{key}": value for i, p in enumerate(parameters) for key, value in state.get(p, {}).items()}
+    """The tensors of an optimiser's state, by `number of the parameter.entry`, whatever groups the
+    parameters are in.
+    """
+    return {
+        f"{i}.{key}": value
+        for i, p in enumerate(parameters)
+        for key, value in state.get(p, {}).items()
+    }
 
 
 def restore_optimizer(
@@ -225,10 +273,16 @@ def restore_optimizer(
     tensors: dict[str, torch.Tensor],
     placed: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor],
 ) -> None:
-    """Inverse of `flatten_optimizer`; `placed` brings a tensor to where the state of a parameter is."""
+    """Inverse of `flatten_optimizer`; `placed` brings a tensor to where the state of a parameter
+    is.
+    """
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
-        if value.ndim and value.shape != parameter.shape:  # it would fail in the middle of a step, or not at all
-            raise RuntimeError(f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)}")
+        if (
+            value.ndim and value.shape != parameter.shape
+        ):  # it would fail in the middle of a step, or not at all
+            raise RuntimeError(
+                f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)}"
+            )
         optimizer.state[parameter][key] = placed(value, parameter)

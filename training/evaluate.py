@@ -1,13 +1,13 @@
-"""Evaluate a trained model on held-out real images of every context (METHOD section 5; arXiv:2507.04754).
+"""Evaluate a trained model on held-out real images of every context (METHOD section 5;
+arXiv:2507.04754).
 
     python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
 
-First comes what people see: whether every concept that was asked for is there, by a detector; whether a
-network tells real from generated images; what edits do, and by which route. Then come the sliced
-2-Wasserstein distance, with floor, ratio and interval, and the negative ELBO in bits per pixel. Writes
-`metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`, `torchrun`), these
-share out the contexts; the result is the same.
-"""
+First comes what people see: whether every concept that was asked for is there, by a detector;
+whether a network tells real from generated images; what edits do, and by which route. Then come the
+sliced 2-Wasserstein distance, with floor, ratio and interval, and the negative ELBO in bits per
+pixel. Writes `metrics.json` and `metrics.md`. Started as several processes (`accelerate launch`,
+`torchrun`), these share out the contexts; the result is the same."""  # noqa: E501
 
 import argparse
 import json
@@ -33,11 +33,23 @@ from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.metrics import context_leakage, mean_interval
 from hf_intervene.metrics.detector import Detector
 from hf_intervene.metrics.leakage import FOLDS, check_installed
-from hf_intervene.metrics.transport import PROTOCOLS, compare_projected, directions, project, sliced_w2, times_floor
+from hf_intervene.metrics.transport import (
+    PROTOCOLS,
+    compare_projected,
+    directions,
+    project,
+    sliced_w2,
+    times_floor,
+)
 from hf_intervene.model import InterventionModel
 from hf_intervene.options import READING, add_reading_options, seed, whole_number
 from hf_intervene.plots import floor_chart, save
-from hf_intervene.training.arguments import RecipeParser, TrainArguments, check_reading, earlier_defaults
+from hf_intervene.training.arguments import (
+    RecipeParser,
+    TrainArguments,
+    check_reading,
+    earlier_defaults,
+)
 from hf_intervene.training.checkpoints import check_writable, write_whole
 from hf_intervene.training.distributed import process_state
 from hf_intervene.training.evaluate_content import (
@@ -58,7 +70,9 @@ from hf_intervene.training.validation import loss_units
 
 logger = get_logger("hf_intervene.training")
 
-FEW_IMAGES = 100  # a side of a context: the floor of quad, 32x32, is 0.1 there; a base without a head has 0.15 over many
+# a side of a context: the floor of quad, 32x32, is 0.1 there; a base without a head has 0.15 over
+# many
+FEW_IMAGES = 100
 
 
 @torch.no_grad()
@@ -77,42 +91,48 @@ def evaluate(
     twins: Mapping[str, np.ndarray] | None = None,
     quad_variant: str | None = None,
 ) -> dict:
-    """Measure a model on held-out images. Several processes call this together, with the same arguments, and get the same result.
+    """Measure a model on held-out images. Several processes call this together, with the same
+    arguments, and get the same result.
 
     Args:
         model: the model.
-        real: held-out uint8 images (n, H, W, C) of each context, by canonical name; several concepts in a name make it a composition.
+        real: held-out uint8 images (n, H, W, C) of each context, by canonical name; several
+            concepts in a name make it a composition.
         other_real: as many further ones, for the floor.
         protocols: see `hf_intervene.metrics.transport`.
         num_projections: random directions of the distance.
         seed: of noise, directions and resampling.
         batch_size: images at once; `None`: the model's `images_at_once`.
-        edits: whether to measure edits too: the real observational images, edited to each other context.
+        edits: whether to measure edits too: the real observational images, edited to each other
+            context.
         num_inference_steps: of a denoiser.
         detector: of the concepts, for their presence; `None`: no presence.
-        tests: whether to ask a network to tell real from generated images (about 15 seconds a context).
-        twins: the same individuals in every context, for the error of edits (of a denoiser with `edits` only).
+        tests: whether to ask a network to tell real from generated images (about 15 seconds a
+            context).
+        twins: the same individuals in every context, for the error of edits (of a denoiser with
+            `edits` only).
         quad_variant: of images of quad, the variant, for the measures of its factors.
 
     Returns:
-        `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector only.
-        `contexts`, for each context:
-            `kind`: `"concept"` or `"composition"`; `images`: how many.
-            `bits_per_pixel` with its interval; of a denoiser, which has no likelihood, `denoising_loss`:
-            squared error and KL per entry of what it denoises.
-            For each protocol a `TransportResult`.
-            `alternatives`: the distances of observational images (`nothing`) and, of a composition, of the
-            nearest single context (`single`).
+        `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector
+        only. `contexts`, for each context:
+            `kind`: `"concept"` or `"composition"`; `images`: how many. `bits_per_pixel` with its
+            interval; of a denoiser, which has no likelihood, `denoising_loss`: squared error and KL
+            per entry of what it denoises. For each protocol a `TransportResult`.
+            `alternatives`: the distances of observational images (`nothing`) and, of a composition,
+            of the nearest single context (`single`).
             `presence`, `correlations`, `two_sample`, `kernel_distance`, `factors`, `routes`: see
             `measure_content`. `counterfactual`, with twins: see `measure_counterfactuals`.
-            `reconstruction`: the `distance` of reconstructions of the further images from the real ones, by
-            draws of their posteriors (of a denoiser with `edits` only).
-            `edit`, with `edits`: their `distance`, beside that of images left as they are (`unedited`), and,
-            with a detector, the share in which all wanted concepts are found (`presence`).
+            `reconstruction`: the `distance` of reconstructions of the further images from the real
+            ones, by draws of their posteriors (of a denoiser with `edits` only).
+            `edit`, with `edits`: their `distance`, beside that of images left as they are
+            (`unedited`), and, with a detector, the share in which all wanted concepts are found
+            (`presence`).
         `means`: the same averaged over each kind.
-        `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in dB.
-        `leakage`: how well the context can be told from the residual noise, for a model that has it (of a denoiser with `edits` only: it
-        takes longer than all the rest).
+        `reconstruction_psnr`: with `edits`, of observational images that are edited to nothing, in
+            dB.
+        `leakage`: how well the context can be told from the residual noise, for a model that has it
+        (of a denoiser with `edits` only: it takes longer than all the rest).
     """
     model.eval()
     leaks = model.base.residual_shape is not None and (edits or not model.base.denoises)
@@ -125,12 +145,16 @@ def evaluate(
         x = model.preprocess(real[OBS])
         abducted = model.abduct(x, model.targets(OBS, len(x)), None, batch_size, **steps)
     process = process_state()
-    for name in tqdm(list(real)[process.process_index :: process.num_processes], desc="evaluating", disable=None):
+    for name in tqdm(
+        list(real)[process.process_index :: process.num_processes], desc="evaluating", disable=None
+    ):
         images = real[name]
         # Of each context its own, so that it does not matter which contexts are measured before.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + list(real).index(name))
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
-        generated = model.sample(name, noise=noise, generator=generator, batch_size=batch_size, **steps)
+        generated = model.sample(
+            name, noise=noise, generator=generator, batch_size=batch_size, **steps
+        )
         generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
         axes = directions(generated[0].size, num_projections, seed)
         others = other_real[name]
@@ -142,7 +166,10 @@ def evaluate(
             "images": len(images),
             _loss_name(model): loss,
             f"{_loss_name(model)}_interval": interval,
-        } | {protocol: compare_projected(*projected, protocol, seed=seed).to_dict() for protocol in protocols}
+        } | {
+            protocol: compare_projected(*projected, protocol, seed=seed).to_dict()
+            for protocol in protocols
+        }
         if OBS in real and name != OBS:
             contexts[name]["alternatives"] = _alternatives(
                 name, projected[0], real, model.concepts, axes
@@ -173,11 +200,19 @@ def evaluate(
             contexts[name]["edit"] = edit
         if leaks and contexts[name]["kind"] == "concept":
             x = model.preprocess(images)
-            residuals[name] = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1].cpu().numpy()
+            residuals[name] = (
+                model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1]
+                .cpu()
+                .numpy()
+            )
         if not model.base.denoises or edits:
             others = model.preprocess(others[: len(images)])
-            noise, residual = model.abduct(others, model.targets(name, len(others)), generator, batch_size, **steps)
-            returned = project(model.predict(noise, residual, name, "np", batch_size, **steps), axes)
+            noise, residual = model.abduct(
+                others, model.targets(name, len(others)), generator, batch_size, **steps
+            )
+            returned = project(
+                model.predict(noise, residual, name, "np", batch_size, **steps), axes
+            )
             contexts[name]["reconstruction"] = {"distance": sliced_w2(projected[0], returned)}
     contexts, residuals = (_of_all_processes(own, real) for own in (contexts, residuals))
     metrics = {}
@@ -194,10 +229,14 @@ def evaluate(
     metrics |= {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
         returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
-        metrics["reconstruction_psnr"] = float(-10 * np.log10(np.square(returned - real[OBS] / 255).mean()))
+        metrics["reconstruction_psnr"] = float(
+            -10 * np.log10(np.square(returned - real[OBS] / 255).mean())
+        )
     if residuals and min(map(len, residuals.values())) >= FOLDS:
         labels = np.repeat(list(residuals), [len(rho) for rho in residuals.values()])
-        metrics["leakage"] = context_leakage(np.concatenate(list(residuals.values())), labels, seed).to_dict()
+        metrics["leakage"] = context_leakage(
+            np.concatenate(list(residuals.values())), labels, seed
+        ).to_dict()
     return metrics
 
 
@@ -208,7 +247,9 @@ def _alternatives(
     concepts: Sequence[str],
     axes: np.ndarray,
 ) -> dict:
-    """Distances of what one could pass off as a context: observational images, or the nearest single context."""
+    """Distances of what one could pass off as a context: observational images, or the nearest
+    single context.
+    """
     found = {"nothing": sliced_w2(projected, project(real[OBS], axes))}
     singles = {
         one: sliced_w2(projected, project(real[one], axes))
@@ -231,11 +272,16 @@ def _loss_name(model: InterventionModel) -> str:
     return "denoising_loss" if model.base.denoises else "bits_per_pixel"
 
 
-def _negative_elbo(model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None) -> np.ndarray:
+def _negative_elbo(
+    model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None
+) -> np.ndarray:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
     nats = []
     for batch in pixel_values.split(batch_size or model.images_at_once):
-        noise = {key: value.to(model.device) for key, value in model.posterior_draws(len(batch), generator).items()}
+        noise = {
+            key: value.to(model.device)
+            for key, value in model.posterior_draws(len(batch), generator).items()
+        }
         x = batch.to(model.device).float() / 255
         output = model(x, model.targets(context, len(batch)), **noise)
         nats.append((output.reconstruction_loss + output.kl + output.residual_kl).double().cpu())
@@ -274,7 +320,8 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
                 for key in ("distance", "floor", "mean_shift", "mean_shift_floor")
             }
             distance, floor = mean["distance"], mean["floor"]
-            # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
+            # Contexts are drawn independently: the variance of their mean is the sum of theirs over
+            # the square of their number.
             margins = [(row[protocol]["interval"][1] - row[protocol]["distance"]) for row in rows]
             margin = float(np.sqrt(np.sum(np.square(margins))) / len(rows))
             means[kind][protocol] = mean | {"interval": (distance - margin, distance + margin)}
@@ -312,13 +359,14 @@ def held_out_images(
 
     quad, ident3d: fresh draws, held-out pairs included. mnist: so too, of test digits, each at most
     once in a context. avatars: two halves of the held-out persons, the same persons in every
-    context of a half, in the same order. Own data: each context's
-    images in two halves (at most `images` each), of those only that training held out, by the fraction, seed and way of its `split`; `None`:
-    all, of data that training did not see. Images whose fingerprints are among those of `trained` are left out
-    in any case.
+    context of a half, in the same order. Own data: each context's images in two halves (at most
+    `images` each), of those only that training held out, by the fraction, seed and way of its
+    `split`; `None`: all, of data that training did not see. Images whose fingerprints are among
+    those of `trained` are left out in any case.
 
-    Warns of own data with few images of a context, and of images that are left out: those trained on, and those of concepts that the
-    model does not have. `reading`: how own data are read, arguments of `load_contexts`.
+    Warns of own data with few images of a context, and of images that are left out: those trained
+    on, and those of concepts that the model does not have. `reading`: how own data are read,
+    arguments of `load_contexts`.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
@@ -328,23 +376,32 @@ def held_out_images(
         if process_state().num_processes > 1:
             return held_out_on_demand(simulated, images, seed)
         return simulated.held_out_images(images, seed)
-    # The model's concepts, as in training: the split depends on the order of the contexts, and it may know but some of the data's.
-    data = ContextImages.from_dataset(load_contexts(dataset, **reading or {}), concepts, resolution, channels)
+    # The model's concepts, as in training: the split depends on the order of the contexts, and it
+    # may know but some of the data's.
+    data = ContextImages.from_dataset(
+        load_contexts(dataset, **reading or {}), concepts, resolution, channels
+    )
     data = _unseen(data if split is None else data.split(*split)[1], trained or {})
     by_context = data.by_context()
     few = [name for name, a in by_context.items() if len(a) < 2]
     if few:
-        raise ValueError(f"two held-out images of {', '.join(few)} are needed at least: hold out more (validation_fraction).")
+        raise ValueError(
+            f"two held-out images of {', '.join(few)} are needed at least: hold out more"
+            " (validation_fraction)."
+        )
     smallest = min(by_context, key=lambda name: len(by_context[name]))
     side = min(len(by_context[smallest]) // 2, images)
     if side < FEW_IMAGES and process_state().is_main_process:
         logger.warning(
-            "%d held-out images of %s a side: the floor of so few hides most of what models differ in; use more (--images), or hold out more "
-            "(validation_fraction).",
+            "%d held-out images of %s a side: the floor of so few hides most of what models differ"
+            " in; use more (--images), or hold out more (validation_fraction).",
             side,
             smallest,
         )
-    return tuple({name: a[k::2][: min(images, len(a) // 2)] for name, a in by_context.items()} for k in (0, 1))
+    return tuple(
+        {name: a[k::2][: min(images, len(a) // 2)] for name, a in by_context.items()}
+        for k in (0, 1)
+    )
 
 
 def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> ContextImages:
@@ -354,9 +411,14 @@ def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> Context
     unseen = ~torch.isin(data.fingerprints(), torch.cat(list(trained.values())))
     if bool(unseen.all()):
         return data
-    names = [name for number, name in enumerate(data.contexts) if bool((~unseen & (data.context_ids == number)).any())]
+    names = [
+        name
+        for number, name in enumerate(data.contexts)
+        if bool((~unseen & (data.context_ids == number)).any())
+    ]
     logger.warning(
-        "%d images of %s were trained on and are left out: the data or their split are not those of training time.",
+        "%d images of %s were trained on and are left out: the data or their split are not those of"
+        " training time.",
         int((~unseen).sum()),
         ", ".join(names),
     )
@@ -364,13 +426,17 @@ def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> Context
 
 
 def training_split(folder: str) -> tuple[float, int, str]:
-    """The fraction, the seed and the way by which the training of a model held images out, as `training_arguments.yaml` beside it says."""
+    """The fraction, the seed and the way by which the training of a model held images out, as
+    `training_arguments.yaml` beside it says.
+    """
     saved = _trained_with(folder)
     return tuple(saved[name] for name in ("validation_fraction", "data_seed", "split_by"))
 
 
 def _trained_with(folder: str) -> dict:
-    """The settings of the run that a model is of, as far as they are beside it; otherwise the defaults."""
+    """The settings of the run that a model is of, as far as they are beside it; otherwise the
+    defaults.
+    """
     saved = read_settings(folder)
     if saved:
         saved = earlier_defaults(saved.get("settings_version", 0), folder) | saved
@@ -378,10 +444,12 @@ def _trained_with(folder: str) -> dict:
 
 
 def reading_of(arguments: argparse.Namespace) -> tuple[dict[str, str], bool]:
-    """How own data are to be read: as options say, and otherwise as in training; and whether they are another split than the
-    training's."""
+    """How own data are to be read: as options say, and otherwise as in training; and whether they
+    are another split than the training's."""
     trained = {name: _trained_with(arguments.model)[name] for name in READING}
-    given = {name: getattr(arguments, name) for name in READING if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in READING if getattr(arguments, name) is not None
+    }
     if arguments.dataset in SIMULATED:
         check_reading(arguments.dataset, given)
         return {}, False
@@ -402,8 +470,13 @@ def versions() -> dict[str, str]:
 
 
 def write(metrics: dict, folder: str | Path) -> None:
-    """Write `metrics.json`, `metrics.md` and, of distances and their floors, `floors.png`, each whole or not at all."""
-    for name, text in (("metrics.json", json.dumps(metrics, indent=1)), ("metrics.md", table(metrics))):
+    """Write `metrics.json`, `metrics.md` and, of distances and their floors, `floors.png`, each
+    whole or not at all.
+    """
+    for name, text in (
+        ("metrics.json", json.dumps(metrics, indent=1)),
+        ("metrics.md", table(metrics)),
+    ):
         write_whole(Path(folder, name), text)
     save(floor_chart(metrics), Path(folder, FLOORS_FILE))
 
@@ -412,31 +485,57 @@ def make_parser() -> argparse.ArgumentParser:
     examples = """examples:
   python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
   hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
-  hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""
+  hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""  # noqa: E501
     options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = RecipeParser(description=__doc__.splitlines()[0], **options)
     parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
-    parser.add_argument("--output", required=True, help="folder for metrics.json, metrics.md and floors.png")
+    parser.add_argument(
+        "--output", required=True, help="folder for metrics.json, metrics.md and floors.png"
+    )
     parser.add_argument(
         "--dataset",
         default="quad",
         help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
     )
     add_reading_options(parser, "as in training")
-    parser.add_argument("--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d")
-    parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name, as in training")
-    parser.add_argument("--all", action="store_true", help="own data: use all images, where training did not see them; so with another split")
-    parser.add_argument("--images", type=whole_number(1), default=1280, help="images a side, of each context (default 1280)")
+    parser.add_argument(
+        "--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d"
+    )
+    parser.add_argument(
+        "--mnist-digits",
+        default=BUNDLED,
+        help="mnist: bundled, a folder, or a Hub name, as in training",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="own data: use all images, where training did not see them; so with another split",
+    )
+    parser.add_argument(
+        "--images",
+        type=whole_number(1),
+        default=1280,
+        help="images a side, of each context (default 1280)",
+    )
     parser.add_argument("--projections", type=whole_number(1), default=500)
-    parser.add_argument("--num-inference-steps", type=whole_number(1, 10**6), default=50, help="of a denoiser (default 50)")
+    parser.add_argument(
+        "--num-inference-steps",
+        type=whole_number(1, 10**6),
+        default=50,
+        help="of a denoiser (default 50)",
+    )
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
-    parser.add_argument("--edits", action="store_true", help="measure edits of observational images too")
+    parser.add_argument(
+        "--edits", action="store_true", help="measure edits of observational images too"
+    )
     parser.add_argument(
         "--detector-images",
         type=whole_number(0),
         default=DETECTOR_IMAGES,
-        help="training images of each context, at most, for the detector of concepts "
-        f"(default {DETECTOR_IMAGES}); 0: no presence",
+        help=(
+            "training images of each context, at most, for the detector of concepts "
+            f"(default {DETECTOR_IMAGES}); 0: no presence"
+        ),
     )
     parser.add_argument(
         "--no-tests",
@@ -451,7 +550,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=seed, default=0, help="of held-out images, detector, noise and directions"
     )
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, for machines")
+    parser.add_argument(
+        "--json", action="store_true", help="print the metrics as JSON, for machines"
+    )
     return parser
 
 
@@ -495,12 +596,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "edits": arguments.edits,
         "num_inference_steps": arguments.num_inference_steps,
     }
-    metrics = evaluate(model, real, other_real, protocols, arguments.projections, arguments.seed, **options)
+    metrics = evaluate(
+        model, real, other_real, protocols, arguments.projections, arguments.seed, **options
+    )
     if not process.is_main_process:
         return 0
     if arguments.edits and arguments.dataset == "quad":
-        options = {"images": min(256, arguments.images), "num_inference_steps": arguments.num_inference_steps}
-        metrics["factor_effects"] = factor_effects(model, arguments.variant, height, arguments.seed, **options)
+        options = {
+            "images": min(256, arguments.images),
+            "num_inference_steps": arguments.num_inference_steps,
+        }
+        metrics["factor_effects"] = factor_effects(
+            model, arguments.variant, height, arguments.seed, **options
+        )
     metrics["settings"] = vars(arguments)
     metrics["versions"] = versions()
     # Before writing: what a full disk cannot take is at least on the screen.

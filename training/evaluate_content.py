@@ -48,10 +48,10 @@ def measure_content(
     """What `evaluate` says of the content of the samples of one context; arguments as there.
 
     Returns:
-        With a detector `presence` (see `measure_presence`) and `correlations`, the `error` of those between
-        the concepts and its `floor`; with `tests` what `measure_tests` returns; with `quad_variant`
-        `factors` (see `measure_factors`); of a single concept of a model with a head, but no denoiser,
-        `routes` (see `measure_routes`).
+        With a detector `presence` (see `measure_presence`) and `correlations`, the `error` of those
+        between the concepts and its `floor`; with `tests` what `measure_tests` returns; with
+        `quad_variant` `factors` (see `measure_factors`); of a single concept of a model with a
+        head, but no denoiser, `routes` (see `measure_routes`).
     """
     found = {}
     if detector is not None:

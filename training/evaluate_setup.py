@@ -1,4 +1,6 @@
-"""What evaluate.py needs before it measures the content of images: a detector of concepts, and twins."""
+"""What evaluate.py needs before it measures the content of images: a detector of concepts, and
+twins.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +12,8 @@ from hf_intervene.training.arguments import TrainArguments
 from hf_intervene.training.simulated import SIMULATED
 
 
-# Of each context, unless said otherwise: by default the images of the training, which may be in a cache.
+# Of each context, unless said otherwise: by default the images of the training, which may be in a
+# cache.
 DETECTOR_IMAGES, TWIN_IMAGES = TrainArguments.images_per_context, 256
 
 
@@ -68,7 +71,8 @@ def content_options(
             unknown = [name for name in concepts if name not in simulated.concepts]
             if unknown:
                 raise ValueError(
-                    f"{dataset} has no concept {unknown[0]!r}; it has {', '.join(simulated.concepts)}."
+                    f"{dataset} has no concept {unknown[0]!r}; it has"
+                    f" {', '.join(simulated.concepts)}."
                 )
             columns = [simulated.concepts.index(name) for name in concepts]  # in the model's order
             detector = train_detector(images, labels[:, columns], concepts, seed)

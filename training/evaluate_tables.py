@@ -25,10 +25,12 @@ def table(metrics: Mapping) -> str:
     if "leakage" in metrics:
         leakage = metrics["leakage"]
         lines += [
-            "Leakage: the context is told from the residual noise with a balanced accuracy of "
-            f"{leakage['accuracy']:.3f} "
-            f"[{leakage['interval'][0]:.3f}, {leakage['interval'][1]:.3f}]; without leakage it "
-            f"would be {leakage['chance']:.3f}.",
+            (
+                "Leakage: the context is told from the residual noise with a balanced accuracy of "
+                f"{leakage['accuracy']:.3f} "
+                f"[{leakage['interval'][0]:.3f}, {leakage['interval'][1]:.3f}]; without leakage it "
+                f"would be {leakage['chance']:.3f}."
+            ),
             "",
         ]
     return "\n".join(lines)
@@ -43,8 +45,10 @@ def presence_table(metrics: Mapping) -> list[str]:
     if metrics["verdicts"]:
         lines += [*(f"- {name}: {words}" for name, words in metrics["verdicts"].items()), ""]
     lines += [
-        "| context | all asked for [95 %] | real | nothing else | real | unwanted | real | over "
-        "product [95 %] | real | obs | single |",
+        (
+            "| context | all asked for [95 %] | real | nothing else | real | unwanted | real | over"
+            " product [95 %] | real | obs | single |"
+        ),
         "| --- " * 11 + "|",
     ]
     for name, row in metrics["contexts"].items():
@@ -80,11 +84,13 @@ def presence_table(metrics: Mapping) -> list[str]:
             )
     lines += [
         "",
-        "Shares of images, by a detector of concepts. real: the same of real images of the "
-        "context, the floor. over product: the share with "
-        "all that was asked for over the product of the single rates; 1 is perfect composition of "
-        "independent concepts. obs and single: "
-        "observational images, or those of the better single context, passed off as the context.",
+        (
+            "Shares of images, by a detector of concepts. real: the same of real images of the"
+            " context, the floor. over product: the share with all that was asked for over the"
+            " product of the single rates; 1 is perfect composition of independent concepts. obs"
+            " and single: observational images, or those of the better single context, passed off"
+            " as the context."
+        ),
         "",
     ]
     return lines + detector_table(metrics["detector"])
@@ -108,10 +114,11 @@ def detector_table(detector: Mapping) -> list[str]:
     lines += ["", *(f"No presence of {name}: {why}" for name, why in detector["unusable"].items())]
     if detector["kind"] == "contexts":
         lines += [
-            "The detector knows contexts, not attributes: it says whether an image looks like "
-            "those of the concept's context rather than "
-            "observational ones. Observational images that have the concept already count as its "
-            "errors.",
+            (
+                "The detector knows contexts, not attributes: it says whether an image looks like"
+                " those of the concept's context rather than observational ones. Observational"
+                " images that have the concept already count as its errors."
+            ),
         ]
     return [*lines, ""]
 
@@ -145,10 +152,12 @@ def test_table(metrics: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        "accuracy: of a small convolutional network that tells real from generated images, on "
-        "held-out ones; 0.5 is chance, floor: between two "
-        "sets of real images. kernel distance: KID in the features of the detector of concepts; "
-        "floor likewise, obs: of observational images.",
+        (
+            "accuracy: of a small convolutional network that tells real from generated images, on"
+            " held-out ones; 0.5 is chance, floor: between two sets of real images. kernel"
+            " distance: KID in the features of the detector of concepts; floor likewise, obs: of"
+            " observational images."
+        ),
         "",
     ]
 
@@ -164,8 +173,10 @@ def counterfactual_table(metrics: Mapping) -> list[str]:
         return []
     lines = ["## Edits against their true answers", ""]
     lines += [
-        "| context | edited [95 %] | unedited | another's change | reconstruction | edited / unedited [95 %] | "
-        "outside | best |",
+        (
+            "| context | edited [95 %] | unedited | another's change | reconstruction | edited /"
+            " unedited [95 %] | outside | best |"
+        ),
         "| --- " * 8 + "|",
     ]
     for name, error in rows:
@@ -181,12 +192,14 @@ def counterfactual_table(metrics: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        "Observational images edited to each context: root mean square distance to the true "
-        "answer; unedited: of the image as it is; another's change: of the image with what the true answer of "
-        "another one changes, since nobody can know which glasses were drawn; "
-        "reconstruction: of the model's own reconstruction of the true answer. outside: share of "
-        "the change on pixels that the true answer "
-        "leaves alone; best: the same of the change between the two reconstructions.",
+        (
+            "Observational images edited to each context: root mean square distance to the true"
+            " answer; unedited: of the image as it is; another's change: of the image with what the"
+            " true answer of another one changes, since nobody can know which glasses were drawn;"
+            " reconstruction: of the model's own reconstruction of the true answer. outside: share"
+            " of the change on pixels that the true answer leaves alone; best: the same of the"
+            " change between the two reconstructions."
+        ),
         "",
     ]
 
@@ -198,8 +211,10 @@ def route_table(metrics: Mapping) -> list[str]:
         return []
     lines = ["## Routes", ""]
     lines += [
-        "| concept | change [95 %] | own noise | cut edges | found: obs / whole / own / edges | "
-        "outside |",
+        (
+            "| concept | change [95 %] | own noise | cut edges | found: obs / whole / own / edges |"
+            " outside |"
+        ),
         "| --- " * 6 + "|",
     ]
     for name, found in rows:
@@ -215,10 +230,12 @@ def route_table(metrics: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        "Mean absolute change of samples by the intervention; what its own noise alone (A_int, "
-        "edges kept) and its cut edges alone (A_obs) make "
-        "of it. found: share in which the detector finds the concept. outside: share of the "
-        "change of the detector's probabilities that falls on other concepts.",
+        (
+            "Mean absolute change of samples by the intervention; what its own noise alone (A_int, "
+            "edges kept) and its cut edges alone (A_obs) make "
+            "of it. found: share in which the detector finds the concept. outside: share of the "
+            "change of the detector's probabilities that falls on other concepts."
+        ),
         "",
     ]
 
@@ -252,10 +269,11 @@ def factor_match_table(metrics: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        "slope: of the correlations of factors on those in real images, 1 is right; shapes: total "
-        "variation distance of their shares; size: "
-        "Wasserstein-1 distance of u; told apart: accuracy of boosted trees on the factors. "
-        "Intervals are in metrics.json.",
+        (
+            "slope: of the correlations of factors on those in real images, 1 is right; shapes:"
+            " total variation distance of their shares; size: Wasserstein-1 distance of u; told"
+            " apart: accuracy of boosted trees on the factors. Intervals are in metrics.json."
+        ),
         "",
     ]
 
@@ -292,8 +310,10 @@ def distance_table(metrics: Mapping) -> list[str]:
         if any(row[protocol]["ratio"] is None for _, row in rows):
             lines += [
                 "",
-                f"No ratio to the floor below {MIN_IMAGES} distinct images a side: the floor is "
-                "so high there that the ratio is near 1 whatever was generated.",
+                (
+                    f"No ratio to the floor below {MIN_IMAGES} distinct images a side: the floor is"
+                    " so high there that the ratio is near 1 whatever was generated."
+                ),
             ]
         shifts = [
             f"{mean[protocol]['mean_shift']:.3f} ({kind}; floor "
@@ -311,9 +331,11 @@ def distance_table(metrics: Mapping) -> list[str]:
     ]
     if returned:
         lines += [
-            f"Reconstructions of other real images are at {', '.join(returned)}, under the "
-            "independent protocol: what they are above the floor "
-            "is the decoder's; what samples are above them, if anything, the prior's.",
+            (
+                f"Reconstructions of other real images are at {', '.join(returned)}, under the "
+                "independent protocol: what they are above the floor "
+                "is the decoder's; what samples are above them, if anything, the prior's."
+            ),
             "",
         ]
     return lines
@@ -334,8 +356,10 @@ def edit_table(metrics: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB "
-        "when nothing is changed.",
+        (
+            f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB"
+            " when nothing is changed."
+        ),
         "",
     ]
 
@@ -360,14 +384,14 @@ def factor_table(effects: Mapping) -> list[str]:
     return [
         *lines,
         "",
-        "Changes are between an image as the model returns it and the same edited. moved: change "
-        "over true change of the intervened "
-        "factors (1 is right); leak: mean change of the factors that truth leaves as they are "
-        "(floor: the reader's own error). "
-        "lost: how far returned images are from real ones; read error: of what is read off real "
-        "images. "
-        "Counted are the factors that the model returns: "
-        f"{', '.join(effects['visible']) or 'none'}.",
+        (
+            "Changes are between an image as the model returns it and the same edited. moved:"
+            " change over true change of the intervened factors (1 is right); leak: mean change of"
+            " the factors that truth leaves as they are (floor: the reader's own error). lost: how"
+            " far returned images are from real ones; read error: of what is read off real images."
+            " Counted are the factors that the model returns:"
+            f" {', '.join(effects['visible']) or 'none'}."
+        ),
         "",
     ]
 

@@ -2,9 +2,9 @@
 
     schedule --indices--> uint8 rows of the images --pinned copy--> device --/ 255--> pixel_values
 
-No Python runs per sample, and nothing waits for the device. Images that fit into the device's memory are put there once. Where they come
-from the host's memory or from a file, the next batch is fetched while the device works on this one.
-"""
+No Python runs per sample, and nothing waits for the device. Images that fit into the device's
+memory are put there once. Where they come from the host's memory or from a file, the next batch is
+fetched while the device works on this one."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +22,9 @@ from hf_intervene.training.validation import step_generator, to_unit
 
 
 RESIDENT_SHARE = 0.5  # of the device's free memory that images may take
-DELAY = 2  # steps after which an adaptive schedule hears of losses: so long the device may be behind
+DELAY = (
+    2  # steps after which an adaptive schedule hears of losses: so long the device may be behind
+)
 
 
 @dataclass
@@ -44,13 +46,17 @@ class Batch:
 
 
 def resident(size: int, device: torch.device) -> bool:
-    """Whether images of so many bytes are to be kept on a device: those on the host are there already."""
+    """Whether images of so many bytes are to be kept on a device: those on the host are there
+    already.
+    """
     if device.type != "cuda":
         return False
     return size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def kept_at_hand(data: ContextImages, validation: ContextImages, device: torch.device) -> tuple[ContextImages, ContextImages]:
+def kept_at_hand(
+    data: ContextImages, validation: ContextImages, device: torch.device
+) -> tuple[ContextImages, ContextImages]:
     """Training and validation images, on the device if it has room for them."""
     together = validation.stored is data.stored
     if not resident(data.stored.nbytes + (0 if together else validation.stored.nbytes), device):
@@ -80,15 +86,32 @@ class Feed:
         arguments: TrainArguments,
         accelerator: Accelerator | PartialState,
     ):
-        self.objective, self.data, self.prepared, self.schedule = objective, data, prepared, schedule
+        self.objective, self.data, self.prepared, self.schedule = (
+            objective,
+            data,
+            prepared,
+            schedule,
+        )
         self.seed, self.batch_size = arguments.seed, arguments.batch_size
-        self.accumulation, self.prompt_dropout = arguments.gradient_accumulation_steps, arguments.prompt_dropout
-        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.accumulation, self.prompt_dropout = (
+            arguments.gradient_accumulation_steps,
+            arguments.prompt_dropout,
+        )
+        self.rank, self.world, self.device = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+        )
         self.micro_batch = self.batch_size // self.world // self.accumulation  # images
-        self.targets = data.targets(objective.model.config.free_blocks).to(self.device)  # (contexts, D)
+        self.targets = data.targets(objective.model.config.free_blocks).to(
+            self.device
+        )  # (contexts, D)
         self.pins = self.device.type == "cuda"
-        self.at_hand = prepared is None and not data.mapped and data.stored.device.type == self.device.type
-        # With the images in the memory of the device there is nothing to fetch ahead; and with losses still to come, nothing that could be.
+        self.at_hand = (
+            prepared is None and not data.mapped and data.stored.device.type == self.device.type
+        )
+        # With the images in the memory of the device there is nothing to fetch ahead; and with
+        # losses still to come, nothing that could be.
         self.pool = None if self.at_hand or schedule.kind == "adaptive" else ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future] | None = None
         self._state: dict | None = None  # of the schedule, before it drew ahead
@@ -108,14 +131,26 @@ class Feed:
         self._ahead = self._state = None
         if self.pool is not None:
             self._state = self.schedule.state_dict()
-            self._ahead = step + 1, self.pool.submit(self._fetch, step + 1, self.schedule.next_batch())
+            self._ahead = (
+                step + 1,
+                self.pool.submit(self._fetch, step + 1, self.schedule.next_batch()),
+            )
         indices = host.pop("indices")
         self._ids = host.pop("ids")
         ids = self._ids.to(self.device, non_blocking=True)
         own = {name: value.to(self.device, non_blocking=True) for name, value in host.items()}
         size, first = self.micro_batch, self.rank * self.micro_batch * self.accumulation
-        parts = [slice(start, start + size) for start in range(first, first + size * self.accumulation, size)]
-        return Batch(indices, ids, self.targets[ids], parts, (self._inputs(own, n) for n in range(self.accumulation)))
+        parts = [
+            slice(start, start + size)
+            for start in range(first, first + size * self.accumulation, size)
+        ]
+        return Batch(
+            indices,
+            ids,
+            self.targets[ids],
+            parts,
+            (self._inputs(own, n) for n in range(self.accumulation)),
+        )
 
     def _fetch(self, step: int, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """What of a batch is on the host, of this process's samples; the contexts of all."""
@@ -127,8 +162,13 @@ class Feed:
         if self.prepared is not None:
             prepared = self.prepared[rows]
             if "prompts" in prepared and self.prompt_dropout:
-                kept = shard(torch.rand(self.batch_size, generator=generator), self.rank, self.world) >= self.prompt_dropout
-                prepared["prompts"] = prepared["prompts"].where(kept, -1)  # the one that the pipeline was recorded with
+                kept = (
+                    shard(torch.rand(self.batch_size, generator=generator), self.rank, self.world)
+                    >= self.prompt_dropout
+                )
+                prepared["prompts"] = prepared["prompts"].where(
+                    kept, -1
+                )  # the one that the pipeline was recorded with
             host |= {f"prepared.{name}": value for name, value in prepared.items()}
         elif self.at_hand:
             host["rows"] = rows
@@ -144,7 +184,9 @@ class Feed:
         return {"pixel_values": to_unit(images)} | part
 
     def learn(self, losses: torch.Tensor) -> None:
-        """Tell the schedule the losses (B,) of the global batch at hand, if it asks for them; it hears of them `DELAY` steps later."""
+        """Tell the schedule the losses (B,) of the global batch at hand, if it asks for them; it
+        hears of them `DELAY` steps later.
+        """
         if self.schedule.kind != "adaptive":
             return
         losses, copied = losses.detach().float(), None
@@ -173,9 +215,17 @@ class Feed:
         self._losses.clear()
         try:
             for ids, values in state.get("losses", []):  # the first checkpoints had none
-                self._losses.append((torch.tensor(ids, dtype=torch.int64), torch.tensor(values, dtype=torch.float32), None))
+                self._losses.append(
+                    (
+                        torch.tensor(ids, dtype=torch.int64),
+                        torch.tensor(values, dtype=torch.float32),
+                        None,
+                    )
+                )
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError("the state of the schedule holds no losses that can be read: it is corrupt.") from error
+            raise ValueError(
+                "the state of the schedule holds no losses that can be read: it is corrupt."
+            ) from error
 
     def close(self) -> None:
         if self.pool is not None:
@@ -184,4 +234,8 @@ class Feed:
 
 def _taken(values: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names begin so, without it, taken out."""
-    return {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): values.pop(name)
+        for name in list(values)
+        if name.startswith(prefix)
+    }

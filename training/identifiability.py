@@ -1,10 +1,11 @@
-"""Simulation study of identifiability: what is recovered when its assumptions hold, and what when one is dropped (METHOD section 6).
+"""Simulation study of identifiability: what is recovered when its assumptions hold, and what when
+one is dropped (METHOD section 6).
 
     python training/identifiability.py --output outputs/identifiability
 
-Every row is a problem of `hf_intervene.metrics.recovery`, solved with several seeds, each of them another graph, decoder and data. A job is a
-minute on one core; a finished one is not run again. Writes `identifiability.json` and `identifiability.md`.
-"""
+Every row is a problem of `hf_intervene.metrics.recovery`, solved with several seeds, each of them
+another graph, decoder and data. A job is a minute on one core; a finished one is not run again.
+Writes `identifiability.json` and `identifiability.md`."""
 
 import argparse
 import json
@@ -23,7 +24,9 @@ from hf_intervene.training.seeds import mean_cell, run_name
 
 
 SAMPLES = 10_000
-ROWS: dict[str, dict] = {f"{n:,} samples a context": {"samples": n} for n in (100, 300, 1000, 3000, SAMPLES)}
+ROWS: dict[str, dict] = {
+    f"{n:,} samples a context": {"samples": n} for n in (100, 300, 1000, 3000, SAMPLES)
+}
 ROWS |= {f"{d} concepts": {"d": d} for d in (3, 12, 20)}
 ROWS |= {
     "concepts of 2 dimensions": {"d": 3, "width": 2},
@@ -35,7 +38,13 @@ ROWS |= {
     "dependent rows": {"broken": "dependent-rows"},
     "a decoder that is not injective": {"broken": "folded"},
 }
-MEASURES = {"mcc": 3, "floor": 3, "angle": 1, "worst_angle": 1, "affected": 3}  # with their decimals
+MEASURES = {
+    "mcc": 3,
+    "floor": 3,
+    "angle": 1,
+    "worst_angle": 1,
+    "affected": 3,
+}  # with their decimals
 
 
 def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
@@ -57,9 +66,15 @@ def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
 
 def table(results: dict[str, list[dict]]) -> str:
     """Mean over seeds +- the half width of its 95 % t-interval, by row."""
-    lines = ["| | MCC | floor | principal angle, mean | largest | correlation of the last concept |", "| --- |" + " --- |" * 5]
+    lines = [
+        "| | MCC | floor | principal angle, mean | largest | correlation of the last concept |",
+        "| --- |" + " --- |" * 5,
+    ]
     for name, rows in results.items():
-        cells = [mean_cell([row[measure] for row in rows], decimals) for measure, decimals in MEASURES.items()]
+        cells = [
+            mean_cell([row[measure] for row in rows], decimals)
+            for measure, decimals in MEASURES.items()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -71,7 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6000, help="of the contrast (default 6000)")
     parser.add_argument("--jobs", type=int, default=1, help="problems side by side, one core each")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"of {', '.join(ROWS)}",
+    )
     arguments = parser.parse_args(argv)
     out = Path(arguments.output)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for seed in range(arguments.seeds)
             for name in arguments.rows
         }
-        results = {name: [jobs[name, seed].result() for seed in range(arguments.seeds)] for name in arguments.rows}
+        results = {
+            name: [jobs[name, seed].result() for seed in range(arguments.seeds)]
+            for name in arguments.rows
+        }
     (out / "identifiability.json").write_text(json.dumps(results, indent=1))
     (out / "identifiability.md").write_text(table(results))
     print(table(results))

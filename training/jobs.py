@@ -1,8 +1,9 @@
-"""Jobs of the recipes that repeat trainings: each in processes of its own, side by side where cores or GPUs allow, done once.
+"""Jobs of the recipes that repeat trainings: each in processes of its own, side by side where cores
+or GPUs allow, done once.
 
-A job is a few command lines of the recipes that end in `folder/metrics/metrics.json`. What it was told is kept beside it, so that the same
-request finds it done, an interrupted one goes on, and another one is not mistaken for it.
-"""
+A job is a few command lines of the recipes that end in `folder/metrics/metrics.json`. What it was
+told is kept beside it, so that the same request finds it done, an interrupted one goes on, and
+another one is not mistaken for it."""
 
 import json
 import os
@@ -49,7 +50,14 @@ def training_commands(folder: Path, train: Sequence[str], evaluate: Sequence[str
     """A run of train.py, which goes on if it was interrupted, and one of evaluate.py."""
     return [
         ("train.py", "--output_dir", str(folder), "--resume", "auto", "--tracker", "none", *train),
-        ("evaluate.py", "--model", str(folder / "model"), "--output", str(folder / "metrics"), *evaluate),
+        (
+            "evaluate.py",
+            "--model",
+            str(folder / "model"),
+            "--output",
+            str(folder / "metrics"),
+            *evaluate,
+        ),
     ]
 
 
@@ -63,7 +71,9 @@ def default_workers() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], None] | None = None) -> dict[Job, str]:
+def run_jobs(
+    jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], None] | None = None
+) -> dict[Job, str]:
     """Run jobs side by side; those that others wait for must stand before them.
 
     Args:
@@ -72,7 +82,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], No
         report: called with every finished job and its metrics.
 
     Returns:
-        The jobs that failed, with a sentence each: the others are not stopped by them, those that wait for them are not tried.
+        The jobs that failed, with a sentence each: the others are not stopped by them, those that
+            wait for them are not tried.
 
     Raises:
         KeyboardInterrupt: when stopped, by Ctrl-C or SIGTERM; what was begun has saved its state.
@@ -97,7 +108,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], No
         if report is not None:
             report(job, job.metrics())
 
-    # First in, first out: what a job waits for has begun before it, so that no worker waits for ever.
+    # First in, first out: what a job waits for has begun before it, so that no worker waits for
+    # ever.
     pool = ThreadPoolExecutor(workers)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -112,7 +124,11 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict], No
     finally:
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, previous)
-    return {job: str(future.exception()) for job, future in futures.items() if future.exception() is not None}
+    return {
+        job: str(future.exception())
+        for job, future in futures.items()
+        if future.exception() is not None
+    }
 
 
 class Processes:
@@ -147,13 +163,19 @@ class Processes:
 def as_told(job: Job, commands: Sequence[Command]) -> str:
     """The command lines as they are kept: the results, and the recipes, may be moved."""
     told = json.dumps(commands, indent=1)
-    for place, name in ((job.folder, "{folder}"), (job.folder.parent, "{parent}"), (HERE, "{recipes}")):
+    for place, name in (
+        (job.folder, "{folder}"),
+        (job.folder.parent, "{parent}"),
+        (HERE, "{recipes}"),
+    ):
         told = told.replace(str(place), name)
     return told
 
 
 def visible_gpus() -> list[str]:
-    """The names of the GPUs that this process may use, as a child's `CUDA_VISIBLE_DEVICES` takes them."""
+    """The names of the GPUs that this process may use, as a child's `CUDA_VISIBLE_DEVICES` takes
+    them.
+    """
     number, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(i) for i in range(number)] if given is None else given.split(",")[:number]
 
@@ -163,7 +185,9 @@ def _run(job: Job, device: str | None, workers: int, processes: Processes) -> No
     told = as_told(job, commands)
     path = job.folder / "job.json"
     if path.exists() and path.read_text() != told:
-        raise ValueError(f"{job.folder} holds a run with other settings: choose another --output, or remove it.")
+        raise ValueError(
+            f"{job.folder} holds a run with other settings: choose another --output, or remove it."
+        )
     if job.metrics() is not None:
         return
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
 """AdamW, and Muon for the matrices of networks that are trained from scratch.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes a step of a matrix orthogonal: with the momentum
-buffer B <- mu B + G of gradients G,
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes a step of a matrix
+orthogonal: with the momentum buffer B <- mu B + G of gradients G,
 
     W <- W - 0.2 sqrt(max(m, n)) lr O,    O ~ U V^T for G + mu B = U S V^T,
 
-O by Newton-Schulz iterations; the factor makes its entries as large as Adam's (Liu et al., arXiv:2502.16982), so that both have
-one learning rate. `torch.optim.Muon` takes matrices alone; here a convolution is the matrix (out, in x kernel).
-"""
+O by Newton-Schulz iterations; the factor makes its entries as large as Adam's (Liu et al.,
+arXiv:2502.16982), so that both have one learning rate. `torch.optim.Muon` takes matrices alone;
+here a convolution is the matrix (out, in x kernel)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -42,20 +42,30 @@ def build_optimizer(
     """
     a = arguments
     if a.optimizer == "muon" and weights.partitioned:
-        raise ValueError("optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP.")
-    muon = a.optimizer == "muon" or (a.optimizer == "auto" and a.base == "light-vae" and not weights.partitioned)
+        raise ValueError(
+            "optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP."
+        )
+    muon = a.optimizer == "muon" or (
+        a.optimizer == "auto" and a.base == "light-vae" and not weights.partitioned
+    )
     matrices = {p for p in parameters if muon and p in of_base and p.ndim > 1}
     rest = [p for p in parameters if p not in matrices]
     rate, base_rate = a.learning_rate, a.base_learning_rate or a.learning_rate
     groups = [g | {"peak": rate} for g in weights.groups([p for p in rest if p not in of_base])]
     groups += [g | {"peak": base_rate} for g in weights.groups([p for p in rest if p in of_base])]
-    # Fused updates skip steps that fp16 had to throw away by themselves; Muon leaves that to the gradient scaler.
-    options: dict[str, Any] = {"weight_decay": a.weight_decay, "fused": not matrices or weights.accelerator.scaler is None}
+    # Fused updates skip steps that fp16 had to throw away by themselves; Muon leaves that to the
+    # gradient scaler.
+    options: dict[str, Any] = {
+        "weight_decay": a.weight_decay,
+        "fused": not matrices or weights.accelerator.scaler is None,
+    }
     if not matrices:
         return torch.optim.AdamW(groups, **options)
     in_turn = [p for p in parameters if p in matrices]  # a set has no order
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
-    return MuonAdamW([*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options)
+    return MuonAdamW(
+        [*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options
+    )
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -63,11 +73,14 @@ class MuonAdamW(torch.optim.AdamW):
 
     Args:
         groups: of parameters; those of Muon have two dimensions or more.
-        dtype: in which steps are made orthogonal. In bfloat16 a rounding error may become one of its size.
+        dtype: in which steps are made orthogonal. In bfloat16 a rounding error may become one of
+            its size.
         **options: of AdamW. Weight decay acts on both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any):
+    def __init__(
+        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any
+    ):
         self.dtype = dtype
         super().__init__([{"muon": False} | group for group in groups], **options)
 
@@ -100,7 +113,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in this dtype."""
+    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in
+    this dtype.
+    """
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
     x = x.T if len(x) > x.shape[1] else x

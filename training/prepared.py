@@ -1,4 +1,5 @@
-"""What the frozen parts in front of a denoiser make of the training images, kept on disk: latents and features of a vision model.
+"""What the frozen parts in front of a denoiser make of the training images, kept on disk: latents
+and features of a vision model.
 
 They are the same at every step, so they are computed once, in float32, and read back by memory map.
 """
@@ -20,8 +21,8 @@ from hf_intervene.training.checkpoints import atomic_folder
 
 
 class PreparedImages:
-    """Rows of `DiffusionBase.prepare` of a set of images, from a folder that is written when it is not there or is of other images or
-    other weights.
+    """Rows of `DiffusionBase.prepare` of a set of images, from a folder that is written when it is
+    not there or is of other images or other weights.
 
     Args:
         folder: of this set.
@@ -31,12 +32,22 @@ class PreparedImages:
         batch_size: images at once.
 
     Raises:
-        OSError, ValueError: one sentence: the folder cannot be written, or what is made of an image is not finite.
+        OSError, ValueError: one sentence: the folder cannot be written, or what is made of an image
+            is not finite.
     """
 
-    def __init__(self, folder: Path, base: DiffusionBase, images: ContextImages, accelerator: Accelerator, batch_size: int = 64):
+    def __init__(
+        self,
+        folder: Path,
+        base: DiffusionBase,
+        images: ContextImages,
+        accelerator: Accelerator,
+        batch_size: int = 64,
+    ):
         digest = hashlib.sha256()
-        for rows in torch.arange(len(images)).split(1024):  # not all at once: they may be more than memory holds
+        for rows in torch.arange(len(images)).split(
+            1024
+        ):  # not all at once: they may be more than memory holds
             digest.update(images.images(rows).numpy())
         key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
@@ -58,23 +69,31 @@ class PreparedImages:
             for name, value in base.prepare(x).items():
                 for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():
                     context = images.contexts[images.context_ids[row]]
-                    raise ValueError(f"the {name} of image {row} ({context!r}) are not finite: look at it, or use another base.")
+                    raise ValueError(
+                        f"the {name} of image {row} ({context!r}) are not finite: look at it, or"
+                        " use another base."
+                    )
                 if name not in arrays:
                     shape = (len(images), *value.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", np.float32, shape
+                    )
                 arrays[name][rows.numpy()] = value.cpu().numpy()
         for array in arrays.values():
             array.flush()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs, if they are trained with them.
+        """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs,
+        if they are trained with them.
 
         Raises:
             OSError: one sentence: a file was cut meanwhile.
         """
         for _, file in self._arrays.values():
             file.check()
-        found = {name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()}
+        found = {
+            name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()
+        }
         return found if self._prompt_ids is None else found | {"prompts": self._prompt_ids[rows]}
 
 

@@ -1,13 +1,14 @@
-"""Train a plain model on observational images: a pretrained base to add a head to, where none can be downloaded.
+"""Train a plain model on observational images: a pretrained base to add a head to, where none can
+be downloaded.
 
     python training/pretrain.py --output outputs/vae --resolution 32
     python training/pretrain.py --model unet --output outputs/ddpm --resolution 32
     python training/pretrain.py --model dit --autoencoder outputs/vae --output outputs/dit --resolution 32
 
-`autoencoder`: an AutoencoderKL, with the loss of latent diffusion's (Gaussian pixels with a learnt variance, a small KL). `unet`: a
-DDPMPipeline of a UNet2DModel and its scheduler. `dit`: a DiTPipeline of a DiTTransformer2DModel on the latents of that autoencoder. Models,
-losses and saved folders are diffusers'; of this package only the images. Nothing of the contexts is seen.
-"""
+`autoencoder`: an AutoencoderKL, with the loss of latent diffusion's (Gaussian pixels with a learnt
+variance, a small KL). `unet`: a DDPMPipeline of a UNet2DModel and its scheduler. `dit`: a
+DiTPipeline of a DiTTransformer2DModel on the latents of that autoencoder. Models, losses and saved
+folders are diffusers'; of this package only the images. Nothing of the contexts is seen."""  # noqa: E501
 
 import math
 import sys
@@ -49,16 +50,24 @@ def observational_images(
     mnist_digits: str = BUNDLED,
     reading: Mapping[str, str] | None = None,
 ) -> torch.Tensor:
-    """uint8 images of the observational context, (N, 3, resolution, resolution); `reading`: arguments of `load_contexts` of own data."""
+    """uint8 images of the observational context, (N, 3, resolution, resolution); `reading`:
+    arguments of `load_contexts` of own data.
+    """
     if dataset in SIMULATED:
         check_reading(dataset, reading or {})
         pixels = SIMULATED[dataset](resolution, 3, mnist_digits=mnist_digits).observational(images)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return ContextImages.from_dataset(load_contexts(dataset, **reading or {}), None, resolution, 3).select([OBS]).pixels
+    return (
+        ContextImages.from_dataset(load_contexts(dataset, **reading or {}), None, resolution, 3)
+        .select([OBS])
+        .pixels
+    )
 
 
 def new_autoencoder(resolution: int) -> AutoencoderKL:
-    """The layers of the Stable Diffusion autoencoder, three levels of them and narrow: latents of (4, resolution / 4, resolution / 4)."""
+    """The layers of the Stable Diffusion autoencoder, three levels of them and narrow: latents of
+    (4, resolution / 4, resolution / 4).
+    """
     channels = (16, 32, 64)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -70,9 +79,16 @@ def new_autoencoder(resolution: int) -> AutoencoderKL:
 
 
 def pretrain(
-    pixels: torch.Tensor, steps: int, batch_size: int = 64, learning_rate: float = 1e-3, kl_weight: float = 1e-2, seed: int = 0
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    kl_weight: float = 1e-2,
+    seed: int = 0,
 ) -> AutoencoderKL:
-    """Train an autoencoder on uint8 images (N, 3, S, S); its `scaling_factor` makes the latents' standard deviation 1."""
+    """Train an autoencoder on uint8 images (N, 3, S, S); its `scaling_factor` makes the latents'
+    standard deviation 1.
+    """
     torch.manual_seed(seed)
     device = process_state().device
     vae = new_autoencoder(pixels.shape[-1]).to(device)
@@ -83,11 +99,15 @@ def pretrain(
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         squares = (decoded.float() - x).square().flatten(1).sum(1)
-        nll = 0.5 * (squares / log_variance.exp() + x[0].numel() * (log_variance + math.log(2 * math.pi)))
+        nll = 0.5 * (
+            squares / log_variance.exp() + x[0].numel() * (log_variance + math.log(2 * math.pi))
+        )
         return (nll + kl_weight * posterior.kl()).mean()
 
     _fit(vae, [*vae.parameters(), log_variance], loss, pixels, steps, batch_size, learning_rate)
-    vae.register_to_config(scaling_factor=round(vae.config.scaling_factor / latents(vae, pixels[:256]).std().item(), 4))
+    vae.register_to_config(
+        scaling_factor=round(vae.config.scaling_factor / latents(vae, pixels[:256]).std().item(), 4)
+    )
     return vae
 
 
@@ -104,7 +124,9 @@ def _signed(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def new_unet(resolution: int) -> UNet2DModel:
-    """The layers of the DDPM's network, four levels of them and narrow, with attention at the lowest: 11 M parameters."""
+    """The layers of the DDPM's network, four levels of them and narrow, with attention at the
+    lowest: 11 M parameters.
+    """
     plain = ("DownBlock2D", "UpBlock2D")
     return UNet2DModel(
         sample_size=resolution,
@@ -118,8 +140,9 @@ def new_unet(resolution: int) -> UNet2DModel:
 
 
 def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
-    """A narrow DiT of six blocks on latents (channels, size, size), four of them a token, for the images of no class: 5.7 M parameters, a
-    fifth of them rows for ImageNet's classes, which a DiTPipeline counts on."""
+    """A narrow DiT of six blocks on latents (channels, size, size), four of them a token, for the
+    images of no class: 5.7 M parameters, a fifth of them rows for ImageNet's classes, which a
+    DiTPipeline counts on."""
     return DiTTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=32,
@@ -139,28 +162,38 @@ def pretrain_diffusion(
     seed: int = 0,
     autoencoder: AutoencoderKL | None = None,
 ) -> DiffusionPipeline:
-    """Train a denoiser on uint8 images (N, 3, S, S), a UNet, or on what an autoencoder makes of them, a DiT; the pipeline has the averaged
-    weights."""
+    """Train a denoiser on uint8 images (N, 3, S, S), a UNet, or on what an autoencoder makes of
+    them, a DiT; the pipeline has the averaged weights."""
     torch.manual_seed(seed)
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     denoiser = new_unet(pixels.shape[-1]) if autoencoder is None else new_dit(*images.shape[1:3])
     denoiser.to(process_state().device)  # before its weights are copied to be averaged
-    # v rather than the noise itself: what decides a flat region's colour are the noisiest steps, where the noise says little of it.
-    # Pixels end at 1, latents do not.
-    scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=autoencoder is None)
+    # v rather than the noise itself: what decides a flat region's colour are the noisiest steps,
+    # where the noise says little of it. Pixels end at 1, latents do not.
+    scheduler = DDPMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=autoencoder is None
+    )
     ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
         noise = torch.randn_like(x)
         t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        no_class = {} if autoencoder is None else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
+        no_class = (
+            {}
+            if autoencoder is None
+            else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
+        )
         with autocast():
             v = denoiser(scheduler.add_noise(x, noise, t), t, **no_class).sample
         return (v.float() - scheduler.get_velocity(x, noise, t)).square().mean()
 
     _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, learning_rate, ema)
     ema.copy_to(denoiser.parameters())
-    return DDPMPipeline(denoiser, scheduler) if autoencoder is None else DiTPipeline(denoiser, autoencoder, scheduler)
+    return (
+        DDPMPipeline(denoiser, scheduler)
+        if autoencoder is None
+        else DiTPipeline(denoiser, autoencoder, scheduler)
+    )
 
 
 def _fit(
@@ -173,11 +206,15 @@ def _fit(
     learning_rate: float,
     ema: EMAModel | None = None,
 ) -> None:
-    """Minimise the loss of batches of images, in [-1, 1] if they are uint8 and as they are otherwise, over the parameters, in place."""
+    """Minimise the loss of batches of images, in [-1, 1] if they are uint8 and as they are
+    otherwise, over the parameters, in place.
+    """
     accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
     model.train()
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    )
     bar = tqdm(range(steps), desc="pretraining", disable=None)
     for _ in bar:
         x = images[torch.randint(len(images), (batch_size,))].to(accelerator.device)
@@ -201,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--model", choices=["autoencoder", "unet", "dit"], default="autoencoder")
-    parser.add_argument("--autoencoder", help="dit: folder of the AutoencoderKL whose latents it is to denoise")
+    parser.add_argument(
+        "--autoencoder", help="dit: folder of the AutoencoderKL whose latents it is to denoise"
+    )
     parser.add_argument(
         "--dataset",
         default="quad",
@@ -213,28 +252,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=10_000,
         help="simulated data: number of images (default 10,000); avatars has 4,000 at most",
     )
-    parser.add_argument("--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name")
+    parser.add_argument(
+        "--mnist-digits", default=BUNDLED, help="mnist: bundled, a folder, or a Hub name"
+    )
     add_reading_options(parser)
     parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)")
+    parser.add_argument(
+        "--steps", "--max-steps", type=int, default=3000, help="optimiser steps (default 3000)"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=seed, default=0)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     out = Path(arguments.output).resolve()
     check_empty(out)
     if (arguments.model == "dit") != (arguments.autoencoder is not None):
-        raise ValueError("--autoencoder FOLDER is for --model dit, which needs it: train one with --model autoencoder.")
+        raise ValueError(
+            "--autoencoder FOLDER is for --model dit, which needs it: train one with --model"
+            " autoencoder."
+        )
     multiple = 4 if arguments.model == "autoencoder" else 8
-    if arguments.resolution % multiple or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
-        raise ValueError(f"resolution must be a multiple of {multiple}, batch size and steps at least 1.")
+    if (
+        arguments.resolution % multiple
+        or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1
+    ):
+        raise ValueError(
+            f"resolution must be a multiple of {multiple}, batch size and steps at least 1."
+        )
     reading = {name: getattr(arguments, name) for name in READING}
-    pixels = observational_images(arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits, reading)
+    pixels = observational_images(
+        arguments.dataset, arguments.images, arguments.resolution, arguments.mnist_digits, reading
+    )
     options = (pixels, arguments.steps, arguments.batch_size)
     if arguments.model == "autoencoder":
         model = pretrain(*options, seed=arguments.seed)
     else:
         folder = arguments.autoencoder
-        vae = None if folder is None else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
+        vae = (
+            None
+            if folder is None
+            else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
+        )
         model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)

@@ -1,11 +1,12 @@
-"""The tables of the paper (METHOD section 5; arXiv:2507.04754), at a chosen scale, beside the published figures.
+"""The tables of the paper (METHOD section 5; arXiv:2507.04754), at a chosen scale, beside the
+published figures.
 
     python training/reproduce.py --table quad-dependent --scale cpu --output outputs/reproduce
 
-Every row is trained and measured with several seeds, each with training and held-out images of its own, in jobs of their own; the same
-command goes on where it was interrupted. Baselines are tuned first, over the grid of `baselines.py`, with a seed that the table does not use.
-Writes `TABLE-SCALE.md`, `.csv`, `.tex` and `.json`.
-"""
+Every row is trained and measured with several seeds, each with training and held-out images of its
+own, in jobs of their own; the same command goes on where it was interrupted. Baselines are tuned
+first, over the grid of `baselines.py`, with a seed that the table does not use. Writes
+`TABLE-SCALE.md`, `.csv`, `.tex` and `.json`."""
 
 import json
 import sys
@@ -25,17 +26,27 @@ from hf_intervene.training.arguments import RecipeParser
 from hf_intervene.training.baseline_losses import beta_tcvae
 from hf_intervene.training.baselines import BASELINES, GRID
 from hf_intervene.training.checkpoints import check_writable, write_whole
-from hf_intervene.training.jobs import HERE, Command, Job, default_workers, options, run_jobs, training_commands
+from hf_intervene.training.jobs import (
+    HERE,
+    Command,
+    Job,
+    default_workers,
+    options,
+    run_jobs,
+    training_commands,
+)
 from hf_intervene.training.seeds import mean_cell, run_name, seed_interval
 
 
 TUNING_SEED = 1000
 HEADED = "end-to-end"  # the row that the others are compared with
 
-# What has no head has no blocks that could fall silent early: the KL has its full weight from the start.
+# What has no head has no blocks that could fall silent early: the KL has its full weight from the
+# start.
 PLAIN = {"beta_warmup": 0}
 
-# Rows: what they change in the settings of the run. `{base}` is the model of the row "base" with the same seed.
+# Rows: what they change in the settings of the run. `{base}` is the model of the row "base" with
+# the same seed.
 REGIMES = {
     HEADED: {},
     "fine-tune": {"regime": "fine-tune", "base": "{base}"},
@@ -53,7 +64,8 @@ SWEEPS |= {f"L2 {weight:g}": {"l2": weight} for weight in (0.01, 0.1, 1)}
 for term, strengths in (("context_prediction", (0, 100, 1000)), ("edit_consistency", (0, 0.1, 1))):
     SWEEPS |= {f"{term.replace('_', ' ')} {x:g}": {term: x} for x in strengths}
 
-# Published means over five seeds: concept, composition (sliced Wasserstein, paper's protocol), reconstruction (bits per pixel).
+# Published means over five seeds: concept, composition (sliced Wasserstein, paper's protocol),
+# reconstruction (bits per pixel).
 PUBLISHED = {
     "quad-independent": {
         HEADED: (0.063, 0.081, 0.519),
@@ -151,7 +163,14 @@ class Scale:
 
 SMALL = {name: f"reproduce/{name}.yaml" for name in ("quad", "mnist", "ident3d", "avatars")}
 SCALES = {
-    "smoke": Scale(SMALL, {"images_per_context": 40, "validation_images": 20, "max_steps": 3}, 64, 20, seeds=2, settings=1),
+    "smoke": Scale(
+        SMALL,
+        {"images_per_context": 40, "validation_images": 20, "max_steps": 3},
+        64,
+        20,
+        seeds=2,
+        settings=1,
+    ),
     "cpu": Scale(SMALL, {}, 1280, 500, seeds=3),
     # Of MNIST's 60,000 digits 42,000 are for training, and as few images are drawn. Of the 4,000
     # faces of each context of avatars 2,800 are.
@@ -195,13 +214,20 @@ def plan(
 
     def seeded(seed: int) -> tuple[list[str], list[str]]:
         """Options of the training and of the measuring."""
-        train = ["--config", config, *options(data | scale.train | {"seed": seed, "data_seed": seed})]
+        train = [
+            "--config",
+            config,
+            *options(data | scale.train | {"seed": seed, "data_seed": seed}),
+        ]
         found = {name.replace("_", "-"): value for name, value in data.items()}
         return train, options(found | measured | {"seed": seed})
 
     def trained(path: Path, seed: int, settings: dict, base: Job | None) -> list[Command]:
         train, measure = seeded(seed)
-        found = {key: str(base.folder / "model" / "base") if value == "{base}" else value for key, value in settings.items()}
+        found = {
+            key: str(base.folder / "model" / "base") if value == "{base}" else value
+            for key, value in settings.items()
+        }
         return training_commands(path, train + options(found), measure)
 
     def baseline(path: Path, seed: int, name: str, settings: dict) -> list[Command]:
@@ -229,7 +255,9 @@ def plan(
         )
         for name in chosen
     }
-    jobs |= {(f"tuning {name}", number): job for name in chosen for number, job in enumerate(grid[name])}
+    jobs |= {
+        (f"tuning {name}", number): job for name in chosen for number, job in enumerate(grid[name])
+    }
     for name in chosen:
         for seed in range(seeds):
             path = folder / run_name(name, seed)
@@ -239,7 +267,9 @@ def plan(
 
 def best_setting(tried: Sequence[Job]) -> int:
     """The number of the setting with the lowest concept distance."""
-    return int(np.argmin([job.metrics()["means"]["concept"]["independent"]["distance"] for job in tried]))
+    return int(
+        np.argmin([job.metrics()["means"]["concept"]["independent"]["distance"] for job in tried])
+    )
 
 
 def images_a_side(metrics: dict) -> int:
@@ -253,7 +283,9 @@ def measures(metrics: dict) -> dict[str, float]:
     for kind, mean in metrics["means"].items():
         for protocol in ("independent", "paper"):
             for key in ("distance", "floor", "ratio", "mean_shift", "mean_shift_floor"):
-                if mean[protocol].get(key) is not None:  # older jobs have no shifts, few images no ratio
+                if (
+                    mean[protocol].get(key) is not None
+                ):  # older jobs have no shifts, few images no ratio
                     found[f"{kind} {key.replace('_', ' ')}, {protocol}"] = mean[protocol][key]
         found[f"{kind} bits per pixel"] = mean["bits_per_pixel"]
     return found
@@ -266,7 +298,11 @@ def cells(results: Mapping[str, Sequence[dict]], published: Mapping[str, tuple])
         rows[row] = {}
         for header, measure in HEADERS.items():
             values = [found[measure] for found in seeds if measure in found]
-            rows[row][header] = (f"{np.mean(values):.1f}" if "ratio" in measure else mean_cell(values)) if values else ""
+            rows[row][header] = (
+                (f"{np.mean(values):.1f}" if "ratio" in measure else mean_cell(values))
+                if values
+                else ""
+            )
         figures = [f"{x:.3f}" for x in published.get(row, ()) if x is not None]
         rows[row]["published"] = " / ".join(figures)
     floors = [found for seeds in results.values() for found in seeds]
@@ -289,11 +325,17 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def latex(frame: pd.DataFrame) -> str:
     """For the package booktabs."""
-    style = frame.style.format(escape="latex").format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+    style = (
+        frame.style.format(escape="latex")
+        .format_index(escape="latex", axis=0)
+        .format_index(escape="latex", axis=1)
+    )
     return style.to_latex(hrules=True).replace("±", "$\\pm$")
 
 
-def long_form(results: Mapping[str, Sequence[dict]], published: Mapping[str, tuple]) -> pd.DataFrame:
+def long_form(
+    results: Mapping[str, Sequence[dict]], published: Mapping[str, tuple]
+) -> pd.DataFrame:
     """One line for each row and measure, for machines."""
     names = ("concept distance, paper", "composition distance, paper", "concept bits per pixel")
     lines = []
@@ -302,8 +344,12 @@ def long_form(results: Mapping[str, Sequence[dict]], published: Mapping[str, tup
         for measure in (name for name in seeds[0] if all(name in found for found in seeds)):
             values = [found[measure] for found in seeds]
             mean, width = seed_interval(values)
-            lines.append((row, measure, mean, mean - width, mean + width, len(values), known.get(measure)))
-    return pd.DataFrame(lines, columns=["row", "measure", "mean", "low", "high", "seeds", "published"])
+            lines.append(
+                (row, measure, mean, mean - width, mean + width, len(values), known.get(measure))
+            )
+    return pd.DataFrame(
+        lines, columns=["row", "measure", "mean", "low", "high", "seeds", "published"]
+    )
 
 
 def reading(results: Mapping[str, Sequence[dict]]) -> list[str]:
@@ -323,20 +369,35 @@ def reading(results: Mapping[str, Sequence[dict]]) -> list[str]:
         below = [row for row, (other, half) in intervals.items() if other + half < mean - width]
         rest = [row for row in intervals if row not in above + below]
         lines.append(
-            f"{kind.capitalize()} distance of {HEADED} against the others, by 95 % intervals over seeds: lower than "
-            f"{', '.join(above) or 'none'}; not told apart from {', '.join(rest) or 'none'}; higher than {', '.join(below) or 'none'}."
+            f"{kind.capitalize()} distance of {HEADED} against the others, by 95 % intervals over"
+            f" seeds: lower than {', '.join(above) or 'none'}; not told apart from"
+            f" {', '.join(rest) or 'none'}; higher than {', '.join(below) or 'none'}."
         )
     ours = results[HEADED]
-    pairs = [found["composition distance, independent"] / found["concept distance, independent"] for found in ours]
+    pairs = [
+        found["composition distance, independent"] / found["concept distance, independent"]
+        for found in ours
+    ]
     lines.append(f"Composition distance over concept distance of {HEADED}: {mean_cell(pairs, 2)}.")
-    if pooled := results.get("base pooled"):  # rows may have other numbers of seeds: those that both have
-        ratios = [a["concept bits per pixel"] / b["concept bits per pixel"] for a, b in zip(ours, pooled)]
-        lines.append(f"Bits per pixel of {HEADED} over those of base pooled, in distribution: {mean_cell(ratios)}.")
+    if pooled := results.get(
+        "base pooled"
+    ):  # rows may have other numbers of seeds: those that both have
+        ratios = [
+            a["concept bits per pixel"] / b["concept bits per pixel"] for a, b in zip(ours, pooled)
+        ]
+        lines.append(
+            f"Bits per pixel of {HEADED} over those of base pooled, in distribution:"
+            f" {mean_cell(ratios)}."
+        )
     return lines
 
 
 def write(
-    name: str, results: Mapping[str, Sequence[dict]], published: Mapping[str, tuple], notes: Sequence[str], out: Path
+    name: str,
+    results: Mapping[str, Sequence[dict]],
+    published: Mapping[str, tuple],
+    notes: Sequence[str],
+    out: Path,
 ) -> str:
     """Write the table in all its forms; returns the Markdown."""
     frame = cells(results, published)
@@ -349,7 +410,8 @@ def write(
 
 
 def earlier_table(path: Path, rows: Sequence[str]) -> dict:
-    """What the JSON file of a table holds of these rows: `results` and `notes`. The rows that a call leaves out stay in the table.
+    """What the JSON file of a table holds of these rows: `results` and `notes`. The rows that a
+    call leaves out stay in the table.
 
     Raises:
         ValueError: one sentence: the file is there and no table.
@@ -359,9 +421,14 @@ def earlier_table(path: Path, rows: Sequence[str]) -> dict:
     try:
         table = json.loads(path.read_text())
         results = {row: table["results"][row] for row in rows if row in table["results"]}
-        return {"results": results, "notes": [note for note in table["notes"] if note.partition(":")[0] in results]}
+        return {
+            "results": results,
+            "notes": [note for note in table["notes"] if note.partition(":")[0] in results],
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table that this command wrote: move it away, or choose another --output.") from error
+        raise ValueError(
+            f"{path} is no table that this command wrote: move it away, or choose another --output."
+        ) from error
 
 
 def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> None:
@@ -378,7 +445,8 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
             load_digits(mnist_digits, "test")
         except (OSError, ValueError) as error:
             raise type(error)(
-                f"{str(error).removesuffix('.')}: give --mnist_digits a Hub name, a folder with MNIST's four files, or `bundled` (few digits)."
+                f"{str(error).removesuffix('.')}: give --mnist_digits a Hub name, a folder with"
+                " MNIST's four files, or `bundled` (few digits)."
             ) from error
 
 
@@ -386,12 +454,26 @@ def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = RecipeParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", required=True, choices=TABLES)
-    parser.add_argument("--scale", default="cpu", choices=SCALES, help="smoke: seconds a run, to try it; full: the paper's")
+    parser.add_argument(
+        "--scale",
+        default="cpu",
+        choices=SCALES,
+        help="smoke: seconds a run, to try it; full: the paper's",
+    )
     parser.add_argument("--output", default="outputs/reproduce")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default all); others stay as they are")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="only these rows (default all); others stay as they are",
+    )
     parser.add_argument("--seeds", type=int, help="default: 2, 3 and 5, by scale")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one for each GPU, or else core)")
-    parser.add_argument("--mnist_digits", default="ylecun/mnist", help="bundled, a folder, or a Hub name")
+    parser.add_argument(
+        "--jobs", type=int, help="runs side by side (default: one for each GPU, or else core)"
+    )
+    parser.add_argument(
+        "--mnist_digits", default="ylecun/mnist", help="bundled, a folder, or a Hub name"
+    )
     arguments = parser.parse_args(argv)
     table, scale = TABLES[arguments.table], SCALES[arguments.scale]
     known = [*table.rows, *table.baselines]
@@ -400,7 +482,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, out = f"{arguments.table}-{arguments.scale}", Path(arguments.output)
     unknown = [row for row in rows if row not in known]
     if unknown:
-        raise ValueError(f"{arguments.table} has no row {', '.join(unknown)}: its rows are {', '.join(known)}.")
+        raise ValueError(
+            f"{arguments.table} has no row {', '.join(unknown)}: its rows are {', '.join(known)}."
+        )
     if seeds < 1 or (arguments.jobs is not None and arguments.jobs < 1):
         raise ValueError("--seeds and --jobs must be at least 1.")
     check_writable(out)
@@ -418,7 +502,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides |= {images_a_side(metrics) for metrics in done if metrics is not None}
     results = {row: results[row] for row in known if row in results}
     published = PUBLISHED.get(arguments.table, {})
-    counts = " or ".join(map(str, sorted({len(found) for found in results.values()})))  # rows that were kept may have others
+    counts = " or ".join(
+        map(str, sorted({len(found) for found in results.values()}))
+    )  # rows that were kept may have others
     images = " or ".join(map(str, sorted(sides or {scale.images})))
     notes = [
         "Sliced 2-Wasserstein distances and bits per pixel, mean ± half the 95 % t-interval over "
@@ -426,12 +512,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nothing else is said."
     ]
     if published:
-        notes[0] += " Published: concept / composition / bits per pixel, paper's protocol and scale."
+        notes[0] += (
+            " Published: concept / composition / bits per pixel, paper's protocol and scale."
+        )
     notes += kept["notes"]
     for row in (row for row in table.baselines if row in rows and row in results):
         settings = GRID[row][best_setting(jobs[row, 0].after)]
         notes.append(
-            f"{row}: tuned to {', '.join(f'{key} {value}' for key, value in settings.items())}, of {len(jobs[row, 0].after)} settings."
+            f"{row}: tuned to {', '.join(f'{key} {value}' for key, value in settings.items())}, of"
+            f" {len(jobs[row, 0].after)} settings."
         )
     notes += [f"{job.folder.name} failed: {reason}" for job, reason in failed.items()]
     if results:

@@ -1,4 +1,6 @@
-"""The folder of a run: whose it is, one run in it at a time, and what a run that was killed left half done in it."""
+"""The folder of a run: whose it is, one run in it at a time, and what a run that was killed left
+half done in it.
+"""
 
 import os
 import shutil
@@ -9,7 +11,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_intervene.cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated, read_yaml
+from hf_intervene.cards import (
+    CARD_FILE,
+    FLOORS_FILE,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+    is_generated,
+    read_yaml,
+)
 from hf_intervene.data.identity import IMAGES_FILE
 from hf_intervene.errors import NO_LOCKS
 from hf_intervene.logging import get_logger
@@ -20,7 +29,8 @@ logger = get_logger("hf_intervene.training")
 PATIENCE = 120.0  # seconds that a run which goes on waits for the end of the one before it
 LOCK_FILE = ".hf-intervene.lock"
 HISTORY = "history.jsonl"
-# What a run writes and may replace or remove: folders, then files; and of what is being replaced the names for the meantime.
+# What a run writes and may replace or remove: folders, then files; and of what is being replaced
+# the names for the meantime.
 FOLDERS = ("model", "best", "checkpoints", "prepared", "drawn", "samples")
 FILES = (HISTORY, SETTINGS_FILE, "curves.png", "not_finite.png")
 PASSING = (".*.previous", ".*.writing", ".*.removing")
@@ -28,7 +38,8 @@ REPLACED = ("step-*", "train", "validation", *FOLDERS, *FILES)
 
 
 def check_own(out: str | os.PathLike) -> None:
-    """Refuse a folder where a run would replace what no run of ours wrote; nothing in it is touched.
+    """Refuse a folder where a run would replace what no run of ours wrote; nothing in it is
+    touched.
 
     Raises:
         OSError, ValueError: one sentence: it has no name, or holds files of somebody's.
@@ -42,7 +53,8 @@ def check_own(out: str | os.PathLike) -> None:
         found += [path for pattern in PASSING for path in sorted(out.glob(pattern))]
     if found:
         raise ValueError(
-            f"{found[0]} was not written by a run, and a run in {out} would replace it: choose another output_dir, or move it away."
+            f"{found[0]} was not written by a run, and a run in {out} would replace it: choose"
+            " another output_dir, or move it away."
         )
 
 
@@ -53,7 +65,10 @@ def named_folder(folder: str | os.PathLike) -> Path:
         ValueError: one sentence: the name is empty, which would be the folder one is in.
     """
     if not str(folder).strip():
-        raise ValueError("the output folder is an empty text: give the name of a folder ('.' is the one you are in).")
+        raise ValueError(
+            "the output folder is an empty text: give the name of a folder ('.' is the one you are"
+            " in)."
+        )
     return Path(folder)
 
 
@@ -97,15 +112,29 @@ class Lock:
             except Timeout:
                 if not patience:
                     raise
-                logger.warning("another run is writing in %s: waiting %.0f seconds at most for its end.", out, patience)
+                logger.warning(
+                    "another run is writing in %s: waiting %.0f seconds at most for its end.",
+                    out,
+                    patience,
+                )
                 self._file.acquire(timeout=patience)
             self._taken = os.stat(out / LOCK_FILE)
         except Timeout as error:
-            raise OSError(f"another run is writing in {out}: wait for its end, or choose another output_dir.") from error
+            raise OSError(
+                f"another run is writing in {out}: wait for its end, or choose another output_dir."
+            ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise OSError(f"{out / LOCK_FILE} cannot be written ({error.strerror}): choose another output_dir.") from error
-            logger.warning("the file system of %s has no locks (%s): see to it that no other run writes there.", out, error.strerror)
+                raise OSError(
+                    f"{out / LOCK_FILE} cannot be written ({error.strerror}): choose another"
+                    " output_dir."
+                ) from error
+            logger.warning(
+                "the file system of %s has no locks (%s): see to it that no other run writes"
+                " there.",
+                out,
+                error.strerror,
+            )
 
     def lost(self) -> bool:
         """Whether somebody removed the folder, and the lock with it. It is made and locked again.
@@ -123,7 +152,11 @@ class Lock:
         self.release()
         self._out.mkdir(parents=True, exist_ok=True)
         self.take()
-        logger.warning("%s was removed while a run was writing in it: it is made again, without what was in it.", self._out)
+        logger.warning(
+            "%s was removed while a run was writing in it: it is made again, without what was"
+            " in it.",
+            self._out,
+        )
         return True
 
     def release(self) -> None:
@@ -132,8 +165,8 @@ class Lock:
 
 @contextmanager
 def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Iterator[Lock | None]:
-    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it is tidied up. Of the processes of one
-    run the main one holds the lock, for all.
+    """Inside, no other run writes in the folder `out`, and what a killed one left half done in it
+    is tidied up. Of the processes of one run the main one holds the lock, for all.
 
     Args:
         out: the folder.
@@ -156,8 +189,8 @@ def sole_run(out: Path, main_process: bool = True, patience: float = 0) -> Itera
 
 
 def tidy(folder: str | os.PathLike) -> None:
-    """Mend what a process that was killed left in a folder: what was to be replaced is put back, what was half written or half removed
-    is removed. Only names that runs write are looked at."""
+    """Mend what a process that was killed left in a folder: what was to be replaced is put back,
+    what was half written or half removed is removed. Only names that runs write are looked at."""
     for pattern in PASSING:
         for leftover in sorted(Path(folder).glob(pattern)):
             name = leftover.name[1:].removesuffix(pattern.removeprefix(".*"))
@@ -171,7 +204,9 @@ def tidy(folder: str | os.PathLike) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to) or a folder with all that is in it, if it is there."""
+    """Remove a file, a link (not what it leads to) or a folder with all that is in it, if it is
+    there.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -179,7 +214,8 @@ def remove(path: Path) -> None:
 
 
 def keep_foreign(before: Path, after: Path, own: Sequence[str]) -> None:
-    """Copy to a folder that is to take the place of another one what that one holds beside the files that are written anew.
+    """Copy to a folder that is to take the place of another one what that one holds beside the
+    files that are written anew.
 
     Args:
         before: the folder that is to be replaced; it need not be there.
@@ -188,14 +224,20 @@ def keep_foreign(before: Path, after: Path, own: Sequence[str]) -> None:
     """
     for file in sorted(before.rglob("*")) if before.is_dir() else ():
         name = file.relative_to(before).as_posix()
-        if any(fnmatch(name, pattern) for pattern in own) or (after / name).exists() or not (file.is_file() or file.is_symlink()):
+        if (
+            any(fnmatch(name, pattern) for pattern in own)
+            or (after / name).exists()
+            or not (file.is_file() or file.is_symlink())
+        ):
             continue
         (after / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, after / name, follow_symlinks=False)
 
 
 def model_files(folder: Path) -> tuple[str, ...]:
-    """Patterns of the files in the folder of a model that belong to the weights in it: not a card that somebody has edited."""
+    """Patterns of the files in the folder of a model that belong to the weights in it: not a card
+    that somebody has edited.
+    """
     own = (*MODEL_FILES, SETTINGS_FILE, IMAGES_FILE)
     with suppress(OSError, ValueError):
         if is_generated(folder / CARD_FILE):

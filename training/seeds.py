@@ -1,4 +1,6 @@
-"""What the recipes that repeat a thing over seeds share: the name of a run, and a mean with its interval."""
+"""What the recipes that repeat a thing over seeds share: the name of a run, and a mean with its
+interval.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +16,11 @@ def run_name(name: str, seed: int) -> str:
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds, and half the width of its 95 % t-interval; NaN for a single seed."""
     values = np.array(values)
-    width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    width = (
+        student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        if len(values) > 1
+        else np.nan
+    )
     return float(values.mean()), float(width)
 
 

@@ -2,8 +2,8 @@
 
     python training/seeds_table.py outputs/a/metrics outputs/b/metrics --output training/results/avatars
 
-writes FILE.json, every figure of every run, and FILE.md, the means and half a 95 % t-interval over the runs.
-"""
+writes FILE.json, every figure of every run, and FILE.md, the means and half a 95 % t-interval over
+the runs."""  # noqa: E501
 
 import json
 import sys
@@ -58,8 +58,13 @@ def combine(runs: Sequence[Mapping]) -> dict[str, dict[str, list[float]]]:
     first, *others = [figures(run) for run in runs]
     for number, other in enumerate(others, 2):
         if {c: set(row) for c, row in other.items()} != {c: set(row) for c, row in first.items()}:
-            raise ValueError(f"run {number} has other contexts or measures than the first: evaluate all in the same way.")
-    return {c: {k: [run[c][k] for run in (first, *others)] for k in row} for c, row in first.items()}
+            raise ValueError(
+                f"run {number} has other contexts or measures than the first: evaluate all in the"
+                " same way."
+            )
+    return {
+        c: {k: [run[c][k] for run in (first, *others)] for k in row} for c, row in first.items()
+    }
 
 
 def table(combined: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

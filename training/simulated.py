@@ -1,4 +1,6 @@
-"""The data sets that `--dataset` knows by name: what training, pretraining and evaluation draw of each, never the same images."""
+"""The data sets that `--dataset` knows by name: what training, pretraining and evaluation draw of
+each, never the same images.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,24 +58,31 @@ class Simulated:
         seed: int,
         contexts: Sequence[Context] | None = None,
     ) -> tuple[Images, Images]:
-        """So many training and validation images of each training context, or of some of them: the same images."""
+        """So many training and validation images of each training context, or of some of them: the
+        same images.
+        """
         raise NotImplementedError
 
     def observational(self, images: int) -> np.ndarray:
         """Images (n, H, W, C) for the pretraining of a base."""
         raise NotImplementedError
 
-    def held_out_images(self, images: int, seed: int, contexts: Sequence[Context] | None = None) -> tuple[Images, Images]:
-        """So many images of each context, pairs included, or of some of them, and as many others."""
+    def held_out_images(
+        self, images: int, seed: int, contexts: Sequence[Context] | None = None
+    ) -> tuple[Images, Images]:
+        """So many images of each context, pairs included, or of some of them, and as many others."""  # noqa: E501
         raise NotImplementedError
 
     def labelled(self, images: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Training images (n, H, W, C), at most so many of each context, and which of `concepts` each shows,
-        bool (n, concepts); `None` where attributes are not known or are not a matter of yes and no."""
+        """Training images (n, H, W, C), at most so many of each context, and which of `concepts`
+        each shows, bool (n, concepts); `None` where attributes are not known or are not a matter of
+        yes and no."""
         return None
 
     def twins(self, images: int, seed: int) -> Images | None:
-        """So many held-out individuals in every context, row by row the same; `None` where there are none."""
+        """So many held-out individuals in every context, row by row the same; `None` where there
+        are none.
+        """
         return None
 
 
@@ -88,7 +97,9 @@ class Drawn(Simulated):
 
     def training(self, images, validation_images, validation_fraction, seed, contexts=None):
         contexts = self.contexts if contexts is None else contexts
-        return tuple(self._draw(contexts, n, 2 * seed + k) for k, n in enumerate((images, validation_images)))
+        return tuple(
+            self._draw(contexts, n, 2 * seed + k) for k, n in enumerate((images, validation_images))
+        )
 
     def observational(self, images):
         return self._draw((OBS,), images, PRETRAINING_SEED)[OBS]
@@ -112,43 +123,64 @@ class Quad(Drawn):
 
 
 class Ident3d(Drawn):
-    source, concepts, contexts, held_out = ident3d, ident3d.CONCEPTS, ident3d.TRAIN_CONTEXTS, ident3d.HELD_OUT
+    source, concepts, contexts, held_out = (
+        ident3d,
+        ident3d.CONCEPTS,
+        ident3d.TRAIN_CONTEXTS,
+        ident3d.HELD_OUT,
+    )
 
 
 @dataclass(frozen=True)
 class Mnist(Simulated):
-    """Training images of MNIST's training digits, `validation_fraction` of them for validation; held-out images of its test digits, no
-    digit twice in a context: of few digits there are fewer images than were asked for. Drawn into the cache of `datasets` and found there by
-    the next run: drawing what a model is measured on takes longer than many a training."""
+    """Training images of MNIST's training digits, `validation_fraction` of them for validation;
+    held-out images of its test digits, no digit twice in a context: of few digits there are fewer
+    images than were asked for. Drawn into the cache of `datasets` and found there by the next run:
+    drawing what a model is measured on takes longer than many a training."""
 
     concepts, contexts, held_out = mnist.CONCEPTS, mnist.TRAIN_CONTEXTS, mnist.HELD_OUT
 
     def __post_init__(self):
         if self.resolution != SIDE:
-            raise ValueError(f"mnist images have {SIDE} x {SIDE} pixels: give the resolution {SIDE}, not {self.resolution}.")
+            raise ValueError(
+                f"mnist images have {SIDE} x {SIDE} pixels: give the resolution {SIDE}, not"
+                f" {self.resolution}."
+            )
         if self.channels not in (1, 3):
-            raise ValueError(f"mnist images have 1 channel (grey), or 3 for a base that takes colours, not {self.channels}.")
+            raise ValueError(
+                "mnist images have 1 channel (grey), or 3 for a base that takes colours, not"
+                f" {self.channels}."
+            )
 
     def _draw(self, contexts: Sequence[Context], images: int, digits: Digits, seed: int) -> Images:
         data = mnist.load_mnist(contexts, images, digits, seed=seed)
-        pixels = np.stack([np.asarray(image) for image in data["image"]])[..., None].repeat(self.channels, -1)
+        pixels = np.stack([np.asarray(image) for image in data["image"]])[..., None].repeat(
+            self.channels, -1
+        )
         return dict(zip(data["context"][::images], pixels.reshape(-1, images, *pixels.shape[1:])))
 
     def training(self, images, validation_images, validation_fraction, seed, contexts=None):
         contexts = self.contexts if contexts is None else contexts
         parts = load_digits(self.mnist_digits, "train").split(validation_fraction, seed)
         sizes = images, validation_images
-        return tuple(self._draw(contexts, n, part, 2 * seed + k) for k, (n, part) in enumerate(zip(sizes, parts)))
+        return tuple(
+            self._draw(contexts, n, part, 2 * seed + k)
+            for k, (n, part) in enumerate(zip(sizes, parts))
+        )
 
     def observational(self, images):
-        return self._draw((OBS,), images, load_digits(self.mnist_digits, "train"), PRETRAINING_SEED)[OBS]
+        return self._draw(
+            (OBS,), images, load_digits(self.mnist_digits, "train"), PRETRAINING_SEED
+        )[OBS]
 
     def held_out_images(self, images, seed, contexts=None):
         contexts = self.contexts + self.held_out if contexts is None else contexts
         digits = load_digits(self.mnist_digits, "test")
         half = min(images, len(digits) // 2)
         drawn = self._draw(contexts, 2 * half, digits, HELD_OUT_SEED + seed)
-        return {name: x[:half] for name, x in drawn.items()}, {name: x[half:] for name, x in drawn.items()}
+        return {name: x[:half] for name, x in drawn.items()}, {
+            name: x[half:] for name, x in drawn.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -210,7 +242,8 @@ SIMULATED: dict[str, type[Simulated]] = {
 def draw_together(
     simulated: Simulated, sizes: tuple[int, int, float, int], folder: Path, accelerator: Accelerator
 ) -> tuple[ContextImages, ContextImages]:
-    """Training and validation images, of which every process draws some contexts; all read them from files, by memory map.
+    """Training and validation images, of which every process draws some contexts; all read them
+    from files, by memory map.
 
     Args:
         simulated: the data.
@@ -224,12 +257,19 @@ def draw_together(
     own = simulated.contexts[accelerator.process_index :: accelerator.num_processes]
     parts = simulated.training(*sizes, contexts=own) if own else ({}, {})
     return tuple(
-        _joined(images, folder / f"{name}.bin", simulated, accelerator) for name, images in zip(("train", "validation"), parts)
+        _joined(images, folder / f"{name}.bin", simulated, accelerator)
+        for name, images in zip(("train", "validation"), parts)
     )
 
 
-def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelerator) -> ContextImages:
-    shapes = dict(item for drawn in gather_object([{name: x.shape for name, x in own.items()}]) for item in drawn.items())
+def _joined(
+    own: Images, path: Path, simulated: Simulated, accelerator: Accelerator
+) -> ContextImages:
+    shapes = dict(
+        item
+        for drawn in gather_object([{name: x.shape for name, x in own.items()}])
+        for item in drawn.items()
+    )
     counts = [shapes[name][0] for name in simulated.contexts]
     height, width, channels = shapes[simulated.contexts[0]][1:]
     if accelerator.is_main_process:
@@ -241,10 +281,14 @@ def _joined(own: Images, path: Path, simulated: Simulated, accelerator: Accelera
             file.seek(sum(counts[: simulated.contexts.index(name)]) * height * width * channels)
             file.write(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     accelerator.wait_for_everyone()
-    stored = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width)))
+    stored = torch.from_numpy(
+        np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width))
+    )
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     file = MappedFile(path, "do not change the folder of a run; go on with --resume auto")
-    return ContextImages(stored, ids, list(simulated.contexts), simulated.concepts, mapped=True, file=file).checked()
+    return ContextImages(
+        stored, ids, list(simulated.contexts), simulated.concepts, mapped=True, file=file
+    ).checked()
 
 
 class OnDemand(Mapping):

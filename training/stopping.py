@@ -1,9 +1,10 @@
-"""When a run is asked to stop: by Ctrl-C, by SIGTERM to any of its processes, or because the launcher that started it has ended.
+"""When a run is asked to stop: by Ctrl-C, by SIGTERM to any of its processes, or because the
+launcher that started it has ended.
 
-`kill -TERM` on `accelerate launch` ends the launcher and not what it launched; schedulers of clusters do that when a job's time is up.
-While data are prepared there is nothing to save and the run ends at once (`stops_at_once`); while it trains it ends after the step at hand,
-with a checkpoint (`Stop`).
-"""
+`kill -TERM` on `accelerate launch` ends the launcher and not what it launched; schedulers of
+clusters do that when a job's time is up. While data are prepared there is nothing to save and the
+run ends at once (`stops_at_once`); while it trains it ends after the step at hand, with a
+checkpoint (`Stop`)."""
 
 import math
 import os
@@ -19,7 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 
 
-AGREE_EVERY = 1.0  # seconds after which several processes agree on stopping, or a step, whichever is longer
+AGREE_EVERY = (
+    1.0  # seconds after which several processes agree on stopping, or a step, whichever is longer
+)
 _MOST_STEPS = 10  # between two agreements
 _LOOK_EVERY = 0.5  # seconds after which the launcher is looked for
 # What launchers set for the processes they start: accelerate launch, torchrun.
@@ -48,8 +51,8 @@ def _is_launcher(process: int) -> bool:
 
 @contextmanager
 def stops_at_once() -> Iterator[None]:
-    """Inside, SIGTERM is a KeyboardInterrupt, as Ctrl-C is, so that what is half written is removed,
-    and so is the end of the launcher, where the caller's thread hears signals at all."""
+    """Inside, SIGTERM is a KeyboardInterrupt, as Ctrl-C is, so that what is half written is
+    removed, and so is the end of the launcher, where the caller's thread hears signals at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,12 +75,16 @@ def stops_at_once() -> Iterator[None]:
 
 
 class Stop:
-    """Inside, Ctrl-C and SIGTERM are heard and not obeyed: the run ends after the step at hand, with a checkpoint."""
+    """Inside, Ctrl-C and SIGTERM are heard and not obeyed: the run ends after the step at hand,
+    with a checkpoint.
+    """
 
     def __init__(self) -> None:
         self._told = False
         self._since = time.monotonic()  # the last agreement
-        self._steps = self._wait = 1  # from there to the next one, and what of them is still to come
+        self._steps = self._wait = (
+            1  # from there to the next one, and what of them is still to come
+        )
 
     @property
     def asked(self) -> bool:
@@ -90,7 +97,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         try:
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {
+                number: signal.signal(number, self._ask)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:  # not in the main thread: the caller handles signals
             self._previous = {}
         return self
@@ -111,8 +121,12 @@ class Stop:
             return False
         now = time.monotonic()
         told = torch.tensor([float(self.asked), now - self._since], device=accelerator.device)
-        asked, seconds = reduce(told, "sum").tolist()  # the same in all processes, and so what follows
+        asked, seconds = reduce(
+            told, "sum"
+        ).tolist()  # the same in all processes, and so what follows
         per_step = seconds / accelerator.num_processes / self._steps
-        self._steps = self._wait = max(1, min(_MOST_STEPS, math.floor(AGREE_EVERY / max(per_step, 1e-9))))
+        self._steps = self._wait = max(
+            1, min(_MOST_STEPS, math.floor(AGREE_EVERY / max(per_step, 1e-9)))
+        )
         self._since = now
         return asked > 0

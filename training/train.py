@@ -2,10 +2,11 @@
 
     accelerate launch training/train.py --config training/configs/quad.yaml --output_dir outputs/quad
 
-The settings are the fields of `TrainArguments`: a YAML file gives some, the command line overrides them. Nothing depends on the state
-of a global random generator after initialisation: the batch of a step and its noise are functions of the seed and the step. So the
-number of processes and of accumulation steps does not change the result, and a resumed run goes on as if never stopped.
-"""
+The settings are the fields of `TrainArguments`: a YAML file gives some, the command line overrides
+them. Nothing depends on the state
+of a global random generator after initialisation: the batch of a step and its noise are functions
+of the seed and the step. So the number of processes and of accumulation steps does not change the
+result, and a resumed run goes on as if never stopped."""  # noqa: E501
 
 import json
 import math
@@ -56,7 +57,14 @@ from hf_intervene.training.optimizer import build_optimizer
 from hf_intervene.training.performance import use_channels_last
 from hf_intervene.training.prepared import PreparedImages
 from hf_intervene.training.prior import ORDERED, fit_prior, order_concepts
-from hf_intervene.training.resuming import as_resumed, check_same, image_marks, leave_line, resumed, trained_on
+from hf_intervene.training.resuming import (
+    as_resumed,
+    check_same,
+    image_marks,
+    leave_line,
+    resumed,
+    trained_on,
+)
 from hf_intervene.training.run_folder import PATIENCE, Lock, check_own, model_files, sole_run
 from hf_intervene.training.simulated import SIMULATED, draw_together
 from hf_intervene.training.stopping import Stop, stops_at_once
@@ -76,7 +84,8 @@ from hf_intervene.training.validation import (
 
 logger = get_logger("hf_intervene.training")
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
-MOST_REPEATS = 100  # of an image in a batch, in the mean: more is a slip of the keyboard, and takes minutes a step
+# of an image in a batch, in the mean: more is a slip of the keyboard, and takes minutes a step
+MOST_REPEATS = 100
 SILENT = 1.0  # nats: less than this in z is worth a warning
 
 
@@ -86,7 +95,8 @@ class TrainResult:
     Args:
         model_dir: folder of the trained model, or `None` when the run was interrupted.
         step: optimiser steps done.
-        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see `loss_units`.
+        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see
+            `loss_units`.
         unit: what that is counted in.
         interrupted: whether the run was stopped before its end.
     """
@@ -98,28 +108,43 @@ class TrainResult:
     interrupted: bool = False
 
 
-def load_data(arguments: TrainArguments, accelerator: Accelerator | None = None) -> tuple[ContextImages, ContextImages]:
-    """Training and validation images; several processes share the work of drawing or of decoding into a cache."""
+def load_data(
+    arguments: TrainArguments, accelerator: Accelerator | None = None
+) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images; several processes share the work of drawing or of decoding
+    into a cache.
+    """
     a = arguments
     several = accelerator is not None and accelerator.num_processes > 1
     if a.dataset in SIMULATED:
         simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
         check_reading(a.dataset, a.reading)
         if a.concepts is not None and a.concepts != list(simulated.concepts):
-            raise ValueError(f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave concepts out.")
+            raise ValueError(
+                f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave"
+                " concepts out."
+            )
         sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
         if several:
-            train, validation = draw_together(simulated, sizes, Path(a.output_dir, "drawn"), accelerator)
+            train, validation = draw_together(
+                simulated, sizes, Path(a.output_dir, "drawn"), accelerator
+            )
         else:
-            train, validation = (ContextImages.from_arrays(images, simulated.concepts) for images in simulated.training(*sizes))
+            train, validation = (
+                ContextImages.from_arrays(images, simulated.concepts)
+                for images in simulated.training(*sizes)
+            )
     else:
         with ExitStack() as turns:
-            # One process fills the cache, or one on each machine where they share no disk; the others find it.
+            # One process fills the cache, or one on each machine where they share no disk; the
+            # others find it.
             if several and a.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
             data = load_contexts(a.dataset, **a.reading)
-            data = ContextImages.from_dataset(data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache)
+            data = ContextImages.from_dataset(
+                data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache
+            )
         train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
     if a.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
@@ -140,10 +165,25 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             likelihood=a.likelihood,
         )
     else:
-        options = {"embedding_width": a.latent_width, "num_tokens": a.num_tokens, "min_snr_gamma": a.min_snr_gamma}
+        options = {
+            "embedding_width": a.latent_width,
+            "num_tokens": a.num_tokens,
+            "min_snr_gamma": a.min_snr_gamma,
+        }
         options |= {} if a.class_label is None else {"class_label": a.class_label}
-        options |= {"prompt": a.prompt, "prompts": data.prompts, "prompt_folder": Path(a.output_dir, "prepared", "prompts")}
-        base = load_base(a.base, data.image_shape[-1], a.base_subfolder, a.residual_layers, a.image_encoder, **options)
+        options |= {
+            "prompt": a.prompt,
+            "prompts": data.prompts,
+            "prompt_folder": Path(a.output_dir, "prepared", "prompts"),
+        }
+        base = load_base(
+            a.base,
+            data.image_shape[-1],
+            a.base_subfolder,
+            a.residual_layers,
+            a.image_encoder,
+            **options,
+        )
     if a.base == "light-vae" and a.prompt:
         raise ValueError("prompt is for a pipeline with a text (--base): leave it out.")
     prompts = getattr(base, "prompts", None)
@@ -151,10 +191,14 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         logger.warning("the prompts of the images are not used: this base takes no text.")
     if a.gradient_checkpointing and prompts is not None and len(prompts.shapes) > 1:
         raise ValueError(
-            "gradient_checkpointing does not go with prompts whose embeddings are of different lengths: leave one of them out."
+            "gradient_checkpointing does not go with prompts whose embeddings are of different"
+            " lengths: leave one of them out."
         )
     if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
-        raise ValueError("min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it out.")
+        raise ValueError(
+            "min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it"
+            " out."
+        )
     ablation = None if a.ablation == "none" else a.ablation
     model = InterventionModel.build(base, data.concepts, ablation, **a.head_options())
     if a.regime == "lora":
@@ -163,14 +207,18 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
         try:
             model.base.model.enable_gradient_checkpointing()
         except ValueError as error:
-            raise ValueError(f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out.") from error
+            raise ValueError(
+                f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out."
+            ) from error
     return model
 
 
 def build_objective(
     arguments: TrainArguments, model: InterventionModel, data: ContextImages, sharded: bool = False
 ) -> Objective:
-    """The ELBO of the model, and the terms that the settings ask for; `sharded`: whether FSDP has cut its weights."""
+    """The ELBO of the model, and the terms that the settings ask for; `sharded`: whether FSDP has
+    cut its weights.
+    """
     a, head = arguments, model.head
     if head is None:
         return Objective(model)
@@ -181,10 +229,11 @@ def build_objective(
             terms.append(ContextPrediction(a.context_prediction, contexts))
             free = model.config.free_blocks * model.config.concept_width
             if sharded and (a.edit_consistency or a.free_invariance):
-                # Blocks that FSDP gathers one at a time do not take a second pass with weights that are held, and it
-                # does not know of the parameters of terms.
+                # Blocks that FSDP gathers one at a time do not take a second pass with weights that
+                # are held, and it does not know of the parameters of terms.
                 logger.warning(
-                    "edit_consistency and free_invariance are left out: they do not work with FSDP yet; DDP and ZeRO-2 have them."
+                    "edit_consistency and free_invariance are left out: they do not work with FSDP"
+                    " yet; DDP and ZeRO-2 have them."
                 )
                 return Objective(model, terms).to(model.device)
             if free:
@@ -210,8 +259,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         on_log: called with each logged row, for progress displays.
 
     Raises:
-        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable folder or one that another run is
-            writing in, a loss that is not finite.
+        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable
+            folder or one that another run is writing in, a loss that is not finite.
     """
     check_own(arguments.output_dir)
     out = Path(arguments.output_dir)
@@ -223,7 +272,11 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         project_dir=str(out / "logs"),
     )
     patience = PATIENCE if arguments.resume == "auto" else 0
-    with stops_at_once(), sole_run(out, accelerator.is_main_process, patience) as lock, quiet_writers():
+    with (
+        stops_at_once(),
+        sole_run(out, accelerator.is_main_process, patience) as lock,
+        quiet_writers(),
+    ):
         accelerator.wait_for_everyone()
         result = _train(arguments, out, accelerator, on_log, lock)
         with tracking(accelerator):
@@ -232,21 +285,33 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
 
 
 def _train(
-    arguments: TrainArguments, out: Path, accelerator: Accelerator, on_log: Callable[[dict], None] | None, lock: Lock | None
+    arguments: TrainArguments,
+    out: Path,
+    accelerator: Accelerator,
+    on_log: Callable[[dict], None] | None,
+    lock: Lock | None,
 ) -> TrainResult:
     a = arguments
     world = accelerator.num_processes
     if a.batch_size % (world * a.gradient_accumulation_steps):
         raise ValueError(
-            f"batch_size {a.batch_size} does not divide by {world} processes x {a.gradient_accumulation_steps} accumulation steps."
+            f"batch_size {a.batch_size} does not divide by {world} processes x"
+            f" {a.gradient_accumulation_steps} accumulation steps."
         )
 
     data, validation = load_data(a, accelerator)
     if a.batch_size > MOST_REPEATS * len(data):
         raise ValueError(
-            f"batch_size {a.batch_size} is more than {MOST_REPEATS} times the {len(data)} training images: lower it."
+            f"batch_size {a.batch_size} is more than {MOST_REPEATS} times the {len(data)} training"
+            " images: lower it."
         )
-    logger.info("training on %d images of %s, on %s, %d processes", len(data), data.contexts, accelerator.device, world)
+    logger.info(
+        "training on %d images of %s, on %s, %d processes",
+        len(data),
+        data.contexts,
+        accelerator.device,
+        world,
+    )
     torch.manual_seed(a.seed)
     model = build_model(a, data)
     model.to(accelerator.device)
@@ -256,7 +321,9 @@ def _train(
     prepared = prepared_validation = None
     if model.base.companion_models():  # frozen: what they make of the images is computed once
         prepared = PreparedImages(out / "prepared" / "train", model.base, data, accelerator)
-        prepared_validation = PreparedImages(out / "prepared" / "validation", model.base, validation, accelerator)
+        prepared_validation = PreparedImages(
+            out / "prepared" / "validation", model.base, validation, accelerator
+        )
     else:
         data, validation = kept_at_hand(data, validation, accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.schedule, a.batch_size, a.seed)
@@ -266,21 +333,39 @@ def _train(
     total = a.total_steps(len(data))
     if total < a.warmup_steps and accelerator.is_main_process:
         logger.warning(
-            "the run has %d steps, fewer than its warm-up (warmup_steps %d): the learning rate stays below %.0f %% of its peak, and next to "
-            "nothing is learnt; give max_steps, more epochs or fewer warmup_steps.",
+            "the run has %d steps, fewer than its warm-up (warmup_steps %d): the learning rate"
+            " stays below %.0f %% of its peak, and next to nothing is learnt; give max_steps, more"
+            " epochs or fewer warmup_steps.",
             total,
             a.warmup_steps,
             100 * total / a.warmup_steps,
         )
     eval_every = a.eval_every or per_epoch
     sample_every, checkpoint_every = a.sample_every or eval_every, a.checkpoint_every or eval_every
-    frozen_steps = {"end-to-end": 0, "fine-tune": round(FROZEN_SHARE * total), "frozen": total, "lora": 0}[a.regime]
+    frozen_steps = {
+        "end-to-end": 0,
+        "fine-tune": round(FROZEN_SHARE * total),
+        "frozen": total,
+        "lora": 0,
+    }[a.regime]
 
-    of_base = set() if a.regime == "lora" else set(model.base.model.parameters())  # LoRA layers are as new as the head
-    parameters = [p for p in model.parameters() if p.requires_grad and not (a.regime == "frozen" and p in of_base)]
-    learnt = [*parameters, *objective.terms.parameters()]  # those of the terms are no part of the model
+    of_base = (
+        set() if a.regime == "lora" else set(model.base.model.parameters())
+    )  # LoRA layers are as new as the head
+    parameters = [
+        p
+        for p in model.parameters()
+        if p.requires_grad and not (a.regime == "frozen" and p in of_base)
+    ]
+    learnt = [
+        *parameters,
+        *objective.terms.parameters(),
+    ]  # those of the terms are no part of the model
     optimizer = accelerator.prepare_optimizer(build_optimizer(a, weights, learnt, of_base))
-    options = {"use_ema_warmup": True, "foreach": not weights.sharded}  # sharded and whole ones cannot be averaged at once
+    options = {
+        "use_ema_warmup": True,
+        "foreach": not weights.sharded,
+    }  # sharded and whole ones cannot be averaged at once
     ema = None if a.ema_decay is None else EMAModel(parameters, decay=a.ema_decay, **options)
     if ema is not None:
         ema.to(accelerator.device)
@@ -292,7 +377,11 @@ def _train(
         path, tensors, state = restored
         try:
             check_same(a, settings, state, tensors.get("images"), marks, path)
-            step, best, waited = state["step"], float(state["best"] or math.inf), int(state["waited"])
+            step, best, waited = (
+                state["step"],
+                float(state["best"] or math.inf),
+                int(state["waited"]),
+            )
             weights.load(tensors["model"] | _companion_state(model))
             objective.terms.load_state_dict(tensors.get("terms", {}))
             restore_optimizer(optimizer, learnt, tensors["optimizer"], weights.placed)
@@ -300,19 +389,32 @@ def _train(
             if accelerator.scaler is not None and state.get("scaler"):
                 accelerator.scaler.load_state_dict(state["scaler"])
             if ema is not None:
-                ema.shadow_params = [weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)]
+                ema.shadow_params = [
+                    weights.placed(tensors["ema"][str(i)], p) for i, p in enumerate(parameters)
+                ]
                 ema.optimization_step = step
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # it is whole, but not of this model
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # it is whole, but not of this model
             raise broken(path) from error
         accelerator.print(f"resuming from {path}, step {step}")
         if a.resume != "auto" and accelerator.is_main_process:
             leave_line(out, path, step)
     elif accelerator.is_main_process and checkpoints(out / "checkpoints"):
-        raise ValueError(f"{out} already holds a run: resume it with --resume auto, or choose another output_dir.")
+        raise ValueError(
+            f"{out} already holds a run: resume it with --resume auto, or choose another"
+            " output_dir."
+        )
     accelerator.wait_for_everyone()
 
     def write_settings() -> None:
-        write_whole(out / SETTINGS_FILE, yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False))
+        write_whole(
+            out / SETTINGS_FILE,
+            yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings, sort_keys=False),
+        )
 
     if accelerator.is_main_process:
         write_settings()
@@ -322,7 +424,9 @@ def _train(
             accelerator.init_trackers("run", config={k: str(v) for k, v in settings.items()})
 
     def wrapped(frozen: bool):
-        """The objective as the step calls it; again when the base thaws, since DDP learns what is trained once only."""
+        """The objective as the step calls it; again when the base thaws, since DDP learns what is
+        trained once only.
+        """
         if a.regime in ("fine-tune", "frozen"):
             model.base.trainable(not frozen)
         module = torch.compile(objective, mode=a.compile_mode) if a.compile else objective
@@ -341,11 +445,18 @@ def _train(
             "waited": waited,
             **feed.state_dict(),
             "processes": world,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,  # of fp16
+            "scaler": (
+                accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            ),  # of fp16
         }
-        tensors = {"model": model.state_dict(), "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), learnt)}
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": flatten_optimizer(weights.optimizer_state(optimizer), learnt),
+        }
         tensors["terms"] = objective.terms.state_dict()
-        for name in _companion_state(model):  # frozen models beside a denoiser: they are elsewhere already
+        for name in _companion_state(
+            model
+        ):  # frozen models beside a denoiser: they are elsewhere already
             del tensors["model"][name]
         if ema is not None:
             tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
@@ -358,7 +469,11 @@ def _train(
             logger.warning("weights of step %d are not finite and are not saved.", step)
             return None
         try:
-            state |= {"settings": settings, "settings_version": SETTINGS_VERSION, "precision": a.precision}
+            state |= {
+                "settings": settings,
+                "settings_version": SETTINGS_VERSION,
+                "precision": a.precision,
+            }
             return save_checkpoint(out / "checkpoints", step, tensors, state, a.keep_checkpoints)
         except OSError as error:
             if kind == "last":
@@ -382,16 +497,26 @@ def _train(
 
     if model.head is not None and model.head.is_flow:
         model.head.intervention.levels()  # asks the device, which no step should wait for
-    # Not with FSDP, whose parts work in a forward pass of the whole only: there the finished model is ordered, by `fit_prior`.
+    # Not with FSDP, whose parts work in a forward pass of the whole only: there the finished model
+    # is ordered, by `fit_prior`.
     ordered = model.head is not None and model.config.concept_edges and not weights.sharded
     order_at = {round(share * total) for share in ORDERED if ordered}
     frozen = step < frozen_steps
     runner = wrapped(frozen)
     centred = model.head is not None and model.config.posterior == "centered"
     sums, unlogged = torch.zeros(len(TERMS), device=accelerator.device), 0
-    bad_step = torch.tensor(math.inf, device=accelerator.device)  # first step whose loss was not finite
-    recent = []  # steps since that was looked at: number, rows of the global batch, losses of this process's share
-    bar = tqdm(total=total, initial=step, disable=None if accelerator.is_main_process else True, desc="training")
+    bad_step = torch.tensor(
+        math.inf, device=accelerator.device
+    )  # first step whose loss was not finite
+    # steps since that was looked at: number, rows of the global batch, losses of this process's
+    # share
+    recent = []
+    bar = tqdm(
+        total=total,
+        initial=step,
+        disable=None if accelerator.is_main_process else True,
+        desc="training",
+    )
     with Stop() as stop:
         while step < total and waited < a.patience:
             if frozen and step >= frozen_steps:
@@ -404,10 +529,16 @@ def _train(
                 model.base.model.eval()
             batch = feed.batch(step)
             # As a number it would be compiled in.
-            beta = torch.full((), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device)
+            beta = torch.full(
+                (), a.beta * ramp(step, a.beta_warmup * total), device=accelerator.device
+            )
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate_factor(a, step, total)
-            weights_of = {name: torch.full_like(beta, w) for name, w in objective.weights(step / total).items() if w}
+            weights_of = {
+                name: torch.full_like(beta, w)
+                for name, w in objective.weights(step / total).items()
+                if w
+            }
             seen = []
             for rows, inputs in zip(batch.parts, batch.inputs):
                 last = len(seen) + 1 == a.gradient_accumulation_steps
@@ -420,7 +551,8 @@ def _train(
                             residual_weight=a.residual_weight,
                             **inputs,
                         )
-                    # Outside: under autocast a backward pass would be in half precision where the forward pass was not, too.
+                    # Outside: under autocast a backward pass would be in half precision where the
+                    # forward pass was not, too.
                     loss = output.loss
                     accelerator.backward(loss / a.gradient_accumulation_steps)
                 seen.append(packed(output))
@@ -435,7 +567,9 @@ def _train(
             if centred or a.schedule == "adaptive":
                 terms, mean = unpacked(accelerator.gather(own) if world > 1 else own)
                 if centred:
-                    model.head.center_posterior(mean.unflatten(1, model.noise_shape), model.seen(batch.targets))
+                    model.head.center_posterior(
+                        mean.unflatten(1, model.noise_shape), model.seen(batch.targets)
+                    )
                 feed.learn(terms.sum(1))
             recent.append((step, batch.indices, elbo))
             unlogged += 1
@@ -443,15 +577,22 @@ def _train(
             bar.update()
 
             finished = step == total
-            if step % a.log_every == 0 or step % eval_every == 0 or step % checkpoint_every == 0 or finished:
+            if (
+                step % a.log_every == 0
+                or step % eval_every == 0
+                or step % checkpoint_every == 0
+                or finished
+            ):
                 first_bad = accelerator.gather(bad_step[None]).min().item()
                 if math.isfinite(first_bad):
                     newest = checkpoints(out / "checkpoints")
-                    rows, losses = next((i, e) for number, i, e in recent if number == int(first_bad))
+                    rows, losses = next(
+                        (i, e) for number, i, e in recent if number == int(first_bad)
+                    )
                     raise FloatingPointError(
-                        f"the loss of step {int(first_bad)} is not finite "
-                        f"{bad_images(data, rows, accelerator.gather(losses), out, accelerator)}: unless the images are wrong, "
-                        f"{_way_on(newest[-1] if newest else None)}."
+                        f"the loss of step {int(first_bad)} is not finite"
+                        f" {bad_images(data, rows, accelerator.gather(losses), out, accelerator)}:"
+                        f" unless the images are wrong, {_way_on(newest[-1] if newest else None)}."
                     )
                 recent.clear()
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
@@ -466,16 +607,25 @@ def _train(
                 silent = model.head is not None and means[1].item() < SILENT
                 if finished and silent and accelerator.is_main_process:
                     logger.warning(
-                        "z carries %.2f nats of an image, next to nothing, and what interventions do rests on it: train for longer, or "
-                        "lower beta.",
+                        "z carries %.2f nats of an image, next to nothing, and what interventions"
+                        " do rests on it: train for longer, or lower beta.",
                         means[1].item(),
                     )
             stopping = stop.agreed(accelerator)
             if stopping and not finished and step % eval_every == 0:
-                save("last")  # what is validated now may take longer than whoever ends the run is willing to wait
+                save(
+                    "last"
+                )  # what is validated now may take longer than whoever ends the run is willing to wait  # noqa: E501
             if step % eval_every == 0 or finished:
                 with _averaged(ema, parameters):
-                    score = validation_loss(model, validation, prepared_validation, a.seed + 1, accelerator, feed.micro_batch)
+                    score = validation_loss(
+                        model,
+                        validation,
+                        prepared_validation,
+                        a.seed + 1,
+                        accelerator,
+                        feed.micro_batch,
+                    )
                     weights.release()
                     saved = improved = score < best
                     whole = weights.whole() if improved else None
@@ -488,7 +638,9 @@ def _train(
                             saved = False
                             logger.warning("%s Training goes on.", error)
                 waited = 0 if improved else waited + 1
-                if improved and _agreed(saved, accelerator):  # what could not be saved is not the best there is
+                if improved and _agreed(
+                    saved, accelerator
+                ):  # what could not be saved is not the best there is
                     best = score
                 log({"validation": score})
             if step % sample_every == 0 or finished:
@@ -502,21 +654,28 @@ def _train(
                 path = save("last")
                 bar.close()
                 feed.close()
-                accelerator.print(f"stopped at step {step}; go on with the same command and --resume auto ({path}).")
+                accelerator.print(
+                    f"stopped at step {step}; go on with the same command and --resume auto"
+                    f" ({path})."
+                )
                 return TrainResult(None, step, best, loss_unit(model), interrupted=True)
     bar.close()
     feed.close()
     model_dir, last = out / "model", weights.whole()
     if accelerator.is_main_process:
         draw_curves(out)
-        trained = InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
+        trained = (
+            InterventionModel.from_pretrained(out / "best") if (out / "best").exists() else last
+        )
         prior_steps = round(4 / 3 * total) if a.prior_steps is None else a.prior_steps
         if fitted := prior_steps and trained.head is not None and trained.head.is_flow:
             fit_prior(trained.to(accelerator.device), data, prepared, prior_steps, a.seed)
             sample_grid(trained, data, a, out, step, accelerator)
         with atomic_folder(model_dir, model_files(model_dir)) as folder:
             if fitted:
-                save_model(trained, folder, data)  # batch norm's statistics are of samples of the prior
+                save_model(
+                    trained, folder, data
+                )  # batch norm's statistics are of samples of the prior
             else:
                 trained.save_pretrained(folder)
             (folder / SETTINGS_FILE).write_text(shared_settings(a))
@@ -529,19 +688,23 @@ def _way_on(newest: Path | None) -> str:
     """What to do about a loss that is not finite."""
     change = "a lower learning_rate or max_grad_norm, or mixed_precision=no"
     if newest is None:
-        return f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
+        return (
+            f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
+        )
     return f"the last good state is {newest}: go on from it with --resume {newest} and {change}"
 
 
 def packed(output: InterventionModelOutput) -> torch.Tensor:
-    """What the step needs of a batch after its backward pass, float32 (b, terms + entries of the posterior's mean): processes
-    exchange it in one go."""
+    """What the step needs of a batch after its backward pass, float32 (b, terms + entries of the
+    posterior's mean): processes exchange it in one go."""
     terms = torch.stack([output[term] for term in TERMS], dim=1)  # (b, 3)
     return torch.cat([terms, output.posterior_mean.flatten(1)], dim=1).detach().float()
 
 
 def unpacked(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms of the loss, (B, 3), and means of the posterior, (B, entries), of what `packed` returned."""
+    """Terms of the loss, (B, 3), and means of the posterior, (B, entries), of what `packed`
+    returned.
+    """
     return values[:, : len(TERMS)], values[:, len(TERMS) :]
 
 
@@ -552,7 +715,9 @@ def ramp(step: int, steps: float) -> float:
 
 def _companion_state(model: InterventionModel) -> dict[str, torch.Tensor]:
     mine = tuple(f"base.{name}." for name in model.base.companion_models())
-    return {name: value for name, value in model.state_dict().items() if mine and name.startswith(mine)}
+    return {
+        name: value for name, value in model.state_dict().items() if mine and name.startswith(mine)
+    }
 
 
 @contextmanager
@@ -581,10 +746,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = train(parse_arguments([word for word in words if word != "--json"]))
     if process_state().is_main_process:
         if "--json" in words:
-            print(json.dumps(asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}))
+            print(
+                json.dumps(
+                    asdict(result) | {"model_dir": result.model_dir and str(result.model_dir)}
+                )
+            )
         elif not result.interrupted:
             print(
-                f"trained {result.step} steps; lowest validation loss {result.validation:.4f} {result.unit}; model in {result.model_dir}"
+                f"trained {result.step} steps; lowest validation loss {result.validation:.4f}"
+                f" {result.unit}; model in {result.model_dir}"
             )
     return INTERRUPTED if result.interrupted else 0
 

@@ -1,4 +1,5 @@
-"""Runs the notebooks of this folder and stores them with their outputs: `python docs/notebooks/make.py` (needs the extra `docs`).
+"""Runs the notebooks of this folder and stores them with their outputs: `python
+docs/notebooks/make.py` (needs the extra `docs`).
 
 The source of a notebook is the script of the same name, in jupytext's percent format.
 """
@@ -18,10 +19,16 @@ SOURCES = sorted(path for path in HERE.glob("*.py") if path != Path(__file__))
 
 
 def executed(source: Path) -> nbformat.NotebookNode:
-    """The notebook of a script, run from top to bottom; a cell that raises ends it with a `CellExecutionError`."""
+    """The notebook of a script, run from top to bottom; a cell that raises ends it with a
+    `CellExecutionError`.
+    """
     notebook = jupytext.read(source, fmt="py:percent")
     NotebookClient(
-        notebook, timeout=600, coalesce_streams=True, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+        notebook,
+        timeout=600,
+        coalesce_streams=True,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(HERE)}},
     ).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # random by default
@@ -29,16 +36,23 @@ def executed(source: Path) -> nbformat.NotebookNode:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
-        if cell.cell_type == "code":  # progress bars and warnings of libraries are not what a cell says
+        if (
+            cell.cell_type == "code"
+        ):  # progress bars and warnings of libraries are not what a cell says
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": notebook.metadata["kernelspec"],
+        "language_info": {"name": "python"},
+    }
     return notebook
 
 
 def _smaller(png: str) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     out = io.BytesIO()
-    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(
+        out, "PNG", optimize=True
+    )
     return base64.b64encode(out.getvalue()).decode()
 
 

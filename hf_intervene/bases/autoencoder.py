@@ -1,17 +1,19 @@
-"""Spatial autoencoders of diffusers under a head: AutoencoderKL and its kin, AutoencoderTiny, AutoencoderDC, VQModel, AutoencoderRAE.
+"""Spatial autoencoders of diffusers under a head: AutoencoderKL and its kin, AutoencoderTiny,
+AutoencoderDC, VQModel, AutoencoderRAE.
 
 Those of videos (AutoencoderKLWan, AutoencoderKLQwenImage) get each image as a video of one frame.
 
     pixels (B, C, S, S) --model.encode--> latents (B, c, h, h) --adapter--> features (B, feature_width)
     embedding (B, embedding_width, 1, 1) --adapter--> latents (B, c, h, h) --model.decode--> sample (B, C, S, S) in [-1, 1]
 
-The head speaks vectors, these models speak latents in two dimensions; the adapter, a small convolutional network of ours, translates.
-It is trained and saved with the head, whatever becomes of the pretrained model. Latents are scaled and shifted as the model's own
-configuration says. Pixels are Gaussian around the decoded image with one learnt variance for all (as in the training of the Stable
-Diffusion autoencoders), so the reconstruction term is a density and may be negative.
+The head speaks vectors, these models speak latents in two dimensions; the adapter, a small
+convolutional network of ours, translates. It is trained and saved with the head, whatever becomes
+of the pretrained model. Latents are scaled and shifted as the model's own configuration says.
+Pixels are Gaussian around the decoded image with one learnt variance for all (as in the training of
+the Stable Diffusion autoencoders), so the reconstruction term is a density and may be negative.
 
-With `residual_layers` the embedding decides the prior of the latents, not the latents themselves (see `residual.py`).
-"""
+With `residual_layers` the embedding decides the prior of the latents, not the latents themselves
+(see `residual.py`)."""  # noqa: E501
 
 import inspect
 import json
@@ -34,11 +36,14 @@ from .light_vae import LightVAE, gaussian_loss
 from .residual import ResidualPrior
 
 
-_DEQUANTISATION = 0.05  # standard deviation of q(r | x), in scaled latents, for models that have no distribution of their own
+# standard deviation of q(r | x), in scaled latents, for models that have no distribution of their
+# own
+_DEQUANTISATION = 0.05
 
 
 class LatentAdapter(ModelMixin, ConfigMixin):
-    """Between the vectors of a head and the latents of an autoencoder: the light VAE's layers on latents, and the variance of a pixel.
+    """Between the vectors of a head and the latents of an autoencoder: the light VAE's layers on
+    latents, and the variance of a pixel.
 
     Args:
         sample_size: side S of the images in pixels.
@@ -62,52 +67,74 @@ class LatentAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         halvings = max(1, round(math.log2(latent_size / 4)))  # down to about 4 x 4
         channels = [64, *[128] * (halvings - 1)]
-        self.network = LightVAE(in_channels, latent_size, tuple(channels), hidden_width, latent_width)
+        self.network = LightVAE(
+            in_channels, latent_size, tuple(channels), hidden_width, latent_width
+        )
         self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
         if residual_layers:
             self.residual_prior = ResidualPrior(in_channels, residual_layers)
-            self.residual_log_variance = nn.Parameter(torch.tensor(2 * math.log(0.1)))  # of a pixel given the residual too
+            self.residual_log_variance = nn.Parameter(
+                torch.tensor(2 * math.log(0.1))
+            )  # of a pixel given the residual too
 
 
 class AutoencoderBase(Base):
     """An autoencoder under a head, with an adapter between them (see the module docstring).
 
-    A model whose configuration names another image size than yours (the Stable Diffusion autoencoders say 512 or 256) is wrapped first:
-    `InterventionModel.build(wrap_base(vae, sample_size=64), concepts)`.
+    A model whose configuration names another image size than yours (the Stable Diffusion
+    autoencoders say 512 or 256) is wrapped first: `InterventionModel.build(wrap_base(vae,
+    sample_size=64), concepts)`.
 
     Args:
         model: the autoencoder.
-        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the model's configuration.
+        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the
+            model's configuration.
         adapter: a trained adapter; `None` makes a new one.
-        residual_layers: of a new adapter: couplings of the prior of residual latents; 0: no residual latents.
+        residual_layers: of a new adapter: couplings of the prior of residual latents; 0: no
+            residual latents.
 
     Raises:
-        ValueError: no image size is known, the model's encoder cannot take it, or the adapter is for other latents.
+        ValueError: no image size is known, the model's encoder cannot take it, or the adapter is
+            for other latents.
     """
 
     adapter: LatentAdapter
     adapter_class = LatentAdapter
 
     def __init__(
-        self, model: ModelMixin, sample_size: int | None = None, adapter: LatentAdapter | None = None, residual_layers: int = 0
+        self,
+        model: ModelMixin,
+        sample_size: int | None = None,
+        adapter: LatentAdapter | None = None,
+        residual_layers: int = 0,
     ):
         super().__init__(model)
         name = type(model).__name__
         size = sample_size
         if size is None:
-            size = model.config.get("sample_size") if adapter is None else adapter.config.sample_size
+            size = (
+                model.config.get("sample_size") if adapter is None else adapter.config.sample_size
+            )
         if size is None:
-            raise ValueError(f"this {name} does not say what size of image it is for: give sample_size, in pixels.")
+            raise ValueError(
+                f"this {name} does not say what size of image it is for: give sample_size, in"
+                " pixels."
+            )
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"sample_size must be the side of a square image in pixels, not {size!r}.")
+            raise ValueError(
+                f"sample_size must be the side of a square image in pixels, not {size!r}."
+            )
         self.image_shape = (model.config.get("in_channels", 3), size, size)
         shape = latent_shape(model, self.image_shape)
         if adapter is None:
-            adapter = LatentAdapter(size, in_channels=shape[0], latent_size=shape[-1], residual_layers=residual_layers)
+            adapter = LatentAdapter(
+                size, in_channels=shape[0], latent_size=shape[-1], residual_layers=residual_layers
+            )
         if (adapter.config.in_channels, adapter.config.latent_size) != (shape[0], shape[-1]):
             raise ValueError(
-                f"the adapter is for {adapter.config.in_channels} x {adapter.config.latent_size}^2 latents, but this {name} makes "
-                f"{shape[0]} x {shape[-1]}^2 of {size}x{size} images: use the base it was trained on."
+                f"the adapter is for {adapter.config.in_channels} x {adapter.config.latent_size}^2"
+                f" latents, but this {name} makes {shape[0]} x {shape[-1]}^2 of {size}x{size}"
+                " images: use the base it was trained on."
             )
         self.adapter = adapter
         self.feature_width = adapter.config.hidden_width
@@ -122,20 +149,29 @@ class AutoencoderBase(Base):
         return mean, logvar
 
     def decode(self, embedding: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1), and of residual noise
-        (B, *residual_shape), standard normal under the prior, where the adapter has a prior for it; `None`: of none."""
+        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1),
+        and of residual noise (B, *residual_shape), standard normal under the prior, where the
+        adapter has a prior for it; `None`: of none."""
         latents = self._asked_for(embedding)
         if residual is not None:
             latents = self.adapter.residual_prior(residual, latents)
         return self.decode_latents(latents)
 
-    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def encode_latents(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean, std = self._latent_posterior(pixel_values)
         r = mean + std * noise
-        log_density = -(0.5 * (noise.float().square() + math.log(2 * math.pi)) + std.float().log()).flatten(1).sum(1)
+        log_density = (
+            -(0.5 * (noise.float().square() + math.log(2 * math.pi)) + std.float().log())
+            .flatten(1)
+            .sum(1)
+        )
         return self.adapter.network.encoder(mean), r, log_density
 
-    def residual(self, latents: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def residual(
+        self, latents: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.adapter.residual_prior.inverse(latents, self._asked_for(embedding))
 
     def _asked_for(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -149,7 +185,9 @@ class AutoencoderBase(Base):
             return images_of(self.model, latents)
 
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's dtype."""
+        """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's
+        dtype.
+        """
         with self._lean():
             mean, std = latents_of(self.model, (2 * pixel_values - 1).to(self.model.dtype))
         scale, shift = scale_and_shift(self.model, mean)
@@ -158,16 +196,23 @@ class AutoencoderBase(Base):
         return mean.to(self.adapter.dtype), std.to(self.adapter.dtype)
 
     def _lean(self) -> AbstractContextManager:
-        # Checkpointing must save the same when it computes a block again, outside; a compiled graph saves only what it needs anyway.
+        # Checkpointing must save the same when it computes a block again, outside; a compiled graph
+        # saves only what it needs anyway.
         if self.model.is_gradient_checkpointing or torch.compiler.is_compiling():
             return nullcontext()
-        frozen = torch.is_grad_enabled() and not all(p.requires_grad for p in self.model.parameters())
+        frozen = torch.is_grad_enabled() and not all(
+            p.requires_grad for p in self.model.parameters()
+        )
         return LeanConvolutions() if frozen else nullcontext()
 
-    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def reconstruction_loss(
+        self, decoded: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
         return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.log_variance)
 
-    def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def residual_reconstruction_loss(
+        self, decoded: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
         return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.residual_log_variance)
 
     def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
@@ -184,13 +229,16 @@ class AutoencoderBase(Base):
         """As in torch."""
         super().train(mode)
         if has_unit_pixels(self.model):
-            self.model.training = False  # AutoencoderRAE itself, not its layers: in training it draws noise for its latents
+            # AutoencoderRAE itself, not its layers: in training it draws noise for its latents
+            self.model.training = False
         return self
 
     def freeze_unused(self) -> None:
         self.adapter.network.quant.requires_grad_(False)
         if isinstance(self.model, VQModel):
-            self.model.quantize.requires_grad_(False)  # the straight-through estimator passes the codebook by
+            self.model.quantize.requires_grad_(
+                False
+            )  # the straight-through estimator passes the codebook by
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
         if has_unit_pixels(self.model):
@@ -210,11 +258,16 @@ def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.
 
 
 @lru_cache
-def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]) -> torch.Size:
+def _latent_shape(
+    model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]
+) -> torch.Size:
     """From a pass without data or weights through a model of a configuration, given as JSON."""
     known = inspect.signature(model_class.__init__).parameters
     arguments = {key: value for key, value in json.loads(config).items() if key in known}
-    advice = f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a multiple of its downsampling factor"
+    advice = (
+        f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a"
+        " multiple of its downsampling factor"
+    )
     with torch.device("meta"), torch.no_grad():
         model = model_class(**arguments)
         try:
@@ -228,7 +281,9 @@ def _latent_shape(model_class: type[ModelMixin], config: str, image_shape: tuple
 
 
 def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1]; `None` for models without one."""
+    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1];
+    `None` for models without one.
+    """
     sample = sample / 2 + 0.5 if has_unit_pixels(model) else sample
     output = model.encode(sample.unsqueeze(2) if has_frames(model) else sample)
     if "latent_dist" in output:
@@ -238,17 +293,21 @@ def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, t
 
 def images_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h)."""
-    sample = _one_frame(model, model.decode(latents.unsqueeze(2) if has_frames(model) else latents).sample)
+    sample = _one_frame(
+        model, model.decode(latents.unsqueeze(2) if has_frames(model) else latents).sample
+    )
     return 2 * sample - 1 if has_unit_pixels(model) else sample
 
 
 def has_frames(model: ModelMixin) -> bool:
-    """Whether a model is for videos, (B, C, frames, S, S): it has convolutions in three dimensions."""
+    """Whether a model is for videos, (B, C, frames, S, S): it has convolutions in three dimensions."""  # noqa: E501
     return any(isinstance(module, nn.Conv3d) for module in model.modules())
 
 
 def has_unit_pixels(model: ModelMixin) -> bool:
-    """Whether the pixels of a model are in [0, 1], not in [-1, 1]: of AutoencoderRAE, whose encoder is a vision model's."""
+    """Whether the pixels of a model are in [0, 1], not in [-1, 1]: of AutoencoderRAE, whose encoder
+    is a vision model's.
+    """
     return type(model).__name__ == "AutoencoderRAE"
 
 
@@ -257,15 +316,19 @@ def _one_frame(model: ModelMixin, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tuple[Any, Any]:
-    """Scale and shift by which latents (B, c, h, h) are scaled to variance 1: (latents - shift) * scale.
+    """Scale and shift by which latents (B, c, h, h) are scaled to variance 1: (latents - shift) *
+    scale.
 
-    Two numbers, or, for a model with statistics of each channel, two tensors (c, 1, 1) in the type and on the device of `like`.
-    """
+    Two numbers, or, for a model with statistics of each channel, two tensors (c, 1, 1) in the type
+    and on the device of `like`."""
     if has_unit_pixels(model):
         return 1.0, 0.0  # AutoencoderRAE scales its latents itself
     mean, std = model.config.get("latents_mean"), model.config.get("latents_std")
     if like is not None and isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
-        shift, deviation = (torch.tensor(v, dtype=like.dtype, device=like.device)[:, None, None] for v in (mean, std))
+        shift, deviation = (
+            torch.tensor(v, dtype=like.dtype, device=like.device)[:, None, None]
+            for v in (mean, std)
+        )
         return 1 / deviation, shift
     return model.config.get("scaling_factor") or 1.0, model.config.get("shift_factor") or 0.0
 
@@ -279,7 +342,13 @@ _CLASSES: tuple[str, ...] = (
     "VQModel",
     "AutoencoderKLFlux2",
 )
-_CLASSES += ("AutoencoderKLHunyuanImage", "AutoencoderKLKVAE", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderRAE")
+_CLASSES += (
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLKVAE",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+    "AutoencoderRAE",
+)
 for _class in (getattr(diffusers, name, None) for name in _CLASSES):
     if _class is not None:
         register_base(_class)(AutoencoderBase)

@@ -1,4 +1,5 @@
-"""How a head meets a pretrained model: the protocol every base family implements, and the registry that finds the family.
+"""How a head meets a pretrained model: the protocol every base family implements, and the registry
+that finds the family.
 
     pixels (B, C, H, W) in [0, 1] --encode--> features (B, feature_width)
     embedding (B, *embedding_shape) --decode--> decoded --to_pixels--> pixels (B, C, H, W) in [0, 1]
@@ -22,9 +23,11 @@ from torch import nn
 
 
 class Base(nn.Module):
-    """A pretrained model as a head sees it. Sub-classes set `feature_width`, `embedding_shape` and `image_shape` and implement the methods.
+    """A pretrained model as a head sees it. Sub-classes set `feature_width`, `embedding_shape` and
+    `image_shape` and implement the methods.
 
-    Head and model may be in different precisions: `encode` and `decode` cast what they are given to the model's.
+    Head and model may be in different precisions: `encode` and `decode` cast what they are given to
+    the model's.
 
     Args:
         model: the pretrained diffusers model; it is used and trained in place.
@@ -33,13 +36,19 @@ class Base(nn.Module):
     feature_width: int  # width of the encoder features the head's posterior reads
     embedding_shape: tuple[int, ...]  # what `decode` takes, without the batch dimension
     image_shape: tuple[int, int, int]  # (C, H, W)
-    adapter: ModelMixin | None  # a network of the family's own between head and model, trained and saved with the head
-    adapter_class: type[ModelMixin] | None = None  # its class; the constructor then takes it as `adapter=`
+    adapter: (
+        ModelMixin | None
+    )  # a network of the family's own between head and model, trained and saved with the head
+    adapter_class: type[ModelMixin] | None = (
+        None  # its class; the constructor then takes it as `adapter=`
+    )
     companion_names: tuple[str, ...] = ()  # of the family's `companions`
     residual_shape: tuple[int, ...] | None = (
         None  # of one sample's noise beside z: of residual latents (residual.py), of a denoiser
     )
-    denoises = False  # whether it is a denoiser, with a loss and a decoder of its own (see diffusion.py)
+    denoises = (
+        False  # whether it is a denoiser, with a loss and a decoder of its own (see diffusion.py)
+    )
 
     def __init__(self, model: ModelMixin):
         super().__init__()
@@ -51,14 +60,18 @@ class Base(nn.Module):
         raise NotImplementedError
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base's own q(z | x), for the ablations without a head: mean and log-variance, each (B, *embedding_shape)."""
+        """The base's own q(z | x), for the ablations without a head: mean and log-variance, each
+        (B, *embedding_shape).
+        """
         raise NotImplementedError
 
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:
         """Parameters of p(x | e), (B, C, H, W), from an embedding (B, *embedding_shape)."""
         raise NotImplementedError
 
-    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def reconstruction_loss(
+        self, decoded: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
         """-log p(x | e) of each image in nats, shape (B,)."""
         raise NotImplementedError
 
@@ -66,15 +79,23 @@ class Base(nn.Module):
         """The mean image of p(x | e), (B, C, H, W) in [0, 1]."""
         raise NotImplementedError
 
-    # Only of bases with residual latents; their `decode` takes residual noise, (B, *residual_shape), as a second argument.
+    # Only of bases with residual latents; their `decode` takes residual noise, (B,
+    # *residual_shape), as a second argument.
 
-    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features (B, feature_width), latents r (B, *residual_shape) drawn from q(r | x) with standard normal noise of the same
-        shape (0: the mean), and log q(r | x) in nats, (B,), of images (B, C, H, W) in [0, 1]: one pass of the encoder."""
+    def encode_latents(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features (B, feature_width), latents r (B, *residual_shape) drawn from q(r | x) with
+        standard normal noise of the same shape (0: the mean), and log q(r | x) in nats, (B,), of
+        images (B, C, H, W) in [0, 1]: one pass of the encoder."""
         raise NotImplementedError
 
-    def residual(self, latents: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual noise of latents r under an embedding, (B, *residual_shape), and log p(r | c) in nats, (B,)."""
+    def residual(
+        self, latents: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual noise of latents r under an embedding, (B, *residual_shape), and log p(r |
+        c) in nats, (B,).
+        """
         raise NotImplementedError
 
     def residual_noise(self, latents: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -85,15 +106,17 @@ class Base(nn.Module):
         """Parameters of p(x | r), (B, C, H, W), of latents r (B, *residual_shape)."""
         raise NotImplementedError
 
-    def residual_reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def residual_reconstruction_loss(
+        self, decoded: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
         """-log p(x | r) of each image in nats, (B,)."""
         raise NotImplementedError
 
     # Only of denoisers, which see images at many levels of noise (see `DiffusionBase`).
 
     def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the frozen parts make of images (B, C, H, W) in [0, 1]: `x0`, (B, *residual_shape), what is denoised, and whatever
-        `features` needs."""
+        """What the frozen parts make of images (B, C, H, W) in [0, 1]: `x0`, (B, *residual_shape),
+        what is denoised, and whatever `features` needs."""
         raise NotImplementedError
 
     def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -108,19 +131,24 @@ class Base(nn.Module):
         time: torch.Tensor,
         prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape) at times (B,) in [0, 1).
-        `prompts`: of a family whose images have their own, the number of each, (B,) int64."""
+        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape)
+        at times (B,) in [0, 1). `prompts`: of a family whose images have their own, the number of
+        each, (B,) int64."""
         raise NotImplementedError
 
     # Of any base
 
     def companions(self) -> dict[str, Any]:
-        """Frozen models, schedulers and processors that it needs beside the model, by the constructor's names for them."""
+        """Frozen models, schedulers and processors that it needs beside the model, by the
+        constructor's names for them.
+        """
         return {}
 
     def companion_models(self) -> dict[str, nn.Module]:
         """Those of the `companions` that are models."""
-        return {name: part for name, part in self.companions().items() if isinstance(part, nn.Module)}
+        return {
+            name: part for name, part in self.companions().items() if isinstance(part, nn.Module)
+        }
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules of the encoder, which no sample from the prior passes."""
@@ -130,14 +158,18 @@ class Base(nn.Module):
         """Take the weights that a head replaces (the base's own posterior) out of training."""
 
     def trainable(self, flag: bool) -> None:
-        """Make the weights of the pretrained model trainable that are in use, or freeze them all. An adapter stays trainable."""
+        """Make the weights of the pretrained model trainable that are in use, or freeze them all.
+        An adapter stays trainable.
+        """
         self.model.requires_grad_(flag)
         if self.under_head:
             self.freeze_unused()
 
 
 _REGISTRY: dict[type[ModelMixin], type[Base]] = {}
-_RECORDED: list[type[Base]] = []  # the family of those whose adapter has a recording, once it is imported
+_RECORDED: list[
+    type[Base]
+] = []  # the family of those whose adapter has a recording, once it is imported
 
 
 def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[Base]]:
@@ -151,7 +183,8 @@ def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[
 
 
 def wrap_base(model: ModelMixin | Base, **options: Any) -> Base:
-    """Wrap a pretrained model in the base family registered for its class (the nearest in its method resolution order).
+    """Wrap a pretrained model in the base family registered for its class (the nearest in its
+    method resolution order).
 
     Args:
         model: the model; a `Base` is returned as it is.
@@ -164,21 +197,22 @@ def wrap_base(model: ModelMixin | Base, **options: Any) -> Base:
 
 
 def base_family(model: ModelMixin, adapter: Mapping[str, Any] | None = None) -> type[Base]:
-    """The family of a model: that of recorded pipelines if the configuration of its adapter has a recording, otherwise the one
-    registered for its class. Raises as `wrap_base`."""
+    """The family of a model: that of recorded pipelines if the configuration of its adapter has a
+    recording, otherwise the one registered for its class. Raises as `wrap_base`."""
     if adapter is not None and adapter.get("recording") is not None:
         return _RECORDED[0]
     for model_class in type(model).__mro__:
         if model_class in _REGISTRY:
             return _REGISTRY[model_class]
     raise TypeError(
-        f"no base is registered for {type(model).__name__}; the supported classes are {_names()}. For the denoiser of a pipeline "
-        "use PipelineBase.from_pipeline(pipe); register another class with hf_intervene.bases.register_base."
+        f"no base is registered for {type(model).__name__}; the supported classes are {_names()}."
+        " For the denoiser of a pipeline use PipelineBase.from_pipeline(pipe); register another"
+        " class with hf_intervene.bases.register_base."
     )
 
 
 def register_recorded(base_class: type[Base]) -> type[Base]:
-    """Class decorator: the decorated `Base` is the family of models whose adapter has a recording."""
+    """Class decorator: the decorated `Base` is the family of models whose adapter has a recording."""  # noqa: E501
     _RECORDED[:] = [base_class]
     return base_class
 
@@ -190,11 +224,16 @@ def plain(value: Any) -> Any:
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a model by their names without LoRA layers on it."""
-    return {name.replace(".base_layer.", "."): v for name, v in model.state_dict().items() if ".lora_" not in name}
+    return {
+        name.replace(".base_layer.", "."): v
+        for name, v in model.state_dict().items()
+        if ".lora_" not in name
+    }
 
 
 def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of a model's weights: the digests of their names, types, shapes and bytes; LoRA layers on it are passed over.
+    """SHA-256 of a model's weights: the digests of their names, types, shapes and bytes; LoRA
+    layers on it are passed over.
 
     Args:
         model: the model.
@@ -210,12 +249,16 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.digest()
 
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL; the order is that of the names, whoever is done first
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # hashlib lets go of the GIL; the order is that of the names, whoever is done first
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights)))).hexdigest()
 
 
 def running_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's weights one after the other, as the first references have it (`hash` in them is `"running"`)."""
+    """SHA-256 of a model's weights one after the other, as the first references have it (`hash` in
+    them is `"running"`).
+    """
     found = hashlib.sha256()
     for name, value in sorted(base_weights(model).items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -224,26 +267,33 @@ def running_hash(model: nn.Module) -> str:
 
 
 def model_class_named(name: str | None) -> type[ModelMixin]:
-    """The model class of a name, as stored in a saved model's `_class_name`: a registered one, one of diffusers, or one that has
-    been imported already.
+    """The model class of a name, as stored in a saved model's `_class_name`: a registered one, one
+    of diffusers, or one that has been imported already.
 
     Raises:
-        ValueError: there is none. Nothing is imported by name, so a checkpoint cannot choose what code runs.
+        ValueError: there is none. Nothing is imported by name, so a checkpoint cannot choose what
+            code runs.
     """
     of_diffusers: Any = getattr(diffusers, str(name), None)
-    known: list[type[ModelMixin]] = [*_REGISTRY, *([of_diffusers] if _is_model(of_diffusers) else []), *_imported(ModelMixin)]
+    known: list[type[ModelMixin]] = [
+        *_REGISTRY,
+        *([of_diffusers] if _is_model(of_diffusers) else []),
+        *_imported(ModelMixin),
+    ]
     for model_class in known:
         if model_class.__name__ == name:
             return model_class
     raise ValueError(
-        f"the base is a {name!r}, which is not registered and no model of diffusers: import its class first; the registered classes "
-        f"are {_names()}."
+        f"the base is a {name!r}, which is not registered and no model of diffusers: import its"
+        f" class first; the registered classes are {_names()}."
     )
 
 
 def registered_family(name: str | None) -> type[Base] | None:
     """The family registered for the class of a name, if there is one."""
-    return next((family for model_class, family in _REGISTRY.items() if model_class.__name__ == name), None)
+    return next(
+        (family for model_class, family in _REGISTRY.items() if model_class.__name__ == name), None
+    )
 
 
 def _is_model(value: Any) -> bool:

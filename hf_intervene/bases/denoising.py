@@ -1,9 +1,10 @@
-"""Noise and denoising as the schedulers of diffusers define them: training targets, sampling, and the deterministic path and its inverse.
+"""Noise and denoising as the schedulers of diffusers define them: training targets, sampling, and
+the deterministic path and its inverse.
 
-A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, or the velocity of a flow (`flow`). In all three
-x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et al., arXiv:2010.02502; Euler's for a flow) from t to t' is linear in
-x_t and the prediction, with the coefficients of `step_coefficients`.
-"""
+A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, or the velocity
+of a flow (`flow`). In all three x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et
+al., arXiv:2010.02502; Euler's for a flow) from t to t' is linear in x_t and the prediction, with
+the coefficients of `step_coefficients`."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
 
-_BAR = {"disable": None, "delay": 2, "leave": False}  # of steps that take longer than two seconds, on a terminal
+_BAR = {
+    "disable": None,
+    "delay": 2,
+    "leave": False,
+}  # of steps that take longer than two seconds, on a terminal
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 Predict = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
@@ -54,8 +59,8 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
         continuous = bool(names & set(DIFFUSION_SCHEDULERS))
         why = "has continuous times" if continuous else "has a noise that is not known here"
         raise ValueError(
-            f"a {kind} {why}: use one that is in the documentation's list, such as a "
-            "DDIMScheduler or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
+            f"a {kind} {why}: use one that is in the documentation's list, such as a DDIMScheduler"
+            " or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
         )
     found = config.get("prediction_type", "epsilon")
     if found == "flow_prediction":
@@ -73,24 +78,33 @@ def _is_flow_match(scheduler: SchedulerMixin) -> bool:
 
 
 def check_prediction(scheduler: SchedulerMixin, expected: str, what: str) -> None:
-    """Raise a ValueError unless a scheduler's prediction type is the one that something was trained with."""
+    """Raise a ValueError unless a scheduler's prediction type is the one that something was trained
+    with.
+    """
     found = prediction_type(scheduler)
     if found != expected:
         raise ValueError(
-            f"{what} was trained with {expected!r} predictions, but this {type(scheduler).__name__} takes the denoiser's for {found!r}: "
-            "make the scheduler with from_config(...) of the one it was trained with."
+            f"{what} was trained with {expected!r} predictions, but this {type(scheduler).__name__}"
+            f" takes the denoiser's for {found!r}: make the scheduler with from_config(...) of the"
+            " one it was trained with."
         )
 
 
 def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A DDPM's ancestral scheduler is for training and a thousand steps: DDIM in its place, which keeps its noise; others as they are."""
+    """A DDPM's ancestral scheduler is for training and a thousand steps: DDIM in its place, which
+    keeps its noise; others as they are.
+    """
     if isinstance(scheduler, DDPMScheduler):
-        return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+        return DDIMScheduler.from_config(
+            scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+        )
     return scheduler
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before sampling."""
+    """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before
+    sampling.
+    """
     if prediction_type(scheduler) != "flow":
         made = DDPMScheduler.from_config(scheduler.config)
         # Some schedulers shift or rescale the noise of their configuration.
@@ -104,7 +118,11 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def noised(
-    scheduler: SchedulerMixin, x0: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, min_snr_gamma: float | None = None
+    scheduler: SchedulerMixin,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    time: torch.Tensor,
+    min_snr_gamma: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a denoiser is trained on.
 
@@ -112,11 +130,14 @@ def noised(
         scheduler: of `training_scheduler`.
         x0: clean samples, (B, ...).
         noise: standard normal, (B, ...).
-        time: uniform draws in [0, 1), (B,): where on the schedule; of a flow, with a logit-normal density as for Stable Diffusion 3.
-        min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al., arXiv:2303.09556); `None`: all weights are 1.
+        time: uniform draws in [0, 1), (B,): where on the schedule; of a flow, with a logit-normal
+            density as for Stable Diffusion 3.
+        min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al.,
+            arXiv:2303.09556); `None`: all weights are 1.
 
     Returns:
-        x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each sample's squared error (B,).
+        x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each
+        sample's squared error (B,).
 
     Raises:
         ValueError: `min_snr_gamma` for a flow.
@@ -124,10 +145,16 @@ def noised(
     kind, weight = prediction_type(scheduler), torch.ones(len(x0), device=x0.device)
     if kind == "flow":
         if min_snr_gamma is not None:
-            raise ValueError("min_snr_gamma weighs epsilon and v_prediction; a flow has no such weights: leave it out.")
+            raise ValueError(
+                "min_snr_gamma weighs epsilon and v_prediction; a flow has no such weights: leave"
+                " it out."
+            )
         density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
         index = (density * len(scheduler.timesteps)).long()
-        timesteps, sigma = (table.to(x0.device)[index] for table in (scheduler.timesteps, scheduler.sigmas.to(x0.dtype)))
+        timesteps, sigma = (
+            table.to(x0.device)[index]
+            for table in (scheduler.timesteps, scheduler.sigmas.to(x0.dtype))
+        )
         sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise, timesteps, noise - x0, weight
     timesteps = (time.double() * scheduler.config.num_train_timesteps).long()
@@ -140,7 +167,11 @@ def noised(
 
 
 def generate(
-    predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int, generator: torch.Generator | None = None
+    predict: Predict,
+    scheduler: SchedulerMixin,
+    noise: torch.Tensor,
+    steps: int,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
 
@@ -159,8 +190,11 @@ def generate(
     return x
 
 
-def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tuple[torch.Tensor, float, float]]:
-    """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean sample, whose (a, s) is (1, 0).
+def path(
+    scheduler: SchedulerMixin, steps: int, device: torch.device
+) -> list[tuple[torch.Tensor, float, float]]:
+    """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean
+    sample, whose (a, s) is (1, 0).
 
     Raises:
         ValueError: no such number of steps.
@@ -172,21 +206,32 @@ def path(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[tu
         return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
     alphas = training_scheduler(scheduler).alphas_cumprod.double()
     last = len(alphas)
-    timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]  # trailing: the first is the noisiest there is
-    return [(torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())) for t in timesteps]
+    timesteps = [
+        round(last * (steps - k) / steps) - 1 for k in range(steps)
+    ]  # trailing: the first is the noisiest there is
+    return [
+        (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt()))
+        for t in timesteps
+    ]
 
 
 def _check_steps(scheduler: SchedulerMixin, steps: int) -> None:
     most = scheduler.config.num_train_timesteps
     if not (isinstance(steps, int) and 1 <= steps <= most):
-        raise ValueError(f"num_inference_steps must be a whole number from 1 to {most}, those of the scheduler, not {steps}.")
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to {most}, those of the scheduler,"
+            f" not {steps}."
+        )
 
 
-def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: float) -> tuple[float, float]:
-    """(A, B) of the deterministic step x_t' = A x_t + B prediction, from the x_0 and the noise that the prediction stands for:
+def step_coefficients(
+    kind: str, a: float, s: float, a_next: float, s_next: float
+) -> tuple[float, float]:
+    """(A, B) of the deterministic step x_t' = A x_t + B prediction, from the x_0 and the noise that
+    the prediction stands for:
 
     epsilon: x_0 = (x - s e) / a,  noise = e;   v: x_0 = a x - s v,  noise = s x + a v;   flow: x_0 = x - s v,  noise = x + a v.
-    """
+    """  # noqa: E501
     if kind == "epsilon":
         return a_next / a, s_next - a_next * s / a
     if kind == "v_prediction":
@@ -194,25 +239,34 @@ def step_coefficients(kind: str, a: float, s: float, a_next: float, s_next: floa
     return a_next + s_next, s_next * a - a_next * s
 
 
-def follow(predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int) -> torch.Tensor:
+def follow(
+    predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int
+) -> torch.Tensor:
     """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...)."""
     kind, x = prediction_type(scheduler), noise
-    points: list[tuple[Any, float, float]] = [*path(scheduler, steps, noise.device), (None, 1.0, 0.0)]
+    points: list[tuple[Any, float, float]] = [
+        *path(scheduler, steps, noise.device),
+        (None, 1.0, 0.0),
+    ]
     for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
     return x
 
 
-def invert(predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps: int, iterations: int = 3) -> torch.Tensor:
+def invert(
+    predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps: int, iterations: int = 3
+) -> torch.Tensor:
     """The noise (B, ...) from which `follow` leads to x0 (B, ...).
 
-    Each step of the path is solved for where it came from by fixed-point iteration, x_t = (x_t' - B predict(x_t, t)) / A; with a single
-    one it would be the usual DDIM inversion, which takes the prediction at the wrong point and does not come back to the image.
-    """
+    Each step of the path is solved for where it came from by fixed-point iteration, x_t = (x_t' - B
+    predict(x_t, t)) / A; with a single one it would be the usual DDIM inversion, which takes the
+    prediction at the wrong point and does not come back to the image."""
     kind, x = prediction_type(scheduler), x0
     points: list[tuple[Any, float, float]] = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
-    for (t, a, s), (_, a_next, s_next) in tqdm(list(zip(points[:-1], points[1:]))[::-1], "noising", **_BAR):
+    for (t, a, s), (_, a_next, s_next) in tqdm(
+        list(zip(points[:-1], points[1:]))[::-1], "noising", **_BAR
+    ):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         guess = x
         for _ in range(iterations):

@@ -1,19 +1,26 @@
-"""Diffusion denoisers of diffusers under a head: UNet2DModel, UNet2DConditionModel, DiT, Stable Diffusion 3's; on pixels or on latents.
+"""Diffusion denoisers of diffusers under a head: UNet2DModel, UNet2DConditionModel, DiT, Stable
+Diffusion 3's; on pixels or on latents.
 
     pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
     embedding (B, *embedding_shape) --projections--> hooks of the denoiser (injection.py)
     noise x_T (B, c, h, h) --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
 
-z says what the concepts decide, x_T carries the detail: the residual noise of this family (a diffusion autoencoder, Preechakul et al.,
-arXiv:2111.15640, whose semantic code is the head's). The first term of the objective is the denoising loss (METHOD section 2), summed over
+z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
+diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
+first term of the objective is the denoising loss (METHOD section 2), summed over
 the entries of x: not a likelihood, so there are no bits per pixel.
-"""
+"""  # noqa: E501
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -45,18 +52,22 @@ logger = get_logger(__name__)
 
 
 class DiffusionAdapter(ModelMixin, ConfigMixin):
-    """What is trained beside the head on a denoiser: the projections of the embedding, and the small convolutional encoder, if it is one.
+    """What is trained beside the head on a denoiser: the projections of the embedding, and the
+    small convolutional encoder, if it is one.
 
     Args:
         sample_size: side S of the images in pixels.
         sites: the denoiser's, as a dictionary (see `injection.Sites`).
         embedding_shape: of one sample's embedding.
         map_size: side of the map that enters the middle block.
-        encoder_shape: (C, S, S) of what the convolutional encoder reads, pixels or latents; `None`: a vision model is the encoder.
+        encoder_shape: (C, S, S) of what the convolutional encoder reads, pixels or latents; `None`:
+            a vision model is the encoder.
         feature_width: width of the features.
-        text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is given; they are kept with the weights.
+        text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is
+            given; they are kept with the weights.
         prediction_type: what the denoiser predicts (see `denoising.py`).
-        recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that the package calls itself.
+        recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that
+            the package calls itself.
         class_label: the class that a denoiser of classes is given.
     """
 
@@ -100,21 +111,28 @@ class DiffusionBase(Base):
 
     Args:
         model: the denoiser.
-        scheduler: the one it was trained with, or any other with the same kind of prediction; it generates too.
+        scheduler: the one it was trained with, or any other with the same kind of prediction; it
+            generates too.
         vae: the autoencoder in front of a latent denoiser; it stays frozen.
-        image_encoder, image_processor: a frozen vision model of transformers that z is read from; `None`: a small convolutional network,
-            trained with the head, on what the denoiser works on.
+        image_encoder, image_processor: a frozen vision model of transformers that z is read from;
+            `None`: a small convolutional network, trained with the head, on what the denoiser works
+            on.
         adapter: a trained adapter; `None` makes a new one.
-        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the denoiser's configuration.
-        text, pooled_text: embeddings (1, length, width) and (1, width) of the text that a text-conditioned denoiser is to be given under
-            the head, such as those of the empty prompt; `None`: zeros.
-        embedding_width, num_tokens: of a new adapter: width of the embedding where it is a vector; number of its tokens where the
-            denoiser has cross-attention (of its cross-attention width).
+        sample_size: side of the images in pixels; `None`: the adapter's, else the one of the
+            denoiser's configuration.
+        text, pooled_text: embeddings (1, length, width) and (1, width) of the text that a
+            text-conditioned denoiser is to be given under the head, such as those of the empty
+            prompt; `None`: zeros.
+        embedding_width, num_tokens: of a new adapter: width of the embedding where it is a vector;
+            number of its tokens where the denoiser has cross-attention (of its cross-attention
+            width).
         min_snr_gamma: see `denoising.noised`.
-        class_label: of a UNet2DModel with classes: the one that it is given for all images; the head decides the rest.
+        class_label: of a UNet2DModel with classes: the one that it is given for all images; the
+            head decides the rest.
 
     Raises:
-        TypeError, ValueError: one sentence: no scheduler or vae, no class, an adapter for another denoiser or kind of prediction.
+        TypeError, ValueError: one sentence: no scheduler or vae, no class, an adapter for another
+            denoiser or kind of prediction.
     """
 
     adapter: DiffusionAdapter
@@ -147,7 +165,9 @@ class DiffusionBase(Base):
         _check_supported(model, class_label)
         assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
-        size = sample_size or (adapter.config.sample_size if adapter is not None else _pixels(model, vae))
+        size = sample_size or (
+            adapter.config.sample_size if adapter is not None else _pixels(model, vae)
+        )
         if vae is None:
             self.image_shape = self.residual_shape = (channels, size, size)
         else:
@@ -155,16 +175,22 @@ class DiffusionBase(Base):
             self.residual_shape = tuple(latent_shape(vae, self.image_shape))
             if self.residual_shape[0] != channels:
                 raise ValueError(
-                    f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes latents of "
-                    f"{self.residual_shape[0]}: pass the vae of its pipeline."
+                    f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes"
+                    f" latents of {self.residual_shape[0]}: pass the vae of its pipeline."
                 )
-            if scheduler.config.get("clip_sample") and scheduler.config.get("clip_sample_range", 1.0) <= 1:
+            if (
+                scheduler.config.get("clip_sample")
+                and scheduler.config.get("clip_sample_range", 1.0) <= 1
+            ):
                 logger.warning(
-                    "the scheduler clips samples at 1, where pixels end, but the latents of a %s go beyond: make it with clip_sample=False.",
+                    "the scheduler clips samples at 1, where pixels end, but the latents of a %s go"
+                    " beyond: make it with clip_sample=False.",
                     type(vae).__name__,
                 )
         if adapter is None:
-            adapter = self._new_adapter(size, embedding_width, num_tokens, text, pooled_text, class_label)
+            adapter = self._new_adapter(
+                size, embedding_width, num_tokens, text, pooled_text, class_label
+            )
         self._enter_by(adapter)
 
     def _take_parts(
@@ -178,14 +204,19 @@ class DiffusionBase(Base):
         """What is needed beside the denoiser."""
         if scheduler is None:
             raise ValueError(
-                f"a head on a {type(self.model).__name__} needs the scheduler that it was trained with: pass scheduler=."
+                f"a head on a {type(self.model).__name__} needs the scheduler that it was trained"
+                " with: pass scheduler=."
             )
         if not isinstance(scheduler, SchedulerMixin):
-            raise TypeError(f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}.")
+            raise TypeError(
+                f"scheduler must be a scheduler of diffusers, not a {type(scheduler).__name__}."
+            )
         self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
         self._training_scheduler = training_scheduler(scheduler)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
-        self.image_encoder = None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
+        self.image_encoder = (
+            None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
+        )
 
     def _enter_by(self, adapter: DiffusionAdapter) -> None:
         """Put the hooks of an adapter's embedding on the denoiser."""
@@ -208,16 +239,32 @@ class DiffusionBase(Base):
     ) -> DiffusionAdapter:
         model, sites, vision = self.model, find_sites(self.model), self.image_encoder
         if isinstance(model, UNet2DConditionModel):
-            text = torch.zeros(1, 1, _width(model.config.cross_attention_dim)) if text is None else text
+            text = (
+                torch.zeros(1, 1, _width(model.config.cross_attention_dim))
+                if text is None
+                else text
+            )
         elif isinstance(model, SD3Transformer2DModel):
             text = torch.zeros(1, 1, model.config.joint_attention_dim) if text is None else text
-            pooled_text = torch.zeros(1, model.config.pooled_projection_dim) if pooled_text is None else pooled_text
-        shape = (num_tokens, _width(model.config.cross_attention_dim)) if sites.tokens else (embedding_width,)
+            pooled_text = (
+                torch.zeros(1, model.config.pooled_projection_dim)
+                if pooled_text is None
+                else pooled_text
+            )
+        shape = (
+            (num_tokens, _width(model.config.cross_attention_dim))
+            if sites.tokens
+            else (embedding_width,)
+        )
         adapter = DiffusionAdapter(
             sample_size=size,
             sites=vars(sites),
             embedding_shape=shape,
-            map_size=self.residual_shape[-1] >> (len(model.config.block_out_channels) - 1) if sites.map else 0,
+            map_size=(
+                self.residual_shape[-1] >> (len(model.config.block_out_channels) - 1)
+                if sites.map
+                else 0
+            ),
             encoder_shape=None if vision is not None else self.residual_shape,
             feature_width=128 if vision is None else vision.width,
             text_shape=None if text is None else tuple(text.shape[1:]),
@@ -233,14 +280,17 @@ class DiffusionBase(Base):
     # From images to features
 
     def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the frozen parts make of images (B, C, S, S) in [0, 1], the same at every step of training: `x0`, (B, *residual_shape),
-        and, with a vision model, its `features` (B, feature_width); float32."""
+        """What the frozen parts make of images (B, C, S, S) in [0, 1], the same at every step of
+        training: `x0`, (B, *residual_shape), and, with a vision model, its `features` (B,
+        feature_width); float32."""
         with torch.no_grad():
             x0 = 2 * pixel_values - 1
             if self.vae is not None:
                 scale, shift = scale_and_shift(self.vae)
                 x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
-            return {"x0": x0} | ({} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)})
+            return {"x0": x0} | (
+                {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
+            )
 
     def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
         """Features (B, feature_width) of prepared images."""
@@ -260,13 +310,20 @@ class DiffusionBase(Base):
     # Denoising
 
     def denoise(
-        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, prompts: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape) at timesteps (B,) or ().
-        `prompts`: of a family whose images have their own, see `PipelineBase.denoise`."""
+        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape)
+        at timesteps (B,) or (). `prompts`: of a family whose images have their own, see
+        `PipelineBase.denoise`."""
         return self._denoise(x, timesteps, embedding)
 
-    def _denoise(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any) -> torch.Tensor:
+    def _denoise(
+        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any
+    ) -> torch.Tensor:
         """The prediction, with what the family gives its denoiser of a text."""
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
@@ -275,17 +332,23 @@ class DiffusionBase(Base):
         try:
             return self._predicted(x, timesteps, **text)
         finally:
-            self.injection.clear(torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False))
+            self.injection.clear(
+                torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False)
+            )
 
     def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         output = self._call(x.to(self.model.dtype), timesteps)
-        return output[:, : x.shape[1]].float()  # without the variance, where the denoiser has learnt one
+        return output[
+            :, : x.shape[1]
+        ].float()  # without the variance, where the denoiser has learnt one
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         model, batch = self.model, len(x)
         timesteps = timesteps.expand(batch)
         if isinstance(model, DiTTransformer2DModel):
-            nobody = torch.full((batch,), model.config.num_embeds_ada_norm, device=x.device)  # the class of no class
+            nobody = torch.full(
+                (batch,), model.config.num_embeds_ada_norm, device=x.device
+            )  # the class of no class
             return model(x, timestep=timesteps, class_labels=nobody).sample
         if isinstance(model, UNet2DModel):
             label = self.adapter.config.class_label
@@ -304,9 +367,11 @@ class DiffusionBase(Base):
         time: torch.Tensor,
         prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See `denoising.noised` for noise and
-        time, `denoise` for `prompts`."""
-        noisy, timesteps, target, weight = noised(self._training_scheduler, x0, noise, time, self.min_snr_gamma)
+        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See
+        `denoising.noised` for noise and time, `denoise` for `prompts`."""
+        noisy, timesteps, target, weight = noised(
+            self._training_scheduler, x0, noise, time, self.min_snr_gamma
+        )
         prediction = self.denoise(noisy, timesteps, embedding, prompts)
         return weight * (prediction - target).square().flatten(1).sum(1)
 
@@ -321,17 +386,20 @@ class DiffusionBase(Base):
         along_path: bool = False,
         alone: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Images (B, C, S, S) in [-1, 1] generated under embeddings (B, *embedding_shape) from noise x_T (B, *residual_shape).
+        """Images (B, C, S, S) in [-1, 1] generated under embeddings (B, *embedding_shape) from
+        noise x_T (B, *residual_shape).
 
         Args:
             embedding, residual: see above.
             observational: embeddings of the same noise z without interventions, for guidance.
-            guidance_scale: w of the prediction o + w (p - o), where o is that under `observational`; 1: no guidance.
+            guidance_scale: w of the prediction o + w (p - o), where o is that under
+                `observational`; 1: no guidance.
             num_inference_steps: of the scheduler.
             generator: for schedulers that draw noise as they go.
             alone: embeddings of the same noise z under one concept each: the prediction is then
                 o + w sum_k (p_k - o).
-            along_path: whether to follow the deterministic path, the one that `residual_noise` inverts, instead of the scheduler.
+            along_path: whether to follow the deterministic path, the one that `residual_noise`
+                inverts, instead of the scheduler.
         """
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -347,10 +415,16 @@ class DiffusionBase(Base):
 
         if along_path:
             return self._to_images(follow(predict, self.scheduler, residual, num_inference_steps))
-        return self._to_images(generate(predict, self.scheduler, residual, num_inference_steps, generator))
+        return self._to_images(
+            generate(predict, self.scheduler, residual, num_inference_steps, generator)
+        )
 
-    def residual_noise(self, latents: torch.Tensor, embedding: torch.Tensor, num_inference_steps: int = 50) -> torch.Tensor:
-        """The stochastic code: the noise x_T (B, *residual_shape) from which x_0 is generated under an embedding (B, *embedding_shape)."""
+    def residual_noise(
+        self, latents: torch.Tensor, embedding: torch.Tensor, num_inference_steps: int = 50
+    ) -> torch.Tensor:
+        """The stochastic code: the noise x_T (B, *residual_shape) from which x_0 is generated under
+        an embedding (B, *embedding_shape).
+        """
         predict: Predict = lambda x, t: self.denoise(x, t, embedding)  # noqa: E731
         return invert(predict, self.scheduler, latents, num_inference_steps)
 
@@ -367,7 +441,11 @@ class DiffusionBase(Base):
 
     def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
-        parts = (self.vae, self.scheduler, *((None, None) if vision is None else (vision.model, vision.image_processor)))
+        parts = (
+            self.vae,
+            self.scheduler,
+            *((None, None) if vision is None else (vision.model, vision.image_processor)),
+        )
         return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
 
     def encoder_modules(self) -> Iterable[nn.Module]:
@@ -383,12 +461,19 @@ class DiffusionBase(Base):
 def _check_supported(model: ModelMixin, class_label: int | None) -> None:
     config, name = model.config, type(model).__name__
     classes = config.get("num_class_embeds") if isinstance(model, UNet2DModel) else None
-    if isinstance(model, UNet2DModel) and getattr(model, "class_embedding", None) is not None and classes is None:
-        raise ValueError(f"this {name} is conditioned on classes by other than their numbers, which is not supported.")
+    if (
+        isinstance(model, UNet2DModel)
+        and getattr(model, "class_embedding", None) is not None
+        and classes is None
+    ):
+        raise ValueError(
+            f"this {name} is conditioned on classes by other than their numbers, which is not"
+            " supported."
+        )
     if classes is not None and not (isinstance(class_label, int) and 0 <= class_label < classes):
         raise ValueError(
-            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the one for all images, "
-            f"not {class_label!r}."
+            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the"
+            f" one for all images, not {class_label!r}."
         )
     if classes is None and class_label is not None:
         raise ValueError(f"this {name} has no classes: leave class_label out.")
@@ -396,8 +481,8 @@ def _check_supported(model: ModelMixin, class_label: int | None) -> None:
     more = next((key for key in wants if config.get(key)), None)
     if isinstance(model, UNet2DConditionModel) and more is not None:
         raise ValueError(
-            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes: give "
-            "the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
+            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes:"
+            " give the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
         )
 
 
@@ -410,13 +495,21 @@ _SITE_NAMES = {
 
 
 def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
-    """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called `name`."""
-    for key in (*_SITE_NAMES, *(key for key in vars(sites) if key not in _SITE_NAMES)):  # first what says most
-        expected, found = (plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites)))
+    """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called
+    `name`.
+    """
+    for key in (
+        *_SITE_NAMES,
+        *(key for key in vars(sites) if key not in _SITE_NAMES),
+    ):  # first what says most
+        expected, found = (
+            plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites))
+        )
         if found != expected:
             raise ValueError(
-                f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is {_short(found)}, that of this {name} is "
-                f"{_short(expected)}: use the kind of model that it was trained on."
+                f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is"
+                f" {_short(found)}, that of this {name} is {_short(expected)}: use the kind of"
+                " model that it was trained on."
             )
 
 
@@ -440,8 +533,14 @@ def _pixels(model: ModelMixin, vae: ModelMixin | None) -> int:
     size = model.config.get("sample_size")
     size = size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
     if not isinstance(size, int):
-        raise ValueError(f"this {type(model).__name__} does not say what size of image it is for: give sample_size, in pixels.")
+        raise ValueError(
+            f"this {type(model).__name__} does not say what size of image it is for: give"
+            " sample_size, in pixels."
+        )
     if vae is None:
         return size
-    halvings = len(vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")) - 1
+    halvings = (
+        len(vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels"))
+        - 1
+    )
     return size * vae.config.get("spatial_compression_ratio", 2**halvings)

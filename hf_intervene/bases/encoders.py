@@ -1,8 +1,9 @@
-"""Frozen vision models of transformers as encoders: pretrained features for the head's posterior to read z from.
+"""Frozen vision models of transformers as encoders: pretrained features for the head's posterior to
+read z from.
 
-With `posterior="unconditional"` that is the linear readout of the paper, c_j = C_j h + noise, on real pretrained features
-(METHOD section 2); with the other posteriors a small network that is told the targets too.
-"""
+With `posterior="unconditional"` that is the linear readout of the paper, c_j = C_j h + noise, on
+real pretrained features (METHOD section 2); with the other posteriors a small network that is told
+the targets too."""
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 
 class VisionEncoder(nn.Module):
-    """Features of a frozen vision model (ViT, DINOv2, CLIP vision: any `AutoModel` with an image processor).
+    """Features of a frozen vision model (ViT, DINOv2, CLIP vision: any `AutoModel` with an image
+    processor).
 
     Args:
         model: the vision model; frozen and put into evaluation mode.
@@ -23,10 +25,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor | None):
         super().__init__()
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"image_encoder must be a vision model of transformers, not a {type(model).__name__}.")
+            raise TypeError(
+                "image_encoder must be a vision model of transformers, not a"
+                f" {type(model).__name__}."
+            )
         if image_processor is None or not callable(getattr(image_processor, "preprocess", None)):
             raise TypeError(
-                f"an image_encoder needs its image processor (AutoImageProcessor) as image_processor, not {image_processor!r}."
+                "an image_encoder needs its image processor (AutoImageProcessor) as"
+                f" image_processor, not {image_processor!r}."
             )
         self.model, self.image_processor = model.requires_grad_(False).eval(), image_processor
         self.width = model.config.hidden_size
@@ -36,11 +42,15 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features (B, width), float32, of images (B, 3, H, W) in [0, 1]: the pooled output, or the mean of the last hidden states."""
+        """Features (B, width), float32, of images (B, 3, H, W) in [0, 1]: the pooled output, or the
+        mean of the last hidden states.
+        """
         images = (pixel_values * 255).round().to(torch.uint8).cpu()
         inputs = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         output = self.model(inputs.to(self.model.device, self.model.dtype))
         pooled = output.get("pooler_output")
         if pooled is None:
-            pooled = output.last_hidden_state.flatten(2).mean(2 if output.last_hidden_state.ndim == 4 else 1)
+            pooled = output.last_hidden_state.flatten(2).mean(
+                2 if output.last_hidden_state.ndim == 4 else 1
+            )
         return pooled.flatten(1).float()

@@ -1,16 +1,17 @@
-"""How an embedding enters a denoiser: by forward hooks on a few of its modules, so that a pretrained denoiser is used unchanged.
+"""How an embedding enters a denoiser: by forward hooks on a few of its modules, so that a
+pretrained denoiser is used unchanged.
 
     embedding (B, *embedding_shape) --Projections--> Entries --Injection's hooks--> the denoiser's own activations
 
 - a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any
   denoiser);
 - a map, added to the output of the middle block: UNet2DModel;
-- tokens, which every cross-attention layer attends to beside its own, with keys and values of their own: UNet2DConditionModel
-  (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but by hooks: whatever attention processor, LoRA or adapter the
-  layer has stays in place).
+- tokens, which every cross-attention layer attends to beside its own, with keys and values of their
+  own: UNet2DConditionModel (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but
+  by hooks: whatever attention processor, LoRA or adapter the layer has stays in place).
 
 The last map of each is zero at first: a new head changes nothing of what the denoiser does.
-"""
+"""  # noqa: E501
 
 import copy
 import threading
@@ -28,8 +29,9 @@ from .sites import Sites, find_sites, spread
 
 @dataclass(frozen=True)
 class Entries:
-    """What enters at the sites: `vector` (B, vector_width), `map` (B, C, h, w), and of each cross-attention layer `keys` and `values`
-    (B, tokens, inner width). All of it adds, so entries can be weighted."""
+    """What enters at the sites: `vector` (B, vector_width), `map` (B, C, h, w), and of each
+    cross-attention layer `keys` and `values` (B, tokens, inner width). All of it adds, so entries
+    can be weighted."""
 
     vector: torch.Tensor | None = None
     map: torch.Tensor | None = None
@@ -37,22 +39,34 @@ class Entries:
     values: tuple[torch.Tensor, ...] = ()
 
     def weighted(self, weight: float) -> "Entries":
-        scaled: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else weight * x for name in ("vector", "map")}
+        scaled: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else weight * x
+            for name in ("vector", "map")
+        }
         return replace(self, values=tuple(weight * v for v in self.values), **scaled)
 
     def rows(self, index: torch.Tensor) -> "Entries":
         """The entries of some rows, an index (n,)."""
-        picked: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[index] for name in ("vector", "map")}
-        return Entries(keys=tuple(k[index] for k in self.keys), values=tuple(v[index] for v in self.values), **picked)
+        picked: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else x[index]
+            for name in ("vector", "map")
+        }
+        return Entries(
+            keys=tuple(k[index] for k in self.keys),
+            values=tuple(v[index] for v in self.values),
+            **picked,
+        )
 
 
 class Projections(nn.Module):
-    """From an embedding to what enters at each site: (B, *embedding_shape) -> `Entries`; all zero at first.
+    """From an embedding to what enters at each site: (B, *embedding_shape) -> `Entries`; all zero
+    at first.
 
     Args:
         sites: of the denoiser.
         embedding_shape: (width,) for vectors, (tokens, width) for cross-attention.
-        map_size: side of the map at the base's own image size; it is resized where another one comes by.
+        map_size: side of the map at the base's own image size; it is resized where another one
+            comes by.
     """
 
     def __init__(self, sites: Sites, embedding_shape: Sequence[int], map_size: int = 0):
@@ -60,12 +74,20 @@ class Projections(nn.Module):
         width = embedding_shape[-1]
         if sites.vector_width:
             last = nn.Linear(sites.vector_width, sites.vector_width)
-            self.vector = nn.Sequential(nn.Linear(width, sites.vector_width), nn.SiLU(), _zero(last))
+            self.vector = nn.Sequential(
+                nn.Linear(width, sites.vector_width), nn.SiLU(), _zero(last)
+            )
         if sites.map_channels:
             last = nn.Linear(width, sites.map_channels * map_size**2)
-            self.map = nn.Sequential(_zero(last), nn.Unflatten(1, (sites.map_channels, map_size, map_size)))
-        self.keys = nn.ModuleList(nn.Linear(width, inner, bias=False) for inner in sites.token_widths)
-        self.values = nn.ModuleList(_zero(nn.Linear(width, inner, bias=False)) for inner in sites.token_widths)
+            self.map = nn.Sequential(
+                _zero(last), nn.Unflatten(1, (sites.map_channels, map_size, map_size))
+            )
+        self.keys = nn.ModuleList(
+            nn.Linear(width, inner, bias=False) for inner in sites.token_widths
+        )
+        self.values = nn.ModuleList(
+            _zero(nn.Linear(width, inner, bias=False)) for inner in sites.token_widths
+        )
 
     def forward(self, embedding: torch.Tensor) -> Entries:
         return Entries(
@@ -83,10 +105,11 @@ def _zero(layer: nn.Linear) -> nn.Linear:
 
 
 class PerThread(threading.local):
-    """Attributes that each thread has for itself: what enters belongs to a call of the denoiser, and threads may call it at once.
+    """Attributes that each thread has for itself: what enters belongs to a call of the denoiser,
+    and threads may call it at once.
 
-    Sub-classes set them in `__init__`, which runs once in each thread: compiled code does not see those of a class.
-    """
+    Sub-classes set them in `__init__`, which runs once in each thread: compiled code does not see
+    those of a class."""
 
     def __deepcopy__(self, memo: dict) -> "PerThread":
         return type(self)()  # what was set for a call of the original is none of the copy's
@@ -100,9 +123,10 @@ class _Call(PerThread):
 class Injection:
     """The hooks on one denoiser through which entries enter, and the entries at hand.
 
-    Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation, LoRA, attention processors) goes on
-    working, and `remove` leaves the denoiser as it was. Several injections on one denoiser add up. What a thread sets enters in its own
-    calls of the denoiser and in no other's.
+    Hooks of modules, not wrappers: what others put around a forward pass (offloading, compilation,
+    LoRA, attention processors) goes on working, and `remove` leaves the denoiser as it was. Several
+    injections on one denoiser add up. What a thread sets enters in its own calls of the denoiser
+    and in no other's.
 
     Args:
         denoiser: the denoiser.
@@ -121,16 +145,20 @@ class Injection:
         self._hooked: list[nn.Module] = []
 
     def __deepcopy__(self, memo: dict) -> "Injection":
-        # A copied denoiser carries copies of the hooks, which must not go on acting for what was set before.
+        # A copied denoiser carries copies of the hooks, which must not go on acting for what was
+        # set before.
         copied = memo[id(self)] = object.__new__(Injection)
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
         copied.lora = self.lora
         copied._reset()
-        copied._handles = copy.deepcopy(self._handles, memo)  # of the copied hooks, which `install` takes away
+        copied._handles = copy.deepcopy(
+            self._handles, memo
+        )  # of the copied hooks, which `install` takes away
         return copied
 
     def install(self) -> bool:
-        """Put the hooks where they belong, unless they are there; returns whether anything was changed.
+        """Put the hooks where they belong, unless they are there; returns whether anything was
+        changed.
 
         Loading or unloading LoRA exchanges modules, hence the look at each time.
         """
@@ -150,7 +178,10 @@ class Injection:
             return False
         with _INSTALLING:
             self.remove()
-            self._handles = [getattr(module, register)(hook) for module, (_, register, hook) in zip(modules, plan)]
+            self._handles = [
+                getattr(module, register)(hook)
+                for module, (_, register, hook) in zip(modules, plan)
+            ]
             self._hooked = modules
         return True
 
@@ -162,20 +193,26 @@ class Injection:
     @property
     def entries(self) -> Entries | None:
         """What enters in calls of this thread, if anything."""
-        if self._call.entries is None and self._left is not None and torch._C._current_graph_task_id() != -1:
+        if (
+            self._call.entries is None
+            and self._left is not None
+            and torch._C._current_graph_task_id() != -1
+        ):
             return self._left  # this is a backward pass
         return self._call.entries
 
     def set(self, entries: Entries) -> None:
-        """Let entries, of as many rows as the denoiser's batch, enter in this thread's calls from now on."""
+        """Let entries, of as many rows as the denoiser's batch, enter in this thread's calls from
+        now on.
+        """
         self._call.entries = entries
 
     def clear(self, leave: bool = False) -> None:
         """Let nothing enter from now on.
 
         Args:
-            leave: whether what entered must still enter in the backward pass: gradient checkpointing computes blocks again there, on a
-                thread of autograd's own.
+            leave: whether what entered must still enter in the backward pass: gradient
+                checkpointing computes blocks again there, on a thread of autograd's own.
         """
         if leave:
             self._left = self._call.entries
@@ -212,11 +249,14 @@ class _Query(PerThread):
 
 
 class _CrossAttention:
-    """The branch of one cross-attention layer: its own queries, taken as they come, attend to the tokens of the embedding; what they
-    find is added before the layer's output projection."""
+    """The branch of one cross-attention layer: its own queries, taken as they come, attend to the
+    tokens of the embedding; what they find is added before the layer's output projection."""
 
     def __init__(self, injection: Injection, number: int):
-        self.injection, self.number = injection, number  # of the layer among those of the injection's sites
+        self.injection, self.number = (
+            injection,
+            number,
+        )  # of the layer among those of the injection's sites
         self.attention: Attention | None = None
         self._query = _Query()
 
@@ -229,7 +269,10 @@ class _CrossAttention:
         self._query.value = None
         if entries is None or not entries.keys or query is None or self.attention is None:
             return None
-        heads, tokens = self.attention.heads, (entries.keys[self.number], entries.values[self.number])
+        heads, tokens = (
+            self.attention.heads,
+            (entries.keys[self.number], entries.values[self.number]),
+        )
         q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, *tokens))
         if self.attention.norm_q is not None:
             q = self.attention.norm_q(q)

@@ -3,12 +3,13 @@
     pixels (B, C, S, S) --strided convolutions--> (B, 256, S/16, S/16) --linear--> features (B, hidden_width)
     latent (B, latent_width, 1, 1) --linear, GELU, linear--> (B, 256, S/16, S/16) --transposed convolutions--> logits (B, C, S, S)
 
-The reconstruction term, in nats, is that of pixels x in [0, 1] with the mean m, the sigmoid of the logits:
+The reconstruction term, in nats, is that of pixels x in [0, 1] with the mean m, the sigmoid of the
+logits:
 
     Bernoulli (the paper's):   -x log m - (1 - x) log(1 - m), the binary cross-entropy;
     Gaussian:                  (x - m)^2 / (2 v) + log(2 pi v) / 2, one variance v for all pixels, learnt (Rybkin et al.,
                                arXiv:2006.13202). A small v gives small and faint concepts their weight.
-"""
+"""  # noqa: E501
 
 import math
 from collections.abc import Iterable, Sequence
@@ -27,21 +28,24 @@ LIKELIHOODS = ("bernoulli", "gaussian")
 
 
 class LightVAE(ModelMixin, ConfigMixin):
-    r"""
-    Strided 4x4 convolutions, one per entry of `block_out_channels`, each halving the image, and their mirror image as decoder.
+    r"""Strided 4x4 convolutions, one per entry of `block_out_channels`, each halving the image,
+    and their mirror image as decoder.
 
     Args:
         in_channels: channels of an image.
-        sample_size: side of an image in pixels; any that survives the halvings (28, 32 and 64 with the default four).
+        sample_size: side of an image in pixels; any that survives the halvings (28, 32 and 64 with
+            the default four).
         block_out_channels: channels after each convolution.
         hidden_width: width of the features and of the decoder's hidden layer.
         latent_width: width of the latent, shape (B, latent_width, 1, 1).
-        norm: `"group"`, `"batch"` (the paper's) or `"none"`. Batch norm's running statistics are gathered on posterior samples and do
-            not fit samples from the prior; see `InterventionModel.reestimate_batch_norm`.
+        norm: `"group"`, `"batch"` (the paper's) or `"none"`. Batch norm's running statistics are
+            gathered on posterior samples and do not fit samples from the prior; see
+            `InterventionModel.reestimate_batch_norm`.
         likelihood: `"bernoulli"` or `"gaussian"` (see the module docstring).
 
     Raises:
-        ValueError: one sentence: a size that cannot be halved so often, an unknown norm or likelihood.
+        ValueError: one sentence: a size that cannot be halved so often, an unknown norm or
+            likelihood.
     """
 
     @register_to_config
@@ -57,7 +61,9 @@ class LightVAE(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}.")
+            raise ValueError(
+                f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}."
+            )
         if sample_size >> len(block_out_channels) < 1:
             raise ValueError(
                 f"images of {sample_size} pixels cannot be halved {len(block_out_channels)} times: "
@@ -74,13 +80,20 @@ class LightVAE(ModelMixin, ConfigMixin):
         self.quant = nn.Linear(hidden_width, 2 * latent_width)
 
         if likelihood == "gaussian":
-            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
+            self.log_variance = nn.Parameter(
+                torch.tensor(2 * math.log(0.2))
+            )  # of a pixel in [0, 1]
 
         up: list[nn.Module] = []
         for level in range(len(block_out_channels), 0, -1):
-            # An odd side loses its last row when halved; output_padding gives it back (28 -> 14 -> 7 -> 3 -> 1 and up again).
+            # An odd side loses its last row when halved; output_padding gives it back (28 -> 14 ->
+            # 7 -> 3 -> 1 and up again).
             odd = sizes[level - 1] - 2 * sizes[level]
-            up += [nn.ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd)]
+            up += [
+                nn.ConvTranspose2d(
+                    channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd
+                )
+            ]
             if level > 1:
                 up += [_norm(norm, channels[level - 1]), nn.GELU()]
         self.decoder = nn.Sequential(
@@ -100,19 +113,30 @@ class LightVAE(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Bernoulli logits (B, C, S, S) of latents z (B, latent_width, 1, 1); their sigmoid is the image."""
+        """Bernoulli logits (B, C, S, S) of latents z (B, latent_width, 1, 1); their sigmoid is the
+        image.
+        """
         sample = self.decoder(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
-        self, sample: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
     ) -> DecoderOutput | tuple:
         """Logits of the reconstruction of images (B, C, S, S) from one posterior sample each."""
-        return self.decode(self.encode(sample, return_dict=False)[0].sample(generator), return_dict=return_dict)
+        return self.decode(
+            self.encode(sample, return_dict=False)[0].sample(generator), return_dict=return_dict
+        )
 
 
-def convolutional_encoder(channels: Sequence[int], flat: int, hidden_width: int, norm: str = "group") -> nn.Sequential:
-    """Strided 4x4 convolutions between these numbers of channels, then from their `flat` numbers to features (B, hidden_width)."""
+def convolutional_encoder(
+    channels: Sequence[int], flat: int, hidden_width: int, norm: str = "group"
+) -> nn.Sequential:
+    """Strided 4x4 convolutions between these numbers of channels, then from their `flat` numbers to
+    features (B, hidden_width).
+    """
     down: list[nn.Module] = []
     for before, after in zip(channels[:-1], channels[1:]):
         down += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(norm, after), nn.GELU()]
@@ -129,7 +153,9 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of group, batch, none, not {kind!r}.")
 
 
-def gaussian_loss(mean: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+def gaussian_loss(
+    mean: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor
+) -> torch.Tensor:
     """-log N(x; mean, v) of images x, both (B, C, H, W), with one variance v: (B,), nats."""
     log_variance = log_variance.float()
     squares = (mean.float() - pixel_values.float()).square().flatten(1)
@@ -157,11 +183,16 @@ class LightVAEBase(Base):
     def decode(self, embedding: torch.Tensor) -> torch.Tensor:
         return self.model.decode(embedding.to(self.model.dtype)).sample
 
-    def reconstruction_loss(self, decoded: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        # In float32: at bf16 the rounding of each pixel's term is of the size of the differences that matter.
+    def reconstruction_loss(
+        self, decoded: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        # In float32: at bf16 the rounding of each pixel's term is of the size of the differences
+        # that matter.
         if self.model.config.likelihood == "gaussian":
             return gaussian_loss(self.to_pixels(decoded), pixel_values, self.model.log_variance)
-        loss = nn.functional.binary_cross_entropy_with_logits(decoded.float(), pixel_values.float(), reduction="none")
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            decoded.float(), pixel_values.float(), reduction="none"
+        )
         return loss.flatten(1).sum(1)
 
     def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Values of a configuration that no weight ties down: those that nobody can mean are refused, before anything is made or computed by them.
+"""Values of a configuration that no weight ties down: those that nobody can mean are refused,
+before anything is made or computed by them.
 
-A side of an image or a padding decides how much memory the first use takes, a scale of 0 or NaN makes every image black.
-"""
+A side of an image or a padding decides how much memory the first use takes, a scale of 0 or NaN
+makes every image black."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +16,20 @@ from .. import hub
 
 
 MAX_SIDE = 4096  # pixels or latents
-_MAX_WINDOW = 64  # of a convolution: padding, kernel, stride; and of how many pixels a latent is wide
+_MAX_WINDOW = (
+    64  # of a convolution: padding, kernel, stride; and of how many pixels a latent is wide
+)
 _SIDES = {"sample_size", "image_size", "latent_size", "map_size", "size", "crop_size", "pad_size"}
 _SIDES |= {"height", "width", "shortest_edge", "longest_edge", "max_height", "max_width"}
-_WINDOWS = {"downsample_padding", "padding", "kernel_size", "stride", "dilation", "conv_in_kernel", "conv_out_kernel"}
+_WINDOWS = {
+    "downsample_padding",
+    "padding",
+    "kernel_size",
+    "stride",
+    "dilation",
+    "conv_in_kernel",
+    "conv_out_kernel",
+}
 _WINDOWS |= {"spatial_compression_ratio"}
 
 
@@ -34,24 +45,32 @@ def _share(value: Any) -> bool:
     return _number(value) and 0 < value <= 1
 
 
-# What a value must be, in words and as a test; `None`, which stands for a default, and lists of such values are right too.
+# What a value must be, in words and as a test; `None`, which stands for a default, and lists of
+# such values are right too.
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {}
 for _names, _rule in (
     (
-        "scaling_factor clip_sample_range sample_max_value shift flow_shift base_shift max_shift sigma_min sigma_max rescale_factor "
-        "image_std latents_std num_train_timesteps init_noise_sigma use_snr_gamma sigma_data rho max_image_seq_len base_image_seq_len "
-        "solver_order norm_eps layer_norm_eps batch_norm_eps",
+        (
+            "scaling_factor clip_sample_range sample_max_value shift flow_shift base_shift"
+            " max_shift sigma_min sigma_max rescale_factor image_std latents_std"
+            " num_train_timesteps init_noise_sigma use_snr_gamma sigma_data rho max_image_seq_len"
+            " base_image_seq_len solver_order norm_eps layer_norm_eps batch_norm_eps"
+        ),
         ("a positive number", _positive),
     ),
     ("shift_factor image_mean latents_mean steps_offset shift_terminal", ("a number", _number)),
-    ("beta_start beta_end trained_betas dynamic_thresholding_ratio", ("a number above 0, and 1 at most", _share)),
+    (
+        "beta_start beta_end trained_betas dynamic_thresholding_ratio",
+        ("a number above 0, and 1 at most", _share),
+    ),
 ):
     _NUMBERS |= dict.fromkeys(_names.split(), _rule)
 _BOUNDLESS = {"lambda_min_clipped"}  # -inf is a default of diffusers
 
 
 def read_part(path: Path) -> dict:
-    """The configuration of a part of a model, as `hub.read_config`, and with values that one can compute with.
+    """The configuration of a part of a model, as `hub.read_config`, and with values that one can
+    compute with.
 
     Raises:
         OSError, ValueError: one sentence.
@@ -61,7 +80,10 @@ def read_part(path: Path) -> dict:
         reason = _wrong(name, value)
         if reason:
             shown = repr(value)[:80]
-            raise ValueError(f"{path} has {name} {shown}, which must be {reason}: it is corrupt, or made to do harm.")
+            raise ValueError(
+                f"{path} has {name} {shown}, which must be {reason}: it is corrupt, or made to do"
+                " harm."
+            )
     return found
 
 
@@ -96,4 +118,7 @@ def check_finite(model: nn.Module, what: str) -> None:
     """Raise a ValueError if a weight of a model is not finite: every image would be black."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"the weights of {what} are not finite ({name}): they are corrupt, or a training run had failed.")
+            raise ValueError(
+                f"the weights of {what} are not finite ({name}): they are corrupt, or a training"
+                " run had failed."
+            )

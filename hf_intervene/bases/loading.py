@@ -1,4 +1,6 @@
-"""The parts of a saved model on disk, and by what a frozen base that is not among them is known again."""
+"""The parts of a saved model on disk, and by what a frozen base that is not among them is known
+again.
+"""
 
 import os
 import re
@@ -15,7 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from `transformers`, older ones want torchvision
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # from `transformers`, older ones want torchvision
 
 from .. import hub
 from ..checks import check_fit, check_loaded
@@ -42,15 +46,24 @@ def load_model_config(folder: Path) -> dict | None:
 def model_files(subfolder: str | None = None, variant: str | None = None) -> list[str]:
     """Patterns of the files of a saved diffusers model in a repository."""
     weights, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
-    files = ["config.json", f"{weights}{dotted}.safetensors", f"{weights}{dotted}-*-of-*.safetensors"]
+    files = [
+        "config.json",
+        f"{weights}{dotted}.safetensors",
+        f"{weights}{dotted}-*-of-*.safetensors",
+    ]
     files += [f"{weights}.safetensors.index{dotted}.json"]
     return [f"{subfolder}/{file}" if subfolder else file for file in files]
 
 
 def base_folder(
-    name_or_path: str | os.PathLike, subfolder: str | None = None, variant: str | None = None, **options: Any
+    name_or_path: str | os.PathLike,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    **options: Any,
 ) -> Path:
-    """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files alone. See `hub.folder`."""
+    """The folder of a saved diffusers model, from a folder or the Hub: of a repository, its files
+    alone. See `hub.folder`.
+    """
     return hub.folder(name_or_path, model_files(subfolder, variant), **options) / (subfolder or "")
 
 
@@ -62,11 +75,15 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
     """
     file = folder / "scheduler_config.json"
     if not file.exists():
-        raise OSError(f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again.")
+        raise OSError(
+            f"{what} has no scheduler ({file.name} is missing): it is incomplete; fetch it again."
+        )
     name = read_part(file).get("_class_name")
     found: type[Any] | None = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise ValueError(f"{file} is of a {name!r}, which is no scheduler of this version of diffusers.")
+        raise ValueError(
+            f"{file} is of a {name!r}, which is no scheduler of this version of diffusers."
+        )
     try:
         return found.from_pretrained(folder)
     except Exception as error:  # whatever it says to values that it was not made for
@@ -74,9 +91,13 @@ def load_scheduler(folder: Path, what: str) -> SchedulerMixin:
 
 
 def load_vision(
-    name_or_path: str | os.PathLike, processor: Path | None = None, dtype: torch.dtype | None = None, **options: Any
+    name_or_path: str | os.PathLike,
+    processor: Path | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """A vision model of transformers and its image processor, from one folder or repository, as options of `DiffusionBase`.
+    """A vision model of transformers and its image processor, from one folder or repository, as
+    options of `DiffusionBase`.
 
     Args:
         name_or_path: folder or repository.
@@ -89,18 +110,26 @@ def load_vision(
     """
     path = hub.folder(name_or_path, VISION_FILES, **options)
     try:
-        model, report = load_transformers(AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True)
+        model, report = load_transformers(
+            AutoModel, path, "the model", dtype=dtype or torch.float32, output_loading_info=True
+        )
         missing = sorted(report["missing_keys"])
         if missing and all(name.startswith("pooler.") for name in missing):
-            model.pooler = None  # saved without, as part of a classifier: it would be drawn anew in every load
+            model.pooler = (
+                None  # saved without, as part of a classifier: it would be drawn anew in every load
+            )
         elif missing:
             raise ValueError(f"its weights lack {', '.join(missing[:3])}.")
         check_finite(model, "the model")
         found = load_processor(processor or path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name_or_path} is no vision model with an image processor: {error}") from error
+        raise ValueError(
+            f"{name_or_path} is no vision model with an image processor: {error}"
+        ) from error
     return {
-        "image_encoder": getattr(model, "vision_model", model) if hasattr(model, "text_model") else model,
+        "image_encoder": (
+            getattr(model, "vision_model", model) if hasattr(model, "text_model") else model
+        ),
         "image_processor": found,
     }
 
@@ -121,13 +150,20 @@ def check_processor(folder: Path) -> None:
     Raises:
         OSError, ValueError: one sentence.
     """
-    for name in ("preprocessor_config.json", "processor_config.json", "image_processor_config.json"):
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+    ):
         if (folder / name).exists():
             read_part(folder / name)
 
 
-def load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **options: Any) -> Any:
-    """Something of transformers from a folder; no code that came with it is run, whatever its configuration asks for.
+def load_transformers(
+    auto: Any, path: Path, what: str, weights: bool = True, **options: Any
+) -> Any:
+    """Something of transformers from a folder; no code that came with it is run, whatever its
+    configuration asks for.
 
     Raises:
         OSError, ValueError: one sentence.
@@ -142,7 +178,8 @@ def load_transformers(auto: Any, path: Path, what: str, weights: bool = True, **
 
 
 def check_transformers(model_class: Any, path: Path, what: str) -> None:
-    """Refuse a model of transformers in a folder, of a class or of `AutoModel`, by what can be seen without weights in memory.
+    """Refuse a model of transformers in a folder, of a class or of `AutoModel`, by what can be seen
+    without weights in memory.
 
     Raises:
         OSError, ValueError: one sentence.
@@ -152,7 +189,9 @@ def check_transformers(model_class: Any, path: Path, what: str) -> None:
 
     def build() -> nn.Module:
         if model_class is AutoModel:
-            return AutoModel.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False), trust_remote_code=False)
+            return AutoModel.from_config(
+                AutoConfig.from_pretrained(path, trust_remote_code=False), trust_remote_code=False
+            )
         return model_class(model_class.config_class.from_pretrained(path))
 
     check_fit(build, files, what)
@@ -163,40 +202,56 @@ def one_line(error: Exception) -> str:
 
 
 def base_reference(
-    model: ModelMixin | PreTrainedModel, subfolder: str | None = None, revision: str | None = None, variant: str | None = None
+    model: ModelMixin | PreTrainedModel,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> dict[str, str | None] | None:
-    """Where a pretrained model came from, and the hash of its weights; `None` for one that was not loaded.
+    """Where a pretrained model came from, and the hash of its weights; `None` for one that was not
+    loaded.
 
-    `sha256` is of the weights as they are, `sha256_bfloat16` and `sha256_float16` are of the same weights cast, for whoever loads or
-    saves the model in half precision.
-    """
+    `sha256` is of the weights as they are, `sha256_bfloat16` and `sha256_float16` are of the same
+    weights cast, for whoever loads or saves the model in half precision."""
     name = getattr(model.config, "_name_or_path", None)
     if not name:
         return None
     found = {"class_name": type(model).__name__} | hub.origin(str(name), revision, subfolder)
     dtype = _precision(model)
     found |= {"variant": variant, "dtype": _name(dtype), "sha256": weight_hash(model)}
-    return found | {_key(cast): weight_hash(model, cast) for cast in (torch.bfloat16, torch.float16) if cast != dtype}
+    return found | {
+        _key(cast): weight_hash(model, cast)
+        for cast in (torch.bfloat16, torch.float16)
+        if cast != dtype
+    }
 
 
 def is_referenced(model: ModelMixin, reference: dict[str, str | None]) -> bool:
-    """Whether a model has exactly the weights that a reference is of, in whatever precision it is now."""
+    """Whether a model has exactly the weights that a reference is of, in whatever precision it is
+    now.
+    """
     now, then = _precision(model), getattr(torch, str(reference["dtype"]))
     if now == then:
-        return (running_hash if reference.get("hash") == "running" else weight_hash)(model) == reference["sha256"]
+        return (running_hash if reference.get("hash") == "running" else weight_hash)(
+            model
+        ) == reference["sha256"]
     if _key(now) in reference:
         return weight_hash(model, now) == reference[_key(now)]
-    # In a wider type than then: the weights must still be values of the narrower one, or they have been trained since.
+    # In a wider type than then: the weights must still be values of the narrower one, or they have
+    # been trained since.
     floats = (value for value in model.state_dict().values() if value.is_floating_point())
-    return all(torch.equal(v, v.to(then).to(v.dtype)) for v in floats) and weight_hash(model, then) == reference["sha256"]
+    return (
+        all(torch.equal(v, v.to(then).to(v.dtype)) for v in floats)
+        and weight_hash(model, then) == reference["sha256"]
+    )
 
 
 def check_reference(model: ModelMixin, reference: dict[str, str | None] | None) -> None:
     """Raise a ValueError if a model is not the one that a head was trained on, by its reference."""
     if reference is not None and not is_referenced(model, reference):
         raise ValueError(
-            f"this {type(model).__name__} is not the base that the head was trained on: its weights differ from those of "
-            f"{reference['class_name']} {reference['name_or_path']} at training time; load that one, in {reference['dtype']}."
+            f"this {type(model).__name__} is not the base that the head was trained on: its weights"
+            f" differ from those of {reference['class_name']} {reference['name_or_path']} at"
+            f" training time; load that one, in {reference['dtype']}."
         )
 
 
@@ -208,7 +263,8 @@ def load_saved_base(
     variant: str | None,
     options: dict,
 ) -> ModelMixin:
-    """The base saved with a model in the folder `path`, or else, checked by its hash, the one its head was trained on.
+    """The base saved with a model in the folder `path`, or else, checked by its hash, the one its
+    head was trained on.
 
     Args:
         name: of the model, for messages.
@@ -219,44 +275,60 @@ def load_saved_base(
         options: of `hub.folder`, for a base elsewhere, and `base_token`, the token for it.
 
     Raises:
-        OSError, ValueError: one sentence: neither is there, truncated weights, another base than at training time.
+        OSError, ValueError: one sentence: neither is there, truncated weights, another base than at
+            training time.
     """
     saved = load_model_config(path / BASE_FOLDER)
     if saved is not None:
         model_class = model_class_named(saved["_class_name"])
-        return load_part(model_class, path / BASE_FOLDER, f"the base of {name}", variant, torch_dtype=dtype)
+        return load_part(
+            model_class, path / BASE_FOLDER, f"the base of {name}", variant, torch_dtype=dtype
+        )
     reference = config.base_reference
     if reference is None:
-        raise OSError(f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it was trained on.")
+        raise OSError(
+            f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it"
+            " was trained on."
+        )
     return _load_referenced(name, reference, dtype, options)
 
 
 def _read_as(reference: dict[str, str | None], dtype: torch.dtype) -> torch.dtype:
-    """The precision to read a model in that is known by its hash and wanted in `dtype`: that of then, to be checked and cast; from float32
-    it is cast while it is read, where the reference has a hash of that."""
+    """The precision to read a model in that is known by its hash and wanted in `dtype`: that of
+    then, to be checked and cast; from float32 it is cast while it is read, where the reference has
+    a hash of that."""
     then = getattr(torch, str(reference["dtype"]))
     return dtype if then == torch.float32 and _key(dtype) in reference else then
 
 
-def _load_referenced(name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict) -> ModelMixin:
-    source, model_class = str(reference["name_or_path"]), model_class_named(str(reference["class_name"]))
+def _load_referenced(
+    name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict
+) -> ModelMixin:
+    source, model_class = (
+        str(reference["name_or_path"]),
+        model_class_named(str(reference["class_name"])),
+    )
     read_as = _read_as(reference, dtype)
     try:
         options = _options_of(name, reference, options)
         folder = base_folder(source, reference["subfolder"], reference["variant"], **options)
-        model = load_part(model_class, folder, f"the base {source}", reference["variant"], torch_dtype=read_as)
+        model = load_part(
+            model_class, folder, f"the base {source}", reference["variant"], torch_dtype=read_as
+        )
     except OSError as error:
         raise OSError(
-            f"the base that {name} was trained on, {source}, cannot be loaded ({' '.join(str(error).split())}): pass base= with a copy "
-            "of it, or, if it is private and you trust it with your token, base_token=True."
+            f"the base that {name} was trained on, {source}, cannot be loaded"
+            f" ({' '.join(str(error).split())}): pass base= with a copy of it, or, if it is private"
+            " and you trust it with your token, base_token=True."
         ) from error
     check_reference(model, reference)
     return model if read_as == dtype else model.to(dtype)
 
 
 def _options_of(name: str | os.PathLike, reference: dict[str, str | None], options: dict) -> dict:
-    """Options of `hub.folder` for what the configuration of a model names and its user did not: at the revision of training time, and
-    without the user's token unless `base_token` gives one. What is fetched from where is said."""
+    """Options of `hub.folder` for what the configuration of a model names and its user did not: at
+    the revision of training time, and without the user's token unless `base_token` gives one. What
+    is fetched from where is said."""
     source, revision = str(reference["name_or_path"]), reference["revision"]
     options = {k: v for k, v in options.items() if k != "base_token"} | {
         "revision": revision,
@@ -266,31 +338,50 @@ def _options_of(name: str | os.PathLike, reference: dict[str, str | None], optio
     if not os.path.isdir(source) and not options.get("local_files_only"):
         cached = None
         with suppress(HFValidationError):  # a folder that is gone; `base_folder` says so
-            cached = try_to_load_from_cache(source, file, cache_dir=options.get("cache_dir"), revision=revision)
+            cached = try_to_load_from_cache(
+                source, file, cache_dir=options.get("cache_dir"), revision=revision
+            )
         if not isinstance(cached, str):
-            logger.warning("fetching %s at %s from the Hub, which %s was trained on.", source, revision or "its newest", name)
+            logger.warning(
+                "fetching %s at %s from the Hub, which %s was trained on.",
+                source,
+                revision or "its newest",
+                name,
+            )
     return options
 
 
-def save_companions(base: Base, config: InterventionConfig, directory: str | os.PathLike, everything: bool | None) -> None:
-    """Save what a base needs beside its model, each in a folder of its name; of models, unless `everything`, those alone that
-    `config.companion_references` does not say where to find."""
+def save_companions(
+    base: Base, config: InterventionConfig, directory: str | os.PathLike, everything: bool | None
+) -> None:
+    """Save what a base needs beside its model, each in a folder of its name; of models, unless
+    `everything`, those alone that `config.companion_references` does not say where to find."""
     for name, part in base.companions().items():
-        reference, folder = (config.companion_references or {}).get(name), os.path.join(directory, name)
+        reference, folder = (
+            (config.companion_references or {}).get(name),
+            os.path.join(directory, name),
+        )
         if not everything and reference is not None and is_referenced(part, reference):
             if os.path.isdir(folder):
                 raise FileExistsError(
-                    f"{directory} holds the {name} of another model, which would be taken for this one's: empty it."
+                    f"{directory} holds the {name} of another model, which would be taken for this"
+                    " one's: empty it."
                 )
         else:
             part.save_pretrained(folder)
 
 
 def load_companions(
-    name: str | os.PathLike, path: Path, config: InterventionConfig, family: type[Base], dtype: torch.dtype, options: dict
+    name: str | os.PathLike,
+    path: Path,
+    config: InterventionConfig,
+    family: type[Base],
+    dtype: torch.dtype,
+    options: dict,
 ) -> dict[str, Any]:
-    """What a base of a family needs beside its model, from the folder `path` of the saved model `name`, or from where
-    `config.companion_references` says. Arguments and errors as of `load_saved_base`."""
+    """What a base of a family needs beside its model, from the folder `path` of the saved model
+    `name`, or from where `config.companion_references` says. Arguments and errors as of
+    `load_saved_base`."""
     found: dict[str, Any] = {}
     references = config.companion_references or {}
     if "scheduler" in family.companion_names:
@@ -299,7 +390,10 @@ def load_companions(
         saved = load_model_config(path / "vae")
         if saved is not None:
             found["vae"] = load_part(
-                model_class_named(saved["_class_name"]), path / "vae", f"the vae of {name}", torch_dtype=dtype
+                model_class_named(saved["_class_name"]),
+                path / "vae",
+                f"the vae of {name}",
+                torch_dtype=dtype,
             )
         elif "vae" in references:
             found["vae"] = _load_referenced(name, references["vae"], dtype, options)
@@ -312,43 +406,63 @@ def load_companions(
             is_folder = os.path.isdir(source)
             name_there = source if is_folder else str(reference["name_or_path"])
             where = {} if is_folder else _options_of(name, reference, options)
-            found |= load_vision(name_there, path / "image_processor", _read_as(reference, dtype), **where)
+            found |= load_vision(
+                name_there, path / "image_processor", _read_as(reference, dtype), **where
+            )
             check_reference(found["image_encoder"], reference)
             found["image_encoder"].to(dtype)
     return found
 
 
-def load_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs: Any) -> ModelMixin:
-    """Load a diffusers model from a folder, strictly: safetensors only, and weights that fit its configuration.
+def load_part(
+    model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None, **kwargs: Any
+) -> ModelMixin:
+    """Load a diffusers model from a folder, strictly: safetensors only, and weights that fit its
+    configuration.
 
     Raises:
         OSError, ValueError: one sentence.
     """
     check_part(model_class, path, what, variant)
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
-    options["low_cpu_mem_usage"] = bool(getattr(model_class, "_keep_in_fp32_modules", None))  # which diffusers wants it for
+    options: dict[str, Any] = {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "variant": variant,
+    }
+    options["low_cpu_mem_usage"] = bool(
+        getattr(model_class, "_keep_in_fp32_modules", None)
+    )  # which diffusers wants it for
     model = check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
     check_finite(model, what)
     return model
 
 
-def check_part(model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None) -> nn.Module:
-    """The diffusers model in a folder on the meta device, after all checks that need no weights in memory. Errors as of `load_part`."""
+def check_part(
+    model_class: type[ModelMixin], path: Path, what: str, variant: str | None = None
+) -> nn.Module:
+    """The diffusers model in a folder on the meta device, after all checks that need no weights in
+    memory. Errors as of `load_part`.
+    """
     files = hub.check_weights(path, what, "diffusion_pytorch_model", variant)
     config = read_part(path / "config.json")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{what} is quantised: load the weights that it was made of.")
     side = config.get("pos_embed_max_size") or config.get("sample_size")
-    if "patch_size" in config and isinstance(side, int) and side > _MAX_SIDE:  # a table of its square is made
-        raise ValueError(f"the configuration of {what} cannot be used: a side of {side} is more than {_MAX_SIDE}.")
+    if (
+        "patch_size" in config and isinstance(side, int) and side > _MAX_SIDE
+    ):  # a table of its square is made
+        raise ValueError(
+            f"the configuration of {what} cannot be used: a side of {side} is more than"
+            f" {_MAX_SIDE}."
+        )
     return check_fit(lambda: model_class.from_config(model_class.load_config(path)), files, what)
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:
     """Remove a variant's weights from a folder before it is saved there anew.
 
-    Both libraries leave the old index beside a new single file, or the old file beside new shards, and would then read what is old.
-    """
+    Both libraries leave the old index beside a new single file, or the old file beside new shards,
+    and would then read what is old."""
     if not os.path.isdir(folder):
         return
     dotted = f".{re.escape(variant)}" if variant else ""
@@ -359,9 +473,19 @@ def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:
 
 
 def _precision(model: ModelMixin) -> torch.dtype:
-    """The narrowest floating-point type of a model's weights, LoRA layers aside: some models keep a few layers in float32."""
-    weights = (value for name, value in model.state_dict().items() if ".lora_" not in name and value.is_floating_point())
-    return min({value.dtype for value in weights}, key=lambda dtype: (dtype.itemsize, str(dtype)), default=torch.float32)
+    """The narrowest floating-point type of a model's weights, LoRA layers aside: some models keep a
+    few layers in float32.
+    """
+    weights = (
+        value
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name and value.is_floating_point()
+    )
+    return min(
+        {value.dtype for value in weights},
+        key=lambda dtype: (dtype.itemsize, str(dtype)),
+        default=torch.float32,
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,6 @@
-"""LoRA adapters of PEFT on a base: added in place, saved in PEFT's own format, merged for those who want a plain model."""
+"""LoRA adapters of PEFT on a base: added in place, saved in PEFT's own format, merged for those who
+want a plain model.
+"""
 
 import copy
 import os
@@ -27,16 +29,23 @@ _OTHERWISE: tuple[str, ...] = (
     "bias",
     "lora_bias",
 )
-_OTHERWISE += ("fan_in_fan_out", "modules_to_save", "layers_to_transform", "target_parameters", "trainable_token_indices")
+_OTHERWISE += (
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layers_to_transform",
+    "target_parameters",
+    "trainable_token_indices",
+)
 PREFIX = "base_model.model."  # of the names in a file that PeftModel.from_pretrained reads
 
 
 def add_lora(model: ModelMixin, rank: int) -> None:
-    """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of it is frozen.
+    """Add LoRA layers of a rank to the linear maps and convolutions of a model; everything else of
+    it is frozen.
 
-    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none. Nor
-    do convolutions with groups, dilation or another padding than zeros: what PEFT adds to them cannot
-    be merged.
+    Layers that are frozen already, those that a head does not use (`Base.freeze_unused`), get none.
+    Nor do convolutions with groups, dilation or another padding than zeros: what PEFT adds to them
+    cannot be merged.
 
     Raises:
         ValueError: one sentence: there is no layer left to add any to.
@@ -46,7 +55,8 @@ def add_lora(model: ModelMixin, rank: int) -> None:
     names = [name for name, m in layers.items() if m.weight.requires_grad and _is_plain(m)]
     if not names:
         raise ValueError(
-            f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw it before adding LoRA (trainable(True))."
+            f"this {type(model).__name__} has no linear map or convolution that is not frozen: thaw"
+            " it before adding LoRA (trainable(True))."
         )
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, model)
@@ -71,7 +81,10 @@ def lora_rank(model: ModelMixin) -> int:
 def save_lora(model: ModelMixin, folder: str | os.PathLike) -> None:
     """Save the LoRA layers alone; `peft.PeftModel.from_pretrained(model, folder)` reads them."""
     os.makedirs(folder, exist_ok=True)
-    weights = {PREFIX + name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    weights = {
+        PREFIX + name: value.contiguous()
+        for name, value in get_peft_model_state_dict(model).items()
+    }
     save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(folder)
 
@@ -80,31 +93,44 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
     """Add saved LoRA layers to a model, in place.
 
     Raises:
-        OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the model is left as it was.
+        OSError, ValueError: one sentence: there are none, they are pickled or cannot be read; the
+            model is left as it was.
     """
     config, saved = read_lora(folder, what)
     try:
         model.peft_config = PeftModel.from_pretrained(model, folder, config=config).peft_config
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} does not fit the base: {' '.join(str(error).split())[:300]}") from error
-    missing = get_peft_model_state_dict(model).keys() - {name.removeprefix(PREFIX) for name in saved}
+        raise ValueError(
+            f"{what} does not fit the base: {' '.join(str(error).split())[:300]}"
+        ) from error
+    missing = get_peft_model_state_dict(model).keys() - {
+        name.removeprefix(PREFIX) for name in saved
+    }
     if missing:  # PEFT only warns
-        raise OSError(f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are missing; fetch it again.")
+        raise OSError(
+            f"{what} does not fit the base: weights of {', '.join(sorted(missing)[:3])} are"
+            " missing; fetch it again."
+        )
 
 
 def read_lora(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and weights of saved LoRA layers. Errors as of `load_lora`."""
     check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
-        saved = load_peft_weights(str(folder), device="cpu")  # PEFT reads them after it has changed the model
+        saved = load_peft_weights(
+            str(folder), device="cpu"
+        )  # PEFT reads them after it has changed the model
     except SafetensorError as error:
-        raise OSError(f"{what} cannot be read: its weights are truncated or corrupt; fetch it again.") from error
+        raise OSError(
+            f"{what} cannot be read: its weights are truncated or corrupt; fetch it again."
+        ) from error
     return _saved_config(folder, saved, what), saved
 
 
 def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> LoraConfig:
-    """The configuration of saved LoRA layers as far as `add_lora` makes one. PEFT would follow it further: to modules it imports, to
-    patterns it searches for, to ranks that no weights are there for."""
+    """The configuration of saved LoRA layers as far as `add_lora` makes one. PEFT would follow it
+    further: to modules it imports, to patterns it searches for, to ranks that no weights are there
+    for."""
     file = folder / "adapter_config.json"
     found = read_config(file)
     rank, alpha, names = found.get("r"), found.get("lora_alpha"), found.get("target_modules")
@@ -119,12 +145,17 @@ def _saved_config(folder: Path, saved: dict[str, torch.Tensor], what: str) -> Lo
         or ranks != {rank}
         or type(alpha) is not int
     ):
-        raise ValueError(f"{file} is no configuration of {what}: it is corrupt, or was not saved by this package.")
+        raise ValueError(
+            f"{file} is no configuration of {what}: it is corrupt, or was not saved by this"
+            " package."
+        )
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
 
 
 def merged(model: ModelMixin) -> ModelMixin:
-    """A copy of a model with its LoRA layers merged into the weights: a plain diffusers model; without LoRA, the model itself."""
+    """A copy of a model with its LoRA layers merged into the weights: a plain diffusers model;
+    without LoRA, the model itself.
+    """
     if not has_lora(model):
         return model
     model = copy.deepcopy(model)

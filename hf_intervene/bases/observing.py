@@ -16,7 +16,13 @@ from .denoising import prediction_type
 
 STEPS = 3  # of each run
 _DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-_OFF = {"true_cfg_scale": 1.0, "image_guidance_scale": 1.0, "pag_scale": 0.0, "guidance_rescale": 0.0, "strength": 1.0}
+_OFF = {
+    "true_cfg_scale": 1.0,
+    "image_guidance_scale": 1.0,
+    "pag_scale": 0.0,
+    "guidance_rescale": 0.0,
+    "strength": 1.0,
+}
 _OFF |= {"use_resolution_binning": False, "num_frames": 1}
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size")
 
@@ -57,10 +63,20 @@ def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
         NotRecordable: it has none, or several.
     """
     names = [name for name in pipe.components if name.startswith(("unet", "transformer"))]
-    found = {name: pipe.components[name] for name in names if isinstance(pipe.components[name], nn.Module)}
+    found = {
+        name: pipe.components[name]
+        for name in names
+        if isinstance(pipe.components[name], nn.Module)
+    }
     if len(found) != 1:
-        what = f"{len(found)} denoisers ({', '.join(found)})" if found else "no denoiser (unet or transformer)"
-        raise NotRecordable(f"a {type(pipe).__name__} has {what}: a head is trained on a pipeline with one.")
+        what = (
+            f"{len(found)} denoisers ({', '.join(found)})"
+            if found
+            else "no denoiser (unet or transformer)"
+        )
+        raise NotRecordable(
+            f"a {type(pipe).__name__} has {what}: a head is trained on a pipeline with one."
+        )
     return next(iter(found.items()))
 
 
@@ -74,23 +90,29 @@ class Recorder:
         call: further arguments of its call, such as `image` or `prompt_embeds`.
 
     Raises:
-        TypeError, ValueError: one sentence: no pipeline, no denoiser or autoencoder or several, a scheduler of another kind.
+        TypeError, ValueError: one sentence: no pipeline, no denoiser or autoencoder or several, a
+            scheduler of another kind.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, prompt: str, size: int | None, call: Mapping[str, Any]):
+    def __init__(
+        self, pipe: DiffusionPipeline, prompt: str, size: int | None, call: Mapping[str, Any]
+    ):
         if not isinstance(pipe, DiffusionPipeline):
             raise TypeError(f"a pipeline of diffusers was expected, not a {type(pipe).__name__}.")
         prediction_type(pipe.scheduler)  # schedulers of other kinds are refused here
         if type(pipe.scheduler).__name__ in _DISTILLED:
             raise NotRecordable(
-                f"a {type(pipe).__name__} with a {type(pipe.scheduler).__name__} is a distilled model, whose loss is another: train the "
-                "head on the model that it was distilled from, and attach it to this one."
+                f"a {type(pipe).__name__} with a {type(pipe.scheduler).__name__} is a distilled"
+                " model, whose loss is another: train the head on the model that it was distilled"
+                " from, and attach it to this one."
             )
         self.pipe, self.prompt, self.size, self.extra = pipe, prompt, size, dict(call)
         self.name, denoiser = denoiser_of(pipe)
         self.denoiser = getattr(denoiser, "_orig_mod", denoiser)  # without compiled code around it
         if getattr(pipe, "vae", None) is None:
-            raise NotRecordable(f"a {type(pipe).__name__} has no autoencoder (vae): it cannot be recorded.")
+            raise NotRecordable(
+                f"a {type(pipe).__name__} has no autoencoder (vae): it cannot be recorded."
+            )
         self.guidance = 1.0
 
     def arguments(self, images: int) -> dict[str, Any]:
@@ -98,13 +120,18 @@ class Recorder:
         known = inspect.signature(type(self.pipe).__call__).parameters
         found: dict[str, Any] = {key: value for key, value in _OFF.items() if key in known}
         found |= {key: self.guidance for key in ("guidance_scale",) if key in known}
-        found |= {key: self.size for key in ("height", "width") if key in known and self.size is not None}
+        found |= {
+            key: self.size for key in ("height", "width") if key in known and self.size is not None
+        }
         if "num_inference_steps" in known:
             found["num_inference_steps"] = STEPS
         if "generator" in known:
             found["generator"] = torch.Generator().manual_seed(0)
-        # Some pipelines repeat the embeddings of a prompt for its images and some do not: here each image has its own.
-        embedded = {key: _repeated(value, images) for key, value in self.extra.items() if "prompt" in key}
+        # Some pipelines repeat the embeddings of a prompt for its images and some do not: here each
+        # image has its own.
+        embedded = {
+            key: _repeated(value, images) for key, value in self.extra.items() if "prompt" in key
+        }
         counts = [name for name in _COUNTS if name in known]
         if not any("embeds" in key for key in embedded):
             if "prompt" in known:
@@ -135,7 +162,8 @@ class Recorder:
 
         Args:
             images: how many.
-            denoise: what the denoiser's call returns, of the number of the step and a function that really calls it.
+            denoise: what the denoiser's call returns, of the number of the step and a function that
+                really calls it.
             step: what the scheduler's step returns, of its number and its sample.
         """
         run, pipe = Run(), self.pipe
@@ -164,7 +192,9 @@ class Recorder:
             stack.enter_context(replaced(self.denoiser, "forward", denoiser_forward))
             stack.enter_context(replaced(pipe.vae, "decode", decode))
             if hasattr(pipe.vae, "encode"):
-                stack.enter_context(replaced(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode)))
+                stack.enter_context(
+                    replaced(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode))
+                )
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             stack.enter_context(quiet(pipe))
             for guider in pipe.components.values():  # HunyuanImage has objects for its guidance
@@ -175,9 +205,12 @@ class Recorder:
                     pipe(**self.arguments(images))
             except Enough:
                 pass
-            except Exception as error:  # whatever a pipeline says to arguments that it was not made for
+            except (
+                Exception
+            ) as error:  # whatever a pipeline says to arguments that it was not made for
                 raise NotRecordable(
-                    f"a {type(pipe).__name__} cannot be run for recording ({_one_line(error)}): give what its call needs with call=."
+                    f"a {type(pipe).__name__} cannot be run for recording ({_one_line(error)}):"
+                    " give what its call needs with call=."
                 ) from error
             finally:
                 if hasattr(pipe, "maybe_free_model_hooks"):
@@ -192,12 +225,18 @@ def _repeated(value: Any, images: int) -> Any:
     return value * images if isinstance(value, list) and len(value) == 1 else value
 
 
-def _observed_scheduler(scheduler: SchedulerMixin, run: Run, step: Callable[[int, torch.Tensor], torch.Tensor]) -> SchedulerMixin:
-    """A scheduler like a pipeline's, whose step is seen and returns what it is told; DDIM where others scale their samples."""
+def _observed_scheduler(
+    scheduler: SchedulerMixin, run: Run, step: Callable[[int, torch.Tensor], torch.Tensor]
+) -> SchedulerMixin:
+    """A scheduler like a pipeline's, whose step is seen and returns what it is told; DDIM where
+    others scale their samples.
+    """
     kind = type(scheduler) if prediction_type(scheduler) == "flow" else DDIMScheduler
     found = kind.from_config(scheduler.config)
 
-    def observed(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def observed(
+        model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         number = len(run.steps)
         time = torch.as_tensor(timestep).detach().clone()
         run.steps.append((model_output.detach().clone(), time, sample.detach().clone()))
@@ -245,7 +284,9 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def _taken_for_float32(vae: nn.Module) -> Iterator[None]:
-    """Inside, an autoencoder says that it is in float32, so that latents are scaled for it without rounding."""
+    """Inside, an autoencoder says that it is in float32, so that latents are scaled for it without
+    rounding.
+    """
     kind = type(vae)
     vae.__class__ = type(kind.__name__, (kind,), {"dtype": torch.float32})
     try:
@@ -255,7 +296,9 @@ def _taken_for_float32(vae: nn.Module) -> Iterator[None]:
 
 
 def without_draws(vae: nn.Module, encode: Callable[..., Any]) -> Callable[..., Any]:
-    """An autoencoder's `encode` whose draws are the mean: what is made of an image is the same in each run."""
+    """An autoencoder's `encode` whose draws are the mean: what is made of an image is the same in
+    each run.
+    """
     dtype = next((p.dtype for p in vae.parameters() if p.is_floating_point()), torch.float32)
 
     @functools.wraps(encode)

@@ -1,11 +1,12 @@
-"""Any text-to-image pipeline of diffusers as a base, by a recording of how it calls its denoiser (see `recording.py`).
+"""Any text-to-image pipeline of diffusers as a base, by a recording of how it calls its denoiser
+(see `recording.py`).
 
     base = PipelineBase.from_pipeline(pipe, prompt="")
     model = InterventionModel.build(base, ["smile", "glasses"])
 
-The denoiser, the autoencoder and the scheduler are the pipeline's own. Its text encoders are needed for the recording alone.
-A noisy sample has the shape that the pipeline's scheduler steps on, such as packed tokens (S, c).
-"""
+The denoiser, the autoencoder and the scheduler are the pipeline's own. Its text encoders are needed
+for the recording alone. A noisy sample has the shape that the pipeline's scheduler steps on, such
+as packed tokens (S, c)."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ from .sites import find_sites
 class PipelineBase(DiffusionBase):
     """The denoiser of a pipeline under a head.
 
-    `from_pipeline` makes one. The constructor puts one together of its parts, as a saved model does.
+    `from_pipeline` makes one. The constructor puts one together of its parts, as a saved model
+    does.
 
     Args:
         model: the denoiser.
@@ -40,8 +42,8 @@ class PipelineBase(DiffusionBase):
         adapter: the adapter, which holds the recording.
 
     Raises:
-        TypeError, ValueError: one sentence: no scheduler or vae, an adapter without a recording or for another denoiser, a
-            vae whose latents the recording is not of.
+        TypeError, ValueError: one sentence: no scheduler or vae, an adapter without a recording or
+            for another denoiser, a vae whose latents the recording is not of.
     """
 
     vae: ModelMixin
@@ -62,10 +64,13 @@ class PipelineBase(DiffusionBase):
         recording = getattr(adapter, "recorded", None)
         if adapter is None or recording is None:
             raise ValueError(
-                f"nothing is known of how a pipeline calls this {name}: make the base with PipelineBase.from_pipeline."
+                f"nothing is known of how a pipeline calls this {name}: make the base with"
+                " PipelineBase.from_pipeline."
             )
         if vae is None:
-            raise ValueError(f"a head on a {name} needs the autoencoder of its pipeline: pass vae=.")
+            raise ValueError(
+                f"a head on a {name} needs the autoencoder of its pipeline: pass vae=."
+            )
         recording.check()
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         size = adapter.config.sample_size
@@ -74,8 +79,9 @@ class PipelineBase(DiffusionBase):
         shape = tuple(latent_shape(vae, self.image_shape))
         if _without_frame(recording.latent_shape) != shape:
             raise ValueError(
-                f"the {type(vae).__name__} makes latents of shape {shape} of images of {size} pixels, but the pipeline decodes "
-                f"{recording.latent_shape}: pass the vae of its pipeline, or record it at another sample_size."
+                f"the {type(vae).__name__} makes latents of shape {shape} of images of {size}"
+                f" pixels, but the pipeline decodes {recording.latent_shape}: pass the vae of its"
+                " pipeline, or record it at another sample_size."
             )
         self._enter_by(adapter)
 
@@ -94,21 +100,25 @@ class PipelineBase(DiffusionBase):
         prompts: Sequence[str] | None = None,
         prompt_folder: str | os.PathLike | None = None,
     ) -> "PipelineBase":
-        """Record how a pipeline calls its denoiser, and make a base of its parts. The pipeline is left as it was.
+        """Record how a pipeline calls its denoiser, and make a base of its parts. The pipeline is
+        left as it was.
 
         Args:
             pipe: the pipeline.
             prompt: the prompt that the head is trained and sampled with.
             sample_size: side of the images in pixels; `None`: the pipeline's own.
-            call: further arguments of the pipeline's call, such as `image` and `mask_image`, or `prompt_embeds` in place of
-                the prompt.
-            image_encoder, image_processor, embedding_width, num_tokens, min_snr_gamma: see `DiffusionBase`.
+            call: further arguments of the pipeline's call, such as `image` and `mask_image`, or
+                `prompt_embeds` in place of the prompt.
+            image_encoder, image_processor, embedding_width, num_tokens, min_snr_gamma: see
+                `DiffusionBase`.
             prompts: prompts of images to train with, each one once; see `denoise`.
-            prompt_folder: where what the text encoders make of them is kept; what is there already is not made again.
+            prompt_folder: where what the text encoders make of them is kept; what is there already
+                is not made again.
 
         Raises:
-            TypeError, NotRecordable (a ValueError): one sentence: no pipeline, a denoiser without a site, a scheduler of
-                another kind, or what of the pipeline's run the recording does not equal.
+            TypeError, NotRecordable (a ValueError): one sentence: no pipeline, a denoiser without a
+                site, a scheduler of another kind, or what of the pipeline's run the recording does
+                not equal.
         """
         recorder = Recorder(pipe, prompt, sample_size, call or {})
         model = recorder.denoiser
@@ -117,14 +127,23 @@ class PipelineBase(DiffusionBase):
         scheduler = training_time(recorder)
         vae, frames = pipe.vae, recording.latent_shape[1] if len(recording.latent_shape) == 4 else 1
         if frames > 1:
-            raise NotRecordable(f"a {type(pipe).__name__} makes clips of several frames: a head is trained on single images.")
+            raise NotRecordable(
+                f"a {type(pipe).__name__} makes clips of several frames: a head is trained on"
+                " single images."
+            )
         size = pixels_of(vae, recording)
         if sample_size not in (None, size):
-            raise NotRecordable(f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were asked for.")
+            raise NotRecordable(
+                f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were"
+                " asked for."
+            )
         shape = (num_tokens, sites.cross_width) if sites.tokens else (embedding_width,)
         latents = _without_frame(recording.latent_shape)
         if sites.map:
-            raise NotRecordable(f"a {type(model).__name__} is not recorded: build the model of it and its scheduler.")
+            raise NotRecordable(
+                f"a {type(model).__name__} is not recorded: build the model of it and its"
+                " scheduler."
+            )
         adapter = DiffusionAdapter(
             sample_size=size,
             sites=vars(sites),
@@ -146,24 +165,33 @@ class PipelineBase(DiffusionBase):
         with torch.no_grad():
             latents = latents_of(self.vae, (2 * pixel_values - 1).to(self.vae.dtype))[0].float()
             x0 = self.adapter.recorded.from_latents(latents)
-            return {"x0": x0} | ({} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)})
+            return {"x0": x0} | (
+                {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
+            )
 
     def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.image_encoder is not None:
             return prepared["features"]
-        latents = self.adapter.recorded.tail.arranged(prepared["x0"])  # unscaled: about of variance 1
+        latents = self.adapter.recorded.tail.arranged(
+            prepared["x0"]
+        )  # unscaled: about of variance 1
         latents = latents.view(len(latents), *_without_frame(latents.shape[1:]))
         return self.adapter.encoder(latents.to(self.adapter.dtype))
 
     def denoise(
-        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, prompts: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The prediction, as that of `DiffusionBase`.
 
         Args:
             x, timesteps, embedding: see there.
-            prompts: of each row the number of its prompt among `self.prompts`, (B,) int64; -1 is the one of the recording.
-                `None`: all have that one. Rows whose prompts are of the same length are denoised together.
+            prompts: of each row the number of its prompt among `self.prompts`, (B,) int64; -1 is
+                the one of the recording. `None`: all have that one. Rows whose prompts are of the
+                same length are denoised together.
         """
         if prompts is None or self.prompts is None:
             return self._denoise(x, timesteps, embedding)
@@ -178,7 +206,10 @@ class PipelineBase(DiffusionBase):
         return torch.cat(found)[order.argsort()]
 
     def _predicted(
-        self, x: torch.Tensor, timesteps: torch.Tensor, text: Sequence[dict[int, torch.Tensor]] | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Sequence[dict[int, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         recording: Recording = self.adapter.recorded
         arguments = recording.call(x, timesteps.expand(len(x)), self.model.dtype, text)
@@ -186,7 +217,10 @@ class PipelineBase(DiffusionBase):
 
     def _to_images(self, x0: torch.Tensor) -> torch.Tensor:
         latents = self.adapter.recorded.to_latents(x0)
-        return images_of(self.vae, latents.view(len(latents), *_without_frame(latents.shape[1:])).to(self.vae.dtype))
+        return images_of(
+            self.vae,
+            latents.view(len(latents), *_without_frame(latents.shape[1:])).to(self.vae.dtype),
+        )
 
 
 def _without_frame(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -212,8 +246,8 @@ def pixels_of(vae: ModelMixin, recording: Recording) -> int:
         if height == width and tuple(shape[-2:]) == (height, width):
             return size
     raise NotRecordable(
-        f"a head needs square images, and the pipeline decodes latents of {height} x {width}, which are of none that its "
-        f"{type(vae).__name__} encodes: give sample_size, in pixels."
+        f"a head needs square images, and the pipeline decodes latents of {height} x {width}, which"
+        f" are of none that its {type(vae).__name__} encodes: give sample_size, in pixels."
     )
 
 

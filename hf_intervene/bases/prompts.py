@@ -1,7 +1,8 @@
-"""Prompts of images: what the arguments of a denoiser are for each prompt, encoded once and kept in files.
+"""Prompts of images: what the arguments of a denoiser are for each prompt, encoded once and kept in
+files.
 
-A pipeline encodes a prompt into some of the constants of its recording (see `replay.Recording`): embeddings, masks, positions.
-"""
+A pipeline encodes a prompt into some of the constants of its recording (see `replay.Recording`):
+embeddings, masks, positions."""
 
 import hashlib
 import json
@@ -25,7 +26,8 @@ class Prompts:
     """The constants that belong to each of several prompts.
 
     Args:
-        recording: of the pipeline; its own constants are those of the prompt that it was recorded with, which is number -1.
+        recording: of the pipeline; its own constants are those of the prompt that it was recorded
+            with, which is number -1.
         files: one for each prompt, with the constants that differ, by their numbers.
     """
 
@@ -34,7 +36,9 @@ class Prompts:
         read = [load_file(file) for file in self.files]
         numbers = sorted({int(name) for found in read for name in found})
         self.default = {number: recording.constants[number].cpu() for number in numbers}
-        self.shapes = {_shapes(self.default | _numbered(found)) for found in read} | {_shapes(self.default)}
+        self.shapes = {_shapes(self.default | _numbered(found)) for found in read} | {
+            _shapes(self.default)
+        }
         self._load = lru_cache(_AT_HAND)(lambda file: self.default | _numbered(load_file(file)))
 
     def __getitem__(self, number: int) -> dict[int, torch.Tensor]:
@@ -53,16 +57,21 @@ class Prompts:
         return list(found.values())
 
 
-def record_prompts(recorder: Recorder, recording: Recording, prompts: Sequence[str], folder: str | os.PathLike) -> Prompts:
-    """Encode prompts with a pipeline, each once; those that are in the folder already are not encoded again.
+def record_prompts(
+    recorder: Recorder, recording: Recording, prompts: Sequence[str], folder: str | os.PathLike
+) -> Prompts:
+    """Encode prompts with a pipeline, each once; those that are in the folder already are not
+    encoded again.
 
     Raises:
-        NotRecordable: one sentence: a prompt changes more than tensors, or the pipeline is called with embeddings.
+        NotRecordable: one sentence: a prompt changes more than tensors, or the pipeline is called
+            with embeddings.
         OSError: the folder cannot be written.
     """
     if any("prompt_embeds" in name for name in recorder.extra):
         raise NotRecordable(
-            "prompts of images need the pipeline's text encoders, but it is called with prompt_embeds: leave them out."
+            "prompts of images need the pipeline's text encoders, but it is called with"
+            " prompt_embeds: leave them out."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,9 @@ def record_prompts(recorder: Recorder, recording: Recording, prompts: Sequence[s
         if not files[-1].exists():
             found = text_of(recorder, recording, prompt)
             temporary = files[-1].with_suffix(f".{os.getpid()}")
-            save_file({str(number): value.contiguous() for number, value in found.items()}, temporary)
+            save_file(
+                {str(number): value.contiguous() for number, value in found.items()}, temporary
+            )
             temporary.replace(files[-1])
     return Prompts(recording, files)
 
@@ -91,11 +102,17 @@ def text_of(recorder: Recorder, recording: Recording, prompt: str) -> dict[int, 
     return found
 
 
-def _differing(path: str, node: dict[str, Any], value: Any, constants: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+def _differing(
+    path: str, node: dict[str, Any], value: Any, constants: list[torch.Tensor]
+) -> dict[int, torch.Tensor]:
     if "constant" in node:
         kept = constants[node["constant"]]
         value = value.detach().to(kept.device, kept.dtype)
-        return {} if kept.shape == value.shape and torch.equal(kept, value) else {node["constant"]: value.cpu()}
+        return (
+            {}
+            if kept.shape == value.shape and torch.equal(kept, value)
+            else {node["constant"]: value.cpu()}
+        )
     if "each" in node:
         return _differing(path, node["each"], value[0], constants)
     inner: list[tuple[Any, dict[str, Any]]] = []
@@ -105,7 +122,8 @@ def _differing(path: str, node: dict[str, Any], value: Any, constants: list[torc
         inner = list(enumerate(node["list"] if "list" in node else node["tuple"]))
     elif "value" in node and value != node["value"]:
         raise NotRecordable(
-            f"the argument {path!r} of the denoiser depends on the prompt and is no tensor: give one prompt for all images."
+            f"the argument {path!r} of the denoiser depends on the prompt and is no tensor: give"
+            " one prompt for all images."
         )
     found: dict[int, torch.Tensor] = {}
     for key, part in inner:

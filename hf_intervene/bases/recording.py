@@ -1,4 +1,5 @@
-"""Find out how a pipeline of diffusers calls its denoiser, by running it: record, fit, probe, check.
+"""Find out how a pipeline of diffusers calls its denoiser, by running it: record, fit, probe,
+check.
 
     pipe(prompt) --observed--> arguments of the denoiser, what `scheduler.step` and `vae.decode` get --fit--> `Recording`
 
@@ -6,13 +7,14 @@ The pipeline runs three times, for a few steps each, with its guidance off.
 
 1. One image. The denoiser works in the first step only; after that it returns noise.
 2. Two images, without the denoiser. What doubles belongs to each image; what does not is shared.
-3. A row for each probe, without the denoiser. The scheduler returns 0, 1 and the base-16 digits of each entry's number in
-   place of a sample, and the denoiser likewise. So each entry of the denoiser's arguments, of the prediction and of what the
-   autoencoder is given tells which entry it was made of, by which scale and shift (see `replay.Placement`).
+3. A row for each probe, without the denoiser. The scheduler returns 0, 1 and the base-16 digits of
+   each entry's number in place of a sample, and the denoiser likewise. So each entry of the
+   denoiser's arguments, of the prediction and of what the autoencoder is given tells which entry it
+   was made of, by which scale and shift (see `replay.Placement`).
 
-The model's time is a t or 1 + a t of the scheduler's. At the end the recording must build what was observed, or one sentence
-names what it does not. No weight is changed, and the pipeline is left as it was.
-"""
+The model's time is a t or 1 + a t of the scheduler's. At the end the recording must build what was
+observed, or one sentence names what it does not. No weight is changed, and the pipeline is left as
+it was."""  # noqa: E501
 
 import functools
 from collections.abc import Callable
@@ -52,7 +54,9 @@ def record(recorder: Recorder) -> Recording:
     probe = recorder.run(rows, answer, move)
     _check_calls(recorder, probe, rows)
     if not torch.equal(probe.steps[1][2], probes.view_as(probe.steps[1][2])):
-        raise NotRecordable(f"a {type(pipe).__name__} changes its samples between two steps: it cannot be recorded.")
+        raise NotRecordable(
+            f"a {type(pipe).__name__} changes its samples between two steps: it cannot be recorded."
+        )
     recording = Fit(recorder, one, two, probe, entries).recording(template)
     check_replay(recorder, recording, one, two)
     return recording
@@ -85,26 +89,33 @@ def _check_calls(recorder: Recorder, run: Run, images: int) -> None:
     """One call of the denoiser in each step, for as many rows as there are images."""
     name = type(recorder.pipe).__name__
     if run.decoded is None or len(run.steps) != STEPS:
-        raise NotRecordable(f"a {name} made {len(run.steps)} of {STEPS} steps and decoded nothing: it cannot be recorded.")
+        raise NotRecordable(
+            f"a {name} made {len(run.steps)} of {STEPS} steps and decoded nothing: it cannot be"
+            " recorded."
+        )
     if run.steps_of != list(range(STEPS)):
         raise NotRecordable(
-            f"a {name} calls its denoiser {len(run.steps_of)} times in {STEPS} steps with guidance off: it cannot be recorded."
+            f"a {name} calls its denoiser {len(run.steps_of)} times in {STEPS} steps with guidance"
+            " off: it cannot be recorded."
         )
     for prediction, _, sample in run.steps:
         if len(sample) != images or prediction.shape != sample.shape:
             raise NotRecordable(
-                f"a {name} steps on samples of shape {tuple(sample.shape)} with predictions of shape {tuple(prediction.shape)} "
-                f"for {images} images: it cannot be recorded."
+                f"a {name} steps on samples of shape {tuple(sample.shape)} with predictions of"
+                f" shape {tuple(prediction.shape)} for {images} images: it cannot be recorded."
             )
     for found in run.outputs:
         if len(found) != images:
             raise NotRecordable(
-                f"a {name} denoises {len(found)} rows for {images} images with guidance off: it cannot be recorded."
+                f"a {name} denoises {len(found)} rows for {images} images with guidance off: it"
+                " cannot be recorded."
             )
 
 
 def training_time(recorder: Recorder) -> SchedulerMixin:
-    """A pipeline's scheduler, with a shift of the time that depends on the image's size as the one for these images."""
+    """A pipeline's scheduler, with a shift of the time that depends on the image's size as the one
+    for these images.
+    """
     pipe, scheduler = recorder.pipe, recorder.pipe.scheduler
     # Without the list of what was a default, which would be one again.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
@@ -112,10 +123,17 @@ def training_time(recorder: Recorder) -> SchedulerMixin:
         return type(scheduler).from_config(config)
     mu = _shift_of(recorder)
     if mu is None:
-        raise NotRecordable(f"a {type(pipe).__name__} shifts its times in a way that cannot be recorded.")
-    shift = float(torch.tensor(mu).exp()) if config.get("time_shift_type", "exponential") == "exponential" else mu
+        raise NotRecordable(
+            f"a {type(pipe).__name__} shifts its times in a way that cannot be recorded."
+        )
+    shift = (
+        float(torch.tensor(mu).exp())
+        if config.get("time_shift_type", "exponential") == "exponential"
+        else mu
+    )
     key = "shift" if "shift" in config else "flow_shift"
-    # exp(mu) / (exp(mu) + 1/t - 1) = s t / (1 + (s - 1) t) with s = exp(mu): the shift of a fixed size.
+    # exp(mu) / (exp(mu) + 1/t - 1) = s t / (1 + (s - 1) t) with s = exp(mu): the shift of a fixed
+    # size.
     return type(scheduler).from_config(config | {"use_dynamic_shifting": False, key: shift})
 
 
@@ -143,7 +161,10 @@ def _shift_of(recorder: Recorder) -> float | None:
 
 def _next(sample: torch.Tensor, number: int) -> torch.Tensor:
     """Another sample, the same for one image as for the first of two."""
-    rows = [torch.randn(sample.shape[1:], generator=torch.Generator().manual_seed(10 * number + i)) for i in range(len(sample))]
+    rows = [
+        torch.randn(sample.shape[1:], generator=torch.Generator().manual_seed(10 * number + i))
+        for i in range(len(sample))
+    ]
     return torch.stack(rows).to(sample)
 
 
@@ -151,7 +172,9 @@ def _noise_like(template: Any, rows: int | None) -> Any:
     """What a denoiser returns, with noise in it, for so many rows; `None`: for as many."""
     if isinstance(template, (list, tuple)):
         return [torch.randn_like(template[0]) for _ in range(rows or len(template))]
-    return torch.randn_like(template if rows is None else template[:1].expand(rows, *template.shape[1:]))
+    return torch.randn_like(
+        template if rows is None else template[:1].expand(rows, *template.shape[1:])
+    )
 
 
 def _filled(template: Any, rows: torch.Tensor) -> Any:

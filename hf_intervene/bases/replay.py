@@ -1,13 +1,15 @@
-"""What is kept of how a pipeline calls its denoiser, and how the denoiser is called by it without the pipeline.
+"""What is kept of how a pipeline calls its denoiser, and how the denoiser is called by it without
+the pipeline.
 
 A `Recording` is made by `recording.py`. It holds
 
 - `arguments`: the arguments of a call, as a tree of small dictionaries that JSON can write;
-- three objects of `Placement`: where the entries of a noisy sample are in the arguments, where those of the prediction are in the
-  denoiser's output, and where those of a clean sample are in what the autoencoder decodes.
+- three objects of `Placement`: where the entries of a noisy sample are in the arguments, where
+  those of the prediction are in the denoiser's output, and where those of a clean sample are in
+  what the autoencoder decodes.
 
-A sample is a row of what the pipeline's scheduler steps on, such as packed tokens (S, c) or a map (c, h, w).
-"""
+A sample is a row of what the pipeline's scheduler steps on, such as packed tokens (S, c) or a map
+(c, h, w)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,13 +19,16 @@ import torch
 from torch import nn
 
 
-_TABLE = 256  # different scales or shifts of a placement that are kept as a table of numbers; more are kept one by one
+# different scales or shifts of a placement that are kept as a table of numbers; more are kept one
+# by one
+_TABLE = 256
 _ROUNDING = 0.1  # of a digit of at most 15 in half precision
 _DEEPEST = 8  # levels of a tree of arguments
 
 
 class Placement(nn.Module):
-    """A map from vectors of n entries to arrays, each of whose entries is a scaled and shifted entry of the vector, or a constant.
+    """A map from vectors of n entries to arrays, each of whose entries is a scaled and shifted
+    entry of the vector, or a constant.
 
         y[i] = scale[i] * x[index[i]] + shift[i]
 
@@ -31,7 +36,8 @@ class Placement(nn.Module):
         shape: of y, without the batch dimension.
         entries: n.
         indexed: whether there is an index; without one, y[i] is of x[i].
-        scales, shifts: the different values of scale and shift. `None`: they are kept one by one, as a buffer.
+        scales, shifts: the different values of scale and shift. `None`: they are kept one by one,
+            as a buffer.
     """
 
     index: torch.Tensor
@@ -88,7 +94,10 @@ class Placement(nn.Module):
         placement = cls(probes.shape[1:], entries, indexed, scales, shifts)
         if indexed:
             placement.index.copy_(index)
-        for name, values, number, column in (("scale", scales, scale_number, scale), ("shift", shifts, shift_number, shift)):
+        for name, values, number, column in (
+            ("scale", scales, scale_number, scale),
+            ("shift", shifts, shift_number, shift),
+        ):
             if values is None:
                 getattr(placement, name).copy_(column)
             elif len(values) > 1:
@@ -131,30 +140,40 @@ class Placement(nn.Module):
         return scale != 0 if isinstance(scale, float) else bool((scale != 0).all())
 
     def _column(self, name: str, like: torch.Tensor) -> Any:
-        """Scale or shift of each entry, (size,), in the type of `like`; a number where all are the same."""
+        """Scale or shift of each entry, (size,), in the type of `like`; a number where all are the
+        same.
+        """
         values = self.config[f"{name}s"]
         if values is None:
             return getattr(self, name).to(like.device, like.dtype)
         if len(values) == 1:
             return values[0]
         key = name, like.device, like.dtype
-        if key not in self._columns:  # once: a table on the host would be copied to the device in each step
+        if (
+            key not in self._columns
+        ):  # once: a table on the host would be copied to the device in each step
             table = torch.tensor(values, dtype=like.dtype, device=like.device)
             self._columns[key] = table[getattr(self, f"{name}_number").to(like.device, torch.int64)]
         return self._columns[key]
 
 
 def _table(column: torch.Tensor) -> tuple[list[float] | None, torch.Tensor | None]:
-    """The different values of a column and which of them each entry is; of a column with many of them, `None`."""
+    """The different values of a column and which of them each entry is; of a column with many of
+    them, `None`.
+    """
     values, number = column.float().unique(return_inverse=True)
     return (None, None) if len(values) > _TABLE else (values.tolist(), number)
 
 
 def probes_of(entries: int, rows: int) -> torch.Tensor:
-    """What is put in to find a `Placement`, (rows, entries): zeros, ones, and the base-16 digits of each entry's number."""
+    """What is put in to find a `Placement`, (rows, entries): zeros, ones, and the base-16 digits of
+    each entry's number.
+    """
     number = torch.arange(entries)
     digits = [number // 16**place % 16 for place in range(rows - 2)]
-    return torch.stack([torch.zeros(entries), torch.ones(entries), *(digit.float() for digit in digits)])
+    return torch.stack(
+        [torch.zeros(entries), torch.ones(entries), *(digit.float() for digit in digits)]
+    )
 
 
 def probe_rows(*entries: int) -> int:
@@ -169,14 +188,16 @@ class Recording(nn.Module):
     """How a pipeline calls its denoiser.
 
     Args:
-        config: what JSON can write of it: `arguments` (by name a node, see below), `constants` (shape and dtype of each tensor
-            among them), `placements` (configurations of `inputs`, `output` and `tail`), `sample_shape`, `latent_shape` (of
-            what the autoencoder decodes), `output_is_list`.
+        config: what JSON can write of it: `arguments` (by name a node, see below), `constants`
+            (shape and dtype of each tensor among them), `placements` (configurations of `inputs`,
+            `output` and `tail`), `sample_shape`, `latent_shape` (of what the autoencoder decodes),
+            `output_is_list`.
 
     A node is a dictionary of one of these kinds:
 
     - `{"value": v}`: v itself;
-    - `{"constant": k, "rows": d}`: the tensor k; along its dimension d it is repeated for each row, `None`: it is shared;
+    - `{"constant": k, "rows": d}`: the tensor k; along its dimension d it is repeated for each row,
+      `None`: it is shared;
     - `{"input": k}`: the noisy sample, as placement k has it;
     - `{"time": [a, b], "shape": s}`: a t + b in each entry, (B, *s);
     - `{"each": node}`: a list with one element for each row;
@@ -188,9 +209,15 @@ class Recording(nn.Module):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
-        self.sample_shape, self.latent_shape = tuple(config["sample_shape"]), tuple(config["latent_shape"])
+        self.sample_shape, self.latent_shape = (
+            tuple(config["sample_shape"]),
+            tuple(config["latent_shape"]),
+        )
         for number, constant in enumerate(config["constants"]):
-            self.register_buffer(_name(number), torch.zeros(constant["shape"], dtype=getattr(torch, constant["dtype"])))
+            self.register_buffer(
+                _name(number),
+                torch.zeros(constant["shape"], dtype=getattr(torch, constant["dtype"])),
+            )
         found = config["placements"]
         self.inputs = nn.ModuleList(Placement(**entry) for entry in found["inputs"])
         self.output, self.tail = Placement(**found["output"]), Placement(**found["tail"])
@@ -208,11 +235,22 @@ class Recording(nn.Module):
         """
         placements = [*self.inputs, self.output, self.tail]
         numbers = [(p, "index", p.entries) for p in placements]
-        numbers += [(p, f"{name}_number", len(p.config[f"{name}s"] or ())) for p in placements for name in ("scale", "shift")]
+        numbers += [
+            (p, f"{name}_number", len(p.config[f"{name}s"] or ()))
+            for p in placements
+            for name in ("scale", "shift")
+        ]
         for placement, name, bound in numbers:
             index = getattr(placement, name, None)
-            if index is not None and index.numel() and not (0 <= int(index.min()) and int(index.max()) < bound):
-                raise ValueError("the recording of the pipeline has entries that are out of range: it is corrupt.")
+            if (
+                index is not None
+                and index.numel()
+                and not (0 <= int(index.min()) and int(index.max()) < bound)
+            ):
+                raise ValueError(
+                    "the recording of the pipeline has entries that are out of range: it is"
+                    " corrupt."
+                )
         if not self.tail.is_invertible() or self.tail.shape != self.latent_shape:
             raise ValueError("the recording of the pipeline cannot be inverted: it is corrupt.")
         for node in self.config["arguments"].values():
@@ -222,8 +260,14 @@ class Recording(nn.Module):
         kind = next((name for name in _KINDS if isinstance(node, dict) and name in node), None)
         counts = {"constant": len(self.constants), "input": len(self.inputs)}
         number = node[kind] if kind in counts else 0
-        if kind is None or depth > _DEEPEST or not (isinstance(number, int) and 0 <= number < counts.get(kind, 1)):
-            raise ValueError("the recording of the pipeline has arguments of an unknown kind: it is corrupt.")
+        if (
+            kind is None
+            or depth > _DEEPEST
+            or not (isinstance(number, int) and 0 <= number < counts.get(kind, 1))
+        ):
+            raise ValueError(
+                "the recording of the pipeline has arguments of an unknown kind: it is corrupt."
+            )
         for inner in _inner(node, kind):
             self._check_node(inner, depth + 1)
 
@@ -240,8 +284,8 @@ class Recording(nn.Module):
             x: noisy samples, (B, *sample_shape).
             t: times as the scheduler counts them, (B,).
             dtype: of the denoiser.
-            text: for each row the constants that it has of its own, by number; all rows of a call have them in the same
-                shapes. `None`: those of the recording.
+            text: for each row the constants that it has of its own, by number; all rows of a call
+                have them in the same shapes. `None`: those of the recording.
         """
         rows = _Rows(x, t, dtype, text, len(x))
         return {name: self._build(node, rows) for name, node in self.config["arguments"].items()}
@@ -268,7 +312,9 @@ class Recording(nn.Module):
                 return {key: self._build(value, rows, inner) for key, value in node["dict"].items()}
             found = [self._build(value, rows, inner) for value in node[kind]]
             return tuple(found) if kind == "tuple" else found
-        return tensor.to(rows.x.device, rows.dtype if node["dtype"] == "model" else getattr(torch, node["dtype"]))
+        return tensor.to(
+            rows.x.device, rows.dtype if node["dtype"] == "model" else getattr(torch, node["dtype"])
+        )
 
     def _constant(self, node: dict[str, Any], rows: "_Rows") -> torch.Tensor:
         number, dim = node["constant"], node["rows"]
@@ -289,7 +335,9 @@ class Recording(nn.Module):
         return self.tail(x0)
 
     def from_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Clean samples (B, *sample_shape) of latents as the autoencoder has them, (B, *latent_shape)."""
+        """Clean samples (B, *sample_shape) of latents as the autoencoder has them, (B,
+        *latent_shape).
+        """
         return self.tail.inverse(latents).unflatten(1, self.sample_shape)
 
 
@@ -297,7 +345,12 @@ class _Rows:
     """The rows that arguments are built for."""
 
     def __init__(
-        self, x: torch.Tensor, t: torch.Tensor, dtype: torch.dtype, text: Sequence[dict[int, torch.Tensor]] | None, count: int
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        dtype: torch.dtype,
+        text: Sequence[dict[int, torch.Tensor]] | None,
+        count: int,
     ):
         self.x, self.t, self.dtype, self.text, self.count = x, t, dtype, text, count
 

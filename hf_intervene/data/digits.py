@@ -1,4 +1,6 @@
-"""Handwritten digits of MNIST (LeCun, Cortes, Burges) for `mnist.py`: from the package, from files, or from the Hub."""
+"""Handwritten digits of MNIST (LeCun, Cortes, Burges) for `mnist.py`: from the package, from files,
+or from the Hub.
+"""
 
 import gzip
 import os
@@ -55,14 +57,17 @@ def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Di
     Args:
         source: one of, looked for in this order:
 
-            1. `"bundled"`: 400 digits for training and 400 for testing, which come with the package;
-            2. a folder with MNIST's four IDX files (`train-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, ...), gzipped or not;
+            1. `"bundled"`: 400 digits for training and 400 for testing, which come with the
+              package;
+            2. a folder with MNIST's four IDX files (`train-images-idx3-ubyte`,
+              `t10k-labels-idx1-ubyte`, ...), gzipped or not;
             3. a folder written by `save_to_disk`, with the columns `image` and `label`;
             4. the name of such a data set on the Hub, as `"ylecun/mnist"`.
         split: `"train"` or `"test"`.
 
     Raises:
-        OSError (FileNotFoundError, ...), ValueError: one sentence: no such source or split, a file that is no IDX file or is damaged,
+        OSError (FileNotFoundError, ...), ValueError: one sentence: no such source or split, a file
+        that is no IDX file or is damaged,
             images that are not grey and of 28 x 28 pixels, as many labels as images wanting.
     """
     if split not in SPLITS:
@@ -77,21 +82,24 @@ def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Di
         return _checked(_read(path, split, "images", 3), _read(path, split, "labels", 1), source)
     if path.exists() or is_local(source):
         raise FileNotFoundError(
-            f"there is no folder {source}: give `{BUNDLED}`, a folder with MNIST's files, or a Hub name, user/name."
+            f"there is no folder {source}: give `{BUNDLED}`, a folder with MNIST's files, or a Hub"
+            " name, user/name."
         )
     return _from_dataset(from_hub(source, split), source)
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """Read an IDX file of bytes, gzipped or not: two zero bytes, the type (8: unsigned byte), the number of dimensions (1 to 3),
-    each dimension as a big-endian 32-bit number, and the entries in row-major order.
+    """Read an IDX file of bytes, gzipped or not: two zero bytes, the type (8: unsigned byte), the
+    number of dimensions (1 to 3), each dimension as a big-endian 32-bit number, and the entries in
+    row-major order.
 
     Returns:
         uint8 array of the shape that the file names.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: one sentence: it is no IDX file of bytes, is cut short, or goes on after its end.
+        ValueError: one sentence: it is no IDX file of bytes, is cut short, or goes on after its
+            end.
     """
     path = Path(path)
     try:
@@ -116,7 +124,9 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     if len(shape) < head[3] or len(data) < length:
         raise ValueError(f"{path} ends too early: it is cut short or damaged; fetch it again.")
     if len(data) > length:
-        raise ValueError(f"{path} goes on after its {length} entries: it is damaged; fetch it again.")
+        raise ValueError(
+            f"{path} goes on after its {length} entries: it is damaged; fetch it again."
+        )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -127,26 +137,46 @@ def _read(folder: Path, split: str, kind: str, dimensions: int) -> np.ndarray:
     for name in names:
         if (folder / name).is_file():
             return read_idx(folder / name)
-    raise FileNotFoundError(f"{folder} is no saved data set and has no file {names[0]} or {names[1]}.")
+    raise FileNotFoundError(
+        f"{folder} is no saved data set and has no file {names[0]} or {names[1]}."
+    )
 
 
 def _from_dataset(dataset: Dataset, source: str | os.PathLike) -> Digits:
     for column in ("image", "label"):
         if column not in dataset.column_names:
-            raise ValueError(f"{source} has no column {column!r}, only {', '.join(dataset.column_names)}: digits need both.")
+            raise ValueError(
+                f"{source} has no column {column!r}, only {', '.join(dataset.column_names)}: digits"
+                " need both."
+            )
     if not isinstance(dataset.features["image"], ImageFeature):
-        raise ValueError(f"the image column of {source} holds {dataset.features['image']}, not images.")
+        raise ValueError(
+            f"the image column of {source} holds {dataset.features['image']}, not images."
+        )
     images = [np.asarray(image) for image in dataset["image"]]
-    odd = next((image for image in images if image.shape != (SIDE, SIDE) or image.dtype != np.uint8), None)
+    odd = next(
+        (image for image in images if image.shape != (SIDE, SIDE) or image.dtype != np.uint8), None
+    )
     if odd is not None:
-        raise ValueError(f"{source} has an image {odd.dtype} {odd.shape}: digits must be grey, of {SIDE} x {SIDE} pixels.")
-    return _checked(np.stack(images) if images else np.empty((0, SIDE, SIDE), np.uint8), dataset["label"], source)
+        raise ValueError(
+            f"{source} has an image {odd.dtype} {odd.shape}: digits must be grey, of {SIDE} x"
+            f" {SIDE} pixels."
+        )
+    return _checked(
+        np.stack(images) if images else np.empty((0, SIDE, SIDE), np.uint8),
+        dataset["label"],
+        source,
+    )
 
 
 def _checked(images: np.ndarray, labels: Iterable, source: str | os.PathLike) -> Digits:
     if images.shape[1:] != (SIDE, SIDE) or not len(images):
-        raise ValueError(f"the images of {source} have the shape {images.shape}, not (n, {SIDE}, {SIDE}).")
+        raise ValueError(
+            f"the images of {source} have the shape {images.shape}, not (n, {SIDE}, {SIDE})."
+        )
     labels = np.asarray(list(labels))
     if labels.shape != (len(images),) or not np.isin(labels, range(10)).all():
-        raise ValueError(f"{source} must have one label from 0 to 9 for each of its {len(images)} images.")
+        raise ValueError(
+            f"{source} must have one label from 0 to 9 for each of its {len(images)} images."
+        )
     return Digits(images, labels.astype(np.uint8))

@@ -1,4 +1,6 @@
-"""Your own images: a folder, a saved `datasets` data set or a Hub data set, brought to the columns `image` and `context`."""
+"""Your own images: a folder, a saved `datasets` data set or a Hub data set, brought to the columns
+`image` and `context`.
+"""
 
 import errno
 import logging
@@ -13,46 +15,66 @@ from ..contexts import OBS
 from ..image_files import READABLE, printable
 
 
-_SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")  # names of no context
+_SPLITS = (
+    "train",
+    "test",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "holdout",
+    "held_out",
+)  # names of no context
 PROMPT_COLUMNS = ("prompt", "text")  # in this order
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
 
 def load_contexts(
-    source: str | os.PathLike, split: str = "train", image_column: str = "image", context_column: str = "context"
+    source: str | os.PathLike,
+    split: str = "train",
+    image_column: str = "image",
+    context_column: str = "context",
 ) -> Dataset:
     """Load images and the context each came from.
 
     `source` is one of, looked for in this order:
 
     1. a folder written by `save_to_disk` of a `Dataset` or `DatasetDict`;
-    2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the `imagefolder` format of `datasets`);
-    3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`, `quad1+size/`. Images may lie deeper in it;
-       hidden files and folders are ignored; files that are no images, links to folders, images beside the sub-folders and a
-       sub-folder without images are reported and ignored;
-    4. a folder with the sub-folder `split`, which is one of 2 or 3; beside a folder `obs` it is a context of that name;
+    2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the
+      `imagefolder` format of `datasets`);
+    3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`,
+       `quad1+size/`. Images may lie deeper in it; hidden files and folders are ignored; files that
+       are no images, links to folders, images beside the sub-folders and a sub-folder without
+       images are reported and ignored;
+    4. a folder with the sub-folder `split`, which is one of 2 or 3; beside a folder `obs` it is a
+      context of that name;
     5. the name of a data set on the Hub.
 
     Args:
-        source: see above. What is a path (an `os.PathLike`, or a string that is absolute, starts with `.` or `~`, ends with a slash, has
-            more than one or none, or goes through a folder that exists) is never looked up on the Hub, where names are `user/name`.
-        split: split of a data set that has several; a folder or data set without splits is `"train"`.
+        source: see above. What is a path (an `os.PathLike`, or a string that is absolute, starts
+            with `.` or `~`, ends with a slash, has more than one or none, or goes through a folder
+            that exists) is never looked up on the Hub, where names are `user/name`.
+        split: split of a data set that has several; a folder or data set without splits is
+            `"train"`.
         image_column: name of its image column.
         context_column: name of its context column.
 
     Returns:
-        A data set with the columns `image` and `context`, and `prompt` if it has a column `prompt` or `text`;
-        `ContextImages.from_dataset` checks and decodes it.
+        A data set with the columns `image` and `context`, and `prompt` if it has a column `prompt`
+        or `text`; `ContextImages.from_dataset` checks and decodes it.
 
     Raises:
-        OSError (FileNotFoundError, ...), ValueError: one sentence: no such folder, no images in it, no such column or split.
+        OSError (FileNotFoundError, ...), ValueError: one sentence: no such folder, no images in it,
+        no such column or split.
     """
     path = Path(source).expanduser()
     if not path.exists():
         if is_local(source):
             raise FileNotFoundError(
-                f"there is no folder {source}: give an image folder, a saved data set or a Hub name, user/name."
+                f"there is no folder {source}: give an image folder, a saved data set or a Hub"
+                " name, user/name."
             )
         dataset = from_hub(source, split)
     elif path.is_file():
@@ -67,15 +89,22 @@ def load_contexts(
         dataset = _folder_with_metadata(folder)
         images = sum(_is_image(file) for file in folder.rglob("*"))
         if images > len(dataset):
-            logger.warning("%s: %d images that the metadata file does not name are left out.", folder, images - len(dataset))
+            logger.warning(
+                "%s: %d images that the metadata file does not name are left out.",
+                folder,
+                images - len(dataset),
+            )
     for column, name in ((image_column, "image"), (context_column, "context")):
         if column not in dataset.column_names:
             raise ValueError(
-                f"{source} has no column {column!r} to take the {name} from; its columns are {', '.join(dataset.column_names)}: "
-                f"give {name}_column."
+                f"{source} has no column {column!r} to take the {name} from; its columns are"
+                f" {', '.join(dataset.column_names)}: give {name}_column."
             )
     names = {image_column: "image", context_column: "context"}
-    prompt_column = next((name for name in PROMPT_COLUMNS if name in dataset.column_names and name not in names), None)
+    prompt_column = next(
+        (name for name in PROMPT_COLUMNS if name in dataset.column_names and name not in names),
+        None,
+    )
     if prompt_column is not None:
         names[prompt_column] = "prompt"
     dataset = dataset.select_columns(list(names))
@@ -88,14 +117,20 @@ def from_hub(source: str | os.PathLike, split: str) -> Dataset:
         return load_dataset(str(source), split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise type(error)(
-            f"{source} is neither a folder here nor a data set that could be reached on the Hub ({error})."
+            f"{source} is neither a folder here nor a data set that could be reached on the Hub"
+            f" ({error})."
         ) from error
 
 
 def is_local(source: str | os.PathLike) -> bool:
     """Whether a source is a path, and so never looked up on the Hub; see `load_contexts`."""
     text = str(source)
-    if isinstance(source, os.PathLike) or text.startswith((".", "~", os.sep)) or text.endswith("/") or "\\" in text:
+    if (
+        isinstance(source, os.PathLike)
+        or text.startswith((".", "~", os.sep))
+        or text.endswith("/")
+        or "\\" in text
+    ):
         return True
     return text.count("/") != 1 or Path(text).parent.is_dir()
 
@@ -105,19 +140,25 @@ def read_saved(path: Path, split: str) -> Dataset:
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise OSError(f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again.") from error
+        raise OSError(
+            f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again."
+        ) from error
     if isinstance(dataset, dict):
         if split not in dataset:
             raise ValueError(f"{path} has no split {split!r}, only {', '.join(dataset)}.")
         return dataset[split]
     if split != "train" and str(dataset.split) != split:
-        raise ValueError(f"{path} has no split {split!r}: it is a single data set; load it without a split.")
+        raise ValueError(
+            f"{path} has no split {split!r}: it is a single data set; load it without a split."
+        )
     return dataset
 
 
 def _of_split(path: Path, split: str) -> Path:
     inside = path / split
-    if inside.is_dir() and ((inside / OBS).is_dir() or _has_metadata(inside) or not (path / OBS).is_dir()):
+    if inside.is_dir() and (
+        (inside / OBS).is_dir() or _has_metadata(inside) or not (path / OBS).is_dir()
+    ):
         return inside
     if split != "train":  # its training images must not pass for a test split that is not there
         raise ValueError(f"{path} has no split {split!r}: there is no such sub-folder.")
@@ -138,31 +179,56 @@ def _folder_with_metadata(folder: Path) -> Dataset:
         try:
             return load("force_redownload")
         except Exception as error:  # readers of tables raise what they like
-            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
+            if isinstance(error, OSError) and error.errno in (
+                errno.EACCES,
+                errno.EROFS,
+                errno.ENOTDIR,
+                errno.ENOSPC,
+            ):
                 where = datasets.config.HF_DATASETS_CACHE
                 raise OSError(
-                    f"the cache of data sets {where} cannot be written ({error.strerror}): set HF_DATASETS_CACHE to a folder that can."
+                    f"the cache of data sets {where} cannot be written ({error.strerror}): set"
+                    " HF_DATASETS_CACHE to a folder that can."
                 ) from error
             reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ValueError(f"the metadata file of {folder} cannot be used: {reason}.") from error
 
 
 def _warn_of_others(path: Path, read: Path, split: str) -> None:
-    """Say what of a folder is not read, where that is one of its sub-folders, or where images lie loose in it."""
+    """Say what of a folder is not read, where that is one of its sub-folders, or where images lie
+    loose in it.
+    """
     if read != path:
-        others = [child.name for child in _subfolders(path) if child != read and child.name.lower() not in _SPLITS]
+        others = [
+            child.name
+            for child in _subfolders(path)
+            if child != read and child.name.lower() not in _SPLITS
+        ]
         if others:
             logger.warning(
-                "of %s the split %r alone is read; %s beside it: left out.", path, split, ", ".join(map(printable, others))
+                "of %s the split %r alone is read; %s beside it: left out.",
+                path,
+                split,
+                ", ".join(map(printable, others)),
             )
-    loose = Counter[str](file.suffix.lower() for file in read.iterdir() if _is_image(file) and not _has_metadata(read))
+    loose = Counter[str](
+        file.suffix.lower()
+        for file in read.iterdir()
+        if _is_image(file) and not _has_metadata(read)
+    )
     if loose:
-        logger.warning("%s: images that are in no sub-folder of a context are left out (%s).", read, _counted(loose))
+        logger.warning(
+            "%s: images that are in no sub-folder of a context are left out (%s).",
+            read,
+            _counted(loose),
+        )
 
 
 def _subfolders(path: Path) -> list[Path]:
     """Those that hold contexts or splits: neither hidden nor left by macOS in an archive."""
-    return sorted(child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name))
+    return sorted(
+        child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name)
+    )
 
 
 def _is_hidden(name: str) -> bool:
@@ -194,18 +260,26 @@ def _folder_of_contexts(path: Path) -> Dataset:
                 others[file.suffix.lower() or "no ending"] += 1
             else:  # a link to nowhere is complained of when it is read
                 if printable(file) != str(file):
-                    raise ValueError(f"the name of {printable(file)} has bytes that are not UTF-8: rename it.")
+                    raise ValueError(
+                        f"the name of {printable(file)} has bytes that are not UTF-8: rename it."
+                    )
                 files.append(file)
         left_out = _counted(others)
         if not files:
-            logger.warning("%s holds no images%s and is left out.", folder, f" that can be read ({left_out})" * bool(others))
+            logger.warning(
+                "%s holds no images%s and is left out.",
+                folder,
+                f" that can be read ({left_out})" * bool(others),
+            )
         elif others:
-            logger.warning("%s: files that are no images that can be read are left out (%s).", folder, left_out)
+            logger.warning(
+                "%s: files that are no images that can be read are left out (%s).", folder, left_out
+            )
         images += map(str, files)
         contexts += [folder.name] * len(files)
     if not images:
         raise ValueError(
-            f"{path} holds no images in sub-folders: make one sub-folder for each context (obs/, size/, ...), or add a "
-            "metadata.csv with the columns file_name and context."
+            f"{path} holds no images in sub-folders: make one sub-folder for each context (obs/,"
+            " size/, ...), or add a metadata.csv with the columns file_name and context."
         )
     return Dataset.from_dict({"image": images, "context": contexts}).cast_column("image", Image())

@@ -1,5 +1,5 @@
-"""`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked once, so that a step needs no per-sample
-Python."""
+"""`ContextImages`: images from several contexts as one uint8 tensor, in memory or on disk, checked
+once, so that a step needs no per-sample Python."""
 
 import logging
 import os
@@ -12,7 +12,15 @@ import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 
-from ..contexts import OBS, Context, context_name, named_concepts, parse_context, parse_interventions, validate_concepts
+from ..contexts import (
+    OBS,
+    Context,
+    context_name,
+    named_concepts,
+    parse_context,
+    parse_interventions,
+    validate_concepts,
+)
 from .decoding import decode, in_memory, on_disk
 from .identity import SPLITS, fingerprints, places
 from .mapped import MappedFile
@@ -30,11 +38,13 @@ class ContextImages:
         context_ids: context of each image, int64, (N,).
         contexts: canonical names of the contexts; `contexts[context_ids[n]]` is that of image n.
         concepts: names of the concepts.
-        rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no others.
+        rows: where in `stored` each image is, int64, (N,), on the same device; `None`: there are no
+            others.
         mapped: whether `stored` is a file that is read as it is used.
-        marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`); `None`: of their pixels.
-        file: that of `stored`, if somebody may cut it meanwhile (see `mapped.py`): each reading of images looks at it, and raises an
-            OSError of one sentence.
+        marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`);
+            `None`: of their pixels.
+        file: that of `stored`, if somebody may cut it meanwhile (see `mapped.py`): each reading of
+            images looks at it, and raises an OSError of one sentence.
         prompts: the different prompts of the images; `None`: they have none.
         prompt_ids: which of them is that of each image, int64, (N,).
     """
@@ -70,7 +80,9 @@ class ContextImages:
             self.file.check()
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
-        """Some of the images, uint8, (n, C, H, W), on the device where they are stored, by an index (n,) of integers."""
+        """Some of the images, uint8, (n, C, H, W), on the device where they are stored, by an index
+        (n,) of integers.
+        """
         self._check()
         index = index.to(self.stored.device)
         return self.stored.index_select(0, index if self.rows is None else self.rows[index])
@@ -93,10 +105,17 @@ class ContextImages:
 
     def targets(self, free_blocks: int = 0) -> torch.Tensor:
         """Targets of each context, (contexts, D): those of image n are row `context_ids[n]`."""
-        return torch.cat([parse_interventions(name, self.concepts, free_blocks=free_blocks) for name in self.contexts])
+        return torch.cat(
+            [
+                parse_interventions(name, self.concepts, free_blocks=free_blocks)
+                for name in self.contexts
+            ]
+        )
 
     def select(self, contexts: Sequence[Context]) -> "ContextImages":
-        """The images of a list of contexts, in the order given, each in any form of `contexts.parse_context`."""
+        """The images of a list of contexts, in the order given, each in any form of
+        `contexts.parse_context`.
+        """
         if isinstance(contexts, str):
             raise ValueError(f"give a list of contexts, such as [{contexts!r}], not {contexts!r}.")
         names: list[str] = []
@@ -106,11 +125,15 @@ class ContextImages:
             except ValueError:
                 name = context  # of unknown concepts: the data have no such context either
             if name not in self.contexts:
-                raise ValueError(f"there is no context {name!r}; the data have {', '.join(self.contexts)}.")
+                raise ValueError(
+                    f"there is no context {name!r}; the data have {', '.join(self.contexts)}."
+                )
             if name in names:
                 raise ValueError(f"context {name!r} is selected twice.")
             names.append(name)
-        keep = [torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names]
+        keep = [
+            torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names
+        ]
         ids = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(keep)])
         return self._part(torch.cat(keep), context_ids=ids, contexts=names)
 
@@ -123,20 +146,29 @@ class ContextImages:
     def fingerprints_by_context(self) -> dict[str, torch.Tensor]:
         """The fingerprints, int64 (n,), of the images of each context."""
         marks = self.fingerprints()
-        return {name: marks[self.context_ids == number] for number, name in enumerate(self.contexts)}
+        return {
+            name: marks[self.context_ids == number] for number, name in enumerate(self.contexts)
+        }
 
-    def split(self, validation_fraction: float, seed: int = 0, by: str = "image") -> tuple["ContextImages", "ContextImages"]:
+    def split(
+        self, validation_fraction: float, seed: int = 0, by: str = "image"
+    ) -> tuple["ContextImages", "ContextImages"]:
         """Training and validation images, about the fraction taken from every context alike.
 
         Args:
-            validation_fraction: share of the images that are held out, of each context two at least.
+            validation_fraction: share of the images that are held out, of each context two at
+                least.
             seed: another one holds out other images.
-            by: `"image"`: by the fingerprint of each image, so that images that are added move no held-out image into training (but
-                where a context is so small that fewer than two would be held out), and copies of one image are on the same side; `"position"`:
-                exactly the fraction, by the order of the images, as before version 3 of the settings.
+            by: `"image"`: by the fingerprint of each image, so that images that are added move no
+                held-out image into training (but where a context is so small that fewer than two
+                would be held out), and copies of one image are on the same side; `"position"`:
+                exactly the fraction, by the order of the images, as before version 3 of the
+                settings.
         """
         if not 0 < validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
+            raise ValueError(
+                f"validation_fraction must lie between 0 and 1, not {validation_fraction}."
+            )
         if by not in SPLITS:
             raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")
         rng = np.random.default_rng(seed)
@@ -150,7 +182,9 @@ class ContextImages:
             else:
                 rows = rows[np.argsort(order[rows], kind="stable")]
                 least = 2 if len(rows) >= MIN_IMAGES else 1  # nothing can be measured on one image
-                held_out = min(max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1)
+                held_out = min(
+                    max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1
+                )
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
         training, validation = (
@@ -161,37 +195,60 @@ class ContextImages:
 
     def by_context(self) -> dict[str, np.ndarray]:
         """uint8 images (n, H, W, C) of each context."""
-        rows = {name: torch.nonzero(self.context_ids == number)[:, 0] for number, name in enumerate(self.contexts)}
-        return {name: self.images(index).permute(0, 2, 3, 1).cpu().numpy() for name, index in rows.items()}
+        rows = {
+            name: torch.nonzero(self.context_ids == number)[:, 0]
+            for number, name in enumerate(self.contexts)
+        }
+        return {
+            name: self.images(index).permute(0, 2, 3, 1).cpu().numpy()
+            for name, index in rows.items()
+        }
 
     @classmethod
-    def from_arrays(cls, images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> "ContextImages":
+    def from_arrays(
+        cls, images: Mapping[str, np.ndarray], concepts: Sequence[str]
+    ) -> "ContextImages":
         """From arrays, without the way through files.
 
         Args:
-            images: context (in any string form) to its images, uint8, (n, H, W, C) with one H, W and C for all.
+            images: context (in any string form) to its images, uint8, (n, H, W, C) with one H, W
+                and C for all.
             concepts: the concepts.
 
         Raises:
-            ValueError: one sentence: arrays of another kind, images of several sizes, or what `from_dataset` says of contexts.
+            ValueError: one sentence: arrays of another kind, images of several sizes, or what
+                `from_dataset` says of contexts.
         """
         concepts = validate_concepts(concepts)
         if not images:
-            raise ValueError("there are no images: give arrays of at least the observational context and one for each concept.")
+            raise ValueError(
+                "there are no images: give arrays of at least the observational context and one for"
+                " each concept."
+            )
         names = [context_name(name, concepts) for name in images]
         arrays = [np.asarray(array) for array in images.values()]
         for name, array in zip(names, arrays):
             if names.count(name) > 1:
                 raise ValueError(f"context {name!r} is given twice: join its arrays.")
             if array.ndim != 4 or array.dtype != np.uint8:
-                raise ValueError(f"images of context {name!r} must be uint8 (n, H, W, C), not {array.dtype} {array.shape}.")
+                raise ValueError(
+                    f"images of context {name!r} must be uint8 (n, H, W, C), not {array.dtype}"
+                    f" {array.shape}."
+                )
             if array.shape[1:] != arrays[0].shape[1:]:
                 raise ValueError(
-                    f"images of context {name!r} have the shape {array.shape[1:]}, those of {names[0]!r} {arrays[0].shape[1:]}: "
-                    "bring all to one size."
+                    f"images of context {name!r} have the shape {array.shape[1:]}, those of"
+                    f" {names[0]!r} {arrays[0].shape[1:]}: bring all to one size."
                 )
-        pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))) for array in arrays])
-        ids = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(array) for array in arrays]))
+        pixels = torch.cat(
+            [
+                torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+                for array in arrays
+            ]
+        )
+        ids = torch.repeat_interleave(
+            torch.arange(len(names)), torch.tensor([len(array) for array in arrays])
+        )
         return cls(pixels, ids, names, concepts).checked()
 
     @classmethod
@@ -207,40 +264,53 @@ class ContextImages:
         """Decode and check a data set with an `image` and a `context` column.
 
         Args:
-            dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name (`"obs"`, `"quad1"`, `"quad1+size"`), a
-                list of concept names, or a class label; `prompt`, if there is one, the text of each image.
-            concepts: the concepts; `None`: all that the contexts name, in alphabetical order. Images whose context names others are
-                left out.
-            resolution: centre-crop to a square and resize to this many pixels; `None`: all images must be square and of one size.
+            dataset: `image` holds images (PIL, a path, or an `Image` feature), `context` a name
+                (`"obs"`, `"quad1"`, `"quad1+size"`), a list of concept names, or a class label;
+                `prompt`, if there is one, the text of each image.
+            concepts: the concepts; `None`: all that the contexts name, in alphabetical order.
+                Images whose context names others are left out.
+            resolution: centre-crop to a square and resize to this many pixels; `None`: all images
+                must be square and of one size.
             channels: 3 (RGB) or 1 (grey).
-            complete: whether to refuse contexts that nothing can be trained on (`metrics.check` says what they lack).
-            cache_dir: folder to decode the images into, as uint8, once: they are found there the next time, and read by memory map, so
-                that the set may be larger than memory. `None`: they are decoded into memory.
+            complete: whether to refuse contexts that nothing can be trained on (`metrics.check`
+                says what they lack).
+            cache_dir: folder to decode the images into, as uint8, once: they are found there the
+                next time, and read by memory map, so that the set may be larger than memory.
+                `None`: they are decoded into memory.
 
         Raises:
             OSError: one sentence: the cache cannot be written.
-            ValueError: one sentence: a missing column, an image without a context, no observational context, a concept that
-                no context names, or none by itself, an unreadable or 16-bit image, images of several sizes, too few in a context.
+            ValueError: one sentence: a missing column, an image without a context, no observational
+                context, a concept that no context names, or none by itself, an unreadable or 16-bit
+                image, images of several sizes, too few in a context.
         """
         for column in ("image", "context"):
             if column not in dataset.column_names:
                 raise ValueError(
-                    f"the data set has no column {column!r}, only {', '.join(dataset.column_names)}: rename or add it."
+                    f"the data set has no column {column!r}, only"
+                    f" {', '.join(dataset.column_names)}: rename or add it."
                 )
         if resolution is not None and resolution < 1:
             raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
-        raw = [_as_context(row, value, dataset.features["context"]) for row, value in enumerate(dataset["context"])]
+        raw = [
+            _as_context(row, value, dataset.features["context"])
+            for row, value in enumerate(dataset["context"])
+        ]
         named = [set(named_concepts(value)) - {OBS} for value in raw]
         found = sorted(set().union(*named))
         if concepts is None:
             concepts = found
             if not concepts:
                 raise ValueError(
-                    "the data set has no context but the observational one: nothing was intervened on, nothing can be learnt."
+                    "the data set has no context but the observational one: nothing was intervened"
+                    " on, nothing can be learnt."
                 )
         concepts = validate_concepts(concepts)
         if missing := [name for name in concepts if name not in found]:
-            raise ValueError(f"no context names the concept {missing[0]!r}; the concepts of the data set are {', '.join(found)}.")
+            raise ValueError(
+                f"no context names the concept {missing[0]!r}; the concepts of the data set are"
+                f" {', '.join(found)}."
+            )
         kept = [row for row, names_of_row in enumerate(named) if names_of_row <= set(concepts)]
         if len(kept) < len(raw):
             others = sorted(set().union(*named) - set(concepts))
@@ -264,8 +334,15 @@ class ContextImages:
         if not isinstance(dataset.features["image"], ImageFeature):
             try:
                 dataset = dataset.cast_column("image", ImageFeature())
-            except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
-                raise ValueError(f"the image column holds {dataset.features['image']}, not images or paths of images.") from error
+            except (
+                TypeError,
+                ValueError,
+                NotImplementedError,
+            ) as error:  # pyarrow's are of these kinds
+                raise ValueError(
+                    f"the image column holds {dataset.features['image']}, not images or paths of"
+                    " images."
+                ) from error
         dataset = dataset.cast_column("image", ImageFeature(decode=False))
         files = ", ".join(file["filename"] for file in dataset.cache_files)
         decoded = decode(dataset["image"], names, resolution, channels, files)
@@ -278,7 +355,15 @@ class ContextImages:
         prompts, prompt_ids = _prompts(dataset)
         mapped = cache_dir is not None
         images = cls(
-            pixels, ids, contexts, concepts, mapped=mapped, marks=marks, file=file, prompts=prompts, prompt_ids=prompt_ids
+            pixels,
+            ids,
+            contexts,
+            concepts,
+            mapped=mapped,
+            marks=marks,
+            file=file,
+            prompts=prompts,
+            prompt_ids=prompt_ids,
         )
         images._warn_of_copies()
         return images.checked() if complete else images
@@ -290,7 +375,8 @@ class ContextImages:
         shared = np.isin(pairs[0], marks[counts > 1])
         if shared.any():
             logger.warning(
-                "%d images are the same in several contexts (%s): look whether files were copied by mistake.",
+                "%d images are the same in several contexts (%s): look whether files were copied by"
+                " mistake.",
                 int((counts > 1).sum()),
                 ", ".join(self.contexts[number] for number in np.unique(pairs[1][shared])),
             )
@@ -299,33 +385,43 @@ class ContextImages:
         """The set itself, if something can be learnt from it.
 
         Raises:
-            ValueError: one sentence: no observational context, a concept without a context of its own, too few images in a context.
+            ValueError: one sentence: no observational context, a concept without a context of its
+                own, too few images in a context.
         """
         if OBS not in self.contexts:
             raise ValueError(
-                f"there are no observational images: add images whose context is {OBS!r} (the contexts are {', '.join(self.contexts)})."
+                f"there are no observational images: add images whose context is {OBS!r} (the"
+                f" contexts are {', '.join(self.contexts)})."
             )
         single = {name for name in self.contexts if len(parse_context(name, self.concepts)) == 1}
         for concept in self.concepts:
             if concept not in single:
                 raise ValueError(
-                    f"concept {concept!r} has no context in which it alone was intervened on: add such images, or leave the concept out."
+                    f"concept {concept!r} has no context in which it alone was intervened on: add"
+                    " such images, or leave the concept out."
                 )
         counts = torch.bincount(self.context_ids, minlength=len(self.contexts)).tolist()
         for name, count in zip(self.contexts, counts):
             if count < MIN_IMAGES:
-                raise ValueError(f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed.")
+                raise ValueError(
+                    f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed."
+                )
         return self
 
 
 def _prompts(dataset: Dataset) -> tuple[list[str] | None, torch.Tensor | None]:
-    """The different prompts of a data set, and which of them each image has; of one without them, `None` twice."""
+    """The different prompts of a data set, and which of them each image has; of one without them,
+    `None` twice.
+    """
     if "prompt" not in dataset.column_names:
         return None, None
     texts = dataset["prompt"]
     for row, text in enumerate(texts):
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"the prompt of image {row} is {text!r}, which is no text: leave it empty, or write it as one.")
+            raise ValueError(
+                f"the prompt of image {row} is {text!r}, which is no text: leave it empty, or write"
+                " it as one."
+            )
     texts = [text or "" for text in texts]
     prompts = sorted(set(texts))
     number = {text: n for n, text in enumerate(prompts)}
@@ -343,9 +439,17 @@ def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return value
-    # Not taken as observational: a gap in a table would quietly mix intervened images into that context.
-    kind = "no context" if value is None or value == -1 or not str(value).strip() else f"the context {value!r}"
-    raise ValueError(f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names or a class label.")
+    # Not taken as observational: a gap in a table would quietly mix intervened images into that
+    # context.
+    kind = (
+        "no context"
+        if value is None or value == -1 or not str(value).strip()
+        else f"the context {value!r}"
+    )
+    raise ValueError(
+        f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names"
+        " or a class label."
+    )
 
 
 def _order(name: str, concepts: Sequence[str]) -> tuple:

@@ -1,8 +1,7 @@
 """Arrays on the disk that are read by memory map while others may change the file.
 
-What lies beyond the end of a file that was cut kills a process that reads it by memory map (SIGBUS),
-without a word. So the size of the file is looked at before each read.
-"""
+What lies beyond the end of a file that was cut kills a process that reads it by memory map
+(SIGBUS), without a word. So the size of the file is looked at before each read."""
 
 import os
 from pathlib import Path

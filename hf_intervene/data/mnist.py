@@ -1,9 +1,12 @@
-"""MNIST concepts: real handwritten digits, 28 x 28 and grey, on which one concept at a time was intervened (METHOD section 4).
+"""MNIST concepts: real handwritten digits, 28 x 28 and grey, on which one concept at a time was
+intervened (METHOD section 4).
 
-Three concepts are affine: `scale`, `shear`, `shift`. Three are morphological: `swell`, `thicken`, `thin`, after Morpho-MNIST (Castro, Tan,
-Kainz, Konukoglu, Glocker: Morpho-MNIST: Quantitative assessment and diagnostics for representation learning. JMLR 20, 2019); written from
-the mathematics. The observational context is handwriting as it is: slant, thickness and size of the digits vary by their nature. An
-intervention draws its parameters (`LATENTS`) anew for every image:
+Three concepts are affine: `scale`, `shear`, `shift`. Three are morphological: `swell`, `thicken`,
+`thin`, after Morpho-MNIST (Castro, Tan,
+Kainz, Konukoglu, Glocker: Morpho-MNIST: Quantitative assessment and diagnostics for representation
+learning. JMLR 20, 2019); written from the mathematics. The observational context is handwriting as
+it is: slant, thickness and size of the digits vary by their nature. An intervention draws its
+parameters (`LATENTS`) anew for every image:
 
     scale     scale: the digit is shrunk to 0.6 to 0.85 of its size
     shear     shear: x grows by 0.4 to 0.8 of y, the digit leans to the left (by nature most lean a little to the right)
@@ -13,19 +16,21 @@ intervention draws its parameters (`LATENTS`) anew for every image:
     thicken   thicken: dilated by a disk of radius 0.6 to 1.2 half thicknesses of the stroke
     thin      thin: eroded by a disk of radius 0.3 to 0.6 half thicknesses
 
-All ranges are uniform. Several concepts are composed in the order of the stroke: thickness, swelling, scale and shear, shift.
+All ranges are uniform. Several concepts are composed in the order of the stroke: thickness,
+swelling, scale and shear, shift.
 
     digits (n, 28, 28) --4 x finer grid, half of the white--> signed distance to the contour (n, 112, 112)
         --less the disk's radius, looked up where the warps come from--> coverage (n, 112, 112) --mean of 4 x 4--> images (n, 28, 28, 1)
 
-A dilation or erosion by a disk is a level of the distance to the contour, so that its radius may be any number; the observational context
-goes the same way, so that no context is told by how it was drawn. The thickness of a stroke is four times the mean distance of its
-points to the contour. (Morpho-MNIST takes twice the mean distance along the skeleton: 0.99 correlated with this one over digits of MNIST.)
+A dilation or erosion by a disk is a level of the distance to the contour, so that its radius may be
+any number; the observational context goes the same way, so that no context is told by how it was
+drawn. The thickness of a stroke is four times the mean distance of its points to the contour.
+(Morpho-MNIST takes twice the mean distance along the skeleton: 0.99 correlated with this one over
+digits of MNIST.)
 
-Every image is a function of (digits, seed, context, its row), whatever the number of images. A context takes every digit once before
-it takes one again.
-The card is model_cards/datasets/mnist.md.
-"""
+Every image is a function of (digits, seed, context, its row), whatever the number of images. A
+context takes every digit once before it takes one again. The card is model_cards/datasets/mnist.md.
+"""  # noqa: E501
 
 import hashlib
 import os
@@ -48,7 +53,8 @@ CONCEPTS = AFFINE + MORPHOLOGICAL
 HELD_OUT = tuple(f"{a}+{m}" for a in AFFINE for m in MORPHOLOGICAL)
 TRAIN_CONTEXTS = (OBS, *CONCEPTS)
 
-_PARAMETERS = {  # latent: (its concept, its value without an intervention, lowest and highest with one)
+# latent: (its concept, its value without an intervention, lowest and highest with one)
+_PARAMETERS = {
     "scale": ("scale", 1.0, 0.6, 0.85),
     "shear": ("shear", 0.0, 0.4, 0.8),
     "shift_x": ("shift", 0.0, -4.5, -2.0),
@@ -63,14 +69,19 @@ LATENTS = tuple(_PARAMETERS)
 
 _RENDERER = 1  # part of the cache's key: raise it when an image would change
 _FINE = 4  # points of the fine grid to a pixel, in each direction
-# Points over which an edge rises from black to white. With 1 the digits that are not moved, which lie on the points, had sharper edges and
-# fewer greys than the others: 52 % of their pixels with ink were grey, of shifted ones 66 %. With 3 it is 81 and 82 %.
+# Points over which an edge rises from black to white. With 1 the digits that are not moved, which
+# lie on the points, had sharper edges and fewer greys than the others: 52 % of their pixels with
+# ink were grey, of shifted ones 66 %. With 3 it is 81 and 82 %.
 _EDGE = 3
 _CHUNK = 64  # images drawn at once: the working set stays small
-_CENTRE = 0.5  # MNIST puts the centre of mass on pixel (14, 14), half a pixel from the centre of the image: scale and shear keep it there
-# Spline interpolation onto the fine grid is linear and separable: this matrix (112, 28) from both sides.
+# MNIST puts the centre of mass on pixel (14, 14), half a pixel from the centre of the image: scale
+# and shear keep it there
+_CENTRE = 0.5
+# Spline interpolation onto the fine grid is linear and separable: this matrix (112, 28) from both
+# sides.
 _UPSAMPLING = ndimage.zoom(np.eye(SIDE), (_FINE, 1), order=3, mode="nearest", grid_mode=True)
-# The distance to the contour rises by up to 1 a step away from the medial axis; on it, it rises to no side. Of a pixelated shape: by less.
+# The distance to the contour rises by up to 1 a step away from the medial axis; on it, it rises to
+# no side. Of a pixelated shape: by less.
 _AXIS_SLOPE = 0.6
 
 
@@ -80,14 +91,17 @@ def sample_latents(context: Context, size: int, seed: int = 0) -> np.ndarray:
     Args:
         context: `"obs"`, a concept, or several (`"scale+thin"`, `["scale", "thin"]`).
         size: number of images.
-        seed: the draw is a function of (seed, context) and, row by row, independent of `size`: fewer rows are the first of more.
+        seed: the draw is a function of (seed, context) and, row by row, independent of `size`:
+            fewer rows are the first of more.
 
     Returns:
-        float64 array of shape (size, 9), columns in the order of `LATENTS`; of concepts that are not intervened on the values that
-        change nothing.
+        float64 array of shape (size, 9), columns in the order of `LATENTS`; of concepts that are
+        not intervened on the values that change nothing.
     """
     on = dict(zip(CONCEPTS, intervened(context, CONCEPTS, "mnist")))
-    u = generator(seed, context_name(context, CONCEPTS), "latents").uniform(size=(size, len(LATENTS)))
+    u = generator(seed, context_name(context, CONCEPTS), "latents").uniform(
+        size=(size, len(LATENTS))
+    )
     columns = [
         low + (high - low) * u[:, k] if on[concept] else np.full(size, neutral)
         for k, (concept, neutral, low, high) in enumerate(_PARAMETERS.values())
@@ -96,7 +110,8 @@ def sample_latents(context: Context, size: int, seed: int = 0) -> np.ndarray:
 
 
 def sample_rows(context: Context, size: int, digits: int, seed: int = 0) -> np.ndarray:
-    """Which of so many digits the images of a context are made of: each once, in random order, before any is taken again.
+    """Which of so many digits the images of a context are made of: each once, in random order,
+    before any is taken again.
 
     Args:
         context, size, seed: as in `sample_latents`.
@@ -122,13 +137,24 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     """
     digits, latents = np.asarray(digits), np.asarray(latents, dtype=np.float64)
     if digits.ndim != 3 or digits.shape[1:] != (SIDE, SIDE) or digits.dtype != np.uint8:
-        raise ValueError(f"digits must be uint8 (n, {SIDE}, {SIDE}), not {digits.dtype} {digits.shape}.")
+        raise ValueError(
+            f"digits must be uint8 (n, {SIDE}, {SIDE}), not {digits.dtype} {digits.shape}."
+        )
     if latents.shape != (len(digits), len(LATENTS)):
-        raise ValueError(f"latents must have shape ({len(digits)}, {len(LATENTS)}), not {latents.shape}.")
-    if not np.isfinite(latents).all() or not (latents[:, [LATENTS.index("scale"), LATENTS.index("swell_strength")]] > 0).all():
-        raise ValueError("latents must be finite, scale and swell_strength positive: there is no image to draw.")
+        raise ValueError(
+            f"latents must have shape ({len(digits)}, {len(LATENTS)}), not {latents.shape}."
+        )
+    if (
+        not np.isfinite(latents).all()
+        or not (latents[:, [LATENTS.index("scale"), LATENTS.index("swell_strength")]] > 0).all()
+    ):
+        raise ValueError(
+            "latents must be finite, scale and swell_strength positive: there is no image to draw."
+        )
     images = np.empty((len(digits), SIDE, SIDE, 1), dtype=np.uint8)
-    for start in tqdm(range(0, len(digits), _CHUNK), "drawing digits", disable=None, delay=2, leave=False):
+    for start in tqdm(
+        range(0, len(digits), _CHUNK), "drawing digits", disable=None, delay=2, leave=False
+    ):
         rows = slice(start, start + _CHUNK)
         images[rows] = _render_chunk(digits[rows], latents[rows])
     return images
@@ -137,8 +163,12 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
 def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     fine = _UPSAMPLING @ digits.astype(np.float64) @ _UPSAMPLING.T  # (n, 112, 112)
     white = fine > digits.max((1, 2), keepdims=True) / 2
-    white[:, [0, -1]] = white[:, :, [0, -1]] = False  # a rim of background, to which there is a distance
-    distances = np.full(fine.shape, SIDE * _FINE, dtype=np.float32)  # far from any contour: a blank digit stays blank
+    white[:, [0, -1]] = white[:, :, [0, -1]] = (
+        False  # a rim of background, to which there is a distance
+    )
+    distances = np.full(
+        fine.shape, SIDE * _FINE, dtype=np.float32
+    )  # far from any contour: a blank digit stays blank
     centres = np.zeros((len(digits), 2))
     for k, (shape, row) in enumerate(zip(white, latents)):
         p = dict(zip(LATENTS, row))
@@ -151,24 +181,29 @@ def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
         distances[k] = distance - (p["thicken"] - p["thin"]) * half_thickness
         axis = np.argwhere(_medial_axis(inside))  # from top to bottom
         centres[k] = axis[min(int(p["swell_position"] * len(axis)), len(axis) - 1)]
-    centres = ((centres + 0.5) / _FINE - SIDE / 2 - _CENTRE)[:, ::-1]  # in pixels from the centre of mass
+    centres = ((centres + 0.5) / _FINE - SIDE / 2 - _CENTRE)[
+        :, ::-1
+    ]  # in pixels from the centre of mass
     x, y = _sources(latents, centres)
     coverage = np.empty(fine.shape, dtype=np.float32)
     for k, distance in enumerate(distances):
         points = (np.stack([y[k], x[k]]) + SIDE / 2 + _CENTRE) * _FINE - 0.5
         # Beyond the grid it is as far to the contour as from the rim, and on to the rim.
         within = np.clip(points, 0, SIDE * _FINE - 1)
-        coverage[k] = ndimage.map_coordinates(distance, within, order=1, prefilter=False) + np.hypot(*(points - within))
+        coverage[k] = ndimage.map_coordinates(
+            distance, within, order=1, prefilter=False
+        ) + np.hypot(*(points - within))
     np.clip(0.5 - coverage / _EDGE, 0, 1, out=coverage)
     means = coverage.reshape(len(digits), SIDE, _FINE, SIDE, _FINE).mean((2, 4))
     return np.rint(255 * means).astype(np.uint8)[..., None]
 
 
 def _sources(latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the points of the fine grid come from under the warps, x and y, each (n, 112, 112), in pixels from `_CENTRE`.
+    """Where the points of the fine grid come from under the warps, x and y, each (n, 112, 112), in
+    pixels from `_CENTRE`.
 
-    Forwards a point is first moved away from the centre (n, 2) of the swelling, then scaled and sheared, then shifted.
-    """
+    Forwards a point is first moved away from the centre (n, 2) of the swelling, then scaled and
+    sheared, then shifted."""
     p = {name: column[:, None, None] for name, column in zip(LATENTS, latents.T.astype(np.float32))}
     axis = ((np.arange(SIDE * _FINE) + 0.5) / _FINE - SIDE / 2 - _CENTRE).astype(np.float32)
     y = (axis[None, :, None] - p["shift_y"]) / p["scale"]
@@ -186,14 +221,18 @@ def _sources(latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _medial_axis(inside: np.ndarray) -> np.ndarray:
-    """Points of a shape from which its distance (H, W) to the background rises to no neighbour, up to `_AXIS_SLOPE`."""
+    """Points of a shape from which its distance (H, W) to the background rises to no neighbour, up
+    to `_AXIS_SLOPE`.
+    """
     padded = np.pad(inside, 1)
     height, width = inside.shape
     axis = inside > 0
     for i in (0, 1, 2):
         for j in (0, 1, 2):
             if (i, j) != (1, 1):
-                axis &= padded[i : i + height, j : j + width] < inside + _AXIS_SLOPE * np.hypot(i - 1, j - 1)
+                axis &= padded[i : i + height, j : j + width] < inside + _AXIS_SLOPE * np.hypot(
+                    i - 1, j - 1
+                )
     return axis
 
 
@@ -205,7 +244,8 @@ def images_by_context(
 ) -> dict[str, np.ndarray]:
     """Images of each context, without the way through files.
 
-    The parameters behind them are `sample_latents(context, images_per_context, seed)`, the digits those of `sample_rows`.
+    The parameters behind them are `sample_latents(context, images_per_context, seed)`, the digits
+    those of `sample_rows`.
 
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`.
@@ -238,11 +278,12 @@ def load_mnist(
     num_proc: int | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The MNIST concepts as a data set of the `datasets` library, drawn into its cache and found there the next time, or drawn as they are
-    read.
+    """The MNIST concepts as a data set of the `datasets` library, drawn into its cache and found
+    there the next time, or drawn as they are read.
 
     Args:
-        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped by them, in this order.
+        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped
+            by them, in this order.
         images_per_context: rows of each context.
         source: the digits, or where they come from, as in `load_digits`.
         split: that of the digits, `"train"` or `"test"`, where they are loaded.
@@ -250,7 +291,8 @@ def load_mnist(
         cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
 
     Returns:
-        Columns `image` (PNG), `context` (canonical name), `label` (the digit shown) and `latents` (9 values in the order of `LATENTS`).
+        Columns `image` (PNG), `context` (canonical name), `label` (the digit shown) and `latents`
+        (9 values in the order of `LATENTS`).
 
     Raises:
         ValueError, TypeError: one sentence: an argument that is out of range or unknown.
@@ -272,7 +314,9 @@ def load_mnist(
     return generated(_rows, features, arguments, "mnist", key, cache_dir, num_proc, streaming)
 
 
-def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) -> tuple[list[str], dict[str, int]]:
+def _arguments(
+    contexts: Sequence[Context], images_per_context: int, seed: int
+) -> tuple[list[str], dict[str, int]]:
     numbers = whole_numbers(images_per_context=images_per_context, seed=seed)
     names = checked_contexts(contexts, CONCEPTS)
     for name in names:
@@ -280,14 +324,18 @@ def _arguments(contexts: Sequence[Context], images_per_context: int, seed: int) 
     return names, numbers
 
 
-def _rows(shards: list[Shard], images_per_context: int, seed: int, digits: Digits) -> Iterator[dict[str, object]]:
+def _rows(
+    shards: list[Shard], images_per_context: int, seed: int, digits: Digits
+) -> Iterator[dict[str, object]]:
     for context, start, stop in shards:
         rows = sample_rows(context, stop, len(digits), seed)[start:]
         latents = sample_latents(context, stop, seed)[start:]
         for first in range(0, len(rows), 1024):
             chunk = slice(first, first + 1024)
             images = render(digits.images[rows[chunk]], latents[chunk])
-            for image, label, row in zip(images[..., 0], digits.labels[rows[chunk]], latents[chunk]):
+            for image, label, row in zip(
+                images[..., 0], digits.labels[rows[chunk]], latents[chunk]
+            ):
                 yield {
                     "image": png(image),
                     "context": context,

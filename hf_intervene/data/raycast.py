@@ -1,10 +1,11 @@
 """The ray caster of `ident3d.py`: a teapot-like object over a ground plane, in a cone of light.
 
-World: x to the right, y away from the camera, z up; the ground is z = 0. One image at a time, in single precision, by arithmetic and square
+World: x to the right, y away from the camera, z up; the ground is z = 0. One image at a time, in
+single precision, by arithmetic and square
 roots only: the same bytes whatever else is drawn.
 
     rays (S, H*W) --ground or object?--> light, ambient light and highlight that reach them (S, H*W) --mean over S, colours--> (H, W, 3)
-"""
+"""  # noqa: E501
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,13 +31,17 @@ CAMERA = np.array([0.0, -6.5, 5.2])
 LOOKS_AT = np.array([0.0, 0.0, 0.85])
 ZOOM = 0.255  # half of the width that is seen, at distance 1
 LIT = np.array([0.0, 0.0, 0.7])  # where the light points to
-CONE = (0.87, 0.94)  # cosine of the angle to its axis at which the light ends, and from which on it is full
+CONE = (
+    0.87,
+    0.94,
+)  # cosine of the angle to its axis at which the light ends, and from which on it is full
 AMBIENT = 0.22
 SPOT = 0.95
 SPECULAR = 0.45
 # Four rays a pixel, on a rotated grid: no two share a row or a column.
 _OFFSETS = ((0.375, 0.125), (0.875, 0.375), (0.125, 0.625), (0.625, 0.875))
-_BLIND = 4e-3  # share of the way from the light to the object in which rounding could put it into its own shadow
+# share of the way from the light to the object in which rounding could put it into its own shadow
+_BLIND = 4e-3
 _SIDES = 0.7  # ambient light on upright faces, of that on the ground
 
 _FROM, _AXIS = CAPSULES[:, :3], CAPSULES[:, 3:6] - CAPSULES[:, :3]
@@ -73,7 +78,8 @@ def rays(resolution: int) -> np.ndarray:
     right = np.array([1.0, 0.0, 0.0])  # the camera is level and looks along y
     up = np.array([0.0, -forward[2], forward[1]])
     x, y = (
-        ((np.arange(resolution) + np.array(offsets)[:, None]) / resolution * 2 - 1) * ZOOM for offsets in zip(*_OFFSETS)
+        ((np.arange(resolution) + np.array(offsets)[:, None]) / resolution * 2 - 1) * ZOOM
+        for offsets in zip(*_OFFSETS)
     )  # each (S, resolution)
     x, y = np.broadcast_arrays(x[:, None, :], y[:, :, None])
     directions = np.stack([forward[i] + right[i] * x - up[i] * y for i in range(3)])
@@ -82,7 +88,9 @@ def rays(resolution: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _views(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions from the camera, and the points of the ground that they meet, each float32 (3, S*H*W)."""
+    """Unit directions from the camera, and the points of the ground that they meet, each float32
+    (3, S*H*W).
+    """
     directions = rays(resolution).reshape(3, -1)
     ground = CAMERA[:, None] - directions * (CAMERA[2] / directions[2])
     return directions.astype(np.float32), ground.astype(np.float32)
@@ -91,7 +99,9 @@ def _views(resolution: int) -> tuple[np.ndarray, np.ndarray]:
 def cast(scene: Scene, resolution: int) -> np.ndarray:
     """The image of a scene, uint8 (resolution, resolution, 3)."""
     directions, ground = _views(resolution)  # (3, M), M = S*H*W
-    centre, light, camera = (point.astype(np.float32) for point in (scene.centre, scene.light, CAMERA))
+    centre, light, camera = (
+        point.astype(np.float32) for point in (scene.centre, scene.light, CAMERA)
+    )
     turn = scene.rotation.T.astype(np.float32)  # into the object's frame
 
     # The ground: what the cone of light leaves on it; nothing in the shadow.
@@ -128,9 +138,13 @@ def cast(scene: Scene, resolution: int) -> np.ndarray:
     lit[near] = 0
     fields = np.zeros((4, lit.size), dtype=np.float32)
     fields[:, near] = np.stack([np.ones_like(dim), dim, bright, shine])
-    lit, covered, dim, bright, shine = (_pixels(field)[:, None] for field in (lit, *fields))  # (H*W, 1)
+    lit, covered, dim, bright, shine = (
+        _pixels(field)[:, None] for field in (lit, *fields)
+    )  # (H*W, 1)
     red_green_blue = scene.ground * (AMBIENT * (1 - covered) + SPOT * lit * scene.spotlight)
-    red_green_blue = red_green_blue + scene.object * (AMBIENT * dim + SPOT * bright * scene.spotlight)
+    red_green_blue = red_green_blue + scene.object * (
+        AMBIENT * dim + SPOT * bright * scene.spotlight
+    )
     red_green_blue = red_green_blue + SPECULAR * shine * scene.spotlight
     levels = 255 * np.sqrt(np.minimum(red_green_blue, 1))
     return np.rint(levels).astype(np.uint8).reshape(resolution, resolution, 3)
@@ -140,14 +154,22 @@ def _turned(turn: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return np.stack([dot(row, vectors) for row in turn])
 
 
-def _near(directions: np.ndarray, squares: np.ndarray | np.float32, offset: np.ndarray) -> np.ndarray:
-    """Which rays (3, N), of squared lengths (N,) or one for all, meet the sphere around the object, `offset` from their start; bool (N,)."""
+def _near(
+    directions: np.ndarray, squares: np.ndarray | np.float32, offset: np.ndarray
+) -> np.ndarray:
+    """Which rays (3, N), of squared lengths (N,) or one for all, meet the sphere around the object,
+    `offset` from their start; bool (N,).
+    """
     along = dot(directions, offset)
     return (along > 0) & (along * along >= (dot(offset, offset) - np.float32(REACH**2)) * squares)
 
 
-def _cone(beams: np.ndarray, inverse: np.ndarray, light: np.ndarray, aim: np.ndarray = LIT) -> np.ndarray:
-    """The light along its beams (3, N), 1 in the middle of the cone, 0 outside; `inverse`: of their lengths, (N,)."""
+def _cone(
+    beams: np.ndarray, inverse: np.ndarray, light: np.ndarray, aim: np.ndarray = LIT
+) -> np.ndarray:
+    """The light along its beams (3, N), 1 in the middle of the cone, 0 outside; `inverse`: of their
+    lengths, (N,).
+    """
     axis = aim.astype(np.float32) - light
     axis = axis / np.sqrt(dot(axis, axis))
     share = np.clip((dot(beams, axis) * inverse - CONE[0]) / (CONE[1] - CONE[0]), 0, 1)
@@ -162,7 +184,8 @@ def _meet(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.nd
         directions: of any length, (3, N).
 
     Returns:
-        In lengths of the direction, `inf` for those that miss it, (N,); and which part they meet, capsules first, the body last, (N,).
+        In lengths of the direction, `inf` for those that miss it, (N,); and which part they meet,
+        capsules first, the body last, (N,).
     """
     times = np.empty((len(CAPSULES) + 1, directions.shape[1]), dtype=np.float32)
     scaled, start = directions / BODY[:, None], origin / BODY
@@ -170,7 +193,8 @@ def _meet(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.nd
     h = b * b - a * (dot(start, start) - 1)
     times[-1] = np.where(h >= 0, (-b - np.sqrt(np.maximum(h, 0))) / a, np.inf)
 
-    # Capsules (K, N): the sides of a cylinder, and where the ray meets them beyond an end, the sphere there.
+    # Capsules (K, N): the sides of a cylinder, and where the ray meets them beyond an end, the
+    # sphere there.
     offset = origin - _FROM
     axis_offset = dot(_AXIS.T, offset.T)[:, None]  # (K, 1), like all that the rays have in common
     offset_square = dot(offset.T, offset.T)[:, None]

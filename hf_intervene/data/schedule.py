@@ -1,8 +1,8 @@
 """Context schedules: which samples a training step sees (METHOD section 3).
 
-A schedule draws the *global* batch of a step: the same in every process, which then trains on its own slice (`shard`). So what is
-learnt does not depend on the number of processes. Its whole state is a few counters, kept in a checkpoint as JSON.
-"""
+A schedule draws the *global* batch of a step: the same in every process, which then trains on its
+own slice (`shard`). So what is learnt does not depend on the number of processes. Its whole state
+is a few counters, kept in a checkpoint as JSON."""
 
 from collections.abc import Iterator
 
@@ -20,26 +20,30 @@ class ContextSchedule(Sampler[list[int]]):
     r"""
     Infinite stream of global batches of sample indices.
 
-    Within a context, samples are drawn without replacement and reshuffled after each pass. Contexts are drawn by `kind`:
+    Within a context, samples are drawn without replacement and reshuffled after each pass. Contexts
+    are drawn by `kind`:
 
-    - `"balanced"`: uniform over contexts, mixed within the batch; counts in one batch differ by at most 1.
+    - `"balanced"`: uniform over contexts, mixed within the batch; counts in one batch differ by at
+      most 1.
     - `"single"`: one context a batch, every context once in each random round (the paper's).
     - `"proportional"`: all samples pooled, each once per pass.
-    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k: its running loss minus the lowest
-      it has had, in units of its step-to-step noise. p_k = 1/2 uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that
-      cannot be avoided, so the loss itself would not say where there is something to regain; and in its noise, which would otherwise
-      pass for an excess. No probability falls below half of uniform.
+    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k:
+      its running loss minus the lowest it has had, in units of its step-to-step noise. p_k = 1/2
+      uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that cannot be avoided, so
+      the loss itself would not say where there is something to regain; and in its noise, which
+      would otherwise pass for an excess. No probability falls below half of uniform.
 
-    Iterating yields one epoch of index lists and goes on where it stopped the next time (a `batch_sampler` of `DataLoader`; one with
-    workers draws ahead, so take checkpoints with `next_batch`).
+    Iterating yields one epoch of index lists and goes on where it stopped the next time (a
+    `batch_sampler` of `DataLoader`; one with workers draws ahead, so take checkpoints with
+    `next_batch`).
 
     Args:
         context_ids: context of every sample, (N,) integers from 0.
         kind: one of `SCHEDULES`.
         batch_size: samples per optimiser step, over all processes.
         seed: the stream is a function of it.
-        num_contexts: number of contexts; `None`: the highest of `context_ids` plus 1. Every one must have samples
-            (unless `proportional`).
+        num_contexts: number of contexts; `None`: the highest of `context_ids` plus 1. Every one
+            must have samples (unless `proportional`).
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class ContextSchedule(Sampler[list[int]]):
         num_contexts: int | None = None,
     ):
         if kind not in SCHEDULES:
-            raise ValueError(f"unknown context schedule {kind!r}; choose one of {', '.join(SCHEDULES)}.")
+            raise ValueError(
+                f"unknown context schedule {kind!r}; choose one of {', '.join(SCHEDULES)}."
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         if seed < 0:
@@ -62,14 +68,26 @@ class ContextSchedule(Sampler[list[int]]):
         self.kind, self.batch_size, self.seed = kind, batch_size, seed
         counts = np.bincount(ids, minlength=num_contexts or 0)
         if num_contexts is not None and len(counts) > num_contexts:
-            raise ValueError(f"context_ids go up to {ids.max()}, but there are only {num_contexts} contexts.")
+            raise ValueError(
+                f"context_ids go up to {ids.max()}, but there are only {num_contexts} contexts."
+            )
         if kind != "proportional" and not counts.all():
-            raise ValueError(f"every context from 0 to {len(counts) - 1} must have samples; {np.argmin(counts)} has none.")
+            raise ValueError(
+                f"every context from 0 to {len(counts) - 1} must have samples; {np.argmin(counts)}"
+                " has none."
+            )
         pools = 1 if kind == "proportional" else len(counts)
-        self._members = [np.flatnonzero(ids == pool) for pool in range(pools)] if pools > 1 else [np.arange(len(ids))]
+        self._members = (
+            [np.flatnonzero(ids == pool) for pool in range(pools)]
+            if pools > 1
+            else [np.arange(len(ids))]
+        )
         self._steps = 0
-        self._drawn = np.zeros(len(self._members), dtype=np.int64)  # samples drawn so far, of each context
-        # Adaptive, per context: running loss, its lowest so far (inf before the first), running square of its steps' deviations.
+        self._drawn = np.zeros(
+            len(self._members), dtype=np.int64
+        )  # samples drawn so far, of each context
+        # Adaptive, per context: running loss, its lowest so far (inf before the first), running
+        # square of its steps' deviations.
         self._running, self._noise = np.zeros(pools), np.zeros(pools)
         self._lowest = np.full(pools, np.inf)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
@@ -86,13 +104,16 @@ class ContextSchedule(Sampler[list[int]]):
         """Indices of the next global batch, (batch_size,) int64, in random order."""
         rng = self._rng(0, self._steps)
         counts = self._counts(rng)
-        indices = np.concatenate([self._draw(context, count) for context, count in enumerate(counts) if count])
+        indices = np.concatenate(
+            [self._draw(context, count) for context, count in enumerate(counts) if count]
+        )
         self._steps += 1
         # In a random order, so that every process's slice mixes the contexts.
         return torch.from_numpy(rng.permutation(indices))
 
     def update(self, context_ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Tell the adaptive schedule the losses of a global batch (the same ones in every process); others ignore it.
+        """Tell the adaptive schedule the losses of a global batch (the same ones in every process);
+        others ignore it.
 
         Args:
             context_ids: context of each sample, (batch,).
@@ -100,10 +121,18 @@ class ContextSchedule(Sampler[list[int]]):
         """
         if self.kind != "adaptive":
             return
-        ids, values = np.asarray(context_ids.cpu()), np.asarray(losses.detach().float().cpu(), dtype=np.float64)
-        ids, values = ids[np.isfinite(values)], values[np.isfinite(values)]  # the trainer stops on others; until then: no news
+        ids, values = (
+            np.asarray(context_ids.cpu()),
+            np.asarray(losses.detach().float().cpu(), dtype=np.float64),
+        )
+        ids, values = (
+            ids[np.isfinite(values)],
+            values[np.isfinite(values)],
+        )  # the trainer stops on others; until then: no news
         counts = np.bincount(ids, minlength=len(self._running))
-        means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(counts, 1)
+        means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(
+            counts, 1
+        )
         seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
         first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
         deviation = means[later] - self._running[later]
@@ -118,8 +147,12 @@ class ContextSchedule(Sampler[list[int]]):
         uniform = np.full(contexts, 1 / contexts)
         if self.kind != "adaptive" or np.isinf(self._lowest).any():
             return uniform
-        noise = np.sqrt(self._noise)  # 0 only where the loss never changed, and then there is no excess
-        weight = 1 + np.divide(self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0)
+        noise = np.sqrt(
+            self._noise
+        )  # 0 only where the loss never changed, and then there is no excess
+        weight = 1 + np.divide(
+            self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0
+        )
         return _FLOOR * uniform + (1 - _FLOOR) * weight / weight.sum()
 
     def _counts(self, rng: np.random.Generator) -> np.ndarray:
@@ -129,8 +162,9 @@ class ContextSchedule(Sampler[list[int]]):
             counts = np.zeros(contexts, dtype=np.int64)
             counts[self._rng(1, round_number).permutation(contexts)[position]] = self.batch_size
             return counts
-        # Whole shares first, then one more for as many contexts as are left over, drawn by systematic sampling:
-        # the expectation is exact and a count is never off its share by more than 1.
+        # Whole shares first, then one more for as many contexts as are left over, drawn by
+        # systematic sampling: the expectation is exact and a count is never off its share by more
+        # than 1.
         share = self.probabilities() * self.batch_size
         counts = np.floor(share + 1e-9).astype(np.int64)
         left = self.batch_size - counts.sum()
@@ -163,7 +197,12 @@ class ContextSchedule(Sampler[list[int]]):
 
     def state_dict(self) -> dict:
         """All that is needed to go on: numbers and lists, JSON as it is."""
-        state = {"kind": self.kind, "steps": self._steps, "drawn": self._drawn.tolist(), "sizes": self._sizes()}
+        state = {
+            "kind": self.kind,
+            "steps": self._steps,
+            "drawn": self._drawn.tolist(),
+            "sizes": self._sizes(),
+        }
         if self.kind == "adaptive":
             state["running"], state["noise"] = self._running.tolist(), self._noise.tolist()
             state["lowest"] = [None if np.isinf(value) else float(value) for value in self._lowest]
@@ -176,29 +215,43 @@ class ContextSchedule(Sampler[list[int]]):
             ValueError: the state is of another kind of schedule or of other data.
         """
         sizes = state.get("sizes", self._sizes())  # the first checkpoints did not hold them
-        if state["kind"] != self.kind or len(state["drawn"]) != len(self._drawn) or sizes != self._sizes():
+        if (
+            state["kind"] != self.kind
+            or len(state["drawn"]) != len(self._drawn)
+            or sizes != self._sizes()
+        ):
             raise ValueError(
-                f"the saved schedule is {state['kind']!r} over {sum(sizes)} images in {len(state['drawn'])} contexts, this one is "
-                f"{self.kind!r} over {sum(self._sizes())} in {len(self._drawn)}, or their shares differ: resume with the settings and "
-                "data of the interrupted run."
+                f"the saved schedule is {state['kind']!r} over {sum(sizes)} images in"
+                f" {len(state['drawn'])} contexts, this one is {self.kind!r} over"
+                f" {sum(self._sizes())} in {len(self._drawn)}, or their shares differ: resume with"
+                " the settings and data of the interrupted run."
             )
         self._steps = state["steps"]
         self._drawn = np.array(state["drawn"], dtype=np.int64)
         if self.kind == "adaptive":
-            self._running, self._noise = np.array(state["running"], dtype=np.float64), np.array(state["noise"], dtype=np.float64)
-            self._lowest = np.array([np.inf if value is None else value for value in state["lowest"]])
+            self._running, self._noise = (
+                np.array(state["running"], dtype=np.float64),
+                np.array(state["noise"], dtype=np.float64),
+            )
+            self._lowest = np.array(
+                [np.inf if value is None else value for value in state["lowest"]]
+            )
 
     def _sizes(self) -> list[int]:
         return [len(members) for members in self._members]
 
 
 def shard(batch: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """The slice of a global batch that process `rank` of `world` trains on; the slices in order make up the batch.
+    """The slice of a global batch that process `rank` of `world` trains on; the slices in order
+    make up the batch.
 
     Raises:
         ValueError: the batch does not divide by the number of processes.
     """
     if len(batch) % world:
-        raise ValueError(f"a batch of {len(batch)} does not divide over {world} processes: choose a multiple of {world}.")
+        raise ValueError(
+            f"a batch of {len(batch)} does not divide over {world} processes: choose a multiple of"
+            f" {world}."
+        )
     size = len(batch) // world
     return batch[rank * size : (rank + 1) * size]

@@ -1,4 +1,5 @@
-"""Which concept moves which, read off a trained intervention layer, and how far such readings agree with the truth.
+"""Which concept moves which, read off a trained intervention layer, and how far such readings agree
+with the truth.
 
 Two readings:
 
@@ -6,12 +7,13 @@ Two readings:
                        T depending on the targets (`total_effect_operator`): the size of its blocks, scaled by the spread of eps_j
     from interventions `intervention_moves`: how far the distribution of c_i moves when block j is intervened on
 
-What a model identifies of these is little. Blocks are determined up to maps within a block: a norm of a block of W alone means
-nothing. Scaled by the spread of eps_j, and measured in the embedding that the decoder reads (`readout`), it does not depend on the basis
-of either block, nor on directions of c_i that no decoder hears. It still depends on where training left the noise of a concept: several
-head parameters have one distribution of images, as soon as a block is wide enough to carry the noise of another, or the decoder mixes
-blocks. Unobserved common causes look like effects, or vanish into free blocks. So the agreement with the truth is something to measure.
-"""
+What a model identifies of these is little. Blocks are determined up to maps within a block: a norm
+of a block of W alone means nothing. Scaled by the spread of eps_j, and measured in the embedding
+that the decoder reads (`readout`), it does not depend on the basis of either block, nor on
+directions of c_i that no decoder hears. It still depends on where training left the noise of a
+concept: several head parameters have one distribution of images, as soon as a block is wide enough
+to carry the noise of another, or the decoder mixes blocks. Unobserved common causes look like
+effects, or vanish into free blocks. So the agreement with the truth is something to measure."""  # noqa: E501
 
 import math
 from dataclasses import asdict, dataclass
@@ -34,16 +36,19 @@ _RELABELLINGS = 2000  # of more
 class Agreement:
     """How far the entries off the diagonal of a matrix (d, d) agree with the truth.
 
-    The floors are means over relabellings of the concepts, rows and columns alike, which keep whatever structure the matrix has (Mantel,
-    1967; the quadratic assignment procedure of Hubert and Schultz, 1976); p is the share of them that do at least as well, the
-    identity included. NaN where the truth has no effect, or nothing but effects.
+    The floors are means over relabellings of the concepts, rows and columns alike, which keep
+    whatever structure the matrix has (Mantel, 1967; the quadratic assignment procedure of Hubert
+    and Schultz, 1976); p is the share of them that do at least as well, the identity included. NaN
+    where the truth has no effect, or nothing but effects.
 
     Args:
-        auroc: probability that a true effect has the larger entry than a pair without one; 0.5 is chance.
+        auroc: probability that a true effect has the larger entry than a pair without one; 0.5 is
+            chance.
         auroc_floor, auroc_p: see above.
         rank: Spearman correlation with the absolute true effects.
         rank_floor, rank_p: see above.
-        direction: share of the pairs with an effect one way whose larger entry is that way; 0.5 is chance.
+        direction: share of the pairs with an effect one way whose larger entry is that way; 0.5 is
+            chance.
     """
 
     auroc: float
@@ -60,11 +65,15 @@ class Agreement:
 
 
 @torch.no_grad()
-def total_effect_operator(layer: torch.nn.Module, targets: torch.Tensor | None = None) -> np.ndarray:
-    """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all the paths that the layer follows.
+def total_effect_operator(
+    layer: torch.nn.Module, targets: torch.Tensor | None = None
+) -> np.ndarray:
+    """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all
+    the paths that the layer follows.
 
-    The structural form gives the sum of the powers of W up to its number of steps, the reduced form the
-    identity and W_obs, its columns of W_int where the targets say so; with targets the rows of what is intervened on are cut if interventions are perfect.
+    The structural form gives the sum of the powers of W up to its number of steps, the reduced form
+    the identity and W_obs, its columns of W_int where the targets say so; with targets the rows of
+    what is intervened on are cut if interventions are perfect.
 
     Args:
         layer: an intervention layer.
@@ -74,28 +83,43 @@ def total_effect_operator(layer: torch.nn.Module, targets: torch.Tensor | None =
         TypeError: the layer of a head with flows, in which effects are not linear.
     """
     if not isinstance(layer, InterventionLayer):
-        raise TypeError("effects are not linear in a head with flows: read them off draws, by `intervention_moves`.")
+        raise TypeError(
+            "effects are not linear in a head with flows: read them off draws, by"
+            " `intervention_moves`."
+        )
     blocks, width = layer.bias.shape
-    basis = torch.eye(blocks * width, dtype=layer.bias.dtype, device=layer.bias.device).view(-1, blocks, width)
+    basis = torch.eye(blocks * width, dtype=layer.bias.dtype, device=layer.bias.device).view(
+        -1, blocks, width
+    )
     s = torch.zeros(blocks) if targets is None else targets
-    c = layer(basis, s.to(basis.device).expand(len(basis), -1)[..., None]) - layer.bias  # (D w, D, w): one input unit a row
+    c = (
+        layer(basis, s.to(basis.device).expand(len(basis), -1)[..., None]) - layer.bias
+    )  # (D w, D, w): one input unit a row
     return c.double().permute(1, 2, 0).unflatten(2, (blocks, width)).cpu().numpy()
 
 
-def block_effects(operator: np.ndarray, eps: np.ndarray, readout: np.ndarray | None = None) -> np.ndarray:
-    """Share of each c_i, as a standard deviation, that comes from eps_j, (D, D): |U_i T_ij S_j^(1/2)| over the root of the total variance
-    of U_i c_i, in Frobenius norms, S_j the covariance of eps_j. The squares of a row sum to 1.
+def block_effects(
+    operator: np.ndarray, eps: np.ndarray, readout: np.ndarray | None = None
+) -> np.ndarray:
+    """Share of each c_i, as a standard deviation, that comes from eps_j, (D, D): |U_i T_ij
+    S_j^(1/2)| over the root of the total variance of U_i c_i, in Frobenius norms, S_j the
+    covariance of eps_j. The squares of a row sum to 1.
 
     Args:
         operator: T, (D, w, D, w).
         eps: draws, (n, D, w). Blocks are independent, as they are under the prior.
-        readout: U, (D, w, E); `None`: the identity, in which the result depends on the basis of c_i.
+        readout: U, (D, w, E); `None`: the identity, in which the result depends on the basis of
+            c_i.
     """
     width, blocks = eps.shape[2], eps.shape[1]
     readout = np.broadcast_to(np.eye(width), (blocks, width, width)) if readout is None else readout
-    covariance = np.stack([np.cov(eps[:, j], rowvar=False).reshape(width, width) for j in range(blocks)])
+    covariance = np.stack(
+        [np.cov(eps[:, j], rowvar=False).reshape(width, width) for j in range(blocks)]
+    )
     gram = np.einsum("iae,ibe->iab", readout, readout)
-    variances = np.einsum("iab,iajc,jcd,ibjd->ij", gram, operator, covariance, operator, optimize=True)
+    variances = np.einsum(
+        "iab,iajc,jcd,ibjd->ij", gram, operator, covariance, operator, optimize=True
+    )
     variances = np.maximum(variances, 0)
     return np.sqrt(variances / np.maximum(variances.sum(1, keepdims=True), 1e-300))
 
@@ -103,8 +127,9 @@ def block_effects(operator: np.ndarray, eps: np.ndarray, readout: np.ndarray | N
 def intervention_moves(
     obs: np.ndarray, intervened: np.ndarray, readout: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each c_i moves under each intervention, in observational standard deviations: of its mean, and of its Gaussian
-    approximation (2-Wasserstein, or Frechet, distance), each (D, interventions). The root of the total variance of U_i c_i is the unit.
+    """How far each c_i moves under each intervention, in observational standard deviations: of its
+    mean, and of its Gaussian approximation (2-Wasserstein, or Frechet, distance), each (D,
+    interventions). The root of the total variance of U_i c_i is the unit.
 
     Args:
         obs: draws of c, (n, D, w).
@@ -134,7 +159,9 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
     """
     learnt, true = (np.abs(np.asarray(x, dtype=np.float64)) for x in (learnt, true))
     if learnt.ndim != 2 or learnt.shape != true.shape or learnt.shape[0] != learnt.shape[1]:
-        raise ValueError(f"two square matrices of one size are needed, not {learnt.shape} and {true.shape}.")
+        raise ValueError(
+            f"two square matrices of one size are needed, not {learnt.shape} and {true.shape}."
+        )
     d = len(learnt)
     off = ~np.eye(d, dtype=bool)
     if d <= _EXACT:
@@ -142,7 +169,9 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
     else:
         rng = np.random.default_rng(seed)
         orders = np.array([np.arange(d), *(rng.permutation(d) for _ in range(_RELABELLINGS))])
-    relabelled = np.stack([learnt[np.ix_(order, order)][off] for order in orders])  # the first is as it is
+    relabelled = np.stack(
+        [learnt[np.ix_(order, order)][off] for order in orders]
+    )  # the first is as it is
     target, positive = true[off], true[off] > 0
     ranks = rankdata(relabelled, axis=1)
     found = {"auroc": _auroc(ranks, positive), "rank": _row_correlations(ranks, rankdata(target))}
@@ -156,15 +185,20 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
             f"{name}_floor": float(values.mean()),
             f"{name}_p": float((values >= values[0] - 1e-12).mean()) if known else math.nan,
         }
-    return Agreement(**scores, direction=float(larger[one_way].mean()) if one_way.any() else math.nan)
+    return Agreement(
+        **scores, direction=float(larger[one_way].mean()) if one_way.any() else math.nan
+    )
 
 
 @torch.no_grad()
-def head_draws(head: InterventionHead, interventions: list, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def head_draws(
+    head: InterventionHead, interventions: list, samples: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws of a head under the prior, all of the same noise z.
 
     Returns:
-        eps, observational and with every concept intervened on, (2, n, D, w); c in each of the given contexts, (contexts, n, D, w).
+        eps, observational and with every concept intervened on, (2, n, D, w); c in each of the
+        given contexts, (contexts, n, D, w).
     """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, head.config.num_blocks, head.config.noise_width, generator=generator)
@@ -177,17 +211,27 @@ def head_draws(head: InterventionHead, interventions: list, samples: int, seed: 
 
 
 def single_interventions_operator(head: InterventionHead) -> np.ndarray:
-    """T, (D, w, D, w), each concept's columns those of the context in which it alone is intervened on; the free blocks' observational."""
+    """T, (D, w, D, w), each concept's columns those of the context in which it alone is intervened
+    on; the free blocks' observational.
+    """
     operator = total_effect_operator(head.intervention)
     for j, concept in enumerate(head.config.concepts):
-        operator[:, :, j] = total_effect_operator(head.intervention, head.targets(concept)[0])[:, :, j]
+        operator[:, :, j] = total_effect_operator(head.intervention, head.targets(concept)[0])[
+            :, :, j
+        ]
     return operator
 
 
 def head_readout(head: InterventionHead) -> np.ndarray:
     """U of e = sum_j U_j c_j + b, (D, w, E), as float64."""
     blocks = head.config.num_blocks
-    return head.unpool.weight.detach().double().cpu().numpy().T.reshape(blocks, head.config.concept_width, -1)
+    return (
+        head.unpool.weight.detach()
+        .double()
+        .cpu()
+        .numpy()
+        .T.reshape(blocks, head.config.concept_width, -1)
+    )
 
 
 def _bures(a: np.ndarray, b: np.ndarray) -> float:

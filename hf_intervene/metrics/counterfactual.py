@@ -29,7 +29,8 @@ class CounterfactualError:
         ratio: `edited` over `unedited`; 1 is no better than doing nothing. `None` if the true
             answer changes nothing.
         ratio_interval: its 95 % interval, or `None`.
-        another: distance of `another_change` to the true answers: right in all but in what was drawn.
+        another: distance of `another_change` to the true answers: right in all but in what was
+            drawn.
         outside: share of what the edit changes that lies on pixels which the true answer leaves
             alone; `None` if nothing changes.
         outside_floor: the same of the change from the model's reconstruction of the image to that

@@ -1,4 +1,5 @@
-"""Disentanglement of codes, given the true factors; each measure with its floor and an interval (METHOD section 5).
+"""Disentanglement of codes, given the true factors; each measure with its floor and an interval
+(METHOD section 5).
 
     DCI     disentanglement, completeness, informativeness: Eastwood and Williams, "A framework for the quantitative evaluation of
             disentangled representations", ICLR 2018
@@ -6,15 +7,17 @@
     SAP     separated attribute predictability: Kumar, Sattigeri and Balakrishnan, arXiv:1711.00848
     MCC     mean correlation with the true factors, codes and factors matched one to one; of single codes or of whole blocks
 
-Codes that have nothing to do with the factors do not score 0: there are many codes, and finitely many samples. What they score, the rows
-of the codes being permuted, is the *floor*. A high score means little without it.
+Codes that have nothing to do with the factors do not score 0: there are many codes, and finitely
+many samples. What they score, the rows of the codes being permuted, is the *floor*. A high score
+means little without it.
 
-The intervals are those of the samples. Resampling n of n rows with replacement would put equal rows on both sides of a split, and raise
-a mutual information; random halves without replacement are drawn instead, as for the distances (`transport.compare_projected`): to first
-order a score varies over such halves as the full one does over fresh samples.
+The intervals are those of the samples. Resampling n of n rows with replacement would put equal rows
+on both sides of a split, and raise a mutual information; random halves without replacement are
+drawn instead, as for the distances (`transport.compare_projected`): to first order a score varies
+over such halves as the full one does over fresh samples.
 
 `two_sample_test` asks whether two sets of samples, such as two contexts, can be told apart at all.
-"""
+"""  # noqa: E501
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -60,7 +63,8 @@ class DCI:
     Args:
         disentanglement: 1 if each code matters for one factor only.
         completeness: 1 if one code only matters for each factor.
-        informativeness: R^2 of the factors predicted on held-out samples, mean over factors, 0 at least.
+        informativeness: R^2 of the factors predicted on held-out samples, mean over factors, 0 at
+            least.
         importance: how much each code matters for each factor, (codes, factors).
     """
 
@@ -93,11 +97,15 @@ class TwoSampleTest:
         return asdict(self) | {"told_apart": self.told_apart}
 
 
-def measure(codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: int = 0) -> dict[str, Score]:
-    """MIG, SAP and the two MCC of codes (n, D) of one dimension, given factors (n, K), and their DCI by lasso.
+def measure(
+    codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: int = 0
+) -> dict[str, Score]:
+    """MIG, SAP and the two MCC of codes (n, D) of one dimension, given factors (n, K), and their
+    DCI by lasso.
 
     Returns:
-        `Score` by name: `mig`, `sap`, `mcc_linear`, `mcc_spearman`, `disentanglement`, `completeness`, `informativeness`.
+        `Score` by name: `mig`, `sap`, `mcc_linear`, `mcc_spearman`, `disentanglement`,
+            `completeness`, `informativeness`.
 
     Raises:
         ValueError: see `scored`.
@@ -110,7 +118,10 @@ def measure(codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: i
             "mig": mig(codes, factors),
             "sap": sap(codes, factors),
             **{f"mcc_{kind}": mcc(codes, factors, kind) for kind in CORRELATIONS},
-            **{name: getattr(found, name) for name in ("disentanglement", "completeness", "informativeness")},
+            **{
+                name: getattr(found, name)
+                for name in ("disentanglement", "completeness", "informativeness")
+            },
         }
 
     return cast(dict[str, Score], scored(everything, codes, factors, resamples, seed))
@@ -136,7 +147,8 @@ def scored(
         A `Score`, or a dict of them.
 
     Raises:
-        ValueError: one sentence: other shapes, too few samples, NaN or infinity, a factor that never changes.
+        ValueError: one sentence: other shapes, too few samples, NaN or infinity, a factor that
+            never changes.
     """
     codes, factors = _checked(codes, factors, 2 * MIN_SAMPLES)
     rng = np.random.default_rng(seed)
@@ -148,7 +160,9 @@ def scored(
     def score(pick: Callable) -> Score:
         margin = 1.96 * float(np.std([pick(half) for half in halves], ddof=1))
         middle = float(pick(value))
-        return Score(middle, (middle - margin, middle + margin), float(np.mean([pick(x) for x in floors])))
+        return Score(
+            middle, (middle - margin, middle + margin), float(np.mean([pick(x) for x in floors]))
+        )
 
     if isinstance(value, dict):
         return {name: score(lambda found, name=name: found[name]) for name in value}
@@ -158,15 +172,18 @@ def scored(
 def dci(codes: np.ndarray, factors: np.ndarray, predictor: str = "boosting", seed: int = 0) -> DCI:
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018).
 
-    Each factor is predicted from all codes, on a random three quarters of the samples. With R the importances, a code's disentanglement is
-    1 - entropy of its row of R, normalised, in base K; they are averaged with the weight of the rows. Completeness is the same of the
-    columns, in base D, factors weighing alike unless nothing predicts them. Of one factor, or one code, the entropy is 0.
+    Each factor is predicted from all codes, on a random three quarters of the samples. With R the
+    importances, a code's disentanglement is 1 - entropy of its row of R, normalised, in base K;
+    they are averaged with the weight of the rows. Completeness is the same of the columns, in base
+    D, factors weighing alike unless nothing predicts them. Of one factor, or one code, the entropy
+    is 0.
 
     Args:
         codes: (n, D).
         factors: numbers, (n, K).
-        predictor: `"boosting"`: gradient-boosted trees, whose importances are those of scikit-learn; `"lasso"`: linear, its penalty by
-            cross-validation, the importances being the absolute weights of standardised codes.
+        predictor: `"boosting"`: gradient-boosted trees, whose importances are those of
+            scikit-learn; `"lasso"`: linear, its penalty by cross-validation, the importances being
+            the absolute weights of standardised codes.
         seed: of split and trees.
 
     Raises:
@@ -186,29 +203,40 @@ def dci(codes: np.ndarray, factors: np.ndarray, predictor: str = "boosting", see
     importance, r2 = np.zeros((codes.shape[1], factors.shape[1])), []
     for k, factor in enumerate(_standardised(factors).T):
         if predictor == "boosting":
-            model = GradientBoostingRegressor(subsample=0.5, random_state=seed).fit(codes[train], factor[train])
+            model = GradientBoostingRegressor(subsample=0.5, random_state=seed).fit(
+                codes[train], factor[train]
+            )
             importance[:, k] = model.feature_importances_
         else:
             model = LassoCV(cv=_FOLDS, max_iter=5000).fit(codes[train], factor[train])
             importance[:, k] = np.abs(model.coef_)
         r2.append(max(0.0, model.score(codes[test], factor[test])))
-    disentanglement, completeness = concentration(importance), concentration(importance.T / _nonzero(importance.sum(0))[:, None])
+    disentanglement, completeness = (
+        concentration(importance),
+        concentration(importance.T / _nonzero(importance.sum(0))[:, None]),
+    )
     return DCI(disentanglement, completeness, float(np.mean(r2)), importance)
 
 
 def concentration(importance: np.ndarray) -> float:
-    """Mean of 1 - normalised entropy of the rows of importances (a, b), in base b, weighed by their sums; 0 if all are 0."""
+    """Mean of 1 - normalised entropy of the rows of importances (a, b), in base b, weighed by their
+    sums; 0 if all are 0.
+    """
     totals = importance.sum(1)
     share = importance / _nonzero(totals)[:, None]
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1) / np.log(max(2, importance.shape[1]))
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1) / np.log(
+        max(2, importance.shape[1])
+    )
     return float(((1 - entropy) * totals).sum() / _nonzero(totals.sum()))
 
 
 def mig(codes: np.ndarray, factors: np.ndarray) -> float:
-    """Mutual information gap (Chen et al. 2018): of each factor, the difference of its two largest mutual informations with a code, over
-    its entropy; mean over factors. With one code only, the second largest is 0.
+    """Mutual information gap (Chen et al. 2018): of each factor, the difference of its two largest
+    mutual informations with a code, over its entropy; mean over factors. With one code only, the
+    second largest is 0.
 
-    What takes more than 20 values is binned by its quantiles, so that the gap is blind to monotone maps of a code.
+    What takes more than 20 values is binned by its quantiles, so that the gap is blind to monotone
+    maps of a code.
 
     Args:
         codes: (n, D).
@@ -228,8 +256,9 @@ def mig(codes: np.ndarray, factors: np.ndarray) -> float:
 
 
 def sap(codes: np.ndarray, factors: np.ndarray) -> float:
-    """Separated attribute predictability (Kumar et al. 2018), for factors that are numbers: of each factor, the difference of the two
-    largest R^2 with which a single code predicts it linearly; mean over factors. With one code only, the second largest is 0.
+    """Separated attribute predictability (Kumar et al. 2018), for factors that are numbers: of each
+    factor, the difference of the two largest R^2 with which a single code predicts it linearly;
+    mean over factors. With one code only, the second largest is 0.
 
     Args:
         codes: (n, D).
@@ -239,12 +268,15 @@ def sap(codes: np.ndarray, factors: np.ndarray) -> float:
         ValueError: see `scored`.
     """
     codes, factors = _checked(codes, factors)
-    r2 = np.sort(np.vstack([np.zeros(factors.shape[1]), correlations(codes, factors) ** 2]), axis=0)  # (1 + D, K)
+    r2 = np.sort(
+        np.vstack([np.zeros(factors.shape[1]), correlations(codes, factors) ** 2]), axis=0
+    )  # (1 + D, K)
     return float((r2[-1] - r2[-2]).mean())
 
 
 def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> float:
-    """Mean absolute correlation of the true factors with the codes, matched one to one so that it is largest.
+    """Mean absolute correlation of the true factors with the codes, matched one to one so that it
+    is largest.
 
     Args:
         codes: (n, D). If D < K, a factor without a code counts as 0.
@@ -255,7 +287,9 @@ def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> 
         ValueError: unknown correlation, or see `scored`.
     """
     if correlation not in CORRELATIONS:
-        raise ValueError(f"unknown correlation {correlation!r}; choose one of {', '.join(CORRELATIONS)}.")
+        raise ValueError(
+            f"unknown correlation {correlation!r}; choose one of {', '.join(CORRELATIONS)}."
+        )
     codes, factors = _checked(codes, factors)
     if correlation == "spearman":
         codes, factors = rankdata(codes, axis=0), rankdata(factors, axis=0)
@@ -263,8 +297,8 @@ def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> 
 
 
 def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
-    """`mcc` of blocks of codes: in place of a correlation stands that of the factor with its linear prediction from the whole block, on
-    held-out samples (five folds), 0 at least.
+    """`mcc` of blocks of codes: in place of a correlation stands that of the factor with its linear
+    prediction from the whole block, on held-out samples (five folds), 0 at least.
 
     Args:
         blocks: (n, D, width).
@@ -277,15 +311,18 @@ def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
 
 
 def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Correlation of each factor (n, K) with its linear prediction from each whole block (n, D, width) on held-out samples, (D, K). The
-    matrix that `block_mcc` matches; about 0, and as often below, where a block says nothing.
+    """Correlation of each factor (n, K) with its linear prediction from each whole block (n, D,
+    width) on held-out samples, (D, K). The matrix that `block_mcc` matches; about 0, and as often
+    below, where a block says nothing.
 
     Raises:
         ValueError: see `block_mcc`.
     """
     blocks = np.asarray(blocks)
     if blocks.ndim != 3:
-        raise ValueError(f"blocks of codes must have the shape (samples, blocks, width), not {blocks.shape}.")
+        raise ValueError(
+            f"blocks of codes must have the shape (samples, blocks, width), not {blocks.shape}."
+        )
     flat, factors = _checked(blocks.reshape(len(blocks), -1), factors)
     blocks = flat.reshape(*blocks.shape)
     folds = np.arange(len(blocks)) % _FOLDS
@@ -295,22 +332,29 @@ def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
         predicted = np.empty_like(factors)
         for fold in range(_FOLDS):
             train, test = folds != fold, folds == fold
-            predicted[test] = design[test] @ np.linalg.lstsq(design[train], factors[train], rcond=None)[0]
-        found[j] = [correlations(predicted[:, [k]], factors[:, [k]])[0, 0] for k in range(factors.shape[1])]
+            predicted[test] = (
+                design[test] @ np.linalg.lstsq(design[train], factors[train], rcond=None)[0]
+            )
+        found[j] = [
+            correlations(predicted[:, [k]], factors[:, [k]])[0, 0] for k in range(factors.shape[1])
+        ]
     return found
 
 
 def correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Correlation of each code (n, D) with each factor (n, K), (D, K); 0 of one that never changes."""
+    """Correlation of each code (n, D) with each factor (n, K), (D, K); 0 of one that never changes."""  # noqa: E501
     return _standardised(codes).T @ _standardised(factors) / len(codes)
 
 
-def two_sample_test(a: np.ndarray, b: np.ndarray, level: float = 0.95, seed: int = 0) -> TwoSampleTest:
-    """Can two sets of samples be told apart? A classifier learns on one half of both and is asked about the other (Lopez-Paz and Oquab,
-    arXiv:1610.06545). It is made of boosted trees on the leading principal components.
+def two_sample_test(
+    a: np.ndarray, b: np.ndarray, level: float = 0.95, seed: int = 0
+) -> TwoSampleTest:
+    """Can two sets of samples be told apart? A classifier learns on one half of both and is asked
+    about the other (Lopez-Paz and Oquab, arXiv:1610.06545). It is made of boosted trees on the
+    leading principal components.
 
-    As many are used of the larger set as there are of the smaller. An accuracy about 0.5 says that *this* classifier cannot tell them:
-    more samples or a better one might.
+    As many are used of the larger set as there are of the smaller. An accuracy about 0.5 says that
+    *this* classifier cannot tell them: more samples or a better one might.
 
     Args:
         a, b: (n, ...) and (m, ...).
@@ -326,24 +370,35 @@ def two_sample_test(a: np.ndarray, b: np.ndarray, level: float = 0.95, seed: int
 
     a, b = (np.asarray(x) for x in (a, b))
     if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"samples of the shapes {a.shape[1:]} and {b.shape[1:]} cannot be compared.")
+        raise ValueError(
+            f"samples of the shapes {a.shape[1:]} and {b.shape[1:]} cannot be compared."
+        )
     size = min(len(a), len(b))
     if size < MIN_SAMPLES:
-        raise ValueError(f"a two-sample test needs at least {MIN_SAMPLES} samples a side, not {size}.")
+        raise ValueError(
+            f"a two-sample test needs at least {MIN_SAMPLES} samples a side, not {size}."
+        )
     rng = np.random.default_rng(seed)
     a, b = (x[rng.permutation(len(x))[:size]].reshape(size, -1) for x in (a, b))
     features = principal_components(np.concatenate([a, b]), _COMPONENTS, seed)
     labels, train = np.repeat([0, 1], size), np.tile(np.arange(size) < size // 2, 2)
     classifier = HistGradientBoostingClassifier(
-        max_iter=50, max_leaf_nodes=8, min_samples_leaf=min(20, size // 4), early_stopping=False, random_state=seed
+        max_iter=50,
+        max_leaf_nodes=8,
+        min_samples_leaf=min(20, size // 4),
+        early_stopping=False,
+        random_state=seed,
     ).fit(features[train], labels[train])
     right = classifier.predict(features[~train]) == labels[~train]
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(level, "wilson")
-    return TwoSampleTest(float(right.mean()), (float(interval.low), float(interval.high)), len(right))
+    return TwoSampleTest(
+        float(right.mean()), (float(interval.low), float(interval.high)), len(right)
+    )
 
 
 def principal_components(samples: np.ndarray, components: int, seed: int = 0) -> np.ndarray:
-    """Leading principal components of samples (n, dimensions), at most `components`; (n, dimensions) as it is if it has no more.
+    """Leading principal components of samples (n, dimensions), at most `components`; (n,
+    dimensions) as it is if it has no more.
 
     Raises:
         ValueError: NaN or infinity.
@@ -357,14 +412,24 @@ def principal_components(samples: np.ndarray, components: int, seed: int = 0) ->
         raise ValueError("samples must be finite; some are NaN or infinite.")
     if samples.shape[1] <= components:
         return samples
-    return PCA(min(components, len(samples)), svd_solver="randomized", random_state=seed).fit_transform(samples)
+    return PCA(
+        min(components, len(samples)), svd_solver="randomized", random_state=seed
+    ).fit_transform(samples)
 
 
-def _checked(codes: np.ndarray, factors: np.ndarray, least: int = MIN_SAMPLES) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    codes: np.ndarray, factors: np.ndarray, least: int = MIN_SAMPLES
+) -> tuple[np.ndarray, np.ndarray]:
     codes, factors = (np.asarray(x, dtype=np.float64) for x in (codes, factors))
-    if codes.ndim < 2 or factors.ndim != 2 or len(codes) != len(factors) or 0 in codes.shape[1:] + factors.shape[1:]:
+    if (
+        codes.ndim < 2
+        or factors.ndim != 2
+        or len(codes) != len(factors)
+        or 0 in codes.shape[1:] + factors.shape[1:]
+    ):
         raise ValueError(
-            f"codes (n, D) and factors (n, K) of the same samples are needed, not {codes.shape} and {factors.shape}."
+            f"codes (n, D) and factors (n, K) of the same samples are needed, not {codes.shape} and"
+            f" {factors.shape}."
         )
     if len(codes) < least:
         raise ValueError(f"at least {least} samples are needed, not {len(codes)}.")
@@ -372,7 +437,10 @@ def _checked(codes: np.ndarray, factors: np.ndarray, least: int = MIN_SAMPLES) -
         raise ValueError("codes and factors must be finite; some are NaN or infinite.")
     constant = np.flatnonzero(factors.min(0) == factors.max(0))
     if len(constant):
-        raise ValueError(f"factor {constant[0]} has one value in all samples: there is nothing to find in the codes.")
+        raise ValueError(
+            f"factor {constant[0]} has one value in all samples: there is nothing to find in the"
+            " codes."
+        )
     return codes, factors
 
 
@@ -381,7 +449,9 @@ def _matched(found: np.ndarray) -> float:
 
 
 def _standardised(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean(0)) / _nonzero(x.std(0) * (x.min(0) < x.max(0)))  # rounding gives a constant a spread
+    return (x - x.mean(0)) / _nonzero(
+        x.std(0) * (x.min(0) < x.max(0))
+    )  # rounding gives a constant a spread
 
 
 def _nonzero(x: np.ndarray) -> np.ndarray:

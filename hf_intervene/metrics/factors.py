@@ -60,7 +60,8 @@ _SYMMETRY = np.array(
     [0, 4, 3, 2]
 )  # positions in a full turn that look the same, of each kind; 0: all
 _SIZES, _TURN = 49, 64  # of the grid: sizes, and angles in a full turn
-_TEMPERATURE = 0.1  # squared error, in pixels of full contrast, within which shapes count as fitting equally well
+# squared error, in pixels of full contrast, within which shapes count as fitting equally well
+_TEMPERATURE = 0.1
 _BATCH = 256
 
 

@@ -1,8 +1,9 @@
-"""Leakage of residual latents: what of the concepts sits in the residual noise, where interventions do not reach it.
+"""Leakage of residual latents: what of the concepts sits in the residual noise, where interventions
+do not reach it.
 
-Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context (that of posterior means is not).
-`context_leakage` says how far that holds of a trained one: how well a context can be told from the noise.
-"""
+Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context
+(that of posterior means is not). `context_leakage` says how far that holds of a trained one: how
+well a context can be told from the noise."""
 
 from dataclasses import asdict, dataclass
 
@@ -36,13 +37,16 @@ def check_installed() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError('measuring leakage needs scikit-learn: pip install "hf-intervene[eval]".') from error
+        raise ImportError(
+            'measuring leakage needs scikit-learn: pip install "hf-intervene[eval]".'
+        ) from error
 
 
 def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) -> LeakageResult:
     """How well a logistic regression tells the context from residual noise.
 
-    It reads the noise's leading principal components, their squares and the mean square of all: contexts may differ in spread alone.
+    It reads the noise's leading principal components, their squares and the mean square of all:
+    contexts may differ in spread alone.
 
     Args:
         residuals: residual noise of held-out images, (N, ...).
@@ -75,7 +79,8 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
     right = cross_val_predict(classifier, flat, labels, cv=folds) == labels
     by_context = [right[labels == k].mean() for k in range(len(names))]
     accuracy = float(np.mean(by_context))
-    # Contexts are drawn independently: the variance of their mean is the sum of theirs over the square of their number.
+    # Contexts are drawn independently: the variance of their mean is the sum of theirs over the
+    # square of their number.
     margin = 1.96 * np.sqrt(sum(p * (1 - p) / n for p, n in zip(by_context, counts))) / len(names)
     return LeakageResult(accuracy, (accuracy - margin, accuracy + margin), 1 / len(names))
 

@@ -154,5 +154,8 @@ def verdict(generated: Share, real: Share, generated_obs: Share, real_obs: Share
     else:
         words = f"partly ({generated.value:.0%} of {real.value:.0%})"
     if generated_obs.interval[0] > real_obs.interval[1] + _DRIFT:
-        words += f", but found in {generated_obs.value:.0%} of obs samples (real ones: {real_obs.value:.0%})"
+        words += (
+            f", but found in {generated_obs.value:.0%} of obs samples (real ones:"
+            f" {real_obs.value:.0%})"
+        )
     return words.replace("%", " %")

@@ -11,7 +11,9 @@ Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
 
 
 def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
-    """Negative ELBO in nats, summed over channels and pixels, to bits per pixel: nats / (H W ln 2). Any array or float, any shape."""
+    """Negative ELBO in nats, summed over channels and pixels, to bits per pixel: nats / (H W ln 2).
+    Any array or float, any shape.
+    """
     return nats / (height * width * math.log(2))
 
 
@@ -23,4 +25,7 @@ def mean_interval(
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     tail = 50 * (1 - level)
-    return float(values.mean()), (float(np.percentile(means, tail)), float(np.percentile(means, 100 - tail)))
+    return float(values.mean()), (
+        float(np.percentile(means, tail)),
+        float(np.percentile(means, 100 - tail)),
+    )

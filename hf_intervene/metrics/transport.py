@@ -1,9 +1,9 @@
-"""Sliced 2-Wasserstein distance between sets of images, with its floor and an interval (METHOD section 5).
+"""Sliced 2-Wasserstein distance between sets of images, with its floor and an interval (METHOD
+section 5).
 
-The distance is POT's `ot.sliced_wasserstein_distance` on flattened pixels in [0, 1]: the root of the mean over directions of the squared
-one-dimensional W2. Two sets of real images of the same sizes are not at distance 0 either: that is the *floor*, and a distance means
-little without it.
-"""
+The distance is POT's `ot.sliced_wasserstein_distance` on flattened pixels in [0, 1]: the root of
+the mean over directions of the squared one-dimensional W2. Two sets of real images of the same
+sizes are not at distance 0 either: that is the *floor*, and a distance means little without it."""
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,7 +14,10 @@ import torch
 
 PROTOCOLS = ("independent", "paper")
 MIN_IMAGES = 200  # a side, for a ratio: of fewer the floor hides most of what models differ in
-PAPER_DISTINCT, PAPER_REPEATS = 64, 20  # the published figures: 64 generated images, each 20 times, against 1,280 real ones
+PAPER_DISTINCT, PAPER_REPEATS = (
+    64,
+    20,
+)  # the published figures: 64 generated images, each 20 times, against 1,280 real ones
 
 _CHUNK = 2**22  # pixels projected at once
 
@@ -26,12 +29,14 @@ class TransportResult:
     Args:
         distance: sliced W2 between real and generated images.
         interval: 95 % interval of the distance.
-        floor: sliced W2 between two disjoint sets of real images of the same sizes, under the same protocol.
-        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is so high
-            that the ratio is near 1 whatever was generated.
+        floor: sliced W2 between two disjoint sets of real images of the same sizes, under the same
+            protocol.
+        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is
+            so high that the ratio is near 1 whatever was generated.
         ratio_interval: 95 % interval of the ratio, the floor taken as known, or `None`.
-        mean_shift: the part of the distance that the mean images alone make. Exactly, distance^2 = mean_shift^2 + the square of the distance
-            that is left when each side's mean image is taken out.
+        mean_shift: the part of the distance that the mean images alone make. Exactly, distance^2 =
+            mean_shift^2 + the square of the distance that is left when each side's mean image is
+            taken out.
         mean_shift_floor: that part of the floor.
     """
 
@@ -58,12 +63,17 @@ def directions(dimension: int, num_projections: int, seed: int = 0) -> np.ndarra
     try:
         from ot.sliced import get_random_projections
     except ImportError as error:
-        raise ImportError('measuring distances needs POT: pip install "hf-intervene[eval]".') from error
+        raise ImportError(
+            'measuring distances needs POT: pip install "hf-intervene[eval]".'
+        ) from error
     return get_random_projections(dimension, num_projections, seed).astype(np.float32)
 
 
-def project(images: np.ndarray, axes: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
-    """Project flattened images on directions, some hundred images at a time: no float copy of all of them is made.
+def project(
+    images: np.ndarray, axes: np.ndarray, device: torch.device | str | None = None
+) -> np.ndarray:
+    """Project flattened images on directions, some hundred images at a time: no float copy of all
+    of them is made.
 
     Args:
         images: uint8 in [0, 255] or float in [0, 1], (n, ...).
@@ -82,12 +92,16 @@ def project(images: np.ndarray, axes: np.ndarray, device: torch.device | str | N
     projected = np.empty((len(images), axes.shape[1]), np.float32)
     size = max(64, _CHUNK // max(1, len(axes)))
     for start in range(0, len(images), size):
-        part = np.require(images[start : start + size], requirements=("C", "W"))  # torch does not take what cannot be written to
+        part = np.require(
+            images[start : start + size], requirements=("C", "W")
+        )  # torch does not take what cannot be written to
         chunk = torch.from_numpy(part).to(device)
         if chunk.dtype == torch.uint8:
             chunk = chunk.float().div_(255)
         elif not all(0 <= extreme <= 1 for extreme in chunk.aminmax()):  # NaN is neither
-            raise ValueError("pixel values must lie in [0, 1] (or be uint8); some do not, or are NaN.")
+            raise ValueError(
+                "pixel values must lie in [0, 1] (or be uint8); some do not, or are NaN."
+            )
         projected[start : start + size] = (chunk.flatten(1).float() @ onto).cpu().numpy()
     return projected
 
@@ -95,8 +109,8 @@ def project(images: np.ndarray, axes: np.ndarray, device: torch.device | str | N
 def sliced_w2(a: np.ndarray, b: np.ndarray) -> float:
     """Sliced W2 of projected samples (n, projections) and (m, projections).
 
-    With n = m the quantile functions are the sorted values; otherwise both are step functions, compared where either steps.
-    """
+    With n = m the quantile functions are the sorted values; otherwise both are step functions,
+    compared where either steps."""
     return _sliced_w2_of_sorted(_sort(a), _sort(b))
 
 
@@ -124,11 +138,17 @@ def _sliced_w2_of_sorted(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _mean_shift(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.sqrt(np.square(a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)).mean()))
+    return float(
+        np.sqrt(np.square(a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)).mean())
+    )
 
 
-def sliced_wasserstein(real: np.ndarray, generated: np.ndarray, num_projections: int = 500, seed: int = 0) -> float:
-    """Sliced W2 between two sets of images, (n, ...) and (m, ...), equal to POT's for the same seed."""
+def sliced_wasserstein(
+    real: np.ndarray, generated: np.ndarray, num_projections: int = 500, seed: int = 0
+) -> float:
+    """Sliced W2 between two sets of images, (n, ...) and (m, ...), equal to POT's for the same
+    seed.
+    """
     axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
     return sliced_w2(project(real, axes), project(generated, axes))
 
@@ -142,11 +162,13 @@ def compare(
     resamples: int = 50,
     seed: int = 0,
 ) -> TransportResult:
-    """Distance of generated images from real ones, with floor, ratio and interval. See `compare_projected`.
+    """Distance of generated images from real ones, with floor, ratio and interval. See
+    `compare_projected`.
 
     Args:
         real: real images of a context, uint8 or float in [0, 1], (n, ...).
-        other_real: further real images of that context, none in common with `real`, (m, ...), m >= the number of generated ones used.
+        other_real: further real images of that context, none in common with `real`, (m, ...), m >=
+            the number of generated ones used.
         generated: generated images, (m, ...).
         protocol: see `compare_projected`.
         num_projections: random directions.
@@ -168,15 +190,18 @@ def compare_projected(
 ) -> TransportResult:
     """`compare` for images that are projected already, each (n, projections).
 
-    The interval: resampling n of n images with replacement would shift a W2 upward (repeated points look like a coarser set), so a random
-    half of each side is drawn without replacement instead, `resamples` times. To first order the variance over such halves is that of
-    the full-sample statistic (twice that of n images, halved because half of the finite set is drawn). The interval is the distance
-    +- 1.96 of these standard deviations. It covers the draw of images, for the given directions.
+    The interval: resampling n of n images with replacement would shift a W2 upward (repeated points
+    look like a coarser set), so a random half of each side is drawn without replacement instead,
+    `resamples` times. To first order the variance over such halves is that of the full-sample
+    statistic (twice that of n images, halved because half of the finite set is drawn). The interval
+    is the distance +- 1.96 of these standard deviations. It covers the draw of images, for the
+    given directions.
 
     Args:
         real, other_real, generated: see `compare`.
-        protocol: `"independent"`: as they are. `"paper"`: the first 64 of `generated` (and of `other_real`, for the floor), each 20
-            times, against the first 1,280 of `real`, as in the published figures.
+        protocol: `"independent"`: as they are. `"paper"`: the first 64 of `generated` (and of
+            `other_real`, for the floor), each 20 times, against the first 1,280 of `real`, as in
+            the published figures.
         resamples: random halves for the interval.
         seed: of the halves.
     """
@@ -189,12 +214,19 @@ def compare_projected(
         a, b, c = a[: PAPER_DISTINCT * PAPER_REPEATS], b[:PAPER_DISTINCT], c[:PAPER_DISTINCT]
     b = b[: len(c)]
     if len(b) < len(c):
-        raise ValueError(f"the floor needs as many further real images as generated ones: {len(c)}, not {len(b)}.")
-    # Repeating every image the same number of times leaves a distribution, and so W2, unchanged: nothing is repeated here.
+        raise ValueError(
+            f"the floor needs as many further real images as generated ones: {len(c)}, not"
+            f" {len(b)}."
+        )
+    # Repeating every image the same number of times leaves a distribution, and so W2, unchanged:
+    # nothing is repeated here.
     real_quantiles = _sort(a)
     distance, floor = (_sliced_w2_of_sorted(real_quantiles, _sort(x)) for x in (c, b))
     rng = np.random.default_rng(seed)
-    halves = [sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c))) for _ in range(resamples)]
+    halves = [
+        sliced_w2(*(x[rng.permutation(len(x))[: max(1, len(x) // 2)]] for x in (a, c)))
+        for _ in range(resamples)
+    ]
     margin = 1.96 * float(np.std(halves, ddof=1))
     interval = (max(0.0, distance - margin), distance + margin)
     ratio = ratio_interval = None

@@ -9,8 +9,8 @@ from torch import nn
 class Term(nn.Module):
     """One term of the objective beside the ELBO, in nats of an image.
 
-    A term has no state of its own: its gradient goes to the model. Its random numbers are drawn for the whole global
-    batch, so that a result does not depend on the number of processes.
+    A term has no state of its own: its gradient goes to the model. Its random numbers are drawn for
+    the whole global batch, so that a result does not depend on the number of processes.
 
     Args:
         strength: its weight, once it has risen.
@@ -33,7 +33,9 @@ class Term(nn.Module):
         """Random numbers for so many images, each (rows, ...), on the CPU."""
         return {}
 
-    def loss(self, model: Any, output: Any, targets: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(
+        self, model: Any, output: Any, targets: torch.Tensor, draws: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The unweighted term, a scalar.
 
         Args:

@@ -2,10 +2,10 @@ r"""Contexts can be told from the concepts (an addition to the paper's objective
 
     loss = -log p(k | c),    p(k | c) = p(c | s_k) / sum_l p(c | s_l),    c ~ q(c | x),    k the context of x.
 
-The densities are the head's own (`flow.py`). Contexts k and obs differ in block k alone, so that log p(c | s_k) - log p(c | obs) is a
-function of c_k and its causes: what tells a context apart has to be in the block of its concept. The ELBO asks for
-the same, but gives a concept of few pixels little weight; this term gives every concept the same.
-"""
+The densities are the head's own (`flow.py`). Contexts k and obs differ in block k alone, so that
+log p(c | s_k) - log p(c | obs) is a function of c_k and its causes: what tells a context apart has
+to be in the block of its concept. The ELBO asks for the same, but gives a concept of few pixels
+little weight; this term gives every concept the same."""  # noqa: E501
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,7 +17,8 @@ class ContextPrediction(Term):
     """
     Args:
         strength: in nats for each nat of cross-entropy.
-        contexts: targets of the training contexts, (contexts, D). Only those with entries 0 and 1 are told apart.
+        contexts: targets of the training contexts, (contexts, D). Only those with entries 0 and 1
+            are told apart.
     """
 
     name = "context_prediction"

@@ -1,7 +1,8 @@
 r"""Edits can be read back (an addition to the paper's objective).
 
-Contexts with several interventions have no images. But what an image of one must contain is known: the concepts that it
-was made of. The noise of some concepts T of an image is drawn anew, with an intervention or without,
+Contexts with several interventions have no images. But what an image of one must contain is known:
+the concepts that it was made of. The noise of some concepts T of an image is drawn anew, with an
+intervention or without,
 
     z'_k ~ N(0, I) for k in T,    z'_j = z_j otherwise,    c'_j = F_j(z'_j; s'_j, h'_j) for all j (see `flow.py`).
 
@@ -9,10 +10,10 @@ c' is decoded to an image x', and the encoder has to read c' in it:
 
     loss = E 1/2 sum (c' - m(x'))^2 / var(x'),
 
-m and var being the mean and the variance of q(c | x'). The gradient goes to the decoder only, by way of x': the encoder, c'
-and the variances are held, so that nothing but a better image makes it smaller. (On decoders that have to be read back
-under unseen combinations see Wiedemer et al., arXiv:2310.05327.)
-"""
+m and var being the mean and the variance of q(c | x'). The gradient goes to the decoder only, by
+way of x': the encoder, c' and the variances are held, so that nothing but a better image makes it
+smaller. (On decoders that have to be read back under unseen combinations see Wiedemer et al.,
+arXiv:2310.05327.)"""  # noqa: E501
 
 import torch
 from torch.func import functional_call
@@ -22,7 +23,10 @@ from .base import Term
 
 LARGEST = 50.0  # nats of an entry: early, an encoder is far too sure of what it reads
 FIRST, RISING = 0.05, 0.2  # shares of the training: when it starts, and over which it rises
-INTERVENED, OBSERVED = 0.4, 0.3  # shares of the concepts that are drawn anew with an intervention, and without
+INTERVENED, OBSERVED = (
+    0.4,
+    0.3,
+)  # shares of the concepts that are drawn anew with an intervention, and without
 
 
 class EditConsistency(Term):
@@ -51,7 +55,9 @@ class EditConsistency(Term):
     def loss(self, model, output, targets, draws):
         head, rows = model.head, slice(None, None, self.every)
         with torch.no_grad():
-            made, new = edited(head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows])
+            made, new = edited(
+                head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows]
+            )
         images = model.base.to_pixels(model.base.decode(head.represent(made)))
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
         squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
@@ -65,8 +71,8 @@ def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Te
         head: an `InterventionHead` with flows.
         concepts, targets: before, (B, D, w) and (B, D).
         noise: for concepts that are drawn anew, (B, D, w + 1).
-        kind: in [0, 1), (B, D): below `INTERVENED` a concept is drawn anew with an intervention, at the other end without.
-            Free blocks stay.
+        kind: in [0, 1), (B, D): below `INTERVENED` a concept is drawn anew with an intervention, at
+            the other end without. Free blocks stay.
     """
     concept = torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts)
     intervened, observed = (kind < INTERVENED) & concept, (kind >= 1 - OBSERVED) & concept
@@ -77,7 +83,9 @@ def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Te
 
 
 class _Reader(torch.nn.Module):
-    """The way from images to the posterior, as a module whose weights `functional_call` can replace."""
+    """The way from images to the posterior, as a module whose weights `functional_call` can
+    replace.
+    """
 
     def __init__(self, model):
         super().__init__()

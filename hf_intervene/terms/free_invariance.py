@@ -2,13 +2,13 @@ r"""Free blocks know nothing of the context (an addition to the paper's objectiv
 
     loss = -log a(k | c_free),    c ~ q(c | x),    k the context of x,
 
-a is a small classifier that is trained beside the model (Ganin et al., arXiv:1505.07818). The classifier follows the gradient
-of the loss. The encoder gets the reversed gradient, `strength` times. No intervention changes a free block, so what
-distinguishes contexts belongs to a concept. The ELBO asks for the same: p(c_free) is the same in all contexts. But where
-contexts overlap, keeping a whole image in free blocks costs the ELBO a few nats only. Then concepts predict the context, as
-`context_prediction.py` asks, and the decoder ignores them. This holds for free variables that concepts cause, too: a free
-block can hold their noise.
-"""
+a is a small classifier that is trained beside the model (Ganin et al., arXiv:1505.07818). The
+classifier follows the gradient of the loss. The encoder gets the reversed gradient, `strength`
+times. No intervention changes a free block, so what distinguishes contexts belongs to a concept.
+The ELBO asks for the same: p(c_free) is the same in all contexts. But where contexts overlap,
+keeping a whole image in free blocks costs the ELBO a few nats only. Then concepts predict the
+context, as `context_prediction.py` asks, and the decoder ignores them. This holds for free
+variables that concepts cause, too: a free block can hold their noise."""
 
 from typing import Any
 
@@ -39,11 +39,16 @@ class FreeInvariance(Term):
         self.register_buffer("contexts", contexts.float(), persistent=False)
         self.concepts = concepts
         self.classifier = nn.Sequential(
-            nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, len(contexts))
+            nn.Linear(width, HIDDEN),
+            nn.GELU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.GELU(),
+            nn.Linear(HIDDEN, len(contexts)),
         )
 
     def weight(self, progress):
-        return 1.0  # the strength is in the reversed gradient: a classifier that learns slowly is no adversary
+        # the strength is in the reversed gradient: a classifier that learns slowly is no adversary
+        return 1.0
 
     def loss(self, model, output, targets, draws):
         free = _Reversed.apply(output.draw[:, self.concepts :].flatten(1), self.strength)

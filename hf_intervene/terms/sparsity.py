@@ -1,6 +1,6 @@
 r"""Penalties on the edges among the concepts (METHOD section 2), in nats:
 
-    group lasso:  sum_{i != j} |W[i, j]|_F,        L2:  sum_{i != j} |W[i, j]|_F^2.
+group lasso:  sum_{i != j} |W[i, j]|_F,        L2:  sum_{i != j} |W[i, j]|_F^2.
 """
 
 from .base import Term
