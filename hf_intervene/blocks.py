@@ -1,7 +1,8 @@
 """Block-diagonal layers: one map per block, computed for all blocks at once.
 
-Activations are (D, B, width). In memory the batch lies innermost, (D, width, B): blocks are narrow,
-and products with B columns and sums over rows of B are several times faster."""
+Activations are (D, B, width). In memory the batch is the innermost dimension, (D, width, B): blocks
+are narrow, and products with B columns and sums over rows of B are several times faster.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch.autograd.function import once_differentiable
 class BlockLinear(nn.Module):
     """One linear map per block: a block-diagonal product, cost linear in the number of blocks.
 
-    Shapes: (D, B, in_width) -> (D, B, out_width). The outputs may be `slices` alternatives side by
-    side, which start out equal."""
+    Shapes: (D, B, in_width) -> (D, B, out_width). With `slices` > 1 the outputs are that many
+    alternatives side by side, which start with equal weights.
+    """
 
     def __init__(self, blocks: int, in_width: int, out_width: int, slices: int = 1):
         super().__init__()
@@ -25,7 +27,7 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, 1, out_width))
 
     def reset_parameters(self) -> None:
-        """As a new layer's."""
+        """Set the weights to those of a new layer."""
         bound = 1 / math.sqrt(self.weight.shape[1])  # as nn.Linear
         for parameter in (self.weight, self.bias):
             nn.init.uniform_(parameter, -bound, bound)
@@ -35,25 +37,25 @@ class BlockLinear(nn.Module):
                     other.copy_(first)
 
     def forward(self, x: torch.Tensor, blocks: slice | list[int] = slice(None)) -> torch.Tensor:
-        """The maps of `blocks` of x, which has as many."""
-        # Not .mT: the strides of its gradient would not be those that DDP expects, and it would be
-        # copied.
+        """Apply the maps of `blocks` to x, which has that many blocks."""
+        # Not .mT: DDP expects other strides of the gradient, and would copy it.
         bias = self.bias[blocks].squeeze(1).unsqueeze(2)
         return torch.baddbmm(bias, self.weight[blocks].mT, x.mT).mT  # (D, B, out)
 
 
 class SmallBlockLinear(BlockLinear):
-    """A `BlockLinear` whose outputs start out small."""
+    """A `BlockLinear` whose outputs start small."""
 
     def reset_parameters(self) -> None:
-        """As a new layer's."""
+        """Set the weights to those of a new layer."""
         nn.init.uniform_(self.weight, -0.02, 0.02)
         nn.init.zeros_(self.bias)
 
 
 class BlockLayerNorm(nn.Module):
-    """Layer norm of each block by itself, with a scale and a shift per unit. Shapes: (D, B, width)
-    -> (D, B, width).
+    """Layer norm within each block, with a scale and a shift per unit.
+
+    Shapes: (D, B, width) -> (D, B, width).
     """
 
     def __init__(self, blocks: int, width: int):
@@ -62,7 +64,7 @@ class BlockLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, 1, width))
 
     def reset_parameters(self) -> None:
-        """As a new layer's."""
+        """Set the weights to those of a new layer."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -71,11 +73,11 @@ class BlockLayerNorm(nn.Module):
 
 
 class _Standardize(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + 1e-5) over the last dimension, and the inverse of the root, both
-    in float32 at least.
+    """(x - mean) / sqrt(variance + 1e-5) over the last dimension, and 1 over that root.
 
-    By hand: with rows as short as a block's, and the batch innermost in memory, forward and
-    backward take half the time of `layer_norm`."""
+    Both are in float32 at least. It does not use `layer_norm`: rows are short and the batch is
+    innermost in memory, so that this forward and backward take half the time.
+    """
 
     @staticmethod
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +103,9 @@ class _Standardize(torch.autograd.Function):
 
 
 class BlockBatchNorm(nn.BatchNorm1d):
-    """Batch norm over every unit of every block, the paper's. Shapes: (D, B, width) -> (D, B,
-    width).
+    """Batch norm over every unit of every block, as in the paper.
+
+    Shapes: (D, B, width) -> (D, B, width).
     """
 
     def __init__(self, blocks: int, width: int):

@@ -16,10 +16,10 @@ INTERVENTIONS = ("perfect", "soft")
 MECHANISMS = ("flow", "mlp")
 NORMS = ("layer", "batch", "none")
 POSTERIORS = ("whitened", "centered", "conditional", "unconditional")
-CENTERED = ("whitened", "centered")  # the means of z over the training contexts are taken out
+CENTERED = ("whitened", "centered")  # the mean of z over each training context is subtracted
 ABLATIONS = (None, "base", "base-pooled", "head-pooled")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-MAX_DEPTH = 1000  # paths and layers: more than any head has, and few enough to be followed
+MAX_DEPTH = 1000  # of paths and layers: more than any head has, and few enough to compute
 _KEPT = (
     "model_type",
     "architectures",
@@ -29,8 +29,8 @@ _KEPT = (
     "transformers_version",
     "_commit_hash",
 )
-# What a reference must hold, and how: it may come from somebody else, and names files, revisions
-# and classes.
+# The entries of a reference, and what each must look like. A reference may come from a stranger,
+# and names files, revisions and classes.
 _REFERENCE = {
     "class_name": r"[A-Za-z_]\w*",
     "name_or_path": r"[^\x00-\x1f]+",
@@ -41,18 +41,19 @@ _REFERENCE = {
     "sha256": r"[0-9a-f]{64}",
 }
 
-# Of saved configurations. It is raised when a package that knows only the former one would misread
-# a new configuration: a field that changes what is computed, other weights, another meaning.
-# Versions before the first one that was written down count as 0.
+# The version of saved configurations. It goes up by one when a package that knows only the former
+# version would misread a new configuration: a field changes what is computed, the weights differ,
+# or an entry has another meaning. A configuration without a version counts as 0.
 FORMAT_VERSION = 2
-# EARLIER[v]: what fields that a configuration of format v does not have stood for then, where that
-# is not today's default.
+# EARLIER[v] holds the values of fields that a configuration of version v does not have, if today's
+# default differs from what the package computed then.
 EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0}, {"mechanism": "mlp"})
 
 
 @strict
 class InterventionConfig(PreTrainedConfig):
-    r"""
+    r"""Configuration of an intervention head.
+
     Args:
         concepts: names of the `d` concepts, in block order. Each had a context of its own in the
             training data.
@@ -60,48 +61,53 @@ class InterventionConfig(PreTrainedConfig):
             factors. D = d + f.
         noise_width: width of each block of the exogenous noise `z`, shape (batch, D, noise_width).
         concept_width: width of each block of the concepts `c`, shape (batch, D, concept_width).
-        mechanism: how each concept comes about (see `modeling_intervention.py`): `"flow"`,
-            invertible, with one posterior q(c | x) for all contexts; or `"mlp"`, the paper's. What
-            is said of `"mlp"` below has no effect with flows.
-        flow_depth, flow_width: couplings of each flow, and the width of their networks and of the
-            message from a block's causes (see `flow.py`).
-        concept_edges: `"flow"`: whether concepts may depend on free blocks and on the concepts
-            before them, in the order that `OrderedInterventionLayer.order` says. Set it where
-            concepts cause each other; where they do not, edges that are there all the same are cut
-            by an intervention, and tell the decoder of it.
-        depth: `"mlp"`: number of (linear, norm, GELU) layers of each block's expressive MLP.
+        mechanism: how each concept is computed from its noise (see `modeling_intervention.py`).
+            `"flow"` is invertible, with one posterior q(c | x) for all contexts. `"mlp"` is the
+            paper's. The fields below that name `"mlp"` have no effect with flows.
+        flow_depth: number of couplings of each flow (see `flow.py`).
+        flow_width: width of the networks of each coupling, and of the message from a block's
+            causes.
+        concept_edges: for `"flow"`: whether concepts may depend on free blocks and on the concepts
+            before them in `OrderedInterventionLayer.order`. Set it if concepts cause each other. If
+            they do not, leave it off: an intervention cuts the learnt edges, and the decoder can
+            tell the context from that.
+        depth: for `"mlp"`: number of (linear, norm, GELU) layers of each block's expressive MLP.
         norm: normalisation inside the expressive layers: `"layer"` (over each block's own units),
             `"batch"` (the paper's) or `"none"`.
         intervention: `"perfect"` cuts all incoming edges of an intervened concept, `"soft"` keeps
             them.
-        propagation_steps: 1: the reduced form of the paper; k > 1: the structural form, one W for
-            all contexts, effects followed along directed paths of up to k edges (see
+        propagation_steps: 1 is the paper's reduced form. k > 1 is the structural form: one W for
+            all contexts, and effects along directed paths of up to k edges (see
             `InterventionLayer`).
-        intervention_rank: rank of the weights among concepts, for many of them: the intervention
-            layer's cost is then linear in D (see `LowRankInterventionLayer`); `None`: full
+        intervention_rank: rank of the weights among concepts. With a rank, the cost of the
+            intervention layer is linear in D (see `LowRankInterventionLayer`). `None` means full
             matrices.
-        posterior: `"centered"`: q(z | x, s), the encoder is told the targets, and the mean of z
-            over each training context is taken out (see `InterventionHead.center_posterior`);
-            `"conditional"`: told the targets only; `"unconditional"`: q(z | x), the paper's;
-            `"whitened"`: its covariance is taken out too, of models of version 0.1 (see
+        posterior: what the encoder's side computes. `"centered"`: q(z | x, s), the targets are an
+            input of the encoder, and the mean of z over each training context is subtracted (see
+            `InterventionHead.center_posterior`). `"conditional"`: q(z | x, s) without the
+            subtraction. `"unconditional"`: q(z | x), the paper's. `"whitened"`: centered, and with
+            identity covariance in each training context, for models of version 0.1 (see
             `posterior.py`).
-        initial_posterior_std: about the standard deviation of q(z | x, s) before training: the
-            posterior starts out sure of what it says, and the decoder has something to learn from;
-            1 starts at the prior.
+        initial_posterior_std: approximate standard deviation of q(z | x, s) before training. With
+            a small one, z carries information about the image from the first step, and the decoder
+            can learn from it. 1 starts at the prior.
         feature_width: width of the encoder features, shape (batch, feature_width), that the
             posterior reads.
-        embedding_shape: shape of one sample's representation `e`: what the decoder takes.
+        embedding_shape: shape of one sample's representation `e`, the decoder's input.
         initializer_range: standard deviation of the initial W_obs and W_int.
-        ablation: `None`, or what a model that embeds the head leaves out (METHOD section 3):
+        ablation: `None`, or the part that a model with the head leaves out (METHOD section 3):
             `"base"` and `"base-pooled"` have no head, `"head-pooled"` ignores the context.
         base_reference: the pretrained model that a head was added to: `class_name`, `name_or_path`,
-            `subfolder`, `revision`, `variant`, its `dtype` then, and the `sha256` of its weights,
-            as they were and cast to the types of half precision (see `bases/loading.py`); `None`
-            for a base that was made anew.
-        companion_references: the same of the frozen models beside a denoiser, by name: `vae` and
+            `subfolder`, `revision`, `variant`, the `dtype` of its weights when the head was added,
+            and the `sha256` of its weights, in that dtype and cast to each half precision (see
+            `bases/loading.py`). `None` for a base that was trained from scratch.
+        companion_references: the same for the frozen models beside a denoiser, by name: `vae` and
             `image_encoder`.
-        lora_rank: rank of the LoRA layers that were trained on the base; 0: none.
-        format_version: of the configuration as it is saved; see `from_dict`.
+        lora_rank: rank of the LoRA layers that were trained on the base; 0 means none.
+        format_version: version of the saved configuration; see `from_dict`.
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names the field.
     """
 
     model_type = "intervention"
@@ -184,13 +190,13 @@ class InterventionConfig(PreTrainedConfig):
                     f" {getattr(self, name)!r}."
                 )
         if self.mechanism == "flow":
-            # An invertible map keeps the width; one entry more says whether a concept is there by
-            # itself.
+            # An invertible map keeps the width. The one further entry is the noise of whether a
+            # concept is present when nothing is intervened on.
             self.noise_width, self.posterior = self.concept_width + 1, "unconditional"
             if self.intervention != "perfect" or rank is not None:
                 raise ValueError(
-                    'mechanism="flow" has perfect interventions and full matrices: choose'
-                    ' mechanism="mlp" for others.'
+                    'mechanism="flow" has only perfect interventions and full matrices: choose'
+                    ' mechanism="mlp" for soft interventions or intervention_rank.'
                 )
         super().__post_init__(**kwargs)
 
@@ -198,19 +204,21 @@ class InterventionConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; another model's configuration is not taken for one of this class,
-        with its defaults.
+        """Read a saved configuration, as in transformers.
+
+        The configuration of another model is refused: transformers would fill it up with defaults.
 
         Raises:
-            OSError, ValueError: one sentence: it is no JSON object, or not an intervention model's.
+            OSError: the file is not a JSON object.
+            ValueError: the configuration is not an intervention model's.
         """
         try:
             found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             is_ours = found.get("model_type") == cls.model_type
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise OSError(
-                f"the configuration of {pretrained_model_name_or_path} is no valid JSON object: it"
-                " is truncated or corrupt; fetch it again."
+                f"the configuration of {pretrained_model_name_or_path} is not a valid JSON object:"
+                " it is truncated or corrupt; fetch it again."
             ) from error
         if not is_ours:
             raise ValueError(
@@ -218,20 +226,22 @@ class InterventionConfig(PreTrainedConfig):
                 f" config.json with the model_type {cls.model_type!r} (a pipeline is loaded with"
                 " InterventionPipeline.from_pretrained)."
             )
-        # Nothing else is taken over: of what transformers knows to do by a configuration, a head
-        # needs nothing.
+        # Other entries are dropped: a head needs none of the further things that transformers does
+        # because a configuration says so.
         return {
             key: value for key, value in found.items() if key in {*cls.__annotations__, *_KEPT}
         }, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InterventionConfig":
-        """As in transformers; a configuration that an earlier version of this package saved has the
-        meaning that it had then.
+        """Make a configuration from a dict, as in transformers.
+
+        A configuration that an earlier version of this package saved keeps the meaning that it had
+        then.
 
         Raises:
-            ValueError: one sentence: a later version saved it, an entry of another type, or what
-                cannot be.
+            ValueError: a later version of this package saved it, or an entry has a wrong type or
+                value.
         """
         config_dict = _of_today(config_dict)
         for name in ("dtype", "torch_dtype"):
@@ -255,27 +265,23 @@ class InterventionConfig(PreTrainedConfig):
 
 
 def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration in the format of today."""
+    """Return a saved configuration in today's format."""
     version = saved.get("format_version", 0)
     if not isinstance(version, int) or version < 0:
         raise ValueError(f"format_version must be a whole number, not {version!r}.")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"the configuration has the format {version}, and this hf-intervene knows those up to"
-            f" {FORMAT_VERSION}: a later one saved it; upgrade with `pip install --upgrade"
+            f"the configuration has format {version}, and this hf-intervene reads formats up to"
+            f" {FORMAT_VERSION}: a later version saved it; upgrade with `pip install --upgrade"
             " hf-intervene`."
         )
     then = {name: value for fields in reversed(EARLIER[version:]) for name, value in fields.items()}
     found = then | saved | {"format_version": FORMAT_VERSION}
     reference = found.get("base_reference")
-    if (
-        isinstance(reference, dict) and "dtype" not in reference
-    ):  # the first references, all of models in float32
-        found["base_reference"] = reference | {
-            "variant": None,
-            "dtype": "float32",
-            "hash": "running",
-        }
+    # The first references had no dtype: their models were all in float32.
+    if isinstance(reference, dict) and "dtype" not in reference:
+        added = {"variant": None, "dtype": "float32", "hash": "running"}
+        found["base_reference"] = reference | added
     return found
 
 
@@ -286,13 +292,13 @@ def _check_reference(name: str, reference: dict[str, str | None]) -> None:
             continue
         if value is None or not re.fullmatch(pattern, value):
             raise ValueError(
-                f"{name} of a configuration must hold a {key}, and not {value!r}: it is corrupt, or"
-                " made to do harm."
+                f"{name} of a configuration must hold a valid {key}, not {value!r}: it is"
+                " corrupt, or made to do harm."
             )
 
 
-# The head's code travels with every checkpoint, for AutoModel.from_pretrained(...,
-# trust_remote_code=True) without this package.
+# The head's code travels with every checkpoint, so that AutoModel.from_pretrained(...,
+# trust_remote_code=True) loads it without this package.
 InterventionConfig.register_for_auto_class()
 
 __all__ = ["InterventionConfig"]

@@ -1,23 +1,25 @@
-"""The vocabulary of interventions: from what a user says to the target tensor `s` of METHOD section
-2.
+"""The vocabulary of interventions: it turns what a user writes into targets `s` (METHOD section 2).
 
 A *context* is a set of intervened concepts, each with a strength in (0, 1]. Every way of naming one
 is parsed here and nowhere else:
 
-    "obs"  or  None  or  []          nothing is intervened on
-    "quad1"                          one concept
-    ["quad1", "size"] or "quad1+size"   several at once
+    "obs"  or  None  or  []               nothing is intervened on
+    "quad1"                               one concept
+    ["quad1", "size"] or "quad1+size"     several at once
     {"quad1": 1.0, "size": 0.5} or "quad1+size=0.5"   with strengths
-    {"size": Quantile(0.9)} or "size@0.9"   at a chosen value: a point on the learnt range of the concept
-    {"quad1": image}                 at the value it has in a reference image (PIL, array or tensor), or one image per sample
-    [["quad1"], "obs", {"size": 0.5}]   one context per sample: a list holding at least one list, tuple, dict or None
-    a tensor of targets              used as it is, after checks
+    {"size": Quantile(0.9)} or "size@0.9"   at a chosen value: a point on the concept's learnt range
+    {"quad1": image}                      at the value that the concept has in a reference image
+                                          (PIL, array or tensor), or a list of one image per sample
+    [["quad1"], "obs", {"size": 0.5}]     one context per sample: a list that holds at least one
+                                          list, tuple, dict or None
+    a tensor of targets                   used as it is, after checks
 
-Chosen values are only carried through here, images unseen; `values.py` makes of them what the head
-takes.
+This file does not look into chosen values or reference images. `values.py` turns them into input
+of the head.
 
-This file imports torch alone, so that it can travel with a checkpoint.
-"""  # noqa: E501
+This file imports only torch, so that it can travel with a checkpoint. It has more than 400 lines
+because every form is read here.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,20 +34,24 @@ import torch
 OBS = "obs"
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-_RESERVED = (  # of the notation of contexts, and of paths: names become those of folders and files
-    "+=,@/\\"
-)
+# Contexts are written with these characters, or paths are: names become folder and file names.
+_RESERVED = "+=,@/\\"
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: in one line, and not all of it if it is long, such as an array."""
+def shown(value: Any) -> str:
+    """Return the text of a value for a message: one line, and shortened if it is long."""
     return " ".join(_SHORT.repr(value).split())
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """A chosen value of a concept: the point at quantile q, in (0, 1), of its learnt range (see
-    `values.quantile_value`).
+    """A chosen value of a concept: the point at quantile q of its learnt range.
+
+    Args:
+        q: a number between 0 and 1, both excluded. See `values.quantile_value`.
+
+    Raises:
+        ValueError: q is not such a number.
     """
 
     q: float
@@ -57,7 +63,7 @@ class Quantile:
             q = math.nan
         if not 0.0 < q < 1.0:  # NaN fails the comparison
             raise ValueError(
-                f"a quantile must be a number between 0 and 1, both excluded, not {_shown(self.q)}."
+                f"a quantile must be a number between 0 and 1, both excluded, not {shown(self.q)}."
             )
         object.__setattr__(self, "q", q)
 
@@ -71,11 +77,11 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
     """Check the concept names of a model or data set and return them as a tuple.
 
     Raises:
-        ValueError: no name, an empty or repeated name, the reserved name `obs`, or a character of
-            `+ = , @ / \\`, a line break or the like in a name.
+        ValueError: there is no name, a name is empty or repeated, a name is `obs`, or a name holds
+            one of `+ = , @ / \\` or a character that cannot be printed.
     """
     if isinstance(concepts, str) or not isinstance(concepts, Sequence):
-        raise ValueError(f"concepts must be a list of names, not {_shown(concepts)}.")
+        raise ValueError(f"concepts must be a list of names, not {shown(concepts)}.")
     if not concepts:
         raise ValueError("concepts is empty: name at least one concept.")
     seen = set()
@@ -83,7 +89,7 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not name or name != name.strip():
             raise ValueError(
                 "concept names must be non-empty strings without surrounding spaces, not"
-                f" {_shown(name)}."
+                f" {shown(name)}."
             )
         if name.lower() == OBS:
             raise ValueError(
@@ -91,12 +97,12 @@ def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
             )
         if not name.isprintable() or name in (".", ".."):
             raise ValueError(
-                f"concept name {name!r} cannot be printed, or names a folder; rename it."
+                f"concept name {name!r} cannot be printed, or is the name of a folder; rename it."
             )
         if any(character in name for character in _RESERVED):
             raise ValueError(
-                f"concept name {name!r} holds one of the reserved characters {' '.join(_RESERVED)};"
-                " rename it."
+                f"concept name {name!r} contains one of the reserved characters"
+                f" {' '.join(_RESERVED)}; rename it."
             )
         if name in seen:
             raise ValueError(f"concept {name!r} is named twice; concept names must be unique.")
@@ -112,13 +118,13 @@ def parse_context(context: Context, concepts: Sequence[str]) -> dict[str, float]
         concepts: the known concept names.
 
     Returns:
-        Strength in (0, 1] of every intervened concept, in the order of `concepts`; empty for the
-        observational context.
+        The strength in (0, 1] of every intervened concept, in the order of `concepts`. It is empty
+        for the observational context.
 
     Raises:
-        ValueError: unknown or repeated name (the known ones are listed), `obs` beside a concept,
-            strength out of [0, 1], a chosen value.
-        TypeError: not one of the forms.
+        ValueError: a name is unknown (the known ones are listed) or repeated, `obs` stands beside a
+            concept, a strength is outside [0, 1], or a value was chosen.
+        TypeError: the context has none of the forms.
     """
     values = parse_values(context, concepts)
     strengths = {name: value for name, value in values.items() if isinstance(value, float)}
@@ -135,8 +141,14 @@ def _refuse_values(names: Sequence[str]) -> None:
 
 
 def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
-    """As `parse_context`, for contexts that may choose values: of every intervened concept the
-    strength, the `Quantile`, or the reference image(s) as they were given."""
+    """Parse one context that may choose values of concepts.
+
+    Args, order and errors are those of `parse_context`.
+
+    Returns:
+        For every intervened concept the strength, the `Quantile`, or the reference image(s) as they
+        were given.
+    """
     if context is None:
         return {}
     if isinstance(context, str):
@@ -147,13 +159,13 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
         items = [_split_value(part) for name in context for part in name.split("+")]
     else:
         raise TypeError(
-            f"cannot read {_shown(context)} as a context: give a concept name, a list of names, or"
+            f"cannot read {shown(context)} as a context: give a concept name, a list of names, or"
             " a dict of name to strength."
         )
     values: dict[str, Value] = {}
     for name, value in items:
         if name in values:
-            raise ValueError(f"concept {_shown(name)} is named twice in one context.")
+            raise ValueError(f"concept {shown(name)} is named twice in one context.")
         if name == OBS and len(items) > 1:
             raise ValueError(
                 f"{OBS!r} cannot be combined with concepts; for one context per sample wrap each:"
@@ -161,7 +173,7 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
             )
         if name != OBS and name not in concepts:
             raise ValueError(
-                f"unknown concept {_shown(name)}; the known ones are {OBS}, {', '.join(concepts)}."
+                f"unknown concept {shown(name)}; the known ones are {OBS}, {', '.join(concepts)}."
             )
         if isinstance(value, Quantile) or _is_reference(value):
             if name == OBS:
@@ -171,12 +183,11 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
                 )
             values[name] = value
             continue
-        if (
-            not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0
-        ):  # NaN fails the comparison
+        # NaN fails the comparison.
+        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
             raise ValueError(
-                f"strength of {_shown(name)} must be a number in [0, 1] (or its value a Quantile or"
-                f" an image), not {_shown(value)}."
+                f"strength of {shown(name)} must be a number in [0, 1] (or its value a Quantile or"
+                f" an image), not {shown(value)}."
             )
         values[name] = float(value)
     return {
@@ -187,25 +198,26 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
 
 
 def _is_reference(value: Any) -> bool:
-    """Whether a value is an image (PIL's, or an array of two or three dimensions), or a list or an
-    array of images.
-    """
-    image = lambda item: (  # noqa: E731
-        hasattr(item, "getbands")
-        or getattr(item, "ndim", 0)
-        in (
-            2,
-            3,
-        )
-    )
+    """Whether a value is an image, or a list or an array of images."""
     if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(map(image, value))
-    return image(value) or getattr(value, "ndim", 0) == 4
+        return len(value) > 0 and all(map(_is_image, value))
+    return _is_image(value) or getattr(value, "ndim", 0) == 4
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value is an image of PIL, or an array or tensor of two or three dimensions."""
+    return hasattr(value, "getbands") or getattr(value, "ndim", 0) in (2, 3)
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a chosen value is a list or an array of images."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4
 
 
 def _split_value(text: str) -> tuple[str, float | Quantile | str]:
-    """Name and value of "size=0.5", "size@0.9" or "size"; what is no number stays as it was
-    written, for the message.
+    """Split "size=0.5", "size@0.9" or "size" into name and value.
+
+    A strength that is not a number is returned as text, so that the message can show it.
     """
     name, separator, strength = text.partition("=")
     if separator:
@@ -214,21 +226,26 @@ def _split_value(text: str) -> tuple[str, float | Quantile | str]:
         except ValueError:
             return name.strip(), strength.strip()
     name, separator, quantile = text.partition("@")
-    return name.strip(), Quantile(quantile.strip()) if separator else 1.0  # type: ignore[arg-type]  # a number as text is read
+    # Quantile also reads a number that is text.
+    return name.strip(), Quantile(quantile.strip()) if separator else 1.0  # type: ignore[arg-type]
 
 
 def named_concepts(context: str | Sequence[str]) -> list[str]:
-    """The names in a context, `obs` included, before it is known which concepts there are: to
-    collect them from data.
-    """
+    """Return the names in a context, `obs` included. It collects concept names from data."""
     parts = [context] if isinstance(context, str) else context
     return [name.partition("=")[0].strip() for part in parts for name in part.split("+")]
 
 
 def context_name(context: Context, concepts: Sequence[str]) -> str:
-    """The canonical name of a context: `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"`,
-    `"size@0.9"`; concepts in the order of `concepts`. A reference image has no name: a
-    ValueError."""
+    """Return the canonical name of a context.
+
+    The forms are `"obs"`, `"quad1"`, `"quad1+size"`, `"size=0.5"` and `"size@0.9"`, with concepts
+    in the order of `concepts`.
+
+    Raises:
+        ValueError, TypeError: see `parse_context`; or the context holds a reference image, which
+            has no name.
+    """
     names = []
     for name, value in parse_values(context, concepts).items():
         if isinstance(value, Quantile):
@@ -255,23 +272,24 @@ def parse_interventions(
     num_samples: int | None = None,
     free_blocks: int = 0,
 ) -> torch.Tensor:
-    """Turn any user-facing description of interventions into targets `s` (METHOD section 2).
+    """Turn any form of interventions into targets `s` (METHOD section 2).
 
     Args:
         interventions: see the module docstring. A tensor has shape (d,), (D,), (batch, d) or
-            (batch, D), entries in [0, 1].
+            (batch, D) and entries in [0, 1].
         concepts: the `d` known concept names, in block order.
-        num_samples: number of rows wanted. One context is repeated; a list of contexts (or rows of
-            a tensor) must have that many entries. `None`: one row for one context, else a row per
-            entry.
-        free_blocks: `f`, the number of blocks never intervened on; their columns are 0.
+        num_samples: the number of rows. One context is repeated. A list of contexts, or a tensor
+            with several rows, must have this many entries. `None` gives one row for one context,
+            else one row per entry.
+        free_blocks: `f`, the number of blocks that are never intervened on. Their columns are 0.
 
     Returns:
-        float32 tensor of shape (num_samples, D), D = d + f, on the CPU (a tensor keeps its device).
+        float32 tensor of shape (num_samples, D), D = d + f, on the CPU. A tensor of targets stays
+        on its device.
 
     Raises:
-        ValueError, TypeError: one sentence saying what is wrong and what was expected; chosen
-            values are refused, see `parse_choices`.
+        ValueError, TypeError: the interventions cannot be read, or have another number of rows, or
+            choose values (see `parse_choices`). The message says what was expected.
     """
     targets, choices = parse_choices(interventions, concepts, num_samples, free_blocks)
     _refuse_values(sorted({name for row in choices for name in row}))
@@ -284,12 +302,15 @@ def parse_choices(
     num_samples: int | None = None,
     free_blocks: int = 0,
 ) -> tuple[torch.Tensor, list[dict[str, Value]]]:
-    """As `parse_interventions`, for interventions that may choose values of concepts.
+    """Parse interventions that may choose values of concepts.
+
+    Args and errors are those of `parse_interventions`.
 
     Returns:
-        targets: (num_samples, D), 1 for a concept with a chosen value.
-        choices: of each sample, by concept, the `Quantile` or the one reference image; a single
-            entry where all samples have the same, an empty list where no value is chosen.
+        targets: (num_samples, D). The entry of a concept with a chosen value is 1.
+        choices: for each sample a dict from concept to its `Quantile` or its one reference image.
+            The list has a single entry if all samples share one context, and is empty if no value
+            is chosen.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
     if num_samples is not None:
@@ -326,24 +347,22 @@ def parse_choices(
             f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context"
             " for all, or one per sample."
         )
-    return (
-        targets.repeat(num_samples, 1),
-        choices,
-    )  # not expanded: to torch.compile other strides are another graph
+    # Repeated, not expanded: torch.compile makes another graph for other strides.
+    return targets.repeat(num_samples, 1), choices
 
 
 def _one_reference_each(
     rows: list[dict[str, Any]], num_samples: int | None
 ) -> list[dict[str, Any]]:
-    """Rows with one reference image each: a single context that holds several, one per sample,
-    becomes as many rows.
+    """Give each row one reference image.
+
+    A single context that holds several images, one per sample, becomes that many rows.
     """
-    several = lambda value: isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4  # noqa: E731
     lengths = [
         (name, len(value))
         for row in rows
         for name, value in row.items()
-        if several(value) and len(value) != 1
+        if _is_several(value) and len(value) != 1
     ]
     wanted = (
         1 if len(rows) > 1 else num_samples or max((length for _, length in lengths), default=1)
@@ -357,7 +376,7 @@ def _one_reference_each(
     rows = rows * wanted if lengths else rows
     return [
         {
-            name: value[number % len(value)] if several(value) else value
+            name: value[number % len(value)] if _is_several(value) else value
             for name, value in row.items()
         }
         for number, row in enumerate(rows)
@@ -385,8 +404,9 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
 
 
 def context_names(targets: torch.Tensor, concepts: Sequence[str]) -> list[str]:
-    """Inverse of `parse_interventions`: the canonical context name of every row of targets, shape
-    (batch, >= d).
+    """Return the canonical context name of every row of targets, shape (batch, >= d).
+
+    It is the inverse of `parse_interventions`.
     """
     return [
         context_name({name: float(value) for name, value in zip(concepts, row)}, concepts)

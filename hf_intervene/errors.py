@@ -1,5 +1,7 @@
-"""What can go wrong without a mistake in the program, in one place. Every command turns it into one
-sentence (`spoken`); whatever else it meets is a mistake of ours and is shown with its traceback.
+"""The list of errors that a user or the machine can cause.
+
+Every command prints such an error as one sentence (`spoken`). Any other exception is a mistake in
+this package and is shown with its traceback.
 """
 
 import errno
@@ -9,10 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 
 
-# Files and connections, values, kinds of values, missing libraries, divergence, memory. All but the
-# last are raised with a message of one sentence.
+# Files and connections, values, types, missing libraries, divergence, memory. All but the last are
+# raised with a message of one sentence.
 EXPECTED = (OSError, ValueError, TypeError, ImportError, FloatingPointError, MemoryError)
-# Of libraries that a command may not have imported: package and class.
+# Package and class of errors of libraries. A command may not have imported these libraries.
 _BY_NAME = {
     ("httpx", "HTTPError"),
     ("httpx2", "HTTPError"),
@@ -22,9 +24,10 @@ _BY_NAME = {
     ("yaml", "YAMLError"),
 }
 INTERRUPTED = 130  # exit status of a command that Ctrl-C or SIGTERM ended
-_LONGEST = 2000  # characters of a message: some values that it may show are megabytes
-# Of a file system that has no locks.
+_LONGEST = 2000  # characters of a message: some values that it may show are megabytes long
+# Error numbers of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# Parts of the messages of torch and of the system when memory is used up.
 NO_MEMORY = (
     "DefaultCPUAllocator",
     "could not create a primitive",
@@ -33,12 +36,12 @@ NO_MEMORY = (
     "bad_alloc",
     "out of memory",
     "can't start new thread",
-    "failed to map segment",  # of a library that is imported only now
+    "failed to map segment",  # while a library is imported
 )
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error is said in a sentence and not shown with a traceback."""
+    """Whether an error is printed as one sentence, without a traceback."""
     if isinstance(error, EXPECTED) or is_out_of_memory(error) or is_lost_process(error):
         return True
     return any(
@@ -48,18 +51,16 @@ def is_expected(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error in one line, cut where it is absurdly long, and with nothing that a
-    terminal cannot print.
-    """
+    """Return the message of an error as one line that a terminal can print, cut if it is long."""
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return (
-            "there is not enough memory: ask for fewer or smaller images, or in training for a"
-            " lower batch_size, resolution or widths."
+            "there is not enough memory: ask for fewer or smaller images; in training, lower"
+            " batch_size, resolution or widths."
         )
     if is_lost_process(error):
         return (
-            "another process of this run has ended: see what it says; training goes on with "
-            "--resume auto."
+            "another process of this run has ended: its own message says why; --resume auto"
+            " continues the training."
         )
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.encode("utf-8", "backslashreplace").decode()
@@ -69,36 +70,38 @@ def sentence(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a RuntimeError or ImportError says that memory is used up, in torch's words or the
-    system's.
-    """
+    """Whether a RuntimeError or ImportError has a message that says that memory is used up."""
     return isinstance(error, (RuntimeError, ImportError)) and any(
         words in str(error) for words in NO_MEMORY
     )
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a RuntimeError is torch's way to say that another process of the run has ended."""
+    """Whether a RuntimeError of torch means that another process of the run has ended."""
     return isinstance(error, RuntimeError) and (
         "gloo" in str(error) or any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     )
 
 
 def spoken(main: Callable[[Sequence[str] | None], int], failed: int = 1) -> Callable[..., int]:
-    """The `main` of a command, of which what goes wrong is one sentence on standard error.
+    """Wrap the `main` of a command: it prints expected errors as one sentence on standard error.
 
     Args:
-        main: takes the words of the command line, `None` for those of this process, and returns the
-            exit status.
-        failed: exit status where something went wrong.
+        main: takes the arguments of the command line (`None`: those of this process) and returns
+            the exit status.
+        failed: exit status after an error.
+
+    Returns:
+        A function with the arguments and result of `main`. Its exit status is `INTERRUPTED` after
+        Ctrl-C.
     """
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv)
-        except BrokenPipeError:  # whoever reads the output has seen enough, as `head` does
-            # Or Python would complain at its end.
+        except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+            # Without this Python reports the closed pipe again when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return failed
         except KeyboardInterrupt:

@@ -1,6 +1,9 @@
-"""How much the package says, in the way of transformers: `set_verbosity_info()` and its like, or
-HF_INTERVENE_VERBOSITY=info (debug, warning, error, critical). Messages go to standard error; by
-default warnings and errors do."""
+"""Log messages of the package and their level, with the functions that transformers has.
+
+`set_verbosity_info()` and the others set the level, or HF_INTERVENE_VERBOSITY=info does (debug,
+warning, error, critical). Messages go to standard error. By default only warnings and errors are
+shown.
+"""
 
 import logging
 import os
@@ -14,7 +17,7 @@ _ROOT = __name__.partition(".")[0]
 
 
 class _Handler(logging.StreamHandler):
-    """To standard error, whatever that is when a message comes."""
+    """Write to the `sys.stderr` of the moment when a message is logged, which may have changed."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -32,7 +35,7 @@ class _Formatter(logging.Formatter):
 
 
 def get_logger(name: str = _ROOT) -> logging.Logger:
-    """The logger of a module of the package; what it lets through is what `set_verbosity` says."""
+    """Return the logger of a module of the package. `set_verbosity` sets its level."""
     root = logging.getLogger(_ROOT)
     if not root.handlers:  # the first call
         root.addHandler(_Handler())
@@ -46,13 +49,15 @@ def get_logger(name: str = _ROOT) -> logging.Logger:
 
 
 def get_verbosity() -> int:
-    """The level, one of those of Python's logging."""
+    """Return the level, one of those of Python's logging."""
     return get_logger().getEffectiveLevel()
 
 
 def set_verbosity(level: int | str) -> None:
-    """Let messages of this level and above through: a level of Python's logging, or one of
-    `LEVELS`.
+    """Show messages of this level and above.
+
+    Args:
+        level: a level of Python's logging, or a key of `LEVELS`.
 
     Raises:
         ValueError: there is no such level.
@@ -81,7 +86,7 @@ def set_verbosity_error() -> None:
 
 
 def disable_progress_bars() -> None:
-    """Those of diffusers and transformers while they load: that takes less than two seconds."""
+    """Show no progress bars of diffusers and transformers: loading takes less than two seconds."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -90,9 +95,7 @@ def disable_progress_bars() -> None:
 
 
 def bars_on_terminals_only() -> None:
-    """No progress bars of the libraries, those of datasets included, where standard error is a file
-    or a pipe.
-    """
+    """Show no progress bars of libraries, if standard error is a file or a pipe."""
     if sys.stderr.isatty():
         return
     import datasets

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .blocks import NORM_LAYERS, BlockLinear
-from .posterior import at_hand
+from .posterior import is_readable
 
 
 class ExogenousLayer(nn.Module):
@@ -56,7 +56,7 @@ def places(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     """Where s is not 0, if that is in few places and can be looked up. What is computed in those
     places only is the same up to rounding.
     """
-    if not at_hand(s):
+    if not is_readable(s):
         return None
     found = s.nonzero(as_tuple=True)
     return found if 32 * len(found[0]) <= s.numel() else None

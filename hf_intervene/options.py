@@ -1,12 +1,13 @@
-"""Options that several commands share. Nothing heavy is imported: the help of a command comes at
-once.
+"""Options that several commands share.
+
+This file imports no large library, so that the help of a command appears at once.
 """
 
 import argparse
 from collections.abc import Callable
 
 
-# How own data are read: the arguments of `data.load_contexts` of these names.
+# How the user's own data are read. These are argument names of `data.load_contexts`.
 READING = {
     "split": "split of a data set that has several",
     "image_column": "name of its image column",
@@ -16,11 +17,12 @@ READING_DEFAULTS = {"split": "train", "image_column": "image", "context_column":
 
 
 def add_reading_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add the options of `READING`.
+    """Add the options of `READING` to a parser.
 
     Args:
-        parser: gets them.
-        default: in words, where they are `None` unless given; `None`: `READING_DEFAULTS`.
+        parser: the parser.
+        default: a text for the help. With it, an option that is not given is `None`. Without it,
+            the defaults are `READING_DEFAULTS`.
     """
     for name, text in READING.items():
         value = None if default else READING_DEFAULTS[name]
@@ -28,12 +30,12 @@ def add_reading_options(parser: argparse.ArgumentParser, default: str | None = N
             f"--{name.replace('_', '-')}",
             default=value,
             metavar="NAME",
-            help=f"own data: {text} (default {default or value})",
+            help=f"for your own data: {text} (default {default or value})",
         )
 
 
 def whole_number(least: int, most: int = 2**40) -> Callable[[str], int]:
-    """What reads a whole number between two bounds, both included, for the `type` of an option."""
+    """Return the `type` of an option that is a whole number between two bounds, both included."""
 
     def number(text: str) -> int:
         try:
@@ -49,4 +51,4 @@ def whole_number(least: int, most: int = 2**40) -> Callable[[str], int]:
     return number
 
 
-seed = whole_number(0, 2**32 - 1)  # what all random generators take
+seed = whole_number(0, 2**32 - 1)  # every random generator takes these

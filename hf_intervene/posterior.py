@@ -1,19 +1,22 @@
-r"""The encoder's side of the head: the posterior over the exogenous noise z (METHOD sections 3 and
-7), and its whitening.
+r"""The encoder's side of the head: the posterior over the exogenous noise z, and its whitening.
+
+See METHOD sections 3 and 7.
 
 The readout gives a diagonal Gaussian over numbers y,
 
     q(y | x, s) = N(m(x, s), diag(var(x, s))),
 
 and z = T_k (y - o_k), k being the context of s, o_k the mean of y over the images of that context
-and T_k = Cov_k[y]^(-1/2) (an addition to the paper, where z = y). So whatever the encoder does, z
-has mean 0 and covariance I over every context with at most one intervention, as the prior from
-which samples come has in every context. Without that an encoder shifts and correlates z by context,
-and keeps copies of one number in many places; then samples from the prior miss what A_int and W
-should carry. Neither does z pay nats for it: with e_i the i-th unit vector,
+and T_k = Cov_k[y]^(-1/2). This is an addition to the paper, where z = y. So z has mean 0 and
+covariance I over every context with at most one intervention, whatever the encoder does. The prior,
+from which samples are drawn, has the same mean and covariance. Without whitening, an encoder shifts
+and correlates z by context, and stores one number in many places. Then samples from the prior lack
+what A_int and W should carry. With whitening, none of this changes the KL divergence. With e_i the
+i-th unit vector,
 
-    KL(q(z | x, s) || N(0, I)) = 1/2 (|T (m - o)|^2 + sum_i (var_i |T e_i|^2 - 1 - log var_i)) - log det T.
-"""  # noqa: E501
+    KL(q(z | x, s) || N(0, I))
+        = 1/2 (|T (m - o)|^2 + sum_i (var_i |T e_i|^2 - 1 - log var_i)) - log det T.
+"""
 
 import math
 
@@ -21,17 +24,23 @@ import torch
 from torch import nn
 
 
-LARGEST = (
-    2**22
-)  # numbers in the matrices of all contexts: those of 15 concepts and a free block of the default width, 16 MiB  # noqa: E501
+# Numbers in the matrices of all contexts together: enough for 15 concepts and a free block of the
+# default width, 16 MiB.
+LARGEST = 2**22
 
 
 class PosteriorLinear(nn.Linear):
     """Last layer of the posterior, (B, in_width) -> (B, 2 n): means, then log-variances.
 
-    It starts at a standard deviation of about `std`, with means larger by 1 / std than nn.Linear
-    starts them. Next to the prior, where that would start, z says hardly anything, and a deep head
-    takes long to hear it."""
+    It starts at a standard deviation of about `std`, with means larger by a factor of 1 / std than
+    those of a new nn.Linear. An nn.Linear would start near the prior. There z carries hardly any
+    information, and a deep head needs many steps to use it.
+
+    Args:
+        in_width: width of the features.
+        out_width: 2 n.
+        std: initial standard deviation.
+    """
 
     def __init__(self, in_width: int, out_width: int, std: float):
         self.std = std
@@ -46,14 +55,16 @@ class PosteriorLinear(nn.Linear):
 
 
 class Whitening(nn.Module):
-    """The maps T_k of all training contexts, symmetric and positive definite; identities before
-    they are loaded.
+    """The maps T_k of all training contexts: symmetric, positive definite, at first identities.
 
-    Version 0.1 trained with them; the trainer no longer does, and models that have them load.
+    Version 0.1 trained with them. The trainer no longer does, but models that have them load.
 
     Args:
-        contexts: 1 + d: the observational one, then those of the concepts.
-        width: of y, D * noise_width.
+        contexts: 1 + d: the observational context, then that of each concept.
+        width: width of y, D * noise_width.
+
+    Raises:
+        ValueError: the matrices would have more than `LARGEST` numbers.
     """
 
     matrix: torch.Tensor
@@ -71,17 +82,25 @@ class Whitening(nn.Module):
         self.register_buffer("log_det", torch.zeros(contexts))
 
     def forward(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """z = T(s) y, float32, (B, D, n), of centred y (B, D, n), with T(s) = sum_k weights_k T_k,
-        weights (B, 1 + d) (see `mixture`).
+        """Return z = T(s) y, with T(s) = sum_k weights_k T_k.
+
+        Args:
+            y: centred, (B, D, n).
+            weights: (B, 1 + d), see `mixture`.
+
+        Returns:
+            float32, (B, D, n).
         """
         with torch.autocast(y.device.type, enabled=False):
+            # T_k is symmetric, so rows y T_k are T_k y.
             return _mixed_product(
                 y.flatten(1).float(), weights.float(), self.matrix.float()
-            ).view_as(y)  # T_k is symmetric
+            ).view_as(y)
 
     def variance(self, variance: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Marginal variances of z, (B, D, n), of those of y; where `weights` mix contexts, an upper
-        bound (squares are convex).
+        """Return the marginal variances of z, (B, D, n), from those of y.
+
+        Where `weights` mix contexts, the result is an upper bound: squares are convex.
         """
         with torch.autocast(variance.device.type, enabled=False):
             return _mixed_product(
@@ -89,9 +108,16 @@ class Whitening(nn.Module):
             ).view_as(variance)
 
     def kl(self, mean: torch.Tensor, logvar: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,), of mean and log-variance of y,
-        (B, D, n). Where `weights` mix contexts, an upper bound: squares are convex, and log det is
-        concave."""
+        """Return KL(q(z | x, s) || N(0, I)) of each sample in nats, (B,).
+
+        Where `weights` mix contexts, the result is an upper bound: squares are convex, and log det
+        is concave.
+
+        Args:
+            mean: centred means of y, (B, D, n).
+            logvar: log-variances of y, (B, D, n).
+            weights: (B, 1 + d).
+        """
         with torch.autocast(mean.device.type, enabled=False):
             columns = weights.float() @ self.matrix.float().square().sum(1)  # (B, D n): |T e_i|^2
             logvar = logvar.flatten(1).float()
@@ -100,12 +126,17 @@ class Whitening(nn.Module):
 
 
 def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """sum_k weights_k y M_k of rows y (B, n), weights (B, 1 + d) and matrices M_k (1 + d, n, n) ->
-    (B, n).
+    """Return sum_k weights_k y M_k, (B, n).
 
-    Most rows are of one context only. Where that can be looked up, the other products are left out.
+    Most rows belong to one context only. If the weights can be read, the products that have weight
+    0 are left out.
+
+    Args:
+        y: (B, n).
+        weights: (B, 1 + d).
+        matrix: the M_k, (1 + d, n, n).
     """
-    if not at_hand(weights):
+    if not is_readable(weights):
         return torch.einsum("bk,kbi->bi", weights, y @ matrix)
     product = torch.zeros_like(y)
     for weight, M in zip(weights.T, matrix):
@@ -114,39 +145,45 @@ def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor)
     return product
 
 
-def at_hand(x: torch.Tensor) -> bool:
-    """Whether the host can look at values at next to no cost: not on a device, which it would have
-    to wait for, nor in a graph, whose shapes would depend on them."""
+def is_readable(x: torch.Tensor) -> bool:
+    """Whether Python can read the values of a tensor at almost no cost.
+
+    It cannot on a device, which it would have to wait for, nor while a graph is compiled, whose
+    shapes would depend on the values.
+    """
     return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
 
 
 def row_of(targets: torch.Tensor) -> torch.Tensor:
-    """The training context of each row of targets, (B, d), with nothing or one concept intervened
-    on: 0 or 1 + j, (B,).
+    """Return the training context of each row of targets, (B, d): 0 or 1 + j, (B,).
+
+    At most one concept of a row may be intervened on.
     """
     return torch.where(targets.any(1), 1 + targets.argmax(1), 0)
 
 
 def has_row(targets: torch.Tensor) -> torch.Tensor:
-    """Whether each row of targets, (B, d), has nothing or one whole concept intervened on, (B,):
-    `row_of` is for those.
+    """Whether each row of targets, (B, d), intervenes fully on at most one concept: bool (B,).
+
+    These are the rows that `row_of` takes.
     """
     return ((targets == 0) | (targets == 1)).all(1) & (targets.sum(1) <= 1)
 
 
 def mixture(targets: torch.Tensor) -> torch.Tensor:
-    """How much a row of targets, (B, d), is of each training context: weights (B, 1 + d) that are
-    not negative and sum to 1.
+    """Return each row of targets, (B, d), as a mixture of the training contexts.
 
-    A context with one concept at strength s is 1 - s of the observational one; one with several, as
-    much of each concept's own."""
+    The weights, (B, 1 + d), are not negative and sum to 1. A row with one concept at strength s has
+    weight 1 - s of the observational context. A row with several concepts has a weight in
+    proportion to the strength of each.
+    """
     s = targets.float()
     weights = torch.cat([1 - s.sum(1, keepdim=True), s], dim=1).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 
 def gaussian_kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, I)) of each sample in nats: (B, ...) -> (B,)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 

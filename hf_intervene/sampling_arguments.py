@@ -1,5 +1,6 @@
-"""What users give to `sample`, `edit` and their like: checked before anything is computed, each
-with an error of one sentence.
+"""Checks of the arguments of `sample`, `edit` and similar methods, before anything is computed.
+
+Every error is one sentence.
 """
 
 import math
@@ -7,55 +8,58 @@ from typing import Any
 
 import torch
 
+from .contexts import shown
+
 
 OUTPUT_TYPES = ("pt", "np", "pil")
-COMPOSITIONS = ("head", "scores")  # how several concepts are put together
+COMPOSITIONS = ("head", "scores")  # how several concepts are composed
 
 
 def check_options(
     generator: Any, rows: int, batch_size: Any, output_type: Any, **numbers: Any
 ) -> None:
-    """Refuse what nothing can be sampled with.
+    """Check the arguments that sampling methods share.
 
     Args:
-        generator: `None`, a `torch.Generator`, or a list of one for each of `rows` samples.
+        generator: `None`, a `torch.Generator`, or a list with one for each of `rows` samples.
         rows: number of samples.
-        batch_size: `None`, or how many are processed at once.
+        batch_size: `None`, or how many samples are processed at once.
         output_type: one of `OUTPUT_TYPES`.
-        **numbers: by name what must be finite numbers.
+        **numbers: further arguments, which must be finite numbers.
 
     Raises:
-        TypeError, ValueError: one sentence.
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
     """
     check_generator(generator, rows)
     check_batch_size(batch_size)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(
-            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {_short(output_type)}."
+            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {shown(output_type)}."
         )
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, not {_short(value)}.")
+            raise ValueError(f"{name} must be a finite number, not {shown(value)}.")
 
 
 def check_composition(compose: Any) -> None:
-    """Raise a ValueError unless it is one of `COMPOSITIONS`."""
+    """Raise a ValueError if `compose` is not one of `COMPOSITIONS`."""
     if compose not in COMPOSITIONS:
         known = ", ".join(COMPOSITIONS)
-        raise ValueError(f"compose must be one of {known}, not {_short(compose)}.")
+        raise ValueError(f"compose must be one of {known}, not {shown(compose)}.")
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Raise a ValueError unless it is a whole number, 1 at least, or `None`."""
+    """Raise a ValueError if `batch_size` is neither a whole number of at least 1 nor `None`."""
     if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(
-            f"batch_size must be a whole number, 1 at least, not {_short(batch_size)}."
-        )
+        raise ValueError(f"batch_size must be a whole number, 1 at least, not {shown(batch_size)}.")
 
 
 def check_generator(generator: Any, rows: int) -> None:
-    """Raise a TypeError or ValueError unless it is `None`, a `torch.Generator`, or a list of one
-    for each of `rows` samples.
+    """Check that `generator` is `None`, a `torch.Generator`, or a list with one for each sample.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: the list has neither one entry nor `rows` entries.
     """
     if generator is None or isinstance(generator, torch.Generator):
         return
@@ -63,7 +67,7 @@ def check_generator(generator: Any, rows: int) -> None:
         isinstance(one, torch.Generator) for one in generator
     ):
         raise TypeError(
-            f"generator must be a torch.Generator, or a list of them, not {_short(generator)}: "
+            f"generator must be a torch.Generator, or a list of them, not {shown(generator)}: "
             "torch.Generator().manual_seed(0) makes one."
         )
     if len(generator) not in (1, rows):
@@ -75,22 +79,22 @@ def check_generator(generator: Any, rows: int) -> None:
 def check_noise(
     name: str, noise: Any, shape: tuple[int, ...], rows: int | None = None
 ) -> torch.Tensor:
-    """Noise as float32, on the device where it is.
+    """Return noise as float32, on its own device.
 
     Args:
-        name: what it is called.
+        name: name of the argument, for messages.
         noise: tensor (n, *shape).
-        shape: of one sample.
-        rows: n, where it is known.
+        shape: shape of the noise of one sample.
+        rows: n, if it is known.
 
     Raises:
-        TypeError, ValueError: one sentence: no tensor, of another shape or number of rows, not
-            finite.
+        TypeError: the noise is not a tensor.
+        ValueError: the noise has another shape or number of rows, or is not finite.
     """
     if not isinstance(noise, torch.Tensor):
         raise TypeError(
             f"{name} must be a tensor, not a {type(noise).__name__}: torch.as_tensor({name}) makes"
-            " one of an array."
+            " one from an array."
         )
     if tuple(noise.shape[1:]) != tuple(shape) or not noise.ndim:
         wanted = f"(num_samples, {', '.join(map(str, shape))})"
@@ -106,15 +110,10 @@ def check_noise(
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:
-    """Raise a ValueError if images that a model made are not numbers: they would be shown as black."""  # noqa: E501
+    """Raise a ValueError if images of a model hold NaN or infinity, which would look black."""
     if not bool(torch.isfinite(images).all()):
         raise ValueError(
             "the model made images that are not finite numbers: its weights or its scheduler are"
-            " not right, or guidance_scale is too large; in half precision, float32 may help."
+            " wrong, or guidance_scale is too large; in half precision, float32 may help."
         )
     return images
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"

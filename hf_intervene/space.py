@@ -1,6 +1,4 @@
-"""The page of a pipeline (see `app.py`) as a Space of the Hub: a folder that `python app.py`
-serves.
-"""
+"""Write the page of a pipeline (see `app.py`) as a Space: a folder that `python app.py` serves."""
 
 import os
 import shutil
@@ -46,29 +44,32 @@ hf-intervene {version}, whose sources are in `hf_intervene/`. It runs elsewhere 
 
 
 def export(name: str, folder: str | os.PathLike) -> Path:
-    """Write the page of a pipeline as a Space: app.py, requirements.txt, README.md, and the
-    pipeline's files; of a repository on the Hub its name and commit instead. The package's own
-    sources go along, so that the Space needs nothing that is not on PyPI.
+    """Write the page of a pipeline as a Space.
+
+    The Space consists of app.py, requirements.txt, README.md and the pipeline's files. A pipeline
+    on the Hub is not copied: app.py holds its name and commit. The sources of this package are
+    copied too, so that the Space needs only packages that are on PyPI.
 
     Args:
-        name: folder or Hub name of a saved pipeline, or of one that comes with the package.
-        folder: a new or an empty one.
+        name: folder or Hub name of a saved pipeline, or name of one that comes with this package.
+        folder: the folder to write; it must be empty or not exist.
 
     Returns:
         The folder.
 
     Raises:
-        OSError, ValueError: one sentence: no such pipeline, the folder holds something or cannot be
-            written.
+        ImportError: Gradio is not installed.
+        OSError: there is no such pipeline, or the folder cannot be written.
+        ValueError: the folder is not empty, or `name` is not a pipeline.
     """
     if not str(folder).strip():
-        raise ValueError("the folder to export to is an empty text: give it a name.")
+        raise ValueError("the name of the folder to export to is empty: give a name.")
     folder, source = Path(folder), hub.folder(located(name), FILES + tuple(CARD_FILES))
     try:
         gradio = version("gradio")
     except PackageNotFoundError as error:
         raise ImportError(NO_GRADIO) from error
-    InterventionPipeline.from_pretrained(source)  # raises unless it is one
+    InterventionPipeline.from_pretrained(source)  # raises an error if it is not a pipeline
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(
             f"{folder} already holds something: choose another folder to export to, or remove it."
@@ -83,11 +84,9 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         "pinned": False,
         "tags": ["hf-intervene"],
     }
-    if not os.path.isdir(located(name)):  # in the cache of the Hub, by commit
-        arguments, metadata = (
-            f"{str(name)!r}, revision={source.name!r}",
-            metadata | {"models": [str(name)]},
-        )
+    if not os.path.isdir(located(name)):  # on the Hub: the cache names its folder by the commit
+        arguments = f"{str(name)!r}, revision={source.name!r}"
+        metadata |= {"models": [str(name)]}
     else:
         arguments = f"HERE / {('pipelines/' + title)!r}"
         files = [
@@ -122,8 +121,9 @@ def _copy(source: Path, files: Iterable[str | Path], folder: Path) -> None:
 
 
 def _requirements() -> str:
-    """The package's own requirements, and Gradio, at the versions installed here; of a local build
-    the version that it is one of.
+    """Return the requirements of this package, and Gradio, at the installed versions.
+
+    The part of a version after "+" names a local build and is left out: it is not on PyPI.
     """
     parsed = [Requirement(line) for line in requires("hf-intervene") or []]
     names = ["gradio", *(requirement.name for requirement in parsed if requirement.marker is None)]

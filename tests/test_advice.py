@@ -567,6 +567,6 @@ def test_values_in_code(tmp_path):
     pipe("quad1", generator=torch.Generator().manual_seed(0))
     noise = np.zeros((1, *pipe.model.noise_shape), np.float32) if hasattr(pipe, "model") else None
     if noise is not None:
-        with pytest.raises(TypeError, match=r"torch.as_tensor\(noise\) makes one of an array"):
+        with pytest.raises(TypeError, match=r"torch.as_tensor\(noise\) makes one from an array"):
             pipe("quad1", noise=noise)
         pipe("quad1", noise=torch.as_tensor(noise))

@@ -270,17 +270,17 @@ def test_a_lora_configuration_does_not_say_what_is_imported(copy):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"name_or_path": None}, "must hold a name_or_path"),
-        ({"name_or_path": "a\nb"}, "must hold a name_or_path"),
+        ({"name_or_path": None}, "must hold a valid name_or_path"),
+        ({"name_or_path": "a\nb"}, "must hold a valid name_or_path"),
         ({"name_or_path": "/etc"}, "the base that .* was trained on, /etc, cannot be loaded"),
-        ({"class_name": "os.system"}, "must hold a class_name"),
+        ({"class_name": "os.system"}, "must hold a valid class_name"),
         ({"class_name": "system"}, "which is not registered"),
-        ({"subfolder": "../vae"}, "must hold a subfolder"),
-        ({"subfolder": "/etc"}, "must hold a subfolder"),
-        ({"revision": "../../x"}, "must hold a revision"),
-        ({"variant": "../x"}, "must hold a variant"),
-        ({"dtype": "load"}, "must hold a dtype"),
-        ({"sha256": None}, "must hold a sha256"),
+        ({"subfolder": "../vae"}, "must hold a valid subfolder"),
+        ({"subfolder": "/etc"}, "must hold a valid subfolder"),
+        ({"revision": "../../x"}, "must hold a valid revision"),
+        ({"variant": "../x"}, "must hold a valid variant"),
+        ({"dtype": "load"}, "must hold a valid dtype"),
+        ({"sha256": None}, "must hold a valid sha256"),
     ],
 )
 def test_a_reference_leads_to_a_base_and_nowhere_else(copy, entries, message):

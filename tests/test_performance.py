@@ -70,7 +70,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
     # What is done on CPUs only, where nothing has to be waited for: to look where targets are not
     # 0, and at the greatest index.
     for module in (mechanisms, posterior):
-        monkeypatch.setattr(module, "at_hand", lambda x: False)
+        monkeypatch.setattr(module, "is_readable", lambda x: False)
     monkeypatch.setattr(
         torch.nn.functional, "one_hot", lambda ids, n: (ids[..., None] == torch.arange(n)).long()
     )
