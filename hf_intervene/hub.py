@@ -1,7 +1,7 @@
-"""The Hub as folders: every loader reads one snapshot of one commit, and says in a sentence why it
-cannot.
+"""Models on the Hub, read as folders: every loader reads one snapshot of one commit.
 
-This file imports huggingface_hub alone, so that it can travel with a checkpoint.
+Every error is one sentence. This file imports only huggingface_hub, so that it can travel with a
+checkpoint.
 """
 
 import json
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the HTTP client that huggingface_hub uses
+    HTTPError,  # the HTTP client's own
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
@@ -27,43 +27,41 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-SAVED_FILES = (
-    "*.json",
-    "*.safetensors",
-)  # of a saved model or pipeline; pickle files are not even fetched
-MAX_SIZE = 1 << 20  # of any dimension in a configuration
+# Files of a saved model or pipeline. Pickle files are not even fetched.
+SAVED_FILES = ("*.json", "*.safetensors")
+MAX_SIZE = 1 << 20  # the largest size that a configuration may name
 _MAX_JSON = 1 << 26  # bytes
 _Raised = TypeVar("_Raised", bound=BaseException)
 _LOGIN = "log in with `hf auth login`, or pass token="
 
 
 def pop_options(kwargs: dict) -> dict:
-    """Take the options of `folder` out of the keyword arguments of a `from_pretrained`."""
+    """Remove the options of `folder` from the keyword arguments of a `from_pretrained`."""
     return {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
 
 
 def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **options: Any) -> Path:
-    """The folder of a saved model: `name` itself if it is one, else a snapshot of that Hub
-    repository in the local cache.
+    """Return the folder of a saved model.
 
-    Everything that a loader reads comes from this one folder, hence from one commit. Nothing is
-    fetched that is there already, and nothing at all offline (`HF_HUB_OFFLINE=1` or
+    It is `name` itself if that is a folder, else a snapshot of that Hub repository in the local
+    cache. All that a loader reads comes from this folder, and so from one commit. Files that are in
+    the cache are not fetched again. Nothing is fetched offline (`HF_HUB_OFFLINE=1` or
     `local_files_only=True`).
 
     Args:
         name: folder, or repository on the Hub.
-        files: patterns of the files needed.
-        **options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as
-            everywhere.
+        files: patterns of the files that are needed.
+        **options: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of
+            `from_pretrained`.
 
     Raises:
-        OSError: one sentence: no such repository or revision, no access, the Hub or the connection
-            fails, not in the cache when offline, contents that are not those that were uploaded, a
-            link that leads out of the folder.
+        OSError: there is no such repository or revision, access is denied, the Hub or the
+            connection fails, a file is not in the cache when offline, the contents differ from what
+            was uploaded, or a link leads out of the folder.
     """
     if os.path.isdir(name):
         shown = os.fspath(name).encode("utf-8", "backslashreplace").decode()
-        if shown.encode() != os.fsencode(name):  # safetensors cannot open what is in it
+        if shown.encode() != os.fsencode(name):  # safetensors cannot open files in it
             raise OSError(
                 f"the name of the folder {shown} has bytes that are not UTF-8: rename it."
             )
@@ -85,10 +83,15 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
 
 
 def subfolder(path: Path, name: str | None, of: object) -> Path:
-    """A folder of a saved model inside a folder of `folder`; `None`: that folder itself.
+    """Return the sub-folder `name` of a folder of `folder`; `None` gives the folder itself.
+
+    Args:
+        path: the folder.
+        name: name of the sub-folder.
+        of: name of the model, for the message.
 
     Raises:
-        OSError: one sentence: there is none, or its name leads out.
+        OSError: there is no such sub-folder, or its name leads out of the folder.
     """
     found = path / (name or "")
     if os.path.isabs(name or "") or ".." in Path(name or "").parts or not found.is_dir():
@@ -97,34 +100,33 @@ def subfolder(path: Path, name: str | None, of: object) -> Path:
 
 
 def _check_contents(path: Path, patterns: Sequence[str], name: str | os.PathLike) -> None:
-    """Weights have the hash they were uploaded with: the cache names them by it, but nobody
-    compared when they came in.
+    """Check that weights have the hash with which they were uploaded.
+
+    The cache names files by this hash, but nothing compares it while they are downloaded.
     """
     weights = [file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")]
-    for file in filter_repo_objects(
-        weights, allow_patterns=list(patterns)
-    ):  # as snapshot_download chose them
+    # The same selection as that of snapshot_download.
+    for file in filter_repo_objects(weights, allow_patterns=list(patterns)):
         blob = (path / file).resolve()
-        if len(blob.name) != 64:  # no SHA-256: a cache without symbolic links
+        if len(blob.name) != 64:  # not a SHA-256: the cache has no symbolic links
             continue
         with open(blob, "rb") as opened:
             if sha_fileobj(opened).hex() != blob.name:
                 raise OSError(
-                    f"{file} of {name} is corrupt, it is not the file that was uploaded: "
-                    "load with force_download=True to fetch it again."
+                    f"{file} of {name} is corrupt, it differs from the file that was uploaded:"
+                    " load with force_download=True to fetch it again."
                 )
 
 
 def check_links(path: Path, patterns: Sequence[str]) -> None:
-    """Refuse a folder that somebody may have made to show or to copy another file of this machine.
+    """Refuse a folder whose links would make a loader read other files of this machine.
 
     Args:
-        path: the folder; one in the Hub's cache, where files are links into `blobs`, is as it
-            should be.
-        patterns: of the names of the files that are read.
+        path: the folder. Links into `blobs` are allowed in the Hub's cache.
+        patterns: patterns of the names of the files that are read.
 
     Raises:
-        OSError: one sentence: such a file, or a folder that holds one, is a link that leads out, or
+        OSError: such a file, or a folder that holds one, is a link that leads out of the folder, or
             is a pipe or a device.
     """
     root, kept = os.path.realpath(path), list(patterns)
@@ -142,8 +144,8 @@ def check_links(path: Path, patterns: Sequence[str]) -> None:
             entry = os.path.join(path, name)
             if leads_out(entry):
                 raise OSError(
-                    f"{entry} is a link to outside of its folder, which is not followed: put the"
-                    " file itself there."
+                    f"{entry} is a link to outside of its folder, which is not followed: replace it"
+                    " by the file itself."
                 )
             if os.path.exists(entry) and not os.path.isfile(entry):
                 raise OSError(
@@ -151,21 +153,21 @@ def check_links(path: Path, patterns: Sequence[str]) -> None:
                 )
         for name in folders:
             entry = os.path.join(place, name)
-            if not os.path.islink(entry) or not leads_out(entry):  # into links `walk` does not go
+            if not os.path.islink(entry) or not leads_out(entry):  # `walk` does not follow links
                 continue
             inside = [os.path.normpath(os.path.join(at, name, file)) for file in os.listdir(entry)]
             if any(filter_repo_objects(inside, allow_patterns=kept)):
                 raise OSError(
-                    f"{entry} is a link to outside of its folder, which is not followed: put the"
-                    " files themselves there."
+                    f"{entry} is a link to outside of its folder, which is not followed: replace it"
+                    " by a folder with the files themselves."
                 )
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        OSError: one sentence: it cannot be read, or is anything else, truncated, nested absurdly,
+        OSError: the file cannot be read, is not a JSON object, is truncated, is nested too deeply,
             or names a key twice.
     """
     try:
@@ -173,27 +175,28 @@ def read_json(path: Path) -> dict:
             raise ValueError("too large")
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
         if not isinstance(found, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise OSError(
-            f"{path} is no valid JSON object: it is truncated or corrupt; fetch it again."
+            f"{path} is not a valid JSON object: it is truncated or corrupt; fetch it again."
         ) from error
     return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):  # readers could take one or the other
-        raise ValueError("a key is there twice")
+    if len(found := dict(pairs)) < len(pairs):  # two readers could use different ones
+        raise ValueError("a key is named twice")
     return found
 
 
 def read_config(path: Path) -> dict:
-    """The configuration in a JSON file, as `read_json`; what is made by it is not yet limited by
-    any weights.
+    """Return the configuration in a JSON file, and check the sizes in it.
+
+    A model is built from these sizes before any weights are read.
 
     Raises:
-        OSError: see there.
-        ValueError: one sentence: it names a size that no model has.
+        OSError: see `read_json`.
+        ValueError: it names a size that no model has.
     """
     found, values = read_json(path), []
     pending: list[Any] = [found]
@@ -212,18 +215,20 @@ def read_config(path: Path) -> dict:
 
 
 def check_weights(path: Path, what: str, stem: str, variant: str | None = None) -> list[Path]:
-    """The files of the weights in a folder (of a variant, such as `"fp16"`), `stem` being what a
-    library names them; a folder where they are missing, incomplete, pickled or elsewhere is
-    refused.
+    """Return the files of the weights in a folder.
+
+    Args:
+        path: the folder.
+        what: the model, for the message.
+        stem: the name that a library gives the files, without its ending.
+        variant: `None`, or a variant such as `"fp16"`.
 
     Raises:
-        OSError: one sentence.
+        OSError: weights are missing, incomplete, pickled, or in another folder.
     """
     dotted = f".{variant}" if variant else ""
-    single, index = (
-        path / f"{stem}{dotted}.safetensors",
-        path / f"{stem}.safetensors.index{dotted}.json",
-    )
+    single = path / f"{stem}{dotted}.safetensors"
+    index = path / f"{stem}.safetensors.index{dotted}.json"
     needed = {single.name} if single.is_file() or not index.exists() else set()
     if index.exists():
         try:
@@ -240,8 +245,8 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
     ):
         raise OSError(
             f"{what} has no whole weights in safetensors format: {index.name} names {strange[0]!r},"
-            " which is not such a file beside it; pickle files, which are never loaded, and other"
-            " folders are not looked into."
+            " which is not such a file in the same folder; pickle files are never loaded, and other"
+            " folders are not searched."
         )
     missing = sorted(name for name in needed if not (path / name).is_file())
     if missing:
@@ -254,11 +259,15 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
 
 
 def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> dict[str, str | None]:
-    """Where a loaded model came from: `name_or_path`, `subfolder` and, of a Hub repository, the
-    commit as `revision`.
+    """Return where a loaded model came from.
 
-    A diffusers model keeps the name it was loaded by and no revision. One out of a pipeline keeps a
-    path in the cache, `models--user--name/snapshots/COMMIT/vae`, which says all three."""
+    A diffusers model keeps the name with which it was loaded, but no revision. A model of a
+    pipeline keeps a path in the cache, `models--user--name/snapshots/COMMIT/vae`, from which all
+    three entries can be read.
+
+    Returns:
+        `name_or_path`, `subfolder`, and the `revision`: the commit of a Hub repository.
+    """
     parts = Path(name_or_path).parts
     if len(parts) > 2 and "snapshots" in parts[:-1]:
         at = parts.index("snapshots")
@@ -267,11 +276,10 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
             name = parts[at - 1].removeprefix("models--").replace("--", "/")
             return {"name_or_path": name, "subfolder": inside or None, "revision": parts[at + 1]}
     if os.path.isdir(name_or_path):
-        name_or_path = os.path.abspath(
-            name_or_path
-        )  # or, from another folder, it would pass for a repository
+        # From another working directory a relative path would look like a repository.
+        name_or_path = os.path.abspath(name_or_path)
     else:
-        try:  # the commit that the cache knows the revision by is the one of the last load
+        try:  # the cache resolves a revision to the commit of the last load
             revision = Path(
                 snapshot_download(
                     name_or_path, revision=revision, local_files_only=True, allow_patterns=[]
@@ -283,15 +291,16 @@ def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> di
 
 
 def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
-    """Whether an `origin` is a repository on the Hub and not a folder."""
+    """Whether an `origin` is a repository on the Hub, not a folder."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         return False
     return revision is not None or ("/" in name_or_path and not os.path.exists(name_or_path))
 
 
 def without_path(text: str) -> str:
-    """A saved configuration, JSON, without the path on this machine that its model was loaded from;
-    a name on the Hub stays.
+    """Return the JSON of a saved configuration without the path from which its model was loaded.
+
+    The name of a model on the Hub stays.
     """
     try:
         found = json.loads(text)
@@ -305,7 +314,7 @@ def without_path(text: str) -> str:
 
 
 def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> None:
-    """`without_path`, of the configurations in sub-folders of a folder that was just saved."""
+    """Apply `without_path` to the configurations in the sub-folders `parts` of a saved folder."""
     for part in parts:
         for file in Path(folder, part).glob("*config.json"):
             text = file.read_text(encoding="utf-8")
@@ -318,20 +327,20 @@ def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> Non
 
 @contextmanager
 def clear_errors(failed: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises in the body into an OSError of one sentence, `failed` and
-    the reason; the original is its cause.
+    """Turn errors of the Hub's client in the body into an OSError of one sentence.
+
+    Args:
+        failed: what failed, the beginning of the message. The reason follows.
+        repo_id: the repository.
+        revision: the revision that was asked for.
 
     Raises:
-        OSError: see above.
+        OSError: the body raised an error, which is the cause of this one.
     """
     try:
         yield
-    except (
-        OSError,
-        HTTPError,
-        HFValidationError,
-        RuntimeError,
-    ) as error:  # RuntimeError: an upload in a thread
+    # A RuntimeError comes from an upload in a thread.
+    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
         raise OSError(f"{failed}: {_reason(error, repo_id, revision)}") from error
 
 
@@ -346,7 +355,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
         return next((e for e in chain if isinstance(e, kind)), None)
 
     if raised(HFValidationError):
-        return "that is not a name there, user/name."
+        return "that is not a valid name of a repository, user/name."
     if raised(GatedRepoError):
         return f"{repo_id} is gated: ask for access on its page, then {_LOGIN}."
     if raised(RevisionNotFoundError):
@@ -371,8 +380,8 @@ def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
         return f"the Hub answered {status}: {_one_line(answer.server_message or answer)}"
     if isinstance(chain[-1], (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return (
-            "it is not, or not whole, in the local cache, and this is offline: load it once with a"
-            " connection."
+            "it is not, or not whole, in the local cache, and this is offline: load it once with"
+            " a connection."
         )
     if raised(HTTPError) or raised(ConnectionError):
         return (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 
-from hf_intervene.data import quad
+from hf_intervene.data import quad, shapes
 from hf_intervene.metrics import intervention_effects, read_error, read_factors
 from hf_intervene.metrics.factors import (
     CHANCE,
@@ -58,16 +58,20 @@ def test_large_images_are_read_as_averaged_ones(latents):
 
 @given(st.floats(0, 1))
 def test_levels_of_the_palette(level):
-    assert palette_levels(quad.palette(np.array(level)) / 255) == pytest.approx(level, abs=4e-4)
+    assert palette_levels(shapes.palette(np.array(level)) / 255) == pytest.approx(level, abs=4e-4)
 
 
 def test_the_nearest_colour_by_a_slow_search():
     colours = np.random.default_rng(0).random((20, 3))
     grid = np.linspace(0, 1, 5001)
-    known = np.stack([np.interp(grid * 5, range(6), quad.PALETTE[:, k] / 255) for k in range(3)], 1)
+    known = np.stack(
+        [np.interp(grid * 5, range(6), shapes.PALETTE[:, k] / 255) for k in range(3)], 1
+    )
     expected = [np.square(known - colour).sum(1).min() for colour in colours]
     position = palette_levels(colours) * 5
-    found = np.stack([np.interp(position, range(6), quad.PALETTE[:, k] / 255) for k in range(3)], 1)
+    found = np.stack(
+        [np.interp(position, range(6), shapes.PALETTE[:, k] / 255) for k in range(3)], 1
+    )
     np.testing.assert_allclose(np.square(found - colours).sum(1), expected, atol=1e-5)
 
 

@@ -149,8 +149,8 @@ def remove(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename, "images of 'zebra' are those that 'apple' had"),
-        (swap, "images of '(apple|hat)' are those that '(apple|hat)' had"),
+        (rename, "context 'zebra' now has the images that 'apple' had"),
+        (swap, "context '(apple|hat)' now has the images that '(apple|hat)' had"),
         (remove, "of 'hat', which had .* 0 are new and 1 are gone"),
         (lambda data: fill(data / "hat", 2, 9), "of 'hat', which had .* are new and 0 are gone"),
         (lambda data: fill(data / "shoe", 9, 9), "the context 'shoe' is new"),

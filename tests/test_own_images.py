@@ -322,7 +322,7 @@ def test_images_beside_the_folders_of_contexts(source, caplog):
     assert said(caplog, source)[0] == ""
     fill(source, 3, seed=5)
     text, found = said(caplog, source)
-    assert "images that are in no sub-folder of a context are left out (3 .png)" in text
+    assert "images outside the sub-folders of contexts are left out (3 .png)" in text
     assert found == {"obs": 10, "hat": 10}
 
 
@@ -352,7 +352,8 @@ def test_folders_beside_the_split_that_is_read(source, tmp_path, caplog):
     fill(tmp_path / "splits" / "shoe", 9, seed=7)
     text, found = said(caplog, tmp_path / "splits")
     assert (
-        "the split 'train' alone is read; shoe beside it: left out" in text and "shoe" not in found
+        "only the split 'train' is read; these folders are left out: shoe" in text
+        and "shoe" not in found
     )
 
 
@@ -372,7 +373,7 @@ def test_images_of_other_concepts(source, caplog):
     found = ContextImages.from_dataset(load_contexts(source), ["hat"], 16)
     assert found.contexts == ["obs", "hat"]
     assert (
-        "9 of 29 images are left out, whose contexts name other concepts (shoe) than hat"
+        "9 of 29 images are left out: their contexts name other concepts (shoe) than hat"
         in caplog.text
     )
 

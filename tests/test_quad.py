@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from hf_intervene.data import load_quad, quad
+from hf_intervene.data import load_quad, quad, shapes
 
 
 def slow_latents(context, noise, variant):
@@ -87,7 +87,7 @@ def test_palette():
         (0, 0, 255),
         (255, 0, 255),
     ]
-    assert np.abs(quad.palette(levels).astype(int) - expected).max() <= 1
+    assert np.abs(shapes.palette(levels).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("resolution", [64, 32])
@@ -102,7 +102,7 @@ def test_rendering_against_a_per_pixel_reference(resolution):
                 quadrant = {(1, 0): 0, (1, 1): 1, (0, 0): 2, (0, 1): 3}[
                     (int(y >= half), int(x >= half))
                 ]
-                expected[y, x] = quad.palette(row[quadrant])
+                expected[y, x] = shapes.palette(row[quadrant])
         radius = 48 / 64 * resolution * (0.2 + 0.8 * row[4]) / 2
         angle, centre = 2 * np.pi * row[7], resolution / 2
         kind = ["circle", "square", "triangle", "ellipse"][round(3 * row[6])]
@@ -123,7 +123,7 @@ def test_rendering_against_a_per_pixel_reference(resolution):
                     ),
                 }[kind]
                 if inside:
-                    expected[y, x] = quad.palette(row[5])
+                    expected[y, x] = shapes.palette(row[5])
         assert (image != expected).any(-1).sum() <= 2, (
             kind
         )  # a pixel may lie on the edge within rounding

@@ -1,5 +1,8 @@
-"""Context data: `quad` (drawn), `ident3d` (rendered), `mnist` (real digits), `avatars` (faces) and
-your own images (`folder`), as `ContextImages`; and context schedules."""
+"""Images from several contexts (`ContextImages`), and schedules that draw batches from them.
+
+The data sets are `quad` (drawn), `ident3d` (rendered), `mnist` (real digits), `avatars` (faces) and
+your own images (`folder`).
+"""
 
 from .avatars import load_avatars
 from .digits import load_digits

@@ -1,20 +1,20 @@
-"""avatars: faces in pixel art that an outside generator drew, with the true answer of every edit.
+"""avatars: faces in pixel art by another project's generator, with the true answer of every edit.
 
-A stored set of images, not a simulator: nothing is random, and there are no more images than
-`available` says. Four concepts are intervened on, each independent of the others:
+It is a stored set of images, not a simulator: nothing is random, and the number of images is fixed
+(`available`). Four concepts are intervened on, each independent of the others:
 
     glasses, beard, hat   5, 5 and 3 of 100 faces have them in the observational context, all of
                           them under an intervention
     smile                 all mouths are sad in the observational context, happy under an
                           intervention
 
-All else about a face (`ATTRIBUTES`) stays as it is; a hat covers hair.
+Everything else about a face (`ATTRIBUTES`) stays as it is; a hat covers hair.
 
     cells uint8 (n, 16, 16, 3) --each one repeated--> images uint8 (n, resolution, resolution, 3)
 
-The split `"train"` has 4,000 images in the observational context and in that of each concept; no
-person is there twice. The split `"holdout"` has 1,400 other persons, the same ones everywhere:
-image i of `"glasses+hat"` shows what image i of `"obs"` becomes under that intervention (`twins`).
+The split `"train"` has 4,000 images in the observational context and in the context of each
+concept. No person appears twice. The split `"holdout"` has 1,400 other persons, who appear in every
+context: image i of `"glasses+hat"` is image i of `"obs"` after that intervention (`twins`).
 
 Source: avatar style "Pixel Art" by DiceBear, CC0 1.0; data/avatar_faces/README.md describes the
 files. The card is model_cards/datasets/avatars.md.
@@ -37,20 +37,20 @@ from .requests import Shard, checked_contexts, generated, intervened, png, whole
 
 CONCEPTS = ("glasses", "beard", "hat", "smile")
 TRAIN_CONTEXTS = (OBS, *CONCEPTS)
-# What no training image ever carries: all pairs, one triple, all four.
+# Combinations that no training image has: all pairs, one triple, all four.
 HELD_OUT = (
     *("+".join(pair) for pair in combinations(CONCEPTS, 2)),
     "glasses+beard+hat",
     "+".join(CONCEPTS),
 )
-ATTRIBUTES = (  # what was drawn of a face; `None`: nothing
+ATTRIBUTES = (  # parts of a face; `None` means that the part was not drawn
     *("glasses", "beard", "hat", "mouth", "hair", "hair_color", "skin_color", "eyes"),
     *("clothing", "clothing_color", "accessories", "background_color"),
 )
 SPLITS = ("train", "holdout")
-SIDE = 32  # pixels, as the faces were drawn
+SIDE = 32  # default side of the images in pixels
 
-_GRID = 16  # cells a side of a face
+_GRID = 16  # cells per side of a face
 _VERSION = 1  # part of the cache's key: raise it when an image or an attribute would change
 _FOLDER = Path(__file__).parent / "avatar_faces"
 
@@ -58,10 +58,10 @@ Attributes = Mapping[str, Sequence[str | None]]
 
 
 def available(split: str = "train") -> tuple[tuple[str, ...], int]:
-    """The contexts of a split, `"train"` or `"holdout"`, and the number of images in each.
+    """Return the contexts of a split, `"train"` or `"holdout"`, and the number of images in each.
 
     Raises:
-        ValueError: one sentence: there is no such split.
+        ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"avatars has no split {split!r}; choose one of {', '.join(SPLITS)}.")
@@ -70,17 +70,17 @@ def available(split: str = "train") -> tuple[tuple[str, ...], int]:
 
 
 def concepts_present(attributes: Attributes) -> np.ndarray:
-    """Which concepts faces show, whatever was intervened on.
+    """Return which concepts faces show, with or without an intervention.
 
     Args:
-        attributes: columns by name, at least glasses, beard, hat and mouth, of n entries each:
-            those of `attributes_by_context`, or rows of `load_avatars`, as in `data[:100]`.
+        attributes: columns by name, at least glasses, beard, hat and mouth, of n entries each. They
+            come from `attributes_by_context`, or are rows of `load_avatars`, as in `data[:100]`.
 
     Returns:
         bool array (n, 4), columns in the order of `CONCEPTS`.
 
     Raises:
-        ValueError: one sentence: a column is missing.
+        ValueError: a column is missing.
     """
     for name in ("glasses", "beard", "hat", "mouth"):
         if name not in attributes:
@@ -98,7 +98,7 @@ def images_of(
     resolution: int = SIDE,
     split: str = "train",
 ) -> dict[str, np.ndarray]:
-    """Some images of each context.
+    """Return some images of each context.
 
     Args:
         persons: numbers (n,) of the images within a context, from 0 on. In the split `"holdout"` a
@@ -109,7 +109,7 @@ def images_of(
         uint8 images (n, resolution, resolution, 3) by canonical context name.
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
         IndexError: there is no image with such a number.
     """
     names, _, resolution = _checked(contexts, None, resolution, split)
@@ -127,8 +127,10 @@ def images_by_context(
     resolution: int = SIDE,
     split: str = "train",
 ) -> dict[str, np.ndarray]:
-    """uint8 images (n, resolution, resolution, 3) by canonical context name, without the way
-    through files. Arguments and errors: those of `load_avatars`."""
+    """Return images as arrays: uint8 (n, resolution, resolution, 3) by canonical context name.
+
+    Arguments and errors are those of `load_avatars`.
+    """
     _, images, _ = _checked(contexts, images_per_context, resolution, split)
     return images_of(np.arange(images), contexts, resolution, split)
 
@@ -138,7 +140,7 @@ def attributes_by_context(
     images_per_context: int | None = None,
     split: str = "train",
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What was drawn, for the images that `images_by_context` gives.
+    """Return the attributes of the images of `images_by_context`.
 
     Args:
         contexts, images_per_context, split: as in `load_avatars`.
@@ -148,7 +150,7 @@ def attributes_by_context(
         order of `ATTRIBUTES`.
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
     """
     names, images, _ = _checked(contexts, images_per_context, SIDE, split)
     stored = _stored(split)[1]
@@ -161,20 +163,21 @@ def attributes_by_context(
 def twins(
     contexts: Sequence[Context] = (*TRAIN_CONTEXTS, *HELD_OUT), resolution: int = SIDE
 ) -> dict[str, np.ndarray]:
-    """The 1,400 held-out persons in several contexts: the true answers of edits.
+    """Return the 1,400 held-out persons in several contexts: the true answers of edits.
 
-    Who has glasses, a beard or a hat by nature keeps them as they are under that intervention;
-    every mouth changes under `smile`.
+    A person who has glasses, a beard or a hat in the observational context keeps the same ones
+    under that intervention. Every mouth changes under `smile`.
 
     Args:
         contexts, resolution: as in `load_avatars`.
 
     Returns:
-        uint8 images (1400, resolution, resolution, 3) by canonical context name; number i is the
-        same person in all. Attributes: `attributes_by_context(contexts, split="holdout")`.
+        uint8 images (1400, resolution, resolution, 3) by canonical context name. Image i shows the
+        same person in all contexts. `attributes_by_context(contexts, split="holdout")` returns
+        their attributes.
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
     """
     return images_by_context(contexts, None, resolution, "holdout")
 
@@ -188,27 +191,26 @@ def load_avatars(
     num_proc: int | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The faces as a data set of the `datasets` library, written into its cache and found there
-    the next time, or read from the package.
+    """Load the faces as a data set of the `datasets` library, which keeps them in its cache.
 
     Args:
-        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped
-            by them, in this order. The split `"train"` has those of `TRAIN_CONTEXTS`, `"holdout"`
-            those of `HELD_OUT` too.
-        images_per_context: rows of each context, the first ones; `None`: all, 4,000 in `"train"`
-            and 1,400 in `"holdout"`.
-        split: `"train"`, where no person is there twice, or `"holdout"`, where every context has
-            the same persons, none of whom is in `"train"`.
+        contexts: a list of contexts, each in any form of `contexts.parse_context`. Rows are grouped
+            by context, in this order. The split `"train"` has the contexts `TRAIN_CONTEXTS`, the
+            split `"holdout"` also has those of `HELD_OUT`.
+        images_per_context: number of rows of each context. `None` means all: 4,000 in `"train"`,
+            1,400 in `"holdout"`.
+        split: `"train"`, where no person appears twice, or `"holdout"`, where every context has the
+            same persons, none of whom is in `"train"`.
         resolution: side of the images in pixels, a multiple of 16: each cell of a face is repeated.
-        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
+        cache_dir, num_proc, streaming: see `requests.generated`. They do not change the rows.
 
     Returns:
         Columns `image` (PNG), `context` (canonical name), `person` (number of the person in the
-        split) and those of `ATTRIBUTES` (strings, `None` for what was not drawn).
+        split) and those of `ATTRIBUTES` (strings, `None` for parts that were not drawn).
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown, a context
-            that the split does not have, more images than there are.
+        ValueError, TypeError: an argument is out of range or unknown, the split has no such
+            context, or fewer images.
         OSError: the cache cannot be written.
     """
     names, images, resolution = _checked(contexts, images_per_context, resolution, split)
@@ -225,7 +227,7 @@ def _rows(
 ) -> Iterator[dict[str, object]]:
     contexts, stored = available(split)
     for context, start, stop in shards:
-        # Persons are numbered through where every context has its own.
+        # In "train" every context has its own persons: numbers continue from context to context.
         first = contexts.index(context) * stored if split == "train" else 0
         attributes = _stored(split)[1][context]
         images = images_of(np.arange(start, stop), [context], resolution, split)[context]
@@ -237,14 +239,17 @@ def _rows(
 def _checked(
     contexts: Sequence[Context], images_per_context: int | None, resolution: int, split: str
 ) -> tuple[list[str], int, int]:
-    """Canonical context names, images of each and resolution; a ValueError or TypeError of one
-    sentence for what there is not."""
+    """Check arguments. Return canonical context names, images of each, and the resolution.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or unknown.
+    """
     known, most = available(split)
     images = most if images_per_context is None else images_per_context
     numbers = whole_numbers(images_per_context=images, resolution=resolution)
     names = checked_contexts(contexts, CONCEPTS)
     for name in names:
-        intervened(name, CONCEPTS, "avatars")  # complains of a strength in its own words
+        intervened(name, CONCEPTS, "avatars")  # raises an error for a strength
         if name not in known:
             advice = "take split='holdout'" if name in HELD_OUT else "choose among those"
             raise ValueError(
@@ -266,8 +271,12 @@ def _checked(
 
 @cache
 def _stored(split: str) -> tuple[np.ndarray, dict[str, dict[str, list[str | None]]]]:
-    """The cells of all faces, uint8 (contexts, n, 16, 16, 3), read-only, and the attributes by
-    context and name, contexts in the same order."""
+    """Read the files of a split.
+
+    Returns:
+        The cells of all faces, uint8 (contexts, n, 16, 16, 3), read-only; and the attributes by
+        context and name, with contexts in the same order.
+    """
     content = lzma.decompress((_FOLDER / f"{split}.npy.xz").read_bytes())
     cells = np.load(io.BytesIO(content), allow_pickle=False)
     cells.flags.writeable = False

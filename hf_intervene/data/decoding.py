@@ -1,6 +1,4 @@
-"""From the cells of an image column to one uint8 tensor, in memory or in a file on the disk that is
-read as it is used.
-"""
+"""Decode an image column to one uint8 tensor, in memory or in a file that is read when needed."""
 
 import hashlib
 import logging
@@ -35,8 +33,20 @@ def decode(
     channels: int,
     files: str,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The images one by one, uint8, (C, H, W), all of one shape, and their fingerprints; `files`
-    are those that they are in where they have no path.
+    """Decode images one by one.
+
+    Args:
+        column: cells of the image column, each with `bytes` or a `path`.
+        contexts: context of each image, for messages.
+        resolution: crop and resize images to this many pixels a side; `None` keeps them.
+        channels: 1 (grey) or 3 (RGB).
+        files: names of the files of the data set, for messages about images without a path.
+
+    Yields:
+        The image, uint8 (C, H, W), all of one shape, and its fingerprint.
+
+    Raises:
+        ValueError: an image cannot be read, or has another size than the others.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
@@ -71,21 +81,27 @@ def decode(
 
 
 def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
-    """The image of a cell of the image column, decoded, and its fingerprint; `where` is what to
-    call it in a message.
+    """Decode the image of a cell of the image column.
+
+    Args:
+        item: the cell.
+        where: how a message names the image.
+
+    Returns:
+        The image and its fingerprint.
 
     Raises:
-        ValueError: one sentence: there is none, or it cannot be read.
+        ValueError: the cell is empty, or the image cannot be read.
     """
     item = item or {}
     content, path = item.get("bytes"), item.get("path")
     if content is None:
         if not path:
             raise ValueError(f"{where} is not there: the cell is empty.")
-        if not is_local_path(path):  # `datasets` knows how to fetch it
+        if not is_local_path(path):  # `datasets` fetches it
             try:
                 image = ImageFeature().decode_example(item)
-            except Exception as error:  # of a connection or of a decoder
+            except Exception as error:  # from the connection or the decoder
                 raise ValueError(
                     f"{where} cannot be fetched or read: replace or remove it."
                 ) from error
@@ -104,6 +120,7 @@ def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
 def in_memory(
     decoded: Iterator[tuple[np.ndarray, int]], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Collect `count` decoded images in one tensor, uint8 (count, C, H, W), and fingerprints."""
     pixels, marks = None, torch.empty(count, dtype=torch.int64)
     for row, (image, mark) in enumerate(decoded):
         if pixels is None:
@@ -119,27 +136,30 @@ def on_disk(
     channels: int,
     cache_dir: str | os.PathLike,
 ) -> tuple[torch.Tensor, torch.Tensor, MappedFile]:
-    """The images as a file in `cache_dir`, written whole or not at all if it is not there, by
-    memory map; their fingerprints; and the file.
+    """Keep decoded images in a file in `cache_dir`, and read it by memory map.
+
+    The file is written if it is not there: completely or not at all.
+
+    Returns:
+        The images, uint8 (N, C, H, W), their fingerprints, int64 (N,), and the file.
 
     Raises:
-        OSError: one sentence: the folder cannot be written.
-        ValueError: one sentence: an image cannot be used.
+        OSError: the folder cannot be written.
+        ValueError: an image cannot be used.
     """
     path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
     try:
         cached = _cached(path, len(dataset), channels)
-        if cached is None:  # or it is broken
+        if cached is None:  # the file is missing or damaged
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
-                cached = _cached(
-                    path, len(dataset), channels
-                )  # another process may have written it meanwhile
+            with _locked(path):
+                # Another process may have written it since.
+                cached = _cached(path, len(dataset), channels)
                 if cached is None:
                     _write(decoded, path, len(dataset))
                     cached = _cached(path, len(dataset), channels)
         if cached is None:
-            raise OSError(f"{path.name} was changed as soon as it was written")
+            raise OSError(f"{path.name} was changed right after it was written")
         return torch.from_numpy(cached[0]), torch.from_numpy(cached[1]), cached[2]
     except OSError as error:
         raise OSError(
@@ -149,9 +169,11 @@ def on_disk(
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Inside, no other process writes this file of the cache, where the file system has locks; what
-    a process that was killed left of it is removed."""
+def _locked(path: Path) -> Iterator[None]:
+    """Let no other process write a file of the cache, if the file system has locks.
+
+    Parts of the file that a killed process left behind are removed.
+    """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire()
@@ -182,9 +204,8 @@ def _write(decoded: Iterator[tuple[np.ndarray, int]], path: Path, count: int) ->
                         "shape": (count, *image.shape),
                     }
                     np.lib.format.write_array_header_1_0(file, header)
-                file.write(
-                    image.tobytes()
-                )  # and not into a memory map: a full disk would kill the process
+                # Not into a memory map: there a full disk would kill the process.
+                file.write(image.tobytes())
         with open(temporary[1], "wb") as file:
             np.save(file, marks, allow_pickle=False)
         temporary[1].replace(_marks_of(path))
@@ -201,33 +222,30 @@ def _marks_of(path: Path) -> Path:
 def _cached(
     path: Path, count: int, channels: int
 ) -> tuple[np.ndarray, np.ndarray, MappedFile] | None:
-    """The images (count, channels, H, W) in a file of the cache, by memory map, their fingerprints
-    (count,), and the file; `None` if they are not there or not whole."""
+    """Open a file of the cache by memory map.
+
+    Returns:
+        The images, uint8 (count, channels, H, W), their fingerprints, int64 (count,), and the file;
+        `None` if the file is missing or damaged.
+    """
     try:
         found, mapped = open_array(
             path, "do not change the image cache while it is in use; go on with --resume auto"
         )
         with open(_marks_of(path), "rb") as file:
             marks = np.load(file, allow_pickle=False)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        MemoryError,
-        OverflowError,
-    ):  # truncated, or with a header that is none
+    # The file is truncated, or its header is not valid.
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError):
         return None
     whole = found.ndim == 4 and found.shape[:2] == (count, channels) and found.dtype == np.uint8
-    return (
-        (found, marks, mapped)
-        if whole and marks.shape == (count,) and marks.dtype == np.int64
-        else None
-    )
+    whole = whole and marks.shape == (count,) and marks.dtype == np.int64
+    return (found, marks, mapped) if whole else None
 
 
 def _fingerprint(dataset: Dataset, resolution: int | None, channels: int) -> str:
-    """Of the images of a data set, whose image column is not decoded; it changes when a file that
-    they are in does.
+    """Return the cache key of the images of a data set, whose image column is not decoded.
+
+    It changes when a file of an image changes.
     """
     digest = hashlib.sha256(f"{dataset._fingerprint} {resolution} {channels}".encode())
     for item in dataset["image"]:

@@ -1,5 +1,6 @@
-"""Handwritten digits of MNIST (LeCun, Cortes, Burges) for `mnist.py`: from the package, from files,
-or from the Hub.
+"""Handwritten digits of MNIST for `mnist.py`: from the package, from files, or from the Hub.
+
+Source: LeCun, Cortes and Burges, The MNIST database of handwritten digits.
 """
 
 import gzip
@@ -23,15 +24,16 @@ SPLITS = ("train", "test")
 _FILES = {"train": "train", "test": "t10k"}
 _BUNDLED_FILE = Path(__file__).parent / "mnist_digits" / "digits.npz"
 _GZIP = b"\x1f\x8b"
-_MAX_BYTES = 1 << 30  # of an IDX file; all of MNIST is 55 MB
+_MAX_BYTES = 1 << 30  # the largest IDX file that is read; all of MNIST is 55 MB
 
 
 @dataclass(frozen=True)
 class Digits:
-    """
+    """Images of digits and their labels.
+
     Args:
         images: white on black, uint8, (n, 28, 28).
-        labels: the digits that they show, uint8, (n,).
+        labels: the digit that each image shows, uint8, (n,).
     """
 
     images: np.ndarray
@@ -41,10 +43,14 @@ class Digits:
         return len(self.images)
 
     def split(self, fraction: float, seed: int = 0) -> tuple["Digits", "Digits"]:
-        """Two sets without a common digit, the second with this fraction of them.
+        """Split at random into two sets without a common image.
+
+        Args:
+            fraction: share of the images in the second set.
+            seed: seed of the split.
 
         Raises:
-            ValueError: a fraction that leaves one of the two empty.
+            ValueError: one of the two sets would be empty.
         """
         parts = map(np.sort, split_rows(len(self), fraction, seed, "digits"))
         first, held_out = (Digits(self.images[part], self.labels[part]) for part in parts)
@@ -52,23 +58,23 @@ class Digits:
 
 
 def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Digits:
-    """The digits of one split; those of MNIST's two splits were written by different people.
+    """Load the digits of one split. Different people wrote the digits of MNIST's two splits.
 
     Args:
-        source: one of, looked for in this order:
+        source: one of these, tried in this order:
 
             1. `"bundled"`: 400 digits for training and 400 for testing, which come with the
-              package;
+               package;
             2. a folder with MNIST's four IDX files (`train-images-idx3-ubyte`,
-              `t10k-labels-idx1-ubyte`, ...), gzipped or not;
+               `t10k-labels-idx1-ubyte`, ...), gzipped or not;
             3. a folder written by `save_to_disk`, with the columns `image` and `label`;
-            4. the name of such a data set on the Hub, as `"ylecun/mnist"`.
+            4. the name of such a data set on the Hub, such as `"ylecun/mnist"`.
         split: `"train"` or `"test"`.
 
     Raises:
-        OSError (FileNotFoundError, ...), ValueError: one sentence: no such source or split, a file
-        that is no IDX file or is damaged,
-            images that are not grey and of 28 x 28 pixels, as many labels as images wanting.
+        OSError: there is no such source (FileNotFoundError), or it cannot be read.
+        ValueError: there is no such split, a file is not an IDX file or is damaged, an image is not
+            grey with 28 x 28 pixels, or the numbers of images and labels differ.
     """
     if split not in SPLITS:
         raise ValueError(f"the digits have no split {split!r}; choose one of {', '.join(SPLITS)}.")
@@ -89,17 +95,17 @@ def load_digits(source: str | os.PathLike = BUNDLED, split: str = "train") -> Di
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """Read an IDX file of bytes, gzipped or not: two zero bytes, the type (8: unsigned byte), the
-    number of dimensions (1 to 3), each dimension as a big-endian 32-bit number, and the entries in
-    row-major order.
+    """Read an IDX file of bytes, gzipped or not.
+
+    The file has two zero bytes, the type (8: unsigned byte), the number of dimensions (1 to 3),
+    each dimension as a big-endian 32-bit number, and the entries in row-major order.
 
     Returns:
         uint8 array of the shape that the file names.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: one sentence: it is no IDX file of bytes, is cut short, or goes on after its
-            end.
+        ValueError: it is not an IDX file of bytes, or is shorter or longer than it says.
     """
     path = Path(path)
     try:
@@ -108,11 +114,11 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         with gzip.open(path) if zipped else open(path, "rb") as file:
             head = file.read(4)
             if len(head) < 4 or head[:3] != b"\0\0\x08" or head[3] not in (1, 2, 3):
-                raise ValueError(f"{path} is not an IDX file of bytes, as those of MNIST are.")
+                raise ValueError(f"{path} is not an IDX file of bytes, like those of MNIST.")
             sizes = file.read(4 * head[3])
             shape = tuple(np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4").tolist())
             length = 1
-            for size in shape:  # Python's numbers do not overflow
+            for size in shape:  # Python's integers do not overflow
                 length *= size
             if len(shape) == head[3] and length > _MAX_BYTES:
                 raise ValueError(f"{path} names {length} entries, which no file of MNIST has.")
@@ -125,20 +131,20 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path} ends too early: it is cut short or damaged; fetch it again.")
     if len(data) > length:
         raise ValueError(
-            f"{path} goes on after its {length} entries: it is damaged; fetch it again."
+            f"{path} has more bytes than its {length} entries: it is damaged; fetch it again."
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _read(folder: Path, split: str, kind: str, dimensions: int) -> np.ndarray:
-    """One of the four files, under any of the names that it goes by."""
+    """Read one of the four files, which has one of several usual names."""
     stem = f"{_FILES[split]}-{kind}"
     names = [f"{stem}{dot}idx{dimensions}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
     for name in names:
         if (folder / name).is_file():
             return read_idx(folder / name)
     raise FileNotFoundError(
-        f"{folder} is no saved data set and has no file {names[0]} or {names[1]}."
+        f"{folder} is not a saved data set and has no file {names[0]} or {names[1]}."
     )
 
 
@@ -159,7 +165,7 @@ def _from_dataset(dataset: Dataset, source: str | os.PathLike) -> Digits:
     )
     if odd is not None:
         raise ValueError(
-            f"{source} has an image {odd.dtype} {odd.shape}: digits must be grey, of {SIDE} x"
+            f"{source} has an image {odd.dtype} {odd.shape}: digits must be grey, with {SIDE} x"
             f" {SIDE} pixels."
         )
     return _checked(

@@ -1,5 +1,6 @@
-"""Your own images: a folder, a saved `datasets` data set or a Hub data set, brought to the columns
-`image` and `context`.
+"""Load your own images, with the columns `image` and `context`.
+
+The source is a folder, a data set that `datasets` saved, or a data set on the Hub.
 """
 
 import errno
@@ -15,18 +16,9 @@ from ..contexts import OBS
 from ..image_files import READABLE, printable
 
 
-_SPLITS = (
-    "train",
-    "test",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "eval",
-    "holdout",
-    "held_out",
-)  # names of no context
-PROMPT_COLUMNS = ("prompt", "text")  # in this order
+# Usual folder names of splits, which are not contexts.
+_SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")
+PROMPT_COLUMNS = ("prompt", "text")  # the first that exists is used
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
@@ -37,37 +29,36 @@ def load_contexts(
     image_column: str = "image",
     context_column: str = "context",
 ) -> Dataset:
-    """Load images and the context each came from.
+    """Load images and the context of each.
 
-    `source` is one of, looked for in this order:
+    `source` is one of these, tried in this order:
 
     1. a folder written by `save_to_disk` of a `Dataset` or `DatasetDict`;
     2. a folder with a `metadata.csv`, `.jsonl` or `.parquet` that has a context column (the
-      `imagefolder` format of `datasets`);
+       `imagefolder` format of `datasets`);
     3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`,
-       `quad1+size/`. Images may lie deeper in it; hidden files and folders are ignored; files that
-       are no images, links to folders, images beside the sub-folders and a sub-folder without
-       images are reported and ignored;
-    4. a folder with the sub-folder `split`, which is one of 2 or 3; beside a folder `obs` it is a
-      context of that name;
+       `quad1+size/`. The images may be in sub-folders of these. Hidden files and folders are
+       ignored. A warning reports what else is left out: files that are not images, links to
+       folders, images outside the sub-folders, and sub-folders without images;
+    4. a folder with the sub-folder `split`, which is a folder of kind 2 or 3. If there is also a
+       folder `obs`, the sub-folder `split` is a context of that name;
     5. the name of a data set on the Hub.
 
     Args:
-        source: see above. What is a path (an `os.PathLike`, or a string that is absolute, starts
-            with `.` or `~`, ends with a slash, has more than one or none, or goes through a folder
-            that exists) is never looked up on the Hub, where names are `user/name`.
-        split: split of a data set that has several; a folder or data set without splits is
-            `"train"`.
-        image_column: name of its image column.
-        context_column: name of its context column.
+        source: see above. A path is never looked up on the Hub, where names are `user/name`. A path
+            is an `os.PathLike`, or a string that is absolute, starts with `.` or `~`, ends with a
+            slash, has no slash or several, or begins with a folder that exists.
+        split: the split to load. A folder or data set without splits counts as `"train"`.
+        image_column: name of the image column.
+        context_column: name of the context column.
 
     Returns:
-        A data set with the columns `image` and `context`, and `prompt` if it has a column `prompt`
-        or `text`; `ContextImages.from_dataset` checks and decodes it.
+        A data set with the columns `image` and `context`, and `prompt` if the source has a column
+        `prompt` or `text`. `ContextImages.from_dataset` checks and decodes it.
 
     Raises:
-        OSError (FileNotFoundError, ...), ValueError: one sentence: no such folder, no images in it,
-        no such column or split.
+        OSError: there is no such folder (FileNotFoundError), or it cannot be read.
+        ValueError: there are no images in it, or no such column or split.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -112,7 +103,11 @@ def load_contexts(
 
 
 def from_hub(source: str | os.PathLike, split: str) -> Dataset:
-    """One split of a data set on the Hub, or an error of one sentence."""
+    """Load one split of a data set on the Hub.
+
+    Raises:
+        OSError: there is no such data set, or no connection.
+    """
     try:
         return load_dataset(str(source), split=split)
     except (FileNotFoundError, ConnectionError) as error:
@@ -123,7 +118,7 @@ def from_hub(source: str | os.PathLike, split: str) -> Dataset:
 
 
 def is_local(source: str | os.PathLike) -> bool:
-    """Whether a source is a path, and so never looked up on the Hub; see `load_contexts`."""
+    """Whether a source is a path, which is never looked up on the Hub; see `load_contexts`."""
     text = str(source)
     if (
         isinstance(source, os.PathLike)
@@ -136,7 +131,12 @@ def is_local(source: str | os.PathLike) -> bool:
 
 
 def read_saved(path: Path, split: str) -> Dataset:
-    """One split of a data set written by `save_to_disk`, or an error of one sentence."""
+    """Load one split of a data set that `save_to_disk` wrote.
+
+    Raises:
+        OSError: the data set is incomplete or corrupt.
+        ValueError: it has no such split.
+    """
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -160,7 +160,7 @@ def _of_split(path: Path, split: str) -> Path:
         (inside / OBS).is_dir() or _has_metadata(inside) or not (path / OBS).is_dir()
     ):
         return inside
-    if split != "train":  # its training images must not pass for a test split that is not there
+    if split != "train":  # training images must not be used as a test split that is missing
         raise ValueError(f"{path} has no split {split!r}: there is no such sub-folder.")
     return path
 
@@ -175,10 +175,10 @@ def _folder_with_metadata(folder: Path) -> Dataset:
 
     try:
         return load(None)
-    except Exception:  # perhaps what the cache has of it is corrupt
+    except Exception:  # its entry in the cache may be corrupt
         try:
             return load("force_redownload")
-        except Exception as error:  # readers of tables raise what they like
+        except Exception as error:  # readers of tables raise errors of many types
             if isinstance(error, OSError) and error.errno in (
                 errno.EACCES,
                 errno.EROFS,
@@ -195,8 +195,12 @@ def _folder_with_metadata(folder: Path) -> Dataset:
 
 
 def _warn_of_others(path: Path, read: Path, split: str) -> None:
-    """Say what of a folder is not read, where that is one of its sub-folders, or where images lie
-    loose in it.
+    """Warn of what is not read: other sub-folders than the split, and images outside sub-folders.
+
+    Args:
+        path: the folder that the user named.
+        read: the folder that is read: `path`, or its sub-folder `split`.
+        split: name of the split.
     """
     if read != path:
         others = [
@@ -206,7 +210,7 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
         ]
         if others:
             logger.warning(
-                "of %s the split %r alone is read; %s beside it: left out.",
+                "%s: only the split %r is read; these folders are left out: %s.",
                 path,
                 split,
                 ", ".join(map(printable, others)),
@@ -218,14 +222,14 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
     )
     if loose:
         logger.warning(
-            "%s: images that are in no sub-folder of a context are left out (%s).",
+            "%s: images outside the sub-folders of contexts are left out (%s).",
             read,
             _counted(loose),
         )
 
 
 def _subfolders(path: Path) -> list[Path]:
-    """Those that hold contexts or splits: neither hidden nor left by macOS in an archive."""
+    """Return the sub-folders that are not hidden, and not added to an archive by macOS."""
     return sorted(
         child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name)
     )
@@ -252,13 +256,13 @@ def _folder_of_contexts(path: Path) -> Dataset:
             if any(_is_hidden(part) for part in file.relative_to(folder).parts):
                 continue
             if file.is_dir():
-                if file.is_symlink():  # it could lead back to where we are
+                if file.is_symlink():  # it could lead back to a folder that contains it
                     others["link to a folder"] += 1
             elif file.exists() and not file.is_file():
                 others["pipe or device"] += 1
             elif file.suffix.lower() not in READABLE:
                 others[file.suffix.lower() or "no ending"] += 1
-            else:  # a link to nowhere is complained of when it is read
+            else:  # a link without a target raises an error when it is read
                 if printable(file) != str(file):
                     raise ValueError(
                         f"the name of {printable(file)} has bytes that are not UTF-8: rename it."
@@ -273,7 +277,7 @@ def _folder_of_contexts(path: Path) -> Dataset:
             )
         elif others:
             logger.warning(
-                "%s: files that are no images that can be read are left out (%s).", folder, left_out
+                "%s: files that cannot be read as images are left out (%s).", folder, left_out
             )
         images += map(str, files)
         contexts += [folder.name] * len(files)

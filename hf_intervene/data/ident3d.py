@@ -1,30 +1,37 @@
-"""ident3d: rendered scenes after 3DIdent, whose concepts are three hues (METHOD section 4;
-arXiv:2507.04754).
+"""ident3d: rendered scenes after 3DIdent, whose concepts are three hues.
 
-A teapot-like object floats over a coloured ground under a coloured spotlight. The latents are those
-of 3DIdent (Zimmermann, Sharma, Schneider, Bethge, Brendel: Contrastive learning inverts the data
-generating process. ICML 2021); renderer, object and ranges are our own.
+See METHOD section 4 and arXiv:2507.04754.
 
-    latents (n, 10) --normal CDF--> levels in [0, 1] (n, 10) --ranges--> scene (n, 10) --ray casting--> uint8 (n, resolution, resolution, 3)
+An object like a teapot is above a coloured ground, under a coloured spotlight. The latents are
+those of 3DIdent (Zimmermann, Sharma, Schneider, Bethge, Brendel: Contrastive learning inverts the
+data generating process. ICML 2021). The renderer, the object and the ranges are our own.
 
-Ten standardised latents, in the order of `LATENTS`; what they set, at levels 0 and 1 (`RANGES`):
+    latents (n, 10) --normal CDF--> levels in [0, 1] (n, 10) --ranges--> scene (n, 10)
+        --ray casting--> uint8 (n, resolution, resolution, 3)
 
-    background, object, spotlight        hue of ground, object and light, in degrees: an arc of 300 with the middle at 120 (green), 0 (red), 60 (yellow)
-    position_x, position_y, position_z   centre of the object: to the right -0.7 to 0.7, away -0.7 to 0.7, height 1.0 to 1.6
-    phi, theta, psi                      its rotations about the vertical (-90 to 90 degrees), its depth and its long axis (-45 to 45 each)
-    spotlight_position                   of the light on an arc over the scene, from -40 (left) to 40 degrees; it always points at the centre
+The ten standardised latents, in the order of `LATENTS`, and what they set at levels 0 and 1
+(`RANGES`):
 
-In the observational context every latent is N(0, 1). The level of a hue is that of two thirds of
-its latent, so that hues gather around the middle of their arcs; the others are uniform.
-`variant="independent"` has no edges; `"dependent"` is a linear Gaussian causal model (`_EDGES`)
-whose noise keeps all variances at 1. An intervention on a hue cuts its incoming edges and draws it
-from `_INTERVENED`. Every image is a function of (variant, seed, context, its row), whatever the
-number of images.
+    background, object, spotlight        hue of ground, object and light, in degrees: an arc of 300
+                                         with its middle at 120 (green), 0 (red), 60 (yellow)
+    position_x, position_y, position_z   centre of the object: to the right -0.7 to 0.7, away from
+                                         the camera -0.7 to 0.7, height 1.0 to 1.6
+    phi, theta, psi                      rotations of the object, in degrees: about the vertical
+                                         -90 to 90, about its depth and its long axis -45 to 45
+    spotlight_position                   position of the light on an arc above the scene, from -40
+                                         (left) to 40 degrees; it always points at the centre
 
-The renderer casts rays: an ellipsoid and capsules in closed form, a ground plane; ambient light,
-Lambert and a specular highlight, hard shadows, a cone of light with a soft edge; four rays a pixel.
-It uses nothing but arithmetic and square roots, image by image. The card is
-model_cards/datasets/ident3d.md."""  # noqa: E501
+In the observational context every latent is N(0, 1). The latent of a hue is multiplied by two
+thirds before the normal CDF, so that hues are denser in the middle of their arcs. The other levels
+are uniform. `variant="independent"` has no edges. `"dependent"` is a linear Gaussian causal model
+(`_EDGES`) whose noise keeps all variances at 1. An intervention on a hue cuts its incoming edges
+and draws it from `_INTERVENED`. Every image depends only on (variant, seed, context, its row), not
+on the number of images.
+
+The renderer (`raycast.py`) casts rays: an ellipsoid and capsules in closed form, a ground plane;
+ambient light, Lambert and a specular highlight, hard shadows, a cone of light with a soft edge;
+four rays per pixel. The card is model_cards/datasets/ident3d.md.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +43,16 @@ from tqdm.auto import tqdm
 
 from ..contexts import OBS, Context, context_name
 from .raycast import Scene, cast
-from .requests import Shard, checked_request, generated, generator, intervened, png
+from .requests import (
+    Shard,
+    checked_latents,
+    checked_request,
+    drawn_images,
+    generated,
+    generator,
+    intervened,
+    png,
+)
 
 
 CONCEPTS = ("background", "object", "spotlight")
@@ -52,10 +68,10 @@ LATENTS = (
 )
 VARIANTS = ("dependent", "independent")
 TRAIN_CONTEXTS = (OBS, *CONCEPTS)
-# The pairs no training image ever carries.
+# Pairs that no training image has.
 HELD_OUT = ("background+object", "background+spotlight", "object+spotlight")
 
-# of what is drawn, at levels 0 and 1: degrees and units of the scene, in the order of LATENTS
+# Values in the scene at levels 0 and 1, in degrees and units of the scene, in the order of LATENTS.
 RANGES = np.array(
     [
         *((middle - 150, middle + 150) for middle in (120, 0, 60)),
@@ -64,7 +80,7 @@ RANGES = np.array(
     ],
     dtype=np.float64,
 )
-_HUE_SPREAD = 2 / 3  # of a hue's latent before the normal CDF
+_HUE_SPREAD = 2 / 3  # factor of a hue's latent before the normal CDF
 _EDGES = {  # (from, to): weight, among standardised latents
     ("spotlight_position", "spotlight"): 0.7,
     ("position_x", "object"): -0.5,
@@ -75,19 +91,17 @@ _EDGES = {  # (from, to): weight, among standardised latents
 _CAUSAL_ORDER = [
     LATENTS.index(name) for name in (*LATENTS[3:], "spotlight", "object", "background")
 ]
-_INTERVENED = {
-    "background": (1.6, 0.6),
-    "object": (-1.6, 0.6),
-    "spotlight": (1.6, 0.6),
-}  # mean and standard deviation
+# Mean and standard deviation of a latent that is intervened on.
+_INTERVENED = {"background": (1.6, 0.6), "object": (-1.6, 0.6), "spotlight": (1.6, 0.6)}
 
 _RENDERER = 1  # part of the cache's key: raise it when an image would change
 _GROUND_SATURATION, _OBJECT_SATURATION, _SPOTLIGHT_SATURATION = 0.65, 0.8, 0.65
 
 
 def _mechanisms(variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Edge weights (10, 10), `[i, j]` the effect of latent j on latent i, and the standard
-    deviations (10,) of the noise.
+    """Return the edge weights (10, 10) and the standard deviations (10,) of the noise.
+
+    `weights[i, j]` is the effect of latent j on latent i.
     """
     if variant not in VARIANTS:
         raise ValueError(
@@ -97,7 +111,7 @@ def _mechanisms(variant: str) -> tuple[np.ndarray, np.ndarray]:
     if variant == "dependent":
         for (source, effect), weight in _EDGES.items():
             weights[LATENTS.index(effect), LATENTS.index(source)] = weight
-    for i in _CAUSAL_ORDER:  # what the parents leave of a variance of 1
+    for i in _CAUSAL_ORDER:  # the noise has the rest of a variance of 1
         if weights[i].any():
             covariance[i] = covariance[:, i] = weights[i] @ covariance
             noise[i], covariance[i, i] = np.sqrt(1 - weights[i] @ covariance @ weights[i]), 1
@@ -105,8 +119,9 @@ def _mechanisms(variant: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weights(variant: str = "dependent") -> np.ndarray:
-    """Edge weights of the causal model among standardised latents, (10, 10): `weights[i, j]` is the
-    effect of latent j on latent i.
+    """Return the edge weights of the causal model among standardised latents, (10, 10).
+
+    `weights[i, j]` is the effect of latent j on latent i.
     """
     return _mechanisms(variant)[0]
 
@@ -120,12 +135,15 @@ def sample_latents(
         context: `"obs"`, a concept, or several (`"background+object"`, `["background", "object"]`).
         size: number of images.
         variant: `"dependent"` or `"independent"`.
-        seed: the draw is a function of (seed, context, variant) and, row by row, independent of
-            `size`: fewer rows are the first of more.
+        seed: the draw depends on (seed, context, variant). A row does not depend on `size`: fewer
+            rows are the first rows of a larger draw.
 
     Returns:
-        float64 array of shape (size, 10), columns in the order of `LATENTS`, standardised: N(0, 1)
-        in the observational context.
+        float64 array of shape (size, 10), columns in the order of `LATENTS`. In the observational
+        context each is N(0, 1).
+
+    Raises:
+        ValueError: the context or variant is unknown, or a concept has a strength.
     """
     _mechanisms(variant)
     on = intervened(context, CONCEPTS, "ident3d")
@@ -138,29 +156,32 @@ def sample_latents(
 def counterfactual_latents(
     latents: np.ndarray, context: Context, variant: str = "dependent"
 ) -> np.ndarray:
-    """What observational latents would have been under interventions: the same noise, the
-    intervened latents replaced, everything downstream following the causal model.
+    """Return the values that observational latents would have had under interventions.
 
-    An intervened latent keeps the standard normal draw behind it and takes mean and standard
-    deviation of the intervention; a choice, as in `quad.counterfactual_latents`.
+    The noise stays the same, the intervened latents are replaced, and their effects follow the
+    causal model. An intervened latent keeps its standard normal draw and takes the mean and
+    standard deviation of the intervention. That is a choice; see `quad.counterfactual_latents`.
 
     Args:
         latents: observational latents (n, 10), as `sample_latents` returns them for `"obs"`.
-        context, variant: as there.
+        context, variant: as in `sample_latents`.
 
     Returns:
-        float64 array (n, 10), row by row the counterfactual of `latents`.
+        float64 array (n, 10): row i is the counterfactual of row i of `latents`.
     """
     matrix, scale = _mechanisms(variant)
-    latents = _checked(latents)
+    latents = checked_latents(latents, len(LATENTS)).astype(np.float64)
     return _solve(
         (latents - latents @ matrix.T) / scale, intervened(context, CONCEPTS, "ident3d"), variant
     )
 
 
 def _solve(noise: np.ndarray, on: np.ndarray, variant: str) -> np.ndarray:
-    """Latents (n, 10) of standard normal noise (n, 10), the concepts `on` (3,) intervened on.
-    Column by column, so that no row's last bit depends on how many there are."""
+    """Return latents (n, 10) for noise (n, 10), with the concepts `on` (3,) intervened on.
+
+    Columns are computed one by one, so that the last bits of a row do not depend on the number of
+    rows.
+    """
     matrix, scale = _mechanisms(variant)
     latents = np.empty_like(noise)
     for i in _CAUSAL_ORDER:
@@ -175,16 +196,17 @@ def _solve(noise: np.ndarray, on: np.ndarray, variant: str) -> np.ndarray:
 
 
 def scenes(latents: np.ndarray) -> np.ndarray:
-    """What latents (n, 10) set: hues and angles in degrees, positions in units of the scene, (n,
-    10), within `RANGES`.
+    """Return the values in the scene for latents (n, 10), as (n, 10) within `RANGES`.
+
+    Hues and angles are in degrees, positions in units of the scene.
     """
-    levels = _checked(latents).copy()
+    levels = checked_latents(latents, len(LATENTS)).astype(np.float64)
     levels[:, : len(CONCEPTS)] *= _HUE_SPREAD
     return RANGES[:, 0] + (RANGES[:, 1] - RANGES[:, 0]) * ndtr(levels)
 
 
 def colour(hue: float, saturation: float) -> np.ndarray:
-    """Of a hue in degrees, at full value: RGB in [0, 1], float32 (3,)."""
+    """Return the colour of a hue in degrees, at full value: RGB in [0, 1], float32 (3,)."""
     ramps = (abs((hue / 60 - shift) % 6 - 3) - 1 for shift in (0, 2, 4))
     return np.array(
         [1 - saturation * (1 - min(max(ramp, 0), 1)) for ramp in ramps], dtype=np.float32
@@ -215,7 +237,7 @@ def render(latents: np.ndarray, resolution: int = 64) -> np.ndarray:
 
 
 def scene(row: Sequence[float]) -> Scene:
-    """The scene of one row of `scenes`."""
+    """Return the scene for one row of `scenes`."""
     background, object_hue, spotlight, x, y, z, *angles = row
     phi, theta, psi, position = map(math.radians, angles)
     turns = [
@@ -233,15 +255,6 @@ def scene(row: Sequence[float]) -> Scene:
     )
 
 
-def _checked(latents: np.ndarray) -> np.ndarray:
-    latents = np.asarray(latents, dtype=np.float64)
-    if latents.ndim != 2 or latents.shape[1] != len(LATENTS):
-        raise ValueError(f"latents must have shape (n, {len(LATENTS)}), not {latents.shape}.")
-    if np.isnan(latents).any():
-        raise ValueError("latents hold NaN: there is no image to draw.")
-    return latents
-
-
 def images_by_context(
     contexts: Sequence[Context] = TRAIN_CONTEXTS,
     images_per_context: int = 4000,
@@ -249,18 +262,14 @@ def images_by_context(
     variant: str = "dependent",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """uint8 images (n, resolution, resolution, 3) by canonical context name, without the way
-    through files. Arguments: `load_ident3d`.
+    """Return images as arrays: uint8 (n, resolution, resolution, 3) by canonical context name.
+
+    Arguments and errors are those of `load_ident3d`.
     """
-    a = checked_request(
+    request = checked_request(
         sample_latents, render, CONCEPTS, contexts, images_per_context, resolution, variant, seed
     )
-    return {
-        context: render(
-            sample_latents(context, a["images_per_context"], variant, a["seed"]), a["resolution"]
-        )
-        for context in a["contexts"]
-    }
+    return drawn_images(sample_latents, render, request)
 
 
 def load_ident3d(
@@ -273,24 +282,23 @@ def load_ident3d(
     num_proc: int | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The scenes as a data set of the `datasets` library, drawn into its cache and found there the
-    next time, or drawn as they are read.
+    """Load the scenes as a data set of the `datasets` library, which keeps them in its cache.
 
     Args:
-        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped
-            by them, in this order.
-        images_per_context: rows of each context.
+        contexts: a list of contexts, each in any form of `contexts.parse_context`. Rows are grouped
+            by context, in this order.
+        images_per_context: number of rows of each context.
         resolution: side of the images in pixels.
         variant: `"dependent"` or `"independent"`.
-        seed: use another one for held-out images.
-        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
+        seed: seed of the images. Use another one for held-out images.
+        cache_dir, num_proc, streaming: see `requests.generated`. They do not change the rows.
 
     Returns:
         Columns `image` (PNG), `context` (canonical name) and `latents` (10 standardised values in
         the order of `LATENTS`).
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
         OSError: the cache cannot be written.
     """
     arguments = checked_request(

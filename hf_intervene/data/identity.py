@@ -1,9 +1,9 @@
-"""Which images a split, a checkpoint and a model were made of: a fingerprint of 8 bytes for each
-image.
+"""Fingerprints of images: which images a split, a checkpoint and a model were made of.
 
-A fingerprint is of the file as it is on the disk, or of the pixels where there is none. So it does
-not depend on names, folders, order or versions of decoders: data that were moved elsewhere are
-recognised, and images that were added change nothing of the others."""
+The fingerprint of an image has 8 bytes. It is a hash of the file's contents, or of the pixels if
+there is no file. So it does not depend on names, folders, order or versions of decoders. Data that
+were moved are recognised, and new images do not change the fingerprints of the others.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,29 +15,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
-SPLITS = ("image", "position")  # by what data are split into training and validation images
-IMAGES_FILE = "training_images.safetensors"  # beside a model
+SPLITS = ("image", "position")  # ways to split data into training and validation images
+IMAGES_FILE = "training_images.safetensors"  # in the folder of a model
 
 
 def fingerprint(content: bytes) -> int:
-    """64 bits of BLAKE2b of the contents of an image, as a signed integer."""
+    """Return 64 bits of BLAKE2b of the contents of an image file, as a signed integer."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def fingerprints(pixels: torch.Tensor) -> torch.Tensor:
-    """Fingerprints, int64 (M,), of images that came from no files, uint8 (M, C, H, W)."""
+    """Return the fingerprints, int64 (M,), of images without files, uint8 (M, C, H, W)."""
     found = torch.empty(len(pixels), dtype=torch.int64)
-    for rows in torch.arange(len(pixels)).split(
-        1024
-    ):  # not all at once: they may be more than memory holds
+    # In pieces, because all images together may need more memory than there is.
+    for rows in torch.arange(len(pixels)).split(1024):
         block = pixels[rows.to(pixels.device)].cpu().numpy()
         found[rows] = torch.tensor([fingerprint(image.tobytes()) for image in block])
     return found
 
 
 def places(marks: np.ndarray, seed: int) -> np.ndarray:
-    """A place in [0, 1) for each fingerprint, int64 (N,), uniform, other for another seed, and not
-    depending on the other images.
+    """Return a number in [0, 1) for each fingerprint, int64 (N,).
+
+    The numbers are uniformly distributed. Each depends on its fingerprint and the seed only, not on
+    the other images.
     """
     with np.errstate(over="ignore"):
         mixed = _mixed(
@@ -56,8 +57,13 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> str | None:
-    """In words what is different in two sets of images, fingerprints (n,) by the context they are
-    of; `None`: nothing.
+    """Describe a difference between two sets of images.
+
+    Args:
+        before, now: fingerprints, int64 (n,), by context.
+
+    Returns:
+        A part of a sentence, or `None` if the sets are equal.
     """
     marks = [
         {name: np.sort(np.asarray(values)) for name, values in of.items()} for of in (before, now)
@@ -72,7 +78,7 @@ def changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor])
         for other in sorted(marks[0]):
             here = marks[1].get(name, none)
             if other != name and len(here) and np.isin(here, marks[0][other]).mean() > 0.5:
-                return f"the images of {name!r} are those that {other!r} had"
+                return f"context {name!r} now has the images that {other!r} had"
     for name in different:
         then, here = (of.get(name, none) for of in marks)
         if name not in now:
@@ -88,8 +94,12 @@ def changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor])
 
 
 def save_images(folder: Path, marks: Mapping[str, torch.Tensor]) -> None:
-    """Write the fingerprints of training images, int64 (n,) by context, beside a model; none of
-    data that are drawn anew.
+    """Write the fingerprints of training images into the folder of a model.
+
+    Args:
+        folder: the folder.
+        marks: fingerprints, int64 (n,), by context. Simulated data have none, and nothing is
+            written.
     """
     if marks:
         save_file(
@@ -99,10 +109,10 @@ def save_images(folder: Path, marks: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_images(folder: Path) -> dict[str, torch.Tensor]:
-    """What `save_images` wrote beside a model; empty if it did not.
+    """Return the fingerprints that `save_images` wrote into the folder of a model, if it did.
 
     Raises:
-        OSError: one sentence: the file is corrupt.
+        OSError: the file is corrupt.
     """
     path = Path(folder, IMAGES_FILE)
     if not path.exists():
@@ -111,6 +121,6 @@ def load_images(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise OSError(
-            f"{path} is truncated or corrupt: take it from where the model was trained, or"
+            f"{path} is truncated or corrupt: copy it again from where the model was trained, or"
             " remove it."
         ) from error

@@ -1,36 +1,39 @@
-"""MNIST concepts: real handwritten digits, 28 x 28 and grey, on which one concept at a time was
-intervened (METHOD section 4).
+"""MNIST concepts: real handwritten digits with interventions on single concepts.
 
-Three concepts are affine: `scale`, `shear`, `shift`. Three are morphological: `swell`, `thicken`,
-`thin`, after Morpho-MNIST (Castro, Tan,
-Kainz, Konukoglu, Glocker: Morpho-MNIST: Quantitative assessment and diagnostics for representation
-learning. JMLR 20, 2019); written from the mathematics. The observational context is handwriting as
-it is: slant, thickness and size of the digits vary by their nature. An intervention draws its
-parameters (`LATENTS`) anew for every image:
+The images are grey, 28 x 28 pixels. See METHOD section 4. Three concepts are affine: `scale`,
+`shear`, `shift`. Three are morphological: `swell`, `thicken`, `thin`, after Morpho-MNIST (Castro,
+Tan, Kainz, Konukoglu, Glocker: Morpho-MNIST: Quantitative assessment and diagnostics for
+representation learning. JMLR 20, 2019). They are implemented from their mathematical definitions.
+The observational context is the original handwriting, whose slant, thickness and size vary by
+nature. An intervention draws its parameters (`LATENTS`) for every image:
 
     scale     scale: the digit is shrunk to 0.6 to 0.85 of its size
-    shear     shear: x grows by 0.4 to 0.8 of y, the digit leans to the left (by nature most lean a little to the right)
-    shift     shift_x, shift_y: 2 to 4.5 pixels to the left, 1 to 3 upwards (where MNIST leaves more room)
-    swell     the plane is warped around a point of the digit's medial axis, r -> R (r / R)^(1 / strength) for r < R: swell_position, where on
-              the axis, from top (0) to bottom (1); swell_radius, R of 5 to 8 pixels; swell_strength, 2.5 to 4
+    shear     shear: x grows by 0.4 to 0.8 of y, the digit leans to the left (by nature most lean a
+              little to the right)
+    shift     shift_x, shift_y: 2 to 4.5 pixels to the left, 1 to 3 upwards (where MNIST has more
+              space)
+    swell     the plane is warped around a point of the digit's medial axis,
+              r -> R (r / R)^(1 / strength) for r < R: swell_position, the point on the axis, from
+              top (0) to bottom (1); swell_radius, R of 5 to 8 pixels; swell_strength, 2.5 to 4
     thicken   thicken: dilated by a disk of radius 0.6 to 1.2 half thicknesses of the stroke
     thin      thin: eroded by a disk of radius 0.3 to 0.6 half thicknesses
 
-All ranges are uniform. Several concepts are composed in the order of the stroke: thickness,
-swelling, scale and shear, shift.
+All ranges are uniform. Several concepts are applied in this order: thickness, swelling, scale and
+shear, shift.
 
-    digits (n, 28, 28) --4 x finer grid, half of the white--> signed distance to the contour (n, 112, 112)
-        --less the disk's radius, looked up where the warps come from--> coverage (n, 112, 112) --mean of 4 x 4--> images (n, 28, 28, 1)
+    digits (n, 28, 28) --4 x finer grid, half of the white--> signed distance to the contour
+        (n, 112, 112) --minus the disk's radius, read at the source points of the warps--> coverage
+        (n, 112, 112) --mean of 4 x 4--> images (n, 28, 28, 1)
 
-A dilation or erosion by a disk is a level of the distance to the contour, so that its radius may be
-any number; the observational context goes the same way, so that no context is told by how it was
-drawn. The thickness of a stroke is four times the mean distance of its points to the contour.
-(Morpho-MNIST takes twice the mean distance along the skeleton: 0.99 correlated with this one over
-digits of MNIST.)
+A dilation or erosion by a disk is a level set of the distance to the contour, so that its radius
+may be any number. The observational context is drawn in the same way, so that the drawing does not
+reveal the context. The thickness of a stroke is four times the mean distance of its points to the
+contour. (Morpho-MNIST takes twice the mean distance along the skeleton. Over digits of MNIST the
+two have a correlation of 0.99.)
 
-Every image is a function of (digits, seed, context, its row), whatever the number of images. A
-context takes every digit once before it takes one again. The card is model_cards/datasets/mnist.md.
-"""  # noqa: E501
+Every image depends only on (digits, seed, context, its row), not on the number of images. A context
+uses every digit once before it uses one again. The card is model_cards/datasets/mnist.md.
+"""
 
 import hashlib
 import os
@@ -49,11 +52,11 @@ from .requests import Shard, checked_contexts, generated, generator, intervened,
 AFFINE = ("scale", "shear", "shift")
 MORPHOLOGICAL = ("swell", "thicken", "thin")
 CONCEPTS = AFFINE + MORPHOLOGICAL
-# The pairs no training image ever carries.
+# Pairs that no training image has.
 HELD_OUT = tuple(f"{a}+{m}" for a in AFFINE for m in MORPHOLOGICAL)
 TRAIN_CONTEXTS = (OBS, *CONCEPTS)
 
-# latent: (its concept, its value without an intervention, lowest and highest with one)
+# For each latent: its concept, its value without an intervention, its range with one.
 _PARAMETERS = {
     "scale": ("scale", 1.0, 0.6, 0.85),
     "shear": ("shear", 0.0, 0.4, 0.8),
@@ -68,20 +71,20 @@ _PARAMETERS = {
 LATENTS = tuple(_PARAMETERS)
 
 _RENDERER = 1  # part of the cache's key: raise it when an image would change
-_FINE = 4  # points of the fine grid to a pixel, in each direction
-# Points over which an edge rises from black to white. With 1 the digits that are not moved, which
-# lie on the points, had sharper edges and fewer greys than the others: 52 % of their pixels with
-# ink were grey, of shifted ones 66 %. With 3 it is 81 and 82 %.
+_FINE = 4  # points of the fine grid per pixel, in each direction
+# Width of an edge from black to white, in points. With 1, digits that are not moved had sharper
+# edges than the others, because they lie on the points: 52 % of their pixels with ink were grey,
+# but 66 % of those of shifted digits. With 3 it is 81 and 82 %.
 _EDGE = 3
 _CHUNK = 64  # images drawn at once: the working set stays small
-# MNIST puts the centre of mass on pixel (14, 14), half a pixel from the centre of the image: scale
-# and shear keep it there
+# In MNIST the centre of mass is on pixel (14, 14), half a pixel from the centre of the image. Scale
+# and shear keep it there.
 _CENTRE = 0.5
-# Spline interpolation onto the fine grid is linear and separable: this matrix (112, 28) from both
-# sides.
+# Spline interpolation onto the fine grid is linear and separable: a product with this matrix
+# (112, 28) from the left, and with its transpose from the right.
 _UPSAMPLING = ndimage.zoom(np.eye(SIDE), (_FINE, 1), order=3, mode="nearest", grid_mode=True)
-# The distance to the contour rises by up to 1 a step away from the medial axis; on it, it rises to
-# no side. Of a pixelated shape: by less.
+# The distance to the contour rises by up to 1 per step towards the medial axis. On the axis it
+# rises in no direction, and in shapes of pixels by less than this.
 _AXIS_SLOPE = 0.6
 
 
@@ -91,12 +94,15 @@ def sample_latents(context: Context, size: int, seed: int = 0) -> np.ndarray:
     Args:
         context: `"obs"`, a concept, or several (`"scale+thin"`, `["scale", "thin"]`).
         size: number of images.
-        seed: the draw is a function of (seed, context) and, row by row, independent of `size`:
-            fewer rows are the first of more.
+        seed: the draw depends on (seed, context). A row does not depend on `size`: fewer rows are
+            the first rows of a larger draw.
 
     Returns:
-        float64 array of shape (size, 9), columns in the order of `LATENTS`; of concepts that are
-        not intervened on the values that change nothing.
+        float64 array of shape (size, 9), columns in the order of `LATENTS`. Concepts without an
+        intervention have the values that change nothing.
+
+    Raises:
+        ValueError: the context is unknown, or a concept has a strength.
     """
     on = dict(zip(CONCEPTS, intervened(context, CONCEPTS, "mnist")))
     u = generator(seed, context_name(context, CONCEPTS), "latents").uniform(
@@ -110,15 +116,16 @@ def sample_latents(context: Context, size: int, seed: int = 0) -> np.ndarray:
 
 
 def sample_rows(context: Context, size: int, digits: int, seed: int = 0) -> np.ndarray:
-    """Which of so many digits the images of a context are made of: each once, in random order,
-    before any is taken again.
+    """Choose the digits of the images of a context.
+
+    Each digit is used once, in random order, before any is used again.
 
     Args:
         context, size, seed: as in `sample_latents`.
-        digits: how many there are.
+        digits: the number of digits.
 
     Returns:
-        int64 array (size,).
+        int64 array (size,) of numbers of digits.
     """
     rng = generator(seed, context_name(context, CONCEPTS), "digits")
     passes = [rng.permutation(digits) for _ in range(-(-size // digits))]
@@ -126,7 +133,7 @@ def sample_rows(context: Context, size: int, digits: int, seed: int = 0) -> np.n
 
 
 def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Draw digits under given parameters.
+    """Draw digits with given parameters.
 
     Args:
         digits: white on black, uint8, (n, 28, 28).
@@ -134,6 +141,9 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
 
     Returns:
         uint8 array of shape (n, 28, 28, 1).
+
+    Raises:
+        ValueError: digits or latents have a wrong shape, or a parameter cannot be drawn.
     """
     digits, latents = np.asarray(digits), np.asarray(latents, dtype=np.float64)
     if digits.ndim != 3 or digits.shape[1:] != (SIDE, SIDE) or digits.dtype != np.uint8:
@@ -163,12 +173,10 @@ def render(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
 def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
     fine = _UPSAMPLING @ digits.astype(np.float64) @ _UPSAMPLING.T  # (n, 112, 112)
     white = fine > digits.max((1, 2), keepdims=True) / 2
-    white[:, [0, -1]] = white[:, :, [0, -1]] = (
-        False  # a rim of background, to which there is a distance
-    )
-    distances = np.full(
-        fine.shape, SIDE * _FINE, dtype=np.float32
-    )  # far from any contour: a blank digit stays blank
+    # A border of background, so that every point has a distance to the background.
+    white[:, [0, -1]] = white[:, :, [0, -1]] = False
+    # Far from any contour, so that a blank digit stays blank.
+    distances = np.full(fine.shape, SIDE * _FINE, dtype=np.float32)
     centres = np.zeros((len(digits), 2))
     for k, (shape, row) in enumerate(zip(white, latents)):
         p = dict(zip(LATENTS, row))
@@ -181,14 +189,13 @@ def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
         distances[k] = distance - (p["thicken"] - p["thin"]) * half_thickness
         axis = np.argwhere(_medial_axis(inside))  # from top to bottom
         centres[k] = axis[min(int(p["swell_position"] * len(axis)), len(axis) - 1)]
-    centres = ((centres + 0.5) / _FINE - SIDE / 2 - _CENTRE)[
-        :, ::-1
-    ]  # in pixels from the centre of mass
+    # In pixels from the centre of mass, (x, y).
+    centres = ((centres + 0.5) / _FINE - SIDE / 2 - _CENTRE)[:, ::-1]
     x, y = _sources(latents, centres)
     coverage = np.empty(fine.shape, dtype=np.float32)
     for k, distance in enumerate(distances):
         points = (np.stack([y[k], x[k]]) + SIDE / 2 + _CENTRE) * _FINE - 0.5
-        # Beyond the grid it is as far to the contour as from the rim, and on to the rim.
+        # Outside the grid, the distance to the border is added to the distance at the border.
         within = np.clip(points, 0, SIDE * _FINE - 1)
         coverage[k] = ndimage.map_coordinates(
             distance, within, order=1, prefilter=False
@@ -199,11 +206,14 @@ def _render_chunk(digits: np.ndarray, latents: np.ndarray) -> np.ndarray:
 
 
 def _sources(latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the points of the fine grid come from under the warps, x and y, each (n, 112, 112), in
-    pixels from `_CENTRE`.
+    """Return the source points of the fine grid under the warps.
 
-    Forwards a point is first moved away from the centre (n, 2) of the swelling, then scaled and
-    sheared, then shifted."""
+    A warp moves a point away from the centre (n, 2) of the swelling, then scales, shears and shifts
+    it. This function computes the inverse.
+
+    Returns:
+        x and y, each (n, 112, 112), in pixels from the centre of mass.
+    """
     p = {name: column[:, None, None] for name, column in zip(LATENTS, latents.T.astype(np.float32))}
     axis = ((np.arange(SIDE * _FINE) + 0.5) / _FINE - SIDE / 2 - _CENTRE).astype(np.float32)
     y = (axis[None, :, None] - p["shift_y"]) / p["scale"]
@@ -221,8 +231,10 @@ def _sources(latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _medial_axis(inside: np.ndarray) -> np.ndarray:
-    """Points of a shape from which its distance (H, W) to the background rises to no neighbour, up
-    to `_AXIS_SLOPE`.
+    """Return the medial axis of a shape, bool (H, W).
+
+    These are the points from which the distance to the background, (H, W), rises by less than
+    `_AXIS_SLOPE` per step to every neighbour.
     """
     padded = np.pad(inside, 1)
     height, width = inside.shape
@@ -242,22 +254,22 @@ def images_by_context(
     digits: Digits | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Images of each context, without the way through files.
+    """Return the images of each context as arrays.
 
-    The parameters behind them are `sample_latents(context, images_per_context, seed)`, the digits
-    those of `sample_rows`.
+    Their parameters are `sample_latents(context, images_per_context, seed)`, their digits are those
+    of `sample_rows`.
 
     Args:
         contexts: a list of contexts, each in any form of `contexts.parse_context`.
-        images_per_context: images of each.
-        digits: what to make them of; `None`: the training digits that come with the package.
-        seed: of parameters and choice of digits.
+        images_per_context: number of images of each context.
+        digits: the digits; `None` means the training digits that come with this package.
+        seed: seed of the parameters and of the choice of digits.
 
     Returns:
         uint8 images (n, 28, 28, 1) by canonical context name.
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
     """
     names, numbers = _arguments(contexts, images_per_context, seed)
     digits = load_digits() if digits is None else digits
@@ -278,24 +290,23 @@ def load_mnist(
     num_proc: int | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The MNIST concepts as a data set of the `datasets` library, drawn into its cache and found
-    there the next time, or drawn as they are read.
+    """Load the MNIST concepts as a data set of the `datasets` library, which keeps it in its cache.
 
     Args:
-        contexts: a list of contexts, each in any form of `contexts.parse_context`; rows are grouped
-            by them, in this order.
-        images_per_context: rows of each context.
-        source: the digits, or where they come from, as in `load_digits`.
-        split: that of the digits, `"train"` or `"test"`, where they are loaded.
-        seed: of parameters and choice of digits.
-        cache_dir, num_proc, streaming: see `requests.generated`; the rows are the same.
+        contexts: a list of contexts, each in any form of `contexts.parse_context`. Rows are grouped
+            by context, in this order.
+        images_per_context: number of rows of each context.
+        source: the digits, or a source of digits for `load_digits`.
+        split: split of the digits if they are loaded: `"train"` or `"test"`.
+        seed: seed of the parameters and of the choice of digits.
+        cache_dir, num_proc, streaming: see `requests.generated`. They do not change the rows.
 
     Returns:
-        Columns `image` (PNG), `context` (canonical name), `label` (the digit shown) and `latents`
-        (9 values in the order of `LATENTS`).
+        Columns `image` (PNG), `context` (canonical name), `label` (the digit) and `latents` (9
+        values in the order of `LATENTS`).
 
     Raises:
-        ValueError, TypeError: one sentence: an argument that is out of range or unknown.
+        ValueError, TypeError: an argument is out of range or unknown.
         OSError: the digits cannot be read, or the cache cannot be written.
     """
     names, numbers = _arguments(contexts, images_per_context, seed)
@@ -320,7 +331,7 @@ def _arguments(
     numbers = whole_numbers(images_per_context=images_per_context, seed=seed)
     names = checked_contexts(contexts, CONCEPTS)
     for name in names:
-        intervened(name, CONCEPTS, "mnist")  # complains of a strength in its own words
+        intervened(name, CONCEPTS, "mnist")  # raises an error for a strength
     return names, numbers
 
 

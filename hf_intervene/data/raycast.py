@@ -1,11 +1,12 @@
 """The ray caster of `ident3d.py`: a teapot-like object over a ground plane, in a cone of light.
 
-World: x to the right, y away from the camera, z up; the ground is z = 0. One image at a time, in
-single precision, by arithmetic and square
-roots only: the same bytes whatever else is drawn.
+World: x to the right, y away from the camera, z up; the ground is z = 0. Each image is computed by
+itself, in single precision, with only arithmetic and square roots. So its bytes do not depend on
+the other images.
 
-    rays (S, H*W) --ground or object?--> light, ambient light and highlight that reach them (S, H*W) --mean over S, colours--> (H, W, 3)
-"""  # noqa: E501
+    rays (S, H*W) --ground or object?--> light, ambient light and highlight (S, H*W)
+        --mean over S, colours--> (H, W, 3)
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,24 +26,24 @@ CAPSULES = np.array(  # from (3), to (3), radius: spout, knob, handle in three p
     ],
     dtype=np.float32,
 )
-REACH = 0.98  # radius of a sphere around all of it
+REACH = 0.98  # radius of a sphere around the whole object
 
 CAMERA = np.array([0.0, -6.5, 5.2])
 LOOKS_AT = np.array([0.0, 0.0, 0.85])
-ZOOM = 0.255  # half of the width that is seen, at distance 1
-LIT = np.array([0.0, 0.0, 0.7])  # where the light points to
-CONE = (
-    0.87,
-    0.94,
-)  # cosine of the angle to its axis at which the light ends, and from which on it is full
+ZOOM = 0.255  # half of the visible width at distance 1
+LIT = np.array([0.0, 0.0, 0.7])  # the point at which the light is directed
+# Cosines of angles to the axis of the light: outside the first there is no light, inside the second
+# it is full.
+CONE = (0.87, 0.94)
 AMBIENT = 0.22
 SPOT = 0.95
 SPECULAR = 0.45
-# Four rays a pixel, on a rotated grid: no two share a row or a column.
+# Four rays per pixel on a rotated grid: no two share a row or a column.
 _OFFSETS = ((0.375, 0.125), (0.875, 0.375), (0.125, 0.625), (0.625, 0.875))
-# share of the way from the light to the object in which rounding could put it into its own shadow
+# A point of the object is in the shadow if the object is closer to the light by this share of the
+# distance. Rounding could put the point into its own shadow otherwise.
 _BLIND = 4e-3
-_SIDES = 0.7  # ambient light on upright faces, of that on the ground
+_SIDES = 0.7  # ambient light on upright faces, as a share of that on the ground
 
 _FROM, _AXIS = CAPSULES[:, :3], CAPSULES[:, 3:6] - CAPSULES[:, :3]
 _RADIUS = CAPSULES[:, 6:]
@@ -51,11 +52,12 @@ _AXIS_SQUARE = (_AXIS * _AXIS).sum(1, keepdims=True)
 
 @dataclass(frozen=True)
 class Scene:
-    """
+    """What an image shows.
+
     Args:
-        centre: of the object, (3,).
-        rotation: of the object, (3, 3), from its frame to the world.
-        light: where the light is, (3,); it points at `LIT`.
+        centre: centre of the object, (3,).
+        rotation: rotation of the object, (3, 3), from its frame to the world.
+        light: position of the light, (3,). It is directed at `LIT`.
         ground, object, spotlight: colours, (3,) in [0, 1].
     """
 
@@ -68,12 +70,12 @@ class Scene:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of vectors (3, ...), in one order of additions."""
+    """Return the inner product of vectors (3, ...), always with the same order of additions."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def rays(resolution: int) -> np.ndarray:
-    """Unit directions from the camera, float64 (3, S, H*W); S rays a pixel, pixels row by row."""
+    """Return unit directions from the camera, float64 (3, S, H*W): S rays per pixel, row by row."""
     forward = (LOOKS_AT - CAMERA) / np.sqrt(dot(LOOKS_AT - CAMERA, LOOKS_AT - CAMERA))
     right = np.array([1.0, 0.0, 0.0])  # the camera is level and looks along y
     up = np.array([0.0, -forward[2], forward[1]])
@@ -88,23 +90,21 @@ def rays(resolution: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _views(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions from the camera, and the points of the ground that they meet, each float32
-    (3, S*H*W).
-    """
+    """Return unit directions from the camera and where they meet the ground, float32 (3, S*H*W)."""
     directions = rays(resolution).reshape(3, -1)
     ground = CAMERA[:, None] - directions * (CAMERA[2] / directions[2])
     return directions.astype(np.float32), ground.astype(np.float32)
 
 
 def cast(scene: Scene, resolution: int) -> np.ndarray:
-    """The image of a scene, uint8 (resolution, resolution, 3)."""
+    """Draw the image of a scene, uint8 (resolution, resolution, 3)."""
     directions, ground = _views(resolution)  # (3, M), M = S*H*W
     centre, light, camera = (
         point.astype(np.float32) for point in (scene.centre, scene.light, CAMERA)
     )
     turn = scene.rotation.T.astype(np.float32)  # into the object's frame
 
-    # The ground: what the cone of light leaves on it; nothing in the shadow.
+    # The ground: the light of the cone, and none in the shadow.
     beams = ground - light[:, None]  # (3, M), from the light
     squares = dot(beams, beams)
     inverse = 1 / np.sqrt(squares)
@@ -113,7 +113,7 @@ def cast(scene: Scene, resolution: int) -> np.ndarray:
     t, _ = _meet(_turned(turn, light - centre), _turned(turn, beams[:, near]))
     lit[near[t < 1]] = 0
 
-    # The object, in its frame, where the camera sees it.
+    # The visible points of the object, in its frame.
     near = np.flatnonzero(_near(directions, np.float32(1), centre - camera))
     views = _turned(turn, directions[:, near])
     t, part = _meet(_turned(turn, camera - centre), views)
@@ -128,7 +128,7 @@ def cast(scene: Scene, resolution: int) -> np.ndarray:
     cone = _cone(beams, inverse, source, _turned(turn, LIT.astype(np.float32) - centre))
     cone[t < 1 - _BLIND] = 0
     bright = cone * np.maximum(-dot(normals, beams) * inverse, 0)
-    half = -(beams * inverse + views)  # half-way between light and eye
+    half = -(beams * inverse + views)  # half-way between light and camera
     shine = np.maximum(dot(normals, half), 0) / np.sqrt(dot(half, half))
     for _ in range(5):
         shine = shine * shine  # to the power 32
@@ -157,8 +157,12 @@ def _turned(turn: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 def _near(
     directions: np.ndarray, squares: np.ndarray | np.float32, offset: np.ndarray
 ) -> np.ndarray:
-    """Which rays (3, N), of squared lengths (N,) or one for all, meet the sphere around the object,
-    `offset` from their start; bool (N,).
+    """Return which rays meet the sphere around the object, bool (N,).
+
+    Args:
+        directions: (3, N).
+        squares: squared lengths of the directions, (N,), or one for all.
+        offset: from the start of the rays to the centre of the object, (3,).
     """
     along = dot(directions, offset)
     return (along > 0) & (along * along >= (dot(offset, offset) - np.float32(REACH**2)) * squares)
@@ -167,8 +171,13 @@ def _near(
 def _cone(
     beams: np.ndarray, inverse: np.ndarray, light: np.ndarray, aim: np.ndarray = LIT
 ) -> np.ndarray:
-    """The light along its beams (3, N), 1 in the middle of the cone, 0 outside; `inverse`: of their
-    lengths, (N,).
+    """Return the light along its beams, (N,): 1 in the middle of the cone, 0 outside.
+
+    Args:
+        beams: vectors from the light, (3, N).
+        inverse: 1 over their lengths, (N,).
+        light: position of the light, (3,).
+        aim: the point at which the light is directed, (3,).
     """
     axis = aim.astype(np.float32) - light
     axis = axis / np.sqrt(dot(axis, axis))
@@ -177,15 +186,15 @@ def _cone(
 
 
 def _meet(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays from one point outside first meet the object, in its frame.
+    """Find where rays first meet the object, in its frame.
 
     Args:
-        origin: (3,).
-        directions: of any length, (3, N).
+        origin: start of the rays, outside the object, (3,).
+        directions: directions of any length, (3, N).
 
     Returns:
-        In lengths of the direction, `inf` for those that miss it, (N,); and which part they meet,
-        capsules first, the body last, (N,).
+        The distances in lengths of the directions, (N,), `inf` for rays that miss the object; and
+        the number of the part that each ray meets, (N,), capsules first, the body last.
     """
     times = np.empty((len(CAPSULES) + 1, directions.shape[1]), dtype=np.float32)
     scaled, start = directions / BODY[:, None], origin / BODY
@@ -193,10 +202,10 @@ def _meet(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.nd
     h = b * b - a * (dot(start, start) - 1)
     times[-1] = np.where(h >= 0, (-b - np.sqrt(np.maximum(h, 0))) / a, np.inf)
 
-    # Capsules (K, N): the sides of a cylinder, and where the ray meets them beyond an end, the
-    # sphere there.
+    # Capsules (K, N): the side of a cylinder, or, if the ray meets it beyond an end, the sphere at
+    # that end.
     offset = origin - _FROM
-    axis_offset = dot(_AXIS.T, offset.T)[:, None]  # (K, 1), like all that the rays have in common
+    axis_offset = dot(_AXIS.T, offset.T)[:, None]  # (K, 1), like all values shared by the rays
     offset_square = dot(offset.T, offset.T)[:, None]
     squares = dot(directions, directions)
     along = sum(_AXIS[:, i : i + 1] * directions[i] for i in range(3))
@@ -217,7 +226,7 @@ def _meet(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _normals(points: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Outward unit normals (3, P) at points of the object's surface (3, P)."""
+    """Return the outward unit normals (3, P) at points of the object's surface (3, P)."""
     capsule = np.minimum(part, len(CAPSULES) - 1)
     axis, offset = _AXIS[capsule].T, points - _FROM[capsule].T
     share = np.clip(dot(offset, axis) / _AXIS_SQUARE[capsule, 0], 0, 1)
@@ -226,6 +235,6 @@ def _normals(points: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def _pixels(field: np.ndarray) -> np.ndarray:
-    """Mean over a pixel's rays: (S*H*W,) to (H*W,)."""
+    """Return the mean over the rays of each pixel: (S*H*W,) to (H*W,)."""
     rays = field.reshape(len(_OFFSETS), -1)
     return sum(rays[1:], start=rays[0]) / np.float32(len(rays))

@@ -1,6 +1,4 @@
-"""What the simulated data sets share: checks of a request before anything is drawn, the seed of a
-context, shards, the cache.
-"""
+"""Code that the simulated data sets share: checks of arguments, seeds, shards and the cache."""
 
 import hashlib
 import io
@@ -23,11 +21,11 @@ from ..contexts import Context, context_name, parse_context
 
 Shard = tuple[str, int, int]  # context, its first row and the one after its last
 SHARD_ROWS = 1024
-MAX_SHARDS = 64  # of one context: a shard draws the numbers of the rows before it anew
+MAX_SHARDS = 64  # of one context: each shard also draws the random numbers of the rows before it
 
 
 class Request(TypedDict):
-    """What is asked of a simulator, checked and in one form."""
+    """Arguments of a simulator, checked and in canonical form."""
 
     contexts: list[str]
     variant: str
@@ -37,11 +35,15 @@ class Request(TypedDict):
 
 
 def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> list[str]:
-    """Canonical names of a list of contexts, each in any form of `contexts.parse_context`.
+    """Return the canonical names of a list of contexts.
+
+    Args:
+        contexts: each in any form of `contexts.parse_context`.
+        concepts: the known concepts.
 
     Raises:
-        ValueError: one sentence: no list, an empty one, a context named twice, or what
-            `context_name` says of one.
+        ValueError: it is not a list, the list is empty, a context is named twice, or it cannot be
+            read.
     """
     if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
         raise ValueError(
@@ -56,7 +58,12 @@ def checked_contexts(contexts: Sequence[Context], concepts: Sequence[str]) -> li
 
 
 def whole_numbers(**numbers: int) -> dict[str, int]:
-    """The numbers as `int`, by name; a TypeError of one sentence for what is none."""
+    """Return the numbers as `int`, by name.
+
+    Raises:
+        TypeError: one is not a whole number.
+        ValueError: `images_per_context` is less than 1.
+    """
     for name, value in numbers.items():
         try:
             numbers[name] = operator.index(value)
@@ -70,19 +77,20 @@ def whole_numbers(**numbers: int) -> dict[str, int]:
 
 
 def split_rows(count: int, fraction: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers 0 to `count` - 1 in two parts without a common one, each in random order.
+    """Split the row numbers 0 to `count` - 1 at random into two parts.
 
     Args:
-        count: how many there are.
+        count: the number of rows.
         fraction: share of the second part.
-        seed: of the order.
-        what: what the rows are, for the message.
+        seed: seed of the split.
+        what: name of the rows, for the message.
 
     Returns:
-        int64 arrays; the second has `round(fraction * count)` entries, the first the others.
+        Two int64 arrays in random order. The second has `round(fraction * count)` entries, the
+        first has the others.
 
     Raises:
-        ValueError: one sentence: a fraction that leaves one of the two empty.
+        ValueError: one of the two parts would be empty.
     """
     second = round(fraction * count) if 0 < fraction < 1 else 0
     if not 0 < second < count:
@@ -92,11 +100,11 @@ def split_rows(count: int, fraction: float, seed: int, what: str) -> tuple[np.nd
 
 
 def intervened(context: Context, concepts: Sequence[str], dataset: str) -> np.ndarray:
-    """Which of the concepts a context intervenes on, bool (concepts,).
+    """Return which of the concepts a context intervenes on, bool (concepts,).
 
     Raises:
-        ValueError: an unknown concept, or one with a strength: the simulators know full
-            interventions only.
+        ValueError: a concept is unknown, or has a strength: the simulators have only full
+            interventions.
     """
     strengths = parse_context(context, concepts)
     if any(strength != 1.0 for strength in strengths.values()):
@@ -116,9 +124,11 @@ def checked_request(
     variant: str,
     seed: int,
 ) -> Request:
-    """The arguments of a request by name, checked and in one form, so that equal requests share a
-    cache entry and bad ones fail before anything is drawn: one image of each context is, and
-    complains in the simulator's own words."""
+    """Check the arguments of a simulator, and bring them to canonical form.
+
+    Equal requests then have one entry in the cache. One image of each context is drawn, so that
+    other bad arguments raise the simulator's own error before the work begins.
+    """
     numbers = whole_numbers(images_per_context=images_per_context, resolution=resolution, seed=seed)
     names = checked_contexts(contexts, concepts)
     for name in names:
@@ -132,16 +142,44 @@ def checked_request(
     }
 
 
+def drawn_images(
+    sample_latents: Callable[..., np.ndarray], render: Callable[..., np.ndarray], request: Request
+) -> dict[str, np.ndarray]:
+    """Return the uint8 images (n, H, W, C) of a request, by canonical context name."""
+    images = {}
+    for context in request["contexts"]:
+        size, seed = request["images_per_context"], request["seed"]
+        latents = sample_latents(context, size, request["variant"], seed)
+        images[context] = render(latents, request["resolution"])
+    return images
+
+
+def checked_latents(latents: np.ndarray, width: int) -> np.ndarray:
+    """Return latents (n, width) as an array.
+
+    Raises:
+        ValueError: they have another shape, or hold NaN.
+    """
+    latents = np.asarray(latents)
+    if latents.ndim != 2 or latents.shape[1] != width:
+        raise ValueError(f"latents must have shape (n, {width}), not {latents.shape}.")
+    if np.isnan(latents).any():
+        raise ValueError("latents hold NaN: there is no image to draw.")
+    return latents
+
+
 def png(image: np.ndarray) -> dict[str, bytes]:
-    """An image, uint8 (H, W) or (H, W, 3), as a row of the `datasets` library keeps it."""
+    """Return an image, uint8 (H, W) or (H, W, 3), as a cell of a `datasets` image column."""
     file = io.BytesIO()
     PILImage.fromarray(image).save(file, "PNG", compress_level=1)
     return {"bytes": file.getvalue()}
 
 
 def shards(contexts: Sequence[str], images_per_context: int) -> list[Shard]:
-    """The rows of all contexts in order, in pieces that can be drawn apart: `SHARD_ROWS`, more
-    where a context would have more than `MAX_SHARDS` pieces."""
+    """Divide the rows of all contexts, in order, into pieces that can be drawn separately.
+
+    A piece has `SHARD_ROWS` rows, or more if a context would have more than `MAX_SHARDS` pieces.
+    """
     rows = max(SHARD_ROWS, -(-images_per_context // MAX_SHARDS))
     starts = range(0, images_per_context, rows)
     return [
@@ -161,30 +199,30 @@ def generated(
     num_proc: int | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """The rows of a simulated data set, in shards; the same ones in the same order whichever way.
+    """Make a simulated data set in shards. Rows and their order do not depend on the options.
 
     Args:
-        rows: generator of the rows of a list of shards, its first argument `shards`.
-        features: of the rows.
-        arguments: its others, and `contexts`, of which `shards` is made.
-        name, key: what tells the data set from all others in the cache.
-        cache_dir: folder of the cache; `None`: that of `datasets`.
-        num_proc: processes that draw shards into the cache; `None`: this one.
-        streaming: whether to write nothing and draw rows as they are read, anew in every pass: an
-            `IterableDataset`, whose shards the workers of a `DataLoader` and
-            `datasets.distributed.split_dataset_by_node` share out.
+        rows: generator of the rows of a list of shards, which is its first argument `shards`.
+        features: features of the rows.
+        arguments: the other arguments of `rows`, and `contexts`, from which `shards` is made.
+        name, key: together they distinguish the data set from all others in the cache.
+        cache_dir: folder of the cache; `None` means that of `datasets`.
+        num_proc: number of processes that draw shards into the cache; `None` means this process.
+        streaming: if true, nothing is written, and rows are drawn when they are read, again in
+            every pass. The result is an `IterableDataset`. Workers of a `DataLoader` and
+            `datasets.distributed.split_dataset_by_node` divide its shards among themselves.
 
     Raises:
-        TypeError, ValueError: one sentence: a number of processes that is none.
-        OSError: one sentence: the cache cannot be written or is corrupt, a process has died.
+        TypeError, ValueError: `num_proc` is not a positive whole number.
+        OSError: the cache cannot be written or is corrupt, or a process has died.
     """
     if num_proc is not None and whole_numbers(num_proc=num_proc)["num_proc"] < 1:
         raise ValueError(f"num_proc must be at least 1, not {num_proc}.")
     others = {key: value for key, value in arguments.items() if key != "contexts"}
     others = {"shards": shards(arguments["contexts"], arguments["images_per_context"]), **others}
     if streaming:
-        # As IterableDataset.from_generator, which would make a cache that it does not use, where
-        # that may not be possible.
+        # This is what IterableDataset.from_generator does. That function would also create a cache
+        # folder that it does not use, which may not be possible.
         with TemporaryDirectory() as nowhere:
             return GeneratorDatasetInputStream(
                 rows, features, nowhere, streaming=True, gen_kwargs=others
@@ -201,24 +239,20 @@ def generated(
             fingerprint=fingerprint,
         )
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        # The arguments are checked, so that a process, the reading or the writing has failed.
         cache = cache_dir or datasets.config.HF_DATASETS_CACHE
-        if isinstance(
-            error, RuntimeError
-        ):  # the arguments are checked: what is left to fail are the processes, ...
+        if isinstance(error, RuntimeError):
             raise OSError(
                 f"one of the {num_proc} processes that draw images has died, perhaps for lack of"
                 " memory: try a smaller num_proc."
             ) from error
-        if isinstance(error, ValueError) or (
-            isinstance(error, OSError) and error.errno is None
-        ):  # ... the reading, ...
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None):
             entry = next(Path(cache).glob(f"generator/*{fingerprint}*"), cache)
             raise OSError(
                 f"the images in the cache are corrupt: remove {entry}, and they are drawn again."
             ) from error
-        why = re.search(
-            r"^[\w.]+: (.*)", str(error.__cause__ or error), re.M
-        )  # ... and the writing, in whichever process
+        # The error of another process arrives as text, with its class before a colon.
+        why = re.search(r"^[\w.]+: (.*)", str(error.__cause__ or error), re.M)
         raise OSError(
             f"the images could not be written to the cache {cache}"
             f" ({why[1] if why else error.__cause__ or error}): free some space or give another"
@@ -227,7 +261,7 @@ def generated(
 
 
 def generator(*key: object) -> np.random.Generator:
-    """A generator that is a function of the key alone, independent of that of any other key."""
+    """Return a random generator that depends only on the key. Other keys give independent ones."""
     text = "/".join(map(str, key))
     return np.random.default_rng(
         np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint32)

@@ -1,8 +1,9 @@
-"""Context schedules: which samples a training step sees (METHOD section 3).
+"""Context schedules: they draw the samples of each training step (METHOD section 3).
 
-A schedule draws the *global* batch of a step: the same in every process, which then trains on its
-own slice (`shard`). So what is learnt does not depend on the number of processes. Its whole state
-is a few counters, kept in a checkpoint as JSON."""
+A schedule draws the *global* batch of a step, the same in every process. Each process then trains
+on its own slice (`shard`). So the result does not depend on the number of processes. The state of a
+schedule is a few counters, which a checkpoint keeps as JSON.
+"""
 
 from collections.abc import Iterator
 
@@ -12,38 +13,39 @@ from torch.utils.data import Sampler
 
 
 SCHEDULES = ("balanced", "single", "proportional", "adaptive")
-_FLOOR = 0.5  # adaptive: share of the probability that stays uniform, so that no context starves
-_DECAY = 0.95  # adaptive: decay of the running loss, per step in which the context occurs
+_FLOOR = 0.5  # adaptive: the share of the probability that is uniform over contexts
+_DECAY = 0.95  # adaptive: decay of the running loss in each step in which the context occurs
 
 
 class ContextSchedule(Sampler[list[int]]):
-    r"""
-    Infinite stream of global batches of sample indices.
+    r"""An infinite stream of global batches of sample indices.
 
-    Within a context, samples are drawn without replacement and reshuffled after each pass. Contexts
-    are drawn by `kind`:
+    Within a context, samples are drawn without replacement and reshuffled after each pass. `kind`
+    says how contexts are drawn:
 
-    - `"balanced"`: uniform over contexts, mixed within the batch; counts in one batch differ by at
+    - `"balanced"`: uniform over contexts, mixed within the batch. Counts in one batch differ by at
       most 1.
-    - `"single"`: one context a batch, every context once in each random round (the paper's).
-    - `"proportional"`: all samples pooled, each once per pass.
+    - `"single"`: one context per batch, every context once in each random round (the paper's).
+    - `"proportional"`: all samples are pooled, each is drawn once per pass.
     - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k:
-      its running loss minus the lowest it has had, in units of its step-to-step noise. p_k = 1/2
-      uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that cannot be avoided, so
-      the loss itself would not say where there is something to regain; and in its noise, which
-      would otherwise pass for an excess. No probability falls below half of uniform.
+      its running loss minus its lowest running loss, in units of its step-to-step noise. p_k = 1/2
+      uniform + 1/2 (1 + x_k) / sum (1 + x). The loss itself is not used, because contexts differ in
+      the lowest loss that is possible, and in the noise. No probability is below half of uniform.
 
-    Iterating yields one epoch of index lists and goes on where it stopped the next time (a
-    `batch_sampler` of `DataLoader`; one with workers draws ahead, so take checkpoints with
-    `next_batch`).
+    Iterating yields one epoch of index lists, and the next iteration continues there. So it can be
+    the `batch_sampler` of a `DataLoader`. A `DataLoader` with workers draws ahead; to save
+    checkpoints, use `next_batch`.
 
     Args:
         context_ids: context of every sample, (N,) integers from 0.
         kind: one of `SCHEDULES`.
-        batch_size: samples per optimiser step, over all processes.
-        seed: the stream is a function of it.
-        num_contexts: number of contexts; `None`: the highest of `context_ids` plus 1. Every one
-            must have samples (unless `proportional`).
+        batch_size: samples of an optimiser step, over all processes.
+        seed: seed of the stream.
+        num_contexts: number of contexts; `None` means the highest of `context_ids` plus 1. Every
+            context must have samples, except with `"proportional"`.
+
+    Raises:
+        ValueError: an argument is out of range, or a context has no samples.
     """
 
     def __init__(
@@ -83,17 +85,16 @@ class ContextSchedule(Sampler[list[int]]):
             else [np.arange(len(ids))]
         )
         self._steps = 0
-        self._drawn = np.zeros(
-            len(self._members), dtype=np.int64
-        )  # samples drawn so far, of each context
-        # Adaptive, per context: running loss, its lowest so far (inf before the first), running
-        # square of its steps' deviations.
+        # Number of samples of each context that were drawn so far.
+        self._drawn = np.zeros(len(self._members), dtype=np.int64)
+        # For "adaptive", for each context: the running loss, the running mean square of the
+        # deviations of single steps, and the lowest running loss (inf before the first step).
         self._running, self._noise = np.zeros(pools), np.zeros(pools)
         self._lowest = np.full(pools, np.inf)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        """Steps in which as many samples are drawn as there are."""
+        """Return the number of steps that draw as many samples as there are."""
         return max(1, round(sum(map(len, self._members)) / self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -101,19 +102,20 @@ class ContextSchedule(Sampler[list[int]]):
             yield self.next_batch().tolist()
 
     def next_batch(self) -> torch.Tensor:
-        """Indices of the next global batch, (batch_size,) int64, in random order."""
+        """Return the indices of the next global batch, (batch_size,) int64, in random order."""
         rng = self._rng(0, self._steps)
         counts = self._counts(rng)
         indices = np.concatenate(
             [self._draw(context, count) for context, count in enumerate(counts) if count]
         )
         self._steps += 1
-        # In a random order, so that every process's slice mixes the contexts.
+        # Shuffled, so that the slice of every process mixes the contexts.
         return torch.from_numpy(rng.permutation(indices))
 
     def update(self, context_ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Tell the adaptive schedule the losses of a global batch (the same ones in every process);
-        others ignore it.
+        """Update an adaptive schedule with the losses of a global batch. Other kinds ignore them.
+
+        Every process must pass the same losses.
 
         Args:
             context_ids: context of each sample, (batch,).
@@ -125,15 +127,14 @@ class ContextSchedule(Sampler[list[int]]):
             np.asarray(context_ids.cpu()),
             np.asarray(losses.detach().float().cpu(), dtype=np.float64),
         )
-        ids, values = (
-            ids[np.isfinite(values)],
-            values[np.isfinite(values)],
-        )  # the trainer stops on others; until then: no news
+        # The trainer stops at losses that are not finite. Until then they are ignored.
+        finite = np.isfinite(values)
+        ids, values = ids[finite], values[finite]
         counts = np.bincount(ids, minlength=len(self._running))
         means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(
             counts, 1
         )
-        seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
+        seen = (counts > 0) & np.isfinite(means)  # a mean may overflow
         first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
         deviation = means[later] - self._running[later]
         self._running[first] = means[first]
@@ -142,14 +143,15 @@ class ContextSchedule(Sampler[list[int]]):
         self._lowest[seen] = np.minimum(self._lowest, self._running)[seen]
 
     def probabilities(self) -> np.ndarray:
-        """Probability of each context in the next batch, (contexts,); uniform unless adaptive."""
+        """Return the probability of each context in the next batch, (contexts,).
+
+        It is uniform unless the kind is `"adaptive"`.
+        """
         contexts = len(self._members)
         uniform = np.full(contexts, 1 / contexts)
         if self.kind != "adaptive" or np.isinf(self._lowest).any():
             return uniform
-        noise = np.sqrt(
-            self._noise
-        )  # 0 only where the loss never changed, and then there is no excess
+        noise = np.sqrt(self._noise)  # 0 only if the loss never changed; then there is no excess
         weight = 1 + np.divide(
             self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0
         )
@@ -162,9 +164,9 @@ class ContextSchedule(Sampler[list[int]]):
             counts = np.zeros(contexts, dtype=np.int64)
             counts[self._rng(1, round_number).permutation(contexts)[position]] = self.batch_size
             return counts
-        # Whole shares first, then one more for as many contexts as are left over, drawn by
-        # systematic sampling: the expectation is exact and a count is never off its share by more
-        # than 1.
+        # Each context gets its share of the batch, rounded down. Systematic sampling gives the
+        # samples that are left to some contexts, one each: the expectation is exact, and a count
+        # differs from its share by less than 1.
         share = self.probabilities() * self.batch_size
         counts = np.floor(share + 1e-9).astype(np.int64)
         left = self.batch_size - counts.sum()
@@ -196,7 +198,7 @@ class ContextSchedule(Sampler[list[int]]):
         return np.random.default_rng([self.seed, *key])
 
     def state_dict(self) -> dict:
-        """All that is needed to go on: numbers and lists, JSON as it is."""
+        """Return the state with which the stream continues: numbers and lists, as JSON has them."""
         state = {
             "kind": self.kind,
             "steps": self._steps,
@@ -209,12 +211,12 @@ class ContextSchedule(Sampler[list[int]]):
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue the stream where `state_dict` was called.
 
         Raises:
-            ValueError: the state is of another kind of schedule or of other data.
+            ValueError: the state belongs to another kind of schedule or to other data.
         """
-        sizes = state.get("sizes", self._sizes())  # the first checkpoints did not hold them
+        sizes = state.get("sizes", self._sizes())  # the first checkpoints did not have them
         if (
             state["kind"] != self.kind
             or len(state["drawn"]) != len(self._drawn)
@@ -242,11 +244,12 @@ class ContextSchedule(Sampler[list[int]]):
 
 
 def shard(batch: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """The slice of a global batch that process `rank` of `world` trains on; the slices in order
-    make up the batch.
+    """Return the slice of a global batch that process `rank` of `world` trains on.
+
+    The slices of all processes, in order, are the batch.
 
     Raises:
-        ValueError: the batch does not divide by the number of processes.
+        ValueError: the number of processes does not divide the batch.
     """
     if len(batch) % world:
         raise ValueError(

@@ -39,8 +39,9 @@ from scipy.special import ndtr
 from torch.nn import functional as F
 
 from ..contexts import OBS, Context, parse_context
-from ..data import quad
-from ..data.quad import LATENTS, render
+from ..data import quad, shapes
+from ..data.quad import LATENTS
+from ..data.shapes import render
 from .networks import MAX_SIDE, pixel_values, unit
 
 
@@ -141,7 +142,7 @@ def read_factors(images: np.ndarray) -> Factors:
 def palette_levels(colours: np.ndarray) -> np.ndarray:
     """The level u in [0, 1] of colours (..., 3) in [0, 1]: the nearest point on the
     piecewise-linear palette, (...)."""
-    corners = quad.PALETTE / 255  # (6, 3)
+    corners = shapes.PALETTE / 255  # (6, 3)
     start, step = corners[:-1], np.diff(corners, axis=0)  # (5, 3)
     away = np.asarray(colours, dtype=np.float64)[..., None, :] - start  # (..., 5, 3)
     along = np.clip((away * step).sum(-1) / np.square(step).sum(-1), 0, 1)  # (..., 5)
@@ -287,7 +288,7 @@ def _templates(side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
         grids += [(kind, size, turn) for size in np.linspace(0, 1, _SIZES) for turn in angles]
     kinds, sizes, turns = np.array(grids).T
     kinds = kinds.astype(int)
-    masks = quad.shape_masks(kinds, sizes, turns, side).reshape(len(kinds), -1)
+    masks = shapes.shape_masks(kinds, sizes, turns, side).reshape(len(kinds), -1)
     size, turn = (torch.from_numpy(array.astype(np.float32)) for array in (sizes, turns))
     return (
         torch.from_numpy(masks.T.astype(np.float32)).contiguous(),

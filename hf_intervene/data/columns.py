@@ -1,0 +1,148 @@
+"""Read and check the columns of a data set with images, contexts and prompts."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+
+from ..contexts import OBS, context_name, named_concepts, parse_context, validate_concepts
+
+
+logger = logging.getLogger(__name__)
+
+
+def read_contexts(
+    dataset: Dataset, concepts: Sequence[str] | None = None
+) -> tuple[Dataset, list[str], tuple[str, ...]]:
+    """Read the context of every image.
+
+    Args:
+        dataset: with the columns `image` and `context`; see `ContextImages.from_dataset`.
+        concepts: the concepts. Images whose context names other concepts are left out, with a
+            warning. `None` means all concepts that the contexts name, in alphabetical order.
+
+    Returns:
+        dataset: the rows that are used.
+        names: the canonical name of the context of each row.
+        concepts: the concepts.
+
+    Raises:
+        ValueError: a column is missing, an image has no context, no context names a concept, or a
+            concept has no context.
+    """
+    for column in ("image", "context"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"the data set has no column {column!r}, only {', '.join(dataset.column_names)}:"
+                " rename or add it."
+            )
+    contexts = [
+        _as_context(row, value, dataset.features["context"])
+        for row, value in enumerate(dataset["context"])
+    ]
+    named = [set(named_concepts(context)) - {OBS} for context in contexts]
+    found = sorted(set().union(*named))
+    if concepts is None and not found:
+        raise ValueError(
+            "the data set has no context but the observational one: nothing was intervened on,"
+            " nothing can be learnt."
+        )
+    concepts = validate_concepts(found if concepts is None else concepts)
+    if missing := [name for name in concepts if name not in found]:
+        raise ValueError(
+            f"no context names the concept {missing[0]!r}; the concepts of the data set are"
+            f" {', '.join(found)}."
+        )
+    kept = [row for row, names in enumerate(named) if names <= set(concepts)]
+    if len(kept) < len(contexts):
+        logger.warning(
+            "%d of %d images are left out: their contexts name other concepts (%s) than %s.",
+            len(contexts) - len(kept),
+            len(contexts),
+            ", ".join(sorted(set().union(*named) - set(concepts))),
+            ", ".join(concepts),
+        )
+        dataset, contexts = dataset.select(kept), [contexts[row] for row in kept]
+    known: dict[str, str] = {}  # parsing is slow, and there are few different contexts
+    for context in contexts:
+        key = repr(context)
+        if key not in known:
+            known[key] = context_name(context, concepts)
+    return dataset, [known[repr(context)] for context in contexts], concepts
+
+
+def in_order(names: Iterable[str], concepts: Sequence[str]) -> list[str]:
+    """Sort the different names of contexts: fewer concepts first, then in the order of concepts."""
+
+    def key(name: str) -> tuple:
+        strengths = parse_context(name, concepts)
+        positions = [concepts.index(concept) for concept in strengths]
+        return len(positions), positions, list(strengths.values())
+
+    return sorted(set(names), key=key)
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """Return the data set with an image column that holds bytes and paths, not decoded images.
+
+    Raises:
+        ValueError: the image column holds neither images nor paths.
+    """
+    if not isinstance(dataset.features["image"], ImageFeature):
+        try:
+            dataset = dataset.cast_column("image", ImageFeature())
+        except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow raises these
+            raise ValueError(
+                f"the image column holds {dataset.features['image']}, not images or paths of"
+                " images."
+            ) from error
+    return dataset.cast_column("image", ImageFeature(decode=False))
+
+
+def read_prompts(dataset: Dataset) -> tuple[list[str] | None, torch.Tensor | None]:
+    """Read the prompts of a data set.
+
+    Returns:
+        The different prompts, and for each image the number of its prompt, int64 (N,). Both are
+        `None` if there is no column `prompt`.
+
+    Raises:
+        ValueError: a prompt is not text.
+    """
+    if "prompt" not in dataset.column_names:
+        return None, None
+    texts = dataset["prompt"]
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"the prompt of image {row} is {text!r}, which is not text: leave it empty, or"
+                " write it as text."
+            )
+    texts = [text or "" for text in texts]
+    prompts = sorted(set(texts))
+    number = {text: n for n, text in enumerate(prompts)}
+    return prompts, torch.tensor([number[text] for text in texts])
+
+
+def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
+    """Return a cell of the context column as a name or a list of names."""
+    inner = getattr(feature, "feature", None)  # the feature of the entries of a list
+    if isinstance(feature, ClassLabel) and value is not None and value >= 0:  # -1: no label
+        return feature.int2str(value)
+    if isinstance(inner, ClassLabel) and value is not None:
+        return [inner.int2str(label) for label in value]
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    # An empty cell does not count as observational: a gap in a table would silently mix images
+    # with interventions into that context.
+    missing = value is None or value == -1 or not str(value).strip()
+    kind = "no context" if missing else f"the context {value!r}"
+    raise ValueError(
+        f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names"
+        " or a class label."
+    )
