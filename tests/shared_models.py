@@ -1,4 +1,4 @@
-"""Tiny models for the tests of sharing, and a pretrained base of theirs on the Hub."""
+"""Tiny models for the tests of the Hub, and a pretrained base on the Hub."""
 
 from pathlib import Path
 
@@ -17,12 +17,23 @@ from hf_intervene.bases.lora import add_lora
 
 
 ALICE = {"token": "hf_alice"}
+LOADERS = {"head": InterventionHead, "model": InterventionModel, "pipeline": InterventionPipeline}
 
 
 def build(seed=0):
     torch.manual_seed(seed)
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     return InterventionModel.build(base, ["a", "b"], noise_width=4, initializer_range=0.5).eval()
+
+
+def one_sentence(error):
+    """Return the message of an error, which must be a sentence with the client's error as cause."""
+    message = str(error.value)
+    assert "\n" not in message and message.rstrip(")").endswith(".") and "http" not in message, (
+        message
+    )
+    assert error.value.__cause__ is not None
+    return message
 
 
 def of_kind(kind, model):
@@ -34,7 +45,7 @@ def of_kind(kind, model):
 
 
 def outcome(saved):
-    """What a head, model or pipeline makes of the same noise."""
+    """Return the output of a head, model or pipeline for a fixed noise."""
     head = saved if isinstance(saved, InterventionHead) else saved.head
     noise = torch.randn(
         2,
@@ -60,7 +71,7 @@ def put_folder(repo_id, folder, **options):
 
 
 def put_vae(repo_id="org/vae", seed=0, subfolder="", tmp_path=None):
-    """A pretrained autoencoder on the Hub."""
+    """Put a pretrained autoencoder on the Hub."""
     torch.manual_seed(seed)
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))

@@ -271,7 +271,7 @@ def test_bad_options(monkeypatch):
         block_mcc(FACTORS, FACTORS)
     with pytest.raises(ValueError, match="cannot be compared"):
         two_sample_test(FACTORS, FACTORS[:, :2])
-    with pytest.raises(ValueError, match="at least 20 samples a side, not 7"):
+    with pytest.raises(ValueError, match="at least 20 samples in each set, not 7"):
         two_sample_test(FACTORS, FACTORS[:7])
     with pytest.raises(ValueError, match="must be finite"):
         two_sample_test(FACTORS, np.where(FACTORS > 2, np.nan, FACTORS))

@@ -1,92 +1,40 @@
-"""Checkpoints made to do harm: refused in a sentence, before anything of theirs is run, and before
-memory is taken for what they announce.
+"""Harmful checkpoints are refused with one sentence.
+
+None of their code runs, and no memory is allocated for the sizes that they claim.
 """
 
 import json
-import os
 import pickle
 import shutil
 import struct
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from diffusion_models import save_pipeline, save_vision, stable_diffusion, with_head
 from fuzzing import bounds
-from huggingface_hub import ModelCard
+from hostile import HEAD, LOADERS, PARTS, Canary, change, refused, save_originals
 from safetensors.torch import load_file
-from shared_models import ALICE, build, frozen_on
 
 from hf_intervene import (
-    InterventionConfig,
     InterventionHead,
     InterventionModel,
-    InterventionPipeline,
     load_base,
 )
 from hf_intervene.bases.loading import load_scheduler, load_vision
-from hf_intervene.cards import card_path, code, read_settings, write_card
-from hf_intervene.page import Page
-from hf_intervene.push import push_folder
-from hf_intervene.space import export
 
 
-HEAD, DIFFUSERS, LORA = "model", "diffusion_pytorch_model", "adapter_model"
-PARTS = [  # kind of checkpoint, folder and stem of a part's weights
-    ("model", ".", HEAD),
-    ("model", "base", DIFFUSERS),
-    ("frozen", "adapter", DIFFUSERS),
-    ("lora", "lora", LORA),
-    ("pipeline", "head", HEAD),
-    ("pipeline", "base", DIFFUSERS),
-]
-LOADERS = {"pipeline": InterventionPipeline.from_pretrained}
 HUGE = 10**9
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("originals")
-    model = build()
-    model.save_pretrained(folder / "model")
-    InterventionPipeline.from_model(model).save_pretrained(folder / "pipeline")
-    torch.manual_seed(0)
-    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(
-        folder / "vae"
-    )
-    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae")).save_pretrained(folder / "frozen")
-    frozen_on(AutoencoderTiny.from_pretrained(folder / "vae"), lora_rank=2).save_pretrained(
-        folder / "lora"
-    )
-    return folder
+    return save_originals(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture
 def copy(originals, tmp_path):
-    """A copy of a checkpoint of some kind, to be spoilt."""
+    """Copy a checkpoint of some kind, which the test may damage."""
     return lambda kind: shutil.copytree(originals / kind, tmp_path / kind)
-
-
-class Canary:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def refused(folder, message, kind="model"):
-    """That a checkpoint cannot be loaded is said in a sentence, soon and with little memory."""
-    with bounds(memory=1 << 30), pytest.raises((OSError, ValueError), match=message) as error:
-        LOADERS.get(kind, InterventionModel.from_pretrained)(folder)
-    assert "\n" not in str(error.value)
-
-
-def change(file, **entries):
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 # Weights
@@ -95,7 +43,7 @@ def change(file, **entries):
 @pytest.mark.parametrize("decoy", [False, True])
 @pytest.mark.parametrize(("kind", "part", "stem"), PARTS)
 def test_pickled_weights_are_not_opened(copy, tmp_path, kind, part, stem, decoy):
-    """Not even beside a safetensors file of another name."""
+    """With `decoy` there is also a safetensors file of another name."""
     folder = copy(kind)
     weights = folder / part / f"{stem}.safetensors"
     weights.rename(weights.with_name("other.safetensors")) if decoy else weights.unlink()
@@ -126,11 +74,11 @@ def test_pickled_weights_are_not_opened(copy, tmp_path, kind, part, stem, decoy)
     ],
 )
 @pytest.mark.parametrize(("kind", "part", "stem"), PARTS)
-def test_an_index_names_files_beside_it_only(copy, tmp_path, kind, part, stem, name):
+def test_an_index_may_name_only_files_in_its_folder(copy, tmp_path, kind, part, stem, name):
     folder = copy(kind)
     weights, name = folder / part / f"{stem}.safetensors", name.format(folder=tmp_path)
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), name)}
-    if "else" in name:  # it is there
+    if "else" in name:  # the file exists
         (weights.parent / name).parent.mkdir(exist_ok=True)
         weights.rename(weights.parent / name)
     weights.with_name(f"{stem}.safetensors.index.json").write_text(json.dumps(index))
@@ -164,7 +112,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
 @pytest.mark.parametrize(("kind", "part", "stem"), PARTS)
-def test_a_header_that_announces_what_is_not_there(copy, kind, part, stem, content):
+def test_a_header_that_claims_more_than_there_is(copy, kind, part, stem, content):
     folder = copy(kind)
     (folder / part / f"{stem}.safetensors").write_bytes(content)
     refused(folder, "weights are truncated or corrupt", kind)
@@ -237,9 +185,8 @@ def test_an_adapter_that_asks_for_more_than_its_weights(copy, entries):
         {"r": 10**6},
         {"r": 3},
         {"r": "x"},
-        {
-            "target_modules": "((((a*)*)*)*)*$|(.*.*.*.*.*.*.*.*.*)*x"
-        },  # a pattern that takes for ever
+        # A pattern whose search never ends.
+        {"target_modules": "((((a*)*)*)*)*$|(.*.*.*.*.*.*.*.*.*)*x"},
         {"target_modules": [1]},
         {"peft_type": "PROMPT_TUNING"},
         {"rank_pattern": {"decoder": 10**6}},
@@ -256,7 +203,7 @@ def test_a_lora_configuration_of_another_kind(copy, entries):
     refused(folder, "no configuration of the LoRA of|which no model has")
 
 
-def test_a_lora_configuration_does_not_say_what_is_imported(copy):
+def test_a_lora_configuration_does_not_choose_what_is_imported(copy):
     folder = copy("lora")
     change(
         folder / "lora" / "adapter_config.json",
@@ -317,7 +264,7 @@ FILES = [
 
 @pytest.mark.parametrize("text", JSONS.values(), ids=JSONS)
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_json_that_is_no_configuration(copy, kind, name, text):
+def test_json_that_is_not_a_configuration(copy, kind, name, text):
     folder = copy(kind)
     (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
     refused(
@@ -328,8 +275,8 @@ def test_json_that_is_no_configuration(copy, kind, name, text):
 # Code
 
 
-def test_code_that_came_with_a_checkpoint_is_not_run(copy, tmp_path):
-    """`auto_map` and classes by name, with files of those names everywhere."""
+def test_code_of_a_checkpoint_is_not_run(copy, tmp_path):
+    """The configurations name classes of files, and every folder has files of these names."""
     evil = f"import os\nos.mkdir({str(tmp_path / 'run')!r})\nclass Evil:\n    pass\n"
     for kind in ("model", "pipeline"):
         folder = copy(kind)
@@ -367,8 +314,8 @@ def test_code_that_came_with_a_checkpoint_is_not_run(copy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_code_that_came_with_a_vision_model_is_not_run(tmp_path, monkeypatch):
-    """And nobody is asked whether it may be."""
+def test_code_of_a_vision_model_is_not_run(tmp_path, monkeypatch):
+    """The user is not asked for permission either."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     vision = save_vision(tmp_path / "vit")
     (vision / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
@@ -416,144 +363,3 @@ def test_parts_of_a_pretrained_pipeline_that_ask_for_too_much(tmp_path):
     change(tmp_path / "sd" / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     with bounds():
         assert load_base(tmp_path / "sd", 16).denoises
-
-
-# Cards
-
-NAMES = [
-    "<script>alert(1)",
-    "{{ 7 * 7 }}",
-    "{% for x in y %}",
-    "a`b",
-    "`",
-    "``x``",
-    "a|b",
-    "<!-- x",
-    "[a](b)",
-    "*a*",
-    "---",
-]
-
-
-def test_names_of_concepts_on_a_card(copy):
-    folder = copy("model")
-    config = InterventionConfig.from_pretrained(folder)
-    config.concepts = NAMES
-    config.save_pretrained(folder)
-    (folder / "training_arguments.yaml").write_text(
-        "seed: 0\nx: |\n  ```\n  <script>alert(2)</script>\n"
-    )
-    card = ModelCard.load(write_card(folder, "user/name"))
-    assert (
-        "hf-intervene" in card.data.tags
-        and "{{ 7 * 7 }}" in card.text
-        and "\n````yaml\n" in card.text
-    )
-    rows = [line for line in card.text.splitlines() if line.endswith(" alone |")]
-    assert rows == [f"| {code(name)} | {code(name)} alone |" for name in NAMES]
-
-
-@pytest.mark.parametrize("text", NAMES)
-def test_code_in_markdown_is_that_text(text):
-    markdown = pytest.importorskip("markdown_it")
-    row = (
-        markdown.MarkdownIt("commonmark")
-        .enable("table")
-        .render(f"| a |\n| --- |\n| {code(text)} |\n")
-    )
-    assert f"<td><code>{markdown.common.utils.escapeHtml(text)}</code></td>" in row
-
-
-@pytest.mark.parametrize("name", ["README.md", "samples.png", "floors.png"])
-def test_a_card_is_not_written_through_a_link(copy, tmp_path, name):
-    folder = copy("model")
-    (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FileExistsError, match=f"{name} is a link"):
-        card_path(folder)
-
-
-@pytest.mark.usefixtures("waits")
-def test_a_link_out_of_the_folder_is_not_pushed(copy, tmp_path):
-    folder = copy("model")
-    (tmp_path / "secret").write_text("{}")
-    (folder / "base" / "token.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="token.json is a link to outside of the folder"):
-        push_folder(folder, "alice/model", **ALICE)
-
-
-# Links
-
-
-@pytest.mark.parametrize("use", ["load", "page", "export", "card", "settings"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "samples.png",
-        "config.json",
-        "base/token.json",
-        "head/config.json",
-        "base",
-        "more/x.json",
-        "training_arguments.yaml",
-    ],
-)
-def test_nothing_is_read_through_a_link_out_of_the_folder(copy, tmp_path, use, name):
-    folder, secret = copy("pipeline"), tmp_path / "secret"
-    entry = folder / name
-    if entry.is_dir():
-        shutil.copytree(entry, secret)
-        shutil.rmtree(entry)
-    else:
-        secret.write_text("{}")
-        entry.parent.mkdir(exist_ok=True)
-        entry.unlink(missing_ok=True)
-    entry.symlink_to(os.path.relpath(secret, entry.parent))
-    picture, settings = name.endswith((".md", ".png")), name.endswith(".yaml")
-    if {
-        "load": picture or settings,
-        "page": settings,
-        "card": picture,
-        "settings": not settings,
-    }.get(use):
-        return  # it is not read there, or is a card that is not written through a link
-    calls = {
-        "load": InterventionPipeline.from_pretrained,
-        "page": Page,
-        "card": write_card,
-        "settings": read_settings,
-    }
-    calls["export"] = lambda path: export(path, tmp_path / "space")
-    with pytest.raises(OSError, match="is a link to outside of its folder"):
-        calls[use](folder)
-    assert not (tmp_path / "space").exists()
-
-
-def test_links_within_a_folder_and_those_of_the_hubs_cache_are_followed(copy, tmp_path):
-    folder = copy("pipeline")
-    (folder / "base").rename(folder / "elsewhere")
-    (folder / "base").symlink_to("elsewhere")
-    (tmp_path / "linked").symlink_to(folder)
-    (folder / "data.bin").symlink_to("/etc/hostname")  # nobody reads it
-    InterventionPipeline.from_pretrained(tmp_path / "linked")
-    repository = tmp_path / "models--user--name"
-    (repository / "blobs").mkdir(parents=True)
-    shutil.copytree(copy("model"), repository / "snapshots" / "0123")
-    for number, file in enumerate(
-        path for path in (repository / "snapshots").rglob("*") if path.is_file()
-    ):
-        blob = repository / "blobs" / str(number)
-        file.rename(blob)
-        file.symlink_to(os.path.relpath(blob, file.parent))
-    InterventionModel.from_pretrained(repository / "snapshots" / "0123")
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "model_index.json", "base/config.json", "README.md"]
-)
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copy, name):
-    folder = copy("pipeline")
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    with pytest.raises(OSError, match="is a pipe or a device, not a file"):
-        Page(folder)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray_marcher import first_hit, inside, slow_colour
 from scipy.stats import norm
 
 from hf_intervene.data import ident3d, load_ident3d, raycast
@@ -142,76 +143,6 @@ def test_images_are_functions_of_seed_context_and_row():
         ident3d.sample_latents("obs", 12, seed=3),
     ):
         assert not np.isclose(other, latents).any()
-
-
-def inside(point):
-    """Whether a point of the object's frame lies within the object; an array (n, 3) at once."""
-    body = (np.square(point / np.array(raycast.BODY, dtype=float))).sum(-1) < 1
-    for capsule in raycast.CAPSULES.astype(float):
-        start, end, radius = capsule[:3], capsule[3:6], capsule[6]
-        share = np.clip(((point - start) @ (end - start)) / ((end - start) @ (end - start)), 0, 1)
-        body |= np.linalg.norm(point - start - share[..., None] * (end - start), axis=-1) < radius
-    return body
-
-
-def first_hit(scene, origin, direction):
-    """Distance to the object along a unit direction, by small steps and bisection; `inf` if there
-    is none.
-    """
-
-    def within(t):
-        return inside((origin + np.multiply.outer(t, direction) - scene.centre) @ scene.rotation)
-
-    middle = (scene.centre - origin) @ direction
-    steps = np.linspace(middle - 1, middle + 1, 801)
-    hits = np.flatnonzero(within(steps))
-    if not len(hits):
-        return np.inf
-    low, high = steps[hits[0]] - 2 / 800, steps[hits[0]]
-    for _ in range(30):
-        half = (low + high) / 2
-        low, high = (low, half) if within(half) else (half, high)
-    return high
-
-
-def slow_normal(scene, point):
-    """From where a small ball around the point of the surface is free."""
-    directions = np.random.default_rng(0).standard_normal((20_000, 3))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    free = ~inside((point + 0.004 * directions - scene.centre) @ scene.rotation)
-    normal = directions[free].sum(0)
-    return normal / np.linalg.norm(normal)
-
-
-def unit(vector):
-    return vector / np.linalg.norm(vector)
-
-
-def slow_colour(scene, direction):
-    """What one ray sees, linear RGB."""
-    camera = raycast.CAMERA
-    t = first_hit(scene, camera, direction)
-    on_object = t < np.inf
-    point = camera + direction * (t if on_object else -camera[2] / direction[2])
-    normal = slow_normal(scene, point) if on_object else np.array([0.0, 0.0, 1.0])
-    to_light, distance = unit(scene.light - point), np.linalg.norm(scene.light - point)
-    x = np.clip(
-        (unit(raycast.LIT - scene.light) @ -to_light - raycast.CONE[0])
-        / (raycast.CONE[1] - raycast.CONE[0]),
-        0,
-        1,
-    )
-    facing = normal @ to_light
-    clear = first_hit(scene, scene.light, -to_light) > distance - 0.03
-    light = max(facing, 0) * x * x * (3 - 2 * x) * clear
-    ambient = raycast.AMBIENT * (0.7 + 0.3 * normal[2])
-    colour = (scene.object if on_object else scene.ground) * (
-        ambient + raycast.SPOT * light * scene.spotlight
-    )
-    if on_object and light > 0:
-        shine = max(normal @ unit(to_light - direction), 0) ** 32 * x * x * (3 - 2 * x)
-        colour = colour + raycast.SPECULAR * shine * scene.spotlight
-    return colour
 
 
 def test_rendering_against_a_ray_marcher():

@@ -10,16 +10,16 @@ from PIL import Image
 from hf_intervene import cli
 from hf_intervene.data import quad
 from hf_intervene.metrics import check
-from hf_intervene.metrics.identifiability import FAILS, HOLDS, WEAK, shift_spectrum
+from hf_intervene.metrics.identifiability import FAILS, HOLDS, WEAK
 from hf_intervene.metrics.recovery import (
-    BROKEN,
     Structure,
     _structure,
     recover,
     score,
-    simulate,
     simulate_and_recover,
 )
+from hf_intervene.metrics.recovery_data import BROKEN, simulate
+from hf_intervene.metrics.shifts import shift_spectrum
 from hf_intervene.training import identifiability as study
 
 

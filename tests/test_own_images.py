@@ -3,8 +3,8 @@ damage, strange names.
 """
 
 import os
+import pickle
 import shutil
-import time
 import zlib
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_intervene.cards import card_text
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.image_files import decode_image, flat_image, open_image
 
@@ -228,32 +227,6 @@ def test_a_broken_cache_is_made_anew(source, tmp_path, content):
     assert (load() == expected).all()
 
 
-# Cards
-
-
-@pytest.mark.parametrize(
-    "front", ["a: [b", "!!python/object:os.system x", "[" * 20_000, "a: b", "a: &x [*x]"]
-)
-def test_the_front_matter_of_a_card_is_not_parsed(tmp_path, front):
-    (tmp_path / "README.md").write_text(
-        f"---\n{front}\n---\n# Title\n<!-- gone --> text ![x](y.png) end"
-    )
-    assert card_text(tmp_path) == "# Title\n text  end"
-
-
-@pytest.mark.parametrize("piece", ["![", "![](", "<!--", "---\n", "![a]", "<!-- -->", "![x" * 999])
-def test_a_long_card_is_read_at_once(tmp_path, piece):
-    (tmp_path / "README.md").write_text(piece * (200_000 // len(piece)))
-    began = time.perf_counter()
-    card_text(tmp_path)
-    assert time.perf_counter() - began < 3
-
-
-def test_a_card_that_is_no_text(tmp_path):
-    (tmp_path / "README.md").write_bytes(b"# caf\xe9")
-    assert card_text(tmp_path).startswith("# caf")
-
-
 def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(
     source, tmp_path
 ):
@@ -278,8 +251,31 @@ def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the
     file.unlink()
     file.write_bytes(whole)  # another file in its place does no harm, nor that it is cut
     os.truncate(file, 10)
-    again = read()  # written anew
+    again = read()  # written again
     assert torch.equal(again.pixels, read().pixels)
+
+
+def test_a_cache_that_is_cut_between_two_rows_is_an_error(source, tmp_path, monkeypatch):
+    images = ContextImages.from_dataset(
+        load_contexts(source), None, 256, cache_dir=tmp_path / "cache"
+    )
+    expected = images.images(torch.tensor([5, 0, 5]))
+    assert torch.equal(expected, images.stored[[5, 0, 5]])
+    again = pickle.loads(pickle.dumps(images.file)).rows(np.array([5]), images.stored.shape, "u1")
+    assert np.array_equal(again, expected[:1])
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    preadv = os.preadv
+
+    def cut_then_read(*arguments):
+        os.truncate(file, 5000)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", cut_then_read)
+    with pytest.raises(OSError, match="npy was cut while it was being read"):
+        images.images(torch.tensor([5, 0]))
+    monkeypatch.undo()
+    with pytest.raises(IndexError, match="rows from -1 to 0 of 20 are not there"):
+        images.images(torch.tensor([-1, 0]))
 
 
 def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):

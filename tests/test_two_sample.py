@@ -29,7 +29,7 @@ def test_a_slight_blur_is_seen_and_rounding_is_not():
 
 
 def test_bad_sets_of_images():
-    with pytest.raises(ValueError, match="at least 100 a side, not 99"):
+    with pytest.raises(ValueError, match="at least 100 in each set, not 99"):
         image_two_sample_test(images(1), images(2, 99))
     with pytest.raises(ValueError, match=r"shapes \(16, 16, 3\) and \(8, 16, 3\)"):
         image_two_sample_test(images(1), images(2)[:, :8])

@@ -62,7 +62,9 @@ def kept_at_hand(
     if not resident(data.stored.nbytes + (0 if together else validation.stored.nbytes), device):
         return data, validation
     data = data.on(device)
-    return data, (replace(validation, stored=data.stored) if together else validation).on(device)
+    if together:  # the images are in memory now
+        validation = replace(validation, stored=data.stored, mapped=False, file=None)
+    return data, validation.on(device)
 
 
 class Feed:

@@ -89,10 +89,9 @@ class PreparedImages:
         Raises:
             OSError: one sentence: a file was cut meanwhile.
         """
-        for _, file in self._arrays.values():
-            file.check()
         found = {
-            name: torch.from_numpy(array[rows.numpy()]) for name, (array, _) in self._arrays.items()
+            name: torch.from_numpy(file.rows(rows.numpy(), array.shape, array.dtype))
+            for name, (array, file) in self._arrays.items()
         }
         return found if self._prompt_ids is None else found | {"prompts": self._prompt_ids[rows]}
 

@@ -6,7 +6,7 @@ were moved are recognised, and new images do not change the fingerprints of the 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,17 @@ def fingerprint(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def fingerprints(pixels: torch.Tensor) -> torch.Tensor:
-    """Return the fingerprints, int64 (M,), of images without files, uint8 (M, C, H, W)."""
-    found = torch.empty(len(pixels), dtype=torch.int64)
-    # In pieces, because all images together may need more memory than there is.
-    for rows in torch.arange(len(pixels)).split(1024):
-        block = pixels[rows.to(pixels.device)].cpu().numpy()
-        found[rows] = torch.tensor([fingerprint(image.tobytes()) for image in block])
-    return found
+def fingerprints(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the fingerprints, int64 (M,), of images without files.
+
+    Args:
+        blocks: the images in pieces, uint8 (n, C, H, W). All together they may be larger than the
+            memory.
+    """
+    return torch.tensor(
+        [fingerprint(image.tobytes()) for block in blocks for image in block.cpu().numpy()],
+        dtype=torch.int64,
+    )
 
 
 def places(marks: np.ndarray, seed: int) -> np.ndarray:

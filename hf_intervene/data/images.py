@@ -45,8 +45,8 @@ class ContextImages:
         mapped: whether `stored` is a file that is read when it is used.
         marks: fingerprints of the stored images, int64 (M,), on the CPU (see `identity.py`).
             `None`: they are computed from the pixels.
-        file: the file of `stored`, if another program may cut it while it is read (see
-            `mapped.py`). Then reading images raises an OSError.
+        file: the file that `stored` maps. Images are read from it and not through the map, so that
+            a file that another program cuts raises an OSError (see `mapped.py`).
         prompts: the different prompts of the images; `None` if they have none.
         prompt_ids: number of the prompt of each image, int64, (N,).
     """
@@ -74,24 +74,26 @@ class ContextImages:
     @property
     def pixels(self) -> torch.Tensor:
         """All images, uint8, (N, C, H, W). It is a copy if `stored` holds other images too."""
-        self._check()
+        if self.file is not None:
+            return self.images(torch.arange(len(self)))
         return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
 
-    def _check(self) -> None:
-        if self.file is not None:
-            self.file.check()
+    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of `stored`, whose images may be those of other parts too."""
+        if self.file is None:
+            return self.stored.index_select(0, rows)
+        return torch.from_numpy(self.file.rows(rows.numpy(), self.stored.shape, np.uint8))
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """Return the images of an index, (n,) integers, as uint8 (n, C, H, W), on their device."""
-        self._check()
         index = index.to(self.stored.device)
-        return self.stored.index_select(0, index if self.rows is None else self.rows[index])
+        return self._read(index if self.rows is None else self.rows[index])
 
     def on(self, device: torch.device | str) -> "ContextImages":
         """Return a copy whose images are on a device. `context_ids` stay on the CPU."""
-        self._check()
+        stored = self.stored if self.file is None else self._read(torch.arange(len(self.stored)))
         rows = None if self.rows is None else self.rows.to(device)
-        return replace(self, stored=self.stored.to(device), rows=rows, mapped=False, file=None)
+        return replace(self, stored=stored.to(device), rows=rows, mapped=False, file=None)
 
     def _part(self, index: torch.Tensor, **changes: Any) -> "ContextImages":
         rows = index.to(self.stored.device)
@@ -148,7 +150,8 @@ class ContextImages:
     def fingerprints(self) -> torch.Tensor:
         """Return the fingerprint of each image, int64 (N,), on the CPU; see `identity.py`."""
         if self.marks is None:
-            self.marks = fingerprints(self.stored)
+            blocks = torch.arange(len(self.stored), device=self.stored.device).split(1024)
+            self.marks = fingerprints(self._read(rows) for rows in blocks)
         return self.marks if self.rows is None else self.marks[self.rows.cpu()]
 
     def fingerprints_by_context(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Measures: pure functions on arrays."""
+"""Measures of images, codes and effects: functions of arrays."""
 
 from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
 from .counterfactual import CounterfactualError, counterfactual_error
@@ -6,7 +6,6 @@ from .detector import Detector, DetectorError, Share, train_context_detector, tr
 from .disentanglement import (
     DCI,
     Score,
-    TwoSampleTest,
     block_mcc,
     dci,
     mcc,
@@ -14,7 +13,6 @@ from .disentanglement import (
     mig,
     sap,
     scored,
-    two_sample_test,
 )
 from .effects import EffectMatrix, compare_effects, effect_matrix
 from .factor_match import FactorMatch, match_factors
@@ -25,7 +23,14 @@ from .presence import CompositionRatio, Presence, composition_ratio, presence_sh
 from .reconstruction import bits_per_pixel, mean_interval
 from .routes import Routes, compare_routes
 from .transport import TransportResult, compare, sliced_wasserstein
-from .two_sample import ImageTest, KernelDistance, image_two_sample_test, kernel_distance
+from .two_sample import (
+    ImageTest,
+    KernelDistance,
+    TwoSampleTest,
+    image_two_sample_test,
+    kernel_distance,
+    two_sample_test,
+)
 
 
 __all__ = [

@@ -1,22 +1,25 @@
-"""Which concept moves which, read off a trained intervention layer, and how far such readings agree
-with the truth.
+"""Effects between concepts in a trained intervention layer, and their agreement with the truth.
 
-Two readings:
+Two measures:
 
-    from weights       `block_effects`: with the paper's head every c_i is linear in the exogenous eps of all blocks, c = T eps + bias,
-                       T depending on the targets (`total_effect_operator`): the size of its blocks, scaled by the spread of eps_j
-    from interventions `intervention_moves`: how far the distribution of c_i moves when block j is intervened on
+    from weights        `block_effects`: with the paper's head every c_i is linear in the exogenous
+                        eps of all blocks, c = T eps + bias, where T depends on the targets
+                        (`total_effect_operator`). The measure is the size of the blocks of T,
+                        scaled by the spread of eps_j.
+    from interventions  `intervention_moves`: how far the distribution of c_i moves when block j is
+                        intervened on.
 
-What a model identifies of these is little. Blocks are determined up to maps within a block: a norm
-of a block of W alone means nothing. Scaled by the spread of eps_j, and measured in the embedding
-that the decoder reads (`readout`), it does not depend on the basis of either block, nor on
-directions of c_i that no decoder hears. It still depends on where training left the noise of a
-concept: several head parameters have one distribution of images, as soon as a block is wide enough
-to carry the noise of another, or the decoder mixes blocks. Unobserved common causes look like
-effects, or vanish into free blocks. So the agreement with the truth is something to measure."""  # noqa: E501
+Data identify these effects only in part. A block is determined up to a map within the block, so
+that the norm of a block of W alone has no meaning. Scaled by the spread of eps_j, and measured in
+the embedding that the decoder takes (`readout`), it does not depend on the basis of either block,
+nor on directions of c_i that the decoder ignores. It still depends on how training distributed the
+noise of a concept: if a block is wide enough to carry the noise of another, or if the decoder mixes
+blocks, several heads have the same distribution of images. Unobserved common causes can look like
+effects, or move into free blocks. So the agreement with the truth must be measured.
+"""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -26,29 +29,30 @@ from scipy.stats import rankdata
 from ..contexts import OBS
 from ..modeling_intervention import InterventionHead
 from ..structural import InterventionLayer
+from .results import Result
 
 
-_EXACT = 7  # up to so many concepts all relabellings are tried
-_RELABELLINGS = 2000  # of more
+_EXACT = 7  # up to this number of concepts all relabellings are used
+_RELABELLINGS = 2000  # number of random relabellings of more concepts
 
 
 @dataclass
-class Agreement:
-    """How far the entries off the diagonal of a matrix (d, d) agree with the truth.
+class Agreement(Result):
+    """Agreement of the entries off the diagonal of a matrix (d, d) with the truth.
 
-    The floors are means over relabellings of the concepts, rows and columns alike, which keep
-    whatever structure the matrix has (Mantel, 1967; the quadratic assignment procedure of Hubert
-    and Schultz, 1976); p is the share of them that do at least as well, the identity included. NaN
-    where the truth has no effect, or nothing but effects.
+    The floors are means over relabellings of the concepts, the same for rows and columns, which
+    keep the structure of the matrix (Mantel, 1967; the quadratic assignment procedure of Hubert and
+    Schultz, 1976). p is the share of relabellings, the identity included, with at least the same
+    value. All are NaN if the truth has no effects, or an effect in every entry.
 
     Args:
-        auroc: probability that a true effect has the larger entry than a pair without one; 0.5 is
-            chance.
+        auroc: probability that the entry of a true effect is larger than that of a pair without an
+            effect; 0.5 is chance.
         auroc_floor, auroc_p: see above.
         rank: Spearman correlation with the absolute true effects.
         rank_floor, rank_p: see above.
-        direction: share of the pairs with an effect one way whose larger entry is that way; 0.5 is
-            chance.
+        direction: among the pairs with an effect in one direction, the share whose larger entry has
+            this direction; 0.5 is chance.
     """
 
     auroc: float
@@ -59,32 +63,28 @@ class Agreement:
     rank_p: float
     direction: float
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 @torch.no_grad()
 def total_effect_operator(
     layer: torch.nn.Module, targets: torch.Tensor | None = None
 ) -> np.ndarray:
-    """T of c = T eps + bias, (D, w, D, w): `[i, :, j, :]` is the block from eps_j to c_i, along all
-    the paths that the layer follows.
+    """Return T of c = T eps + bias, (D, w, D, w), along all paths that the layer follows.
 
-    The structural form gives the sum of the powers of W up to its number of steps, the reduced form
-    the identity and W_obs, its columns of W_int where the targets say so; with targets the rows of
-    what is intervened on are cut if interventions are perfect.
+    `[i, :, j, :]` is the block from eps_j to c_i. In the structural form T is the sum of the powers
+    of W up to the number of steps. In the reduced form it is the identity plus W_obs, with the
+    columns of W_int for blocks that are intervened on. If interventions are perfect, the rows of
+    these blocks have only the identity.
 
     Args:
         layer: an intervention layer.
-        targets: (D,), entries in [0, 1]; `None`: observational.
+        targets: (D,), entries in [0, 1]; `None` means observational.
 
     Raises:
-        TypeError: the layer of a head with flows, in which effects are not linear.
+        TypeError: the layer belongs to a head with flows, where effects are not linear.
     """
     if not isinstance(layer, InterventionLayer):
         raise TypeError(
-            "effects are not linear in a head with flows: read them off draws, by"
+            "effects are not linear in a head with flows: measure them on draws, with"
             " `intervention_moves`."
         )
     blocks, width = layer.bias.shape
@@ -92,23 +92,23 @@ def total_effect_operator(
         -1, blocks, width
     )
     s = torch.zeros(blocks) if targets is None else targets
-    c = (
-        layer(basis, s.to(basis.device).expand(len(basis), -1)[..., None]) - layer.bias
-    )  # (D w, D, w): one input unit a row
+    s = s.to(basis.device).expand(len(basis), -1)[..., None]
+    c = layer(basis, s) - layer.bias  # (D w, D, w): one input unit per row
     return c.double().permute(1, 2, 0).unflatten(2, (blocks, width)).cpu().numpy()
 
 
 def block_effects(
     operator: np.ndarray, eps: np.ndarray, readout: np.ndarray | None = None
 ) -> np.ndarray:
-    """Share of each c_i, as a standard deviation, that comes from eps_j, (D, D): |U_i T_ij
-    S_j^(1/2)| over the root of the total variance of U_i c_i, in Frobenius norms, S_j the
-    covariance of eps_j. The squares of a row sum to 1.
+    """Return the share of each c_i, as a standard deviation, that comes from eps_j, (D, D).
+
+    It is |U_i T_ij S_j^(1/2)|, a Frobenius norm, divided by the root of the total variance of
+    U_i c_i. S_j is the covariance of eps_j. The squares of a row sum to 1.
 
     Args:
         operator: T, (D, w, D, w).
-        eps: draws, (n, D, w). Blocks are independent, as they are under the prior.
-        readout: U, (D, w, E); `None`: the identity, in which the result depends on the basis of
+        eps: draws, (n, D, w), whose blocks are independent, as under the prior.
+        readout: U, (D, w, E). `None` means the identity; then the result depends on the basis of
             c_i.
     """
     width, blocks = eps.shape[2], eps.shape[1]
@@ -127,18 +127,22 @@ def block_effects(
 def intervention_moves(
     obs: np.ndarray, intervened: np.ndarray, readout: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each c_i moves under each intervention, in observational standard deviations: of its
-    mean, and of its Gaussian approximation (2-Wasserstein, or Frechet, distance), each (D,
-    interventions). The root of the total variance of U_i c_i is the unit.
+    """Measure how far the distribution of each c_i moves under each intervention.
+
+    The unit is the observational standard deviation: the root of the total variance of U_i c_i.
 
     Args:
-        obs: draws of c, (n, D, w).
-        intervened: of each intervention, (interventions, m, D, w).
+        obs: observational draws of c, (n, D, w).
+        intervened: draws of c under each intervention, (interventions, m, D, w).
         readout: U, (D, w, E); see `block_effects`.
+
+    Returns:
+        The distance of the means, and the 2-Wasserstein (Frechet) distance of the Gaussian
+        approximations, each (D, interventions).
     """
     means, distances = np.zeros((2, obs.shape[1], len(intervened)))
     for i in range(obs.shape[1]):
-        # c_i in coordinates in which distances are those of U_i c_i.
+        # Coordinates of c_i in which distances are those of U_i c_i.
         basis = np.eye(obs.shape[2]) if readout is None else np.linalg.qr(readout[i].T)[1].T
         before = obs[:, i] @ basis
         unit = math.sqrt(max(before.var(0).sum(), 1e-300))
@@ -150,12 +154,15 @@ def intervention_moves(
 
 
 def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
-    """Agreement of magnitudes with the truth, off the diagonal.
+    """Measure the agreement of magnitudes with the truth, off the diagonal.
 
     Args:
         learnt: magnitudes of the effects of j on i, (d, d).
-        true: true effects, (d, d); 0 where there is none. The sign does not count.
-        seed: of the relabellings of more than seven concepts.
+        true: true effects, (d, d); 0 for no effect. The sign is ignored.
+        seed: seed of the relabellings of more than seven concepts.
+
+    Raises:
+        ValueError: the matrices are not square, or have different sizes.
     """
     learnt, true = (np.abs(np.asarray(x, dtype=np.float64)) for x in (learnt, true))
     if learnt.ndim != 2 or learnt.shape != true.shape or learnt.shape[0] != learnt.shape[1]:
@@ -169,16 +176,14 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
     else:
         rng = np.random.default_rng(seed)
         orders = np.array([np.arange(d), *(rng.permutation(d) for _ in range(_RELABELLINGS))])
-    relabelled = np.stack(
-        [learnt[np.ix_(order, order)][off] for order in orders]
-    )  # the first is as it is
+    relabelled = np.stack([learnt[np.ix_(order, order)][off] for order in orders])
     target, positive = true[off], true[off] > 0
     ranks = rankdata(relabelled, axis=1)
     found = {"auroc": _auroc(ranks, positive), "rank": _row_correlations(ranks, rankdata(target))}
     one_way = (true > 0) & ~(true.T > 0) & off
     larger = np.where(learnt == learnt.T, 0.5, learnt > learnt.T)
     scores: dict[str, float] = {}
-    for name, values in found.items():
+    for name, values in found.items():  # the first value is that of the identity
         known = not np.isnan(values[0])
         scores |= {
             name: float(values[0]),
@@ -194,11 +199,17 @@ def agreement(learnt: np.ndarray, true: np.ndarray, seed: int = 0) -> Agreement:
 def head_draws(
     head: InterventionHead, interventions: list, samples: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of a head under the prior, all of the same noise z.
+    """Draw from a head under the prior, with the same noise z in all contexts.
+
+    Args:
+        head: the head.
+        interventions: contexts, in any form of `contexts.py`.
+        samples: n, the number of draws.
+        seed: seed of the noise.
 
     Returns:
-        eps, observational and with every concept intervened on, (2, n, D, w); c in each of the
-        given contexts, (contexts, n, D, w).
+        eps, first observational, then with every concept intervened on, (2, n, D, w); and c in each
+        of the given contexts, (contexts, n, D, w).
     """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, head.config.num_blocks, head.config.noise_width, generator=generator)
@@ -211,8 +222,10 @@ def head_draws(
 
 
 def single_interventions_operator(head: InterventionHead) -> np.ndarray:
-    """T, (D, w, D, w), each concept's columns those of the context in which it alone is intervened
-    on; the free blocks' observational.
+    """Return T, (D, w, D, w), with the columns of each concept from its own context.
+
+    That is the context in which only this concept is intervened on. The columns of free blocks are
+    observational.
     """
     operator = total_effect_operator(head.intervention)
     for j, concept in enumerate(head.config.concepts):
@@ -223,7 +236,7 @@ def single_interventions_operator(head: InterventionHead) -> np.ndarray:
 
 
 def head_readout(head: InterventionHead) -> np.ndarray:
-    """U of e = sum_j U_j c_j + b, (D, w, E), as float64."""
+    """Return U of e = sum_j U_j c_j + b, (D, w, E), as float64."""
     blocks = head.config.num_blocks
     return (
         head.unpool.weight.detach()
@@ -235,7 +248,7 @@ def head_readout(head: InterventionHead) -> np.ndarray:
 
 
 def _bures(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Bures distance of the covariances of draws (n, w) and (m, w)."""
+    """Return the squared Bures distance of the covariances of draws (n, w) and (m, w)."""
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     # The trace of (A^(1/2) B A^(1/2))^(1/2) is the sum of the roots of the eigenvalues of A B.
     cross = np.sqrt(np.maximum(np.linalg.eigvals(first @ second).real, 0)).sum()
@@ -243,7 +256,7 @@ def _bures(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _auroc(ranks: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """AUROC of each row of ranks (orders, entries)."""
+    """Return the AUROC of each row of ranks (orders, entries)."""
     n, m = positive.sum(), (~positive).sum()
     if n == 0 or m == 0:
         return np.full(len(ranks), math.nan)

@@ -1,41 +1,45 @@
-"""Counterfactual error: how far edited images are from their true answers, where there are twins
-(METHOD section 1, task 3).
+"""Counterfactual error: the distance of edited images from their true answers.
 
-Twins are images of the same individual in two contexts. An edit of the one has the other as its
-true answer. Three distances tell how to read the error: that of the image left as it is (doing
-nothing), that of the model's own reconstruction of the true answer (the best that its decoder can
-do), and that of the same individual with another one's change (`another_change`). An intervention
-draws the concept anew: which of 14 glasses a person wears in the true answer nobody can know.
+See METHOD section 1, task 3. It needs twins: images of the same individual in two contexts. The one
+is the true answer to an edit of the other. Three distances help to read the error: that of the
+unedited image, that of the model's reconstruction of the true answer (the best that its decoder can
+do), and that of the same individual with the change of another one (`another_change`). An
+intervention draws the concept at random: no model can know which of 14 glasses a person wears in
+the true answer.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import bootstrap
 
+from .results import Result
 
-_CHANGED = 1 / 255  # of a pixel in [0, 1]: less is rounding
+
+_CHANGED = 1 / 255  # the smallest change of a pixel in [0, 1] that is not rounding
 
 
 @dataclass
-class CounterfactualError:
-    """Distances are root mean squares over pixels and channels in [0, 1], averaged over the images.
+class CounterfactualError(Result):
+    """Result of `counterfactual_error`.
+
+    Distances are root mean squares over pixels in [0, 1] and channels, averaged over the images.
 
     Args:
-        edited: distance of the edited images to the true answers.
+        edited: distance of the edited images from the true answers.
         edited_interval: its 95 % interval.
-        unedited: distance of the images left as they are to the true answers.
-        reconstructed: distance of the model's reconstruction of the true answers to them.
-        ratio: `edited` over `unedited`; 1 is no better than doing nothing. `None` if the true
-            answer changes nothing.
+        unedited: distance of the unedited images from the true answers.
+        reconstructed: distance of the model's reconstructions of the true answers from them.
+        ratio: `edited` / `unedited`; 1 is no better than no edit. `None` if the true answers are
+            equal to the unedited images.
         ratio_interval: its 95 % interval, or `None`.
-        another: distance of `another_change` to the true answers: right in all but in what was
-            drawn.
-        outside: share of what the edit changes that lies on pixels which the true answer leaves
-            alone; `None` if nothing changes.
-        outside_floor: the same of the change from the model's reconstruction of the image to that
-            of the true answer.
-        images: how many pairs.
+        another: distance of `another_change` from the true answers. That image is right except in
+            what the intervention drew at random.
+        outside: share of the edit's change that is on pixels which the true answer does not change;
+            `None` if nothing changes.
+        outside_floor: the same share of the change from the model's reconstruction of the image to
+            that of the true answer.
+        images: number of pairs.
     """
 
     edited: float
@@ -49,10 +53,6 @@ class CounterfactualError:
     outside_floor: float | None
     images: int
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 def counterfactual_error(
     before: np.ndarray,
@@ -62,19 +62,20 @@ def counterfactual_error(
     returned_truth: np.ndarray,
     seed: int = 0,
 ) -> CounterfactualError:
-    """Error of edits whose true answers are known. All images (n, H, W, C), uint8 or float in [0,
-    1]; row i is one individual.
+    """Compute the error of edits whose true answers are known.
+
+    All images are (n, H, W, C), uint8 or float in [0, 1]. Row i is one individual in each.
 
     Args:
         before: real images.
-        truth: their true answers: the same individuals in the context that `before` was edited to.
+        truth: the true answers: the same individuals in the context of the edit.
         edited: `before`, edited by the model.
-        returned: `before` as the model returns it when nothing is changed.
-        returned_truth: `truth` likewise.
-        seed: of the bootstrap (paired, over the images).
+        returned: the model's output for `before` without an edit.
+        returned_truth: the model's output for `truth` without an edit.
+        seed: seed of the bootstrap (paired, over the images).
 
     Raises:
-        ValueError: images of different shapes, or fewer than two.
+        ValueError: the images have different shapes, or there are fewer than two.
     """
     arrays = [np.asarray(x) for x in (before, truth, edited, returned, returned_truth)]
     if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 4 or len(arrays[0]) < 2:
@@ -114,15 +115,22 @@ def counterfactual_error(
 
 
 def another_change(before: np.ndarray, truth: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Each individual with what the true answer of another one, drawn by chance, changes: its
-    pixels there. float, (n, H, W, C), of images as in `counterfactual_error`."""
+    """Give each individual the pixels that the true answer of a random other one changes.
+
+    Args:
+        before, truth: float images as in `counterfactual_error`.
+        seed: seed of the choice of the other individual.
+
+    Returns:
+        float images (n, H, W, C).
+    """
     shift = np.random.default_rng(seed).integers(1, len(truth))
     other, moved = np.roll(truth, shift, 0), np.roll(np.abs(truth - before), shift, 0)
     return np.where((moved >= _CHANGED / 2).any(-1, keepdims=True), other, before)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Root mean square over pixels and channels of each image, (n,)."""
+    """Return the root mean square over pixels and channels of each image, (n,)."""
     return np.sqrt(np.square(a - b).mean((1, 2, 3), dtype=np.float64))
 
 

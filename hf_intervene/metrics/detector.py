@@ -1,23 +1,23 @@
-"""Presence: is what was asked for in the image? A detector of concepts, its error, and shares of
-images by it.
+"""A detector of concepts in images, and its error.
 
-A distance between sets of images does not see a concept of few pixels; a detector does. It is a
-small convolutional network with one logit for each concept, trained on real images. Two ways:
+A distance between sets of images hardly changes with a concept of few pixels. A detector finds such
+concepts. It is a small convolutional network with one logit for each concept, trained on real
+images in one of two ways:
 
-- `train_detector`: the true attributes of every image are known. A logit says whether the concept
-  is there.
+- `train_detector`: the true attributes of every image are known. A logit says whether the image
+  shows the concept.
 - `train_context_detector`: only the context of every image is known. The logit of concept k is
-  trained on observational images against those of the single context k alone. It says whether an
-  image looks like the images of context k. Three limits follow. Where some observational images
-  have the concept already (say 5 % wear glasses), the detector is told that they have not, and its
-  stated false-positive rate counts them as errors. It has seen no images of other contexts, and may
-  take another concept for its own. And a concept whose distribution is only shifted by the
-  intervention, as a colour, is seen only as far as single images tell.
+  trained on observational images against images of the single context k. It says whether an image
+  looks like those of context k. This has three limits. If some observational images show the
+  concept (5 % wear glasses, for example), their labels are wrong, and the measured false-positive
+  rate counts them as errors. The detector has seen no images of other contexts, and may confuse
+  concepts. And if an intervention only shifts the distribution of a concept, such as a colour,
+  single images often do not show it.
 
-Training images are blurred by random amounts and a little noise is added, so that blurred samples
-of a VAE are judged by what they show. Thresholds are chosen by balanced accuracy on held-out real
-images; the error is measured on others, sharp and blurred. A concept is not `usable`, and gets no
-presence, where its context is small or where the lower end of the interval of balanced accuracy on
+Training images are blurred by random amounts, and a little noise is added, so that a blurred sample
+of a VAE is judged by its concepts. Thresholds are chosen by balanced accuracy on held-out real
+images. The error is measured on others, sharp and blurred. A concept is not `usable`, and has no
+presence, if its context is small, or if the lower end of the interval of the balanced accuracy on
 sharp images is below 0.75.
 """
 
@@ -31,17 +31,16 @@ from scipy.stats import binomtest
 
 from ..contexts import OBS
 from .networks import SmallNetwork, apply, balanced_weights, blurred, fit, prepared
+from .results import Result
 
 
-MIN_IMAGES = 100  # of a context: fewer train no detector
-MIN_ACCURACY = 0.75  # balanced, lower end of its interval
+MIN_IMAGES = 100  # with fewer images of a context no detector is trained
+MIN_ACCURACY = 0.75  # lower end of the interval of the balanced accuracy
 STEPS = 1000
-_MAX_BLUR, _TEST_BLUR = (
-    1.5,
-    1.0,
-)  # standard deviations in pixels, for images of 32 pixels; in proportion for others
+# Standard deviations in pixels for images of 32 pixels, and in proportion for others.
+_MAX_BLUR, _TEST_BLUR = 1.5, 1.0
 _MAX_NOISE = 0.005  # of pixels in [0, 1]: a faint beard differs from skin by 0.01
-_CALIBRATION, _TEST = 0.15, 0.15  # shares of the images of each set that are held out
+_CALIBRATION, _TEST = 0.15, 0.15  # shares of the images that are held out
 
 
 @dataclass
@@ -50,11 +49,11 @@ class DetectorError:
 
     Args:
         true_positive: share of the images with the concept in which it is found.
-        false_positive: share of the images without it in which it is found.
+        false_positive: share of the images without the concept in which it is found.
         balanced_accuracy: mean of `true_positive` and 1 - `false_positive`.
-        interval: 95 % interval of the balanced accuracy (Newcombe's, of Wilson's intervals of the
+        interval: 95 % interval of the balanced accuracy (Newcombe's, from Wilson's intervals of the
             two rates).
-        with_concept, without: numbers of those images.
+        with_concept, without: numbers of images with and without the concept.
     """
 
     true_positive: float
@@ -66,15 +65,14 @@ class DetectorError:
 
 
 class Detector:
-    """Says which concepts images show. Made by `train_detector` or `train_context_detector`.
+    """A detector of concepts. `train_detector` and `train_context_detector` make one.
 
     Attributes:
-        concepts: their names, K.
-        kind: `"attributes"` or `"contexts"`: what it was trained on.
-        thresholds: of the logits, float64 (K,).
-        errors: by concept, `"sharp"` and `"blurred"`: a `DetectorError`; empty for a concept that
-            was not trained.
-        unusable: by concept that gets no presence, why, in one sentence.
+        concepts: names of the K concepts.
+        kind: `"attributes"` or `"contexts"`: the labels of its training.
+        thresholds: thresholds of the logits, float64 (K,).
+        errors: for each trained concept a `DetectorError` on `"sharp"` and on `"blurred"` images.
+        unusable: for each concept that is not usable the reason, one sentence.
     """
 
     def __init__(
@@ -87,25 +85,28 @@ class Detector:
 
     @property
     def usable(self) -> np.ndarray:
-        """Which concepts can be told on real images, bool (K,)."""
+        """For which concepts the detector is reliable on real images, bool (K,)."""
         return np.array([name not in self.unusable for name in self.concepts])
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits less thresholds, float64 (n, K), above 0 where the concept is found, of images (n,
-        H, W, C), uint8 or in [0, 1].
+        """Return logits minus thresholds, float64 (n, K): above 0 if the concept is found.
+
+        Args:
+            images: (n, H, W, C), uint8 or float in [0, 1].
 
         Raises:
-            ValueError: images of another shape than those of the training, or pixels out of [0, 1].
+            ValueError: the images have another shape than those of the training, or pixels are
+                outside [0, 1].
         """
-        network = self.network.eval()  # one of too few images was never trained
+        network = self.network.eval()  # with too few images the network was not trained
         return apply(network, self._checked(images)).double().numpy() - self.thresholds
 
     def present(self, images: np.ndarray) -> np.ndarray:
-        """Which concepts are found, bool (n, K), in images as for `logits`."""
+        """Return which concepts are found, bool (n, K). See `logits` for the images."""
         return self.logits(images) > 0
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Penultimate activations, float32 (n, 128), of images as for `logits`."""
+        """Return the penultimate activations, float32 (n, 128). See `logits` for the images."""
         return apply(self.network.features, self._checked(images)).numpy()
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
@@ -117,7 +118,7 @@ class Detector:
         return prepared(images)
 
     def to_dict(self) -> dict:
-        """Kind, errors and what is unusable, as JSON holds it."""
+        """Return kind, errors and unusable concepts as JSON has them."""
         errors = {
             name: {blur: asdict(e) for blur, e in found.items()}
             for name, found in self.errors.items()
@@ -135,27 +136,26 @@ def train_detector(
 ) -> Detector:
     """Train a detector on images whose attributes are known.
 
-    70 % of the images train the network, 15 % choose the thresholds, 15 % measure the error.
+    70 % of the images are for training, 15 % for the thresholds, 15 % for the error.
 
     Args:
-        images: (n, H, W, C), uint8 or float in [0, 1]. More than 64 pixels a side are averaged down
-            to 64.
-        labels: (n, K), bool, or float with NaN where it is not known.
+        images: (n, H, W, C), uint8 or float in [0, 1]. Sides above 64 pixels are averaged down to
+            64.
+        labels: (n, K), bool, or float with NaN for unknown labels.
         concepts: names of the K columns.
-        seed: of weights, split, batches and blur; the result is a function of the arguments (and of
-            the number of threads).
+        seed: seed of weights, split, batches and blur. The result depends only on the arguments
+            (and on the number of threads).
         steps: batches of 96 images; 1,000 take about 40 seconds on one core at 32x32.
-        kind: what the labels are; `train_context_detector` says `"contexts"`.
+        kind: the kind of labels; `train_context_detector` passes `"contexts"`.
 
     Raises:
-        ValueError: labels that do not fit the images or concepts, or no images.
+        ValueError: the labels do not fit the images or concepts, or there are no images.
     """
     labels = np.asarray(labels, dtype=np.float32)
     if labels.shape != (len(images), len(concepts)) or not len(images):
         raise ValueError(
-            f"labels must have shape ({len(images)}, {len(concepts)}), a row for each image and a "
-            "column for each concept, "
-            f"not {labels.shape}, and there must be an image."
+            f"labels must have shape ({len(images)}, {len(concepts)}), a row for each image and a"
+            f" column for each concept, not {labels.shape}, and there must be an image."
         )
     x, y = prepared(images), torch.from_numpy(labels)
     detector = Detector(
@@ -186,7 +186,7 @@ def train_detector(
             .numpy()
         )
 
-    # Half of the images that choose the threshold are blurred: it has to serve both.
+    # The threshold is for sharp and blurred images, so that it is chosen on both.
     chosen = np.concatenate([at(calibration, 0), at(calibration, _TEST_BLUR)])
     twice = np.tile(labels[calibration], (2, 1))
     weights = np.tile(balanced_weights(y[calibration]).numpy(), (2, 1))
@@ -202,10 +202,9 @@ def train_detector(
         sharp = detector.errors[name]["sharp"]
         if not sharp.interval[0] >= MIN_ACCURACY:
             detector.unusable[name] = (
-                f"on held-out real images {name} is told with a balanced accuracy of "
-                f"{sharp.balanced_accuracy:.2f} "
-                f"[{sharp.interval[0]:.2f}, {sharp.interval[1]:.2f}]; at least {MIN_ACCURACY} is "
-                "needed."
+                f"on held-out real images {name} is detected with a balanced accuracy of"
+                f" {sharp.balanced_accuracy:.2f} [{sharp.interval[0]:.2f},"
+                f" {sharp.interval[1]:.2f}]; at least {MIN_ACCURACY} is needed."
             )
     return detector
 
@@ -213,12 +212,13 @@ def train_detector(
 def train_context_detector(
     images: Mapping[str, np.ndarray], concepts: Sequence[str], seed: int = 0, steps: int = STEPS
 ) -> Detector:
-    """Train a detector where only contexts are known: for each concept "do k or obs". Its limits:
-    see the module docstring.
+    """Train a detector if only contexts are known: for each concept, its context or obs.
+
+    The module docstring describes its limits.
 
     Args:
-        images: by context, (n, H, W, C), uint8 or float in [0, 1]; contexts with several concepts
-            are not used.
+        images: images by context, (n, H, W, C), uint8 or float in [0, 1]. Contexts with several
+            concepts are not used.
         concepts: names of the K concepts.
         seed, steps: see `train_detector`.
 
@@ -242,30 +242,30 @@ def train_context_detector(
 
 
 def best_threshold(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """The threshold with the highest weighted balanced accuracy, the middle between the two logits
-    that it parts.
+    """Return the threshold with the highest weighted balanced accuracy.
+
+    It is the middle of the two logits that it separates.
 
     Args:
         logits: (n,).
         labels: 1, 0, or NaN where the weight is 0, (n,).
-        weights: (n,). If all of one answer are 0, the threshold is 0.
+        weights: (n,). If all weights of one label are 0, the threshold is 0.
     """
-    known = weights > 0  # other logits must not pull the threshold to their side of the gap
+    known = weights > 0  # other logits must not change the middle of the gap
     logits, labels, weights = logits[known], labels[known], weights[known]
     shares = [weights * (labels == answer) for answer in (1, 0)]
     if not all(share.sum() > 0 for share in shares):
         return 0.0
     values, index = np.unique(logits, return_inverse=True)
-    # Below each threshold: what is missed of the images with the concept, what is rightly rejected
-    # of those without.
+    # Below each threshold: the share of the images with the concept that are missed, and the share
+    # of those without it that are rejected correctly.
     missed, rejected = (np.append(0, np.cumsum(np.bincount(index, x / x.sum()))) for x in shares)
     edges = np.concatenate([[values[0] - 1], (values[:-1] + values[1:]) / 2, [values[-1] + 1]])
     return float(edges[np.argmax(rejected - missed)])
 
 
 def detector_error(found: np.ndarray, labels: np.ndarray) -> DetectorError:
-    """`DetectorError` of what was found, bool (n,), against labels (n,), NaN where they do not
-    count."""
+    """Compute the error of detections `found`, bool (n,), against labels (n,); NaN is ignored."""
     with_concept, without = labels == 1, labels == 0
     rates, bounds = [], []
     for rows in (with_concept, without):
@@ -282,24 +282,20 @@ def detector_error(found: np.ndarray, labels: np.ndarray) -> DetectorError:
 
 
 @dataclass
-class Share:
+class Share(Result):
     """A share of images.
 
     Args:
-        value: the share; NaN of no images.
+        value: the share; NaN without images.
         interval: its 95 % interval (Wilson's).
     """
 
     value: float
     interval: tuple[float, float]
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 def proportion(hits: np.ndarray) -> Share:
-    """The share of true entries in `hits`, bool (n,), with Wilson's interval."""
+    """Return the share of true entries in `hits`, bool (n,), with Wilson's interval."""
     if not len(hits):
         return Share(math.nan, (math.nan, math.nan))
     interval = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(0.95, "wilson")

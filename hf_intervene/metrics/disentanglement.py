@@ -1,71 +1,66 @@
-"""Disentanglement of codes, given the true factors; each measure with its floor and an interval
-(METHOD section 5).
+"""Disentanglement of codes, given the true factors (METHOD section 5).
 
-    DCI     disentanglement, completeness, informativeness: Eastwood and Williams, "A framework for the quantitative evaluation of
-            disentangled representations", ICLR 2018
+    DCI     disentanglement, completeness, informativeness: Eastwood and Williams, "A framework for
+            the quantitative evaluation of disentangled representations", ICLR 2018
     MIG     mutual information gap: Chen, Li, Grosse and Duvenaud, arXiv:1802.04942
     SAP     separated attribute predictability: Kumar, Sattigeri and Balakrishnan, arXiv:1711.00848
-    MCC     mean correlation with the true factors, codes and factors matched one to one; of single codes or of whole blocks
+    MCC     mean correlation with the true factors, codes and factors matched one to one; for single
+            codes or for whole blocks
 
-Codes that have nothing to do with the factors do not score 0: there are many codes, and finitely
-many samples. What they score, the rows of the codes being permuted, is the *floor*. A high score
-means little without it.
+Codes that are independent of the factors do not score 0, because there are many codes and finitely
+many samples. Their score is the *floor*. It is measured on permuted rows of the codes. A high score
+means little without the floor.
 
-The intervals are those of the samples. Resampling n of n rows with replacement would put equal rows
-on both sides of a split, and raise a mutual information; random halves without replacement are
-drawn instead, as for the distances (`transport.compare_projected`): to first order a score varies
-over such halves as the full one does over fresh samples.
-
-`two_sample_test` asks whether two sets of samples, such as two contexts, can be told apart at all.
-"""  # noqa: E501
+The intervals describe the draw of the samples. Resampling n of n rows with replacement would put
+equal rows on both sides of a split, and increase a mutual information. Instead, random halves are
+drawn without replacement, as for distances (`transport.compare_projected`). To first order, a score
+varies over such halves as the full score does over new samples.
+"""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest, rankdata
+from scipy.stats import rankdata
 
-from .leakage import check_installed
+from .results import Result, check_installed
 
 
 MIN_SAMPLES = 20
 CORRELATIONS = ("linear", "spearman")
 PREDICTORS = ("boosting", "lasso")
 _BINS = 20
-_FLOORS = 3  # permutations that a floor is the mean of
+_FLOORS = 3  # a floor is the mean over so many permutations
 _FOLDS = 5
-_COMPONENTS = 32  # principal components that the two-sample test reads
 
 
 @dataclass
-class Score:
-    """
+class Score(Result):
+    """A measure with its floor and interval.
+
     Args:
-        value: the measure, 1 is best.
+        value: the measure; 1 is best.
         interval: 95 % interval.
-        floor: the same measure of codes that have nothing to do with the factors.
+        floor: the measure for codes that are independent of the factors.
     """
 
     value: float
     interval: tuple[float, float]
     floor: float
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 @dataclass
 class DCI:
-    """
+    """Disentanglement, completeness and informativeness; see `dci`.
+
     Args:
-        disentanglement: 1 if each code matters for one factor only.
-        completeness: 1 if one code only matters for each factor.
-        informativeness: R^2 of the factors predicted on held-out samples, mean over factors, 0 at
-            least.
-        importance: how much each code matters for each factor, (codes, factors).
+        disentanglement: 1 if each code is important for only one factor.
+        completeness: 1 if only one code is important for each factor.
+        informativeness: R^2 of the predicted factors on held-out samples, at least 0, mean over
+            factors.
+        importance: importance of each code for each factor, (codes, factors).
     """
 
     disentanglement: float
@@ -74,38 +69,14 @@ class DCI:
     importance: np.ndarray
 
 
-@dataclass
-class TwoSampleTest:
-    """
-    Args:
-        accuracy: share of held-out samples whose set the classifier names rightly.
-        interval: its interval.
-        samples: held-out samples.
-    """
-
-    accuracy: float
-    interval: tuple[float, float]
-    samples: int
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether the interval lies above 0.5, the accuracy of guessing."""
-        return self.interval[0] > 0.5
-
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self) | {"told_apart": self.told_apart}
-
-
 def measure(
     codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: int = 0
 ) -> dict[str, Score]:
-    """MIG, SAP and the two MCC of codes (n, D) of one dimension, given factors (n, K), and their
-    DCI by lasso.
+    """Compute MIG, SAP, both MCC and DCI (by lasso) of codes (n, D), given factors (n, K).
 
     Returns:
         `Score` by name: `mig`, `sap`, `mcc_linear`, `mcc_spearman`, `disentanglement`,
-            `completeness`, `informativeness`.
+        `completeness`, `informativeness`.
 
     Raises:
         ValueError: see `scored`.
@@ -114,15 +85,12 @@ def measure(
 
     def everything(codes: np.ndarray, factors: np.ndarray) -> dict[str, float]:
         found = dci(codes, factors, "lasso", seed)
-        return {
-            "mig": mig(codes, factors),
-            "sap": sap(codes, factors),
-            **{f"mcc_{kind}": mcc(codes, factors, kind) for kind in CORRELATIONS},
-            **{
-                name: getattr(found, name)
-                for name in ("disentanglement", "completeness", "informativeness")
-            },
-        }
+        by_lasso = ("disentanglement", "completeness", "informativeness")
+        return (
+            {"mig": mig(codes, factors), "sap": sap(codes, factors)}
+            | {f"mcc_{kind}": mcc(codes, factors, kind) for kind in CORRELATIONS}
+            | {name: getattr(found, name) for name in by_lasso}
+        )
 
     return cast(dict[str, Score], scored(everything, codes, factors, resamples, seed))
 
@@ -134,21 +102,22 @@ def scored(
     resamples: int = 50,
     seed: int = 0,
 ) -> dict[str, Score] | Score:
-    """A measure with its floor and interval (see the module docstring).
+    """Compute a measure with its floor and interval (see the module docstring).
 
     Args:
-        function: of codes and factors, such as `mig`; its value is a number, or a dict of numbers.
+        function: function of codes and factors, such as `mig`. It returns a number, or a dict of
+            numbers.
         codes: (n, ...).
         factors: (n, K).
-        resamples: random halves for the interval.
-        seed: of halves and permutations.
+        resamples: number of random halves for the interval.
+        seed: seed of halves and permutations.
 
     Returns:
         A `Score`, or a dict of them.
 
     Raises:
-        ValueError: one sentence: other shapes, too few samples, NaN or infinity, a factor that
-            never changes.
+        ValueError: a shape is wrong, there are too few samples, a value is NaN or infinite, or a
+            factor is constant.
     """
     codes, factors = _checked(codes, factors, 2 * MIN_SAMPLES)
     rng = np.random.default_rng(seed)
@@ -170,21 +139,21 @@ def scored(
 
 
 def dci(codes: np.ndarray, factors: np.ndarray, predictor: str = "boosting", seed: int = 0) -> DCI:
-    """Disentanglement, completeness and informativeness (Eastwood and Williams 2018).
+    """Compute disentanglement, completeness and informativeness (Eastwood and Williams 2018).
 
-    Each factor is predicted from all codes, on a random three quarters of the samples. With R the
-    importances, a code's disentanglement is 1 - entropy of its row of R, normalised, in base K;
-    they are averaged with the weight of the rows. Completeness is the same of the columns, in base
-    D, factors weighing alike unless nothing predicts them. Of one factor, or one code, the entropy
-    is 0.
+    Each factor is predicted from all codes, trained on a random three quarters of the samples. R
+    are the importances. The disentanglement of a code is 1 - entropy of its normalised row of R, in
+    base K. The mean over codes is weighted by the sums of the rows. Completeness is the same for
+    the columns, in base D. There all factors have equal weights, except those that nothing
+    predicts. With one factor, or one code, the entropy is 0.
 
     Args:
         codes: (n, D).
         factors: numbers, (n, K).
-        predictor: `"boosting"`: gradient-boosted trees, whose importances are those of
-            scikit-learn; `"lasso"`: linear, its penalty by cross-validation, the importances being
-            the absolute weights of standardised codes.
-        seed: of split and trees.
+        predictor: `"boosting"`: gradient-boosted trees, with the importances of scikit-learn.
+            `"lasso"`: linear, with a penalty chosen by cross-validation; the importances are the
+            absolute weights of standardised codes.
+        seed: seed of split and trees.
 
     Raises:
         ValueError: unknown predictor, or see `scored`.
@@ -219,8 +188,9 @@ def dci(codes: np.ndarray, factors: np.ndarray, predictor: str = "boosting", see
 
 
 def concentration(importance: np.ndarray) -> float:
-    """Mean of 1 - normalised entropy of the rows of importances (a, b), in base b, weighed by their
-    sums; 0 if all are 0.
+    """Return the mean of 1 - entropy over the normalised rows of importances (a, b), in base b.
+
+    Rows are weighted by their sums. If all importances are 0, the result is 0.
     """
     totals = importance.sum(1)
     share = importance / _nonzero(totals)[:, None]
@@ -231,12 +201,12 @@ def concentration(importance: np.ndarray) -> float:
 
 
 def mig(codes: np.ndarray, factors: np.ndarray) -> float:
-    """Mutual information gap (Chen et al. 2018): of each factor, the difference of its two largest
-    mutual informations with a code, over its entropy; mean over factors. With one code only, the
-    second largest is 0.
+    """Compute the mutual information gap (Chen et al. 2018).
 
-    What takes more than 20 values is binned by its quantiles, so that the gap is blind to monotone
-    maps of a code.
+    It is the mean over factors of the difference between the two largest mutual informations of a
+    code and the factor, divided by the entropy of the factor. With one code, the second is 0. A
+    variable with more than 20 values is binned by its quantiles, so that monotone maps of a code
+    do not change the gap.
 
     Args:
         codes: (n, D).
@@ -256,9 +226,10 @@ def mig(codes: np.ndarray, factors: np.ndarray) -> float:
 
 
 def sap(codes: np.ndarray, factors: np.ndarray) -> float:
-    """Separated attribute predictability (Kumar et al. 2018), for factors that are numbers: of each
-    factor, the difference of the two largest R^2 with which a single code predicts it linearly;
-    mean over factors. With one code only, the second largest is 0.
+    """Compute the separated attribute predictability (Kumar et al. 2018) for numerical factors.
+
+    It is the mean over factors of the difference between the two largest R^2 with which a single
+    code predicts the factor linearly. With one code, the second is 0.
 
     Args:
         codes: (n, D).
@@ -275,13 +246,12 @@ def sap(codes: np.ndarray, factors: np.ndarray) -> float:
 
 
 def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> float:
-    """Mean absolute correlation of the true factors with the codes, matched one to one so that it
-    is largest.
+    """Compute the mean absolute correlation of factors with codes, in the best one-to-one matching.
 
     Args:
         codes: (n, D). If D < K, a factor without a code counts as 0.
         factors: (n, K).
-        correlation: `"linear"`, or `"spearman"`, which is blind to monotone maps.
+        correlation: `"linear"`, or `"spearman"`, which monotone maps do not change.
 
     Raises:
         ValueError: unknown correlation, or see `scored`.
@@ -297,8 +267,10 @@ def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> 
 
 
 def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
-    """`mcc` of blocks of codes: in place of a correlation stands that of the factor with its linear
-    prediction from the whole block, on held-out samples (five folds), 0 at least.
+    """Compute `mcc` for blocks of codes.
+
+    The correlation of a factor with a block is that with its linear prediction from the whole
+    block, on held-out samples (five folds). It is at least 0.
 
     Args:
         blocks: (n, D, width).
@@ -311,9 +283,14 @@ def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
 
 
 def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Correlation of each factor (n, K) with its linear prediction from each whole block (n, D,
-    width) on held-out samples, (D, K). The matrix that `block_mcc` matches; about 0, and as often
-    below, where a block says nothing.
+    """Return the correlations that `block_mcc` matches, (D, K).
+
+    They are those of each factor with its linear prediction from each block, on held-out samples.
+    For a block that is independent of the factor they are about 0, with either sign.
+
+    Args:
+        blocks: (n, D, width).
+        factors: (n, K).
 
     Raises:
         ValueError: see `block_mcc`.
@@ -342,66 +319,17 @@ def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Correlation of each code (n, D) with each factor (n, K), (D, K); 0 of one that never changes."""  # noqa: E501
+    """Return the correlations of codes (n, D) and factors (n, K), (D, K); 0 for constant ones."""
     return _standardised(codes).T @ _standardised(factors) / len(codes)
 
 
-def two_sample_test(
-    a: np.ndarray, b: np.ndarray, level: float = 0.95, seed: int = 0
-) -> TwoSampleTest:
-    """Can two sets of samples be told apart? A classifier learns on one half of both and is asked
-    about the other (Lopez-Paz and Oquab, arXiv:1610.06545). It is made of boosted trees on the
-    leading principal components.
-
-    As many are used of the larger set as there are of the smaller. An accuracy about 0.5 says that
-    *this* classifier cannot tell them: more samples or a better one might.
-
-    Args:
-        a, b: (n, ...) and (m, ...).
-        level: of the interval (Wilson's).
-        seed: of split and classifier.
-
-    Raises:
-        ValueError: samples of two shapes, too few, NaN or infinity.
-        ImportError: scikit-learn is not installed; the message names the extra.
-    """
-    check_installed()
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
-    a, b = (np.asarray(x) for x in (a, b))
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(
-            f"samples of the shapes {a.shape[1:]} and {b.shape[1:]} cannot be compared."
-        )
-    size = min(len(a), len(b))
-    if size < MIN_SAMPLES:
-        raise ValueError(
-            f"a two-sample test needs at least {MIN_SAMPLES} samples a side, not {size}."
-        )
-    rng = np.random.default_rng(seed)
-    a, b = (x[rng.permutation(len(x))[:size]].reshape(size, -1) for x in (a, b))
-    features = principal_components(np.concatenate([a, b]), _COMPONENTS, seed)
-    labels, train = np.repeat([0, 1], size), np.tile(np.arange(size) < size // 2, 2)
-    classifier = HistGradientBoostingClassifier(
-        max_iter=50,
-        max_leaf_nodes=8,
-        min_samples_leaf=min(20, size // 4),
-        early_stopping=False,
-        random_state=seed,
-    ).fit(features[train], labels[train])
-    right = classifier.predict(features[~train]) == labels[~train]
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(level, "wilson")
-    return TwoSampleTest(
-        float(right.mean()), (float(interval.low), float(interval.high)), len(right)
-    )
-
-
 def principal_components(samples: np.ndarray, components: int, seed: int = 0) -> np.ndarray:
-    """Leading principal components of samples (n, dimensions), at most `components`; (n,
-    dimensions) as it is if it has no more.
+    """Return at most `components` leading principal components of samples (n, dimensions).
+
+    Samples that have no more dimensions are returned as they are.
 
     Raises:
-        ValueError: NaN or infinity.
+        ValueError: a value is NaN or infinite.
         ImportError: scikit-learn is not installed; the message names the extra.
     """
     check_installed()
@@ -449,9 +377,8 @@ def _matched(found: np.ndarray) -> float:
 
 
 def _standardised(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean(0)) / _nonzero(
-        x.std(0) * (x.min(0) < x.max(0))
-    )  # rounding gives a constant a spread
+    # By rounding, a constant column may have a standard deviation above 0.
+    return (x - x.mean(0)) / _nonzero(x.std(0) * (x.min(0) < x.max(0)))
 
 
 def _nonzero(x: np.ndarray) -> np.ndarray:

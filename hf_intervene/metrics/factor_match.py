@@ -1,12 +1,12 @@
-"""Do sampled images of quad have the factors of real ones? (METHOD sections 4 and 5)
+"""Compare the factors of sampled images of quad with those of real ones.
 
-`match_factors` compares what `read_factors` reads: the dependence between factors, the shares of
-the kinds of shapes, the sizes, and all of them together. A distance between pixels sees none of
-this: real images without triangles are nearly at its floor. So the same measures of real images
-that have ONE defect each (`DEFECTS`) stand beside every figure as a scale.
+See METHOD sections 4 and 5. `match_factors` compares the factors of `read_factors`: the dependence
+between factors, the shares of the kinds of shapes, the sizes, and all of them together. A distance
+between pixels hardly depends on these: real images without triangles are nearly at its floor. As a
+scale, every measure is also taken on real images with exactly one defect (`DEFECTS`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri
@@ -14,8 +14,9 @@ from scipy.stats import wasserstein_distance
 
 from ..contexts import Context
 from ..data import quad
-from .disentanglement import TwoSampleTest, two_sample_test
 from .factors import KINDS, LEVELS, Factors, true_factors
+from .results import Result
+from .two_sample import TwoSampleTest, two_sample_test
 
 
 DEFECTS = ("no triangles", "one size", "circles only")
@@ -23,21 +24,22 @@ _RESAMPLES = 200
 
 
 @dataclass
-class FactorMatch:
-    """
+class FactorMatch(Result):
+    """Result of `match_factors`.
+
     Args:
-        slope: of the correlations of the factors in samples on those in real images: least squares
-            through the origin over all pairs of u of `LEVELS` and the kind (circle 0 to ellipse 3,
-            as the renderer orders them). 1 is right, 0 no dependence. `None` where the real ones
-            are no larger than chance.
+        slope: slope of the factors' correlations in samples on those in real images, by least
+            squares through the origin over all pairs of u of `LEVELS` and the kind (circle 0 to
+            ellipse 3, in the order of the renderer). 1 is right, 0 means no dependence. `None` if
+            the correlations in real images are no larger than by chance.
         slope_interval: its 95 % interval, or `None`.
         shape_distance: total variation distance of the shares of the kinds.
         shape_interval: its 95 % interval.
         size_distance: Wasserstein-1 distance of u of the size.
         size_interval: its 95 % interval.
-        two_sample: accuracy of telling the factors of samples from real ones (boosted trees), as
-            `TwoSampleTest.to_dict`.
-        triangles: share of triangles, which are the first to be lost.
+        two_sample: result of `two_sample_test` (boosted trees) on the factors of samples and real
+            images, as `TwoSampleTest.to_dict` returns it.
+        triangles: share of triangles. Models lose triangles first.
     """
 
     slope: float | None
@@ -49,26 +51,21 @@ class FactorMatch:
     two_sample: dict
     triangles: float
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 def match_factors(real: Factors, other: Factors, seed: int = 0) -> FactorMatch:
-    """Compare the factors of sampled images, or of other real ones for the floor, with those of
-    real images.
+    """Compare the factors of sampled images with those of real images.
 
-    The interval of the slope is a percentile bootstrap over both sets. Those of the distances are
-    of random halves without replacement, as a distance of resampled sets is too large; see
-    `transport.compare_projected`.
+    The interval of the slope is a percentile bootstrap over both sets. The intervals of the
+    distances use random halves without replacement, because a distance of resampled sets is too
+    large; see `transport.compare_projected`.
 
     Args:
         real: factors of real images.
-        other: factors of the images to compare.
-        seed: of the resampling.
+        other: factors of the images to compare. Those of other real images give the floor.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: fewer than 20 images of a side.
+        ValueError: a set has fewer than 20 images.
         ImportError: scikit-learn is not installed; the message names the extra.
     """
     a, b = factor_table(real), factor_table(other)
@@ -97,14 +94,16 @@ def match_factors(real: Factors, other: Factors, seed: int = 0) -> FactorMatch:
 
 
 def factor_table(factors: Factors) -> np.ndarray:
-    """u of `LEVELS` and the number of the kind of each image, (n, 7)."""
+    """Return u of `LEVELS` and the number of the kind of each image, (n, 7)."""
     return np.column_stack([factors.levels, factors.kinds.argmax(1)])
 
 
 def correlation_slope(real: np.ndarray, other: np.ndarray) -> float | None:
-    """Slope of the correlations of `other` (m, K) on those of `real` (n, K), through the origin,
-    over the pairs of different columns. `None` where the mean square of the real ones is below four
-    times what independent columns have, 1 / n."""
+    """Return the slope of the correlations of `other` (m, K) on those of `real` (n, K).
+
+    It is fitted through the origin over the pairs of different columns. It is `None` if the mean
+    square of the correlations of `real` is below four times that of independent columns, 1 / n.
+    """
     rows, columns = np.triu_indices(real.shape[1], 1)
     a, b = (_correlations(x)[rows, columns] for x in (real, other))
     return float(a @ b / (a @ a)) if np.square(a).mean() > 4 / len(real) else None
@@ -113,15 +112,15 @@ def correlation_slope(real: np.ndarray, other: np.ndarray) -> float | None:
 def defective_latents(
     context: Context, size: int, variant: str, seed: int, defect: str
 ) -> np.ndarray:
-    """Latents (size, 8) of a context whose images have one defect, for `quad.render`.
+    """Return latents (size, 8) of a context whose images have one defect, for `quad.render`.
 
     Args:
-        context, size, variant, seed: as those of `quad.sample_latents`.
-        defect: one of `DEFECTS`: images with a triangle are drawn anew; every size is the median
-            one; every shape is a circle.
+        context, size, variant, seed: as in `quad.sample_latents`.
+        defect: one of `DEFECTS`: images with a triangle are replaced by others; every size is the
+            median size; every shape is a circle.
 
     Raises:
-        ValueError: an unknown defect.
+        ValueError: the defect is unknown, or too few images have no triangle.
     """
     if defect == "no triangles":
         latents = quad.sample_latents(context, 4 * size, variant, seed)
@@ -142,7 +141,7 @@ def defective_latents(
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Total variation of the kinds and Wasserstein-1 of the sizes of two tables."""
+    """Return the distances of two tables: total variation of kinds, Wasserstein-1 of sizes."""
     shares = [np.bincount(x[:, -1].astype(int), minlength=len(KINDS)) / len(x) for x in (a, b)]
     size = LEVELS.index("size")
     return float(np.abs(shares[0] - shares[1]).sum() / 2), float(
@@ -151,6 +150,6 @@ def _distances(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def _correlations(table: np.ndarray) -> np.ndarray:
-    """Correlations of the columns, 0 where one never changes."""
+    """Return the correlations of the columns; 0 for constant ones."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(np.corrcoef(table.T))

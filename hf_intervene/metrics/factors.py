@@ -1,31 +1,30 @@
-"""The true factors of quad, read off the pixels, and what edits do to them (METHOD sections 4 and
-5; arXiv:2507.04754).
+"""Read the true factors of quad from pixels, and measure what edits do to them.
 
-`read_factors` compares every image with what the renderer would draw. No network is trained.
+See METHOD sections 4 and 5, and arXiv:2507.04754. `read_factors` compares every image with images
+of the renderer. No network is trained.
 
 - The colour of a quadrant is that of the block at its outer corner, which no shape reaches. The
   colour of the shape is that of the pixels at the centre, which every shape covers. The level u of
   a colour is the nearest point on the palette.
 - Kind, size and orientation are those of the drawn shape with the smallest squared error. All
-  shapes of a grid of kinds, sizes and angles are tried, and those that fit about as well are
-  averaged. So a blurred shape is read too.
+  shapes of a grid of kinds, sizes and angles are compared, and those that fit about equally well
+  are averaged. So a blurred shape can be read too.
 
-A shape whose colour is that of a quadrant cannot be seen there, and of the smallest shapes the kind
-cannot always be told. `read_error` measures the error on real images: at 64 pixels no kind is wrong
-and u of the size is off by 0.006 in the mean; at 32 pixels 1 % and 0.010. `intervention_effects`
-compares what is read before and after an edit with what the simulator says would have happened.
+A shape is invisible in a quadrant of its own colour, and the kind of the smallest shapes is not
+always visible. `read_error` measures the error on real images: at 64 pixels no kind is wrong, and
+the mean error of u of the size is 0.006. At 32 pixels the values are 1 % and 0.010.
+`intervention_effects` compares the factors before and after an edit with those of the simulator.
 
-What an image shows of a latent, u in [0, 1] being its normal CDF, and in which units it changes:
+With u in [0, 1] the normal CDF of a latent, images show:
 
-    quad1 to quad4, color   u, as a colour; read exactly up to rounding size                    u
-    shape                   only its kind, round(3u), of `KINDS`; the change is the total variation
-    distance between the
-                            probabilities of the kinds, 1 for another kind
-    orientation             the angle 2 pi u up to the symmetry of the kind; the change is the angle
-    between the two, in periods of
-                            that symmetry (a quarter turn of a square, a third of a triangle, half
-                            of an ellipse), 0.5 at most. A circle has none, and none is compared
-                            across kinds.
+    quad1 to quad4, color   u, as a colour; exact up to rounding
+    size                    u
+    shape                   only its kind, round(3u), of `KINDS`. The change is the total variation
+                            distance between the probabilities of the kinds, 1 for another kind.
+    orientation             the angle 2 pi u up to the symmetry of the kind. The change is the angle
+                            in periods of that symmetry (a quarter turn of a square, a third of a
+                            triangle, half of an ellipse), at most 0.5. A circle has no orientation,
+                            and orientations of different kinds are not compared.
 """
 
 import math
@@ -46,22 +45,14 @@ from .networks import MAX_SIDE, pixel_values, unit
 
 
 KINDS = ("circle", "square", "triangle", "ellipse")
-LEVELS = (
-    "quad1",
-    "quad2",
-    "quad3",
-    "quad4",
-    "size",
-    "color",
-)  # the factors that are visible as u itself
-# Mean change between images that have nothing to do with each other, of observational or
-# independent latents.
+# Factors that are visible as u itself.
+LEVELS = ("quad1", "quad2", "quad3", "quad4", "size", "color")
+# Mean change between two unrelated images, with observational or independent latents.
 CHANCE = dict.fromkeys(LEVELS, 1 / 3) | {"shape": 13 / 18, "orientation": 1 / 4}
-_SYMMETRY = np.array(
-    [0, 4, 3, 2]
-)  # positions in a full turn that look the same, of each kind; 0: all
-_SIZES, _TURN = 49, 64  # of the grid: sizes, and angles in a full turn
-# squared error, in pixels of full contrast, within which shapes count as fitting equally well
+# For each kind, the number of rotations within a full turn that look the same; 0 means all.
+_SYMMETRY = np.array([0, 4, 3, 2])
+_SIZES, _TURN = 49, 64  # sizes of the grid, and angles per full turn
+# Shapes whose squared errors, in pixels of full contrast, differ by less count as equally good.
 _TEMPERATURE = 0.1
 _BATCH = 256
 
@@ -73,8 +64,8 @@ class Factors:
     Args:
         levels: u of `LEVELS`, (n, 6).
         kinds: probability of each of `KINDS`, (n, 4).
-        phases: orientation in periods, mod 1, if the shape were a square, a triangle, an ellipse,
-            (n, 3).
+        phases: orientation in periods, mod 1, of a square, a triangle and an ellipse, (n, 3). The
+            column of the shape's kind is its orientation.
     """
 
     levels: np.ndarray
@@ -83,10 +74,10 @@ class Factors:
 
 
 def true_factors(latents: np.ndarray) -> Factors:
-    """The visible factors of quad's latents (n, 8)."""
+    """Return the visible factors of quad's latents (n, 8)."""
     u = ndtr(np.asarray(latents, dtype=np.float64))
     columns = [LATENTS.index(name) for name in LEVELS]
-    # Rounded as the renderer does.
+    # Rounded as in the renderer.
     kinds = np.eye(len(KINDS))[np.rint(3 * u[:, LATENTS.index("shape")]).astype(int)]
     return Factors(
         u[:, columns], kinds, u[:, LATENTS.index("orientation"), None] * _SYMMETRY[1:] % 1
@@ -94,12 +85,12 @@ def true_factors(latents: np.ndarray) -> Factors:
 
 
 def factor_changes(before: Factors, after: Factors, kinds: np.ndarray) -> np.ndarray:
-    """Mean absolute change of each factor, in the units of the module docstring.
+    """Return the mean absolute change of each factor, in the units of the module docstring.
 
     Args:
-        before, after: factors of n images and of n others, pair by pair.
-        kinds: index in `KINDS` (n,) by which the orientations are compared; none is for 0, the
-            circle.
+        before, after: factors of n pairs of images.
+        kinds: index in `KINDS`, (n,), of the symmetry with which the orientations are compared.
+            Orientations of kind 0, the circle, are not compared.
 
     Returns:
         (8,), in the order of `LATENTS`; NaN for orientation if none is compared.
@@ -113,17 +104,17 @@ def factor_changes(before: Factors, after: Factors, kinds: np.ndarray) -> np.nda
 
 
 def read_factors(images: np.ndarray) -> Factors:
-    """The factors that images of quad show.
+    """Read the factors that images of quad show.
 
     Args:
-        images: uint8 or float in [0, 1], (n, S, S, 3). Meant for S of 32 or more; of smaller ones
+        images: uint8 or float in [0, 1], (n, S, S, 3). S should be at least 32: in smaller images
             the shape is read poorly.
 
     Returns:
         `Factors` of n images; see `hf_intervene.metrics.factors`.
 
     Raises:
-        ValueError: images of another shape, or pixels out of [0, 1].
+        ValueError: the images have another shape, or pixels are outside [0, 1].
     """
     images = np.asarray(images)
     if (
@@ -140,8 +131,10 @@ def read_factors(images: np.ndarray) -> Factors:
 
 
 def palette_levels(colours: np.ndarray) -> np.ndarray:
-    """The level u in [0, 1] of colours (..., 3) in [0, 1]: the nearest point on the
-    piecewise-linear palette, (...)."""
+    """Return the level u in [0, 1] of colours (..., 3) in [0, 1], (...).
+
+    It is that of the nearest point on the piecewise-linear palette.
+    """
     corners = shapes.PALETTE / 255  # (6, 3)
     start, step = corners[:-1], np.diff(corners, axis=0)  # (5, 3)
     away = np.asarray(colours, dtype=np.float64)[..., None, :] - start  # (..., 5, 3)
@@ -152,17 +145,17 @@ def palette_levels(colours: np.ndarray) -> np.ndarray:
 
 
 def read_error(resolution: int, images: int = 1000, seed: int = 0) -> dict[str, float]:
-    """How far the factors read off real images are from the truth, for independent uniform factors.
+    """Measure the error of `read_factors` on real images, for independent uniform factors.
 
     Args:
         resolution: side of the images.
-        images: how many.
-        seed: of the latents.
+        images: number of images.
+        seed: seed of the latents.
 
     Returns:
-        By factor of `LATENTS`: mean absolute error of u (colours and size); share of wrong kinds
-        (`shape`); mean angle, in periods of the shape's symmetry, between what is read and the
-        truth, 0.25 by chance (`orientation`; without circles).
+        For each factor of `LATENTS`: the mean absolute error of u (colours and size); the share of
+        wrong kinds (`shape`); the mean angle between the result and the truth, in periods of the
+        shape's symmetry, without circles (`orientation`; 0.25 by chance).
     """
     latents = quad.sample_latents(OBS, images, "independent", seed)
     truth, read = true_factors(latents), read_factors(quad.render(latents, resolution))
@@ -183,33 +176,33 @@ def intervention_effects(
     concepts: Context,
     visible: Sequence[str] = LATENTS,
 ) -> dict:
-    """What an edit did to each factor, beside what it should have done, both read off images.
+    """Compare the change of each factor by an edit with the true change, both read from images.
 
-    Give as `before` the model's own images, edited to nothing: with real ones, all that the model
-    cannot draw would count as change. What is read of a factor that it cannot draw means nothing,
-    though: leave such out of `visible`. They are those that `factor_changes` finds far from the
-    real images.
+    `before` should be images of the model that it reconstructed without an edit. With real images,
+    everything that the model cannot draw would count as change. A factor that the model cannot draw
+    should not be in `visible`, because its reading means nothing. Such a factor has a large
+    `factor_changes` between the reconstructed and the real images.
 
-    `moved` rests on the simulator's pairing of noise and intervened values
+    `moved` depends on the simulator's choice of intervened values for given noise
     (`quad.counterfactual_latents`), which unpaired contexts do not determine: a model may move a
-    concept more or less than that and fit its data. Nor does it see the direction. `leak` rests on
-    the graph alone.
+    concept more or less and still fit its data. `moved` also ignores the direction. `leak` depends
+    only on the causal graph.
 
     Args:
-        before, after: images and the same edited, pair by pair, (n, S, S, 3), uint8 or in [0, 1].
-        latents: that belong to `before`, (n, 8).
-        counterfactual: what they would have been under the intervention, (n, 8).
-        concepts: the intervened concepts, one at least.
-        visible: factors that count for `moved` and `leak`.
+        before, after: images and their edits, in pairs, (n, S, S, 3), uint8 or float in [0, 1].
+        latents: latents of `before`, (n, 8).
+        counterfactual: these latents under the intervention, (n, 8).
+        concepts: the intervened concepts, at least one.
+        visible: factors that are used for `moved` and `leak`.
 
     Returns:
         `factors`: for each of `LATENTS` the mean `change` by the edit and the mean `true_change`,
-        read off the simulator's images, in the units of the module docstring. Orientations are
-        compared where truth keeps a kind that has one; NaN if it nowhere does.
+        read from the simulator's images, in the units of the module docstring. Orientations are
+        compared if the true kind stays the same and has an orientation; else the entry is NaN.
         `moved`: change / true change, summed over the visible intervened factors; 1 is right.
-        `leak`: mean change of the visible factors that truth leaves as they are.
-        `leak_floor`: mean true change of those, which is the reader's own error. NaN without any
-        such factor.
+        `leak`: mean change of the visible factors that do not truly change.
+        `leak_floor`: their mean true change, the error of `read_factors`. Both are NaN if there is
+        no such factor.
     """
     kinds, kinds_after = (true_factors(x).kinds.argmax(1) for x in (latents, counterfactual))
     kinds = np.where(kinds == kinds_after, kinds, 0)
@@ -219,9 +212,8 @@ def intervention_effects(
     )
     valid = np.isin(LATENTS, list(visible)) & ~np.isnan(true_change)
     moving = valid & np.isin(LATENTS, list(parse_context(concepts, LATENTS)))
-    still = valid & np.isclose(latents, counterfactual, rtol=0, atol=1e-6).all(
-        0
-    )  # equal up to rounding
+    # Factors that are equal up to rounding.
+    still = valid & np.isclose(latents, counterfactual, rtol=0, atol=1e-6).all(0)
     return {
         "factors": {
             name: {"change": float(a), "true_change": float(b)}
@@ -236,7 +228,7 @@ def intervention_effects(
 
 
 def _read_batch(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Levels (B, 6), probabilities of the kinds (B, 4) and phases (B, 3) of images (B, 3, S, S)."""
+    """Return levels (B, 6), probabilities of kinds (B, 4) and phases (B, 3) of (B, 3, S, S)."""
     if x.shape[-1] > MAX_SIDE:
         x = F.adaptive_avg_pool2d(x, MAX_SIDE)
     side = x.shape[-1]
@@ -247,32 +239,28 @@ def _read_batch(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )  # (B, 3, 2, 2)
     centre = x[..., half - 1 : half + 1, half - 1 : half + 1].mean((2, 3))  # (B, 3)
     ground = corners.repeat_interleave(half, 2).repeat_interleave(half, 3)  # (B, 3, S, S)
-    # Error of a shape that covers the pixels M: that of the ground alone, and over M the difference
-    # of the two errors.
-    difference = (x - centre[..., None, None]).square().sum(1) - (x - ground).square().sum(
-        1
-    )  # (B, S, S)
+    # The error of a shape is that of the ground, plus, over the pixels that it covers, the error of
+    # the shape's colour minus that of the ground.
+    shape_error, ground_error = (x - centre[..., None, None]).square(), (x - ground).square()
+    difference = shape_error.sum(1) - ground_error.sum(1)  # (B, S, S)
     masks, kinds, sizes, turns = _templates(side)
     errors = difference.flatten(1) @ masks  # (B, T)
-    counts = kinds.bincount().float()[
-        kinds
-    ]  # all kinds are as likely, whatever the number of their shapes on the grid
+    # All kinds have the same prior probability, whatever their number of shapes on the grid.
+    counts = kinds.bincount().float()[kinds]
     weights = (-errors / _TEMPERATURE - counts.log()).softmax(1)
     by_kind = torch.stack([weights[:, kinds == k].sum(1) for k in range(len(KINDS))], 1)  # (B, 4)
     size = weights @ sizes
     phases = []
     for kind in range(1, len(KINDS)):
         of_kind = kinds == kind
-        # Within the kind alone, so that it is defined where another kind fits better.
+        # Only within the kind, so that it is also defined if another kind fits better.
         w = (-errors[:, of_kind] / _TEMPERATURE).softmax(1)
         angle = 2 * torch.pi * _SYMMETRY[kind] * turns[of_kind]
         phases.append(torch.atan2(w @ angle.sin(), w @ angle.cos()) / (2 * torch.pi) % 1)
-    flat = corners.flatten(
-        2
-    ).mT.numpy()  # (B, 4, 3): top left, top right, bottom left, bottom right
-    colours = np.concatenate(
-        [flat[:, [2, 3, 0, 1]], centre.numpy()[:, None]], 1
-    )  # quad1 to quad4, color
+    # (B, 4, 3): top left, top right, bottom left, bottom right.
+    flat = corners.flatten(2).mT.numpy()
+    # quad1 to quad4, color.
+    colours = np.concatenate([flat[:, [2, 3, 0, 1]], centre.numpy()[:, None]], 1)
     levels = palette_levels(colours)
     levels = np.concatenate([levels[:, :4], size.double().numpy()[:, None], levels[:, 4:]], 1)
     return levels, by_kind.double().numpy(), torch.stack(phases, 1).double().numpy()
@@ -280,8 +268,12 @@ def _read_batch(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def _templates(side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shapes of the grid: which pixels each covers, float32 (S * S, T), and its kind, u of its size
-    and turn, each (T,)."""
+    """Return the shapes of the grid.
+
+    Returns:
+        The pixels that each shape covers, float32 (S * S, T), and its kind, u of its size and its
+        turn, each (T,).
+    """
     grids = []
     for kind, symmetry in enumerate(_SYMMETRY):
         angles = np.arange(_TURN // symmetry) / _TURN if symmetry else np.zeros(1)

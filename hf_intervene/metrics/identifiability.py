@@ -1,12 +1,13 @@
-"""Can these contexts identify the concepts? What can be seen of it before training (METHOD section
-6; Markham et al., arXiv:2507.04754).
+"""Check before training whether contexts can identify their concepts.
 
-The concepts are identifiable if there is an observational context and, for EVERY concept, one in
-which it alone was intervened on, if the interventions change something that images show, and if the
-concepts are linearly independent. `check` says of each of these, in words, whether the images
-contradict it, and what to do. It cannot prove them: that images determine the concepts (an
-injective decoder) is not to be seen in images. `hf_intervene.metrics.recovery` shows on simulated
-data what is recovered when they hold, and what when they do not."""
+See METHOD section 6 and Markham et al., arXiv:2507.04754. The concepts are identifiable if there is
+an observational context and, for every concept, a context in which only this concept was intervened
+on; if the interventions change something that images show; and if the concepts are linearly
+independent. For each of these assumptions `check` describes whether the images contradict it, and
+what to do. It cannot prove them: images do not show whether they determine the concepts (an
+injective decoder). `hf_intervene.metrics.recovery` shows on simulated data what is recovered if the
+assumptions hold, and if they do not.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,30 +18,32 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..contexts import OBS, context_name, named_concepts, parse_context, validate_concepts
-from .disentanglement import MIN_SAMPLES, TwoSampleTest, principal_components, two_sample_test
+from .disentanglement import MIN_SAMPLES, principal_components
+from .shifts import shift_spectrum
+from .two_sample import TwoSampleTest, two_sample_test
 
 
 HOLDS, WEAK, FAILS = "holds", "weak", "FAILS"
-FEW = 1000  # images of a context; with fewer, recovery drops on simulated data (README)
+FEW = 1000  # images of a context; with fewer, recovery on simulated data is worse (README)
 _MOMENTS = 8  # principal components whose means and covariances are compared
-_PERMUTATIONS = 50
-_DEPENDENT = 0.5  # smallest singular value of shifts of length 1: two of them are 41 degrees apart
+_DEPENDENT = 0.5  # smallest singular value of shifts of length 1: two shifts at 41 degrees have it
 _FINE = (
     "is it a fine detail, or a change of more than means and covariances? More images, or a higher"
     " resolution, may show it."
 )
-_RISK = 0.05  # of passing a single test by chance, over all tests of one kind
+_RISK = 0.05  # probability that at least one test of a kind passes by chance
 
 
 @dataclass
 class Finding:
-    """
+    """Result of the check of one assumption.
+
     Args:
-        assumption: which one, in two or three words.
-        status: `HOLDS` (nothing speaks against it), `WEAK` (too little to tell, or barely) or
+        assumption: the assumption in two or three words.
+        status: `HOLDS` (the images do not contradict it), `WEAK` (the evidence is too weak) or
             `FAILS`.
         message: what was found.
-        advice: what to do; empty if it holds.
+        advice: what to do; empty if the assumption holds.
     """
 
     assumption: str
@@ -51,12 +54,13 @@ class Finding:
 
 @dataclass
 class CheckResult:
-    """
+    """Result of `check`.
+
     Args:
-        findings: one for each thing that was checked, at least.
+        findings: at least one for each assumption.
         images: number of distinct images of each context.
         from_obs: two-sample test of each concept's context against `obs`.
-        pairs: the same of each two concepts' contexts, by "a / b".
+        pairs: two-sample test of the contexts of each two concepts, by "a / b".
         shifts: see `shift_spectrum`.
     """
 
@@ -72,7 +76,7 @@ class CheckResult:
         return all(finding.status != FAILS for finding in self.findings)
 
     def to_dict(self) -> dict:
-        """As JSON holds it, and whether it `passed`."""
+        """Return the fields and `passed` as JSON has them."""
         tests = {
             name: {key: test.to_dict() for key, test in getattr(self, name).items()}
             for name in ("from_obs", "pairs")
@@ -100,18 +104,19 @@ def check(
     max_images: int = 2000,
     seed: int = 0,
 ) -> CheckResult:
-    """Say in words whether contexts can identify their concepts, as far as images show it.
+    """Check whether images contradict that their contexts identify the concepts.
 
     Args:
-        images: of each context, by name, all of one shape, uint8 or float, (n, ...). Contexts of
-            several concepts are not tested.
-        concepts: the concepts; `None`: all that the contexts name.
-        max_images: of a context that are tested; those beyond are only counted.
-        seed: of all that is random.
+        images: images of each context, by name, uint8 or float, (n, ...), all of one shape.
+            Contexts of several concepts are not tested.
+        concepts: the concepts; `None` means all that the contexts name.
+        max_images: the largest number of images of a context that are tested. Others are only
+            counted.
+        seed: seed of everything that is random.
 
     Raises:
-        ValueError: no images or concept, a context that is named twice or unknown, images of
-            several shapes, NaN or infinity.
+        ValueError: there are no images or concepts, a context is unknown or named twice, images
+            have several shapes, or a value is NaN or infinite.
         ImportError: scikit-learn is not installed; the message names the extra.
     """
     arrays, concepts = _read(images, concepts)
@@ -132,8 +137,7 @@ def check(
     own = [name for name in own if name in tested]
     if not tested:
         return result
-    # One space for all tests, of all contexts alike: it knows nothing of which image came from
-    # where.
+    # All tests use the same space. It is computed from all contexts together, without their names.
     space = principal_components(
         np.concatenate([x.reshape(len(x), -1) for x in tested.values()]), 32, seed
     )
@@ -158,78 +162,6 @@ def check(
         )
         result.findings.append(_independent(result.shifts))
     return result
-
-
-def shift_spectrum(obs: np.ndarray, contexts: Mapping[str, np.ndarray], seed: int = 0) -> dict:
-    """Do the contexts move the data in linearly independent ways? Each one's shift is the change of
-    mean and covariance from `obs`, where `obs` has mean 0 and covariance I; d shifts are the rows
-    of a matrix, and a combination of them that cancels is a small singular value.
-
-    `noise` is how long that combination is by chance alone, when samples are shuffled over the
-    contexts (95 % quantile): one that cancels in truth is seldom seen to be longer.
-
-    Args:
-        obs: (n, k).
-        contexts: of each concept, (n_j, k).
-        seed: of the permutations.
-
-    Returns:
-        `hidden`: contexts whose shift is not twice as long as what chance gives; they are left out
-        of the rest. `singular_values` of the others' shifts, each divided by its length; `noise`;
-        `closest`: the contexts that make up the combination of the smallest.
-    """
-    names = list(contexts)
-    pooled = np.concatenate([obs, *contexts.values()])
-    edges = np.cumsum([len(obs), *map(len, contexts.values())])[:-1]
-    shifts = _shifts(np.split(pooled, edges))
-    rng = np.random.default_rng(seed)
-    chance = np.stack(
-        [_shifts(np.split(rng.permutation(pooled), edges)) for _ in range(_PERMUTATIONS)]
-    )
-    lengths = np.linalg.norm(shifts, axis=1)
-    seen = np.flatnonzero(lengths > 2 * np.quantile(np.linalg.norm(chance, axis=2), 0.95, axis=0))
-    result = {
-        "hidden": [name for k, name in enumerate(names) if k not in seen],
-        "singular_values": [],
-        "noise": 0.0,
-        "closest": [],
-    }
-    if len(seen):
-        left, values, _ = np.linalg.svd(shifts[seen] / lengths[seen, None])
-        weights = left[:, -1]
-        cancelled = np.linalg.norm(
-            np.einsum("k,pkm->pm", weights / lengths[seen], chance[:, seen]), axis=1
-        )
-        result["singular_values"], result["noise"] = (
-            values.tolist(),
-            float(np.quantile(cancelled, 0.95)),
-        )
-        result["closest"] = [
-            names[k]
-            for k, weight in zip(seen, np.abs(weights))
-            if weight > np.abs(weights).max() / 3
-        ]
-    return result
-
-
-def _shifts(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Change of mean and covariance from the first part to each other one, (parts - 1, k + k (k +
-    1) / 2).
-    """
-    obs, *others = parts
-    covariance = np.cov(obs.T).reshape(obs.shape[1], -1)
-    values, vectors = np.linalg.eigh(covariance)
-    whiten = vectors / np.sqrt(np.maximum(values, 1e-6 * max(values[-1], 1e-12)))
-    upper = np.triu_indices(obs.shape[1])
-    # In a symmetric matrix entries off the diagonal stand twice; halved, because a covariance is of
-    # second order.
-    weights = np.where(upper[0] == upper[1], 0.5, np.sqrt(0.5))
-    rows = []
-    for part in others:
-        z = (part - obs.mean(0)) @ whiten
-        change = np.cov(z.T).reshape(len(values), -1) - np.eye(len(values))
-        rows.append(np.concatenate([z.mean(0), weights * change[upper]]))
-    return np.stack(rows)
 
 
 def _read(
@@ -271,7 +203,7 @@ def _read(
 
 
 def _distinct(images: np.ndarray) -> np.ndarray:
-    """Without copies, which would be known again in the held-out half of a test."""
+    """Remove copies: a classifier would recognise them in the held-out half of a test."""
     rows = {image.tobytes(): row for row, image in enumerate(images)}
     return images[sorted(rows.values())]
 

@@ -1,24 +1,28 @@
-"""Leakage of residual latents: what of the concepts sits in the residual noise, where interventions
-do not reach it.
+"""Leakage: information about concepts in the residual noise, which interventions do not change.
 
-Under the model, residual noise that is drawn from the posterior is N(0, I) whatever the context
-(that of posterior means is not). `context_leakage` says how far that holds of a trained one: how
-well a context can be told from the noise."""
+In the model, residual noise that is drawn from the posterior is N(0, I) in every context (posterior
+means are not). `context_leakage` measures how far this is true for a trained model: how well a
+classifier predicts the context from the noise.
+"""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
+from .results import Result
+from .results import check_installed as check_installed
 
-_COMPONENTS = 64  # of the principal components that the classifier reads
+
+_COMPONENTS = 64  # number of principal components that the classifier uses
 FOLDS = 5
 
 
 @dataclass
-class LeakageResult:
-    """
+class LeakageResult(Result):
+    """Result of `context_leakage`.
+
     Args:
-        accuracy: cross-validated balanced accuracy of telling the context from the residual noise.
+        accuracy: cross-validated balanced accuracy of predicting the context from residual noise.
         interval: its 95 % interval.
         chance: the accuracy without leakage, 1 / number of contexts.
     """
@@ -27,35 +31,21 @@ class LeakageResult:
     interval: tuple[float, float]
     chance: float
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
-
-
-def check_installed() -> None:
-    """Raise an ImportError that names the extra if scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'measuring leakage needs scikit-learn: pip install "hf-intervene[eval]".'
-        ) from error
-
 
 def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) -> LeakageResult:
-    """How well a logistic regression tells the context from residual noise.
+    """Measure how well a logistic regression predicts the context from residual noise.
 
-    It reads the noise's leading principal components, their squares and the mean square of all:
-    contexts may differ in spread alone.
+    Its input are the leading principal components of the noise, their squares and the mean square
+    of all entries, because contexts may differ only in spread.
 
     Args:
         residuals: residual noise of held-out images, (N, ...).
         contexts: context of each, (N,).
-        seed: of the folds.
+        seed: seed of the folds.
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra.
-        ValueError: fewer than two contexts, or one with fewer images than folds.
+        ValueError: there are fewer than two contexts, or one has fewer images than folds.
     """
     check_installed()
     from sklearn.decomposition import PCA
@@ -79,8 +69,8 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
     right = cross_val_predict(classifier, flat, labels, cv=folds) == labels
     by_context = [right[labels == k].mean() for k in range(len(names))]
     accuracy = float(np.mean(by_context))
-    # Contexts are drawn independently: the variance of their mean is the sum of theirs over the
-    # square of their number.
+    # Contexts are drawn independently: the variance of the mean over contexts is the sum of their
+    # variances divided by the square of their number.
     margin = 1.96 * np.sqrt(sum(p * (1 - p) / n for p, n in zip(by_context, counts))) / len(names)
     return LeakageResult(accuracy, (accuracy - margin, accuracy + margin), 1 / len(names))
 

@@ -1,5 +1,7 @@
-"""A small convolutional network that labels images, and how it is trained: the detector of concepts
-and the two-sample test share it."""
+"""A small convolutional network that labels images, and its training.
+
+The detector of concepts and the two-sample test of images use it.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,19 +15,19 @@ from tqdm.auto import tqdm
 
 MAX_SIDE = 64  # larger images are averaged down to this side
 _BATCH = 96
-_MAX_WEIGHT = 10.0  # of one image, where 1 is that of an image whose label is there as often as not
+_MAX_WEIGHT = 10.0  # the largest weight of an image; with balanced labels every weight is 1
 FEATURES = 128  # penultimate activations
 
 
 class SmallNetwork(nn.Module):
-    """Four convolutions with batch norm and two linear layers.
+    """Four convolutions with batch norm, and two linear layers.
 
-    Where something is in the image counts: there is no global pooling.
+    There is no global pooling, so that positions in the image matter.
 
     Args:
-        shape: (channels, height, width) of the images, as `prepared` returns them.
+        shape: (channels, height, width) of the images of `prepared`.
         outputs: number of logits, K.
-        seed: of the weights.
+        seed: seed of the weights.
     """
 
     def __init__(self, shape: tuple[int, ...], outputs: int, seed: int):
@@ -46,20 +48,21 @@ class SmallNetwork(nn.Module):
             self.head = nn.Linear(FEATURES, outputs)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Penultimate activations (B, 128) of images (B, C, H, W) in [0, 1]."""
+        """Return the penultimate activations (B, 128) of images (B, C, H, W) in [0, 1]."""
         return self.body(2 * pixel_values - 1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of images (B, C, H, W) in [0, 1]."""
+        """Return the logits (B, K) of images (B, C, H, W) in [0, 1]."""
         return self.head(self.features(pixel_values))
 
 
 def pixel_values(images: np.ndarray) -> torch.Tensor:
-    """uint8 or float images (n, H, W, C) as a tensor (n, C, H, W), uint8 as it is: `unit` scales a
-    batch of it.
+    """Return uint8 or float images (n, H, W, C) as a tensor (n, C, H, W).
+
+    uint8 images stay uint8. `unit` scales a batch of them.
 
     Raises:
-        ValueError: images of another shape, or floats out of [0, 1] or NaN.
+        ValueError: the images have another shape, or floats are outside [0, 1] or NaN.
     """
     images = np.asarray(images)
     if images.ndim != 4:
@@ -73,7 +76,7 @@ def pixel_values(images: np.ndarray) -> torch.Tensor:
 
 
 def prepared(images: np.ndarray) -> torch.Tensor:
-    """`pixel_values` of images, those of more than 64 pixels a side averaged down to 64."""
+    """Return `pixel_values` of images. Sides above 64 pixels are averaged down to 64."""
     x = pixel_values(images)
     size = (min(x.shape[2], MAX_SIDE), min(x.shape[3], MAX_SIDE))
     if tuple(x.shape[2:]) == size:
@@ -82,42 +85,42 @@ def prepared(images: np.ndarray) -> torch.Tensor:
 
 
 def unit(batch: torch.Tensor) -> torch.Tensor:
-    """A batch of `prepared` as float32 in [0, 1]."""
+    """Return a batch of `prepared` as float32 in [0, 1]."""
     return batch.float() / 255 if batch.dtype == torch.uint8 else batch
 
 
 def blurred(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Gaussian blur of each image by its own strength.
+    """Blur each image with a Gaussian of its own width.
 
-    Rows of the kernel matrix sum to one, so the border is not darkened.
+    Rows of the kernel matrix sum to one, so that the border is not darkened.
 
     Args:
         x: images (B, C, H, W).
-        sigma: standard deviation in pixels, (B,); 0 leaves the image as it is.
+        sigma: standard deviation of each image's kernel in pixels, (B,). 0 does not blur.
     """
     kernels = [_kernel(n, sigma) for n in x.shape[2:]]
     return kernels[0][:, None] @ x @ kernels[1][:, None].mT
 
 
 def _kernel(size: int, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur along an axis of `size` pixels as a matrix, (B, size, size)."""
+    """Return the matrices that blur an axis of `size` pixels, (B, size, size)."""
     position = torch.arange(size, dtype=torch.float32)
     distance = (position[:, None] - position) / sigma.clamp(min=1e-3)[:, None, None]
     return (-distance.square() / 2).softmax(-1)
 
 
 def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
-    """Weights under which each label is as often 1 as 0 whatever the other labels are, (n, K).
+    """Return weights, (n, K), with which each label is 1 as often as 0, for any other labels.
 
-    Images of single contexts seldom have two concepts at once. A network that is trained on them as
-    they are learns that one concept speaks against another, and misses them together. So each image
-    is weighed by the inverse of the share of its answer among the images with the same other labels
-    (inverse propensity weights), with a bound. Where all of these have one answer there is nothing
-    to balance, and the weight is 0.
+    Images of single contexts rarely have two concepts at once. A network that is trained on them
+    without weights learns that one concept makes another one unlikely, and misses them together. So
+    the weight of an image is the inverse of the share of its label among the images with the same
+    other labels (inverse propensity weights), with a bound. If all of these have the same label,
+    there is nothing to balance, and the weight is 0.
 
     Args:
-        labels: float32 (n, K): 1, 0, or NaN where it does not count. As another label NaN is taken
-            for 0.
+        labels: float32 (n, K): 1, 0, or NaN for labels to ignore. NaN counts as 0 when it is one of
+            the other labels.
     """
     weights = torch.zeros_like(labels)
     for k in range(labels.shape[1]):
@@ -134,7 +137,7 @@ def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-@torch.enable_grad()  # evaluation calls it where gradients are off
+@torch.enable_grad()  # evaluation calls it with gradients switched off
 def fit(
     network: SmallNetwork,
     images: torch.Tensor,
@@ -145,20 +148,23 @@ def fit(
     max_noise: float = 0.0,
     what: str = "training a network",
 ) -> SmallNetwork:
-    """Train a network on labelled images by binary cross-entropy with `balanced_weights`, in place.
+    """Train a network on labelled images, with binary cross-entropy and `balanced_weights`.
 
     Args:
-        network: new, its weights drawn already.
-        images: as `prepared` returns them, (n, C, H, W).
-        labels: float32 (n, K): 1, 0, or NaN where it does not count.
-        steps: batches of 96.
-        seed: of batches and augmentation.
-        max_blur: largest standard deviation of the blur, in pixels; each image is blurred by this
-            times u^2, u uniform.
-        max_noise: largest standard deviation of the noise added to pixels in [0, 1].
-        what: shown on the progress bar.
+        network: a new network. It is trained in place.
+        images: images of `prepared`, (n, C, H, W).
+        labels: float32 (n, K): 1, 0, or NaN for labels to ignore.
+        steps: number of batches of 96.
+        seed: seed of batches and augmentation.
+        max_blur: largest standard deviation of the blur, in pixels. Each image is blurred by this
+            times u^2 with a uniform u.
+        max_noise: largest standard deviation of the noise that is added to pixels in [0, 1].
+        what: text of the progress bar.
+
+    Returns:
+        The network, in evaluation mode and without gradients.
     """
-    if len(images) < 2:  # nothing to learn from, and no batch to normalise
+    if len(images) < 2:  # too few for a batch that can be normalised
         return network.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     answers = labels.nan_to_num()
@@ -190,5 +196,5 @@ def fit(
 
 @torch.no_grad()
 def apply(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """A function of batches (B, C, H, W) in [0, 1], of all images, (n, ...)."""
+    """Apply a function of batches (B, C, H, W) in [0, 1] to all images. Return (n, ...)."""
     return torch.cat([function(unit(batch)) for batch in images.split(256)])

@@ -1,9 +1,8 @@
-"""Presence: the shares of images in which what was asked for is there, by a `Detector`, and a
-verdict in words.
+"""Presence: the share of images that show the wanted concepts, by a `Detector`.
 
-Beside every share stands the same share of real images of the context, its *floor*: a detector
-misses some concepts in real images too. Where concepts are independent, composition is perfect if a
-pair is there as often as the product of its single rates says.
+The *floor* of a share is the same share of real images of the context: a detector misses some
+concepts in real images too. If concepts are independent, composition is perfect when the share of
+images with both concepts of a pair is the product of the shares of the single concepts.
 """
 
 import math
@@ -15,23 +14,24 @@ import numpy as np
 from .detector import Share, proportion
 
 
-CLEAR = 0.9  # of the rate in real images
-_DRIFT = 0.02  # more than this above the real share, beyond both intervals, is worth a word
+CLEAR = 0.9  # a concept is clear from this share of the rate in real images on
+_DRIFT = 0.02  # the verdict mentions a larger excess in obs over real images, beyond the intervals
 _RESAMPLES = 2000
 
 
 @dataclass
 class Presence:
-    """
+    """Result of `presence_shares`. A concept is usable if the detector is reliable for it.
+
     Args:
-        all_wanted: share of the images with every wanted concept, the others ignored; `None` where
-            one of them cannot be told, or none is wanted.
-        exact: share with every wanted concept and no other, those that cannot be told ignored;
-            `None` where a wanted one cannot be.
-        unwanted: share with at least one concept that was not asked for; `None` if none can be
-            told.
-        rates: by concept that can be told, the share of the images with it.
-        images: how many.
+        all_wanted: share of the images with every wanted concept, whatever else they show. `None`
+            if one of them is not usable, or no concept is wanted.
+        exact: share of the images with every wanted concept and no other usable one. `None` if a
+            wanted concept is not usable.
+        unwanted: share of the images with at least one usable concept that is not wanted. `None` if
+            there is no such concept.
+        rates: for each usable concept, the share of the images with it.
+        images: number of images.
     """
 
     all_wanted: Share | None
@@ -53,16 +53,16 @@ class Presence:
 def presence_shares(
     found: np.ndarray, wanted: Sequence[str], concepts: Sequence[str], usable: np.ndarray
 ) -> Presence:
-    """Shares of the images of one context.
+    """Compute the shares of the images of one context.
 
     Args:
-        found: which concepts were found in each image, bool (n, K), as `Detector.present` says.
-        wanted: the concepts that were asked for.
+        found: which concepts were found in each image, bool (n, K), from `Detector.present`.
+        wanted: the wanted concepts.
         concepts: names of the K columns.
-        usable: which concepts can be told on real images, bool (K,), as `Detector.usable` says.
+        usable: for which concepts the detector is reliable, bool (K,), from `Detector.usable`.
 
     Raises:
-        ValueError: a wanted concept is not among `concepts`, or `found` does not fit.
+        ValueError: a wanted concept is not in `concepts`, or a shape is wrong.
     """
     found, usable = np.asarray(found, dtype=bool), np.asarray(usable, dtype=bool)
     if found.ndim != 2 or found.shape[1] != len(concepts) or usable.shape != (len(concepts),):
@@ -89,11 +89,12 @@ def presence_shares(
 
 @dataclass
 class CompositionRatio:
-    """
+    """Result of `composition_ratio`.
+
     Args:
         product: the product of the rates of the single concepts.
-        ratio: share of images with all of them over the product; 1 is perfect composition of
-            independent concepts.
+        ratio: share of images with all concepts, divided by the product; 1 is perfect composition
+            of independent concepts.
         interval: 95 % interval of the ratio.
     """
 
@@ -105,18 +106,19 @@ class CompositionRatio:
 def composition_ratio(
     together: Share, images: int, singles: Sequence[tuple[Share, int]], seed: int = 0
 ) -> CompositionRatio | None:
-    """How often concepts are there together, over the product of how often each is there alone.
+    """Compare the rate of several concepts together with the product of their single rates.
 
     Args:
-        together: share of the images of a composition with all its concepts.
-        images: how many images that is a share of.
-        singles: for each of the concepts its share of the images of its own context, and their
-            number.
-        seed: of the bootstrap.
+        together: share of the images of a composition that show all its concepts.
+        images: the number of these images.
+        singles: for each concept the share of the images of its own context that show it, and the
+            number of these images.
+        seed: seed of the bootstrap.
 
     Returns:
-        The ratio with a percentile bootstrap interval; `None` if the product is 0. The number of
-        hits in a resample of n images is binomial, so the resamples are drawn as that.
+        The ratio with a percentile bootstrap interval, or `None` if the product is 0. The number of
+        hits in a resample of n images is binomial, so that resamples are drawn from a binomial
+        distribution.
     """
     product = math.prod(share.value for share, _ in singles)
     if not product > 0:
@@ -132,19 +134,19 @@ def composition_ratio(
 
 
 def verdict(generated: Share, real: Share, generated_obs: Share, real_obs: Share) -> str:
-    """What became of one concept, in words.
+    """Describe in words how well a model shows one concept.
 
     Args:
         generated: share of the samples of its context in which it is found.
-        real: share of real images of its context.
+        real: share of the real images of its context in which it is found.
         generated_obs: share of the observational samples.
-        real_obs: share of real observational images.
+        real_obs: share of the real observational images.
 
     Returns:
-        "not to be told from obs" if the share in its context's samples is not above that in
+        "not to be told from obs" if the share in the samples of its context is not above that in
         observational images, real or sampled, beyond the intervals; "clear" from 0.9 of the real
-        share on; "partly (49 % of 96 %)" between. Where observational samples have it more often
-        than real ones beyond the intervals, that is said too.
+        share on; "partly (49 % of 96 %)" between. If observational samples show the concept more
+        often than real ones, beyond the intervals, the text says so too.
     """
     obs = max(generated_obs, real_obs, key=lambda share: share.value)
     if generated.interval[0] <= obs.interval[1]:

@@ -11,8 +11,11 @@ Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
 
 
 def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
-    """Negative ELBO in nats, summed over channels and pixels, to bits per pixel: nats / (H W ln 2).
-    Any array or float, any shape.
+    """Convert a negative ELBO in nats to bits per pixel: nats / (H W ln 2).
+
+    Args:
+        nats: summed over channels and pixels; a float, or an array of any shape.
+        height, width: H and W.
     """
     return nats / (height * width * math.log(2))
 
@@ -20,7 +23,7 @@ def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
 def mean_interval(
     values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Mean of values (n,) and its percentile bootstrap interval."""
+    """Return the mean of values (n,) and its percentile bootstrap interval."""
     values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)

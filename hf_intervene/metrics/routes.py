@@ -1,39 +1,40 @@
-"""Routes: by which way an intervention reaches the image (METHOD section 2, steps 1 and 3;
-arXiv:2507.04754).
+"""Routes: the two parts of the head through which an intervention changes the image.
 
-An intervention on a concept does two things in the head: the concept's noise goes through A_int in
-place of A_obs, and its incoming edges are cut. `InterventionHead.forward` lets the two be done one
-at a time: the exogenous layer sees `targets`, the intervention layer `edge_targets`. From the same
-noise come four images: observational, intervened, with the concept's own noise alone, and with the
-edges alone.
+See METHOD section 2, steps 1 and 3, and arXiv:2507.04754. An intervention on a concept does two
+things in the head: the concept's noise goes through A_int instead of A_obs, and its incoming edges
+are cut. `InterventionHead.forward` can do one without the other: the exogenous layer takes
+`targets`, the intervention layer takes `edge_targets`. Four images are made from the same noise:
+observational, intervened, with only the concept's own noise changed, and with only the edges cut.
 
-A concept that no other causes loses nothing with its edges. An effect through cut edges there is no
-effect of the concept: the decoder reads "hears nobody" as a sign of the context, and two such signs
-at once are new to it.
+If no other concept causes a concept, cutting its edges should change nothing. If it does change the
+image, this is not an effect of the concept: the decoder uses the missing edges to recognise the
+context. In training it has not seen the missing edges of two concepts together.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from .detector import Detector, Share
 from .presence import presence_shares
 from .reconstruction import mean_interval
+from .results import Result
 
 
 @dataclass
-class Routes:
-    """
+class Routes(Result):
+    """Result of `compare_routes`.
+
     Args:
         change: mean absolute change of the pixels, in [0, 1], by the whole intervention.
         change_interval: its 95 % interval.
-        own: change by the concept's own noise alone (A_int, edges kept) over `change`.
-        edges: change by the edges alone (A_obs, edges cut) over `change`. The two need not add up
-            to 1. Both are `None` if nothing changes.
-        rates: with a detector that can tell the concept, its rate in the `observational`,
-            `intervened`, `own` and `edges` images.
-        outside: with a detector, share of the change of its probabilities that falls on other
-            concepts; `None` without.
+        own: the change by only the concept's own noise (A_int, edges kept), divided by `change`.
+        edges: the change by only the edges (A_obs, edges cut), divided by `change`. `own` and
+            `edges` need not add up to 1. Both are `None` if nothing changes.
+        rates: with a detector that is usable for the concept, the rate of the concept in the
+            `observational`, `intervened`, `own` and `edges` images.
+        outside: with such a detector, the share of the change of its probabilities that belongs to
+            other concepts; else `None`.
     """
 
     change: float
@@ -42,10 +43,6 @@ class Routes:
     edges: float | None
     rates: dict[str, Share] | None = None
     outside: float | None = None
-
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
 
 
 def compare_routes(
@@ -57,20 +54,21 @@ def compare_routes(
     detector: Detector | None = None,
     seed: int = 0,
 ) -> Routes:
-    """Compare the four images of each noise. All are float images (n, H, W, C) in [0, 1]; row i has
-    the same noise in each.
+    """Compare the four images of each noise.
+
+    All are float images (n, H, W, C) in [0, 1]. Row i has the same noise in each.
 
     Args:
-        observational: nothing intervened on.
-        intervened: the concept intervened on, as trained.
-        own: A_int for the concept, its edges kept.
-        edges: A_obs for the concept, its edges cut.
-        concept: its name, for the detector.
-        detector: of concepts.
-        seed: of the bootstrap.
+        observational: without an intervention.
+        intervened: with an intervention on the concept, as in training.
+        own: with A_int for the concept, its edges kept.
+        edges: with A_obs for the concept, its edges cut.
+        concept: name of the concept, for the detector.
+        detector: a detector of concepts.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: images of different shapes.
+        ValueError: the images have different shapes.
     """
     images = {"observational": observational, "intervened": intervened, "own": own, "edges": edges}
     if len({np.shape(x) for x in images.values()}) > 1:

@@ -1,43 +1,43 @@
-"""Sliced 2-Wasserstein distance between sets of images, with its floor and an interval (METHOD
-section 5).
+"""Sliced 2-Wasserstein distance between sets of images, with its floor and an interval.
 
-The distance is POT's `ot.sliced_wasserstein_distance` on flattened pixels in [0, 1]: the root of
-the mean over directions of the squared one-dimensional W2. Two sets of real images of the same
-sizes are not at distance 0 either: that is the *floor*, and a distance means little without it."""
+See METHOD section 5. The distance is POT's `ot.sliced_wasserstein_distance` on flattened pixels in
+[0, 1]: the root of the mean over directions of the squared one-dimensional W2. Two sets of real
+images do not have distance 0 either. Their distance is the *floor*. A distance means little without
+its floor.
+"""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .results import Result
+
 
 PROTOCOLS = ("independent", "paper")
-MIN_IMAGES = 200  # a side, for a ratio: of fewer the floor hides most of what models differ in
-PAPER_DISTINCT, PAPER_REPEATS = (
-    64,
-    20,
-)  # the published figures: 64 generated images, each 20 times, against 1,280 real ones
+MIN_IMAGES = 200  # in each set, for a ratio: with fewer, the floor hides differences of models
+# The published figures compare 64 generated images, each 20 times, with 1,280 real ones.
+PAPER_DISTINCT, PAPER_REPEATS = 64, 20
 
 _CHUNK = 2**22  # pixels projected at once
 
 
 @dataclass
-class TransportResult:
-    """A distance with what is needed to read it.
+class TransportResult(Result):
+    """A distance with its floor and interval.
 
     Args:
         distance: sliced W2 between real and generated images.
         interval: 95 % interval of the distance.
-        floor: sliced W2 between two disjoint sets of real images of the same sizes, under the same
+        floor: sliced W2 between two disjoint sets of real images of the same sizes, with the same
             protocol.
-        ratio: distance / floor; `None` of fewer than 200 distinct images a side, where the floor is
-            so high that the ratio is near 1 whatever was generated.
-        ratio_interval: 95 % interval of the ratio, the floor taken as known, or `None`.
-        mean_shift: the part of the distance that the mean images alone make. Exactly, distance^2 =
-            mean_shift^2 + the square of the distance that is left when each side's mean image is
-            taken out.
-        mean_shift_floor: that part of the floor.
+        ratio: distance / floor. `None` with fewer than 200 distinct images in a set: then the floor
+            is so high that the ratio is near 1 for any images.
+        ratio_interval: 95 % interval of the ratio for a known floor, or `None`.
+        mean_shift: the part of the distance that comes from the mean images. Exactly, distance^2 =
+            mean_shift^2 + the squared distance after subtracting the mean image of each set.
+        mean_shift_floor: the same part of the floor.
     """
 
     distance: float
@@ -48,14 +48,10 @@ class TransportResult:
     mean_shift: float
     mean_shift_floor: float
 
-    def to_dict(self) -> dict:
-        """As JSON holds it."""
-        return asdict(self)
 
-
-@lru_cache(maxsize=1)  # drawing them takes as long as a projection
+@lru_cache(maxsize=1)  # drawing directions takes as long as a projection
 def directions(dimension: int, num_projections: int, seed: int = 0) -> np.ndarray:
-    """Random unit directions, float32 of shape (dimension, num_projections), as POT draws them.
+    """Draw random unit directions, float32 (dimension, num_projections), as POT does.
 
     Raises:
         ImportError: POT is not installed; the message names the extra.
@@ -72,19 +68,18 @@ def directions(dimension: int, num_projections: int, seed: int = 0) -> np.ndarra
 def project(
     images: np.ndarray, axes: np.ndarray, device: torch.device | str | None = None
 ) -> np.ndarray:
-    """Project flattened images on directions, some hundred images at a time: no float copy of all
-    of them is made.
+    """Project flattened images on directions, some hundred images at a time to save memory.
 
     Args:
         images: uint8 in [0, 255] or float in [0, 1], (n, ...).
         axes: (dimension, projections).
-        device: where to; `None`: the GPU if there is one.
+        device: the device to use; `None` means the GPU if there is one.
 
     Returns:
         float32 (n, projections).
 
     Raises:
-        ValueError: float pixels out of [0, 1] or NaN.
+        ValueError: float pixels are outside [0, 1] or NaN.
     """
     images = np.asarray(images)
     device = _gpu_or_cpu() if device is None else device
@@ -92,13 +87,12 @@ def project(
     projected = np.empty((len(images), axes.shape[1]), np.float32)
     size = max(64, _CHUNK // max(1, len(axes)))
     for start in range(0, len(images), size):
-        part = np.require(
-            images[start : start + size], requirements=("C", "W")
-        )  # torch does not take what cannot be written to
+        # torch needs an array that can be written to.
+        part = np.require(images[start : start + size], requirements=("C", "W"))
         chunk = torch.from_numpy(part).to(device)
         if chunk.dtype == torch.uint8:
             chunk = chunk.float().div_(255)
-        elif not all(0 <= extreme <= 1 for extreme in chunk.aminmax()):  # NaN is neither
+        elif not all(0 <= extreme <= 1 for extreme in chunk.aminmax()):  # NaN fails both
             raise ValueError(
                 "pixel values must lie in [0, 1] (or be uint8); some do not, or are NaN."
             )
@@ -107,15 +101,16 @@ def project(
 
 
 def sliced_w2(a: np.ndarray, b: np.ndarray) -> float:
-    """Sliced W2 of projected samples (n, projections) and (m, projections).
+    """Return the sliced W2 of projected samples (n, projections) and (m, projections).
 
-    With n = m the quantile functions are the sorted values; otherwise both are step functions,
-    compared where either steps."""
+    With n = m the quantile functions are the sorted values. Otherwise both are step functions,
+    which are compared between all steps of both.
+    """
     return _sliced_w2_of_sorted(_sort(a), _sort(b))
 
 
 def _sort(x: np.ndarray) -> np.ndarray:
-    """Each column sorted; without a GPU by NumPy, in a tenth of torch's time."""
+    """Sort each column. Without a GPU NumPy does it in a tenth of torch's time."""
     if _gpu_or_cpu() == "cpu":
         return np.sort(x, axis=0)
     return torch.from_numpy(x).cuda().sort(dim=0).values.cpu().numpy()
@@ -146,9 +141,7 @@ def _mean_shift(a: np.ndarray, b: np.ndarray) -> float:
 def sliced_wasserstein(
     real: np.ndarray, generated: np.ndarray, num_projections: int = 500, seed: int = 0
 ) -> float:
-    """Sliced W2 between two sets of images, (n, ...) and (m, ...), equal to POT's for the same
-    seed.
-    """
+    """Return the sliced W2 between images (n, ...) and (m, ...), POT's value for the same seed."""
     axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
     return sliced_w2(project(real, axes), project(generated, axes))
 
@@ -162,18 +155,20 @@ def compare(
     resamples: int = 50,
     seed: int = 0,
 ) -> TransportResult:
-    """Distance of generated images from real ones, with floor, ratio and interval. See
-    `compare_projected`.
+    """Measure the distance of generated images from real ones, with floor, ratio and interval.
 
     Args:
         real: real images of a context, uint8 or float in [0, 1], (n, ...).
-        other_real: further real images of that context, none in common with `real`, (m, ...), m >=
-            the number of generated ones used.
+        other_real: other real images of that context, none of them in `real`, (m, ...). There must
+            be at least as many as generated images are used.
         generated: generated images, (m, ...).
         protocol: see `compare_projected`.
-        num_projections: random directions.
-        resamples: random halves for the interval.
-        seed: of directions and halves.
+        num_projections: number of random directions.
+        resamples: number of random halves for the interval.
+        seed: seed of directions and halves.
+
+    Raises:
+        ValueError, ImportError: see `compare_projected`, `project` and `directions`.
     """
     axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
     a, b, c = (project(images, axes) for images in (real, other_real, generated))
@@ -188,37 +183,40 @@ def compare_projected(
     resamples: int = 50,
     seed: int = 0,
 ) -> TransportResult:
-    """`compare` for images that are projected already, each (n, projections).
+    """Compute `compare` for images that are already projected, each (n, projections).
 
-    The interval: resampling n of n images with replacement would shift a W2 upward (repeated points
-    look like a coarser set), so a random half of each side is drawn without replacement instead,
-    `resamples` times. To first order the variance over such halves is that of the full-sample
-    statistic (twice that of n images, halved because half of the finite set is drawn). The interval
-    is the distance +- 1.96 of these standard deviations. It covers the draw of images, for the
-    given directions.
+    Resampling n of n images with replacement would increase a W2, because repeated points make a
+    set coarser. So a random half of each set is drawn without replacement, `resamples` times. To
+    first order the variance over such halves is that of the full statistic (twice that of n images,
+    halved because half of a finite set is drawn). The interval is the distance +- 1.96 of these
+    standard deviations. It describes the draw of images, for the given directions.
 
     Args:
         real, other_real, generated: see `compare`.
-        protocol: `"independent"`: as they are. `"paper"`: the first 64 of `generated` (and of
-            `other_real`, for the floor), each 20 times, against the first 1,280 of `real`, as in
-            the published figures.
-        resamples: random halves for the interval.
-        seed: of the halves.
+        protocol: `"independent"` uses all images. `"paper"` compares the first 64 of `generated`
+            (and of `other_real`, for the floor), each 20 times, with the first 1,280 of `real`, as
+            in the published figures.
+        resamples: number of random halves for the interval.
+        seed: seed of the halves.
+
+    Raises:
+        ValueError: the protocol is unknown, or there are too few images.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
     a, b, c = real, other_real, generated
     if protocol == "paper":
         if len(b) < PAPER_DISTINCT or len(c) < PAPER_DISTINCT:
-            raise ValueError(f"the paper's protocol needs at least {PAPER_DISTINCT} images a side.")
+            raise ValueError(
+                f"the paper's protocol needs at least {PAPER_DISTINCT} images in each set."
+            )
         a, b, c = a[: PAPER_DISTINCT * PAPER_REPEATS], b[:PAPER_DISTINCT], c[:PAPER_DISTINCT]
     b = b[: len(c)]
     if len(b) < len(c):
         raise ValueError(
-            f"the floor needs as many further real images as generated ones: {len(c)}, not"
-            f" {len(b)}."
+            f"the floor needs as many other real images as generated ones: {len(c)}, not {len(b)}."
         )
-    # Repeating every image the same number of times leaves a distribution, and so W2, unchanged:
+    # Repeating every image the same number of times does not change the distribution, nor W2. So
     # nothing is repeated here.
     real_quantiles = _sort(a)
     distance, floor = (_sliced_w2_of_sorted(real_quantiles, _sort(x)) for x in (c, b))
@@ -239,7 +237,7 @@ def compare_projected(
 
 
 def times_floor(distance: float, floor: float) -> float:
-    """distance / floor; of a floor of 0 infinity, or NaN where the distance is 0 too."""
+    """Return distance / floor. For a floor of 0 it is infinity, or NaN if the distance is 0 too."""
     if floor > 0:
         return distance / floor
     return float("inf") if distance > 0 else float("nan")
