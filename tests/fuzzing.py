@@ -1,6 +1,4 @@
-"""What the fuzzing of `test_fuzz.py` does to files and values, and the bounds it holds the package
-to.
-"""
+"""Changes of files and values for `test_fuzz.py`, and bounds of memory and time."""
 
 import json
 import resource
@@ -14,17 +12,17 @@ from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
 
-OURS = (OSError, ValueError, TypeError, FloatingPointError)  # what the package documents
-MEMORY, SECONDS = 4 << 30, 60  # of one example
+OURS = (OSError, ValueError, TypeError, FloatingPointError)  # the documented errors
+MEMORY, SECONDS = 4 << 30, 60  # bounds of one example
 
 
 class Hang(BaseException):
-    """Not an `Exception`, so that nobody catches it."""
+    """The time is up. It is not an `Exception`, so that nothing catches it."""
 
 
 @contextmanager
 def bounds(memory=MEMORY, seconds=SECONDS):
-    """Inside, nothing may take more than so much memory beside what is taken already, or so long."""  # noqa: E501
+    """Limit the additional memory, in bytes, and the time of the body."""
 
     def stop(*_):
         raise Hang
@@ -43,7 +41,7 @@ def bounds(memory=MEMORY, seconds=SECONDS):
 
 
 def only_ours(function, *arguments, errors=OURS):
-    """The result of a call, or `None` if it raised what the package documents, in one sentence."""
+    """Return the result of a call, or `None` after a documented error with one sentence."""
     with bounds():
         try:
             return function(*arguments)
@@ -56,7 +54,7 @@ def only_ours(function, *arguments, errors=OURS):
 
 
 def fuzz(strategy, check, examples, seed):
-    """Run a check on drawn examples, the same ones for the same seed."""
+    """Run a check on random examples, which depend only on the seed."""
 
     @with_seed(seed)
     @settings(
@@ -108,7 +106,7 @@ values = st.recursive(
 
 
 def places(value, at=()):
-    """Paths to everything in a JSON value."""
+    """Yield the paths to all parts of a JSON value."""
     yield at
     items = (
         value.items()
@@ -122,7 +120,7 @@ def places(value, at=()):
 
 
 def changed(value, at, change, new):
-    """A JSON value with another one at a path, or without it, or with one more beside it."""
+    """Return a JSON value with a part replaced, removed or added at a path."""
     if not at:
         return new
     key, *rest = at
@@ -163,7 +161,7 @@ mutations = st.one_of(
 
 
 def mutate(file, mutation):
-    """Harm a file."""
+    """Damage a file."""
     kind, how = mutation
     whole = file.read_bytes()
     if kind == "json" and file.suffix == ".json":
@@ -191,8 +189,9 @@ def mutate(file, mutation):
 
 
 def harmed(source, target, harm, pattern="*"):
-    """A copy of a folder in which one file is harmed; `harm` says which, as a share of them, and
-    how.
+    """Return a copy of a folder with one damaged file.
+
+    `harm` is the position of the file, as a share of all files, and a mutation.
     """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)

@@ -1,7 +1,6 @@
-"""Processes that are made to be harmed: forked from a server that has imported the trainer, so that
-each costs no import.
+"""Processes that tests kill or stop. A server that has imported the trainer forks them quickly.
 
-This file is imported in the processes too: nothing of pytest or `conftest.py` here.
+The processes import this file too, so that it must not use pytest or `conftest.py`.
 """
 
 import ctypes
@@ -33,7 +32,7 @@ def start(target, *arguments):
 
 
 def run(target, *arguments, timeout=600):
-    """Exit status of a function in a process of its own; where it hangs is shown."""
+    """Return the exit status of a function in its own process. If it hangs, show where."""
     process = start(target, *arguments)
     process.join(timeout)
     if process.is_alive():
@@ -47,7 +46,7 @@ def die():
 
 
 def dying_rows(rows, parent, shards, **arguments):
-    """What `quad._rows` yields, up to the fourth row in another process than the parent."""
+    """Yield the rows of `quad._rows`. A process other than the parent dies at the fourth row."""
     for number, row in enumerate(rows(shards, **arguments)):
         if number == 3 and os.getpid() != parent:
             die()
@@ -55,7 +54,7 @@ def dying_rows(rows, parent, shards, **arguments):
 
 
 def trainer(argv, errors=None):
-    """The trainer's script; its standard error goes to a file."""
+    """Run the trainer's script, with its standard error in a file."""
     faulthandler.enable()
     sys.stdout = io.StringIO()
     sys.stderr = open(errors, "a", buffering=1) if errors else io.StringIO()
@@ -98,14 +97,17 @@ def draw_and_die(cache, errors):
 
 
 def trainer_on_full_disk(argv, errors, free):
-    """The same, writing where no file may grow beyond `free` bytes."""
+    """Run the trainer where no file may grow beyond `free` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, free))
     trainer(argv, errors)
 
 
 def trainer_on_small_disk(argv, errors, folder, size):
-    """The same with a disk of so many bytes mounted on `folder`, which nobody else sees; its end is
-    that of `after(folder)`, or 77 where that is not allowed."""
+    """Run the trainer with a small disk of `size` bytes on `folder`, which only it sees.
+
+    The exit status is 77 if such a disk is not allowed. The step of the newest checkpoint is
+    printed at the end.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_user, new_mounts, private = 0x10000000, 0x00020000, 0x40000 | 0x4000
     if libc.unshare(new_mounts | (0 if os.geteuid() == 0 else new_user)) or libc.mount(
@@ -125,8 +127,9 @@ TENSORS = {"model": {"w": torch.zeros(8)}, "optimizer": {"0.step": torch.zeros((
 
 
 def write(folder, value):
-    """A checkpoint in place of one of the same step, one that lets an older one be removed, and a
-    best model in place of another.
+    """Replace a checkpoint of the same step, write a newer one, and replace the best model.
+
+    The newer checkpoint causes an older one to be removed.
     """
     tensors = {
         file: {name: w + value for name, w in values.items()} for file, values in TENSORS.items()
@@ -139,8 +142,9 @@ def write(folder, value):
 
 
 def write_and_die(folder, value, at):
-    """`write`, killed at the `at`-th time that it is about to change something on the disk; ends
-    with status 0 if it is done before.
+    """Run `write`, and die before its change number `at` of the disk.
+
+    The exit status is 0 if `write` makes fewer changes.
     """
     left = at
     changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}

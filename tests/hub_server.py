@@ -1,9 +1,9 @@
-"""A Hub on loopback for the tests: what the real `huggingface_hub` client asks of one, from memory,
-with faults on demand.
+"""A Hub on loopback for the tests, in memory, with faults on demand.
 
-Large files go by git-LFS's basic transfer, which every client speaks. Xet, the default elsewhere,
-is a chunk store of its own behind a compiled client; the tests turn it off
-(`HF_HUB_DISABLE_XET=1`)."""
+It answers the requests of the real `huggingface_hub` client. Large files use git-LFS's basic
+transfer, which every client supports. The real Hub uses Xet by default, a chunk store with a
+compiled client. The tests turn it off (`HF_HUB_DISABLE_XET=1`).
+"""
 
 import base64
 import hashlib
@@ -21,8 +21,9 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png")  # as in the .gitattributes of a
 
 @dataclass
 class Repo:
-    """A repository: a commit is a mapping of paths to contents, a branch, tag or pull request a
-    name for one.
+    """A repository.
+
+    A commit maps paths to contents. A branch, tag or pull request is a name of a commit.
     """
 
     owner: str
@@ -45,10 +46,11 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of a method whose path holds `path`.
+    """A fault of the next `times` requests of a method whose path contains `path`.
 
-    `kind`: a status to answer with; `"cut"`: the connection ends after half of the body;
-    `"corrupt"`: a byte of the body is another."""
+    `kind` is a status to answer with, or `"cut"` (the connection ends after half of the body), or
+    `"corrupt"` (one byte of the body is changed).
+    """
 
     method: str
     path: str
@@ -57,7 +59,7 @@ class Fault:
 
 
 class HubServer:
-    """The Hub and its state. `url` is what `HF_ENDPOINT` must name.
+    """The Hub and its state. `HF_ENDPOINT` must be its `url`.
 
     Attributes:
         users: name of the user of each token.
@@ -87,20 +89,18 @@ class HubServer:
         return repo.commits[repo.resolve(revision)]
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
-        """A commit on the main branch of a repository, made if there is none, by other means than
-        the client's.
-        """
+        """Commit to the main branch of a repository without a client. The repository may be new."""
         repo = self.repos.setdefault(repo_id, Repo(repo_id.split("/")[0], private))
         self.lfs |= {_sha256(data): data for path, data in files.items() if _is_lfs(path)}
         return repo.commit("main", files)
 
     def asked(self, method: str, path: str) -> list[dict[str, str]]:
-        """Headers of the requests so far of a method whose path holds `path`."""
+        """Return the headers of all requests of a method whose path contains `path`."""
         return [headers for m, p, headers in self.requests if m == method and path in p]
 
 
 class _Answer(Exception):
-    """An answer that ends a request early."""
+    """An answer that ends a request before its normal end."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **body):
         self.status, self.body = status, {"error": message} | body
@@ -192,13 +192,12 @@ class _Handler(BaseHTTPRequestHandler):
             headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
         )
 
-    # Who may do what
+    # Permissions
 
     def _repo(self, repo_id: str, write: bool = False) -> Repo:
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and self.user != repo.owner):
-            # As the Hub does, for a private repository as for none: whoever may not know does not
-            # learn it.
+            # The Hub gives the same answer for a private repository and for a missing one.
             if self.user is None:
                 raise _Answer(401, "Invalid username or password.")
             raise _Answer(404, "Repository not found", "RepoNotFound")
@@ -358,8 +357,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not _is_lfs(path):
             return self._file(data, headers | {"ETag": f'"{_oid(path, data)}"'})
         headers |= {"X-Linked-Etag": f'"{_sha256(data)}"', "X-Linked-Size": str(len(data))}
-        # Another host than the Hub's, as there: the client follows a redirection within the Hub by
-        # itself and keeps the one out of it.
+        # Another host, as on the real Hub: the client follows redirections within the Hub itself,
+        # and treats a redirection to another host differently.
         elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
         self._send(b"", 302, headers | {"Location": f"{elsewhere}/cdn/{_sha256(data)}"})
 
@@ -397,7 +396,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _oid(path: str, data: bytes) -> str:
-    """The hash the Hub knows a file by: of a large one that of the contents, of a small one git's."""  # noqa: E501
+    """Return the Hub's hash of a file: SHA-256 of a large file, git's hash of a small one."""
     return (
         _sha256(data)
         if _is_lfs(path)

@@ -6,7 +6,7 @@ from hf_intervene.data import raycast
 
 
 def inside(point):
-    """Whether a point of the object's frame lies within the object; an array (n, 3) at once."""
+    """Whether points of the object's frame, (..., 3), are inside the object."""
     body = (np.square(point / np.array(raycast.BODY, dtype=float))).sum(-1) < 1
     for capsule in raycast.CAPSULES.astype(float):
         start, end, radius = capsule[:3], capsule[3:6], capsule[6]
@@ -16,8 +16,9 @@ def inside(point):
 
 
 def first_hit(scene, origin, direction):
-    """Distance to the object along a unit direction, by small steps and bisection; `inf` if there
-    is none.
+    """Return the distance to the object along a unit direction, or `inf`.
+
+    It is found by small steps and bisection.
     """
 
     def within(t):
@@ -36,7 +37,7 @@ def first_hit(scene, origin, direction):
 
 
 def slow_normal(scene, point):
-    """From where a small ball around the point of the surface is free."""
+    """Return the mean direction from a point of the surface to the outside of the object."""
     directions = np.random.default_rng(0).standard_normal((20_000, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     free = ~inside((point + 0.004 * directions - scene.centre) @ scene.rotation)
@@ -49,7 +50,7 @@ def unit(vector):
 
 
 def slow_colour(scene, direction):
-    """What one ray sees, linear RGB."""
+    """Return the colour at the end of a ray, linear RGB."""
     camera = raycast.CAMERA
     t = first_hit(scene, camera, direction)
     on_object = t < np.inf

@@ -1,4 +1,4 @@
-"""avatars: stored faces, their attributes and twins; no person on both sides of a split."""
+"""avatars: stored faces, their attributes and twins; no person is in both splits."""
 
 import hashlib
 import json
@@ -21,15 +21,15 @@ PERSONAL = [name for name in avatars.ATTRIBUTES if name not in CONCEPT_COLUMNS]
 
 
 def images_seen(images):
-    """Images of any number of arrays (n, H, W, C) as a list of bytes."""
+    """Return the images of several arrays (n, H, W, C) as a list of bytes."""
     return [image.tobytes() for array in images for image in array]
 
 
 # The files
 
 
-def test_images_are_those_that_were_drawn():
-    """By a digest of the original 32x32 images, which the package holds as 16x16 cells."""
+def test_images_are_those_of_the_generator():
+    """The digest is of the original 32x32 images, which the package stores as 16x16 cells."""
     for split, expected in DIGESTS.items():
         contexts, _ = avatars.available(split)
         stored = avatars.images_by_context(contexts, split=split)
@@ -50,7 +50,7 @@ def test_splits_have_their_contexts_and_numbers():
             assert {len(column) for column in attributes.values()} == {avatars.available(split)[1]}
 
 
-def test_nobody_of_the_training_images_is_held_out():
+def test_no_person_of_the_training_images_is_held_out():
     training = images_seen(avatars.images_by_context(resolution=16).values())
     held_out = images_seen(avatars.twins(resolution=16).values())
     assert len(set(training)) == 20_000 and not set(training) & set(held_out)
@@ -70,7 +70,7 @@ def test_interventions_make_their_concepts_certain_and_leave_the_others(split):
         assert abs(accessories - 0.1) < 4 * np.sqrt(0.09 / number)
 
 
-def test_twins_differ_in_what_was_intervened_on_alone():
+def test_twins_differ_only_in_what_was_intervened_on():
     columns = avatars.attributes_by_context(ALL, split="holdout")
     images, obs = avatars.twins(), avatars.twins(["obs"])["obs"]
     present = avatars.concepts_present(columns["obs"])
@@ -91,7 +91,7 @@ def test_twins_differ_in_what_was_intervened_on_alone():
 
 
 def test_a_pair_changes_what_its_single_interventions_change():
-    """Glasses and mouths share no pixel: their changes add up."""
+    """Glasses and mouths have no common pixel, so that their changes add up."""
     images = {name: x.astype(int) for name, x in avatars.twins(resolution=16).items()}
     edits = {name: x - images["obs"] for name, x in images.items()}
     apart = ((edits["glasses"] != 0) & (edits["smile"] != 0)).any((1, 2, 3))
@@ -131,7 +131,7 @@ def test_concepts_present_reads_columns():
         avatars.concepts_present({k: v for k, v in attributes.items() if k != "hat"})
 
 
-def test_dataset_holds_what_is_stored_and_is_cached(tmp_path):
+def test_dataset_holds_the_stored_images_and_is_cached(tmp_path):
     arguments = {"images_per_context": 6, "split": "holdout", "cache_dir": str(tmp_path)}
     data = load_avatars(["obs", "hat+glasses"], **arguments)
     assert data.column_names == ["image", "context", "person", *avatars.ATTRIBUTES]

@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def versions(requirements, operator):
-    """The name and version of each requirement, and nothing of one that gives no version by this
-    operator.
-    """
+    """Return the name and version of each requirement that uses this operator."""
     parsed = [Requirement(text) for text in requirements]
     return {
         (canonicalize_name(r.name), Version(s.version))

@@ -1,6 +1,4 @@
-"""The vocabulary: every way to name a context ends in the same targets, and bad names are said
-clearly.
-"""
+"""Contexts: every form of a context gives the same targets, and bad names raise clear errors."""
 
 import pytest
 import torch
@@ -165,7 +163,7 @@ def test_chosen_values_are_carried_through():
     "context",
     [3, 1.5, Quantile(0.5), torch.zeros(3, 4, 4).numpy(), [["quad1", ["size"]]], object()],
 )
-def test_what_is_no_context(context):
+def test_values_that_are_not_contexts(context):
     with pytest.raises(TypeError, match="as a context"):
         parse_interventions(context, CONCEPTS)
 
@@ -199,9 +197,7 @@ def test_bad_concept_names(concepts):
 
 @given(names, st.data())
 def test_names_round_trip(concepts, data):
-    """Any set of strengths, written as a dict or as its canonical name, gives the same targets, and
-    the name comes back.
-    """
+    """Any strengths give the same targets as a dict and as a name, and targets give the name."""
     concepts = validate_concepts(concepts)
     strengths = {
         name: data.draw(st.floats(0, 1))

@@ -1,4 +1,4 @@
-"""Your own images: folders, data sets, and every complaint about them."""
+"""Your own images: folders, data sets, and the errors for bad ones."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_class_labels_and_arrays(folder):
 
 
 def test_contexts_of_several_strengths_have_an_order():
-    """And not that of a set of names, which Python changes from process to process."""
+    """The order of a set would change from process to process."""
     names = ["obs", "a=0.25", "a=0.5", "a", "b=0.125", "b=0.75", "b", "a=0.5+b", "a+b=0.5", "a+b"]
     for shuffled in (names, names[::-1], names[::3] + names[1::3] + names[2::3]):
         data = datasets.Dataset.from_dict({"image": [image(0)] * len(names), "context": shuffled})
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_the_images(folder, harm, options, message):
 
 
 def test_some_of_the_concepts(folder):
-    """Images under other interventions are left out, those of pairs with them too."""
+    """Images with other interventions are left out, also those of pairs."""
     data = ContextImages.from_dataset(load_contexts(folder), ["smile"])
     everything = ContextImages.from_dataset(load_contexts(folder)).by_context()
     assert data.concepts == ("smile",) and data.contexts == ["obs", "smile"]

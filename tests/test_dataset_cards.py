@@ -1,4 +1,4 @@
-"""The cards of the data sets that come with the package say what the modules do."""
+"""The cards of the data sets agree with the modules."""
 
 import re
 from importlib.resources import as_file, files
@@ -25,7 +25,7 @@ def card(request):
 
 
 def table(text, heading, columns):
-    """Cells of the rows of the first table below a heading whose header starts so."""
+    """Return the cells of the first table below a heading whose header starts with a text."""
     rows = (
         text.split(heading)[1].split(f"| {columns} |")[1].split("\n\n")[0].strip().split("\n")[1:]
     )
@@ -97,7 +97,7 @@ def test_numbers_of_the_tables(card):
 
 
 def check_attributes(text):
-    """Rates and numbers of kinds, against what was drawn for the training images."""
+    """Rates and numbers of kinds agree with the attributes of the training images."""
     columns = avatars.attributes_by_context()
     natural = avatars.concepts_present(columns["obs"]).mean(0)
     rows = table(text, "## Attributes", "concept | column | in `obs` | under an intervention")

@@ -1,5 +1,4 @@
-"""The detector of concepts: what it finds in images, where it says that it cannot, and its parts by
-slow loops."""
+"""The detector of concepts: its results, its unusable concepts, and slow loops of its parts."""
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ CONCEPTS = ("dot", "bar")
 
 
 def drawn(concepts, count, seed):
-    """Images (count, 16, 16, 3) of noise, with a bright dot or a faint bar where asked."""
+    """Return noise images (count, 16, 16, 3) with a bright dot or a faint bar if asked for."""
     images = np.random.default_rng(seed).integers(90, 130, (count, 16, 16, 3), dtype=np.uint8)
     if "dot" in concepts:
         images[:, 3:6, 3:6, 0] = 220
@@ -78,7 +77,7 @@ def test_the_same_training_twice(by_context, context_detector):
     )
 
 
-def test_what_cannot_be_told_or_learnt_is_said(by_context):
+def test_unusable_concepts_have_a_reason(by_context):
     images = {
         "obs": by_context["obs"],
         "dot": by_context["dot"],
@@ -118,7 +117,7 @@ def test_best_threshold_by_a_slow_loop(rows):
         assert accuracy(found) == pytest.approx(max(accuracy(t) for t in np.arange(-6, 6, 0.25)))
 
 
-def test_no_other_label_says_anything_under_the_weights():
+def test_weighted_labels_do_not_depend_on_other_labels():
     rng = np.random.default_rng(0)
     labels = torch.from_numpy((rng.random((400, 3)) < [0.3, 0.6, 0.5]).astype(np.float32))
     labels[:, 1] = torch.where(

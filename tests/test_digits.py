@@ -74,7 +74,7 @@ def test_idx_files_come_back(idx_file, shape, seed, gzipped):
 
 
 def read_or_sentence(file):
-    """The array, or `None` where it is refused, in one sentence that names the file."""
+    """Return the array, or `None` if it is refused with one sentence that names the file."""
     try:
         return read_idx(file)
     except ValueError as error:

@@ -1,6 +1,4 @@
-"""Measures of disentanglement: codes whose scores are known, and slow loops written from the
-definitions.
-"""
+"""Measures of disentanglement: codes with known scores, and slow loops of the definitions."""
 
 import math
 import sys
@@ -86,7 +84,7 @@ def test_correlations_of_known_codes():
 
 
 def test_blocks_are_read_whole():
-    """Each factor is a combination of its block, and no entry of it."""
+    """Each factor is a combination of the entries of its block, not a single entry."""
     noise = RNG.normal(size=(2000, 3))
     blocks = np.stack([FACTORS + 2 * noise, FACTORS - 2 * noise], 2)[:, [1, 2, 0]]
     assert block_mcc(blocks, FACTORS) == pytest.approx(1)
@@ -100,7 +98,7 @@ def test_blocks_are_read_whole():
 
 @st.composite
 def tables(draw):
-    """Codes and factors of few values, so that every case of ties occurs."""
+    """Draw codes and factors with few values, so that all kinds of ties occur."""
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     codes, factors = (
         rng.integers(0, draw(st.integers(2, 5)), size=(30, draw(st.integers(1, 4))))
@@ -229,7 +227,7 @@ def test_two_samples():
     assert shifted.to_dict()["told_apart"] is True and two_sample_test(a, b) == same
 
 
-def test_two_samples_of_one_distribution_are_seldom_told_apart():
+def test_samples_of_one_distribution_are_rarely_distinguished():
     rng = np.random.default_rng(1)
     accuracies = [two_sample_test(*rng.normal(size=(2, 200, 3)), seed=k) for k in range(60)]
     assert sum(test.told_apart for test in accuracies) <= 6  # 2.5 % are expected

@@ -89,7 +89,7 @@ def test_noise_behind_latents():
     np.testing.assert_allclose(np.cov(noise, rowvar=False), np.eye(8), atol=0.05)
 
 
-def test_what_moves_in_truth():
+def test_true_moves():
     moving = effects.true_moves(["quad1", "orientation", "quad2+quad3"])
     assert [[quad.LATENTS[k] for k in np.flatnonzero(row)] for row in moving] == [
         ["quad1"],
@@ -448,7 +448,7 @@ def test_repeating_images_changes_nothing():
     )
 
 
-def test_spoilt_sets():
+def test_sets_with_defects():
     exact, other = np.zeros((100, 2)), np.ones((100, 2))
     for size, share in product((16, 64), (0.0, 0.1, 0.5, 1.0)):
         rows = protocol.spoilt(exact, other, size, share)

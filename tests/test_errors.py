@@ -1,4 +1,4 @@
-"""What a command says when something goes wrong: one line, whatever the message was."""
+"""Errors of commands: one line for every message."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_a_message_is_one_line_of_bounded_length():
 
 
 @pytest.mark.parametrize("error", [kind("what was\nwrong " + "x" * 10**6) for kind in EXPECTED])
-def test_a_command_says_it(monkeypatch, capsys, error):
+def test_a_command_prints_the_message(monkeypatch, capsys, error):
     def fail(_):
         raise error
 
@@ -63,7 +63,7 @@ def lost_process():
     return RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
 
 
-# As httpx raises it, which older versions of the Hub's client do not have.
+# An error like that of httpx, which older versions of the Hub's client do not use.
 CONNECTION = type("ConnectError", (type("HTTPError", (Exception,), {"__module__": "httpx"}),), {})
 UNEXPECTED = RuntimeError("size mismatch")
 LIBRARIES = [
@@ -96,7 +96,7 @@ MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} 
 
 
 def failing(monkeypatch, error):
-    """Whatever a command reads first of its words fails."""
+    """Make every command fail when it parses its arguments."""
 
     def fail(*_, **__):
         raise error
@@ -111,7 +111,7 @@ def failing(monkeypatch, error):
     ids=lambda error: str(error)[:12],
 )
 @pytest.mark.parametrize("name", MAINS)
-def test_every_command_says_what_goes_wrong_in_one_line(monkeypatch, capsys, name, error):
+def test_every_command_prints_errors_in_one_line(monkeypatch, capsys, name, error):
     failing(monkeypatch, error)
     assert MAINS[name]([]) == (2 if name == "benchmark" else 1)
     said = capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_every_command_says_what_goes_wrong_in_one_line(monkeypatch, capsys, nam
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_every_command_shows_a_mistake_of_ours_and_ends_quietly_when_it_is_stopped(
+def test_every_command_shows_other_exceptions_and_ends_quietly_when_stopped(
     monkeypatch, capsys, name
 ):
     failing(monkeypatch, UNEXPECTED)
@@ -129,7 +129,7 @@ def test_every_command_shows_a_mistake_of_ours_and_ends_quietly_when_it_is_stopp
     assert MAINS[name]([]) == 130 and capsys.readouterr().err.startswith("stopped: ")
 
 
-def test_no_command_has_a_list_of_exceptions_of_its_own():
+def test_no_command_has_its_own_list_of_exceptions():
     for room in ("hf_intervene", "training"):
         for path in (ROOT / room).rglob("*.py"):
             if path.name != "errors.py":

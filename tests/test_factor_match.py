@@ -1,4 +1,4 @@
-"""Factors of samples against real ones: every defect is seen by its own measure."""
+"""Factors of samples against real ones: every defect changes its own measure."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_the_slope_by_hand():
     assert match_factors(factors(1, "independent"), factors(2)).slope_interval is None
 
 
-def test_defects_are_drawn():
+def test_latents_with_defects():
     for name in DEFECTS:
         latents = defective_latents("quad1", 50, "dependent", 0, name)
         images = quad.render(latents, 64)

@@ -1,4 +1,4 @@
-"""The true factors of quad read off images, and what edits do to them."""
+"""The true factors of quad, read from images, and their changes by edits."""
 
 import math
 
@@ -33,7 +33,7 @@ def latents():
 
 
 @pytest.mark.parametrize(("resolution", "shape", "size"), [(32, 0.03, 0.015), (64, 0.005, 0.008)])
-def test_factors_are_read_off_real_images(resolution, shape, size):
+def test_factors_are_read_from_real_images(resolution, shape, size):
     error = read_error(resolution, 300)
     assert (
         max(error[name] for name in ("quad1", "quad2", "quad3", "quad4", "color")) < 5e-4
@@ -86,7 +86,7 @@ def test_images_that_are_not_of_quad():
 
 
 def drawn(kind, orientation):
-    """Latents of one large shape."""
+    """Return the latents of one large shape."""
     u = np.full((1, 8), 0.9)
     u[0, SHAPE], u[0, ORIENTATION], u[0, COLOR] = KINDS.index(kind) / 3, orientation, 0.4
     return ndtri(np.clip(u, 1e-9, 1 - 1e-9))
@@ -108,7 +108,7 @@ def test_orientations_that_look_the_same_are_the_same(kind):
 
 
 def test_kinds_are_those_that_are_drawn():
-    """Each kind has an image of its own, and changes where the renderer changes it."""
+    """Each kind has its own image, and changes at the same latent as in the renderer."""
     u = np.full((61, 8), 0.3)
     u[:, SHAPE], u[:, COLOR] = np.linspace(0.003, 0.997, 61), 0.8
     images, kinds = quad.render(ndtri(u), 32), true_factors(ndtri(u)).kinds.argmax(1)

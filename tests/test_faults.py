@@ -1,6 +1,4 @@
-"""Faults of everything around the method: processes that die, losses that are not finite, clocks,
-caches, images, a home that is read-only.
-"""
+"""Faults outside the method: dead processes, infinite losses, clocks, caches, a read-only home."""
 
 import os
 import socket
@@ -39,10 +37,9 @@ def test_a_process_that_draws_images_dies(tmp_path):
 
 
 def test_a_worker_of_a_loader_dies():
-    """The workers are torch's; that one of them is gone must be said and not waited for."""
+    """The workers are torch's. If one dies, the error must appear at once."""
     with pytest.MonkeyPatch.context() as patch:
-        # Of a module of its own: for its fingerprint, `datasets` pickles everything that a function
-        # of the tests refers to.
+        # The function is in another module: `datasets` pickles everything that it refers to.
         patch.setattr(quad, "_rows", partial(harm.dying_rows, quad._rows, os.getpid()))
         images = load_quad(images_per_context=8, resolution=8, streaming=True)
         loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=1, timeout=60)
@@ -83,8 +80,9 @@ def test_one_of_two_processes_dies(tiny, tmp_path, victim):
 
 
 def folder_of_images(path, side=16):
-    """Ten grey images of each of two contexts; image n of a context has the grey value 10 n, and 5
-    more under `hat`.
+    """Make ten grey images of each of two contexts.
+
+    Image n has the grey value 10 n, and 5 more in the context `hat`.
     """
     for number, context in enumerate(("obs", "hat")):
         (path / context).mkdir(parents=True)
@@ -96,7 +94,7 @@ def folder_of_images(path, side=16):
 
 
 def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch, capsys):
-    """As when the base overflows on one image of the data."""
+    """The base overflows on one image of the data."""
     settings = tiny | {
         "dataset": str(folder_of_images(tmp_path / "images")),
         "batch_size": 4,
@@ -136,7 +134,7 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_when_everything_overflows_the_best_model_is_kept(tiny, tmp_path, capsys, monkeypatch):
+def test_the_best_model_is_kept_when_everything_overflows(tiny, tmp_path, capsys, monkeypatch):
     def overflow(self, step, indices, original=feeding.Feed._fetch):
         host = original(self, step, indices)
         return host if step < 5 else host | {"noise": host["noise"] * float("inf")}
@@ -173,9 +171,7 @@ def test_an_image_that_the_autoencoder_of_a_denoiser_overflows_on(
 
 
 def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
-    """The newest checkpoint is that of the latest step, whatever the clock says; nothing that is
-    learnt depends on it.
-    """
+    """The newest checkpoint is that of the latest step. Training does not depend on the clock."""
     settings = tiny | {"checkpoint_every": 2, "keep_checkpoints": 9, "ema_decay": 0.9}
     run(settings)
     other = settings | {"output_dir": str(tmp_path / "other")}
@@ -258,7 +254,7 @@ def test_bytes_that_have_changed_in_a_cache(tmp_path):
         )
 
 
-def test_a_corrupt_cache_of_a_folder_is_made_anew(tmp_path, monkeypatch):
+def test_a_corrupt_cache_of_a_folder_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = folder_of_images(tmp_path / "images")
     rows = [f"{context}/{n}.png,{context}" for context in ("obs", "hat") for n in range(10)]
@@ -272,8 +268,8 @@ def test_a_corrupt_cache_of_a_folder_is_made_anew(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content", [None, b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 60]
 )
-def test_a_file_that_is_no_image_is_named(tiny, tmp_path, capsys, content):
-    """A link to nowhere, an empty file, texts, the first bytes of an image."""
+def test_a_file_that_is_not_an_image_is_named(tiny, tmp_path, capsys, content):
+    """A link without a target, an empty file, text files, the first bytes of an image."""
     file = folder_of_images(tmp_path / "images") / "hat" / "3.png"
     whole = file.read_bytes()
     file.unlink()
@@ -331,7 +327,7 @@ assert load_quad(images_per_context=8, resolution=8, cache_dir=out + "/cache").n
 
 
 def test_local_work_needs_no_home(tmp_path):
-    """Everything under a file: not even root could write there."""
+    """The home is below a file, so that not even root could write there."""
     (tmp_path / "file").write_text("")
     for name in ("images", "table"):
         folder_of_images(tmp_path / name)

@@ -1,9 +1,8 @@
-"""Fuzzing of everything that comes from outside: contexts, settings, checkpoints, configurations,
-cards.
+"""Fuzzing of all input: contexts, settings, checkpoints, configurations, cards.
 
-Whatever it is given, the package raises what it documents, in one sentence, neither hangs nor takes
-memory for what is not there, and runs no code. `FUZZ_SECONDS` is shared by all targets; for an
-hour:
+For any input the package raises only documented errors with one sentence. It does not hang,
+allocates no memory for sizes that a file only claims, and runs no code. `FUZZ_SECONDS` is the time
+of all targets together; for an hour:
 
     FUZZ_SECONDS=3600 python -m pytest -q -m slow tests/test_fuzz.py
 """
@@ -220,7 +219,7 @@ some_settings = st.lists(
 
 
 def check_settings(changes, folder):
-    """A run of at most two steps."""
+    """Make a run of at most two steps."""
     settings = (
         TINY
         | {"images_per_context": 8, "max_steps": 2, "output_dir": str(folder / "run")}
@@ -239,7 +238,7 @@ def check_settings(changes, folder):
 
 
 def run_trainer(config, *options):
-    """The trainer as a command: what goes wrong is said in one line."""
+    """Run the trainer as a command, whose errors must be one line."""
     errors = io.StringIO()
     with bounds(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = train.main(["--config", str(config), *options])
@@ -265,7 +264,7 @@ harms = st.tuples(st.floats(0, 1), mutations)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model of each kind, and a run of two steps."""
+    """Save a model of each kind, and make a run of two steps."""
     folder = tmp_path_factory.mktemp("saved")
     model = build()
     model.save_pretrained(folder / "model")
@@ -370,7 +369,7 @@ TARGETS = {
 
 
 def run_target(name, seconds, first_seed, saved, folder, examples):
-    """Rounds of examples until the time is up; returns how many there were."""
+    """Run rounds of examples until the time is up. Return their number."""
     strategy, check, needs = TARGETS[name]
     arguments = [{"saved": saved, "folder": folder}[need] for need in needs]
     start, tried, seed = time.monotonic(), 0, first_seed

@@ -1,6 +1,4 @@
-"""ident3d against slow references: the causal model one row at a time, the renderer by marching
-along single rays.
-"""
+"""ident3d against slow references: the causal model row by row, the renderer ray by ray."""
 
 import colorsys
 from dataclasses import replace
@@ -22,7 +20,7 @@ CENTRE = np.zeros(10)  # every latent in the middle of its range
 
 
 def latents_with(**values):
-    """One row, all in the middle but these, given as levels in (0, 1)."""
+    """Return one row with some latents at levels in (0, 1), and the others in the middle."""
     row = CENTRE.copy()
     for name, level in values.items():
         row[ident3d.LATENTS.index(name)] = norm.ppf(level) / (2 / 3 if name in HUES else 1)
@@ -33,13 +31,12 @@ def latents_with(**values):
 
 
 def slow_latents(context, noise, variant):
-    """One row at a time, from standard normal noise (n, 10), as the documentation says."""
+    """Return latents for noise (n, 10), computed row by row from the documentation."""
     rows = []
     for draw in noise:
         z = dict(zip(ident3d.LATENTS, draw))
         if variant == "dependent":
-            # Noise such that all variances are 1: object and its parents, then background, whose
-            # parents are independent.
+            # The noise keeps all variances at 1. The parents of each latent are independent.
             z["spotlight"] = 0.7 * z["spotlight_position"] + (1 - 0.49) ** 0.5 * z["spotlight"]
             if "spotlight" in context:
                 z["spotlight"] = 1.6 + 0.6 * draw[2]
@@ -167,13 +164,13 @@ def test_rendering_against_a_ray_marcher():
             ]
             checked["object" if all(hits) else "shadow"] += not any(hits) or all(hits)
     assert checked["object"] > 8 and checked["shadow"] > 8
-    # The slow normals are those of a sampled ball: a little off everywhere, more where two parts
-    # meet.
+    # The slow normals come from samples of a ball: they have a small error everywhere, and a larger
+    # one where two parts meet.
     assert np.quantile(off, 0.8) < 2.5 and max(off) < 25
 
 
 def moved_away(scene):
-    """The same scene, its object where neither camera nor light see it."""
+    """Return the scene with its object moved to where neither the camera nor the light sees it."""
     return replace(scene, centre=np.array([0.0, -40.0, 0.0]))
 
 
@@ -198,7 +195,7 @@ def test_the_shadow_is_dark_and_has_the_hue_of_the_ground():
 
 
 def hue(pixel):
-    """In degrees, of an RGB pixel with its square root undone."""
+    """Return the hue in degrees of an RGB pixel, after squaring the values."""
     return 360 * colorsys.rgb_to_hsv(*np.square(pixel / 255))[0]
 
 
@@ -283,7 +280,7 @@ def test_resolutions_show_the_same_scene():
 # Data set, training
 
 
-def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
+def test_dataset_holds_the_rendered_images_and_is_cached(tmp_path):
     arguments = {
         "contexts": ["obs", "background+object"],
         "images_per_context": 6,
@@ -328,7 +325,7 @@ def test_bad_arguments_are_one_sentence(arguments, message):
     )
 )
 @settings(deadline=None, max_examples=40)
-def test_any_latents_are_drawn_or_refused_in_one_sentence(latents):
+def test_any_latents_are_drawn_or_refused_with_one_sentence(latents):
     try:
         images = ident3d.render(np.array(latents), 8)
     except ValueError as error:

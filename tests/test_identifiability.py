@@ -1,4 +1,4 @@
-"""Whether contexts can identify concepts, and whether identifiable concepts are recovered."""
+"""The check of contexts before training, and the recovery of identifiable concepts."""
 
 import json
 
@@ -27,7 +27,7 @@ from hf_intervene.training import identifiability as study
 
 
 def vectors(n=1200, seed=0, **shifts):
-    """Contexts of vectors in the place of images; each shift is of one entry, by a number."""
+    """Return contexts of vectors instead of images. Each shift moves one entry by a number."""
     rng = np.random.default_rng(seed)
     contexts = {name: rng.normal(size=(n, 6)) for name in ("obs", *shifts)}
     for name, (entry, by) in shifts.items():
@@ -95,7 +95,7 @@ def test_a_concept_under_two_names():
 
 
 def test_a_concept_changed_to_two_values():
-    """The contexts can be told apart, but their directions cannot."""
+    """The contexts differ, but their shifts have one direction."""
     result = check(GOOD | {"more": vectors(seed=5, c=(2, 3.0))["c"]})
     assert [line.split(":")[0] for line in failing(result)] == ["independent directions"]
     assert "c, more move the data alike" in failing(result)[0]
@@ -158,7 +158,7 @@ def test_bad_options():
 
 @pytest.fixture
 def folder(tmp_path):
-    """An image folder with the observational context and one of two concepts."""
+    """Make an image folder with the observational context and those of two concepts."""
     for context in ("obs", "quad3", "quad1+quad3"):
         (tmp_path / context).mkdir()
         for number, pixels in enumerate(quad.images_by_context([context], 60, 8)[context]):
@@ -209,7 +209,7 @@ def test_structure_of_concepts_known_up_to_a_linear_map(width):
 
 
 def test_logits_are_density_ratios():
-    """Against the densities of torch, of a random structure without cycles."""
+    """They agree with torch's densities for a random structure without cycles."""
     structure = Structure(3, 2, [0, 2])
     with torch.no_grad():
         for parameter in structure.parameters():
@@ -229,9 +229,7 @@ def test_logits_are_density_ratios():
 
 
 def test_simulated_contexts():
-    """An intervention changes its concept and what depends on it, cuts its incoming edges, and
-    leaves the others.
-    """
+    """An intervention changes its concept and the effects of it, and cuts its incoming edges."""
     simulation = simulate(d=4, seed=3)
     size = 40_000
     z = [simulation.sample(k, size, 0)[1] @ simulation.concepts[:, 0].T for k in range(5)]
@@ -272,7 +270,7 @@ def test_recovery_in_seconds():
 
 
 def test_score_of_the_truth():
-    """An encoder that returns the truth has angles of 0."""
+    """An encoder that returns the true concepts has angles of 0."""
     simulation = simulate(d=3, width=2, seed=0)
 
     class Truth:
@@ -325,14 +323,14 @@ def test_bad_recovery():
 
 @pytest.mark.slow
 def test_assumptions_met():
-    """The target: six concepts, 10,000 samples a context."""
+    """The target: six concepts, 10,000 samples of each context."""
     assert simulate_and_recover(10_000, seed=0)["mcc"] >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN)
 def test_assumptions_dropped(broken):
-    """The concept that the others do not show (all, where the assumption is about all) is lost."""
+    """The affected concept is lost, or all concepts if the assumption is about all."""
     result = simulate_and_recover(3000, steps=3000, d=4, broken=broken, seed=0)
     found = (
         result["correlations"][result["affected"]]

@@ -1,4 +1,4 @@
-"""Which images a split, a checkpoint and a model were made of."""
+"""Fingerprints of images in splits, checkpoints and models."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def marks(images):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_images_that_are_added_move_none_that_was_held_out(seed):
+def test_new_images_move_no_held_out_image_into_training(seed):
     rng = np.random.default_rng(seed)
     arrays = {name: rng.integers(0, 255, (60, 4, 4, 3), dtype=np.uint8) for name in ("obs", "hat")}
     train_then, held_out_then = (
@@ -83,7 +83,7 @@ def test_every_context_has_images_on_both_sides():
     ]
 
 
-def test_places_are_uniform_and_another_seeds_are_others():
+def test_places_are_uniform_and_depend_on_the_seed():
     found = fingerprints(torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).split(100))
     assert len(set(found.tolist())) == 256
     many = np.random.default_rng(0).integers(-(2**63), 2**63, 20_000)
@@ -93,7 +93,7 @@ def test_places_are_uniform_and_another_seeds_are_others():
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05 and 0 <= first.min() and first.max() < 1
 
 
-def test_the_same_files_are_the_same_images_wherever_they_are(data, tmp_path):
+def test_the_same_files_are_the_same_images_in_any_folder(data, tmp_path):
     expected = read(data).fingerprints_by_context()
     shutil.copytree(data, tmp_path / "elsewhere")
     load_contexts(data).save_to_disk(tmp_path / "saved")
@@ -109,7 +109,7 @@ def test_the_same_files_are_the_same_images_wherever_they_are(data, tmp_path):
     }
 
 
-# A run that goes on
+# Resuming a run
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def remove(data):
         (lambda data: shutil.rmtree(data / "hat"), "the context 'hat' is gone"),
     ],
 )
-def test_other_images_are_noticed_when_a_run_goes_on(settings, data, change, message):
+def test_other_images_are_noticed_when_a_run_is_resumed(settings, data, change, message):
     train.train(TrainArguments(**settings))
     change(data)
     with pytest.raises(ValueError, match=f"was trained on other images: .*{message}") as error:
@@ -169,7 +169,7 @@ def test_data_that_were_moved_are_recognised(settings, data, tmp_path):
     assert go_on(settings, dataset=str(tmp_path / "elsewhere")).step == 4
 
 
-def test_a_checkpoint_of_before_goes_on_with_the_split_of_before(settings, tmp_path):
+def test_an_older_checkpoint_keeps_the_older_split(settings, tmp_path):
     settings |= {"context_prediction": 0.0}
     train.train(TrainArguments(**settings | {"split_by": "position"}))
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_before_goes_on_with_the_split_of_before(settings, tmp_p
     )
 
 
-def test_auto_is_the_precision_that_it_was(settings, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_the_precision_of_auto(settings, tmp_path, monkeypatch, capsys):
     settings |= {"mixed_precision": "auto"}
     monkeypatch.setattr("hf_intervene.training.arguments.fast_bf16", lambda: False)
     train.train(TrainArguments(**settings))
@@ -196,7 +196,7 @@ def test_auto_is_the_precision_that_it_was(settings, tmp_path, monkeypatch, caps
     assert load_checkpoint(path)[1]["precision"] == "no"
 
 
-def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
+def test_a_named_checkpoint_may_continue_with_other_settings(settings, tmp_path):
     train.train(TrainArguments(**settings | {"checkpoint_every": 2, "keep_checkpoints": 9}))
     folder = tmp_path / "run" / "checkpoints"
     state = json.loads((folder / "step-00000002" / "state.json").read_text())

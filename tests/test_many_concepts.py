@@ -1,6 +1,4 @@
-"""Heads of many concepts: the low-rank intervention layer, and costs that are linear in the number
-of concepts.
-"""
+"""Heads of many concepts: the low-rank intervention layer, and costs linear in their number."""
 
 import json
 
@@ -26,8 +24,9 @@ def make_head(concepts=5, **options):
 
 
 def full_rank_copy(head):
-    """The same head with a full intervention layer whose W is the product, its unused diagonal
-    blocks anything.
+    """Return the same head with a full intervention layer, whose W is the product.
+
+    Its unused diagonal blocks are random.
     """
     copy = InterventionHead(
         InterventionConfig(**head.config.to_dict() | {"intervention_rank": None})
@@ -135,8 +134,8 @@ def test_bad_ranks():
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_what_is_computed_where_contexts_differ_is_the_whole(monkeypatch, strength):
-    """Of many concepts few are intervened on; the head then computes what differs only."""
+def test_computing_only_what_differs_gives_the_whole_result(monkeypatch, strength):
+    """If few of many concepts are intervened on, the head computes only what differs."""
     head = make_head(40).double()
     head.posterior_offset.normal_()
     targets = head.targets(
@@ -176,7 +175,7 @@ def test_strengths_have_gradients_where_they_are_zero():
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor that is made."""
 
     elements = 0
 
@@ -190,9 +189,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_cost_is_linear_in_the_number_of_concepts(steps):
-    """Forward and backward of head and posterior, and the step of the offsets: operations, and the
-    largest tensor that is made.
-    """
+    """Operations and the largest tensor of forward, backward and the update of the offsets."""
 
     def cost(concepts):
         head = make_head(concepts, propagation_steps=steps, intervention_rank=4)

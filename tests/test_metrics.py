@@ -1,4 +1,4 @@
-"""Measures against POT, closed forms and hand computation."""
+"""Measures compared with POT, closed forms and results by hand."""
 
 import sys
 
@@ -34,7 +34,7 @@ def images(n, seed=0, shift=0.0, side=4):
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 60), (60, 45), (17, 64)])
-def test_distance_is_pots(n, m):
+def test_distance_equals_pot(n, m):
     a, b = images(n, 1), images(m, 2, 0.05)
     expected = ot.sliced_wasserstein_distance(
         a.reshape(n, -1), b.reshape(m, -1), n_projections=70, seed=3, p=2
@@ -88,7 +88,7 @@ def test_no_float_copy_of_all_images_is_made(monkeypatch):
     np.testing.assert_allclose(projected, (pixels / 255) @ axes, rtol=1e-4, atol=1e-5)
 
 
-def test_interval_is_that_of_pots_distances_of_halves():
+def test_interval_equals_that_of_pot_on_halves():
     sets = images(31, 1), images(40, 2), images(40, 3, 0.05)
     axes = directions(48, 30)
     a, _, c = (x.reshape(len(x), -1).astype(np.float64) @ axes for x in sets)
@@ -163,7 +163,7 @@ def test_paper_protocol_is_the_explicit_repeat():
 
 
 def test_interval_covers_what_repeated_draws_give():
-    """Fresh draws of both sides scatter as wide as one draw's interval says."""
+    """New draws of both sets vary as much as the interval of one draw says."""
     fresh = [
         compare(
             images(200, 3 * k),

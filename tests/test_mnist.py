@@ -1,6 +1,4 @@
-"""MNIST concepts: what interventions do to real digits, measured on the images alone; the sources
-of digits; training and evaluation.
-"""
+"""MNIST concepts: effects of interventions on real digits, measured on the images."""
 
 import numpy as np
 import pytest
@@ -18,9 +16,11 @@ def column(latents, name):
 
 
 def measures(images):
-    """Of images (n, 28, 28, 1), by name, each (n,): area, thickness (twice the area over the length
-    of the contour), centre of mass, slant (x over y), size, and the radius of the largest disk
-    inside."""
+    """Return measures of images (n, 28, 28, 1) by name, each (n,).
+
+    They are area, thickness (twice the area divided by the length of the contour), centre of mass,
+    slant (x per y), size, and the radius of the largest disk inside.
+    """
     x = images[..., 0] / 255
     area = x.sum((1, 2))
     gradient = np.gradient(np.pad(x, ((0, 0), (1, 1), (1, 1))), axis=(1, 2))
@@ -42,7 +42,7 @@ def measures(images):
 
 @pytest.fixture(scope="module")
 def contexts():
-    """200 images of every context."""
+    """Draw 200 images of every context."""
     return mnist.images_by_context(ALL, 200, load_digits())
 
 
@@ -53,8 +53,9 @@ def measured(contexts):
 
 @pytest.fixture(scope="module")
 def paired():
-    """The same 200 digits without an intervention, and a function that draws them under one:
-    latents, measures before and after.
+    """Return a function from a context to latents, and measures before and after it.
+
+    It draws the same 200 digits with and without the intervention.
     """
     digits = load_digits().images[::2]
     before = measures(mnist.render(digits, mnist.sample_latents("obs", len(digits))))
@@ -233,7 +234,7 @@ EFFECTS = {  # concept: (measure, direction)
 
 
 def order(lower, higher):
-    """Share of pairs of independent images in the order named (0.5 by chance)."""
+    """Return the share of pairs of independent images in the named order (0.5 by chance)."""
     return np.mean(lower[:, None] < higher) + 0.5 * np.mean(lower[:, None] == higher)
 
 
@@ -253,7 +254,7 @@ def test_contexts_differ_from_obs_in_their_concepts(measured, context):
             assert 0.35 < order(obs[name], here[name]) < 0.65, concept
 
 
-def test_no_context_is_told_by_how_it_was_drawn(contexts):
+def test_the_drawing_does_not_reveal_the_context(contexts):
     obs, *others = (
         contexts[name] for name in ("obs", "shear", "shift")
     )  # of strokes of the same thickness
@@ -318,7 +319,7 @@ def test_bad_input_is_one_sentence(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
+def test_dataset_holds_the_rendered_images_and_is_cached(tmp_path):
     arguments = {
         "contexts": ["obs", "scale+thin"],
         "images_per_context": 6,

@@ -18,7 +18,7 @@ SETTINGS = {"dataset": "mnist", "resolution": 28, "channels": 1, "validation_ima
 
 @pytest.fixture
 def used(monkeypatch):
-    """The digits that each request for images may be made of, as bytes."""
+    """Return a list of the digits of each request for images, as bytes."""
     used, draw = [], mnist.load_mnist
 
     def spy(contexts, images_per_context, digits, **options):
@@ -44,7 +44,7 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
         assert len({image.tobytes() for image in (*real[name], *other[name])}) == 24
 
 
-def test_of_few_digits_there_are_few_held_out_images(monkeypatch):
+def test_few_digits_give_few_held_out_images(monkeypatch):
     monkeypatch.setattr(simulated.Mnist, "contexts", ("obs",))
     monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
     real, other = evaluate.held_out_images("mnist", mnist.CONCEPTS, 1280, 0, 28, 3, "dependent")
@@ -99,7 +99,7 @@ def test_bad_settings(tiny, change, message):
         train.load_data(train.TrainArguments(**tiny | SETTINGS | change))
 
 
-def test_what_is_published_names_no_folder_of_this_machine(tiny, tmp_path):
+def test_a_published_model_names_no_folder_of_this_machine(tiny, tmp_path):
     (tmp_path / "digits").mkdir()
     text = shared_settings(
         train.TrainArguments(**tiny | SETTINGS | {"mnist_digits": str(tmp_path / "digits")})

@@ -1,6 +1,4 @@
-"""Folders of images as people have them: hidden folders, other kinds of files, transparency,
-damage, strange names.
-"""
+"""Folders of images with hidden folders, other files, transparency, damage and unusual names."""
 
 import os
 import pickle
@@ -67,8 +65,8 @@ def test_files_that_are_left_out_are_counted(source, caplog):
     "mode", ["RGBA", "LA", "P", "1-transparent", "L-transparent", "RGB-transparent"]
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_transparent_lies_on_white(tmp_path, mode, channels):
-    """Black strokes on nothing."""
+def test_transparent_parts_are_white(tmp_path, mode, channels):
+    """The images have black strokes on a transparent background."""
     strokes = Image.new("LA", (8, 8), (0, 0))
     strokes.paste((0, 255), (2, 2, 6, 4))
     if mode.endswith("-transparent"):  # a grey level or a colour stands for nothing
@@ -106,7 +104,7 @@ def test_a_concept_may_be_called_like_a_split(source):
     assert counts(source) == {"obs": 10, "hat": 10, "train": 10}  # the split `train` of it
 
 
-def test_a_large_image_is_said_to_be_too_large(source, monkeypatch):
+def test_the_error_for_a_large_image_says_so(source, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     fill(source / "hat", 1, size=40)
     with pytest.raises(
@@ -115,7 +113,7 @@ def test_a_large_image_is_said_to_be_too_large(source, monkeypatch):
         counts(source)
 
 
-def test_names_that_are_no_text(source):
+def test_names_that_are_not_text(source):
     shutil.copy(source / "hat" / "0.png", os.fsencode(source / "hat" / "caf") + b"\xe9.png")
     with pytest.raises(ValueError, match=r"caf\\udce9.png has bytes that are not UTF-8: rename it"):
         counts(source)
@@ -143,8 +141,9 @@ def test_a_table_that_names_no_images(tmp_path, table):
 
 
 def mutated(whole, seed):
-    """An image file with bytes of it changed, some cut off, or a piece there twice; checksums of
-    PNG made right again, to get deeper.
+    """Damage the bytes of an image file: change some, cut some off, or repeat some.
+
+    The checksums of a PNG are corrected, so that the decoder reads further.
     """
     rng = np.random.default_rng(seed)
     data = bytearray(whole)
@@ -183,7 +182,7 @@ def test_damage_is_one_kind_of_error(tmp_path, kind):
             assert str(error).startswith("it ") and "\n" not in str(error)
 
 
-def test_exif_that_is_none(source):
+def test_exif_that_is_not_valid(source):
     file = source / "hat" / "0.png"
     Image.open(file).save(file, exif=b"Exif\0\0PM\0*\0\0\0\x08")
     try:
@@ -215,7 +214,7 @@ def test_exif_that_is_none(source):
         -50,
     ],
 )
-def test_a_broken_cache_is_made_anew(source, tmp_path, content):
+def test_a_broken_cache_is_made_again(source, tmp_path, content):
     def load():
         return ContextImages.from_dataset(
             load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
@@ -227,9 +226,7 @@ def test_a_broken_cache_is_made_anew(source, tmp_path, content):
     assert (load() == expected).all()
 
 
-def test_a_cache_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(
-    source, tmp_path
-):
+def test_a_cache_that_is_cut_while_it_is_read_raises_an_error(source, tmp_path):
     read = lambda: ContextImages.from_dataset(  # noqa: E731
         load_contexts(source), None, 256, cache_dir=tmp_path / "cache"
     )  # noqa: E731
@@ -278,7 +275,7 @@ def test_a_cache_that_is_cut_between_two_rows_is_an_error(source, tmp_path, monk
         images.images(torch.tensor([-1, 0]))
 
 
-def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
+def test_parts_of_a_cache_from_a_killed_process_are_removed(source, tmp_path):
     read = lambda: ContextImages.from_dataset(  # noqa: E731
         load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
     )  # noqa: E731
@@ -295,7 +292,7 @@ def test_what_a_killed_process_left_of_a_cache_is_removed(source, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_is_there_need_not_be_writable(source, tmp_path):
+def test_an_existing_cache_need_not_be_writable(source, tmp_path):
     read = lambda: ContextImages.from_dataset(  # noqa: E731
         load_contexts(source), None, 16, cache_dir=tmp_path / "cache"
     )  # noqa: E731
@@ -304,11 +301,11 @@ def test_a_cache_that_is_there_need_not_be_writable(source, tmp_path):
     assert torch.equal(read().pixels, expected)
 
 
-# What is left out is said
+# Warnings about what is left out
 
 
 def said(caplog, folder, **options):
-    """What is warned of while a folder is read, and the images of each context."""
+    """Return the warnings while a folder is read, and the images of each context."""
     caplog.clear()
     found = ContextImages.from_dataset(load_contexts(folder), None, 16, **options).by_context()
     return caplog.text, {name: len(images) for name, images in found.items()}
@@ -334,14 +331,14 @@ def test_links_to_folders_and_pipes_are_not_followed(source, caplog, tmp_path):
     assert said(caplog, source)[1] == {"obs": 9, "hat": 10}
 
 
-def test_what_macos_puts_into_archives_is_no_context(source, caplog):
+def test_folders_that_macos_adds_to_archives_are_not_contexts(source, caplog):
     fill(source / "__MACOSX", 9)
     fill(source / "hat" / "__MACOSX", 9)
     (source / "hat" / "._0.png").write_bytes(b"x")
     assert said(caplog, source) == ("", {"obs": 10, "hat": 10})
 
 
-def test_folders_beside_the_split_that_is_read(source, tmp_path, caplog):
+def test_other_folders_than_the_split(source, tmp_path, caplog):
     for name in ("train", "test"):
         shutil.copytree(source, tmp_path / "splits" / name)
     assert said(caplog, tmp_path / "splits")[0] == ""
@@ -390,8 +387,8 @@ def test_copies_in_several_contexts(source, caplog):
     assert "1 images are the same in several contexts (obs, hat)" in said(caplog, source)[0]
 
 
-def test_what_other_programs_would_draw_is_not_opened(source, caplog):
-    """Pillow has Ghostscript draw EPS."""
+def test_formats_that_need_other_programs_are_not_opened(source, caplog):
+    """Pillow would start Ghostscript for EPS."""
     Image.new("RGB", (16, 16)).save(source / "hat" / "a.eps")
     text, found = said(caplog, source)
     assert "left out (1 .eps)" in text and found["hat"] == 10

@@ -1,4 +1,4 @@
-"""The whitened posterior: against a slow loop, torch's own KL, and the moments that it is for."""
+"""The whitened posterior, compared with a slow loop, torch's KL, and the moments of the prior."""
 
 import pytest
 import torch
@@ -16,13 +16,15 @@ CONCEPTS, WIDTH = ("a", "b"), 3 * 4
 
 def covariances(contexts=3, width=WIDTH, seed=0):
     x = torch.randn(contexts, 40, width, generator=torch.Generator().manual_seed(seed))
-    x[..., 1] = x[..., 0] + 0.2 * x[..., 1]  # a copy, as good as
+    x[..., 1] = x[..., 0] + 0.2 * x[..., 1]  # nearly a copy
     return x.mT @ x / 40
 
 
 def whitened_by(head, covariance):
-    """Let z be white in obs and every single context, over which y has these covariances, (1 + d, D
-    n, D n), as trainings of version 0.1 did."""
+    """Set the whitening for covariances of y in obs and every single context, (1 + d, D n, D n).
+
+    Trainings of version 0.1 did this.
+    """
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues = eigenvalues.clamp(min=1e-3)
     head.whitening.matrix.copy_((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT)
@@ -50,9 +52,8 @@ def test_noise_against_a_loop():
     head, y = make_head(), torch.randn(4, 3, 4)
     found = head.whiten(y, head.targets([["obs"], ["b"], ["a"], ["b"]]))
     for sample, context in enumerate((0, 2, 1, 2)):
-        T = torch.linalg.inv(
-            torch.linalg.cholesky(covariances()[context].double())
-        )  # any root: symmetric by a rotation
+        # Any root of the inverse, which a rotation makes symmetric.
+        T = torch.linalg.inv(torch.linalg.cholesky(covariances()[context].double()))
         u, _, v = torch.linalg.svd(T)
         T = v.mT @ u.mT @ T
         torch.testing.assert_close(T, T.mT)
@@ -111,7 +112,7 @@ def test_kl_of_contexts_that_were_never_seen_is_an_upper_bound():
     assert (head.marginals(mean, logvar, targets)[1].exp().flatten(1) >= q.variance - 1e-5).all()
 
 
-def test_draws_are_white_in_every_context_whatever_the_encoder_does():
+def test_draws_are_white_in_every_context_for_any_encoder():
     """The encoder shifts and correlates y by context; draws of z have the prior's moments."""
     torch.manual_seed(0)
     head = make_head()
@@ -169,7 +170,7 @@ def test_mixtures(rows):
             torch.testing.assert_close(mixed, torch.cat([1 - row.sum()[None], row]))
 
 
-def test_contexts_that_a_row_has_no_part_in_are_left_out_and_nothing_changes():
+def test_leaving_out_contexts_without_weight_changes_nothing():
     whitening, y = make_head().whitening, torch.randn(5, 3, 4, requires_grad=True)
     weights = mixture(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.25]]))
     whole = weights.clone().requires_grad_()  # so that every context is multiplied with

@@ -1,4 +1,4 @@
-"""Presence of concepts, composition over the product of single rates, verdicts."""
+"""Presence of concepts, composition relative to the product of single rates, verdicts."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_shares_by_a_slow_loop(wanted):
     assert shares.to_dict()["images"] == 200
 
 
-def test_a_concept_that_cannot_be_told_has_no_presence_and_is_not_counted_against_others():
+def test_an_unusable_concept_has_no_presence_and_does_not_count_for_others():
     found = np.array([[True, True, False], [True, False, False]])
     usable = np.array([True, False, True])
     other, own = (presence_shares(found, [name], CONCEPTS, usable) for name in ("a", "b"))

@@ -1,7 +1,7 @@
 """The public API: every name in the `__all__` of a module, its signature and its docstring.
 
-`public_api.txt` lists it as it was last agreed on. After a change that is meant, write it anew and
-read the difference:
+`public_api.txt` is the agreed list. After an intended change, write it again and read the
+difference:
 
     python tests/test_public_api.py
 """
@@ -24,8 +24,9 @@ WRAPPERS = {"property": "property ", "classmethod": "classmethod ", "staticmetho
 
 
 def public_modules():
-    """Every module of the package that has an `__all__`: that is what makes a module public. The
-    others are not even imported.
+    """Return the modules of the package that have an `__all__`, which makes a module public.
+
+    The others are not imported.
     """
     names = {"hf_intervene"}
     for package in (hf_intervene, hf_intervene.training):
@@ -43,15 +44,14 @@ def public_modules():
 
 
 def definition(thing):
-    """The syntax tree of a class or function, without decorators' doing: annotations and defaults
-    as they are written.
-    """
+    """Return the syntax tree of a class or function: annotations and defaults as written."""
     return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
 
 
 def plain_function(member):
-    """The function under a method, property or decorator, or `None` if there is none that was
-    written in this package.
+    """Return the function of a method, property or decorator, or `None`.
+
+    It is `None` if the function was not written in this package.
     """
     function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
     written = inspect.isfunction(function) and not function.__code__.co_filename.startswith(
@@ -67,9 +67,7 @@ def signature(name, function):
 
 
 def attribute(statement):
-    """A public attribute or field of a class as `name: type = default`, without its help; `None`
-    for what is none.
-    """
+    """Return a public attribute or field as `name: type = default` without its help, or `None`."""
     value = statement.value
     if isinstance(statement, ast.Assign):
         name, shown = statement.targets[0].id, "" if isinstance(value, ast.Constant) else None
@@ -85,7 +83,7 @@ def attribute(statement):
 
 
 def methods(cls):
-    """The public methods and properties that a class defines, by name."""
+    """Return the public methods and properties that a class defines, by name."""
     found = {name: plain_function(member) for name, member in sorted(vars(cls).items())}
     return {
         name: function
@@ -95,7 +93,7 @@ def methods(cls):
 
 
 def described(name, thing):
-    """Lines of the listing for one public name."""
+    """Return the lines of the list for one public name."""
     if inspect.isclass(thing):
         node = definition(thing)
         yield f"class {name}" + (
@@ -119,7 +117,7 @@ def described(name, thing):
 
 
 def listing():
-    """The public API as text: one line a name, each defined once, where it is first met."""
+    """Return the public API as text: one line for each name, where it first occurs."""
     lines, seen = [], {}
     for module_name, module in public_modules().items():
         lines += ["", f"# {module_name}"]

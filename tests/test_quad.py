@@ -10,7 +10,7 @@ from hf_intervene.data import load_quad, quad, shapes
 
 
 def slow_latents(context, noise, variant):
-    """One row at a time, latents in causal order, from standard normal noise (n, 8)."""
+    """Return latents for noise (n, 8), computed row by row in causal order."""
     order = ["orientation", "shape", "color", "quad4", "quad3", "quad2", "quad1", "size"]
     weights, rows = quad.weights(variant), []
     for row in noise:
@@ -26,9 +26,7 @@ def slow_latents(context, noise, variant):
 
 
 def slow_covariance(variant):
-    """Of the observational latents: a linear map of the noise, whose columns are what unit draws
-    give.
-    """
+    """Return the covariance of the observational latents, a linear map of the noise."""
     columns = slow_latents([], np.eye(8), variant)
     return columns.T @ columns
 
@@ -142,7 +140,7 @@ def test_all_four_shapes_are_drawn_with_their_areas():
     )
 
 
-def test_dataset_holds_what_was_rendered_and_is_cached(tmp_path):
+def test_dataset_holds_the_rendered_images_and_is_cached(tmp_path):
     arguments = {
         "contexts": ["obs", "quad1+size"],
         "images_per_context": 12,

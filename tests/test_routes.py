@@ -1,4 +1,4 @@
-"""The two ways of an intervention, told apart in the head and measured on images."""
+"""The two routes of an intervention: separated in the head, and measured on images."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_edge_targets_reach_the_edges_and_nothing_else(model):
         head(z, s[0], edge_targets=s[1][:, :1])
 
 
-def test_a_head_without_edges_has_no_effect_through_them(model):
+def test_without_edges_the_edge_route_has_no_effect(model):
     torch.nn.init.zeros_(model.head.intervention.weight)
     with torch.no_grad():  # A_int starts as A_obs
         model.head.exogenous.slices.bias += torch.randn_like(model.head.exogenous.slices.bias)
@@ -38,14 +38,14 @@ def test_a_head_without_edges_has_no_effect_through_them(model):
     assert found["rates"] is None and found["outside"] is None
 
 
-def test_a_new_head_acts_through_its_edges_alone(model):
+def test_a_new_head_acts_only_through_its_edges(model):
     noise = torch.randn(20, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     found = measure_routes(model, "a", noise, None, None)
     assert found["edges"] == pytest.approx(1) and found["own"] == pytest.approx(0, abs=1e-5)
 
 
 class Reads:
-    """A detector of the first and the last pixel."""
+    """Return a detector of the first and the last pixel."""
 
     concepts, unusable, usable = ("first", "last"), {}, np.array([True, True])
 

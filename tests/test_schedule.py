@@ -1,4 +1,4 @@
-"""Context schedules: what a step trains on, in every process, before and after a resume."""
+"""Context schedules: the samples of a step, in every process, before and after a resume."""
 
 import json
 
@@ -61,17 +61,18 @@ def test_single_draws_every_context_once_a_round():
     )
 
 
-def test_adaptive_follows_the_excess_and_starves_none():
+def test_adaptive_follows_the_excess_and_keeps_all_contexts():
     context_ids = ids([40, 40, 40])
     schedule = ContextSchedule(context_ids, "adaptive", 12)
     np.testing.assert_allclose(schedule.probabilities(), 1 / 3)
-    base = torch.tensor([1.0, 50.0, 5.0])  # losses that differ for good: no reason to prefer any
+    # Constant differences of the losses are no reason to prefer a context.
+    base = torch.tensor([1.0, 50.0, 5.0])
     for _ in range(50):
         batch = context_ids[schedule.next_batch()]
         schedule.update(batch, base[batch])
     np.testing.assert_allclose(schedule.probabilities(), 1 / 3)
-    # Context 2 gets worse by 3. The docstring, written out: its running loss above the lowest, in
-    # units of its noise.
+    # The loss of context 2 rises by 3. The rest computes the formula of the docstring: the running
+    # loss minus the lowest one, in units of its noise.
     running, noise = 5.0, 0.0
     for _ in range(5):
         batch = context_ids[schedule.next_batch()]
@@ -90,9 +91,7 @@ def test_adaptive_follows_the_excess_and_starves_none():
 
 
 def test_adaptive_does_not_follow_noise():
-    """One context's loss is a hundred times as noisy as the others', and none has anything to
-    regain.
-    """
+    """One context's loss is a hundred times as noisy as the others', and all means are constant."""
     context_ids, rng = ids([40, 40, 40]), np.random.default_rng(0)
     schedule, preferred = ContextSchedule(context_ids, "adaptive", 12), []
     for _ in range(600):
@@ -104,7 +103,7 @@ def test_adaptive_does_not_follow_noise():
 
 @given(sizes, st.integers(1, 9), st.sampled_from(SCHEDULES), st.integers(0, 12))
 @settings(deadline=None)
-def test_state_goes_on_where_it_was_taken(counts, batch_size, kind, steps):
+def test_the_stream_continues_where_the_state_was_taken(counts, batch_size, kind, steps):
     def run(schedule, n):
         batches = []
         for _ in range(n):
@@ -129,7 +128,7 @@ def test_shards_make_up_the_batch():
         shard(batch, 0, 5)
 
 
-def test_losses_that_are_not_finite_are_no_news():
+def test_losses_that_are_not_finite_are_ignored():
     schedule = ContextSchedule(ids([4, 4]), "adaptive", 4)
     schedule.update(torch.tensor([0, 1]), torch.tensor([1.0, 1.0]))
     schedule.update(torch.tensor([0, 1]), torch.tensor([float("nan"), float("inf")]))

@@ -1,6 +1,4 @@
-"""Simulated data in shards: the same rows whether drawn at once, by several processes, or as they
-are read.
-"""
+"""Simulated data in shards: one process, several processes and streaming give the same rows."""
 
 import hashlib
 
@@ -34,7 +32,7 @@ def small_shards(monkeypatch):
 
 
 def rows(dataset):
-    """With the bytes of the images as they are stored."""
+    """Return the rows with the stored bytes of the images."""
     dataset = dataset.cast_column("image", Image(decode=False))
     return [{**row, "image": hashlib.sha256(row["image"]["bytes"]).hexdigest()} for row in dataset]
 
@@ -73,7 +71,7 @@ def test_shards_cover_all_rows_once_and_are_not_too_many(monkeypatch):
             assert len(starts) <= requests.MAX_SHARDS and all(a < b for a, b in zip(starts, stops))
 
 
-def test_seeds_give_the_images_that_they_gave_before():
+def test_seeds_give_the_same_images_as_before():
     images = quad.images_by_context(["quad1+size"], 20, 16, seed=3)["quad1+size"]
     data = load_quad(["quad1+size"], 20, 16, seed=3, streaming=True)
     assert np.array_equal(np.stack([np.asarray(row["image"]) for row in data]), images)

@@ -1,4 +1,4 @@
-"""Real or generated: the network's test of images and the kernel distance of features."""
+"""The two-sample test of images, and the kernel distance of features."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ def images(seed, count=200):
     return quad.images_by_context(["obs"], count, 16, seed=seed)["obs"]
 
 
-def test_images_of_one_distribution_are_not_told_apart():
+def test_images_of_one_distribution_are_not_distinguished():
     test = image_two_sample_test(images(1), images(2), steps=40)
     assert test.interval[0] < 0.5 and test.p_value > 0.01 and test.images == 200
 
 
-def test_a_slight_blur_is_seen_and_rounding_is_not():
+def test_a_slight_blur_is_detected_and_rounding_is_not():
     a, b = images(1), images(2) / np.float32(255)
     soft = (b + np.roll(b, 1, 1)) / 2
     seen = image_two_sample_test(a, soft, steps=80)

@@ -1,4 +1,4 @@
-"""The type hints: clean under mypy as `pyproject.toml` sets it, shipped, and of use to a user."""
+"""The type hints pass mypy with the settings of `pyproject.toml`, and are part of the package."""
 
 import subprocess
 import sys
