@@ -86,7 +86,7 @@ def test_unusable_concepts_have_a_reason(by_context):
     }
     detector = train_context_detector(images, ("dot", "same", "few", "none"), steps=60)
     assert detector.usable.tolist() == [True, False, False, False]
-    assert "same is told with a balanced accuracy of 0." in detector.unusable["same"]
+    assert "same is detected with a balanced accuracy of 0." in detector.unusable["same"]
     assert "there are only 20 images with or without few" in detector.unusable["few"]
     assert "there are only 0 images with or without none" in detector.unusable["none"]
     assert set(detector.errors) == {"dot", "same"}

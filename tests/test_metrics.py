@@ -194,7 +194,7 @@ def test_bad_input(monkeypatch):
     a = images(100)
     with pytest.raises(ValueError, match="unknown protocol"):
         compare(a, a, a, "published")
-    with pytest.raises(ValueError, match="as many further real images"):
+    with pytest.raises(ValueError, match="as many other real images"):
         compare(a, a[:50], a)
     with pytest.raises(ValueError, match="at least 64 images"):
         compare(a, a[:50], a[:50], "paper")

@@ -106,7 +106,7 @@ def test_a_later_format_is_refused(load, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ValueError,
-        match=f"has the format {FORMAT_VERSION + 1}, .*pip install --upgrade hf-intervene",
+        match=f"has format {FORMAT_VERSION + 1}, .*pip install --upgrade hf-intervene",
     ):
         load(tmp_path)
 

@@ -57,5 +57,5 @@ def test_kernel_distance_is_unbiased():
     assert np.mean([found.interval[0] <= 0 <= found.interval[1] for found in same]) > 0.9
     far = kernel_distance(rng.normal(size=(100, 4)), rng.normal(1, 1, size=(80, 4)))
     assert far.interval[0] > 10 * values.std()
-    with pytest.raises(ValueError, match="four images a side"):
+    with pytest.raises(ValueError, match="at least four images each"):
         kernel_distance(rng.normal(size=(3, 4)), rng.normal(size=(9, 4)))

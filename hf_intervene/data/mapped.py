@@ -61,7 +61,7 @@ class MappedFile:
         size = math.prod(shape[1:]) * found.itemsize
         content = found.view(np.uint8).reshape(len(found), size)
         for row, number in zip(content, index.tolist()):
-            self._fill(memoryview(row), self._offset + number * size)
+            self._fill(row.data, self._offset + number * size)
         return found
 
     def _fill(self, buffer: memoryview, position: int) -> None:

@@ -21,6 +21,7 @@ from .identifiability import CheckResult, Finding, check
 from .leakage import LeakageResult, context_leakage
 from .presence import CompositionRatio, Presence, composition_ratio, presence_shares, verdict
 from .reconstruction import bits_per_pixel, mean_interval
+from .results import Result
 from .routes import Routes, compare_routes
 from .transport import TransportResult, compare, sliced_wasserstein
 from .two_sample import (
@@ -49,6 +50,7 @@ __all__ = [
     "KernelDistance",
     "LeakageResult",
     "Presence",
+    "Result",
     "Routes",
     "Score",
     "Share",
