@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from .bases.adapter import DiffusionAdapter, check_sites
 from .bases.denoising import check_prediction
-from .bases.diffusion import DiffusionAdapter, check_sites
 from .bases.injection import Entries, Injection
 from .bases.lora_layers import LoraLayers
 from .bases.sites import find_sites

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from . import hub
 from .acting import Heads, denoisers, inner
 from .attached import Attached
-from .bases.diffusion import DiffusionAdapter
+from .bases.adapter import DiffusionAdapter
 from .contexts import Interventions, is_per_sample, parse_choices
 from .loaded_head import LoadedHead
 from .model import InterventionModel

@@ -28,9 +28,10 @@ from .bases.lora import merged
 from .contexts import Interventions
 from .image_files import flat_image, upright
 from .logging import get_logger
-from .model import ImageInput, InterventionModel
+from .model import InterventionModel
 from .modeling_intervention import InterventionHead
-from .push import push_to_hub
+from .push import CardPushMixin
+from .sampling_arguments import ImageInput
 
 
 logger = get_logger(__name__)
@@ -44,7 +45,7 @@ _KINDS = {
 }
 
 
-class InterventionPipeline(DiffusionPipeline):
+class InterventionPipeline(CardPushMixin, DiffusionPipeline):
     r"""
     Sample images under interventions, and edit images by them.
 
@@ -98,8 +99,6 @@ class InterventionPipeline(DiffusionPipeline):
         made = _model(base, head, adapter, companions)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter, **companions)
         self._made = made, self._parts()
-
-    push_to_hub = push_to_hub
 
     @classmethod
     def from_pretrained(
@@ -174,8 +173,7 @@ class InterventionPipeline(DiffusionPipeline):
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
         made, parts = self._made
         if any(part is not before for part, before in zip(self._parts(), parts)):  # replaced
-            if isinstance(made.base, DiffusionBase):
-                made.base.injection.remove()
+            made.base.release()
             companions = {name: getattr(self, name) for name in DiffusionBase.companion_names}
             made = _model(self.base, self.head, self.adapter, companions)
             self._made = made, self._parts()
@@ -216,9 +214,10 @@ class InterventionPipeline(DiffusionPipeline):
         """As in diffusers; head and adapter stay on the device, and so does a base that is no
         denoiser. Not only their `forward` is called, which is what brings an offloaded model
         back."""
-        if not self._made[0].base.denoises:
-            self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, "base"]
-            self.model_cpu_offload_seq = "image_encoder->vae"
+        resident = self._made[0].base.resident
+        parts = type(self).model_cpu_offload_seq.split("->")
+        self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, *resident]
+        self.model_cpu_offload_seq = "->".join(part for part in parts if part not in resident)
         super().enable_model_cpu_offload(gpu_id, device)
 
     def enable_group_offload(
@@ -226,8 +225,7 @@ class InterventionPipeline(DiffusionPipeline):
     ) -> None:
         """As in diffusers; head and adapter stay on the device."""
         others = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        kept = list(type(self)._exclude_from_cpu_offload)
-        kept += [] if self._made[0].base.denoises else ["base"]
+        kept = [*type(self)._exclude_from_cpu_offload, *self._made[0].base.resident]
         super().enable_group_offload(*args, exclude_modules=[*others, *kept], **kwargs)
 
     @property
@@ -265,7 +263,7 @@ class InterventionPipeline(DiffusionPipeline):
             residual_scale: standard deviation of the residual noise, for a base with residual
                 latents.
             residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images,
-                *residual_shape).
+                *shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without
                 interventions.

@@ -3,11 +3,19 @@ with an error of one sentence.
 """
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from .image_files import flat_image
 
 
+ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 OUTPUT_TYPES = ("pt", "np", "pil")
 COMPOSITIONS = ("head", "scores")  # how several concepts are put together
 
@@ -103,6 +111,58 @@ def check_noise(
     if not bool(torch.isfinite(noise).all()):
         raise ValueError(f"{name} must be finite numbers, and some are NaN or infinite.")
     return noise
+
+
+def check_pixels(
+    images: Any, image_shape: tuple[int, ...], processor: VaeImageProcessor, device: torch.device
+) -> torch.Tensor:
+    """Images of any form as a float tensor (N, C, H, W) in [0, 1].
+
+    Args:
+        images: an `ImageInput`.
+        image_shape: (C, H, W) that they must have.
+        processor: that brings them to a tensor, and resizes nothing.
+        device: of the tensor.
+
+    Raises:
+        TypeError, ValueError: one sentence.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        raise TypeError(
+            f"an image was expected, not the name of a file: PIL.Image.open({str(images)!r})"
+            " opens it."
+        )
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = images.astype(np.float32) / 255
+    channels, height, width = image_shape
+    if isinstance(images, Image.Image):
+        images = [images]
+    if not isinstance(images, (np.ndarray, torch.Tensor, list, tuple)):
+        raise TypeError(
+            f"images must be PIL images, an array or a tensor, not a {type(images).__name__}."
+        )
+    if not len(images):
+        raise ValueError("there are no images: give one at least.")
+    if isinstance(images, (list, tuple)) and all(
+        isinstance(image, Image.Image) for image in images
+    ):
+        images = [flat_image(image, channels) for image in images]
+    try:
+        pixel_values = processor.preprocess(images).to(device, torch.float32)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            "images must be PIL images, a uint8 array (N, H, W, C) or a float tensor (N, C, H,"
+            " W) in [0, 1], all of one size."
+        ) from error
+    if tuple(pixel_values.shape[1:]) != (channels, height, width):
+        found = "x".join(map(str, pixel_values.shape[1:]))
+        raise ValueError(
+            f"images of {channels}x{height}x{width} (channels, height, width) were expected,"
+            f" not {found}: resize them first."
+        )
+    if not bool(((pixel_values >= 0) & (pixel_values <= 1)).all()):  # NaN fails the comparison
+        raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
+    return pixel_values
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:

@@ -144,8 +144,8 @@ def test_edit_consistency_by_a_loop(model, batch):
                 draws["noise"][row],
                 draws["kind"][row],
             )
-            image = model.base.to_pixels(model.base.decode(model.head.represent(after)))
-            mean, logvar = model.head.posterior(model.base.encode(image), new)
+            image = model.base.generate(model.head.represent(after), {})
+            mean, logvar = model.head.posterior(model.base.encode(image).features, new)
             expected.append((0.5 * (after - mean) ** 2 / logvar.exp()).clamp(max=LARGEST).sum())
         found = term.loss(model, output, batch["targets"], draws)
     torch.testing.assert_close(found, torch.stack(expected).mean())
@@ -180,7 +180,7 @@ class DarkImages(Term):
 
     def loss(self, model, output, targets, draws):
         assert draws["noise"].shape == (len(targets),)
-        return model.base.to_pixels(model.base.decode(model.head.represent(output.draw))).mean()
+        return model.base.generate(model.head.represent(output.draw), {}).mean()
 
 
 def test_a_new_term_is_one_class(model, batch):

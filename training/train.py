@@ -23,7 +23,7 @@ from accelerate.utils import reduce
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from hf_intervene.bases import Base, LightVAE, load_base
+from hf_intervene.bases import LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
@@ -194,7 +194,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             "gradient_checkpointing does not go with prompts whose embeddings are of different"
             " lengths: leave one of them out."
         )
-    if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
+    if a.min_snr_gamma is not None and not hasattr(base, "min_snr_gamma"):
         raise ValueError(
             "min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it"
             " out."
@@ -238,7 +238,7 @@ def build_objective(
                 return Objective(model, terms).to(model.device)
             if free:
                 terms.append(FreeInvariance(a.free_invariance, contexts, len(model.concepts), free))
-            if not model.base.denoises:  # its images take many steps
+            if model.base.passes == 1:  # otherwise images take many steps
                 terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
     return Objective(model, terms).to(model.device)
 
@@ -598,7 +598,7 @@ def _train(
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
                 reconstruction, kl, residual_kl = loss_units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
-                if model.base.residual_shape is not None and not model.base.denoises:
+                if "residual_kl" in model.base.loss_terms:
                     row["residual_kl"] = residual_kl
                 sums.zero_()
                 unlogged = 0

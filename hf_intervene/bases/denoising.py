@@ -171,7 +171,7 @@ def generate(
     scheduler: SchedulerMixin,
     noise: torch.Tensor,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
 

@@ -18,10 +18,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .adapter import DiffusionAdapter
 from .autoencoder import images_of, latent_shape, latents_of
 from .base import register_recorded
 from .denoising import prediction_type
-from .diffusion import DiffusionAdapter, DiffusionBase
+from .diffusion import DiffusionBase
 from .prompts import Prompts, record_prompts
 from .recording import NotRecordable, Recorder, record, training_time
 from .replay import Recording
@@ -75,7 +76,7 @@ class PipelineBase(DiffusionBase):
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         size = adapter.config.sample_size
         self.image_shape = (vae.config.get("in_channels", 3), size, size)
-        self.residual_shape = recording.sample_shape
+        self.sample_shape = recording.sample_shape
         shape = tuple(latent_shape(vae, self.image_shape))
         if _without_frame(recording.latent_shape) != shape:
             raise ValueError(
@@ -169,7 +170,7 @@ class PipelineBase(DiffusionBase):
                 {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
             )
 
-    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _features(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.image_encoder is not None:
             return prepared["features"]
         latents = self.adapter.recorded.tail.arranged(

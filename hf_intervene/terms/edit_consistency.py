@@ -58,7 +58,7 @@ class EditConsistency(Term):
             made, new = edited(
                 head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows]
             )
-        images = model.base.to_pixels(model.base.decode(head.represent(made)))
+        images = model.base.generate(head.represent(made), {})
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
         squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
         return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
@@ -92,7 +92,7 @@ class _Reader(torch.nn.Module):
         self.model = model
 
     def forward(self, images, targets):
-        return self.model.head.posterior(self.model.base.encode(images), targets)
+        return self.model.head.posterior(self.model.base.encode(images).features, targets)
 
 
 def held(model) -> dict[str, torch.Tensor]:
