@@ -27,7 +27,7 @@ from .bases.base import plain
 from .bases.limits import check_finite
 from .bases.loading import base_reference, remove_weights
 from .bases.lora import has_lora, lora_rank
-from .bases.saved import ADAPTER_FOLDER, BASE_FOLDER, LORA_FOLDER, load_base_of
+from .bases.saved import PART_FOLDERS, load_base_of
 from .bases.saved import save_base as save_base_beside
 from .configuration_intervention import InterventionConfig
 from .generation import GenerationMixin
@@ -127,9 +127,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             self.draw_shape = (config.num_blocks, self.head.draw_width)
             self.base.freeze_unused()
         self._draw_names = set(self.base.training_draws(1, torch.Generator()))
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_normalize=False, vae_scale_factor=1
-        )
+        as_they_are = {"do_resize": False, "do_normalize": False, "vae_scale_factor": 1}
+        self.image_processor = VaeImageProcessor(**as_they_are)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: head and base arrive initialised."""
@@ -164,10 +163,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             feature_width=base.feature_width,
             embedding_shape=list(base.embedding_shape),
             base_reference=base_reference(base.model, base_subfolder, base_revision, base_variant),
-            companion_references={
-                name: found for name, found in references.items() if found is not None
-            }
-            or None,
+            companion_references={k: v for k, v in references.items() if v is not None} or None,
             **head_options,
         )
         return cls(config, base)
@@ -386,10 +382,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             self.head.save_pretrained(
                 save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs
             )
-        hub.forget_paths(
-            save_directory,
-            ("", ADAPTER_FOLDER, BASE_FOLDER, LORA_FOLDER, *self.base.companion_names),
-        )
+        hub.forget_paths(save_directory, ("", *PART_FOLDERS, *self.base.companion_names))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

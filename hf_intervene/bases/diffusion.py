@@ -27,8 +27,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..logging import get_logger
-from .adapter import DiffusionAdapter, check_sites
+from .adapter import (
+    DiffusionAdapter,
+    check_sites,
+    check_supported,
+    new_adapter,
+    pixels_of_denoiser,
+)
 from .autoencoder import latent_shape, latents_of, scale_and_shift
 from .base import Base, Encoded, register_base
 from .denoising import (
@@ -41,13 +46,11 @@ from .denoising import (
     noised,
     prediction_type,
     training_scheduler,
+    warn_of_clipping,
 )
 from .encoders import VisionEncoder
 from .injection import Injection
 from .sites import find_sites
-
-
-logger = get_logger(__name__)
 
 
 @register_base(UNet2DModel)
@@ -109,15 +112,14 @@ class DiffusionBase(Base):
         class_label: int | None = None,
     ):
         super().__init__(model)
-        name = type(model).__name__
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         if adapter is not None:
             class_label = adapter.config.class_label
-        _check_supported(model, class_label)
+        check_supported(model, class_label)
         assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (
-            adapter.config.sample_size if adapter is not None else _pixels(model, vae)
+            adapter.config.sample_size if adapter is not None else pixels_of_denoiser(model, vae)
         )
         if vae is None:
             self.image_shape = self.sample_shape = (channels, size, size)
@@ -126,21 +128,22 @@ class DiffusionBase(Base):
             self.sample_shape = tuple(latent_shape(vae, self.image_shape))
             if self.sample_shape[0] != channels:
                 raise ValueError(
-                    f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes"
+                    f"this {type(model).__name__} denoises {channels} channels, but the {type(vae).__name__} makes"
                     f" latents of {self.sample_shape[0]}: pass the vae of its pipeline."
                 )
-            if (
-                scheduler.config.get("clip_sample")
-                and scheduler.config.get("clip_sample_range", 1.0) <= 1
-            ):
-                logger.warning(
-                    "the scheduler clips samples at 1, where pixels end, but the latents of a %s go"
-                    " beyond: make it with clip_sample=False.",
-                    type(vae).__name__,
-                )
+            warn_of_clipping(scheduler, type(vae).__name__)
         if adapter is None:
-            adapter = self._new_adapter(
-                size, embedding_width, num_tokens, text, pooled_text, class_label
+            adapter = new_adapter(
+                model,
+                size,
+                self.sample_shape,
+                None if self.image_encoder is None else self.image_encoder.width,
+                embedding_width,
+                num_tokens,
+                text,
+                pooled_text,
+                prediction_type=prediction_type(scheduler),
+                class_label=class_label,
             )
         self._enter_by(adapter)
 
@@ -165,9 +168,9 @@ class DiffusionBase(Base):
         self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
         self._training_scheduler = training_scheduler(scheduler)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
-        self.image_encoder = (
-            None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
-        )
+        self.image_encoder = None
+        if image_encoder is not None:
+            self.image_encoder = VisionEncoder(image_encoder, image_processor)
 
     def _enter_by(self, adapter: DiffusionAdapter) -> None:
         """Put the hooks of an adapter's embedding on the denoiser."""
@@ -178,55 +181,6 @@ class DiffusionBase(Base):
         self.embedding_shape = tuple(adapter.config.embedding_shape)
         self.injection = Injection(self.model)
         self.injection.install()
-
-    def _new_adapter(
-        self,
-        size: int,
-        embedding_width: int,
-        num_tokens: int,
-        text: torch.Tensor | None,
-        pooled_text: torch.Tensor | None,
-        class_label: int | None,
-    ) -> DiffusionAdapter:
-        model, sites, vision = self.model, find_sites(self.model), self.image_encoder
-        if isinstance(model, UNet2DConditionModel):
-            text = (
-                torch.zeros(1, 1, _width(model.config.cross_attention_dim))
-                if text is None
-                else text
-            )
-        elif isinstance(model, SD3Transformer2DModel):
-            text = torch.zeros(1, 1, model.config.joint_attention_dim) if text is None else text
-            pooled_text = (
-                torch.zeros(1, model.config.pooled_projection_dim)
-                if pooled_text is None
-                else pooled_text
-            )
-        shape = (
-            (num_tokens, _width(model.config.cross_attention_dim))
-            if sites.tokens
-            else (embedding_width,)
-        )
-        adapter = DiffusionAdapter(
-            sample_size=size,
-            sites=vars(sites),
-            embedding_shape=shape,
-            map_size=(
-                self.sample_shape[-1] >> (len(model.config.block_out_channels) - 1)
-                if sites.map
-                else 0
-            ),
-            encoder_shape=None if vision is not None else self.sample_shape,
-            feature_width=128 if vision is None else vision.width,
-            text_shape=None if text is None else tuple(text.shape[1:]),
-            pooled_width=None if pooled_text is None else pooled_text.shape[-1],
-            prediction_type=prediction_type(self.scheduler),
-            class_label=class_label,
-        )
-        for buffer, value in (("text", text), ("pooled_text", pooled_text)):
-            if value is not None:
-                getattr(adapter, buffer).copy_(value)
-        return adapter
 
     @property
     def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
@@ -243,9 +197,10 @@ class DiffusionBase(Base):
             if self.vae is not None:
                 scale, shift = scale_and_shift(self.vae)
                 x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
-            return {"x0": x0} | (
+            seen = (
                 {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
             )
+            return {"x0": x0} | seen
 
     def encode(self, pixel_values: torch.Tensor) -> Encoded:
         return self.encode_prepared(self.prepare(pixel_values))
@@ -311,8 +266,6 @@ class DiffusionBase(Base):
         if isinstance(model, SD3Transformer2DModel):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
-
-    # The other verbs
 
     def training_draws(
         self,
@@ -422,8 +375,6 @@ class DiffusionBase(Base):
         scale, shift = scale_and_shift(self.vae)
         return self.vae.decode((x0 / scale + shift).to(self.vae.dtype)).sample
 
-    # Parts
-
     def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
         parts = (
@@ -444,57 +395,3 @@ class DiffusionBase(Base):
         if self.vae is not None:
             self.vae.eval()
         return self
-
-
-def _check_supported(model: ModelMixin, class_label: int | None) -> None:
-    config, name = model.config, type(model).__name__
-    classes = config.get("num_class_embeds") if isinstance(model, UNet2DModel) else None
-    if (
-        isinstance(model, UNet2DModel)
-        and getattr(model, "class_embedding", None) is not None
-        and classes is None
-    ):
-        raise ValueError(
-            f"this {name} is conditioned on classes by other than their numbers, which is not"
-            " supported."
-        )
-    if classes is not None and not (isinstance(class_label, int) and 0 <= class_label < classes):
-        raise ValueError(
-            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the"
-            f" one for all images, not {class_label!r}."
-        )
-    if classes is None and class_label is not None:
-        raise ValueError(f"this {name} has no classes: leave class_label out.")
-    wants = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
-    more = next((key for key in wants if config.get(key)), None)
-    if isinstance(model, UNet2DConditionModel) and more is not None:
-        raise ValueError(
-            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes:"
-            " give the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
-        )
-
-
-def _width(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else value[0]
-
-
-def _pixels(model: ModelMixin, vae: ModelMixin | None) -> int:
-    """Side in pixels of the images of a denoiser, by its configuration.
-
-    Raises:
-        ValueError: it does not say.
-    """
-    size = model.config.get("sample_size")
-    size = size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
-    if not isinstance(size, int):
-        raise ValueError(
-            f"this {type(model).__name__} does not say what size of image it is for: give"
-            " sample_size, in pixels."
-        )
-    if vae is None:
-        return size
-    halvings = (
-        len(vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels"))
-        - 1
-    )
-    return size * vae.config.get("spatial_compression_ratio", 2**halvings)

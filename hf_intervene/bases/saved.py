@@ -37,7 +37,7 @@ from .lora import has_lora, load_lora, merged, save_lora
 
 logger = get_logger(__name__)
 
-BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
+PART_FOLDERS = BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 
 
 def save_base(
@@ -290,4 +290,4 @@ def _load_companions(
     return found
 
 
-__all__ = ["ADAPTER_FOLDER", "BASE_FOLDER", "LORA_FOLDER", "load_base_of", "save_base"]
+__all__ = ["load_base_of", "save_base"]
