@@ -1,12 +1,13 @@
 """What a user asks of an `InterventionModel`: samples, edits, and the noise of images."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,7 +45,7 @@ class GenerationMixin:
     head: InterventionHead | None
     noise_shape: tuple[int, ...]
     draw_shape: tuple[int, ...]
-    image_processor: VaeImageProcessor
+    image_processor: VideoProcessor
 
     if TYPE_CHECKING:  # what `InterventionModel` has of its own
 
@@ -64,10 +65,9 @@ class GenerationMixin:
     @property
     def images_at_once(self) -> int:
         """How many images are processed at once unless said otherwise: 256 of up to 64x64 pixels,
-        and fewer of larger ones.
+        and fewer of larger ones. Each frame of a clip counts.
         """
-        _, height, width = self.base.image_shape
-        return max(1, min(256, 256 * 64**2 // (height * width)))
+        return max(1, min(256, 256 * 64**2 // math.prod(self.base.image_shape[1:])))
 
     @torch.no_grad()
     def sample(
@@ -96,7 +96,7 @@ class GenerationMixin:
             noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions
                 under the same noise.
             output_type: `"pt"` (float tensor (N, C, H, W) in [0, 1]), `"np"` (N, H, W, C) or
-                `"pil"`.
+                `"pil"`; of clips (N, C, T, H, W), (N, T, H, W, C), or a list of frames each.
             batch_size: images decoded at once; `None`: `images_at_once`.
             residual_scale: standard deviation of the residual noise, for a base with residual
                 latents: 1 is the model's own, 0 leaves the residual out (what the concepts decide,
@@ -180,7 +180,8 @@ class GenerationMixin:
 
         Args:
             images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1],
-                of the base's own size.
+                of the base's own size; clips as lists of PIL images, arrays (N, T, H, W, C) or
+                tensors (N, C, T, H, W).
             interventions: the interventions to apply, in any form of `hf_intervene.contexts`,
                 chosen values among them.
             context: the context that the images came from: observational unless said otherwise.
@@ -407,10 +408,12 @@ class GenerationMixin:
             chosen = None if values is None else Values(*(x[part] for x in values))
             z = noise[part].to(self.device)
             made.append(check_images(self.decode(z, targets[part], own, chosen, **options)))
-        images = torch.cat(made)
-        return self.image_processor.postprocess(
-            images, output_type=output_type, do_denormalize=[False] * len(images)
-        )
+        images = torch.cat(made)  # (N, C, H, W), or (N, C, T, H, W)
+        if output_type == "pt":
+            return images
+        if images.ndim == 5:
+            return self.image_processor.postprocess_video(images, output_type)
+        return self.image_processor.postprocess(images, output_type)
 
     @torch.no_grad()
     def reestimate_batch_norm(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.video_processor import VideoProcessor
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel
@@ -128,7 +128,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             self.base.freeze_unused()
         self._draw_names = set(self.base.training_draws(1, torch.Generator()))
         as_they_are = {"do_resize": False, "do_normalize": False, "vae_scale_factor": 1}
-        self.image_processor = VaeImageProcessor(**as_they_are)
+        self.image_processor = VideoProcessor(**as_they_are)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: head and base arrive initialised."""
@@ -278,7 +278,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         residual latents that of `bases/residual.py`, for a denoiser the denoising loss.
 
         Args:
-            pixel_values: images, (B, C, H, W), in [0, 1]; `None` with `prepared`.
+            pixel_values: images, (B, C, H, W), in [0, 1], or clips, (B, C, T, H, W); `None` with
+                `prepared`.
             targets: (B, D), entries in [0, 1].
             beta: weight of the KL; as a scalar tensor, a compiled model takes another one without
                 being compiled again.

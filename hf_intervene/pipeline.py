@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
-from .bases import DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE
+from .bases import DiffusionAdapter, LatentAdapter, LightVAE, PipelineBase
 from .bases.base import base_family, model_class_named
 from .bases.limits import check_finite
 from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
@@ -53,8 +53,8 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         base: the pretrained model under the head.
         head: the intervention head.
         adapter: the network between them, for base families that have one.
-        scheduler, vae, image_encoder, image_processor: of a denoiser, see `DiffusionBase`; as in
-            any pipeline, another scheduler may take the place of the first: `pipe.scheduler =
+        scheduler, vae, image_encoder, image_processor, base_2: of a denoiser, see `DiffusionBase`
+            and `PipelineBase`; as in any pipeline, another scheduler may take the place of the first: `pipe.scheduler =
             DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
 
     Raises:
@@ -74,10 +74,10 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
     head: InterventionHead
     adapter: ModelMixin | None
 
-    _optional_components = ["adapter", *DiffusionBase.companion_names]
+    _optional_components = ["adapter", *PipelineBase.companion_names]
     # Head and adapter stay on the device: they are small, and not only their `forward` is called.
     _exclude_from_cpu_offload = ["head", "adapter"]
-    model_cpu_offload_seq = "image_encoder->base->vae"
+    model_cpu_offload_seq = "image_encoder->base->base_2->vae"
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         vae: ModelMixin | None = None,
         image_encoder: PreTrainedModel | None = None,
         image_processor: BaseImageProcessor | None = None,
+        base_2: ModelMixin | None = None,
     ):
         super().__init__()
         companions = {
@@ -95,6 +96,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
             "vae": vae,
             "image_encoder": image_encoder,
             "image_processor": image_processor,
+            "base_2": base_2,
         }
         made = _model(base, head, adapter, companions)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter, **companions)
@@ -174,7 +176,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         made, parts = self._made
         if any(part is not before for part, before in zip(self._parts(), parts)):  # replaced
             made.base.release()
-            companions = {name: getattr(self, name) for name in DiffusionBase.companion_names}
+            companions = {name: getattr(self, name) for name in PipelineBase.companion_names}
             made = _model(self.base, self.head, self.adapter, companions)
             self._made = made, self._parts()
         offloaded = any(hasattr(part, "_hf_hook") for part in self.components.values())
@@ -376,7 +378,7 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
         OSError, ValueError: one sentence.
     """
     library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if part in ("base", "vae"):
+    if part in ("base", "vae", "base_2"):
         check_part(model_class_named(name), folder, what, variant)
         return
     found: Any = getattr(

@@ -22,12 +22,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from . import cards
-from .bases.diffusion import DiffusionBase
+from .bases.pipelines import PipelineBase
 from .contexts import OBS
 from .hub import clear_errors, without_path
 
 
-PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
+PARTS = ("adapter", "base", "head", "lora", *PipelineBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its
 # base would be taken for this one's.
 MODEL_FILES = [
@@ -257,6 +257,8 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
     for module, training in modes.items():
         module.training = training
+    if len(model.base.image_shape) == 4:  # of a clip the middle frame
+        samples = {name: clips[:, clips.shape[1] // 2] for name, clips in samples.items()}
     save(strips({name: to_uint8(array) for name, array in samples.items()}), path, dpi=100)
 
 

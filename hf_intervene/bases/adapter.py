@@ -33,6 +33,9 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that
             the package calls itself.
         class_label: the class that a denoiser of classes is given.
+        num_frames: of a clip; `None`: it makes images.
+        boundary: of two denoisers: the time from which on the first one denoises, as the scheduler
+            counts it.
     """
 
     @register_to_config
@@ -49,6 +52,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         recording: dict | None = None,
         class_label: int | None = None,
+        num_frames: int | None = None,
+        boundary: float | None = None,
     ):
         super().__init__()
         self.projections = Projections(Sites(**sites), embedding_shape, map_size)

@@ -264,8 +264,9 @@ class AutoencoderBase(Base):
                     parameter.requires_grad_(False)
 
 
-def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.Size:
-    """Shape (c, h, h) of one image's latents.
+def latent_shape(model: ModelMixin, image_shape: tuple[int, ...]) -> torch.Size:
+    """Shape (c, h, h) of the latents of one image (C, S, S), or (c, t, h, h) of those of a clip (C,
+    T, S, S).
 
     Raises:
         ValueError: such images cannot be encoded, or come back in another size.
@@ -276,15 +277,21 @@ def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.
 
 @lru_cache
 def _latent_shape(
-    model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]
+    model_class: type[ModelMixin], config: str, image_shape: tuple[int, ...]
 ) -> torch.Size:
     """From a pass without data or weights through a model of a configuration, given as JSON."""
     known = inspect.signature(model_class.__init__).parameters
     arguments = {key: value for key, value in json.loads(config).items() if key in known}
     advice = (
-        f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a"
+        f"this {model_class.__name__} cannot encode images of {image_shape[-1]} pixels: choose a"
         " multiple of its downsampling factor"
     )
+    if len(image_shape) == 4:
+        advice = (
+            f"this {model_class.__name__} cannot encode clips of {image_shape[1]} frames of"
+            f" {image_shape[-1]} pixels: choose another number of frames, such as 5 or 9, and a"
+            " multiple of its downsampling factor"
+        )
     with torch.device("meta"), torch.no_grad():
         model = model_class(**arguments)
         try:
@@ -293,26 +300,32 @@ def _latent_shape(
         except RuntimeError as error:
             raise ValueError(f"{advice}.") from error
     if tuple(returned[2:]) != image_shape[1:]:
-        raise ValueError(f"{advice} (they come back with {returned[-1]}).")
+        found = " x ".join(map(str, returned[2:] if len(image_shape) == 4 else returned[-1:]))
+        raise ValueError(f"{advice} (they come back with {found}).")
     return latents.shape[1:]
 
 
 def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1];
-    `None` for models without one.
-    """
+    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images (B, C, S, S) in
+    [-1, 1]; `None` for models without one. Of clips (B, C, T, S, S) they are (B, c, t, h, h)."""
     sample = sample / 2 + 0.5 if has_unit_pixels(model) else sample
-    output = model.encode(sample.unsqueeze(2) if has_frames(model) else sample)
+    image = has_frames(model) and sample.ndim == 4  # which such a model takes as one frame
+    output = model.encode(sample.unsqueeze(2) if image else sample)
     if "latent_dist" in output:
-        return _one_frame(model, output.latent_dist.mean), _one_frame(model, output.latent_dist.std)
-    return _one_frame(model, output.latents if "latents" in output else output.latent), None
+        mean, std = output.latent_dist.mean, output.latent_dist.std
+    else:
+        mean, std = output.latents if "latents" in output else output.latent, None
+    if image:
+        return mean.squeeze(2), None if std is None else std.squeeze(2)
+    return mean, std
 
 
 def images_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h)."""
-    sample = _one_frame(
-        model, model.decode(latents.unsqueeze(2) if has_frames(model) else latents).sample
-    )
+    """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h); clips (B, C, T, S,
+    S) of (B, c, t, h, h)."""
+    image = has_frames(model) and latents.ndim == 4
+    sample = model.decode(latents.unsqueeze(2) if image else latents).sample
+    sample = sample.squeeze(2) if image else sample
     return 2 * sample - 1 if has_unit_pixels(model) else sample
 
 
@@ -326,10 +339,6 @@ def has_unit_pixels(model: ModelMixin) -> bool:
     is a vision model's.
     """
     return type(model).__name__ == "AutoencoderRAE"
-
-
-def _one_frame(model: ModelMixin, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.squeeze(2) if has_frames(model) else tensor
 
 
 def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tuple[Any, Any]:

@@ -88,7 +88,7 @@ class DiffusionBase(Base):
 
     adapter: DiffusionAdapter
     adapter_class = DiffusionAdapter
-    companion_names = ("vae", "scheduler", "image_encoder", "image_processor")
+    companion_names: tuple[str, ...] = ("vae", "scheduler", "image_encoder", "image_processor")
     loss_name = "denoising_loss"
     loss_unit = "per entry, squared error and KL"
     passes = 50
@@ -128,8 +128,9 @@ class DiffusionBase(Base):
             self.sample_shape = tuple(latent_shape(vae, self.image_shape))
             if self.sample_shape[0] != channels:
                 raise ValueError(
-                    f"this {type(model).__name__} denoises {channels} channels, but the {type(vae).__name__} makes"
-                    f" latents of {self.sample_shape[0]}: pass the vae of its pipeline."
+                    f"this {type(model).__name__} denoises {channels} channels, but the"
+                    f" {type(vae).__name__} makes latents of {self.sample_shape[0]}: pass the vae"
+                    " of its pipeline."
                 )
             warn_of_clipping(scheduler, type(vae).__name__)
         if adapter is None:
@@ -230,21 +231,29 @@ class DiffusionBase(Base):
         return self._denoise(x, timesteps, embedding)
 
     def _denoise(
-        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor,
+        injection: Injection | None = None,
+        **text: Any,
     ) -> torch.Tensor:
-        """The prediction, with what the family gives its denoiser of a text."""
+        """The prediction of one denoiser, with what the family gives it of a text. `injection`: of
+        a denoiser other than the model."""
+        injection = injection or self.injection
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
-            self.injection.install()
-        self.injection.set(entries)
+            injection.install()
+        injection.set(entries)
         try:
-            return self._predicted(x, timesteps, **text)
+            return self._predicted(x, timesteps, injection.denoiser, **text)
         finally:
-            self.injection.clear(
-                torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False)
-            )
+            checkpointing = getattr(injection.denoiser, "is_gradient_checkpointing", False)
+            injection.clear(torch.is_grad_enabled() and checkpointing)
 
-    def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _predicted(
+        self, x: torch.Tensor, timesteps: torch.Tensor, denoiser: nn.Module | None = None
+    ) -> torch.Tensor:
         output = self._call(x.to(self.model.dtype), timesteps)
         return output[
             :, : x.shape[1]

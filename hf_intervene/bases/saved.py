@@ -262,17 +262,13 @@ def _load_companions(
     references = config.companion_references or {}
     if "scheduler" in family.companion_names:
         found["scheduler"] = load_scheduler(path / "scheduler", str(name))
-    if "vae" in family.companion_names:
-        saved = load_model_config(path / "vae")
+    for part in {"vae", "base_2"} & {*family.companion_names}:
+        saved = load_model_config(path / part)
         if saved is not None:
-            found["vae"] = load_part(
-                model_class_named(saved["_class_name"]),
-                path / "vae",
-                f"the vae of {name}",
-                torch_dtype=dtype,
-            )
-        elif "vae" in references:
-            found["vae"] = _load_referenced(name, references["vae"], dtype, options)
+            model_class, what = model_class_named(saved["_class_name"]), f"the {part} of {name}"
+            found[part] = load_part(model_class, path / part, what, torch_dtype=dtype)
+        elif part in references:
+            found[part] = _load_referenced(name, references[part], dtype, options)
     if (path / "image_processor").exists():
         here, reference = path / "image_encoder", references.get("image_encoder")
         if here.exists() or reference is None:
