@@ -3,25 +3,21 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from .bases.adapter import DiffusionAdapter, check_sites
 from .bases.denoising import check_prediction
-from .bases.diffusion import DiffusionAdapter, check_sites
 from .bases.injection import Entries, Injection
 from .bases.lora_layers import LoraLayers
 from .bases.sites import find_sites
 from .modeling_intervention import InterventionHead
+from .requested import Requested
 from .sampling_arguments import check_generator
 from .values import Values
-
-
-if TYPE_CHECKING:
-    from .attaching import intervene
 
 
 _EVALUATING = threading.RLock()  # modes are changed and put back in one thread at a time
@@ -105,7 +101,7 @@ class Run:
 
     Args:
         attached: the head.
-        active: the `intervene` that it acts under.
+        active: what is asked of it.
         images: how many the call makes.
         device: of the denoiser's batch.
 
@@ -113,7 +109,7 @@ class Run:
         ValueError: one sentence: interventions, noise or generators for another number of images.
     """
 
-    def __init__(self, attached: Attached, active: "intervene", images: int, device: torch.device):
+    def __init__(self, attached: Attached, active: Requested, images: int, device: torch.device):
         self.attached = attached
         for what, count, remedy in (
             ("interventions are", active.contexts, "give one context for all, or one each."),

@@ -15,28 +15,23 @@ pipeline computes exactly what it did before.
 import math
 import os
 import warnings
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from . import hub
-from .acting import Heads, denoisers, inner
+from .acting import Heads, activate, deactivate, denoisers, inner
 from .attached import Attached
-from .bases.diffusion import DiffusionAdapter
-from .contexts import Interventions, is_per_sample, parse_choices
+from .bases.adapter import DiffusionAdapter
+from .contexts import Interventions
 from .loaded_head import LoadedHead
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
-from .sampling_arguments import check_composition, check_generator, check_noise, check_options
-from .values import Values, each_alone, head_values
+from .requested import Requested
 
 
 _ATTRIBUTE = "_attached_heads"  # of the pipeline: a `Heads`
-_Pass = tuple[
-    torch.Tensor, Values | None
-]  # targets (images, D) and chosen values of one call of the denoiser
 
 
 def attach(
@@ -133,7 +128,7 @@ def detach(pipe: DiffusionPipeline, name: str | None = None) -> DiffusionPipelin
     return pipe
 
 
-class intervene:
+class intervene(Requested):
     """Inside `with intervene(pipe, interventions):` calls of the pipeline generate under
     interventions of an attached head. That holds for the thread or asyncio task that entered it;
     others may each be in a `with` of their own.
@@ -177,113 +172,42 @@ class intervene:
         num_images: int | None = None,
         compose: str = "head",
     ):
-        self._heads = _heads(pipe)
-        self._name, self._attached = self._heads.named(head)
-        config = self._attached.head.config
-        check_options(None, 1, None, "pt", guidance_scale=guidance_scale)
-        check_composition(compose)
-        if noise is not None:
-            noise = check_noise("noise", noise, (config.num_blocks, config.noise_width))
-        targets, choices = parse_choices(
-            interventions, config.concepts, num_images, config.free_blocks
-        )
-        self.targets = targets.cpu()
-        if guidance_scale != 1.0 and not bool((self.targets != 0).any()):
-            raise ValueError(
-                "guidance_scale compares each step with an observational pass, but nothing is "
-                "intervened on: leave it at 1, or intervene."
+        self.heads = _heads(pipe)
+        self.name, self.attached = self.heads.named(head)
+        with self.attached.evaluating():
+            super().__init__(
+                self.attached.head,
+                interventions,
+                guidance_scale,
+                noise,
+                generator,
+                num_images,
+                compose,
             )
-        #: Number of images that the interventions are for; `None`: one context for any number.
-        self.contexts = len(targets) if is_per_sample(interventions) or len(targets) > 1 else None
-        self.noise_rows = None if noise is None else len(noise)
-        if self.contexts is not None and self.noise_rows not in (None, self.contexts):
-            raise ValueError(
-                f"noise has {self.noise_rows} rows for {self.contexts} images: give one row per "
-                "image."
-            )
-        check_generator(generator, len(generator) if isinstance(generator, list) else 1)
-        with self._attached.evaluating():
-            self.values = head_values(self._attached.head, choices, len(targets), _no_references)
-        self.guidance_scale, self.noise, self.generator, self.num_images = (
-            guidance_scale,
-            noise,
-            generator,
-            num_images,
-        )
-        self.compose = compose
-        self.acted = False  # whether a call of the pipeline was intervened on
-        self._heads.thread.pending = True
+        self.heads.thread.pending = True
 
     def __enter__(self) -> "intervene":
-        self._heads.thread.pending = False
-        if self._heads.attached.get(self._name) is not self._attached:
+        self.heads.thread.pending = False
+        if self.heads.attached.get(self.name) is not self.attached:
             raise ValueError(
-                f"the head {self._name!r} was detached from this pipeline: attach it again, and "
+                f"the head {self.name!r} was detached from this pipeline: attach it again, and "
                 "call intervene anew."
             )
-        self._attached.check_scheduler(self._heads.pipe)
-        self._heads.hook()
+        self.attached.check_scheduler(self.heads.pipe)
+        self.heads.hook()
         self.acted = False
-        _ACTIVE.set((*_ACTIVE.get(), self))
+        activate(self)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        active = list(_ACTIVE.get())
-        # Contexts are left in any order: this one alone goes, the last of it if entered twice.
-        if self in active:
-            del active[len(active) - 1 - active[::-1].index(self)]
-            _ACTIVE.set(tuple(active))
+        deactivate(self)
         if error is None and not self.acted:
             warnings.warn(
-                f"this {type(self._heads.pipe).__name__} was not called inside `with "
+                f"this {type(self.heads.pipe).__name__} was not called inside `with "
                 "intervene(...)`, so nothing was intervened on: call the pipeline itself, "
                 "pipe(...).",
                 stacklevel=2,
             )
-
-    @property
-    def further_calls(self) -> bool:
-        """Whether the denoiser is called more than once in a step."""
-        return self.compose != "head" or self.guidance_scale != 1.0
-
-    def passes(
-        self, targets: torch.Tensor, values: Values | None
-    ) -> tuple[_Pass, list[tuple[_Pass, float]]]:
-        """What the head is given in each call of the denoiser in a step: that of the first call,
-        and of further ones with weights.
-
-        The prediction is p + sum of w (p_other - p), where p is that of the first call.
-
-        Args:
-            targets: of each image, (images, D).
-            values: the chosen values of each image, if there are any.
-        """
-        observational: _Pass = (torch.zeros_like(targets), None)
-        if self.compose == "head":
-            w = self.guidance_scale
-            return (targets, values), [] if w == 1.0 else [(observational, 1 - w)]
-        alone = each_alone(targets, values)
-        return observational, [(one, self.guidance_scale) for one in alone]
-
-
-_ACTIVE: ContextVar[tuple[intervene, ...]] = ContextVar("hf_intervene_active", default=())
-
-
-def active_on(heads: Heads) -> dict[Attached, intervene]:
-    """Under what each head of a pipeline acts in this context: the innermost `with` of that
-    head."""
-    return {
-        active._attached: active
-        for active in _ACTIVE.get()
-        if active._heads is heads and heads.attached.get(active._name) is active._attached
-    }
-
-
-def _no_references(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
-    raise ValueError(
-        f"a reference image, here of {names[0]!r}, needs the encoder that the head was trained "
-        "with, which this pipeline does not have: choose a Quantile, or use InterventionModel."
-    )
 
 
 def _heads(pipe: DiffusionPipeline) -> Heads:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from . import hub
+from .bases.adapter import DiffusionAdapter
 from .bases.base import model_class_named
-from .bases.diffusion import DiffusionAdapter, DiffusionBase
 from .bases.limits import check_finite
-from .bases.loading import BASE_FOLDER, LORA_FOLDER, load_model_config, load_part
+from .bases.loading import load_model_config, load_part
 from .bases.lora import has_lora
 from .bases.lora_layers import LoraLayers
 from .bases.recognition import is_base, same_weights
+from .bases.saved import BASE_FOLDER, LORA_FOLDER
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
 
@@ -51,7 +52,7 @@ class LoadedHead:
     ) -> "LoadedHead":
         """Of a model, or of a head and its adapter. Errors as of `attach`."""
         if isinstance(head, InterventionModel):
-            if not isinstance(head.base, DiffusionBase) or head.head is None:
+            if not isinstance(head.base.adapter, DiffusionAdapter) or head.head is None:
                 raise ValueError(
                     f"this head is on a {type(head.base.model).__name__}, not on a denoiser: it "
                     "cannot enter a pipeline's."

@@ -1,51 +1,44 @@
 """`InterventionModel`: a pretrained base with an intervention head (METHOD sections 1 to 3;
 arXiv:2507.04754).
 
-    images --base.encode--> features --head.posterior--> z --head(z, s)--> embedding --base.decode--> images
+    images --base.encode--> features --head.posterior--> z --head(z, s)--> embedding --base.loss--> terms
+    noise z --head(z, s)--> embedding --base.generate--> images
 
-Sampling enters at z; editing enters at the image and leaves at the image.
+Sampling enters at z; editing enters at the image and leaves at the image (`generation.py`).
 """  # noqa: E501
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from diffusers.video_processor import VideoProcessor
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
+from . import hub
 from .bases import Base, wrap_base
 from .bases.base import plain
-from .bases.loading import base_reference
-from .batch_norm import reestimate_batch_norm
+from .bases.limits import check_finite
+from .bases.loading import base_reference, remove_weights
+from .bases.lora import has_lora, lora_rank
+from .bases.saved import PART_FOLDERS, load_base_of
+from .bases.saved import save_base as save_base_beside
 from .configuration_intervention import InterventionConfig
-from .contexts import Interventions, parse_choices, parse_interventions
-from .image_files import flat_image
+from .generation import GenerationMixin
+from .logging import get_logger
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
-from .push import push_to_hub
-from .sampling_arguments import (
-    check_batch_size,
-    check_composition,
-    check_images,
-    check_noise,
-    check_options,
-)
-from .saving import from_pretrained, save_pretrained
-from .values import Values, each_alone, model_values
+from .push import CardPushMixin, push_with_card
+from .values import Values, each_alone
 
 
-ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
-Images = torch.Tensor | np.ndarray | list[Image.Image]  # as `output_type` says
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -69,8 +62,6 @@ class InterventionModelOutput(ModelOutput):
         posterior_logvar: log-variance, likewise.
         draw: that of it which was decoded, likewise; for a head with flows the concepts c, (B, D,
             concept_width).
-        reconstruction: mean image of p(x | z, s), shape (B, C, H, W), in [0, 1]; only with
-            `return_reconstruction=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -81,10 +72,9 @@ class InterventionModelOutput(ModelOutput):
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
     draw: torch.Tensor | None = None
-    reconstruction: torch.Tensor | None = None
 
 
-class InterventionModel(PreTrainedModel):
+class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # type: ignore[misc]
     r"""
     A base model under an intervention head.
 
@@ -120,11 +110,7 @@ class InterventionModel(PreTrainedModel):
         super().__init__(config)
         self.base = wrap_base(base)
         if config.ablation in ("base", "base-pooled"):
-            if self.base.denoises:
-                raise ValueError(
-                    f"the ablation {config.ablation!r} has no head, and a denoiser has no code z of"
-                    " its own to do without."
-                )
+            self.base.check_alone(config.ablation)
             self.head, self.base.under_head = None, False
             self.noise_shape = self.draw_shape = tuple(self.base.embedding_shape)
         else:
@@ -140,9 +126,9 @@ class InterventionModel(PreTrainedModel):
             self.noise_shape = (config.num_blocks, config.noise_width)
             self.draw_shape = (config.num_blocks, self.head.draw_width)
             self.base.freeze_unused()
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_normalize=False, vae_scale_factor=1
-        )
+        self._draw_names = set(self.base.training_draws(1, torch.Generator()))
+        as_they_are = {"do_resize": False, "do_normalize": False, "vae_scale_factor": 1}
+        self.image_processor = VideoProcessor(**as_they_are)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: head and base arrive initialised."""
@@ -177,10 +163,7 @@ class InterventionModel(PreTrainedModel):
             feature_width=base.feature_width,
             embedding_shape=list(base.embedding_shape),
             base_reference=base_reference(base.model, base_subfolder, base_revision, base_variant),
-            companion_references={
-                name: found for name, found in references.items() if found is not None
-            }
-            or None,
+            companion_references={k: v for k, v in references.items() if v is not None} or None,
             **head_options,
         )
         return cls(config, base)
@@ -208,12 +191,11 @@ class InterventionModel(PreTrainedModel):
         """Mean and log-variance of each entry of z under q(z | x, s), each (B, *noise_shape), of
         images (B, C, H, W) under targets (B, D).
         """
-        mean, logvar = self._posterior_of(self.base.encode(pixel_values), targets)
-        return (
-            (mean, logvar)
-            if self.head is None
-            else self.head.marginals(mean, logvar, self.seen(targets))
-        )
+        features = self.base.encode(pixel_values).features
+        mean, logvar = self._posterior_of(features, targets)
+        if self.head is None:
+            return mean, logvar
+        return self.head.marginals(mean, logvar, self.seen(targets))
 
     def _posterior_of(
         self, features: torch.Tensor, targets: torch.Tensor
@@ -244,22 +226,28 @@ class InterventionModel(PreTrainedModel):
         self,
         z: torch.Tensor,
         targets: torch.Tensor,
-        residual: torch.Tensor | None = None,
+        draws: Mapping[str, torch.Tensor] | None = None,
         values: Values | None = None,
-        **denoising: Any,
+        guidance_scale: float = 1.0,
+        compose: str = "head",
+        **options: Any,
     ) -> torch.Tensor:
-        """Parameters of p(x | z, s), (B, C, H, W), of noise (B, *noise_shape) under targets (B, D);
-        of p(x | z, s, rho) with residual noise rho (B, *residual_shape), which a denoiser needs;
-        further arguments are those of `DiffusionBase.decode`, and `compose` (see `sample`)."""
-        embedding = self.embed(z, targets, values)
-        if denoising.pop("compose", "head") == "scores":
-            denoising["alone"] = [self.embed(z, *one) for one in each_alone(targets, values)]
-        if denoising.get("guidance_scale", 1.0) != 1.0 or denoising.get("alone"):
-            denoising["observational"] = self.embed(z, torch.zeros_like(targets))
-        decode: Callable[..., torch.Tensor] = (
-            self.base.decode
-        )  # of some families with residual noise and more
-        return decode(embedding) if residual is None else decode(embedding, residual, **denoising)
+        """Images (B, C, H, W) in [0, 1] of noise z (B, *noise_shape) under targets (B, D).
+
+        Args:
+            z, targets: see above.
+            draws: the base's noise beside z, by name (see `Base.draws`), which a denoiser needs.
+            values: chosen values of concepts.
+            guidance_scale, compose: see `sample`.
+            **options: further ones of the base's `generate`.
+        """
+        embedding = self.embed(z, targets, values)  # (B, *embedding_shape)
+        options["guidance_scale"] = guidance_scale
+        if compose == "scores":
+            options["alone"] = [self.embed(z, *one) for one in each_alone(targets, values)]
+        if guidance_scale != 1.0 or options.get("alone"):
+            options["observational"] = self.embed(z, torch.zeros_like(targets))
+        return self.base.generate(embedding, draws or {}, **options)
 
     def seen(self, targets: torch.Tensor) -> torch.Tensor:
         """The targets the head sees: none in the ablation that pools the contexts."""
@@ -268,23 +256,11 @@ class InterventionModel(PreTrainedModel):
     def posterior_draws(
         self, num_images: int, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Draws for the posterior of images, as keyword arguments of `forward`, on the CPU:
-        standard normal `noise`, (num_images, *draw_shape), and, for a base with residual latents or
-        a denoiser, `residual_noise`, (num_images, *residual_shape); for a denoiser `time` too,
-        uniform in [0, 1), (num_images,)."""
-        shapes = {"noise": self.draw_shape}
-        if self.base.residual_shape is not None:
-            shapes["residual_noise"] = self.base.residual_shape
-        draws = {
-            name: torch.randn(num_images, *shape, generator=generator)
-            for name, shape in shapes.items()
-        }
-        if self.base.denoises:
-            # Spread evenly over the schedule, in random order: the loss of a batch depends less on
-            # the times that it drew.
-            order = torch.randperm(num_images, generator=generator)
-            draws["time"] = (order + torch.rand(num_images, generator=generator)) / num_images
-        return draws
+        """Random numbers for the posterior of images, as keyword arguments of `forward`, on the
+        CPU: standard normal `noise`, (num_images, *draw_shape), and those of `Base.training_draws`.
+        """
+        noise = torch.randn(num_images, *self.draw_shape, generator=generator)
+        return {"noise": noise} | self.base.training_draws(num_images, generator)
 
     def forward(
         self,
@@ -292,467 +268,184 @@ class InterventionModel(PreTrainedModel):
         targets: torch.Tensor,
         beta: float | torch.Tensor = 1.0,
         noise: torch.Tensor | None = None,
-        residual_weight: float = 1.0,
-        residual_noise: torch.Tensor | None = None,
-        time: torch.Tensor | None = None,
+        residual_weight: float | torch.Tensor = 1.0,
         prepared: dict[str, torch.Tensor] | None = None,
-        return_reconstruction: bool = False,
         return_dict: bool | None = None,
+        **draws: torch.Tensor,
     ) -> InterventionModelOutput | tuple:
         """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD
-        section 2), with one posterior sample; for a base with residual latents, that of
-        `bases/residual.py`; for a denoiser, the denoising loss takes the place of the first term.
+        section 2), with one posterior sample. The first term is the base's `loss`: for a base with
+        residual latents that of `bases/residual.py`, for a denoiser the denoising loss.
 
         Args:
-            pixel_values: images, (B, C, H, W), in [0, 1]; `None` with `prepared`.
+            pixel_values: images, (B, C, H, W), in [0, 1], or clips, (B, C, T, H, W); `None` with
+                `prepared`.
             targets: (B, D), entries in [0, 1].
             beta: weight of the KL; as a scalar tensor, a compiled model takes another one without
                 being compiled again.
             noise: standard normal draws for the posterior sample, (B, *draw_shape); `None` draws
                 them.
             residual_weight: weight of the term of the residual latents.
-            residual_noise: standard normal draws for theirs, or the noise that a denoiser is to
-                tell from the image, (B, *residual_shape); `None` draws them.
-            time: for a denoiser, uniform draws in [0, 1), (B,): how noisy; `None` draws them.
-            prepared: for a denoiser, what its `prepare` made of the images; of a recorded pipeline
+            prepared: what the base's `prepare` made of the images; of a recorded pipeline
                 (`PipelineBase`) also `prompts`, the number of each image's prompt, (B,) int64, if
                 they have their own.
-            return_reconstruction: whether to return the reconstructed images; not for a denoiser.
+            **draws: all random numbers of the base's `loss`, by name (see `Base.training_draws`);
+                without them they are drawn.
         """
-        found = None if pixel_values is None else tuple(pixel_values.shape)
-        if prepared is None and (found is None or found[1:] != self.base.image_shape):
-            raise ValueError(
-                "pixel_values must have shape (batch,"
-                f" {', '.join(map(str, self.base.image_shape))}), not {found}."
-            )
-        x: Any = pixel_values  # (B, C, H, W)
-        rho: Any = residual_noise  # (B, *residual_shape)
-        if return_reconstruction and self.base.denoises:
-            raise ValueError("a denoiser reconstructs in many steps: use reconstruct().")
-        if self.base.residual_shape is not None and rho is None:
-            rho = torch.randn(len(targets), *self.base.residual_shape, device=targets.device)
-        if self.base.denoises:
-            prepared = self.base.prepare(x) if prepared is None else prepared
-            features, latents = self.base.features(prepared), prepared["x0"]
-        elif self.base.residual_shape is None:
-            features = self.base.encode(x)
+        if prepared is None:
+            found = None if pixel_values is None else tuple(pixel_values.shape)
+            if pixel_values is None or found is None or found[1:] != self.base.image_shape:
+                shape = ", ".join(map(str, self.base.image_shape))
+                raise ValueError(f"pixel_values must have shape (batch, {shape}), not {found}.")
+            encoded = self.base.encode(pixel_values)
         else:
-            features, latents, log_q = self.base.encode_latents(x, rho)
-        mean, logvar = self._posterior_of(features, targets)  # (B, *draw_shape)
-        if noise is None:
-            noise = torch.randn_like(mean)
+            encoded = self.base.encode_prepared(prepared)
+        mean, logvar = self._posterior_of(encoded.features, targets)  # (B, *draw_shape)
+        noise = torch.randn_like(mean) if noise is None else noise
+        draws = self._all_draws(draws, targets)
         y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *draw_shape)
-        embedding = (
-            self.embed(y, targets) if self.head is None else self.head.embed_draw(y, s)
-        )  # (B, *embedding_shape)
-        kl = (
-            gaussian_kl(mean, logvar) if self.head is None else self.head.kl(mean, logvar, s, y)
-        )  # (B,)
-        residual_kl, bottleneck_loss = torch.zeros_like(kl), None
-        decoded: Any = None
-        if self.base.denoises:
-            time = torch.rand(len(targets), device=targets.device) if time is None else time
-            prompts = (prepared or {}).get("prompts")  # (B,), where images have their own
-            reconstruction_loss = self.base.denoising_loss(
-                embedding, latents, rho, time, prompts
-            )  # (B,)
+        if self.head is None:
+            embedding, kl = self.embed(y, targets), gaussian_kl(mean, logvar)
         else:
-            decoded = self.base.decode(embedding)  # (B, C, H, W)
-            reconstruction_loss = self.base.reconstruction_loss(decoded, x)  # (B,)
-        loss = reconstruction_loss + beta * kl
-        if self.base.residual_shape is not None and not self.base.denoises:
-            bottleneck_loss, decoded = reconstruction_loss, self.base.decode_latents(latents)
-            reconstruction_loss = self.base.residual_reconstruction_loss(decoded, x)  # (B,)
-            residual_kl = log_q - self.base.residual(latents, embedding)[1]  # (B,)
-            loss = loss + reconstruction_loss + residual_weight * residual_kl
+            embedding = self.head.embed_draw(y, s)  # (B, *embedding_shape)
+            kl = self.head.kl(mean, logvar, s, y)  # (B,)
+        terms = self.base.loss(embedding, encoded, draws)  # each (B,)
+        loss = beta * kl
+        for name, term in terms.items():
+            loss = loss + (residual_weight * term if name == "residual_kl" else term)
         output = InterventionModelOutput(
             loss=loss.mean(),
-            reconstruction_loss=reconstruction_loss,
             kl=kl,
-            residual_kl=residual_kl,
-            bottleneck_loss=bottleneck_loss,
             posterior_mean=mean,
             posterior_logvar=logvar,
             draw=y,
-            reconstruction=self.base.to_pixels(decoded) if return_reconstruction else None,
+            **{"residual_kl": torch.zeros_like(kl)} | terms,
         )
         return output if return_dict is not False else output.to_tuple()
 
-    # What a user asks for
-
-    @property
-    def images_at_once(self) -> int:
-        """How many images are processed at once unless said otherwise: 256 of up to 64x64 pixels,
-        and fewer of larger ones.
-        """
-        _, height, width = self.base.image_shape
-        return max(1, min(256, 256 * 64**2 // (height * width)))
-
-    @torch.no_grad()
-    def sample(
-        self,
-        interventions: Interventions = None,
-        num_samples: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: torch.Tensor | None = None,
-        output_type: str = "pt",
-        batch_size: int | None = None,
-        residual_scale: float = 1.0,
-        residual_noise: torch.Tensor | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        reference_context: Interventions = None,
-        compose: str = "head",
-    ) -> Images:
-        """Sample images from p(x | s), z from the prior.
-
-        Args:
-            interventions: what to intervene on, in any form of `hf_intervene.contexts`; several
-                concepts at once compose. With chosen values (see `values.py`) from p(x | do(c_j =
-                v)).
-            num_samples: number of images; `None`: one for each context given.
-            generator: makes the draw reproducible.
-            noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions
-                under the same noise.
-            output_type: `"pt"` (float tensor (N, C, H, W) in [0, 1]), `"np"` (N, H, W, C) or
-                `"pil"`.
-            batch_size: images decoded at once; `None`: `images_at_once`.
-            residual_scale: standard deviation of the residual noise, for a base with residual
-                latents: 1 is the model's own, 0 leaves the residual out (what the concepts decide,
-                alone).
-            residual_noise: residual noise to use, of those latents or of a denoiser (x_T),
-                (num_samples, *residual_shape).
-            num_inference_steps: of a denoiser's scheduler.
-            guidance_scale: for a denoiser: above 1, further away from what it makes of the same
-                noise without interventions.
-            reference_context: the context that reference images in `interventions` came from, or
-                one for each sample: observational unless said otherwise.
-            compose: how several concepts are put together. `"head"`: the head is given all of them
-                at once. `"scores"`, of a denoiser: its prediction is o + w sum_k (p_k - o), where
-                p_k is that under concept k alone, o that under nothing and w the `guidance_scale`
-                (Liu et al., arXiv:2206.01714); it is right for concepts that are independent of
-                each other.
-
-        Raises:
-            ValueError: one sentence: noise of another shape, guidance with no interventions or no
-                denoiser.
-        """
-        if noise is not None:
-            noise = check_noise("noise", noise, self.noise_shape)
-            num_samples = noise.shape[0] if num_samples is None else num_samples
-        check_batch_size(batch_size)  # references are encoded with it
-        targets, values = self._chosen(interventions, num_samples, reference_context, batch_size)
-        numbers = {"guidance_scale": guidance_scale, "residual_scale": residual_scale}
-        check_options(generator, len(targets), batch_size, output_type, **numbers)
-        if noise is None:
-            noise = randn_tensor(
-                (len(targets), *self.noise_shape),
-                generator=generator,
-                device=self.device,
-                dtype=torch.float32,
-            )
-        elif len(noise) != len(targets):
-            raise ValueError(
-                f"noise has {len(noise)} rows for {len(targets)} samples: give one row per sample."
-            )
-        residual = None
-        if self.base.residual_shape is not None:
-            shape = (len(targets), *self.base.residual_shape)
-            if residual_noise is None:
-                residual_noise = randn_tensor(
-                    shape, generator=generator, device=self.device, dtype=torch.float32
-                )
-            else:
-                residual_noise = check_noise(
-                    "residual_noise", residual_noise, shape[1:], len(targets)
-                )
-            residual = residual_scale * residual_noise.to(self.device)
-        options: dict[str, Any] = {}
-        if self.base.denoises:
-            options = {
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "generator": generator,
-            }
-            options["compose"] = compose
-        self._check_guidance(guidance_scale, targets, compose)
-        return self._decoded_images(
-            noise, targets, values, output_type, batch_size, residual, **options
-        )
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: ImageInput,
-        context: Interventions = None,
-        output_type: str = "pt",
-        batch_size: int | None = None,
-    ) -> Images:
-        """Encode images under the context they came from and decode the posterior mean. See `edit`."""  # noqa: E501
-        return self.edit(
-            images, context, context=context, output_type=output_type, batch_size=batch_size
-        )
-
-    @torch.no_grad()
-    def edit(
-        self,
-        images: ImageInput,
-        interventions: Interventions,
-        context: Interventions = None,
-        output_type: str = "pt",
-        batch_size: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        reference_context: Interventions = None,
-        compose: str = "head",
-    ) -> Images:
-        """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of
-        its residual latents too, where the base has them; of a denoiser the noise x_T that leads to
-        the image), the targets are replaced.
-
-        Args:
-            images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1],
-                of the base's own size.
-            interventions: the interventions to apply, in any form of `hf_intervene.contexts`,
-                chosen values among them.
-            context: the context that the images came from: observational unless said otherwise.
-            output_type: see `sample`.
-            batch_size: images processed at once; `None`: `images_at_once`.
-            num_inference_steps: of a denoiser, each way.
-            guidance_scale, reference_context, compose: see `sample`.
-        """
-        check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
-        pixel_values = self.preprocess(images)
-        before = self.targets(context, len(pixel_values))
-        after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
-        self._check_guidance(guidance_scale, after[0], compose)  # before the long part
-        noise, residual = self.abduct(pixel_values, before, None, batch_size, num_inference_steps)
-        denoising = num_inference_steps, guidance_scale, compose
-        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
-
-    @torch.no_grad()
-    def predict(
-        self,
-        noise: torch.Tensor,
-        residual: torch.Tensor | None,
-        interventions: Interventions,
-        output_type: str = "pt",
-        batch_size: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        reference_context: Interventions = None,
-        compose: str = "head",
-    ) -> Images:
-        """The last step of `edit`: images of what `abduct` returned, under other interventions.
-        Arguments as there.
-        """
-        check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
-        noise = check_noise("noise", noise, self.noise_shape)
-        if self.base.residual_shape is not None:
-            residual = check_noise("residual", residual, self.base.residual_shape, len(noise))
-        after = self._chosen(interventions, len(noise), reference_context, batch_size)
-        self._check_guidance(guidance_scale, after[0], compose)
-        denoising = num_inference_steps, guidance_scale, compose
-        return self._predict(noise, residual, after, output_type, batch_size, *denoising)
-
-    def _predict(
-        self,
-        noise: torch.Tensor,
-        residual: torch.Tensor | None,
-        after: tuple[torch.Tensor, Values | None],
-        output_type: str,
-        batch_size: int | None,
-        num_inference_steps: int,
-        guidance_scale: float,
-        compose: str,
-    ) -> Images:
-        options: dict[str, Any] = {}
-        if self.base.denoises:
-            options = {
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "along_path": True,
-            }
-            options["compose"] = compose
-        return self._decoded_images(noise, *after, output_type, batch_size, residual, **options)
-
-    def _check_guidance(self, guidance_scale: float, targets: torch.Tensor, compose: str) -> None:
-        check_composition(compose)
-        if compose != "head" and not self.base.denoises:
-            raise ValueError(
-                f"compose={compose!r} is for denoisers; a {type(self.base.model).__name__} has no "
-                "scores: leave it out."
-            )
-        if guidance_scale == 1.0:
-            return
-        if not self.base.denoises:
-            raise ValueError(
-                f"guidance_scale is for denoisers; a {type(self.base.model).__name__} has none:"
-                " leave it at 1."
-            )
-        if not bool((targets != 0).any()):
-            raise ValueError(
-                "guidance_scale leads away from the observational context, but nothing is"
-                " intervened on: leave it at 1."
-            )
-
-    @torch.no_grad()
-    def abduct(
-        self,
-        pixel_values: torch.Tensor,
-        targets: torch.Tensor,
-        generator: torch.Generator | None = None,
-        batch_size: int | None = None,
-        num_inference_steps: int = 50,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The noise of images, float32: z, (B, *noise_shape), and the residual noise (B,
-        *residual_shape) that belongs to it, or `None` for a base without residual latents.
-
-        Args:
-            pixel_values: images, (B, C, H, W).
-            targets: of the context they came from, (B, D).
-            generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under
-                the model.
-            batch_size: images processed at once; `None`: `images_at_once`.
-            num_inference_steps: of a denoiser.
-        """
-        options = {"num_inference_steps": num_inference_steps} if self.base.denoises else {}
-        batch_size = batch_size or self.images_at_once
-        batches = zip(pixel_values.split(batch_size), targets.split(batch_size))
-        noise, residuals = zip(
-            *[self._abduct_batch(x, s, generator, **options) for x, s in batches]
-        )
-        return torch.cat(noise), None if residuals[0] is None else torch.cat(residuals)
-
-    def _abduct_batch(
-        self,
-        pixel_values: torch.Tensor,
-        targets: torch.Tensor,
-        generator: torch.Generator | None,
-        **denoising: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def noise(shape: tuple[int, ...]) -> torch.Tensor:
-            shape = (len(pixel_values), *shape)
-            if generator is None:
-                return torch.zeros(shape, device=pixel_values.device)
-            return randn_tensor(
-                shape, generator=generator, device=pixel_values.device, dtype=torch.float32
-            )
-
-        if self.base.residual_shape is None:
-            features = self.base.encode(pixel_values)
-        else:
-            features, latents, _ = self.base.encode_latents(
-                pixel_values, noise(self.base.residual_shape)
-            )
-        mean, logvar = self._posterior_of(features, targets)
-        z = self._noise_of(
-            mean.float() + (0.5 * logvar.float()).exp() * noise(self.draw_shape), targets
-        )
-        if self.base.residual_shape is None:
-            return z, None
-        return z, self.base.residual_noise(latents, self.embed(z, targets), **denoising)
-
-    def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
-        """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
-        return parse_interventions(
-            interventions, self.concepts, num_samples, self.config.free_blocks
-        ).to(self.device)
-
-    def _chosen(
-        self,
-        interventions: Interventions,
-        num_samples: int | None,
-        reference_context: Interventions,
-        batch_size: int | None,
-    ) -> tuple[torch.Tensor, Values | None]:
-        """Targets (num_samples, D) and the chosen values of interventions."""
-        targets, choices = parse_choices(
-            interventions, self.concepts, num_samples, self.config.free_blocks
-        )
-        return targets.to(self.device), model_values(
-            self, choices, len(targets), reference_context, batch_size
-        )
-
-    def preprocess(self, images: ImageInput) -> torch.Tensor:
-        """Check images and bring them to a float tensor (N, C, H, W) in [0, 1] on the model's
-        device.
-        """
-        if isinstance(images, (str, os.PathLike)):
-            raise TypeError(
-                f"an image was expected, not the name of a file: PIL.Image.open({str(images)!r})"
-                " opens it."
-            )
-        if isinstance(images, np.ndarray) and images.dtype == np.uint8:
-            images = images.astype(np.float32) / 255
-        channels, height, width = self.base.image_shape
-        if isinstance(images, Image.Image):
-            images = [images]
-        if not isinstance(images, (np.ndarray, torch.Tensor, list, tuple)):
-            raise TypeError(
-                f"images must be PIL images, an array or a tensor, not a {type(images).__name__}."
-            )
-        if not len(images):
-            raise ValueError("there are no images: give one at least.")
-        if isinstance(images, (list, tuple)) and all(
-            isinstance(image, Image.Image) for image in images
-        ):
-            images = [flat_image(image, channels) for image in images]
-        try:
-            pixel_values = self.image_processor.preprocess(images).to(self.device, torch.float32)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            raise ValueError(
-                "images must be PIL images, a uint8 array (N, H, W, C) or a float tensor (N, C, H,"
-                " W) in [0, 1], all of one size."
-            ) from error
-        if tuple(pixel_values.shape[1:]) != (channels, height, width):
-            found = "x".join(map(str, pixel_values.shape[1:]))
-            raise ValueError(
-                f"images of {channels}x{height}x{width} (channels, height, width) were expected,"
-                f" not {found}: resize them first."
-            )
-        if not bool(((pixel_values >= 0) & (pixel_values <= 1)).all()):  # NaN fails the comparison
-            raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
-        return pixel_values
-
-    def _decoded_images(
-        self,
-        noise: torch.Tensor,
-        targets: torch.Tensor,
-        values: Values | None,
-        output_type: str,
-        batch_size: int | None,
-        residual: torch.Tensor | None,
-        **denoising: Any,
-    ) -> Images:
-        noise, batch_size = noise.to(self.device), batch_size or self.images_at_once
-        residuals, chosen = (
-            [None] * len(noise) if part is None else part.split(batch_size)
-            for part in (residual, values)
-        )
-        images = torch.cat(
-            [
-                check_images(self.base.to_pixels(self.decode(z, s, rho, v, **denoising)))
-                for z, s, rho, v in zip(
-                    noise.split(batch_size), targets.split(batch_size), residuals, chosen
-                )
-            ]
-        )
-        return self.image_processor.postprocess(
-            images, output_type=output_type, do_denormalize=[False] * len(images)
-        )
-
-    reestimate_batch_norm = reestimate_batch_norm
+    def _all_draws(
+        self, draws: dict[str, torch.Tensor], targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The random numbers of the base's loss: those given, and new ones where they lack."""
+        if draws.keys() == self._draw_names:
+            return draws
+        if unknown := sorted(draws.keys() - self._draw_names):
+            raise TypeError(f"forward() takes no {', '.join(unknown)}.")
+        return self.base.training_draws(len(targets), device=targets.device) | draws
 
     # Saving and loading
 
-    # Their arguments are not those of transformers' models.
-    push_to_hub = push_to_hub  # type: ignore[assignment]
-    save_pretrained = save_pretrained  # type: ignore[assignment]
-    from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        save_base: bool | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save what was trained: the head as a transformers model, adapter and base as diffusers
+        models.
+
+        save_directory/config.json, model.safetensors    the head; `InterventionHead.from_pretrained` reads it alone
+        save_directory/adapter/                          the base family's adapter, where it has one
+        save_directory/lora/                             LoRA layers on the base, if it has any; plain PEFT reads them alone
+        save_directory/base/                             the base; plain diffusers reads it alone
+        save_directory/scheduler/, vae/, image_encoder/, image_processor/      what a denoiser needs beside it
+
+        Args:
+            save_directory: the folder.
+            save_base: whether to save the base too (and the models beside it); `None`: unless it still
+                is the pretrained one it was loaded as, or that one in half precision. Then the
+                configuration's `base_reference` (`companion_references`) says where to load it from,
+                and by which hash to know it.
+            variant: put into the names of the weights of head, adapter and base, such as `"fp16"`; cast
+                the model first (`model.half()`).
+            max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA
+                layers are always one file.
+            **kwargs: of the head's `save_pretrained`.
+        """  # noqa: E501
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) would push half of the model: use push_to_hub()."
+            )
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(
+                f"cannot save to {save_directory}: it is a file; give a folder."
+            )
+        if has_lora(self.base.model):
+            for part in (self, self.head) if self.head is not None else (self,):
+                part.config.lora_rank = lora_rank(self.base.model)  # loading looks there
+        save_base_beside(self.base, self.config, save_directory, save_base, variant, max_shard_size)
+        if self.head is None:
+            self.config.save_pretrained(save_directory, **kwargs)
+        else:
+            remove_weights(save_directory, variant)
+            self.head.save_pretrained(
+                save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs
+            )
+        hub.forget_paths(save_directory, ("", *PART_FOLDERS, *self.base.companion_names))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        base: ModelMixin | Base | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        base_token: str | bool = False,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> "InterventionModel":
+        """Load a model saved by `save_pretrained`, from a folder or the Hub; a base that was not
+        saved with it, from its own place.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository.
+            base: the base to use instead, in the precision it has.
+            torch_dtype: precision of head, adapter and base, as in a diffusers pipeline; `None`:
+                float32. For a base in half precision under a head in float32, pass `base`.
+            dtype: the same, by transformers' name for it.
+            variant: the variant to read of what was saved here, such as `"fp16"`; a base elsewhere
+                has its own in `base_reference`.
+            base_token: token for a private base elsewhere, whose repository the model's
+                configuration names and not you; `True`: that of `hf auth login`. Your token is sent
+                there only if you say so.
+            subfolder: of the folder or repository, where the model is.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
+
+        Raises:
+            OSError, ValueError, TypeError: one sentence: not a saved model, no such repository or
+                no access to it, truncated, missing or pickled weights, weights that do not fit the
+                configuration, a base that is not the one the head was trained on (in any
+                precision), or of a class not registered.
+        """
+        name, dtype = pretrained_model_name_or_path, dtype or torch_dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {dtype!r}.")
+        options = hub.pop_options(kwargs)
+        if "output_loading_info" in kwargs:
+            raise TypeError(
+                "InterventionModel.from_pretrained takes no output_loading_info: what does not fit"
+                " is an error here."
+            )
+        path = hub.subfolder(hub.folder(name, **options), subfolder, name)
+        logger.info("loading the model %s from %s", name, path)
+        config = InterventionConfig.from_pretrained(path)
+        options["base_token"] = base_token
+        found = load_base_of(name, path, config, base, dtype, variant, options)
+        head = None
+        if config.ablation not in ("base", "base-pooled"):
+            head = InterventionHead.from_pretrained(
+                path, config=config, dtype=dtype, variant=variant, **kwargs
+            )
+            check_finite(head, f"the head of {name}")
+        model = cls(config, found, head).eval()
+        model._loaded_from = path  # its card may have been edited
+        return model
 
 
 AutoConfig.register(InterventionConfig.model_type, InterventionConfig, exist_ok=True)
 AutoModel.register(InterventionConfig, InterventionHead, exist_ok=True)
-# The head's code travels with checkpoints and cannot know of model cards; here it learns.
-InterventionHead.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]  # other arguments than transformers'
+# The head's code travels with checkpoints and knows no model cards.
+InterventionHead._push = push_with_card

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -62,6 +62,7 @@ class InterventionHead(PreTrainedModel):
     config_class = InterventionConfig
     posterior_offset: torch.Tensor  # of a centred posterior
     base_model_prefix = "head"
+    _push: ClassVar[Callable[..., Any] | None] = None  # how the package pushes it, see `push.py`
     main_input_name = "z"
 
     def __init__(self, config: InterventionConfig):
@@ -416,6 +417,14 @@ class InterventionHead(PreTrainedModel):
         return parse_interventions(
             interventions, config.concepts, num_samples, config.free_blocks
         ).to(self.device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
+        """Push to the Hub, with a model card where this package is installed; arguments as of
+        `InterventionModel.push_to_hub`."""
+        push = type(self)._push
+        if push is not None:
+            return push(self, repo_id, **options)
+        return super().push_to_hub(repo_id, **options)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no `None` for the name, as in no model that is loaded

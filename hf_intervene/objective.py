@@ -12,8 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .logging import get_logger
 from .model import InterventionModel, InterventionModelOutput
-from .terms import Term
+from .terms import Term, build_terms
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -37,6 +41,37 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.terms = nn.ModuleDict({term.name: term for term in terms if term.strength})
+
+    @classmethod
+    def build(
+        cls,
+        model: InterventionModel,
+        contexts: torch.Tensor,
+        strengths: Mapping[str, float],
+        sharded: bool = False,
+    ) -> "Objective":
+        """The objective with the terms that settings ask for; without a head there are none.
+
+        Args:
+            model: the model; the objective is on its device.
+            contexts: targets of the training contexts, (any number, D).
+            strengths: of terms, by name.
+            sharded: whether FSDP has cut the weights, which some terms do not work with.
+
+        Raises:
+            ValueError: one sentence: there is no term of a name.
+        """
+        if model.head is None:
+            return cls(model)
+        each = model.seen(contexts).unique(dim=0)
+        terms = build_terms(model, each, strengths)
+        if left_out := [term.name for term in terms if sharded and not term.sharded]:
+            logger.warning(
+                "%s left out: FSDP does not work with it yet; DDP and ZeRO-2 do.",
+                " and ".join(left_out),
+            )
+            terms = [term for term in terms if term.sharded]
+        return cls(model, terms).to(model.device)
 
     def _named_terms(self) -> Mapping[str, Term]:
         return cast(Mapping[str, Term], self.terms)  # whose values are modules to a type checker

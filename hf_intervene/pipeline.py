@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
-from .bases import DiffusionAdapter, DiffusionBase, LatentAdapter, LightVAE
+from .bases import DiffusionAdapter, LatentAdapter, LightVAE, PipelineBase
 from .bases.base import base_family, model_class_named
 from .bases.limits import check_finite
 from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
@@ -28,9 +28,10 @@ from .bases.lora import merged
 from .contexts import Interventions
 from .image_files import flat_image, upright
 from .logging import get_logger
-from .model import ImageInput, InterventionModel
+from .model import InterventionModel
 from .modeling_intervention import InterventionHead
-from .push import push_to_hub
+from .push import CardPushMixin
+from .sampling_arguments import ImageInput
 
 
 logger = get_logger(__name__)
@@ -44,7 +45,7 @@ _KINDS = {
 }
 
 
-class InterventionPipeline(DiffusionPipeline):
+class InterventionPipeline(CardPushMixin, DiffusionPipeline):
     r"""
     Sample images under interventions, and edit images by them.
 
@@ -52,8 +53,8 @@ class InterventionPipeline(DiffusionPipeline):
         base: the pretrained model under the head.
         head: the intervention head.
         adapter: the network between them, for base families that have one.
-        scheduler, vae, image_encoder, image_processor: of a denoiser, see `DiffusionBase`; as in
-            any pipeline, another scheduler may take the place of the first: `pipe.scheduler =
+        scheduler, vae, image_encoder, image_processor, base_2: of a denoiser, see `DiffusionBase`
+            and `PipelineBase`; as in any pipeline, another scheduler may take the place of the first: `pipe.scheduler =
             DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
 
     Raises:
@@ -73,10 +74,10 @@ class InterventionPipeline(DiffusionPipeline):
     head: InterventionHead
     adapter: ModelMixin | None
 
-    _optional_components = ["adapter", *DiffusionBase.companion_names]
+    _optional_components = ["adapter", *PipelineBase.companion_names]
     # Head and adapter stay on the device: they are small, and not only their `forward` is called.
     _exclude_from_cpu_offload = ["head", "adapter"]
-    model_cpu_offload_seq = "image_encoder->base->vae"
+    model_cpu_offload_seq = "image_encoder->base->base_2->vae"
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class InterventionPipeline(DiffusionPipeline):
         vae: ModelMixin | None = None,
         image_encoder: PreTrainedModel | None = None,
         image_processor: BaseImageProcessor | None = None,
+        base_2: ModelMixin | None = None,
     ):
         super().__init__()
         companions = {
@@ -94,12 +96,11 @@ class InterventionPipeline(DiffusionPipeline):
             "vae": vae,
             "image_encoder": image_encoder,
             "image_processor": image_processor,
+            "base_2": base_2,
         }
         made = _model(base, head, adapter, companions)  # raises unless they fit
         self.register_modules(base=base, head=head, adapter=adapter, **companions)
         self._made = made, self._parts()
-
-    push_to_hub = push_to_hub
 
     @classmethod
     def from_pretrained(
@@ -174,9 +175,8 @@ class InterventionPipeline(DiffusionPipeline):
         """The pipeline's base and head as an `InterventionModel`; the weights are shared."""
         made, parts = self._made
         if any(part is not before for part, before in zip(self._parts(), parts)):  # replaced
-            if isinstance(made.base, DiffusionBase):
-                made.base.injection.remove()
-            companions = {name: getattr(self, name) for name in DiffusionBase.companion_names}
+            made.base.release()
+            companions = {name: getattr(self, name) for name in PipelineBase.companion_names}
             made = _model(self.base, self.head, self.adapter, companions)
             self._made = made, self._parts()
         offloaded = any(hasattr(part, "_hf_hook") for part in self.components.values())
@@ -216,9 +216,10 @@ class InterventionPipeline(DiffusionPipeline):
         """As in diffusers; head and adapter stay on the device, and so does a base that is no
         denoiser. Not only their `forward` is called, which is what brings an offloaded model
         back."""
-        if not self._made[0].base.denoises:
-            self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, "base"]
-            self.model_cpu_offload_seq = "image_encoder->vae"
+        resident = self._made[0].base.resident
+        parts = type(self).model_cpu_offload_seq.split("->")
+        self._exclude_from_cpu_offload = [*type(self)._exclude_from_cpu_offload, *resident]
+        self.model_cpu_offload_seq = "->".join(part for part in parts if part not in resident)
         super().enable_model_cpu_offload(gpu_id, device)
 
     def enable_group_offload(
@@ -226,8 +227,7 @@ class InterventionPipeline(DiffusionPipeline):
     ) -> None:
         """As in diffusers; head and adapter stay on the device."""
         others = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        kept = list(type(self)._exclude_from_cpu_offload)
-        kept += [] if self._made[0].base.denoises else ["base"]
+        kept = [*type(self)._exclude_from_cpu_offload, *self._made[0].base.resident]
         super().enable_group_offload(*args, exclude_modules=[*others, *kept], **kwargs)
 
     @property
@@ -265,7 +265,7 @@ class InterventionPipeline(DiffusionPipeline):
             residual_scale: standard deviation of the residual noise, for a base with residual
                 latents.
             residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images,
-                *residual_shape).
+                *shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without
                 interventions.
@@ -378,7 +378,7 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
         OSError, ValueError: one sentence.
     """
     library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if part in ("base", "vae"):
+    if part in ("base", "vae", "base_2"):
         check_part(model_class_named(name), folder, what, variant)
         return
     found: Any = getattr(

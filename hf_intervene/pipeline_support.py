@@ -74,7 +74,7 @@ def support(
         denoiser=type(base.model).__name__,
         site=site_text(base.injection.sites),
         image_shape=base.image_shape,
-        sample_shape=base.residual_shape,
+        sample_shape=base.sample_shape,
         arguments=argument_texts(recording),
         prediction=placement_text(recording.output, "the output"),
         latents=(

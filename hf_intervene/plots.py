@@ -19,8 +19,9 @@ from matplotlib.lines import Line2D
 
 from .cards import shown_protocol
 from .contexts import OBS, Interventions, Quantile, context_name
-from .model import ImageInput, InterventionModel
+from .generation import GenerationMixin
 from .pixels import difference, to_uint8
+from .sampling_arguments import ImageInput
 
 
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
@@ -151,7 +152,7 @@ def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figur
 
 
 def traversal(
-    model: InterventionModel,
+    model: GenerationMixin,
     image: ImageInput,
     context: Interventions = None,
     quantiles: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
@@ -171,7 +172,7 @@ def traversal(
 
 
 def strength_traversal(
-    model: InterventionModel,
+    model: GenerationMixin,
     image: ImageInput,
     context: Interventions = None,
     strengths: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -189,7 +190,7 @@ def strength_traversal(
 
 
 def _traverse(
-    model: InterventionModel,
+    model: GenerationMixin,
     image: ImageInput,
     context: Interventions,
     values: Mapping[str, Quantile | float],
@@ -256,7 +257,7 @@ def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Fig
     return figure
 
 
-def total_effects(model: InterventionModel, draws: int = 1000, seed: int = 0) -> Figure:
+def total_effects(model: GenerationMixin, draws: int = 1000, seed: int = 0) -> Figure:
     """Heat map of what the intervention layer makes of each block's noise: the share of each
     concept's representation that comes from the noise of each block, along all paths (see
     `metrics/causal.py`). A mechanism that works, not a causal graph.

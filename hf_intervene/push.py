@@ -22,12 +22,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from . import cards
-from .bases.diffusion import DiffusionBase
+from .bases.pipelines import PipelineBase
 from .contexts import OBS
 from .hub import clear_errors, without_path
 
 
-PARTS = ("adapter", "base", "head", "lora", *DiffusionBase.companion_names)
+PARTS = ("adapter", "base", "head", "lora", *PipelineBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its
 # base would be taken for this one's.
 MODEL_FILES = [
@@ -49,65 +49,80 @@ MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "s
 CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 
 
-def push_to_hub(
-    self: Any,
+class CardPushMixin:
+    """What a model or pipeline is pushed to the Hub by."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        metrics: str | os.PathLike | None = None,
+        license: str | None = None,
+        dataset_id: str | None = None,
+    ) -> CommitInfo:
+        """Push to the Hub, with a model card, in one commit: what is there stays as it is until all
+        of it has arrived. Where the folder that this was loaded from has a card that somebody
+        edited and said so, that one is pushed.
+
+        Args:
+            repo_id: repository, `user/name` or `name`; it is made if there is none.
+            commit_message, commit_description: of the commit.
+            private: whether a new repository is private; `None`: as is usual for its owner.
+            token: access token; `None`: the one of `hf auth login`.
+            revision: branch to push to; it is made if there is none.
+            create_pr: whether to open a pull request instead.
+            metrics: `metrics.json` of `hf-intervene evaluate`, or its folder, to show on the card.
+            license: licence of the weights, such as `"apache-2.0"`.
+            dataset_id: data set on the Hub that it was trained on.
+
+        Returns:
+            The commit.
+
+        Raises:
+            OSError, ValueError: one sentence: no access, the Hub or the connection fails.
+        """
+        options = {"private": private, "token": token, "revision": revision}
+        options |= {"create_pr": create_pr, "commit_message": commit_message}
+        return push_with_card(
+            self,
+            repo_id,
+            metrics,
+            license,
+            dataset_id,
+            **options,
+            commit_description=commit_description,
+        )
+
+
+def push_with_card(
+    saved: Any,
     repo_id: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     metrics: str | os.PathLike | None = None,
     license: str | None = None,
     dataset_id: str | None = None,
+    **options: Any,
 ) -> CommitInfo:
-    """Push to the Hub, with a model card, in one commit: what is there stays as it is until all of
-    it has arrived. Where the folder that this was loaded from has a card that somebody edited and
-    said so, that one is pushed.
-
-    Args:
-        repo_id: repository, `user/name` or `name`; it is made if there is none.
-        commit_message, commit_description: of the commit.
-        private: whether a new repository is private; `None`: as is usual for its owner.
-        token: access token; `None`: the one of `hf auth login`.
-        revision: branch to push to; it is made if there is none.
-        create_pr: whether to open a pull request instead.
-        metrics: `metrics.json` of `hf-intervene evaluate`, or its folder, to show on the card.
-        license: licence of the weights, such as `"apache-2.0"`.
-        dataset_id: data set on the Hub that it was trained on.
-
-    Returns:
-        The commit.
-
-    Raises:
-        OSError, ValueError: one sentence: no access, the Hub or the connection fails.
-    """
+    """`CardPushMixin.push_to_hub` of a head, model or pipeline; `options` are those of
+    `push_folder`."""
     with TemporaryDirectory() as folder:
-        self.save_pretrained(folder)
-        model = (
-            self if hasattr(self, "sample") else getattr(self, "model", None)
-        )  # a head alone draws nothing
-        if model is not None:
+        saved.save_pretrained(folder)
+        model = saved if hasattr(saved, "sample") else getattr(saved, "model", None)
+        if model is not None:  # a head alone draws nothing
             draw_samples(model, Path(folder, cards.SAMPLES_FILE))
         draw_floors(metrics, folder)
-        repo_id = full_name(repo_id, token)
-        own = _own_card(getattr(self, "_loaded_from", None))
+        repo_id = full_name(repo_id, options.get("token"))
+        own = _own_card(getattr(saved, "_loaded_from", None))
         if own is None:
             cards.write_card(folder, repo_id, metrics, license, dataset_id, head_only=model is None)
         else:
             Path(folder, cards.CARD_FILE).write_text(own, encoding="utf-8")
-        commit = {"commit_message": commit_message, "commit_description": commit_description}
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            **commit,
-        )
+        return push_folder(folder, repo_id, **options)
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
@@ -242,6 +257,8 @@ def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
     samples = {name: model.sample(name, noise=noise, output_type="np") for name in contexts}
     for module, training in modes.items():
         module.training = training
+    if len(model.base.image_shape) == 4:  # of a clip the middle frame
+        samples = {name: clips[:, clips.shape[1] // 2] for name, clips in samples.items()}
     save(strips({name: to_uint8(array) for name, array in samples.items()}), path, dpi=100)
 
 
@@ -257,4 +274,4 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
         save(floor_chart(measured), path)
 
 
-__all__ = ["push_folder", "push_to_hub"]
+__all__ = ["CardPushMixin", "push_folder", "push_with_card"]

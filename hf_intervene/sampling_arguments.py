@@ -4,13 +4,21 @@ Every error is one sentence.
 """
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from .image_files import flat_image
 
 from .contexts import shown
 
 
+ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
 OUTPUT_TYPES = ("pt", "np", "pil")
 COMPOSITIONS = ("head", "scores")  # how several concepts are composed
 
@@ -107,6 +115,70 @@ def check_noise(
     if not bool(torch.isfinite(noise).all()):
         raise ValueError(f"{name} must be finite numbers, and some are NaN or infinite.")
     return noise
+
+
+def check_pixels(
+    images: Any, image_shape: tuple[int, ...], processor: VideoProcessor, device: torch.device
+) -> torch.Tensor:
+    """Images of any form as a float tensor (N, C, H, W) in [0, 1], clips as (N, C, T, H, W).
+
+    Args:
+        images: an `ImageInput`.
+        image_shape: (C, H, W) that they must have, or (C, T, H, W).
+        processor: that brings them to a tensor, and resizes nothing.
+        device: of the tensor.
+
+    Raises:
+        TypeError, ValueError: one sentence.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        raise TypeError(
+            f"an image was expected, not the name of a file: PIL.Image.open({str(images)!r})"
+            " opens it."
+        )
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = images.astype(np.float32) / 255
+    channels, is_clip = image_shape[0], len(image_shape) == 4
+    if isinstance(images, Image.Image):
+        images = [images]
+    if not isinstance(images, (np.ndarray, torch.Tensor, list, tuple)):
+        raise TypeError(
+            f"images must be PIL images, an array or a tensor, not a {type(images).__name__}."
+        )
+    if not len(images):
+        raise ValueError("there are no images: give one at least.")
+    images = _flat(images, channels)
+    try:
+        if is_clip and isinstance(images, torch.Tensor):
+            # diffusers has the frames in front of the channels.
+            images = (images if images.ndim == 5 else images[None]).transpose(1, 2)
+        bring = processor.preprocess_video if is_clip else processor.preprocess
+        pixel_values = bring(images).to(device, torch.float32)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            "clips must be lists of PIL images, a uint8 array (N, T, H, W, C) or a float tensor (N,"
+            " C, T, H, W) in [0, 1], all of one size."
+            if is_clip
+            else "images must be PIL images, a uint8 array (N, H, W, C) or a float tensor (N, C, H,"
+            " W) in [0, 1], all of one size."
+        ) from error
+    if tuple(pixel_values.shape[1:]) != tuple(image_shape):
+        expected, found = ("x".join(map(str, s)) for s in (image_shape, pixel_values.shape[1:]))
+        kind, axes = ("clips", "frames, height") if is_clip else ("images", "height")
+        raise ValueError(
+            f"{kind} of {expected} (channels, {axes}, width) were expected, not {found}: resize"
+            " them first."
+        )
+    if not bool(((pixel_values >= 0) & (pixel_values <= 1)).all()):  # NaN fails the comparison
+        raise ValueError("pixel values must lie in [0, 1]; some do not, or are NaN.")
+    return pixel_values
+
+
+def _flat(images: Any, channels: int) -> Any:
+    """PIL images, and lists of them, with so many channels; all else as it is."""
+    if isinstance(images, (list, tuple)):
+        return [_flat(image, channels) for image in images]
+    return flat_image(images, channels) if isinstance(images, Image.Image) else images
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:

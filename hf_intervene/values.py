@@ -19,16 +19,12 @@ seen in images (`plots.traversal`)."""
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .contexts import Interventions, Quantile, Value
+from .contexts import Quantile, Value
 from .modeling_intervention import InterventionHead
-
-
-if TYPE_CHECKING:
-    from .model import InterventionModel
 
 
 DRAWS, NEAREST = 4096, 64
@@ -158,62 +154,6 @@ def head_values(
             block = config.concepts.index(name)
             values[row, block] = c[block]
     return Values(values.expand(num_samples, -1, -1), chosen.expand(num_samples, -1))
-
-
-def model_values(
-    model: "InterventionModel",
-    choices: Sequence[dict[str, Value]],
-    num_samples: int,
-    reference_context: Interventions,
-    batch_size: int | None,
-) -> Values | None:
-    """`head_values` of an `InterventionModel`; reference images are abducted under
-    `reference_context`, one for all or for each sample.
-
-    Raises:
-        ValueError: one sentence: no head or a pooled one, a reference context without a reference,
-            an image of another size.
-    """
-    if choices and model.config.ablation is not None:
-        raise ValueError(
-            f"a model with ablation={model.config.ablation!r} has no values of concepts to choose."
-        )
-    if reference_context is not None and all(
-        isinstance(v, Quantile) for choice in choices for v in choice.values()
-    ):
-        raise ValueError(
-            "reference_context is the context of reference images, but none is given: leave it out."
-        )
-    if not choices or model.head is None:
-        return None
-    head = model.head
-    contexts = model.targets(reference_context)  # (1 or B, D)
-    if len(contexts) == 1:
-        contexts = contexts.expand(len(choices), -1)
-    else:
-        contexts = model.targets(contexts, num_samples)
-        choices = [*choices] * num_samples if len(choices) == 1 else choices
-
-    def encode(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
-        pixel_values = torch.cat(
-            [_pixel_values(model, name, image) for name, image in zip(names, images)]
-        )
-        targets, size = contexts[rows], batch_size or model.images_at_once
-        batches = zip(pixel_values.split(size), targets.split(size))
-        means = [(model._posterior_of(model.base.encode(x), s)[0], s) for x, s in batches]
-        return torch.cat([head(model._noise_of(mean, s), s).concepts.float() for mean, s in means])
-
-    return head_values(head, choices, num_samples, encode)
-
-
-def _pixel_values(model: "InterventionModel", name: str, image: Any) -> torch.Tensor:
-    """A reference image as (1, C, H, W)."""
-    if getattr(image, "ndim", 0) == 2:  # grey, without a channel
-        image = image[None] if isinstance(image, torch.Tensor) else image[..., None]
-    try:
-        return model.preprocess(image[None] if hasattr(image, "ndim") else image)
-    except ValueError as error:
-        raise ValueError(f"the reference image of {name!r}: {error}") from error
 
 
 __all__ = ["each_alone", "influence", "learnt_range", "quantile_value"]

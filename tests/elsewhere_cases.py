@@ -116,9 +116,9 @@ def passed(model, place):
     """Loss, gradients, samples and edits."""
     torch.manual_seed(0)
     images = torch.rand(4, *model.base.image_shape)
-    noise, residual = torch.randn(4, *model.noise_shape), model.base.residual_shape
+    noise = torch.randn(4, *model.noise_shape)
     draws = model.posterior_draws(4, torch.Generator().manual_seed(0))
-    options = {"num_inference_steps": 2} if model.base.denoises else {}
+    options = {"num_inference_steps": 2} if model.base.passes > 1 else {}
     model.to(place).train()
     given = {name: value.to(place) for name, value in draws.items()}
     loss = model(images.to(place), model.targets(CONTEXTS), **given).loss
@@ -127,8 +127,7 @@ def passed(model, place):
         "loss": loss.detach().cpu()
     }
     model.eval()
-    if residual is not None:
-        options["residual_noise"] = torch.randn(4, *residual)
+    options |= model.base.draws(4)
     found["samples"] = model.sample(CONTEXTS, 4, noise=noise, output_type="pt", **options).cpu()
     options.pop("residual_noise", None)
     edited = (
@@ -244,7 +243,7 @@ def test_training_a_denoiser(device, tmp_path):
     model, rows = trained(
         tmp_path / "run", base=str(tmp_path / "base"), regime="fine-tune", max_steps=4
     )
-    assert model.base.denoises and len(rows) > 1
+    assert model.base.loss_name == "denoising_loss" and len(rows) > 1
 
 
 @pytest.mark.slow

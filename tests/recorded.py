@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from hf_intervene.bases import PipelineBase
 
 
-# Training takes one denoiser and one frame; inference of the others is tested with `attach`.
+# Clips and two denoisers are in `test_clips.py`.
 KINDS = (
     *(kind for kind in pipelines.KINDS if kind not in ("wan-two", "wan-clip")),
     "sdxl-text",
@@ -116,4 +116,54 @@ def _cogview3():
     return pipe, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(1, 5, 12))
 
 
-_MORE = {"sdxl-text": sdxl_with_text, "kontext": _kontext, "cogview3": _cogview3}
+def _cogvideox():
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=12,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    parts = {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": scheduler}
+    pipe = diffusers.CogVideoXPipeline(text_encoder=None, tokenizer=None, **parts)
+    return pipe, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(1, 5, 12))
+
+
+def _wan_video():
+    """With an autoencoder that says by how much it really downsamples."""
+    parts = pipelines._wan()
+    parts["vae"].register_to_config(scale_factor_temporal=2, scale_factor_spatial=4)
+    for part in (parts["transformer"], parts["vae"]):
+        part.eval()
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, **parts)
+    return pipe, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(1, 5, 12))
+
+
+_MORE = {
+    "sdxl-text": sdxl_with_text,
+    "kontext": _kontext,
+    "cogview3": _cogview3,
+    "cogvideox": _cogvideox,
+    "wan-video": _wan_video,
+}

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
-from hf_intervene import Base, InterventionModel, LightVAE, register_base, wrap_base
+from hf_intervene import Base, Encoded, InterventionModel, LightVAE, register_base, wrap_base
 
 
 CONCEPTS = ["a", "b"]
@@ -58,11 +58,10 @@ def test_loss_is_the_negative_elbo(ablation):
     model = tiny_model(ablation).eval()
     x, s = torch.rand(5, 3, 16, 16), model.targets([["a"], ["b"], ["a", "b"], None, {"a": 0.5}])
     noise = torch.randn(5, *model.noise_shape)
-    out = model(x, s, beta=3.0, noise=noise, return_reconstruction=True)
+    out = model(x, s, beta=3.0, noise=noise)
     mean, logvar = model.posterior(x, s)
     z = mean + logvar.exp().sqrt() * noise
-    pixels = model.base.to_pixels(model.decode(z, s))
-    torch.testing.assert_close(out.reconstruction, pixels)
+    pixels = model.decode(z, s)
     expected = -(x * pixels.log() + (1 - x) * (1 - pixels).log()).flatten(1).sum(1)
     torch.testing.assert_close(out.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(out.loss, (expected + 3.0 * out.kl).mean(), rtol=1e-4, atol=1e-3)
@@ -120,9 +119,11 @@ def test_fewer_images_at_once_where_they_are_large(monkeypatch):
     for side, number in ((28, 256), (64, 256), (128, 64), (512, 4), (2048, 1)):
         monkeypatch.setattr(model.base, "image_shape", (3, side, side))
         assert model.images_at_once == number
-    decode = model.base.decode
+    generate = model.base.generate
     monkeypatch.setattr(model.base, "image_shape", (3, 512, 512))
-    monkeypatch.setattr(model.base, "decode", lambda e: decoded.append(len(e)) or decode(e))
+    monkeypatch.setattr(
+        model.base, "generate", lambda e, *a, **k: decoded.append(len(e)) or generate(e, *a, **k)
+    )
     torch.testing.assert_close(model.sample("a", 5, torch.Generator().manual_seed(0)), whole)
     assert decoded == [4, 1]
 
@@ -269,16 +270,14 @@ def test_an_unsupported_base_and_how_to_register_it(tmp_path):
         feature_width, embedding_shape, image_shape = 6, (6,), (3, 4, 4)
 
         def encode(self, pixel_values):
-            return self.model.down(pixel_values.flatten(1))
+            return Encoded(self.model.down(pixel_values.flatten(1)), {"x": pixel_values})
 
-        def decode(self, embedding):
-            return self.model.up(embedding).unflatten(1, self.image_shape)
+        def loss(self, embedding, encoded, draws):
+            error = self.generate(embedding, draws) - encoded.kept["x"]
+            return {"reconstruction_loss": error.square().flatten(1).sum(1)}
 
-        def reconstruction_loss(self, decoded, pixel_values):
-            return (decoded - pixel_values).square().flatten(1).sum(1)
-
-        def to_pixels(self, decoded):
-            return decoded.clamp(0, 1)
+        def generate(self, embedding, draws, **options):
+            return self.model.up(embedding).unflatten(1, self.image_shape).clamp(0, 1)
 
     model = InterventionModel.build(Toy(), CONCEPTS).eval()
     model.save_pretrained(tmp_path)

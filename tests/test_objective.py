@@ -1,5 +1,6 @@
 """The objective and its terms: sums, gradients, and a term that somebody adds."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,10 @@ from hf_intervene.terms import (
     FreeInvariance,
     GroupLasso,
     Term,
+    term_names,
 )
 from hf_intervene.terms.edit_consistency import LARGEST, edited
+from hf_intervene.training.train import TrainArguments, build_objective
 
 
 CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
@@ -144,8 +147,8 @@ def test_edit_consistency_by_a_loop(model, batch):
                 draws["noise"][row],
                 draws["kind"][row],
             )
-            image = model.base.to_pixels(model.base.decode(model.head.represent(after)))
-            mean, logvar = model.head.posterior(model.base.encode(image), new)
+            image = model.base.generate(model.head.represent(after), {})
+            mean, logvar = model.head.posterior(model.base.encode(image).features, new)
             expected.append((0.5 * (after - mean) ** 2 / logvar.exp()).clamp(max=LARGEST).sum())
         found = term.loss(model, output, batch["targets"], draws)
     torch.testing.assert_close(found, torch.stack(expected).mean())
@@ -180,17 +183,48 @@ class DarkImages(Term):
 
     def loss(self, model, output, targets, draws):
         assert draws["noise"].shape == (len(targets),)
-        return model.base.to_pixels(model.base.decode(model.head.represent(output.draw))).mean()
+        return model.base.generate(model.head.represent(output.draw), {}).mean()
 
 
-def test_a_new_term_is_one_class(model, batch):
-    objective = Objective(model, [DarkImages(3.0)])
+@dataclass
+class Settings(TrainArguments):
+    dark_images: float = 0.0
+
+
+def test_a_new_term_is_one_class_and_one_setting(model, batch, tiny):
+    """Nothing else has to know of it: training builds its objective by the names in the
+    settings."""
+    settings = Settings(**tiny | {"context_prediction": 0.0, "dark_images": 3.0})
+    settings.edit_consistency = settings.free_invariance = 0.0
+    data = SimpleNamespace(targets=lambda free_blocks: CONTEXTS)
+    objective = build_objective(settings, model, data)
+    assert set(objective.terms) == {"dark_images"}
+    assert objective.weights(0.5) == {"dark_images": 3.0}
     draws = objective.draws(6, torch.Generator().manual_seed(0))
     output = objective(**batch, weights={"dark_images": torch.tensor(3.0)}, **draws)
     elbo = (output.reconstruction_loss + output.kl).mean()
     torch.testing.assert_close(
         output.loss - elbo, 3 * output.terms["dark_images"], rtol=1e-3, atol=1e-3
     )
+
+
+def test_terms_that_a_model_has_no_use_for_are_left_out(model):
+    strengths = dict.fromkeys(term_names(), 1.0) | {"dark_images": 0.0}
+    assert set(Objective.build(model, CONTEXTS, strengths).terms) == {
+        "context_prediction",
+        "edit_consistency",
+        "free_invariance",
+        "group_lasso",
+        "l2",
+    }
+    assert set(Objective.build(model, CONTEXTS, strengths, sharded=True).terms) == {
+        "context_prediction",
+        "group_lasso",
+        "l2",
+    }
+    assert set(Objective.build(model, CONTEXTS[:1], strengths).terms) == {"group_lasso", "l2"}
+    with pytest.raises(ValueError, match="no term 'dark': the terms are context_prediction"):
+        Objective.build(model, CONTEXTS, {"dark": 1.0})
 
 
 def test_penalties_are_of_the_edges_into_concepts(model, batch):

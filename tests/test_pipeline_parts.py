@@ -148,7 +148,7 @@ def test_composed_scores_are_the_sum_of_what_each_concept_changes(kind, w):
     model, base = pipe.model, pipe.model.base
     z, x = (
         torch.randn(2, 3, 4, generator=generator()),
-        torch.randn(2, *base.residual_shape, generator=generator(1)),
+        torch.randn(2, *base.sample_shape, generator=generator(1)),
     )
     o, a, b = (model.embed(z, model.targets(s, 2)) for s in ("obs", {"a": 0.5}, "b"))
 
@@ -158,7 +158,7 @@ def test_composed_scores_are_the_sum_of_what_each_concept_changes(kind, w):
         return plain + w * (base.denoise(x, t, a) - plain) + w * (base.denoise(x, t, b) - plain)
 
     with torch.no_grad():
-        expected = base.to_pixels(base._to_images(follow(predict, base.scheduler, x, 3)))
+        expected = (base._to_images(follow(predict, base.scheduler, x, 3)) / 2 + 0.5).clamp(0, 1)
     call = {"noise": z, "num_inference_steps": 3, "guidance_scale": w, "output_type": "pt"}
     found = model.predict(
         z, x, {"a": 0.5, "b": 1.0}, num_inference_steps=3, guidance_scale=w, compose="scores"

@@ -179,7 +179,7 @@ def test_a_clean_sample_decodes_to_its_image(kind, bases):
     """
     base, images = bases(kind), torch.rand(2, *bases(kind).image_shape, generator=generator())
     x0 = base.prepare(images)["x0"]
-    assert x0.shape == (2, *base.residual_shape)
+    assert x0.shape == (2, *base.sample_shape)
     latents = base.adapter.recorded.to_latents(x0)
     own = latents_of(base.vae, 2 * images - 1)[0]
     assert torch.allclose(latents.reshape_as(own), own, atol=1e-5)
@@ -368,7 +368,7 @@ def test_load_base_records_a_pipeline_of_a_folder(tmp_path):
     own = PipelineBase.from_pipeline(pipe, "a b")
     for a, b in zip(base.adapter.recorded.constants, own.adapter.recorded.constants, strict=True):
         assert torch.allclose(a, b)
-    x, t = torch.randn(2, *base.residual_shape, generator=generator()), torch.tensor(500)
+    x, t = torch.randn(2, *base.sample_shape, generator=generator()), torch.tensor(500)
     with torch.no_grad():
         assert torch.allclose(base._predicted(x, t), own._predicted(x, t), atol=1e-5)
 

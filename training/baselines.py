@@ -158,12 +158,13 @@ class Baseline(InterventionModel):
             beta, weight: see the losses.
             images: size of the training set.
         """
-        mean, logvar = self._posterior_of(self.base.encode(x), s)
+        encoded = self.base.encode(x)
+        mean, logvar = self._posterior_of(encoded.features, s)
         mean, logvar = mean.float(), logvar.float()
         if self.baseline == "ada-gvae":
             mean, logvar = averaged_posteriors(mean, logvar)
         z = mean + (0.5 * logvar).exp() * noise
-        loss = self.base.reconstruction_loss(self.base.decode(self.embed(z, s)), x).mean()
+        loss = self.base.loss(self.embed(z, s), encoded, {})["reconstruction_loss"].mean()
         if self.baseline == "beta-tcvae":
             return loss + decomposed_kl(
                 mean.flatten(1), logvar.flatten(1), z.flatten(1), beta, weight, images

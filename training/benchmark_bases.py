@@ -349,7 +349,7 @@ def denoise(rounds: int, config: dict = STABLE_DIFFUSION_UNET, batch_size: int =
         ) in model.base.adapter.projections.values:  # zero in a new head: as after training
             torch.nn.init.normal_(values.weight, std=0.02)
         x, z = (
-            torch.randn(batch_size, *model.base.residual_shape),
+            torch.randn(batch_size, *model.base.sample_shape),
             torch.randn(batch_size, *model.noise_shape),
         )
         targets, t = model.targets(["quad1", "size"], batch_size), torch.tensor(500)

@@ -135,7 +135,7 @@ def evaluate(
         (of a denoiser with `edits` only: it takes longer than all the rest).
     """
     model.eval()
-    leaks = model.base.residual_shape is not None and (edits or not model.base.denoises)
+    leaks = bool(model.base.noise_shapes) and (edits or model.base.passes == 1)
     if leaks:
         check_installed()  # now, not after all the rest
     steps = {"num_inference_steps": num_inference_steps}
@@ -205,7 +205,7 @@ def evaluate(
                 .cpu()
                 .numpy()
             )
-        if not model.base.denoises or edits:
+        if model.base.passes == 1 or edits:
             others = model.preprocess(others[: len(images)])
             noise, residual = model.abduct(
                 others, model.targets(name, len(others)), generator, batch_size, **steps
@@ -216,7 +216,7 @@ def evaluate(
             contexts[name]["reconstruction"] = {"distance": sliced_w2(projected[0], returned)}
     contexts, residuals = (_of_all_processes(own, real) for own in (contexts, residuals))
     metrics = {}
-    if twins is not None and (edits or not model.base.denoises):
+    if twins is not None and (edits or model.base.passes == 1):
         for name, error in measure_counterfactuals(model, twins, seed, num_inference_steps).items():
             if name in contexts:
                 contexts[name]["counterfactual"] = error
@@ -269,7 +269,7 @@ def _of_all_processes(own: dict, order: Iterable[str]) -> dict:
 
 
 def _loss_name(model: InterventionModel) -> str:
-    return "denoising_loss" if model.base.denoises else "bits_per_pixel"
+    return model.base.loss_name
 
 
 def _negative_elbo(

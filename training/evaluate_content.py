@@ -71,14 +71,9 @@ def measure_content(
         )
     if quad_variant is not None and len(generated) >= MIN_SAMPLES:
         found["factors"] = measure_factors(name, real[name], others, generated, quad_variant, seed)
-    if (
-        model.head is not None
-        and not model.base.denoises
-        and len(wanted(name, model.concepts)) == 1
-    ):
+    if model.head is not None and model.base.passes == 1 and len(wanted(name, model.concepts)) == 1:
         some = noise[:ROUTE_IMAGES]
-        shape = model.base.residual_shape
-        residual = None if shape is None else torch.randn(len(some), *shape, generator=generator)
+        residual = model.base.draws(len(some), generator)
         found["routes"] = measure_routes(model, name, some, residual, detector)
     return found
 
@@ -261,16 +256,16 @@ def measure_routes(
     model: InterventionModel,
     context: str,
     noise: torch.Tensor,
-    residual: torch.Tensor | None,
+    residual: Mapping[str, torch.Tensor],
     detector: Detector | None,
 ) -> dict:
     """`Routes` of one concept, as a dict: the same noise under the whole intervention and under its
     halves.
 
     Args:
-        model: a model with a head, no denoiser.
+        model: a model with a head, whose images take one pass.
         context: the concept.
-        noise: (n, *noise_shape); `residual`: (n, *residual_shape), or `None`.
+        noise: (n, *noise_shape); `residual`: of `Base.draws`, each (n, ...).
         detector: of concepts, or `None`.
     """
     s = model.targets(context, len(noise))
@@ -288,8 +283,8 @@ def measure_routes(
             embedding = model.embed(
                 noise[rows].to(model.device), own[rows], edge_targets=edges[rows]
             )
-            rest = () if residual is None else (residual[rows].to(model.device),)
-            parts.append(model.base.to_pixels(model.base.decode(embedding, *rest)))
+            draws = {key: value[rows].to(model.device) for key, value in residual.items()}
+            parts.append(model.base.generate(embedding, draws))
         images[name] = torch.cat(parts).permute(0, 2, 3, 1).float().cpu().numpy().clip(0, 1)
     return compare_routes(**images, concept=context, detector=detector).to_dict()
 

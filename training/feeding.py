@@ -140,7 +140,11 @@ class Feed:
         indices = host.pop("indices")
         self._ids = host.pop("ids")
         ids = self._ids.to(self.device, non_blocking=True)
-        own = {name: value.to(self.device, non_blocking=True) for name, value in host.items()}
+        # Numbers of prompts stay on the host, which looks the prompts up.
+        own = {
+            name: value if name == "prepared.prompts" else value.to(self.device, non_blocking=True)
+            for name, value in host.items()
+        }
         size, first = self.micro_batch, self.rank * self.micro_batch * self.accumulation
         parts = [
             slice(start, start + size)

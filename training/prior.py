@@ -150,9 +150,9 @@ def _codes(
         inputs = model_inputs(data, prepared, part, model.device)
         base = model.base
         features = (
-            base.encode(inputs["pixel_values"])
+            base.encode(inputs["pixel_values"]).features
             if prepared is None
-            else base.features(inputs["prepared"])
+            else base.encode_prepared(inputs["prepared"]).features
         )
         mean, logvar = model.head.posterior(features, targets.to(model.device))
         found.append((mean.cpu(), (0.5 * logvar).exp().cpu(), targets))

@@ -23,7 +23,7 @@ from accelerate.utils import reduce
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from hf_intervene.bases import Base, LightVAE, load_base
+from hf_intervene.bases import LightVAE, load_base
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.cards import SETTINGS_FILE
 from hf_intervene.data import ContextImages, ContextSchedule, load_contexts
@@ -32,7 +32,7 @@ from hf_intervene.errors import INTERRUPTED, spoken
 from hf_intervene.logging import bars_on_terminals_only, get_logger
 from hf_intervene.model import InterventionModel, InterventionModelOutput
 from hf_intervene.objective import Objective
-from hf_intervene.terms import L2, ContextPrediction, EditConsistency, FreeInvariance, GroupLasso
+from hf_intervene.terms import term_names
 from hf_intervene.training.arguments import (
     SETTINGS_VERSION,
     TrainArguments,
@@ -194,7 +194,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             "gradient_checkpointing does not go with prompts whose embeddings are of different"
             " lengths: leave one of them out."
         )
-    if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
+    if a.min_snr_gamma is not None and not hasattr(base, "min_snr_gamma"):
         raise ValueError(
             "min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it"
             " out."
@@ -219,28 +219,8 @@ def build_objective(
     """The ELBO of the model, and the terms that the settings ask for; `sharded`: whether FSDP has
     cut its weights.
     """
-    a, head = arguments, model.head
-    if head is None:
-        return Objective(model)
-    terms = [GroupLasso(a.group_lasso), L2(a.l2)]
-    if head.is_flow:
-        contexts = model.seen(data.targets(model.config.free_blocks)).unique(dim=0)
-        if len(contexts) > 1:
-            terms.append(ContextPrediction(a.context_prediction, contexts))
-            free = model.config.free_blocks * model.config.concept_width
-            if sharded and (a.edit_consistency or a.free_invariance):
-                # Blocks that FSDP gathers one at a time do not take a second pass with weights that
-                # are held, and it does not know of the parameters of terms.
-                logger.warning(
-                    "edit_consistency and free_invariance are left out: they do not work with FSDP"
-                    " yet; DDP and ZeRO-2 have them."
-                )
-                return Objective(model, terms).to(model.device)
-            if free:
-                terms.append(FreeInvariance(a.free_invariance, contexts, len(model.concepts), free))
-            if not model.base.denoises:  # its images take many steps
-                terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
-    return Objective(model, terms).to(model.device)
+    strengths = {name: getattr(arguments, name, 0.0) for name in term_names()}
+    return Objective.build(model, data.targets(model.config.free_blocks), strengths, sharded)
 
 
 def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
@@ -598,7 +578,7 @@ def _train(
                 means = reduce(sums, "sum") / (unlogged * a.batch_size)
                 reconstruction, kl, residual_kl = loss_units(model, means).tolist()
                 row = {"reconstruction": reconstruction, "kl": kl}
-                if model.base.residual_shape is not None and not model.base.denoises:
+                if "residual_kl" in model.base.loss_terms:
                     row["residual_kl"] = residual_kl
                 sums.zero_()
                 unlogged = 0

@@ -1,7 +1,6 @@
 """What a run does at every validation: its loss, a grid of samples, the model as it is saved."""
 
 import copy
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hf_intervene.data import ContextImages
 from hf_intervene.logging import get_logger
-from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.model import InterventionModel
 from hf_intervene.plots import read_history, save, training_curves
 from hf_intervene.training.arguments import TrainArguments
@@ -65,14 +63,12 @@ def loss_units(
     """A sum of terms of the loss of an image in bits per pixel; of a denoiser, which has no
     likelihood, per entry of what it denoises.
     """
-    if model.base.denoises:
-        return loss / math.prod(model.base.residual_shape)
-    return bits_per_pixel(loss, *model.base.image_shape[-2:])
+    return model.base.per_unit(loss)
 
 
 def loss_unit(model: InterventionModel) -> str:
     """What `loss_units` counts in, in words."""
-    return "per entry, squared error and KL" if model.base.denoises else "bits per pixel"
+    return model.base.loss_unit
 
 
 def validation_loss(

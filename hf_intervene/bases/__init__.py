@@ -1,8 +1,9 @@
 """Base families: how a head meets a pretrained model (see `base.py`)."""
 
+from .adapter import DiffusionAdapter
 from .autoencoder import AutoencoderBase, LatentAdapter
-from .base import Base, register_base, wrap_base
-from .diffusion import DiffusionAdapter, DiffusionBase
+from .base import Base, Encoded, register_base, wrap_base
+from .diffusion import DiffusionBase
 from .light_vae import LightVAE, LightVAEBase
 from .pipelines import PipelineBase
 from .pretrained import load_base
@@ -13,6 +14,7 @@ __all__ = [
     "Base",
     "DiffusionAdapter",
     "DiffusionBase",
+    "Encoded",
     "LatentAdapter",
     "LightVAE",
     "LightVAEBase",

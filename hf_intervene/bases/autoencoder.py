@@ -18,7 +18,7 @@ With `residual_layers` the embedding decides the prior of the latents, not the l
 import inspect
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -30,7 +30,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .base import Base, register_base
+from .base import Base, Encoded, register_base
 from .frozen import LeanConvolutions
 from .light_vae import LightVAE, gaussian_loss
 from .residual import ResidualPrior
@@ -139,50 +139,84 @@ class AutoencoderBase(Base):
         self.adapter = adapter
         self.feature_width = adapter.config.hidden_width
         self.embedding_shape = (adapter.config.latent_width, 1, 1)
-        self.residual_shape = tuple(shape) if adapter.config.residual_layers else None
+        if adapter.config.residual_layers:
+            self.noise_shapes = {"residual_noise": tuple(shape)}
+            self.loss_terms = ("bottleneck_loss", "reconstruction_loss", "residual_kl")
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.adapter.network.encoder(self._latent_posterior(pixel_values)[0])
+    def encode(self, pixel_values: torch.Tensor) -> Encoded:
+        """The features come from the mean of the latents' posterior q(r | x), which is kept."""
+        mean, std = self._latent_posterior(pixel_values)
+        kept = {"pixel_values": pixel_values, "mean": mean, "std": std}
+        return Encoded(self.adapter.network.encoder(mean), kept)
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = self.adapter.network.quant(features)[..., None, None].chunk(2, dim=1)
         return mean, logvar
 
-    def decode(self, embedding: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded images, (B, C, S, S) in [-1, 1], of embeddings (B, embedding_width, 1, 1),
-        and of residual noise (B, *residual_shape), standard normal under the prior, where the
-        adapter has a prior for it; `None`: of none."""
-        latents = self._asked_for(embedding)
-        if residual is not None:
-            latents = self.adapter.residual_prior(residual, latents)
-        return self.decode_latents(latents)
-
-    def encode_latents(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, std = self._latent_posterior(pixel_values)
-        r = mean + std * noise
-        log_density = (
+    def loss(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """-log p(x | e); with residual latents r ~ q(r | x) the terms of `residual.py`."""
+        pixel_values, asked = encoded.kept["pixel_values"], self._asked_for(embedding)
+        alone = self._pixels_loss(asked, pixel_values, self.adapter.log_variance)  # (B,)
+        if not self.noise_shapes:
+            return {"reconstruction_loss": alone}
+        noise, std = draws["residual_noise"], encoded.kept["std"]
+        r = encoded.kept["mean"] + std * noise  # (B, c, h, h)
+        log_q = (
             -(0.5 * (noise.float().square() + math.log(2 * math.pi)) + std.float().log())
             .flatten(1)
             .sum(1)
-        )
-        return self.adapter.network.encoder(mean), r, log_density
+        )  # (B,)
+        log_p = self.adapter.residual_prior.inverse(r, asked)[1]  # (B,)
+        variance = self.adapter.residual_log_variance
+        return {
+            "bottleneck_loss": alone,
+            "reconstruction_loss": self._pixels_loss(r, pixel_values, variance),
+            "residual_kl": log_q - log_p,
+        }
 
-    def residual(
-        self, latents: torch.Tensor, embedding: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.adapter.residual_prior.inverse(latents, self._asked_for(embedding))
+    def generate(
+        self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor], **options: Any
+    ) -> torch.Tensor:
+        """With residual noise, standard normal under the prior, of the latents that it stands for;
+        without, of those that the embedding asks for."""
+        latents = self._asked_for(embedding)
+        if "residual_noise" in draws:
+            latents = self.adapter.residual_prior(draws["residual_noise"], latents)
+        return self._pixels(latents).clamp(0, 1)
+
+    def invert(
+        self,
+        encoded: Encoded,
+        embedding: torch.Tensor,
+        draws: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> dict[str, torch.Tensor]:
+        if not self.noise_shapes:
+            return {}
+        r = encoded.kept["mean"]
+        if draws is not None:
+            r = r + encoded.kept["std"] * draws["residual_noise"]
+        noise, _ = self.adapter.residual_prior.inverse(r, self._asked_for(embedding))
+        return {"residual_noise": noise}
 
     def _asked_for(self, embedding: torch.Tensor) -> torch.Tensor:
         """The latents (B, c, h, h) that an embedding asks for."""
         return self.adapter.network.decoder(embedding.to(self.adapter.dtype))
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, S, S), about in [0, 1], float32, of scaled latents (B, c, h, h)."""
         scale, shift = scale_and_shift(self.model, latents)
         latents = (latents / scale + shift).to(self.model.dtype)
         with self._lean():
-            return images_of(self.model, latents)
+            return images_of(self.model, latents).float() / 2 + 0.5
+
+    def _pixels_loss(
+        self, latents: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor
+    ) -> torch.Tensor:
+        """-log p(x | latents), (B,)."""
+        return gaussian_loss(self._pixels(latents), pixel_values, log_variance)
 
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's
@@ -204,23 +238,6 @@ class AutoencoderBase(Base):
             p.requires_grad for p in self.model.parameters()
         )
         return LeanConvolutions() if frozen else nullcontext()
-
-    def reconstruction_loss(
-        self, decoded: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
-        return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.log_variance)
-
-    def residual_reconstruction_loss(
-        self, decoded: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
-        return gaussian_loss(self._unit(decoded), pixel_values, self.adapter.residual_log_variance)
-
-    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        return self._unit(decoded).clamp(0, 1)
-
-    @staticmethod
-    def _unit(decoded: torch.Tensor) -> torch.Tensor:
-        return decoded.float() / 2 + 0.5
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [*self.model.encoder.modules(), *self.adapter.network.encoder.modules()]
@@ -247,8 +264,9 @@ class AutoencoderBase(Base):
                     parameter.requires_grad_(False)
 
 
-def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.Size:
-    """Shape (c, h, h) of one image's latents.
+def latent_shape(model: ModelMixin, image_shape: tuple[int, ...]) -> torch.Size:
+    """Shape (c, h, h) of the latents of one image (C, S, S), or (c, t, h, h) of those of a clip (C,
+    T, S, S).
 
     Raises:
         ValueError: such images cannot be encoded, or come back in another size.
@@ -259,15 +277,21 @@ def latent_shape(model: ModelMixin, image_shape: tuple[int, int, int]) -> torch.
 
 @lru_cache
 def _latent_shape(
-    model_class: type[ModelMixin], config: str, image_shape: tuple[int, int, int]
+    model_class: type[ModelMixin], config: str, image_shape: tuple[int, ...]
 ) -> torch.Size:
     """From a pass without data or weights through a model of a configuration, given as JSON."""
     known = inspect.signature(model_class.__init__).parameters
     arguments = {key: value for key, value in json.loads(config).items() if key in known}
     advice = (
-        f"this {model_class.__name__} cannot encode images of {image_shape[1]} pixels: choose a"
+        f"this {model_class.__name__} cannot encode images of {image_shape[-1]} pixels: choose a"
         " multiple of its downsampling factor"
     )
+    if len(image_shape) == 4:
+        advice = (
+            f"this {model_class.__name__} cannot encode clips of {image_shape[1]} frames of"
+            f" {image_shape[-1]} pixels: choose another number of frames, such as 5 or 9, and a"
+            " multiple of its downsampling factor"
+        )
     with torch.device("meta"), torch.no_grad():
         model = model_class(**arguments)
         try:
@@ -276,26 +300,32 @@ def _latent_shape(
         except RuntimeError as error:
             raise ValueError(f"{advice}.") from error
     if tuple(returned[2:]) != image_shape[1:]:
-        raise ValueError(f"{advice} (they come back with {returned[-1]}).")
+        found = " x ".join(map(str, returned[2:] if len(image_shape) == 4 else returned[-1:]))
+        raise ValueError(f"{advice} (they come back with {found}).")
     return latents.shape[1:]
 
 
 def latents_of(model: ModelMixin, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images in [-1, 1];
-    `None` for models without one.
-    """
+    """Mean and standard deviation of the unscaled latents, (B, c, h, h), of images (B, C, S, S) in
+    [-1, 1]; `None` for models without one. Of clips (B, C, T, S, S) they are (B, c, t, h, h)."""
     sample = sample / 2 + 0.5 if has_unit_pixels(model) else sample
-    output = model.encode(sample.unsqueeze(2) if has_frames(model) else sample)
+    image = has_frames(model) and sample.ndim == 4  # which such a model takes as one frame
+    output = model.encode(sample.unsqueeze(2) if image else sample)
     if "latent_dist" in output:
-        return _one_frame(model, output.latent_dist.mean), _one_frame(model, output.latent_dist.std)
-    return _one_frame(model, output.latents if "latents" in output else output.latent), None
+        mean, std = output.latent_dist.mean, output.latent_dist.std
+    else:
+        mean, std = output.latents if "latents" in output else output.latent, None
+    if image:
+        return mean.squeeze(2), None if std is None else std.squeeze(2)
+    return mean, std
 
 
 def images_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h)."""
-    sample = _one_frame(
-        model, model.decode(latents.unsqueeze(2) if has_frames(model) else latents).sample
-    )
+    """Images (B, C, S, S), about in [-1, 1], of unscaled latents (B, c, h, h); clips (B, C, T, S,
+    S) of (B, c, t, h, h)."""
+    image = has_frames(model) and latents.ndim == 4
+    sample = model.decode(latents.unsqueeze(2) if image else latents).sample
+    sample = sample.squeeze(2) if image else sample
     return 2 * sample - 1 if has_unit_pixels(model) else sample
 
 
@@ -309,10 +339,6 @@ def has_unit_pixels(model: ModelMixin) -> bool:
     is a vision model's.
     """
     return type(model).__name__ == "AutoencoderRAE"
-
-
-def _one_frame(model: ModelMixin, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.squeeze(2) if has_frames(model) else tensor
 
 
 def scale_and_shift(model: ModelMixin, like: torch.Tensor | None = None) -> tuple[Any, Any]:

@@ -1,10 +1,13 @@
-"""How a head meets a pretrained model: the protocol every base family implements, and the registry
-that finds the family.
+"""How a head meets a pretrained model: five verbs that every base family implements, and the
+registry that finds the family.
 
-    pixels (B, C, H, W) in [0, 1] --encode--> features (B, feature_width)
-    embedding (B, *embedding_shape) --decode--> decoded --to_pixels--> pixels (B, C, H, W) in [0, 1]
+    encode(images) -> Encoded: features (B, feature_width), and what the family keeps beside them
+    draws(n, generator) -> noise beside z, such as that of residual latents, or x_T of a denoiser
+    loss(embedding, encoded, draws) -> terms of the objective, each (B,)
+    generate(embedding, draws, **options) -> images (B, C, H, W) in [0, 1]
+    invert(encoded, embedding) -> draws
 
-A third party adds a family without touching this package:
+An embedding is (B, *embedding_shape). A third party adds a family without touching this package:
 
     @register_base(MyAutoencoder)
     class MyBase(Base):
@@ -12,52 +15,154 @@ A third party adds a family without touching this package:
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+
+
+class Encoded(NamedTuple):
+    """What a base makes of images.
+
+    Args:
+        features: what the head's posterior reads, (B, feature_width).
+        kept: what the family needs beside them for `loss` and `invert`, by name, each (B, ...).
+    """
+
+    features: torch.Tensor
+    kept: dict[str, torch.Tensor]
 
 
 class Base(nn.Module):
     """A pretrained model as a head sees it. Sub-classes set `feature_width`, `embedding_shape` and
-    `image_shape` and implement the methods.
+    `image_shape` and implement `encode`, `loss` and `generate`; with noise of their own, `invert`
+    too.
 
-    Head and model may be in different precisions: `encode` and `decode` cast what they are given to
-    the model's.
+    Head and model may be in different precisions: the verbs cast what they are given to the
+    model's.
 
     Args:
         model: the pretrained diffusers model; it is used and trained in place.
     """
 
     feature_width: int  # width of the encoder features the head's posterior reads
-    embedding_shape: tuple[int, ...]  # what `decode` takes, without the batch dimension
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    adapter: (
-        ModelMixin | None
-    )  # a network of the family's own between head and model, trained and saved with the head
-    adapter_class: type[ModelMixin] | None = (
-        None  # its class; the constructor then takes it as `adapter=`
-    )
+    embedding_shape: tuple[int, ...]  # of one sample's embedding
+    image_shape: tuple[int, ...]  # (C, H, W)
+    # Of one sample's standard normal noise beside z, by name; the model calls it `residual_noise`.
+    noise_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    loss_terms: tuple[str, ...] = ("reconstruction_loss",)  # names of what `loss` returns
+    loss_name = "bits_per_pixel"  # what `per_unit` counts in, as a name
+    loss_unit = "bits per pixel"  # in words
+    passes = 1  # of the model, for one image, unless the user asks for another number
+    resident: tuple[str, ...] = ("base",)  # parts that offloading must leave on the device
+    # A network of the family's own between head and model, trained and saved with the head.
+    adapter: ModelMixin | None
+    # Its class; the constructor then takes it as `adapter=`.
+    adapter_class: type[ModelMixin] | None = None
     companion_names: tuple[str, ...] = ()  # of the family's `companions`
-    residual_shape: tuple[int, ...] | None = (
-        None  # of one sample's noise beside z: of residual latents (residual.py), of a denoiser
-    )
-    denoises = (
-        False  # whether it is a denoiser, with a loss and a decoder of its own (see diffusion.py)
-    )
 
     def __init__(self, model: ModelMixin):
         super().__init__()
         self.model, self.adapter = model, None
         self.under_head = True  # the ablations without a head use the base's own posterior
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features (B, feature_width) of images (B, C, H, W) in [0, 1]."""
+    # The verbs
+
+    def encode(self, pixel_values: torch.Tensor) -> Encoded:
+        """What the head reads of images (B, C, H, W) in [0, 1], and what the other verbs need of
+        them."""
         raise NotImplementedError
+
+    def draws(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        device: torch.device | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Standard normal noise beside z of so many images, by name, each (num_images, *shape) as
+        `noise_shapes` has it, float32.
+
+        Args:
+            num_images: n.
+            generator: or a list of one for each image.
+            device: `None`: the CPU.
+        """
+        return {
+            name: randn_tensor((num_images, *shape), generator, device, torch.float32)
+            for name, shape in self.noise_shapes.items()
+        }
+
+    def loss(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The terms of the objective that take the place of -log p(x | e), each (B,), in nats;
+        their names are fields of `InterventionModelOutput`.
+
+        Args:
+            embedding: (B, *embedding_shape).
+            encoded: of the images.
+            draws: of `training_draws`.
+        """
+        raise NotImplementedError
+
+    def generate(
+        self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor], **options: Any
+    ) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1], float32: the mean of p(x | e, draws).
+
+        Args:
+            embedding: (B, *embedding_shape).
+            draws: the noise beside z; without it, an autoencoder makes what the embedding alone
+                asks for.
+            **options: of a family that makes images in steps, see `DiffusionBase.generate`; the
+                others have no use for them.
+        """
+        raise NotImplementedError
+
+    def invert(
+        self,
+        encoded: Encoded,
+        embedding: torch.Tensor,
+        draws: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> dict[str, torch.Tensor]:
+        """The noise beside z of encoded images under an embedding (B, *embedding_shape), as
+        `generate` takes it.
+
+        Args:
+            encoded, embedding: see above.
+            draws: noise for a draw from the family's own posterior; `None`: its mean.
+            **options: as those of `generate`.
+        """
+        return {}
+
+    # What the verbs are made of in some families
+
+    def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the frozen parts make of images (B, C, H, W) in [0, 1], by name, each (B, ...). It
+        is the same at every step, so training keeps it on disk."""
+        return {"pixel_values": pixel_values}
+
+    def encode_prepared(self, prepared: Mapping[str, torch.Tensor]) -> Encoded:
+        """`encode` of what `prepare` returned."""
+        return self.encode(prepared["pixel_values"])
+
+    def training_draws(
+        self,
+        num_images: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """All random numbers that `loss` takes, by name, each (num_images, ...): those of `draws`,
+        and more in some families. Arguments as there."""
+        return self.draws(num_images, generator, device)
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base's own q(z | x), for the ablations without a head: mean and log-variance, each
@@ -65,76 +170,34 @@ class Base(nn.Module):
         """
         raise NotImplementedError
 
-    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Parameters of p(x | e), (B, C, H, W), from an embedding (B, *embedding_shape)."""
-        raise NotImplementedError
+    def check_alone(self, ablation: str) -> None:
+        """Raise a ValueError where an ablation without a head makes no sense."""
 
-    def reconstruction_loss(
-        self, decoded: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
-        """-log p(x | e) of each image in nats, shape (B,)."""
-        raise NotImplementedError
+    def check_guidance(self, guidance_scale: float, compose: str) -> None:
+        """Refuse what no image of this family can be made with.
 
-    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        """The mean image of p(x | e), (B, C, H, W) in [0, 1]."""
-        raise NotImplementedError
+        Args:
+            guidance_scale, compose: of `InterventionModel.sample`.
 
-    # Only of bases with residual latents; their `decode` takes residual noise, (B,
-    # *residual_shape), as a second argument.
-
-    def encode_latents(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features (B, feature_width), latents r (B, *residual_shape) drawn from q(r | x) with
-        standard normal noise of the same shape (0: the mean), and log q(r | x) in nats, (B,), of
-        images (B, C, H, W) in [0, 1]: one pass of the encoder."""
-        raise NotImplementedError
-
-    def residual(
-        self, latents: torch.Tensor, embedding: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual noise of latents r under an embedding, (B, *residual_shape), and log p(r |
-        c) in nats, (B,).
+        Raises:
+            ValueError: one sentence.
         """
-        raise NotImplementedError
+        name = type(self.model).__name__
+        if compose != "head":
+            raise ValueError(
+                f"compose={compose!r} is for denoisers; a {name} has no scores: leave it out."
+            )
+        if guidance_scale != 1.0:
+            raise ValueError(f"guidance_scale is for denoisers; a {name} has none: leave it at 1.")
 
-    def residual_noise(self, latents: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The first of what `residual` returns."""
-        return self.residual(latents, embedding)[0]
+    def per_unit(self, loss: Any) -> Any:
+        """A sum of terms of the loss of an image, a number, tensor or array in nats, in the unit
+        that `loss_unit` names."""
+        *_, height, width = self.image_shape
+        return loss / (height * width * math.log(2))
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Parameters of p(x | r), (B, C, H, W), of latents r (B, *residual_shape)."""
-        raise NotImplementedError
-
-    def residual_reconstruction_loss(
-        self, decoded: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
-        """-log p(x | r) of each image in nats, (B,)."""
-        raise NotImplementedError
-
-    # Only of denoisers, which see images at many levels of noise (see `DiffusionBase`).
-
-    def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the frozen parts make of images (B, C, H, W) in [0, 1]: `x0`, (B, *residual_shape),
-        what is denoised, and whatever `features` needs."""
-        raise NotImplementedError
-
-    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features (B, feature_width) of prepared images."""
-        raise NotImplementedError
-
-    def denoising_loss(
-        self,
-        embedding: torch.Tensor,
-        x0: torch.Tensor,
-        noise: torch.Tensor,
-        time: torch.Tensor,
-        prompts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Loss of each image in place of -log p(x | e), (B,), of x_0 and noise (B, *residual_shape)
-        at times (B,) in [0, 1). `prompts`: of a family whose images have their own, the number of
-        each, (B,) int64."""
-        raise NotImplementedError
+    def release(self) -> None:
+        """Take off the model what the family put on it, such as hooks."""
 
     # Of any base
 
@@ -151,7 +214,7 @@ class Base(nn.Module):
         }
 
     def encoder_modules(self) -> Iterable[nn.Module]:
-        """The modules of the encoder, which no sample from the prior passes."""
+        """The modules that no sample from the prior passes, such as those of the encoder."""
         return ()
 
     def freeze_unused(self) -> None:
@@ -167,9 +230,8 @@ class Base(nn.Module):
 
 
 _REGISTRY: dict[type[ModelMixin], type[Base]] = {}
-_RECORDED: list[
-    type[Base]
-] = []  # the family of those whose adapter has a recording, once it is imported
+# The family of those whose adapter has a recording, once it is imported.
+_RECORDED: list[type[Base]] = []
 
 
 def register_base(model_class: type[ModelMixin]) -> Callable[[type[Base]], type[Base]]:

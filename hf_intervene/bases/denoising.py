@@ -16,12 +16,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
+from ..logging import get_logger
 
-_BAR = {
-    "disable": None,
-    "delay": 2,
-    "leave": False,
-}  # of steps that take longer than two seconds, on a terminal
+
+logger = get_logger(__name__)
+
+# Of steps that take longer than two seconds, on a terminal.
+_BAR = {"disable": None, "delay": 2, "leave": False}
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 Predict = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
@@ -87,6 +88,16 @@ def check_prediction(scheduler: SchedulerMixin, expected: str, what: str) -> Non
             f"{what} was trained with {expected!r} predictions, but this {type(scheduler).__name__}"
             f" takes the denoiser's for {found!r}: make the scheduler with from_config(...) of the"
             " one it was trained with."
+        )
+
+
+def warn_of_clipping(scheduler: SchedulerMixin, vae: str) -> None:
+    """Warn of a scheduler that keeps samples in the range of pixels, where latents are denoised."""
+    if scheduler.config.get("clip_sample") and scheduler.config.get("clip_sample_range", 1.0) <= 1:
+        logger.warning(
+            "the scheduler clips samples at 1, where pixels end, but the latents of a %s go"
+            " beyond: make it with clip_sample=False.",
+            vae,
         )
 
 
@@ -171,7 +182,7 @@ def generate(
     scheduler: SchedulerMixin,
     noise: torch.Tensor,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
 

@@ -11,7 +11,8 @@ first term of the objective is the denoising loss (METHOD section 2), summed ove
 the entries of x: not a likelihood, so there are no bits per pixel.
 """  # noqa: E501
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +22,20 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..logging import get_logger
+from .adapter import (
+    DiffusionAdapter,
+    check_sites,
+    check_supported,
+    new_adapter,
+    pixels_of_denoiser,
+)
 from .autoencoder import latent_shape, latents_of, scale_and_shift
-from .base import Base, plain, register_base
+from .base import Base, Encoded, register_base
 from .denoising import (
     Predict,
     check_prediction,
@@ -40,66 +46,11 @@ from .denoising import (
     noised,
     prediction_type,
     training_scheduler,
+    warn_of_clipping,
 )
 from .encoders import VisionEncoder
-from .injection import Injection, Projections
-from .light_vae import convolutional_encoder
-from .replay import Recording
-from .sites import Sites, find_sites
-
-
-logger = get_logger(__name__)
-
-
-class DiffusionAdapter(ModelMixin, ConfigMixin):
-    """What is trained beside the head on a denoiser: the projections of the embedding, and the
-    small convolutional encoder, if it is one.
-
-    Args:
-        sample_size: side S of the images in pixels.
-        sites: the denoiser's, as a dictionary (see `injection.Sites`).
-        embedding_shape: of one sample's embedding.
-        map_size: side of the map that enters the middle block.
-        encoder_shape: (C, S, S) of what the convolutional encoder reads, pixels or latents; `None`:
-            a vision model is the encoder.
-        feature_width: width of the features.
-        text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is
-            given; they are kept with the weights.
-        prediction_type: what the denoiser predicts (see `denoising.py`).
-        recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that
-            the package calls itself.
-        class_label: the class that a denoiser of classes is given.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        sample_size: int,
-        sites: dict,
-        embedding_shape: tuple[int, ...],
-        map_size: int = 0,
-        encoder_shape: tuple[int, ...] | None = None,
-        feature_width: int = 128,
-        text_shape: tuple[int, ...] | None = None,
-        pooled_width: int | None = None,
-        prediction_type: str = "epsilon",
-        recording: dict | None = None,
-        class_label: int | None = None,
-    ):
-        super().__init__()
-        self.projections = Projections(Sites(**sites), embedding_shape, map_size)
-        if encoder_shape is not None:
-            channels, size = [encoder_shape[0]], encoder_shape[-1]
-            while size > 4:  # halved down to 4 x 4 or 3 x 3 and less
-                channels.append(min(256, 32 * 2 ** (len(channels) - 1)))
-                size //= 2
-            self.encoder = convolutional_encoder(channels, channels[-1] * size**2, feature_width)
-        if text_shape is not None:
-            self.register_buffer("text", torch.zeros(1, *text_shape))
-        if pooled_width is not None:
-            self.register_buffer("pooled_text", torch.zeros(1, pooled_width))
-        if recording is not None:
-            self.recorded = Recording(recording)  # `recording` is the entry of the configuration
+from .injection import Injection
+from .sites import find_sites
 
 
 @register_base(UNet2DModel)
@@ -137,9 +88,12 @@ class DiffusionBase(Base):
 
     adapter: DiffusionAdapter
     adapter_class = DiffusionAdapter
-    residual_shape: tuple[int, ...]
-    companion_names = ("vae", "scheduler", "image_encoder", "image_processor")
-    denoises = True
+    companion_names: tuple[str, ...] = ("vae", "scheduler", "image_encoder", "image_processor")
+    loss_name = "denoising_loss"
+    loss_unit = "per entry, squared error and KL"
+    passes = 50
+    resident = ()  # only the denoiser's `forward` is called
+    sample_shape: tuple[int, ...]  # of one noisy sample
 
     def __init__(
         self,
@@ -158,38 +112,39 @@ class DiffusionBase(Base):
         class_label: int | None = None,
     ):
         super().__init__(model)
-        name = type(model).__name__
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
         if adapter is not None:
             class_label = adapter.config.class_label
-        _check_supported(model, class_label)
+        check_supported(model, class_label)
         assert scheduler is not None  # or `_take_parts` had raised
         channels = model.config.in_channels
         size = sample_size or (
-            adapter.config.sample_size if adapter is not None else _pixels(model, vae)
+            adapter.config.sample_size if adapter is not None else pixels_of_denoiser(model, vae)
         )
         if vae is None:
-            self.image_shape = self.residual_shape = (channels, size, size)
+            self.image_shape = self.sample_shape = (channels, size, size)
         else:
             self.image_shape = (vae.config.get("in_channels", 3), size, size)
-            self.residual_shape = tuple(latent_shape(vae, self.image_shape))
-            if self.residual_shape[0] != channels:
+            self.sample_shape = tuple(latent_shape(vae, self.image_shape))
+            if self.sample_shape[0] != channels:
                 raise ValueError(
-                    f"this {name} denoises {channels} channels, but the {type(vae).__name__} makes"
-                    f" latents of {self.residual_shape[0]}: pass the vae of its pipeline."
+                    f"this {type(model).__name__} denoises {channels} channels, but the"
+                    f" {type(vae).__name__} makes latents of {self.sample_shape[0]}: pass the vae"
+                    " of its pipeline."
                 )
-            if (
-                scheduler.config.get("clip_sample")
-                and scheduler.config.get("clip_sample_range", 1.0) <= 1
-            ):
-                logger.warning(
-                    "the scheduler clips samples at 1, where pixels end, but the latents of a %s go"
-                    " beyond: make it with clip_sample=False.",
-                    type(vae).__name__,
-                )
+            warn_of_clipping(scheduler, type(vae).__name__)
         if adapter is None:
-            adapter = self._new_adapter(
-                size, embedding_width, num_tokens, text, pooled_text, class_label
+            adapter = new_adapter(
+                model,
+                size,
+                self.sample_shape,
+                None if self.image_encoder is None else self.image_encoder.width,
+                embedding_width,
+                num_tokens,
+                text,
+                pooled_text,
+                prediction_type=prediction_type(scheduler),
+                class_label=class_label,
             )
         self._enter_by(adapter)
 
@@ -214,9 +169,9 @@ class DiffusionBase(Base):
         self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
         self._training_scheduler = training_scheduler(scheduler)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
-        self.image_encoder = (
-            None if image_encoder is None else VisionEncoder(image_encoder, image_processor)
-        )
+        self.image_encoder = None
+        if image_encoder is not None:
+            self.image_encoder = VisionEncoder(image_encoder, image_processor)
 
     def _enter_by(self, adapter: DiffusionAdapter) -> None:
         """Put the hooks of an adapter's embedding on the denoiser."""
@@ -228,84 +183,38 @@ class DiffusionBase(Base):
         self.injection = Injection(self.model)
         self.injection.install()
 
-    def _new_adapter(
-        self,
-        size: int,
-        embedding_width: int,
-        num_tokens: int,
-        text: torch.Tensor | None,
-        pooled_text: torch.Tensor | None,
-        class_label: int | None,
-    ) -> DiffusionAdapter:
-        model, sites, vision = self.model, find_sites(self.model), self.image_encoder
-        if isinstance(model, UNet2DConditionModel):
-            text = (
-                torch.zeros(1, 1, _width(model.config.cross_attention_dim))
-                if text is None
-                else text
-            )
-        elif isinstance(model, SD3Transformer2DModel):
-            text = torch.zeros(1, 1, model.config.joint_attention_dim) if text is None else text
-            pooled_text = (
-                torch.zeros(1, model.config.pooled_projection_dim)
-                if pooled_text is None
-                else pooled_text
-            )
-        shape = (
-            (num_tokens, _width(model.config.cross_attention_dim))
-            if sites.tokens
-            else (embedding_width,)
-        )
-        adapter = DiffusionAdapter(
-            sample_size=size,
-            sites=vars(sites),
-            embedding_shape=shape,
-            map_size=(
-                self.residual_shape[-1] >> (len(model.config.block_out_channels) - 1)
-                if sites.map
-                else 0
-            ),
-            encoder_shape=None if vision is not None else self.residual_shape,
-            feature_width=128 if vision is None else vision.width,
-            text_shape=None if text is None else tuple(text.shape[1:]),
-            pooled_width=None if pooled_text is None else pooled_text.shape[-1],
-            prediction_type=prediction_type(self.scheduler),
-            class_label=class_label,
-        )
-        for buffer, value in (("text", text), ("pooled_text", pooled_text)):
-            if value is not None:
-                getattr(adapter, buffer).copy_(value)
-        return adapter
+    @property
+    def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+        """x_T, or the noise that the denoiser is to tell from an image."""
+        return {"residual_noise": self.sample_shape}
 
     # From images to features
 
     def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the frozen parts make of images (B, C, S, S) in [0, 1], the same at every step of
-        training: `x0`, (B, *residual_shape), and, with a vision model, its `features` (B,
-        feature_width); float32."""
+        """What the frozen parts make of images (B, C, S, S) in [0, 1]: `x0`, (B, *sample_shape),
+        what is denoised, and, with a vision model, its `features` (B, feature_width); float32."""
         with torch.no_grad():
             x0 = 2 * pixel_values - 1
             if self.vae is not None:
                 scale, shift = scale_and_shift(self.vae)
                 x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
-            return {"x0": x0} | (
+            seen = (
                 {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
             )
+            return {"x0": x0} | seen
 
-    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features (B, feature_width) of prepared images."""
+    def encode(self, pixel_values: torch.Tensor) -> Encoded:
+        return self.encode_prepared(self.prepare(pixel_values))
+
+    def encode_prepared(self, prepared: Mapping[str, torch.Tensor]) -> Encoded:
+        """Of a base whose images have prompts of their own, with `prompts` among what was prepared:
+        the number of each image's prompt, (B,) int64."""
+        return Encoded(self._features(prepared), dict(prepared))
+
+    def _features(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.image_encoder is not None:
             return prepared["features"]
         return self.adapter.encoder(prepared["x0"].to(self.adapter.dtype))
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.features(self.prepare(pixel_values))
-
-    def encode_latents(  # type: ignore[override]  # x_0 is no draw: it has no density
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        prepared = self.prepare(pixel_values)
-        return self.features(prepared), prepared["x0"], None
 
     # Denoising
 
@@ -316,27 +225,35 @@ class DiffusionBase(Base):
         embedding: torch.Tensor,
         prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoiser's prediction, (B, *residual_shape), float32, of noisy x (B, *residual_shape)
+        """The denoiser's prediction, (B, *sample_shape), float32, of noisy x (B, *sample_shape)
         at timesteps (B,) or (). `prompts`: of a family whose images have their own, see
         `PipelineBase.denoise`."""
         return self._denoise(x, timesteps, embedding)
 
     def _denoise(
-        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, **text: Any
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedding: torch.Tensor,
+        injection: Injection | None = None,
+        **text: Any,
     ) -> torch.Tensor:
-        """The prediction, with what the family gives its denoiser of a text."""
+        """The prediction of one denoiser, with what the family gives it of a text. `injection`: of
+        a denoiser other than the model."""
+        injection = injection or self.injection
         entries = self.adapter.projections(embedding.to(self.adapter.dtype))
         if not torch.compiler.is_compiling():
-            self.injection.install()
-        self.injection.set(entries)
+            injection.install()
+        injection.set(entries)
         try:
-            return self._predicted(x, timesteps, **text)
+            return self._predicted(x, timesteps, injection.denoiser, **text)
         finally:
-            self.injection.clear(
-                torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False)
-            )
+            checkpointing = getattr(injection.denoiser, "is_gradient_checkpointing", False)
+            injection.clear(torch.is_grad_enabled() and checkpointing)
 
-    def _predicted(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _predicted(
+        self, x: torch.Tensor, timesteps: torch.Tensor, denoiser: nn.Module | None = None
+    ) -> torch.Tensor:
         output = self._call(x.to(self.model.dtype), timesteps)
         return output[
             :, : x.shape[1]
@@ -359,47 +276,63 @@ class DiffusionBase(Base):
             text["pooled_projections"] = self.adapter.pooled_text.to(x.dtype).expand(batch, -1)
         return model(x, timestep=timesteps, **text).sample
 
-    def denoising_loss(
+    def training_draws(
         self,
-        embedding: torch.Tensor,
-        x0: torch.Tensor,
-        noise: torch.Tensor,
-        time: torch.Tensor,
-        prompts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Squared error of the prediction, summed over the entries of x and weighted, (B,). See
-        `denoising.noised` for noise and time, `denoise` for `prompts`."""
-        noisy, timesteps, target, weight = noised(
-            self._training_scheduler, x0, noise, time, self.min_snr_gamma
-        )
-        prediction = self.denoise(noisy, timesteps, embedding, prompts)
-        return weight * (prediction - target).square().flatten(1).sum(1)
+        num_images: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Noise, and `time`, (num_images,): where on the schedule, uniform in [0, 1). The times of
+        a batch are spread evenly over the schedule, in random order: its loss then depends less on
+        which times it drew."""
+        draws = self.draws(num_images, generator, device)
+        order = torch.randperm(num_images, generator=generator, device=device)
+        spread = torch.rand(num_images, generator=generator, device=device)
+        return draws | {"time": (order + spread) / num_images}
 
-    def decode(  # type: ignore[override]  # a denoiser cannot do without noise to start from
+    def loss(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Squared error of the prediction, summed over the entries of x and weighted. See
+        `denoising.noised` for noise and time."""
+        noisy, timesteps, target, weight = noised(
+            self._training_scheduler,
+            encoded.kept["x0"],
+            draws["residual_noise"],
+            draws["time"],
+            self.min_snr_gamma,
+        )
+        prompts = encoded.kept.get("prompts")
+        prediction = self.denoise(noisy, timesteps, embedding, prompts)  # (B, *sample_shape)
+        errors = weight * (prediction - target).square().flatten(1).sum(1)  # (B,)
+        return {"reconstruction_loss": errors}
+
+    def generate(
         self,
         embedding: torch.Tensor,
-        residual: torch.Tensor,
+        draws: Mapping[str, torch.Tensor],
         observational: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 50,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         along_path: bool = False,
         alone: Sequence[torch.Tensor] = (),
+        **options: Any,
     ) -> torch.Tensor:
-        """Images (B, C, S, S) in [-1, 1] generated under embeddings (B, *embedding_shape) from
-        noise x_T (B, *residual_shape).
+        """Images of embeddings (B, *embedding_shape), from noise x_T (B, *sample_shape).
 
         Args:
-            embedding, residual: see above.
+            embedding, draws: see above.
             observational: embeddings of the same noise z without interventions, for guidance.
             guidance_scale: w of the prediction o + w (p - o), where o is that under
                 `observational`; 1: no guidance.
             num_inference_steps: of the scheduler.
             generator: for schedulers that draw noise as they go.
+            along_path: whether to follow the deterministic path, the one that `invert` goes back,
+                instead of the scheduler.
             alone: embeddings of the same noise z under one concept each: the prediction is then
                 o + w sum_k (p_k - o).
-            along_path: whether to follow the deterministic path, the one that `residual_noise`
-                inverts, instead of the scheduler.
+            **options: none.
         """
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -413,31 +346,43 @@ class DiffusionBase(Base):
             plain = self.denoise(x, t, observational)
             return plain + guidance_scale * (guided - plain)
 
+        noise = draws["residual_noise"]
         if along_path:
-            return self._to_images(follow(predict, self.scheduler, residual, num_inference_steps))
-        return self._to_images(
-            generate(predict, self.scheduler, residual, num_inference_steps, generator)
+            x0 = follow(predict, self.scheduler, noise, num_inference_steps)
+        else:
+            x0 = generate(predict, self.scheduler, noise, num_inference_steps, generator)
+        return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
+
+    def invert(
+        self,
+        encoded: Encoded,
+        embedding: torch.Tensor,
+        draws: Mapping[str, torch.Tensor] | None = None,
+        num_inference_steps: int = 50,
+        **options: Any,
+    ) -> dict[str, torch.Tensor]:
+        """The noise x_T (B, *sample_shape) that the deterministic path leads to the images from."""
+        predict: Predict = lambda x, t: self.denoise(x, t, embedding)  # noqa: E731
+        noise = invert(predict, self.scheduler, encoded.kept["x0"], num_inference_steps)
+        return {"residual_noise": noise}
+
+    def check_alone(self, ablation: str) -> None:
+        raise ValueError(
+            f"the ablation {ablation!r} has no head, and a denoiser has no code z of its own to do"
+            " without."
         )
 
-    def residual_noise(
-        self, latents: torch.Tensor, embedding: torch.Tensor, num_inference_steps: int = 50
-    ) -> torch.Tensor:
-        """The stochastic code: the noise x_T (B, *residual_shape) from which x_0 is generated under
-        an embedding (B, *embedding_shape).
-        """
-        predict: Predict = lambda x, t: self.denoise(x, t, embedding)  # noqa: E731
-        return invert(predict, self.scheduler, latents, num_inference_steps)
+    def check_guidance(self, guidance_scale: float, compose: str) -> None:
+        """Nothing is refused."""
+
+    def per_unit(self, loss: Any) -> Any:
+        return loss / math.prod(self.sample_shape)
 
     def _to_images(self, x0: torch.Tensor) -> torch.Tensor:
         if self.vae is None:
             return x0
         scale, shift = scale_and_shift(self.vae)
         return self.vae.decode((x0 / scale + shift).to(self.vae.dtype)).sample
-
-    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
-
-    # Parts
 
     def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
@@ -449,98 +394,13 @@ class DiffusionBase(Base):
         return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
 
     def encoder_modules(self) -> Iterable[nn.Module]:
-        return self.adapter.encoder.modules() if hasattr(self.adapter, "encoder") else ()
+        return self.modules()  # one pass does not make an image: batch norms are left as they are
+
+    def release(self) -> None:
+        self.injection.remove()
 
     def train(self, mode: bool = True) -> "DiffusionBase":
         super().train(mode)
         if self.vae is not None:
             self.vae.eval()
         return self
-
-
-def _check_supported(model: ModelMixin, class_label: int | None) -> None:
-    config, name = model.config, type(model).__name__
-    classes = config.get("num_class_embeds") if isinstance(model, UNet2DModel) else None
-    if (
-        isinstance(model, UNet2DModel)
-        and getattr(model, "class_embedding", None) is not None
-        and classes is None
-    ):
-        raise ValueError(
-            f"this {name} is conditioned on classes by other than their numbers, which is not"
-            " supported."
-        )
-    if classes is not None and not (isinstance(class_label, int) and 0 <= class_label < classes):
-        raise ValueError(
-            f"this {name} is conditioned on classes: give class_label, from 0 to {classes - 1}, the"
-            f" one for all images, not {class_label!r}."
-        )
-    if classes is None and class_label is not None:
-        raise ValueError(f"this {name} has no classes: leave class_label out.")
-    wants = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
-    more = next((key for key in wants if config.get(key)), None)
-    if isinstance(model, UNet2DConditionModel) and more is not None:
-        raise ValueError(
-            f"this {name} wants more than text ({more}={config[more]!r}), which its pipeline makes:"
-            " give the whole pipeline, as PipelineBase.from_pipeline(pipe) or --base."
-        )
-
-
-_SITE_NAMES = {
-    "cross_width": "cross-attention width",
-    "token_widths": "inner widths of cross-attention",
-    "vector_width": "width of the time embedding",
-    "map_channels": "width of the middle block",
-}
-
-
-def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
-    """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called
-    `name`.
-    """
-    for key in (
-        *_SITE_NAMES,
-        *(key for key in vars(sites) if key not in _SITE_NAMES),
-    ):  # first what says most
-        expected, found = (
-            plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites))
-        )
-        if found != expected:
-            raise ValueError(
-                f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is"
-                f" {_short(found)}, that of this {name} is {_short(expected)}: use the kind of"
-                " model that it was trained on."
-            )
-
-
-def _short(value: object) -> str:
-    """Of a long list the first and how many."""
-    if not isinstance(value, list):
-        return str(value)
-    return f"{value[:4]}{f' and {len(value) - 4} more' if len(value) > 4 else ''}"
-
-
-def _width(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else value[0]
-
-
-def _pixels(model: ModelMixin, vae: ModelMixin | None) -> int:
-    """Side in pixels of the images of a denoiser, by its configuration.
-
-    Raises:
-        ValueError: it does not say.
-    """
-    size = model.config.get("sample_size")
-    size = size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
-    if not isinstance(size, int):
-        raise ValueError(
-            f"this {type(model).__name__} does not say what size of image it is for: give"
-            " sample_size, in pixels."
-        )
-    if vae is None:
-        return size
-    halvings = (
-        len(vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels"))
-        - 1
-    )
-    return size * vae.config.get("spatial_compression_ratio", 2**halvings)

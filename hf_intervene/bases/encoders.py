@@ -43,8 +43,11 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features (B, width), float32, of images (B, 3, H, W) in [0, 1]: the pooled output, or the
-        mean of the last hidden states.
+        mean of the last hidden states. Those of a clip (B, 3, T, H, W) are means over its frames.
         """
+        if pixel_values.ndim == 5:
+            frames = pixel_values.transpose(1, 2)  # (B, T, 3, H, W)
+            return self(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).mean(1)
         images = (pixel_values * 255).round().to(torch.uint8).cpu()
         inputs = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         output = self.model(inputs.to(self.model.device, self.model.dtype))

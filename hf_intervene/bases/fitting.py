@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .observing import NotRecordable, Recorder, Run
+from .observing import NotRecordable, Recorder, Run, replaced
 from .replay import Placement, Recording
 
 
@@ -260,11 +260,14 @@ def check_replay(recorder: Recorder, recording: Recording, one: Run, two: Run) -
                 )
     _, time, sample = one.steps[0]
     arguments = recording.call(sample, time.flatten()[:1], dtype)
-    with torch.no_grad():
-        again = recorder.denoiser(**arguments)
-    if not _close(
-        recording.predicted(again).to(dtype), one.steps[0][0].to(dtype)
-    ):  # with the roundings of that type
+    found = []
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for denoiser in recorder.denoisers.values():
+            with replaced(denoiser, "_compiled_call_impl", None):
+                found.append(recording.predicted(denoiser(**arguments)))
+    first = found[list(recorder.denoisers).index(one.called[0])]
+    # With the roundings of that type.
+    if not _close(first.to(dtype), one.steps[0][0].to(dtype)):
         raise NotRecordable(
             f"the replay of a {name} does not equal its run: the denoiser returns something else."
         )

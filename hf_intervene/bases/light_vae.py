@@ -12,7 +12,8 @@ logits:
 """  # noqa: E501
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,7 +22,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .base import Base, register_base
+from .base import Base, Encoded, register_base
 
 
 LIKELIHOODS = ("bernoulli", "gaussian")
@@ -173,30 +174,37 @@ class LightVAEBase(Base):
         self.embedding_shape = (config.latent_width, 1, 1)
         self.image_shape = (config.in_channels, config.sample_size, config.sample_size)
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encoder(pixel_values.to(self.model.dtype))
+    def encode(self, pixel_values: torch.Tensor) -> Encoded:
+        features = self.model.encoder(pixel_values.to(self.model.dtype))
+        return Encoded(features, {"pixel_values": pixel_values})
 
     def posterior(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = self.model.quant(features)[..., None, None].chunk(2, dim=1)
         return mean, logvar
 
-    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(embedding.to(self.model.dtype)).sample
-
-    def reconstruction_loss(
-        self, decoded: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        pixel_values, logits = encoded.kept["pixel_values"], self._logits(embedding)
         # In float32: at bf16 the rounding of each pixel's term is of the size of the differences
         # that matter.
         if self.model.config.likelihood == "gaussian":
-            return gaussian_loss(self.to_pixels(decoded), pixel_values, self.model.log_variance)
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            decoded.float(), pixel_values.float(), reduction="none"
-        )
-        return loss.flatten(1).sum(1)
+            mean = logits.float().sigmoid()
+            loss = gaussian_loss(mean, pixel_values, self.model.log_variance)  # (B,)
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                logits.float(), pixel_values.float(), reduction="none"
+            )  # (B, C, S, S)
+            loss = loss.flatten(1).sum(1)  # (B,)
+        return {"reconstruction_loss": loss}
 
-    def to_pixels(self, decoded: torch.Tensor) -> torch.Tensor:
-        return decoded.float().sigmoid()
+    def generate(
+        self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor], **options: Any
+    ) -> torch.Tensor:
+        return self._logits(embedding).float().sigmoid()
+
+    def _logits(self, embedding: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(embedding.to(self.model.dtype)).sample  # (B, C, S, S)
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return self.model.encoder.modules()

@@ -4,7 +4,6 @@ again.
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel
@@ -23,16 +20,11 @@ from transformers.models.auto.image_processing_auto import (
 
 from .. import hub
 from ..checks import check_fit, check_loaded
-from ..configuration_intervention import InterventionConfig
-from ..logging import get_logger
-from .base import Base, model_class_named, running_hash, weight_hash
+from .base import running_hash, weight_hash
 from .limits import check_finite, read_part
 
 
-logger = get_logger(__name__)
-
 _MAX_SIDE = 1024  # of the latents of a transformer, which keeps a table of all positions
-BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 VISION_FILES = ("*.json", "model*.safetensors")
 
 
@@ -219,7 +211,7 @@ def base_reference(
     dtype = _precision(model)
     found |= {"variant": variant, "dtype": _name(dtype), "sha256": weight_hash(model)}
     return found | {
-        _key(cast): weight_hash(model, cast)
+        type_key(cast): weight_hash(model, cast)
         for cast in (torch.bfloat16, torch.float16)
         if cast != dtype
     }
@@ -234,8 +226,8 @@ def is_referenced(model: ModelMixin, reference: dict[str, str | None]) -> bool:
         return (running_hash if reference.get("hash") == "running" else weight_hash)(
             model
         ) == reference["sha256"]
-    if _key(now) in reference:
-        return weight_hash(model, now) == reference[_key(now)]
+    if type_key(now) in reference:
+        return weight_hash(model, now) == reference[type_key(now)]
     # In a wider type than then: the weights must still be values of the narrower one, or they have
     # been trained since.
     floats = (value for value in model.state_dict().values() if value.is_floating_point())
@@ -253,165 +245,6 @@ def check_reference(model: ModelMixin, reference: dict[str, str | None] | None) 
             f" differ from those of {reference['class_name']} {reference['name_or_path']} at"
             f" training time; load that one, in {reference['dtype']}."
         )
-
-
-def load_saved_base(
-    name: str | os.PathLike,
-    path: Path,
-    config: InterventionConfig,
-    dtype: torch.dtype,
-    variant: str | None,
-    options: dict,
-) -> ModelMixin:
-    """The base saved with a model in the folder `path`, or else, checked by its hash, the one its
-    head was trained on.
-
-    Args:
-        name: of the model, for messages.
-        path: its folder.
-        config: of its head.
-        dtype: precision to load in.
-        variant: of the saved base.
-        options: of `hub.folder`, for a base elsewhere, and `base_token`, the token for it.
-
-    Raises:
-        OSError, ValueError: one sentence: neither is there, truncated weights, another base than at
-            training time.
-    """
-    saved = load_model_config(path / BASE_FOLDER)
-    if saved is not None:
-        model_class = model_class_named(saved["_class_name"])
-        return load_part(
-            model_class, path / BASE_FOLDER, f"the base of {name}", variant, torch_dtype=dtype
-        )
-    reference = config.base_reference
-    if reference is None:
-        raise OSError(
-            f"{name} holds no base model (no {BASE_FOLDER}/config.json): pass base= with the one it"
-            " was trained on."
-        )
-    return _load_referenced(name, reference, dtype, options)
-
-
-def _read_as(reference: dict[str, str | None], dtype: torch.dtype) -> torch.dtype:
-    """The precision to read a model in that is known by its hash and wanted in `dtype`: that of
-    then, to be checked and cast; from float32 it is cast while it is read, where the reference has
-    a hash of that."""
-    then = getattr(torch, str(reference["dtype"]))
-    return dtype if then == torch.float32 and _key(dtype) in reference else then
-
-
-def _load_referenced(
-    name: str | os.PathLike, reference: dict[str, str | None], dtype: torch.dtype, options: dict
-) -> ModelMixin:
-    source, model_class = (
-        str(reference["name_or_path"]),
-        model_class_named(str(reference["class_name"])),
-    )
-    read_as = _read_as(reference, dtype)
-    try:
-        options = _options_of(name, reference, options)
-        folder = base_folder(source, reference["subfolder"], reference["variant"], **options)
-        model = load_part(
-            model_class, folder, f"the base {source}", reference["variant"], torch_dtype=read_as
-        )
-    except OSError as error:
-        raise OSError(
-            f"the base that {name} was trained on, {source}, cannot be loaded"
-            f" ({' '.join(str(error).split())}): pass base= with a copy of it, or, if it is private"
-            " and you trust it with your token, base_token=True."
-        ) from error
-    check_reference(model, reference)
-    return model if read_as == dtype else model.to(dtype)
-
-
-def _options_of(name: str | os.PathLike, reference: dict[str, str | None], options: dict) -> dict:
-    """Options of `hub.folder` for what the configuration of a model names and its user did not: at
-    the revision of training time, and without the user's token unless `base_token` gives one. What
-    is fetched from where is said."""
-    source, revision = str(reference["name_or_path"]), reference["revision"]
-    options = {k: v for k, v in options.items() if k != "base_token"} | {
-        "revision": revision,
-        "token": options.get("base_token", False),
-    }
-    file = "/".join(filter(None, (reference["subfolder"], "config.json")))
-    if not os.path.isdir(source) and not options.get("local_files_only"):
-        cached = None
-        with suppress(HFValidationError):  # a folder that is gone; `base_folder` says so
-            cached = try_to_load_from_cache(
-                source, file, cache_dir=options.get("cache_dir"), revision=revision
-            )
-        if not isinstance(cached, str):
-            logger.warning(
-                "fetching %s at %s from the Hub, which %s was trained on.",
-                source,
-                revision or "its newest",
-                name,
-            )
-    return options
-
-
-def save_companions(
-    base: Base, config: InterventionConfig, directory: str | os.PathLike, everything: bool | None
-) -> None:
-    """Save what a base needs beside its model, each in a folder of its name; of models, unless
-    `everything`, those alone that `config.companion_references` does not say where to find."""
-    for name, part in base.companions().items():
-        reference, folder = (
-            (config.companion_references or {}).get(name),
-            os.path.join(directory, name),
-        )
-        if not everything and reference is not None and is_referenced(part, reference):
-            if os.path.isdir(folder):
-                raise FileExistsError(
-                    f"{directory} holds the {name} of another model, which would be taken for this"
-                    " one's: empty it."
-                )
-        else:
-            part.save_pretrained(folder)
-
-
-def load_companions(
-    name: str | os.PathLike,
-    path: Path,
-    config: InterventionConfig,
-    family: type[Base],
-    dtype: torch.dtype,
-    options: dict,
-) -> dict[str, Any]:
-    """What a base of a family needs beside its model, from the folder `path` of the saved model
-    `name`, or from where `config.companion_references` says. Arguments and errors as of
-    `load_saved_base`."""
-    found: dict[str, Any] = {}
-    references = config.companion_references or {}
-    if "scheduler" in family.companion_names:
-        found["scheduler"] = load_scheduler(path / "scheduler", str(name))
-    if "vae" in family.companion_names:
-        saved = load_model_config(path / "vae")
-        if saved is not None:
-            found["vae"] = load_part(
-                model_class_named(saved["_class_name"]),
-                path / "vae",
-                f"the vae of {name}",
-                torch_dtype=dtype,
-            )
-        elif "vae" in references:
-            found["vae"] = _load_referenced(name, references["vae"], dtype, options)
-    if (path / "image_processor").exists():
-        here, reference = path / "image_encoder", references.get("image_encoder")
-        if here.exists() or reference is None:
-            found |= load_vision(here, path / "image_processor", dtype)
-        else:
-            source = os.path.join(str(reference["name_or_path"]), reference["subfolder"] or "")
-            is_folder = os.path.isdir(source)
-            name_there = source if is_folder else str(reference["name_or_path"])
-            where = {} if is_folder else _options_of(name, reference, options)
-            found |= load_vision(
-                name_there, path / "image_processor", _read_as(reference, dtype), **where
-            )
-            check_reference(found["image_encoder"], reference)
-            found["image_encoder"].to(dtype)
-    return found
 
 
 def load_part(
@@ -492,5 +325,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _key(dtype: torch.dtype) -> str:
+def type_key(dtype: torch.dtype) -> str:
+    """The entry of a reference that has the hash of the weights in a type."""
     return f"sha256_{_name(dtype)}"

@@ -43,6 +43,7 @@ class Run:
         outputs: what it returned.
         steps: of each step of the scheduler: model output, time, sample.
         steps_of: how many steps had been made before each call of the denoiser.
+        called: name of the denoiser in each of its calls.
         decoded: what the autoencoder was given.
         schedule: keyword arguments of `set_timesteps`.
     """
@@ -52,15 +53,17 @@ class Run:
         self.outputs: list[Any] = []
         self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.steps_of: list[int] = []
+        self.called: list[str] = []
         self.decoded: torch.Tensor | None = None
         self.schedule: dict[str, Any] = {}
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
-    """Name and module of the one denoiser of a pipeline.
+def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """By name the denoiser of a pipeline, or the two that share its noise levels: the first one has
+    those from `boundary_ratio` on, the second one those below, as in Wan 2.2.
 
     Raises:
-        NotRecordable: it has none, or several.
+        NotRecordable: it has none, or several that share them in another way.
     """
     names = [name for name in pipe.components if name.startswith(("unet", "transformer"))]
     found = {
@@ -68,16 +71,25 @@ def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
         for name in names
         if isinstance(pipe.components[name], nn.Module)
     }
-    if len(found) != 1:
+    shared = len(found) == 2 and boundary_of(pipe) is not None
+    if len(found) != 1 and not shared:
         what = (
             f"{len(found)} denoisers ({', '.join(found)})"
             if found
             else "no denoiser (unet or transformer)"
         )
         raise NotRecordable(
-            f"a {type(pipe).__name__} has {what}: a head is trained on a pipeline with one."
+            f"a {type(pipe).__name__} has {what}: a head is trained on a pipeline with one, or with"
+            " two that share the noise levels by its boundary_ratio."
         )
-    return next(iter(found.items()))
+    # Without compiled code around them; the first one first.
+    return {name: getattr(found[name], "_orig_mod", found[name]) for name in sorted(found)}
+
+
+def boundary_of(pipe: DiffusionPipeline) -> float | None:
+    """The time from which on the first of two denoisers is called, as the scheduler counts it."""
+    ratio = pipe.config.get("boundary_ratio")
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 class Recorder:
@@ -107,8 +119,9 @@ class Recorder:
                 " from, and attach it to this one."
             )
         self.pipe, self.prompt, self.size, self.extra = pipe, prompt, size, dict(call)
-        self.name, denoiser = denoiser_of(pipe)
-        self.denoiser = getattr(denoiser, "_orig_mod", denoiser)  # without compiled code around it
+        self.denoisers = denoisers_of(pipe)
+        self.denoiser = next(iter(self.denoisers.values()))
+        self.boundary = boundary_of(pipe) if len(self.denoisers) == 2 else None
         if getattr(pipe, "vae", None) is None:
             raise NotRecordable(
                 f"a {type(pipe).__name__} has no autoencoder (vae): it cannot be recorded."
@@ -168,16 +181,22 @@ class Recorder:
         """
         run, pipe = Run(), self.pipe
         scheduler = _observed_scheduler(pipe.scheduler, run, step)
-        forward, signature = self.denoiser.forward, inspect.signature(type(self.denoiser).forward)
 
-        def denoiser_forward(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(self.denoiser, *args, **kwargs).arguments
+        def watched(name: str, denoiser: nn.Module) -> Callable[..., Any]:
+            forward, signature = denoiser.forward, inspect.signature(type(denoiser).forward)
+            return lambda *args, **kwargs: called(name, forward, signature, args, kwargs)
+
+        def called(
+            name: str, forward: Callable, signature: inspect.Signature, args: tuple, kwargs: dict
+        ) -> Any:
+            bound = signature.bind(None, *args, **kwargs).arguments
             named = {key: value for key, value in list(bound.items())[1:]}
             for parameter in signature.parameters.values():
                 if parameter.kind is parameter.VAR_KEYWORD:
                     named |= named.pop(parameter.name, {})
             run.arguments.append(copied(named))
             run.steps_of.append(len(run.steps))
+            run.called.append(name)
             found = denoise(len(run.steps), lambda: forward(*args, **kwargs))
             run.outputs.append(copied(found[0]))
             return found
@@ -187,9 +206,13 @@ class Recorder:
             raise Enough
 
         with ExitStack() as stack:
-            stack.enter_context(replaced(pipe, self.name, self.denoiser))
+            # What was compiled runs as it was written: nothing is compiled for a few steps.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for name, denoiser in self.denoisers.items():
+                stack.enter_context(replaced(pipe, name, denoiser))
+                stack.enter_context(replaced(denoiser, "_compiled_call_impl", None))
+                stack.enter_context(replaced(denoiser, "forward", watched(name, denoiser)))
             stack.enter_context(_taken_for_float32(pipe.vae))
-            stack.enter_context(replaced(self.denoiser, "forward", denoiser_forward))
             stack.enter_context(replaced(pipe.vae, "decode", decode))
             if hasattr(pipe.vae, "encode"):
                 stack.enter_context(

@@ -8,6 +8,7 @@ The denoiser, the autoencoder and the scheduler are the pipeline's own. Its text
 for the recording alone. A noisy sample has the shape that the pipeline's scheduler steps on, such
 as packed tokens (S, c)."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,34 +19,40 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .adapter import DiffusionAdapter, check_sites
 from .autoencoder import images_of, latent_shape, latents_of
 from .base import register_recorded
 from .denoising import prediction_type
-from .diffusion import DiffusionAdapter, DiffusionBase
+from .diffusion import DiffusionBase
+from .injection import Injection
 from .prompts import Prompts, record_prompts
 from .recording import NotRecordable, Recorder, record, training_time
-from .replay import Recording
+from .replay import Recording, on_device
 from .sites import find_sites
 
 
 @register_recorded
 class PipelineBase(DiffusionBase):
-    """The denoiser of a pipeline under a head.
+    """The denoiser of a pipeline under a head; of images, or of clips (B, C, T, S, S).
 
     `from_pipeline` makes one. The constructor puts one together of its parts, as a saved model
-    does.
+    does. Of two denoisers that share the noise levels, as those of Wan 2.2, the head enters both;
+    the second one stays frozen.
 
     Args:
         model: the denoiser.
         scheduler, vae: the pipeline's.
+        base_2: the second denoiser, for the lower noise levels.
         image_encoder, image_processor, min_snr_gamma: see `DiffusionBase`.
         adapter: the adapter, which holds the recording.
 
     Raises:
         TypeError, ValueError: one sentence: no scheduler or vae, an adapter without a recording or
-            for another denoiser, a vae whose latents the recording is not of.
+            for another denoiser, a vae whose latents the recording is not of, no second denoiser
+            where there were two.
     """
 
+    companion_names = (*DiffusionBase.companion_names, "base_2")
     vae: ModelMixin
     prompts: Prompts | None = None  # of the images that it is trained with
 
@@ -58,6 +65,7 @@ class PipelineBase(DiffusionBase):
         image_processor: BaseImageProcessor | None = None,
         adapter: DiffusionAdapter | None = None,
         min_snr_gamma: float | None = None,
+        base_2: ModelMixin | None = None,
     ):
         super(DiffusionBase, self).__init__(model)
         name = type(model).__name__
@@ -73,17 +81,28 @@ class PipelineBase(DiffusionBase):
             )
         recording.check()
         self._take_parts(scheduler, vae, image_encoder, image_processor, min_snr_gamma)
-        size = adapter.config.sample_size
-        self.image_shape = (vae.config.get("in_channels", 3), size, size)
-        self.residual_shape = recording.sample_shape
-        shape = tuple(latent_shape(vae, self.image_shape))
-        if _without_frame(recording.latent_shape) != shape:
+        size, frames = adapter.config.sample_size, adapter.config.num_frames
+        self.image_shape = _shape_of(vae, size, frames)
+        self.sample_shape = recording.sample_shape
+        if self._as_encoded(recording.latent_shape) != tuple(latent_shape(vae, self.image_shape)):
+            shape = tuple(latent_shape(vae, self.image_shape))
             raise ValueError(
                 f"the {type(vae).__name__} makes latents of shape {shape} of images of {size}"
                 f" pixels, but the pipeline decodes {recording.latent_shape}: pass the vae of its"
                 " pipeline, or record it at another sample_size."
             )
         self._enter_by(adapter)
+        if (base_2 is None) != (adapter.config.boundary is None):
+            raise ValueError(
+                f"a head on this {name} was made for {2 - (base_2 is not None)} denoisers: pass"
+                f" {'both, the second one as base_2=' if base_2 is None else 'no base_2'}."
+            )
+        self.base_2, self.injection_2 = base_2, None
+        if base_2 is not None:
+            base_2.requires_grad_(False).eval()
+            check_sites(find_sites(base_2), adapter, type(base_2).__name__)
+            self.injection_2 = Injection(base_2)
+            self.injection_2.install()
 
     @classmethod
     def from_pipeline(
@@ -99,6 +118,7 @@ class PipelineBase(DiffusionBase):
         min_snr_gamma: float | None = None,
         prompts: Sequence[str] | None = None,
         prompt_folder: str | os.PathLike | None = None,
+        num_frames: int | None = None,
     ) -> "PipelineBase":
         """Record how a pipeline calls its denoiser, and make a base of its parts. The pipeline is
         left as it was.
@@ -114,31 +134,37 @@ class PipelineBase(DiffusionBase):
             prompts: prompts of images to train with, each one once; see `denoise`.
             prompt_folder: where what the text encoders make of them is kept; what is there already
                 is not made again.
+            num_frames: of clips, for a pipeline that makes them; `None`: a head on single images.
 
         Raises:
             TypeError, NotRecordable (a ValueError): one sentence: no pipeline, a denoiser without a
                 site, a scheduler of another kind, or what of the pipeline's run the recording does
                 not equal.
         """
-        recorder = Recorder(pipe, prompt, sample_size, call or {})
+        call = dict(call or {}) | ({} if num_frames is None else {"num_frames": num_frames})
+        recorder = Recorder(pipe, prompt, sample_size, call)
         model = recorder.denoiser
         sites = find_sites(model)
         recording = record(recorder)
         scheduler = training_time(recorder)
-        vae, frames = pipe.vae, recording.latent_shape[1] if len(recording.latent_shape) == 4 else 1
-        if frames > 1:
+        vae = pipe.vae
+        num_frames = None if call.get("num_frames", 1) == 1 else call["num_frames"]
+        if (
+            num_frames is None
+            and len(recording.latent_shape) == 4
+            and recording.latent_shape[1] > 1
+        ):
             raise NotRecordable(
-                f"a {type(pipe).__name__} makes clips of several frames: a head is trained on"
-                " single images."
+                f"a {type(pipe).__name__} makes clips of several frames: give num_frames."
             )
-        size = pixels_of(vae, recording)
+        size = pixels_of(vae, recording, num_frames)
         if sample_size not in (None, size):
             raise NotRecordable(
                 f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were"
                 " asked for."
             )
         shape = (num_tokens, sites.cross_width) if sites.tokens else (embedding_width,)
-        latents = _without_frame(recording.latent_shape)
+        *channels, height, width = _without_frame(recording.latent_shape)
         if sites.map:
             raise NotRecordable(
                 f"a {type(model).__name__} is not recorded: build the model of it and its"
@@ -148,13 +174,20 @@ class PipelineBase(DiffusionBase):
             sample_size=size,
             sites=vars(sites),
             embedding_shape=shape,
-            encoder_shape=None if image_encoder is not None else latents,
+            # The frames of a clip's latents are channels to the small encoder.
+            encoder_shape=(
+                None if image_encoder is not None else (math.prod(channels), height, width)
+            ),
             feature_width=128 if image_encoder is None else image_encoder.config.hidden_size,
             prediction_type=prediction_type(scheduler),
             recording=recording.config,
+            num_frames=num_frames,
+            boundary=recorder.boundary,
         )
         adapter.recorded.load_state_dict(recording.state_dict())
-        base = cls(model, scheduler, vae, image_encoder, image_processor, adapter, min_snr_gamma)
+        second = list(recorder.denoisers.values())[1:]
+        parts = (scheduler, vae, image_encoder, image_processor, adapter, min_snr_gamma, *second)
+        base = cls(model, *parts)
         if prompts is not None:
             if prompt_folder is None:
                 raise ValueError("prompts of images are kept in files: give prompt_folder.")
@@ -165,17 +198,17 @@ class PipelineBase(DiffusionBase):
         with torch.no_grad():
             latents = latents_of(self.vae, (2 * pixel_values - 1).to(self.vae.dtype))[0].float()
             x0 = self.adapter.recorded.from_latents(latents)
-            return {"x0": x0} | (
-                {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
-            )
+            if self.image_encoder is None:
+                return {"x0": x0}
+            return {"x0": x0, "features": self.image_encoder(pixel_values)}
 
-    def features(self, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _features(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.image_encoder is not None:
             return prepared["features"]
-        latents = self.adapter.recorded.tail.arranged(
-            prepared["x0"]
-        )  # unscaled: about of variance 1
-        latents = latents.view(len(latents), *_without_frame(latents.shape[1:]))
+        # Unscaled: about of variance 1.
+        latents = self.adapter.recorded.tail.arranged(prepared["x0"])  # (B, *latent_shape)
+        *_, height, width = latents.shape
+        latents = latents.reshape(len(latents), -1, height, width)
         return self.adapter.encoder(latents.to(self.adapter.dtype))
 
     def denoise(
@@ -191,36 +224,72 @@ class PipelineBase(DiffusionBase):
             x, timesteps, embedding: see there.
             prompts: of each row the number of its prompt among `self.prompts`, (B,) int64; -1 is
                 the one of the recording. `None`: all have that one. Rows whose prompts are of the
-                same length are denoised together.
+                same length are denoised together. On the CPU, or the host waits for the device.
         """
-        if prompts is None or self.prompts is None:
-            return self._denoise(x, timesteps, embedding)
-        numbers, timesteps = prompts.tolist(), timesteps.expand(len(x))
-        groups = self.prompts.groups(numbers)
-        found = []
-        for group in groups:
-            index = torch.tensor(group, device=x.device)
-            text = [self.prompts[numbers[row]] for row in group]
-            found.append(self._denoise(x[index], timesteps[index], embedding[index], text=text))
-        order = torch.tensor([row for group in groups for row in group], device=x.device)
-        return torch.cat(found)[order.argsort()]
+        rows, texts = [*range(len(x))], None
+        groups = [rows]
+        if prompts is not None and self.prompts is not None:
+            numbers = prompts.tolist()
+            groups, texts = self.prompts.groups(numbers), [self.prompts[n] for n in numbers]
+        calls = [(group, self.injection) for group in groups]
+        if self.injection_2 is not None:  # which of the two it is waits for the device
+            early = (timesteps >= self.adapter.config.boundary).expand(len(x)).tolist()
+            calls = [
+                ([row for row in group if early[row] == first], injection)
+                for group in groups
+                for first, injection in ((True, self.injection), (False, self.injection_2))
+            ]
+        found: list[torch.Tensor] = []
+        order: list[int] = []
+        for group, injection in calls:
+            if not group:
+                continue
+            text = None if texts is None else [texts[row] for row in group]
+            order += group
+            if group == rows:
+                part = x, timesteps, embedding
+            else:
+                index = on_device(torch.tensor(group), x.device)
+                part = x[index], timesteps.expand(len(x))[index], embedding[index]
+            found.append(self._denoise(*part, injection, text=text))
+        if len(found) == 1 and order == rows:
+            return found[0]
+        return torch.cat(found)[on_device(torch.tensor(order).argsort(), x.device)]
 
     def _predicted(
         self,
         x: torch.Tensor,
         timesteps: torch.Tensor,
+        denoiser: Any = None,
         text: Sequence[dict[int, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
-        recording: Recording = self.adapter.recorded
-        arguments = recording.call(x, timesteps.expand(len(x)), self.model.dtype, text)
-        return recording.predicted(self.model(**arguments))
+        recording, denoiser = self.adapter.recorded, denoiser or self.model
+        arguments = recording.call(x, timesteps.expand(len(x)), denoiser.dtype, text)
+        return recording.predicted(denoiser(**arguments))
 
     def _to_images(self, x0: torch.Tensor) -> torch.Tensor:
         latents = self.adapter.recorded.to_latents(x0)
-        return images_of(
-            self.vae,
-            latents.view(len(latents), *_without_frame(latents.shape[1:])).to(self.vae.dtype),
-        )
+        latents = latents.view(len(latents), *self._as_encoded(latents.shape[1:]))
+        return images_of(self.vae, latents.to(self.vae.dtype))
+
+    def _as_encoded(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what the pipeline decodes as the autoencoder makes it of an image: without
+        the axis of its one frame."""
+        return tuple(shape) if len(self.image_shape) == 4 else _without_frame(tuple(shape))
+
+    def companions(self) -> dict[str, Any]:
+        return super().companions() | ({} if self.base_2 is None else {"base_2": self.base_2})
+
+    def release(self) -> None:
+        super().release()
+        if self.injection_2 is not None:
+            self.injection_2.remove()
+
+    def train(self, mode: bool = True) -> "PipelineBase":
+        super().train(mode)
+        if self.base_2 is not None:
+            self.base_2.eval()
+        return self
 
 
 def _without_frame(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -230,8 +299,15 @@ def _without_frame(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def pixels_of(vae: ModelMixin, recording: Recording) -> int:
-    """Side in pixels of the images that a pipeline was recorded with.
+def _shape_of(vae: ModelMixin, size: int, frames: int | None) -> tuple[int, ...]:
+    """(C, S, S) of images, or (C, T, S, S) of clips."""
+    channels = vae.config.get("in_channels", 3)
+    return (channels, size, size) if frames is None else (channels, frames, size, size)
+
+
+def pixels_of(vae: ModelMixin, recording: Recording, frames: int | None = None) -> int:
+    """Side in pixels of the images that a pipeline was recorded with, or of the clips of so many
+    frames.
 
     Raises:
         NotRecordable: its autoencoder makes latents of another size, or the images are not square.
@@ -240,11 +316,18 @@ def pixels_of(vae: ModelMixin, recording: Recording) -> int:
     for exponent in range(7):
         size = height << exponent
         try:
-            shape = latent_shape(vae, (vae.config.get("in_channels", 3), size, size))
+            shape = latent_shape(vae, _shape_of(vae, size, frames))
         except ValueError:
             continue
-        if height == width and tuple(shape[-2:]) == (height, width):
+        expected = recording.latent_shape[-2:] if frames is None else recording.latent_shape[1:]
+        if height == width and tuple(shape[-len(expected) :]) == expected:
             return size
+    if frames is not None:
+        raise NotRecordable(
+            f"the pipeline decodes latents of {' x '.join(map(str, recording.latent_shape[1:]))}"
+            f" (frames, height, width), which are of no square clip of {frames} frames that its"
+            f" {type(vae).__name__} encodes: give sample_size, in pixels, and another num_frames."
+        )
     raise NotRecordable(
         f"a head needs square images, and the pipeline decodes latents of {height} x {width}, which"
         f" are of none that its {type(vae).__name__} encodes: give sample_size, in pixels."

@@ -147,7 +147,7 @@ def load_base(
         base = family(model, sample_size=sample_size, **options)
     else:
         base = family(model)
-    if image_encoder is not None and not base.denoises:
+    if image_encoder is not None and not isinstance(base, DiffusionBase):
         raise ValueError(
             f"a {type(model).__name__} has an encoder of its own: leave image_encoder out."
         )

@@ -104,6 +104,14 @@ def _check_calls(recorder: Recorder, run: Run, images: int) -> None:
                 f"a {name} steps on samples of shape {tuple(sample.shape)} with predictions of"
                 f" shape {tuple(prediction.shape)} for {images} images: it cannot be recorded."
             )
+    if recorder.boundary is not None:
+        names = list(recorder.denoisers)
+        for (_, time, _), called in zip(run.steps, run.called):
+            if called != names[float(time.flatten()[0]) < recorder.boundary]:
+                raise NotRecordable(
+                    f"a {name} does not share its noise levels between its denoisers by its"
+                    " boundary_ratio: it cannot be recorded."
+                )
     for found in run.outputs:
         if len(found) != images:
             raise NotRecordable(

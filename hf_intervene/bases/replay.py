@@ -322,7 +322,7 @@ class Recording(nn.Module):
             value = self.constants[number]
             return value if dim is None else torch.cat([value] * rows.count, dim)
         own = [text[number] for text in rows.text]
-        return own[0] if dim is None else torch.cat(own, dim)
+        return on_device(own[0] if dim is None else torch.cat(own, dim), rows.x.device)
 
     def predicted(self, output: Any) -> torch.Tensor:
         """The prediction, (B, *sample_shape), float32, of what the denoiser returned."""
@@ -339,6 +339,13 @@ class Recording(nn.Module):
         *latent_shape).
         """
         return self.tail.inverse(latents).unflatten(1, self.sample_shape)
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from the host to a GPU without waiting for what the GPU is at."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class _Rows:
@@ -376,4 +383,4 @@ def _inner(node: dict[str, Any], kind: str) -> Iterator[Any]:
         yield from node["dict"].values()
 
 
-__all__ = ["Placement", "Recording", "probe_rows", "probes_of"]
+__all__ = ["Placement", "Recording", "on_device", "probe_rows", "probes_of"]

@@ -29,6 +29,10 @@ class ContextPrediction(Term):
         whole = ((contexts == 0) | (contexts == 1)).all(1)
         self.register_buffer("contexts", contexts[whole].float(), persistent=False)
 
+    @classmethod
+    def build(cls, strength, model, contexts):
+        return cls(strength, contexts) if model.head.is_flow and len(contexts) > 1 else None
+
     def loss(self, model, output, targets, draws):
         logits = model.head.context_log_densities(output.draw, self.contexts)  # (B, contexts)
         same = (targets[:, None] == self.contexts).all(2)  # (B, contexts)

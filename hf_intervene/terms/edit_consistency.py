@@ -23,10 +23,8 @@ from .base import Term
 
 LARGEST = 50.0  # nats of an entry: early, an encoder is far too sure of what it reads
 FIRST, RISING = 0.05, 0.2  # shares of the training: when it starts, and over which it rises
-INTERVENED, OBSERVED = (
-    0.4,
-    0.3,
-)  # shares of the concepts that are drawn anew with an intervention, and without
+# Shares of the concepts that are drawn anew with an intervention, and without.
+INTERVENED, OBSERVED = 0.4, 0.3
 
 
 class EditConsistency(Term):
@@ -37,10 +35,16 @@ class EditConsistency(Term):
     """
 
     name = "edit_consistency"
+    sharded = False  # blocks that FSDP gathers one at a time take no second pass with held weights
 
     def __init__(self, strength: float, noise_shape: tuple[int, int], every: int = 2):
         super().__init__(strength)
         self.noise_shape, self.every = noise_shape, every
+
+    @classmethod
+    def build(cls, strength, model, contexts):
+        several = model.head.is_flow and len(contexts) > 1
+        return cls(strength, model.noise_shape) if several and model.base.passes == 1 else None
 
     def weight(self, progress):
         return self.strength * min(1.0, max(0.0, progress - FIRST) / RISING)
@@ -58,7 +62,7 @@ class EditConsistency(Term):
             made, new = edited(
                 head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows]
             )
-        images = model.base.to_pixels(model.base.decode(head.represent(made)))
+        images = model.base.generate(head.represent(made), {})
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
         squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
         return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
@@ -92,7 +96,7 @@ class _Reader(torch.nn.Module):
         self.model = model
 
     def forward(self, images, targets):
-        return self.model.head.posterior(self.model.base.encode(images), targets)
+        return self.model.head.posterior(self.model.base.encode(images).features, targets)
 
 
 def held(model) -> dict[str, torch.Tensor]:

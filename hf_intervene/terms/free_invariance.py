@@ -32,6 +32,7 @@ class FreeInvariance(Term):
     """
 
     name = "free_invariance"
+    sharded = False  # FSDP does not know of the parameters of terms
     contexts: torch.Tensor
 
     def __init__(self, strength: float, contexts: torch.Tensor, concepts: int, width: int):
@@ -45,6 +46,13 @@ class FreeInvariance(Term):
             nn.GELU(),
             nn.Linear(HIDDEN, len(contexts)),
         )
+
+    @classmethod
+    def build(cls, strength, model, contexts):
+        width = model.config.free_blocks * model.config.concept_width
+        if not (model.head.is_flow and len(contexts) > 1 and width):
+            return None
+        return cls(strength, contexts, len(model.concepts), width)
 
     def weight(self, progress):
         # the strength is in the reversed gradient: a classifier that learns slowly is no adversary
