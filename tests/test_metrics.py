@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_intervene.metrics import (
     bits_per_pixel,
     compare,
+    context_leakage,
+    kernel_distance,
     mean_interval,
     sliced_wasserstein,
     transport,
@@ -205,6 +207,34 @@ def test_bad_input(monkeypatch):
     directions.cache_clear()  # else they come from an earlier test
     with pytest.raises(ImportError, match="hf-intervene\\[eval\\]"):
         sliced_wasserstein(a, a)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        (np.zeros((0, 4, 4, 1)), np.zeros((9, 4, 4, 1))),
+        (np.zeros((9, 4, 4, 1)), np.zeros((9, 4, 4, 3))),
+        ([0.1, 0.2], [0.1, 0.3]),
+    ],
+)
+def test_sets_without_images_or_of_two_shapes(sets):
+    with pytest.raises(ValueError, match="sets of at least one image .* all of one shape"):
+        sliced_wasserstein(*sets)
+    with pytest.raises(ValueError, match="sets of at least one image .* all of one shape"):
+        compare(sets[0], sets[1], sets[1])
+
+
+def test_measures_of_numbers_that_are_not_finite():
+    bad = np.full((30, 4), np.nan)
+    with pytest.raises(ValueError, match="features must be finite"):
+        kernel_distance(bad, np.zeros((30, 4)))
+    contexts = np.repeat(["a", "b"], 15)
+    with pytest.raises(ValueError, match="residuals must be finite"):
+        context_leakage(bad, contexts)
+    with pytest.raises(ValueError, match="30 residuals were given for 20 contexts"):
+        context_leakage(np.zeros((30, 4)), contexts[:20])
+    with pytest.raises(ValueError, match="no values to take the mean of"):
+        mean_interval([])
 
 
 def test_bits_per_pixel():

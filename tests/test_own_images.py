@@ -331,6 +331,28 @@ def test_links_to_folders_and_pipes_are_not_followed(source, caplog, tmp_path):
     assert said(caplog, source)[1] == {"obs": 9, "hat": 10}
 
 
+def test_a_pipe_among_the_files_of_a_data_set_is_refused(source, tmp_path):
+    load_contexts(source).save_to_disk(tmp_path / "saved")
+    (source / "metadata.csv").write_text("file_name,context\nobs/0.png,obs\n")
+    for folder, name in ((tmp_path / "saved", "dataset_info.json"), (source, "metadata.csv")):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=f"{name} is a pipe or a device, not a file"):
+            load_contexts(folder)
+
+
+def test_empty_and_wrong_arguments(source):
+    with pytest.raises(ValueError, match="the name of the data is empty"):
+        load_contexts(" ")
+    for resolution in ("x", 16.5):
+        with pytest.raises(TypeError, match="resolution must be a whole number"):
+            ContextImages.from_dataset(load_contexts(source), None, resolution)
+    images = ContextImages.from_dataset(load_contexts(source), None, 16)
+    for fraction in (None, "0.2", float("nan"), 1):
+        with pytest.raises(ValueError, match="must be a number between 0 and 1"):
+            images.split(fraction)
+
+
 def test_folders_that_macos_adds_to_archives_are_not_contexts(source, caplog):
     fill(source / "__MACOSX", 9)
     fill(source / "hat" / "__MACOSX", 9)

@@ -25,6 +25,7 @@ from .columns import in_order, read_contexts, read_prompts, undecoded
 from .decoding import decode, in_memory, on_disk
 from .identity import SPLITS, fingerprints, places
 from .mapped import MappedFile
+from .requests import whole_numbers
 
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,10 @@ class ContextImages:
         Raises:
             ValueError: the fraction is not between 0 and 1, or `by` is unknown.
         """
-        if not 0 < validation_fraction < 1:
+        is_number = isinstance(validation_fraction, (int, float))
+        if not is_number or not 0 < validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction must lie between 0 and 1, not {validation_fraction}."
+                f"validation_fraction must be a number between 0 and 1, not {validation_fraction}."
             )
         if by not in SPLITS:
             raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")
@@ -294,7 +296,7 @@ class ContextImages:
             ValueError: a column is missing, an image has no context or cannot be read or has 16
                 bits, images have several sizes, or the contexts do not pass `checked`.
         """
-        if resolution is not None and resolution < 1:
+        if resolution is not None and whole_numbers(resolution=resolution)["resolution"] < 1:
             raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
         dataset, names, concepts = read_contexts(dataset, concepts)
         dataset = undecoded(dataset)
