@@ -155,7 +155,7 @@ def remove(data):
         (lambda data: shutil.rmtree(data / "hat"), "the context 'hat' is gone"),
     ],
 )
-def test_other_images_are_noticed_when_a_run_is_resumed(settings, data, change, message):
+def test_other_images_are_noticed_when_a_run_goes_on(settings, data, change, message):
     train.train(TrainArguments(**settings))
     change(data)
     with pytest.raises(ValueError, match=f"was trained on other images: .*{message}") as error:
@@ -196,7 +196,7 @@ def test_a_resumed_run_keeps_the_precision_of_auto(settings, tmp_path, monkeypat
     assert load_checkpoint(path)[1]["precision"] == "no"
 
 
-def test_a_named_checkpoint_may_continue_with_other_settings(settings, tmp_path):
+def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
     train.train(TrainArguments(**settings | {"checkpoint_every": 2, "keep_checkpoints": 9}))
     folder = tmp_path / "run" / "checkpoints"
     state = json.loads((folder / "step-00000002" / "state.json").read_text())
