@@ -123,7 +123,7 @@ def test_chosen_values_are_carried_through():
     targets, choices = parse_choices([{"quad1": a}, "obs", ["quad2", "size@0.25"]], CONCEPTS)
     assert targets.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert choices == [{"quad1": a}, {}, {"size": Quantile(0.25)}]
-    for many in ([a, b], torch.stack([a, b])):  # one reference for each sample
+    for many in ([a, b], torch.stack([a, b])):  # one reference per sample
         for number in (None, 2):
             targets, choices = parse_choices(
                 {"quad1": many, "quad2": [a], "size": Quantile(0.5)}, CONCEPTS, number

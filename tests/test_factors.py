@@ -24,7 +24,11 @@ from hf_intervene.metrics.networks import blurred
 
 
 SHAPE, ORIENTATION, COLOR = (quad.LATENTS.index(name) for name in ("shape", "orientation", "color"))
-TURNS = {"square": 4, "triangle": 3, "ellipse": 2}  # positions in a full turn that look the same
+TURNS = {
+    "square": 4,
+    "triangle": 3,
+    "ellipse": 2,
+}  # rotations within a full turn that look the same
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,8 @@ def test_noise_of_concepts_is_the_noise_that_made_them(width):
     c = h(z, s).concepts
     found = h.whiten(c, s)
     torch.testing.assert_close(h(found, s).concepts, c)
-    # Away from where the two parts of a mixture meet, z itself is found; its last entry says only
-    # which part it was.
+    # Away from where the two parts of a mixture meet, z is recovered. Its last entry gives only
+    # the part.
     same = (found[..., :-1] - z[..., :-1]).abs().amax(-1) < 1e-6
     assert same[:, 2].all() and same[:10, 0].all() and same.float().mean() > 0.8
 
@@ -80,7 +80,7 @@ def test_the_mixture_is_a_density_and_draws_follow_it():
         flow.mean[1] = 6.0
         flow.log_scale[1] = -1.0
     grid = torch.linspace(-12, 18, 60001)
-    nothing = torch.zeros(1, 200_000, 32)  # it hears
+    nothing = torch.zeros(1, 200_000, 32)  # it has a message
     density = (
         flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
     )

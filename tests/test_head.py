@@ -28,9 +28,8 @@ def make_head(seed=0, **options):
         .double()
         .eval()
     )
-    for (
-        parameter
-    ) in head.parameters():  # norms start at 1 and 0, biases at 0: no test would see them missing
+    # Norms start at 1 and 0, biases at 0: unchanged, no test would notice if they were missing.
+    for parameter in head.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return head
 
@@ -305,7 +304,7 @@ def test_an_intervention_starts_out_cutting_edges_and_nothing_else(steps):
     observed = head(z, head.targets("obs", 4)).concepts
     torch.testing.assert_close(head(z, head.targets(["a", "c"], 4)).concepts, observed)
     head.exogenous.slices.weight.data[..., config.noise_width :] += (
-        0.1  # they are not tied: training moves them apart
+        0.1  # training can make them different
     )
     assert (
         head(z, head.targets("a", 4)).concepts - head(z, head.targets("obs", 4)).concepts
@@ -352,7 +351,7 @@ def test_compiles_whole(intervention, steps, do):
 def test_one_compilation_serves_all_contexts(steps, rank):
     concepts = [
         f"c{j}" for j in range(40)
-    ]  # many: a look at the targets, were there one, would find few that differ
+    ]  # with many contexts: reading the targets would find few that differ
     head = InterventionHead(
         InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank)
     )

@@ -63,7 +63,7 @@ def test_new_images_move_no_held_out_image_into_training(seed):
     assert (
         held_out_then <= held_out_now and train_then <= train_now and not train_now & held_out_now
     )
-    assert 8 <= len(held_out_then) <= 45  # a fifth of 120, give or take
+    assert 8 <= len(held_out_then) <= 45  # about a fifth of 120
 
 
 def test_copies_of_an_image_are_on_one_side():
@@ -89,7 +89,9 @@ def test_places_are_uniform_and_depend_on_the_seed():
     many = np.random.default_rng(0).integers(-(2**63), 2**63, 20_000)
     first, second = places(many, 0), places(many, 1)
     counts = np.histogram(first, 20, (0, 1))[0]
-    assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi square of 19 degrees: p > 1e-4
+    assert (
+        (counts - 1000) ** 2 / 1000
+    ).sum() < 50  # chi square with 19 degrees of freedom: p > 1e-4
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05 and 0 <= first.min() and first.max() < 1
 
 

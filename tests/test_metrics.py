@@ -47,7 +47,7 @@ def test_distance_equals_pot(n, m):
 @pytest.mark.parametrize("bytes_", [True, False])
 @pytest.mark.parametrize(
     "chunk", [7, 10**6]
-)  # pixels projected at once: sets in one part, or in several of which the last is smaller
+)  # pixels projected at once: sets in one part, or in several with a smaller last one
 def test_distance_of_large_sets_is_pots_for_the_same_directions(monkeypatch, bytes_, chunk):
     monkeypatch.setattr(transport, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_no_float_copy_of_all_images_is_made(monkeypatch):
 
     monkeypatch.setattr(transport, "_CHUNK", 6400)
     pixels = np.random.default_rng(0).integers(0, 256, (1000, 100), dtype=np.uint8)
-    pixels.flags.writeable = False  # as of a memory map
+    pixels.flags.writeable = False  # like a memory map
     axes = directions(100, 5)
     with Largest() as largest:
         projected = project(pixels, axes)
@@ -204,7 +204,7 @@ def test_bad_input(monkeypatch):
         with pytest.raises(ValueError, match="in \\[0, 1\\]"):
             sliced_wasserstein(a, bad)
     monkeypatch.setitem(sys.modules, "ot.sliced", None)
-    directions.cache_clear()  # else they come from an earlier test
+    directions.cache_clear()  # otherwise they are cached by an earlier test
     with pytest.raises(ImportError, match="hf-intervene\\[eval\\]"):
         sliced_wasserstein(a, a)
 
@@ -238,7 +238,7 @@ def test_measures_of_numbers_that_are_not_finite():
 
 
 def test_bits_per_pixel():
-    # A pixel of three channels whose nats are ln 2 each has 3 bits.
+    # A pixel has 3 bits if each of its three channels has ln 2 nats.
     assert bits_per_pixel(4 * 6 * 3 * np.log(2), 4, 6) == pytest.approx(3.0)
 
 

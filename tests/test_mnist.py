@@ -207,9 +207,7 @@ def test_a_flipped_bit_of_a_gzip_file_is_seen(idx_file, place, bit):
     data[place % len(data)] ^= 1 << bit
     idx_file.write_bytes(bytes(data))
     read = read_or_sentence(idx_file)
-    assert read is None or np.array_equal(
-        read, array
-    )  # of the header there are bits that mean nothing
+    assert read is None or np.array_equal(read, array)  # some bits of the header have no meaning
 
 
 def test_header_that_names_too_much_is_refused_before_anything_is_read(tmp_path):
@@ -270,7 +268,7 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
     assert list(real) == list(other) == list(ALL) and {
         len(x) for x in (*real.values(), *other.values())
     } == {12}
-    for name in ALL:  # all distinct, the floor's images too
+    for name in ALL:  # all are distinct, also the images of the floor
         assert len({image.tobytes() for image in (*real[name], *other[name])}) == 24
 
 
@@ -309,7 +307,7 @@ def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):
     assert evaluate.main([*argv, str(folder), "--edits"]) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == set(ALL) and metrics["means"]["composition"]["contexts"] == 9
-    assert "factor_effects" not in metrics  # those of quad
+    assert "factor_effects" not in metrics  # the defaults of quad
     assert evaluate.main([*argv, str(tmp_path / "nowhere")]) == 1
     assert f"error: there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 

@@ -137,7 +137,7 @@ def slow_render(digit, p):
     fine = np.zeros((112, 112))
     for row in range(112):
         for col in range(112):
-            # Backwards: shift, then scale and shear about (14.5, 14.5), then the swelling.
+            # The inverse of: swelling, then scale and shear about (14.5, 14.5), then shift.
             x, y = (col + 0.5) / 4 - p["shift_x"] - 14.5, (row + 0.5) / 4 - p["shift_y"] - 14.5
             y = y / p["scale"] + 14.5
             x = x / p["scale"] - p["shear"] * (y - 14.5) + 14.5
@@ -156,7 +156,7 @@ def test_rendering_against_a_per_point_reference(context):
     latents = mnist.sample_latents(context, 2)
     for image, digit, row in zip(mnist.render(digits, latents)[..., 0] / 255, digits, latents):
         expected = slow_render(digit, dict(zip(mnist.LATENTS, row)))
-        # The reference knows whole points only: its edges are hard, and off by up to half a point,
+        # The reference uses only whole points: its edges are hard, with errors up to half a point,
         # an eighth of a pixel.
         assert (
             np.abs(image - expected).sum() < 0.16 * np.abs(np.gradient(np.pad(expected, 1))).sum()
@@ -171,7 +171,7 @@ def test_affine_interventions_do_what_their_parameters_say(paired):
         after["area"] / before["area"], column(latents, "scale") ** 2, atol=0.05
     )
     latents, before, after = paired("shear")
-    # Contours that leave the image, and the blur of pixels, cost a little of the slant.
+    # Contours that leave the image, and the blur of pixels, reduce the slant a little.
     np.testing.assert_allclose(
         after["slant"] - before["slant"], column(latents, "shear"), atol=0.15
     )
@@ -214,7 +214,7 @@ def test_swelling_is_local():
     changed = np.abs(plain - swollen) > 20
     assert changed.any((1, 2)).all()
     for mask, radius in zip(changed, column(latents, "swell_radius")):
-        # All that changed lies in a disk, so no two changed pixels are farther apart than its
+        # All changed pixels lie in a disk, so that the distance of two of them is at most its
         # diameter.
         y, x = np.nonzero(mask)
         assert np.hypot(y[:, None] - y, x[:, None] - x).max() <= 2 * radius + 1
@@ -243,13 +243,13 @@ def test_contexts_differ_from_obs_in_their_concepts(measured, context):
     obs, here = measured["obs"], measured[context]
     for concept in context.split("+"):
         name, sign = EFFECTS[concept]
-        # Smaller digits have thinner strokes too, so they are compared with their like.
+        # Smaller digits also have thinner strokes, so that digits of the same size are compared.
         like = measured["scale"] if "scale" in context and concept != "scale" else obs
         assert order(*(like[name], here[name])[::sign]) > 0.85, concept
     for concept, (
         name,
         _,
-    ) in EFFECTS.items():  # what has nothing to do with the context is as in obs
+    ) in EFFECTS.items():  # measures without a relation to the context are as in obs
         if concept in ("shear", "shift") and concept not in context:
             assert 0.35 < order(obs[name], here[name]) < 0.65, concept
 
@@ -257,7 +257,7 @@ def test_contexts_differ_from_obs_in_their_concepts(measured, context):
 def test_the_drawing_does_not_reveal_the_context(contexts):
     obs, *others = (
         contexts[name] for name in ("obs", "shear", "shift")
-    )  # of strokes of the same thickness
+    )  # for strokes of the same thickness
     assert len(np.unique(obs)) > 150
 
     def grey_share(images):
@@ -269,7 +269,7 @@ def test_the_drawing_does_not_reveal_the_context(contexts):
 
 def test_strokes_end_where_the_digit_did():
     digit = np.zeros((1, 28, 28), np.uint8)
-    digit[:, :, 12:16] = 255  # from rim to rim
+    digit[:, :, 12:16] = 255  # from border to border
     latents = mnist.sample_latents("scale+thicken", 1)
     latents[:, mnist.LATENTS.index("scale")] = 0.5
     image = mnist.render(digit, latents)[0, ..., 0]
