@@ -183,7 +183,7 @@ def test_persons_are_for_training_or_validation_and_halves_have_the_same_ones(ti
     assert len(data) == 5 * 3000 and len(validation) == 5 * 300
     trained = images_seen([data.pixels.numpy()])
     validating = images_seen([validation.pixels.numpy()])
-    assert len(set(trained) | set(validating)) == 5 * 3300  # all are distinct
+    assert len(set(trained) | set(validating)) == 5 * 3300  # all distinct
     real, other = evaluate.held_out_images("avatars", avatars.CONCEPTS, 100, 0, 16, 3, "dependent")
     assert tuple(real) == tuple(other) == ALL
     measured = images_seen([*real.values(), *other.values()])

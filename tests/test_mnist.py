@@ -268,7 +268,7 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
     assert list(real) == list(other) == list(ALL) and {
         len(x) for x in (*real.values(), *other.values())
     } == {12}
-    for name in ALL:  # all are distinct, also the images of the floor
+    for name in ALL:  # all distinct, the floor's images too
         assert len({image.tobytes() for image in (*real[name], *other[name])}) == 24
 
 
@@ -307,7 +307,7 @@ def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):
     assert evaluate.main([*argv, str(folder), "--edits"]) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == set(ALL) and metrics["means"]["composition"]["contexts"] == 9
-    assert "factor_effects" not in metrics  # the defaults of quad
+    assert "factor_effects" not in metrics  # those of quad
     assert evaluate.main([*argv, str(tmp_path / "nowhere")]) == 1
     assert f"error: there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
