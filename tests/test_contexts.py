@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_intervene.contexts import (
@@ -195,6 +195,7 @@ def test_bad_concept_names(concepts):
         validate_concepts(concepts)
 
 
+@settings(deadline=None)
 @given(names, st.data())
 def test_names_round_trip(concepts, data):
     """Any strengths give the same targets as a dict and as a name, and targets give the name."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 
@@ -60,6 +60,7 @@ def test_large_images_are_read_as_averaged_ones(latents):
     assert error.max() < 0.05
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1))
 def test_levels_of_the_palette(level):
     assert palette_levels(shapes.palette(np.array(level)) / 255) == pytest.approx(level, abs=4e-4)
@@ -132,6 +133,7 @@ def some_factors(draw, images):
     return Factors(numbers(images, 6), kinds / kinds.sum(1, keepdims=True), numbers(images, 3))
 
 
+@settings(deadline=None)
 @given(some_factors(3), some_factors(3), st.lists(st.integers(0, 3), min_size=3, max_size=3))
 def test_changes_by_a_slow_loop(before, after, kinds):
     expected = {

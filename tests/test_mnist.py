@@ -239,6 +239,14 @@ def test_folders_that_hold_other_things(tmp_path):
         load_digits(tmp_path / "colours", "test")
 
 
+def test_a_damaged_image_of_a_saved_data_set(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=10)})
+    cells = {"image": [{"bytes": b"\x89PNG", "path": None}], "label": [1]}
+    Dataset.from_dict(cells, features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="an image of .*saved cannot be read"):
+        load_digits(tmp_path / "saved")
+
+
 # Training and evaluation
 
 SETTINGS = {"dataset": "mnist", "resolution": 28, "channels": 1, "validation_images": 16}

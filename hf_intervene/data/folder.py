@@ -76,7 +76,6 @@ def load_contexts(
     elif path.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds the images.")
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        _refuse_pipes(path)
         dataset = read_saved(path, split)
     else:
         folder = _of_split(path, split)
@@ -142,8 +141,9 @@ def read_saved(path: Path, split: str) -> Dataset:
 
     Raises:
         OSError: the data set is incomplete or corrupt.
-        ValueError: it has no such split.
+        ValueError: it has no such split, or holds a pipe or a device.
     """
+    _refuse_pipes(path)
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

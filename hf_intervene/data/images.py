@@ -125,7 +125,7 @@ class ContextImages:
             The images, whose contexts are numbered in the order of the list.
 
         Raises:
-            ValueError: there is no such context, or it is named twice.
+            ValueError: the list is empty, there is no such context, or it is named twice.
         """
         if isinstance(contexts, str):
             raise ValueError(f"give a list of contexts, such as [{contexts!r}], not {contexts!r}.")
@@ -142,6 +142,8 @@ class ContextImages:
             if name in names:
                 raise ValueError(f"context {name!r} is selected twice.")
             names.append(name)
+        if not names:
+            raise ValueError("no context is selected: name at least one.")
         keep = [
             torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names
         ]
