@@ -1,6 +1,4 @@
-"""Invertible mechanisms: both directions, the density against autograd and against draws, the
-mixture, the exact SEM.
-"""
+"""Invertible mechanisms: both directions, the density, the mixture and the exact SEM."""
 
 import math
 
@@ -101,7 +99,7 @@ def test_every_context_at_once_is_every_context_by_itself():
     torch.testing.assert_close(h.context_log_densities(c, asked), one_by_one)
 
 
-def test_blocks_hear_their_causes_in_order_unless_they_are_intervened_on():
+def test_blocks_depend_on_earlier_causes_unless_they_are_intervened_on():
     torch.manual_seed(0)
     layer = OrderedInterventionLayer(3, 5, 2, 6, concept_edges=True).double()
     layer.order.copy_(torch.tensor([2, 0, 1]))

@@ -116,8 +116,9 @@ def test_observational_images_are_the_digits_themselves():
 
 
 def slow_render(digit, p):
-    """One digit: a set of points on the fine grid, dilated or eroded by a disk of points, then
-    looked up point by point.
+    """Draw one digit as a set of points on the fine grid.
+
+    The set is dilated or eroded by a disk of points, and then read point by point.
     """
     shape = (
         np.asarray(ndimage.zoom(digit.astype(float), 4, order=3, mode="nearest", grid_mode=True))
