@@ -1,5 +1,6 @@
-"""Weights that do not fit their configuration are refused, and before a model larger than they are
-is in memory.
+"""Refuse weights that do not fit their configuration, before a model larger than they are is built.
+
+This file travels with a checkpoint.
 """
 
 import math
@@ -22,24 +23,26 @@ from .hub import MAX_SIZE
 
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_LAYERS = 64  # registrations a weight, at most, of a model that is made
+_LAYERS = 64  # a model may register at most so many parameters and modules for each weight
 
 
 def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) -> nn.Module:
-    """Refuse a configuration that cannot be built, or makes a model larger than its weights: before
-    any of it is in memory.
+    """Refuse a configuration that cannot be built, or whose model is larger than its weights.
+
+    The model is built without memory for its weights.
 
     Args:
-        build: makes the model; here on the meta device, and it is stopped when it makes many more
+        build: makes the model. It runs on the meta device, and is stopped when it makes many more
             layers than there are weights.
-        files: those of the weights, of which the headers are read.
-        what: in a message.
+        files: files of the weights. Only their headers are read.
+        what: how a message names the model.
 
     Returns:
         The model on the meta device.
 
     Raises:
-        OSError, ValueError: one sentence.
+        OSError: the weights are truncated or corrupt.
+        ValueError: the model cannot be built, or is larger than its weights.
     """
     there: dict[str, list[int]] = {}
     try:
@@ -54,7 +57,7 @@ def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) 
     try:
         with torch.device("meta"), _at_most(_LAYERS * (len(there) + _LAYERS)):
             model = build()
-    except Exception as error:  # whatever a constructor says to values that it was not made for
+    except Exception as error:  # constructors raise many types of errors for unexpected values
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"the configuration of {what} cannot be used: {reason}.") from error
     wanted = sum(value.numel() for value in model.state_dict().values())
@@ -68,9 +71,7 @@ def check_fit(build: Callable[[], nn.Module], files: Sequence[Path], what: str) 
 
 @contextmanager
 def _at_most(limit: int) -> Iterator[None]:
-    """Inside, modules that are made may register no more than so many parameters, buffers and
-    modules.
-    """
+    """Raise a ValueError if the body registers more than `limit` parameters and modules."""
     count = 0
 
     def hook(*_: Any) -> None:
@@ -95,13 +96,20 @@ def _at_most(limit: int) -> Iterator[None]:
 
 
 def check_loaded(load: Callable[[], tuple[_Model, dict[str, Any]]], what: str) -> _Model:
-    """Run a `from_pretrained(..., output_loading_info=True)` and refuse anything but a perfect fit
-    of weights and configuration.
+    """Load a model, and refuse weights that do not fit its configuration exactly.
+
+    Args:
+        load: runs `from_pretrained(..., output_loading_info=True)`.
+        what: how a message names the model.
+
+    Raises:
+        OSError: the weights are truncated or corrupt.
+        ValueError: weights are missing, left over, or have another shape.
     """
     try:
         model, info = load()
     except (SafetensorError, OSError, JSONDecodeError) as error:
-        # diffusers reports an unreadable file as an OSError of its own, as it does a missing one.
+        # diffusers reports an unreadable file and a missing file with one class of OSError.
         if isinstance(error, OSError) and "Unable to load weights" not in str(error):
             raise
         raise OSError(

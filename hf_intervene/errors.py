@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from unicodedata import category
 
 
 # Files and connections, values, types, missing libraries, divergence, memory. All but the last are
@@ -62,10 +63,23 @@ def sentence(error: BaseException) -> str:
             "another process of this run has ended: its own message says why; --resume auto"
             " continues the training."
         )
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return (
         text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for characters that a terminal would not print as they are.
+
+    Names of files may hold control sequences, line breaks, or bytes that are not UTF-8. Spaces of
+    other scripts and fonts stay as they are.
+    """
+    return "".join(
+        character
+        if character.isprintable() or category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 

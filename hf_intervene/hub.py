@@ -58,7 +58,18 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
         OSError: there is no such repository or revision, access is denied, the Hub or the
             connection fails, a file is not in the cache when offline, the contents differ from what
             was uploaded, or a link leads out of the folder.
+        TypeError: the name or the revision is of another type.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"a saved model is named by its folder or Hub name, not by a {type(name).__name__}."
+        )
+    if not isinstance(options.get("revision") or "", str):
+        raise TypeError(f"revision must be a text, not {options['revision']!r}.")
+    if not str(name).strip():
+        raise OSError("the name of the model is empty: give a folder or a Hub name, user/name.")
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{name} is a file: give the folder of the saved model.")
     if os.path.isdir(name):
         shown = os.fspath(name).encode("utf-8", "backslashreplace").decode()
         if shown.encode() != os.fsencode(name):  # safetensors cannot open files in it
@@ -67,11 +78,8 @@ def folder(name: str | os.PathLike, files: Sequence[str] = SAVED_FILES, **option
             )
         check_links(Path(name), files)
         return Path(name)
-    with clear_errors(
-        f"there is no folder {name}, and it cannot be loaded from the Hub",
-        str(name),
-        options.get("revision"),
-    ):
+    failed = f"there is no folder {name}, and it cannot be loaded from the Hub"
+    with clear_errors(failed, str(name), options.get("revision")):
         path = Path(snapshot_download(str(name), allow_patterns=list(files), **options))
     if not path.is_dir():
         raise OSError(
@@ -259,14 +267,11 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
 
 
 def origin(name_or_path: str, revision: str | None, subfolder: str | None) -> dict[str, str | None]:
-    """Return where a loaded model came from.
+    """Return where a model came from: `name_or_path`, `subfolder`, and the commit as `revision`.
 
     A diffusers model keeps the name with which it was loaded, but no revision. A model of a
     pipeline keeps a path in the cache, `models--user--name/snapshots/COMMIT/vae`, from which all
-    three entries can be read.
-
-    Returns:
-        `name_or_path`, `subfolder`, and the `revision`: the commit of a Hub repository.
+    three entries can be read. A folder has no revision.
     """
     parts = Path(name_or_path).parts
     if len(parts) > 2 and "snapshots" in parts[:-1]:
@@ -298,10 +303,7 @@ def is_on_hub(name_or_path: str, revision: str | None, **_: object) -> bool:
 
 
 def without_path(text: str) -> str:
-    """Return the JSON of a saved configuration without the path from which its model was loaded.
-
-    The name of a model on the Hub stays.
-    """
+    """Return the JSON of a configuration without the path of its model. A name on the Hub stays."""
     try:
         found = json.loads(text)
         name = found.get("_name_or_path")

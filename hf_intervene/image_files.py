@@ -1,8 +1,8 @@
-"""Opening images that others made: every image of a user, a data set or a visitor is opened here
-and nowhere else.
+"""Open images that others made. Every image of a user, a data set or a visitor is opened here.
 
-What a decoder raises at damaged contents is one ValueError here. Sizes are checked before anything
-is decoded: a file of 20 kB can hold an image of gigabytes."""
+All errors of decoders become a ValueError. Sizes are checked before anything is decoded: a file of
+20 kB can hold an image of gigabytes.
+"""
 
 import os
 import stat
@@ -13,30 +13,32 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image, ImageOps
 
+from . import errors
+
 
 _Result = TypeVar("_Result")
 MEGA = 10**6
 FRAMES = "hf_intervene_frames"
-# Not opened: Pillow has Ghostscript, a programming language, draw EPS, and of the others it reads
-# nothing but the header.
+# These are not opened. Pillow would start Ghostscript, a programming language, for EPS, and reads
+# only the header of the others.
 _NEVER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
 Image.init()
-FORMATS = tuple(sorted(set(Image.OPEN) - _NEVER))  # of images that are opened
+FORMATS = tuple(sorted(set(Image.OPEN) - _NEVER))  # formats that are opened
 READABLE = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS
 )
 
 
 def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """An image from a file, decoded and turned as its camera says.
+    """Open an image file, decode it, and rotate it as its camera says.
 
     Args:
-        path: a regular file: a pipe would be waited for without an end.
-        max_pixels: width times height at most; `None`: `PIL.Image.MAX_IMAGE_PIXELS`.
+        path: a regular file.
+        max_pixels: the largest width times height; `None` means `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        OSError: one sentence: there is no such file, it is a folder or may not be read.
-        ValueError: one sentence: it is not a regular file, is no image, is damaged or is too large.
+        OSError: there is no such file, it is a folder, or it may not be read.
+        ValueError: it is not a regular file or not an image, is damaged, or is too large.
     """
     try:
         with open_regular(path) as file:
@@ -48,15 +50,14 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file for reading that is neither a pipe nor a device, which could be waited for without an
-    end.
+    """Open a regular file for reading. A read from a pipe or a device may never end.
 
     Raises:
-        OSError: what `open` raises.
-        ValueError: one sentence: it is another kind of file.
+        OSError: see `open`.
+        ValueError: it is a pipe or a device.
     """
-    waits_not = getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waits_not))
+    no_waiting = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_waiting))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path} is a pipe or a device, not a file: give an image file.")
@@ -64,18 +65,18 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
-    """An image from the contents of a file, decoded and turned as its camera says.
+    """Decode the contents of an image file, and rotate the image as its camera says.
 
-    Its `info[FRAMES]` says how many frames there are, of which this is the first; a second photo
-    that a camera puts into a JPEG is none.
+    The image is the first frame. Its `info[FRAMES]` is the number of frames. A second photo that a
+    camera stores in a JPEG is not a frame.
 
     Args:
         source: the contents.
-        what: what to call it in a message.
+        what: how a message names the image.
         max_pixels: see `open_image`.
 
     Raises:
-        ValueError: one sentence: it is no image, is damaged or is too large.
+        ValueError: it is not an image, is damaged, or is too large.
     """
     file = BytesIO(source) if isinstance(source, bytes) else source
     image: Image.Image = _decoded(lambda: Image.open(file, formats=FORMATS), what)
@@ -87,10 +88,10 @@ def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = N
 
 
 def upright(image: Image.Image, what: str = "the image") -> Image.Image:
-    """An image turned as its camera says, decoded if it was not.
+    """Decode an image if necessary, and rotate it as its camera says.
 
     Raises:
-        ValueError: one sentence: it is damaged.
+        ValueError: the image is damaged.
     """
 
     def load() -> Image.Image:
@@ -103,7 +104,7 @@ def upright(image: Image.Image, what: str = "the image") -> Image.Image:
 def _decoded(decode: Callable[[], _Result], what: str) -> _Result:
     try:
         return decode()
-    except Image.DecompressionBombError as error:  # of Pillow itself, at twice its MAX_IMAGE_PIXELS
+    except Image.DecompressionBombError as error:  # from Pillow, at twice its MAX_IMAGE_PIXELS
         raise ValueError(f"{what} is too large: {' '.join(str(error).split())}") from error
     except MemoryError as error:
         raise ValueError(
@@ -117,9 +118,7 @@ def _decoded(decode: Callable[[], _Result], what: str) -> _Result:
 
 
 def check_size(image: Image.Image, what: str, max_pixels: int | None = None) -> None:
-    """Raise a ValueError if an image, which need not be decoded yet, has more than `max_pixels`
-    pixels.
-    """
+    """Raise a ValueError if an image has more than `max_pixels` pixels, before it is decoded."""
     most = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if most is not None and image.width * image.height > most:
         raise ValueError(
@@ -130,12 +129,10 @@ def check_size(image: Image.Image, what: str, max_pixels: int | None = None) -> 
 
 
 def flat_image(image: Image.Image, channels: int, what: str = "the image") -> Image.Image:
-    """An image with 1 (grey) or 3 (RGB) channels of 8 bits; what is transparent in it lies on
-    white.
+    """Return an image with 1 (grey) or 3 (RGB) channels of 8 bits, on a white background.
 
     Raises:
-        ValueError: one sentence: it has more than 8 bits a channel, which Pillow would clip to
-            white.
+        ValueError: the image has more than 8 bits a channel, which Pillow would clip to white.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(
@@ -149,7 +146,5 @@ def flat_image(image: Image.Image, channels: int, what: str = "the image") -> Im
 
 
 def printable(name: str | os.PathLike) -> str:
-    """A file name for a message: bytes that are no UTF-8 are shown as escapes, which every terminal
-    and file can take.
-    """
-    return os.fspath(name).encode("utf-8", "backslashreplace").decode()
+    """Return a file name for a message. Characters that cannot be printed become escapes."""
+    return errors.printable(os.fspath(name))

@@ -1,9 +1,10 @@
-"""The paper's mechanisms (METHOD section 2, steps 1 and 2): each concept's noise through an
-exogenous layer and an MLP.
+"""The paper's mechanisms: the noise of each concept goes through an exogenous layer and an MLP.
+
+See METHOD section 2, steps 1 and 2.
 
     z (D, B, n) --exogenous--> u (D, B, n) --expressive--> eps (D, B, w)
 
-`flow.py` has invertible ones.
+`flow.py` has invertible mechanisms.
 """
 
 import torch
@@ -18,12 +19,12 @@ class ExogenousLayer(nn.Module):
 
     u_j = GELU((1 - s_j) (A_obs[j] z_j + b_obs[j]) + s_j (A_int[j] z_j + b_int[j])).
 
-    Both slices stand side by side in one weight, (A_obs | A_int): one product, then mixed by the
-    targets. They start out equal, so that an intervention does nothing at first but cut edges, and
-    learns to do what the data ask for. Drawn apart, the decoder learns from the
-    first step on to read a concept that is intervened on, and all that others hear of it, in
-    another place: likelihood and unseen compositions suffer (README). Where few of many concepts
-    are intervened on, the second slice is computed there only.
+    Both slices are in one weight, (A_obs | A_int). There is one product, whose halves are mixed by
+    the targets. The slices start equal, so that an intervention at first only cuts edges. With
+    different initial slices, the decoder learns from the first step on to read a concept with and
+    without an intervention differently, and likelihood and unseen compositions become worse
+    (README). If few of many concepts are intervened on, the second slice is computed only for them.
+
     Shapes: z (D, B, n), s (D, B, 1) -> u (D, B, n).
     """
 
@@ -53,8 +54,9 @@ class ExogenousLayer(nn.Module):
 
 
 def places(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """Where s is not 0, if that is in few places and can be looked up. What is computed in those
-    places only is the same up to rounding.
+    """Return the places where s is not 0, if they are few and s can be read, else `None`.
+
+    Computing only these places gives the same result up to rounding.
     """
     if not is_readable(s):
         return None
@@ -63,10 +65,11 @@ def places(s: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
 
 
 class ExpressiveLayers(nn.Sequential):
-    """Expressive layers (METHOD section 2, step 2): eps_j = MLP_j(u_j), `depth` times (linear,
-    norm, GELU) in every block.
+    """Expressive layers (METHOD section 2, step 2): eps_j = MLP_j(u_j) in every block.
 
-    Shapes: (D, B, in_width) -> (D, B, out_width), widths interpolated linearly.
+    An MLP has `depth` times (linear, norm, GELU), with linearly interpolated widths.
+
+    Shapes: (D, B, in_width) -> (D, B, out_width).
     """
 
     def __init__(self, blocks: int, in_width: int, out_width: int, depth: int, norm: str):

@@ -1,9 +1,9 @@
-"""A device that is not the CPU, without one: `DEVICE`, "elsewhere".
+"""A simulated device other than the CPU: `DEVICE`, "elsewhere".
 
-Its tensors are held by the CPU and computed there, so results are the CPU's. But as on a GPU an
-operation on tensors of both is an error, as is noise from the other's generator, or a fused
-optimiser's step on tensors laid out in other ways. It takes a process of its own: PyTorch has room
-for one such backend, and keeps it."""
+The CPU holds and computes its tensors, so that results are those of the CPU. As on a GPU, three
+things are errors: an operation on tensors of both devices, noise from a generator of the other
+device, and a fused step of an optimiser on tensors with different strides. The device needs its own
+process: PyTorch takes one such backend and keeps it."""
 
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ DEVICE = torch.device("elsewhere", 0)
 
 
 class ElsewhereTensor(torch.Tensor):
-    """Says that it is elsewhere; `held` has its values."""
+    """A tensor on the simulated device; `held` has its values."""
 
     @staticmethod
     def __new__(cls, held):
@@ -69,14 +69,14 @@ class ElsewhereTensor(torch.Tensor):
 
 
 class _Dispatch(TorchDispatchMode):
-    """Functions that make tensors have none to tell them where to."""
+    """Functions that create tensors take no tensor that would determine the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
 
 class Generator(torch.Generator):
-    """`torch.Generator` with a device that is said to be elsewhere."""
+    """A `torch.Generator` whose device is the simulated one."""
 
     elsewhere: dict[int, "Generator"] = {}  # kept, so that no other one gets its address
 
@@ -181,7 +181,7 @@ def _copy_from(source, target, non_blocking=False):
 
 @contextmanager
 def elsewhere():
-    """Inside, tensors can be there."""
+    """Allow tensors on the simulated device in the body."""
     whole, torch.Generator = torch.Generator, Generator
     try:
         with _Dispatch():

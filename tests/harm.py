@@ -54,7 +54,7 @@ def dying_rows(rows, parent, shards, **arguments):
 
 
 def trainer(argv, errors=None):
-    """Run the trainer's script, with its standard error in a file."""
+    """The trainer's script; its standard error goes to a file."""
     faulthandler.enable()
     sys.stdout = io.StringIO()
     sys.stderr = open(errors, "a", buffering=1) if errors else io.StringIO()

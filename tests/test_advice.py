@@ -473,7 +473,7 @@ def test_files_beside_a_model_and_options_of_evaluate(work):
     words += ["--projections", "5"]
     assert "leave --twins out" in work.command(evaluate.main, *words, "--twins", "4", expect=1)
     (model / "training_images.safetensors").write_bytes(b"x")
-    assert "copy it again from where the model was trained, or remove it" in work.command(
+    assert "take it from where the model was trained, or remove it" in work.command(
         evaluate.main, *words, expect=1
     )
     shutil.copy(work.out / "best" / "training_images.safetensors", model)

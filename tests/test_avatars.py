@@ -13,7 +13,7 @@ from hf_intervene.training import evaluate, pretrain, simulated, train
 
 ALL = (*avatars.TRAIN_CONTEXTS, *avatars.HELD_OUT)
 CONCEPT_COLUMNS = ("glasses", "beard", "hat", "mouth")
-DIGESTS = {  # SHA-256 of the images that the generator drew, context after context by name
+DIGESTS = {  # SHA-256 of the generator's images, in the order of the names of contexts
     "train": "60a3a834db53200e169534f216b3740424e11d4a4b59128c4414895d6e347065",
     "holdout": "6cd10ec4ec2c49320491de25f0087af068da09a4f303cb7b7051a793501d1211",
 }
@@ -80,14 +80,14 @@ def test_twins_differ_only_in_what_was_intervened_on():
         for column, intervened in zip(CONCEPT_COLUMNS, on):
             same = columns[name][column] == columns["obs"][column]
             kept = present[:, CONCEPT_COLUMNS.index(column)]
-            # Who had it keeps it; of two mouths one is sad and one happy.
+            # A concept that was there stays as it is; of two mouths one is sad and one happy.
             assert np.array_equal(same, kept) if intervened else same.all()
         for column in PERSONAL:
             assert np.array_equal(columns[name][column], columns["obs"][column])
         changed = (images[name] != obs).any((1, 2, 3))
         assert np.array_equal(changed, ~present[:, on].all(1)), name
     smiling = (images["smile"] != obs).any(-1).mean((1, 2)) * 16**2
-    assert 1 <= smiling.min() and smiling.max() < 20  # cells of a mouth, and nothing else
+    assert 1 <= smiling.min() and smiling.max() < 20  # only the cells of the mouth
 
 
 def test_a_pair_changes_what_its_single_interventions_change():
@@ -113,7 +113,7 @@ def test_resolutions_repeat_pixels():
                 assert np.array_equal(images[:, i::factor, j::factor], small)
     default = avatars.images_by_context(["hat"], 5)["hat"]
     assert np.array_equal(default, native)
-    default[:] = 0  # a copy: what the package holds stays as it is
+    default[:] = 0  # a copy, so that the stored images do not change
     assert np.array_equal(avatars.images_by_context(["hat"], 5)["hat"], native)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_intervene.contexts import (
@@ -123,7 +123,7 @@ def test_chosen_values_are_carried_through():
     targets, choices = parse_choices([{"quad1": a}, "obs", ["quad2", "size@0.25"]], CONCEPTS)
     assert targets.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     assert choices == [{"quad1": a}, {}, {"size": Quantile(0.25)}]
-    for many in ([a, b], torch.stack([a, b])):  # one reference for each sample
+    for many in ([a, b], torch.stack([a, b])):  # one reference per sample
         for number in (None, 2):
             targets, choices = parse_choices(
                 {"quad1": many, "quad2": [a], "size": Quantile(0.5)}, CONCEPTS, number
@@ -195,6 +195,7 @@ def test_bad_concept_names(concepts):
         validate_concepts(concepts)
 
 
+@settings(deadline=None)
 @given(names, st.data())
 def test_names_round_trip(concepts, data):
     """Any strengths give the same targets as a dict and as a name, and targets give the name."""

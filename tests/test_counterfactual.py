@@ -33,19 +33,19 @@ def test_known_errors():
 def test_another_ones_change_is_right_outside_and_wrong_inside():
     before = np.zeros((4, 2, 2, 1), np.float32)
     truth = before.copy()
-    truth[:, 0, 0, 0] = [0.2, 0.4, 0.6, 0.8]  # drawn for each
+    truth[:, 0, 0, 0] = [0.2, 0.4, 0.6, 0.8]  # drawn for each image
     changed = another_change(before, truth, 0)
     assert not changed[:, 1].any() and not changed[:, 0, 1].any()
     assert sorted(changed[:, 0, 0, 0]) == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert (changed[:, 0, 0, 0] != truth[:, 0, 0, 0]).all()
     found = counterfactual_error(before, truth, truth, before, truth)
-    expected = np.abs(changed - truth)[:, 0, 0, 0].mean() / 2  # of one pixel in four
+    expected = np.abs(changed - truth)[:, 0, 0, 0].mean() / 2  # in one of four pixels
     assert found.edited == 0 and found.another == pytest.approx(expected)
 
 
 def test_what_changes_outside():
     moved = TRUTH.copy()
-    moved[:, :8] = 255 - moved[:, :8]  # the upper half, which quad1 leaves alone
+    moved[:, :8] = 255 - moved[:, :8]  # the upper half, which quad1 does not change
     found = counterfactual_error(BEFORE, TRUTH, moved, BEFORE, TRUTH)
     changed = np.abs(moved.astype(int) - BEFORE)
     still = (TRUTH == BEFORE).all(-1, keepdims=True)

@@ -200,6 +200,12 @@ def test_sources_that_are_not_there(tmp_path):
         load_contexts(tmp_path / "file")
 
 
+def test_no_context_is_selected(folder):
+    data = ContextImages.from_dataset(load_contexts(folder), None, 12)
+    with pytest.raises(ValueError, match="no context is selected: name at least one"):
+        data.select([])
+
+
 def test_bad_fraction_and_context(folder):
     data = ContextImages.from_dataset(load_contexts(folder))
     with pytest.raises(ValueError, match="validation_fraction"):

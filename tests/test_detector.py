@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_intervene.metrics.detector import (
@@ -99,6 +99,7 @@ def test_unusable_concepts_have_a_reason(by_context):
 # Its parts
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(-5, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12

@@ -44,9 +44,7 @@ def test_dci_of_known_codes(predictor):
     assert chance.informativeness < 0.02
     duplicated = found["duplicated"]
     assert duplicated.disentanglement > 0.95 and duplicated.informativeness > 0.95
-    if (
-        predictor == "boosting"
-    ):  # trees share a factor between its two codes; the lasso may take one of them
+    if predictor == "boosting":  # trees use both codes of a factor; the lasso may use only one
         assert duplicated.completeness == pytest.approx(1 - math.log(2) / math.log(6), abs=0.15)
 
 
@@ -70,7 +68,7 @@ def test_correlations_of_known_codes():
     assert mcc(CODES["monotone"], FACTORS, "spearman") == pytest.approx(1)
     assert mcc(CODES["monotone"], FACTORS) < 0.9
     assert mcc(CODES["random"], FACTORS) < 0.1 and mcc(CODES["random"], FACTORS, "spearman") < 0.1
-    # Independent factors of one variance: each code's correlations are its weights.
+    # With independent factors of one variance, the correlations of a code are its weights.
     expected = (
         max(sum(abs(ROTATION[k, p[k]]) for k in range(3)) for p in permutations(range(3))) / 3
     )
@@ -144,7 +142,7 @@ def test_slow_loops(table):
     for kind, rows in matrix.items():
         rows = [
             row + [0.0] * (len(rows) - size) for row in rows
-        ]  # a factor that is left over gets a code of correlation 0
+        ]  # a factor without a code counts as correlation 0
         best = max(
             sum(row[p[k]] for k, row in enumerate(rows)) for p in permutations(range(len(rows[0])))
         )

@@ -108,7 +108,7 @@ def phases(draw):
     return np.array(draw(st.lists(st.integers(0, 11), min_size=size, max_size=size))) / 12
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(phases(), phases())
 def test_circular_distance_by_a_slow_loop(a, b):
     """The least over all points at which the circle may be cut open, of the distance of the angles

@@ -105,6 +105,11 @@ def failing(monkeypatch, error):
         monkeypatch.setattr(f"argparse.ArgumentParser.{name}", fail)
 
 
+def test_a_message_holds_nothing_that_acts_on_the_terminal():
+    assert sentence(ValueError("a\x1b]0;b\x07 \u202ec\udce9")) == r"a\x1b]0;b\x07 \u202ec\udce9"
+    assert sentence(ValueError("1\u202fPM caf\u00e9")) == "1 PM caf\u00e9"
+
+
 @pytest.mark.parametrize(
     "error",
     [*LIBRARIES, *MEMORY, lost_process(), OSError("a\nb")],

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 
@@ -24,7 +24,11 @@ from hf_intervene.metrics.networks import blurred
 
 
 SHAPE, ORIENTATION, COLOR = (quad.LATENTS.index(name) for name in ("shape", "orientation", "color"))
-TURNS = {"square": 4, "triangle": 3, "ellipse": 2}  # positions in a full turn that look the same
+TURNS = {
+    "square": 4,
+    "triangle": 3,
+    "ellipse": 2,
+}  # rotations within a full turn that look the same
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_large_images_are_read_as_averaged_ones(latents):
     assert error.max() < 0.05
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1))
 def test_levels_of_the_palette(level):
     assert palette_levels(shapes.palette(np.array(level)) / 255) == pytest.approx(level, abs=4e-4)
@@ -128,6 +133,7 @@ def some_factors(draw, images):
     return Factors(numbers(images, 6), kinds / kinds.sum(1, keepdims=True), numbers(images, 3))
 
 
+@settings(deadline=None)
 @given(some_factors(3), some_factors(3), st.lists(st.integers(0, 3), min_size=3, max_size=3))
 def test_changes_by_a_slow_loop(before, after, kinds):
     expected = {

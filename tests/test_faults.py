@@ -102,7 +102,7 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
         "log_every": 7,
     }
     settings |= {"checkpoint_every": 3, "eval_every": 6, "split_by": "position"}
-    original, poisoned, steps = feeding.Feed._inputs, 65 / 255, []  # image 6 under `hat`
+    original, poisoned, steps = feeding.Feed._inputs, 65 / 255, []  # image 6 of the context `hat`
 
     def inputs(*arguments):
         found = original(*arguments)
@@ -122,9 +122,7 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
     )
     assert np.asarray(Image.open(tmp_path / "run" / "not_finite.png")).shape == (16, 16, 3)
     assert (np.asarray(Image.open(tmp_path / "run" / "not_finite.png")) == 65).all()
-    last = (
-        first // 3 * 3
-    )  # every third step has a checkpoint, but for the one that came after the bad step
+    last = first // 3 * 3  # every third step has a checkpoint, except the one after the bad step
     assert ("the last good state is" in error) == bool(last)
     if last:
         _, tensors, state = checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")
@@ -184,7 +182,7 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
     )
     assert run(other).step == 5
     monkeypatch.undo()
-    for path in (tmp_path / "other").rglob("*"):  # the later, the older
+    for path in (tmp_path / "other").rglob("*"):  # later steps have older times
         age = int("".join(filter(str.isdecimal, path.parent.name)) or 0)
         os.utime(path, (2**31 - 1000 * age,) * 2)
     clock = iter(range(2**40, 0, -(10**6)))

@@ -1,6 +1,4 @@
-"""Invertible mechanisms: both directions, the density against autograd and against draws, the
-mixture, the exact SEM.
-"""
+"""Invertible mechanisms: both directions, the density, the mixture and the exact SEM."""
 
 import math
 
@@ -45,8 +43,8 @@ def test_noise_of_concepts_is_the_noise_that_made_them(width):
     c = h(z, s).concepts
     found = h.whiten(c, s)
     torch.testing.assert_close(h(found, s).concepts, c)
-    # Away from where the two parts of a mixture meet, z itself is found; its last entry says only
-    # which part it was.
+    # Away from where the two parts of a mixture meet, z is recovered. Its last entry gives only
+    # the part.
     same = (found[..., :-1] - z[..., :-1]).abs().amax(-1) < 1e-6
     assert same[:, 2].all() and same[:10, 0].all() and same.float().mean() > 0.8
 
@@ -80,7 +78,7 @@ def test_the_mixture_is_a_density_and_draws_follow_it():
         flow.mean[1] = 6.0
         flow.log_scale[1] = -1.0
     grid = torch.linspace(-12, 18, 60001)
-    nothing = torch.zeros(1, 200_000, 32)  # it hears
+    nothing = torch.zeros(1, 200_000, 32)  # it has a message
     density = (
         flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
     )
@@ -101,7 +99,7 @@ def test_every_context_at_once_is_every_context_by_itself():
     torch.testing.assert_close(h.context_log_densities(c, asked), one_by_one)
 
 
-def test_blocks_hear_their_causes_in_order_unless_they_are_intervened_on():
+def test_blocks_depend_on_earlier_causes_unless_they_are_intervened_on():
     torch.manual_seed(0)
     layer = OrderedInterventionLayer(3, 5, 2, 6, concept_edges=True).double()
     layer.order.copy_(torch.tensor([2, 0, 1]))

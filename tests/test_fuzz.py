@@ -230,7 +230,7 @@ def check_settings(changes, folder):
         or settings["images_per_context"] > 100
         or settings["validation_images"] > 100
     ):
-        only_ours(lambda: TrainArguments(**settings))  # and no more: it asks for work
+        only_ours(lambda: TrainArguments(**settings))  # more would only take time
         return
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

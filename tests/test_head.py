@@ -28,9 +28,8 @@ def make_head(seed=0, **options):
         .double()
         .eval()
     )
-    for (
-        parameter
-    ) in head.parameters():  # norms start at 1 and 0, biases at 0: no test would see them missing
+    # Norms start at 1 and 0, biases at 0: unchanged, no test would notice if they were missing.
+    for parameter in head.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return head
 
@@ -171,7 +170,7 @@ def test_mixed_batch_equals_one_context_batches(rows):
 
 @pytest.mark.parametrize("context", [["a"], ["a", "b"], ["a", "b", "c"]])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_intervened_concept_hears_no_other_block(context, steps):
+def test_an_intervened_concept_depends_on_no_other_block(context, steps):
     head = make_head(propagation_steps=steps)
     targets = head.targets(context).double()
     z = torch.randn(1, 4, 5, dtype=torch.float64)
@@ -187,7 +186,7 @@ def test_an_intervened_concept_hears_no_other_block(context, steps):
 
 @pytest.mark.parametrize("intervention", ["perfect", "soft"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_chosen_value_is_the_value_and_hears_nothing(intervention, steps):
+def test_a_chosen_value_is_the_value_and_depends_on_nothing(intervention, steps):
     head = make_head(intervention=intervention, propagation_steps=steps)
     z, targets = torch.randn(2, 4, 5, dtype=torch.float64), head.targets([["a"], ["b"]]).double()
     values, chosen = (
@@ -227,10 +226,8 @@ def test_a_chosen_value_is_the_value_and_hears_nothing(intervention, steps):
             ), (i, j)
 
 
-def test_the_value_a_concept_has_changes_nothing_where_paths_are_followed_to_their_end():
-    """In the structural form, along an acyclic graph: do(c_j = c_j) is no intervention on anything
-    downstream.
-    """
+def test_setting_a_concept_to_its_own_value_changes_nothing():
+    """In the structural form with an acyclic graph, do(c_j = c_j) changes no other concept."""
     head = make_head(propagation_steps=3)
     head.intervention.weight.data *= torch.ones(4, 4).tril(-1).double()[:, None, None, :, None]
     z, targets = torch.randn(6, 4, 5, dtype=torch.float64), head.targets("obs", 6).double()
@@ -279,7 +276,7 @@ def test_strength_interpolates_the_exogenous_layer():
     )
 
 
-def test_the_posterior_is_told_the_targets_only_when_conditional():
+def test_the_posterior_uses_the_targets_only_when_conditional():
     features = torch.randn(3, 7).double()
     for posterior, told in (("conditional", True), ("unconditional", False)):
         head = make_head(posterior=posterior)
@@ -295,7 +292,7 @@ def test_the_posterior_is_told_the_targets_only_when_conditional():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_intervention_starts_out_cutting_edges_and_nothing_else(steps):
+def test_an_intervention_at_first_only_cuts_edges(steps):
     torch.manual_seed(0)
     config = InterventionConfig(
         concepts=CONCEPTS, free_blocks=1, propagation_steps=steps, intervention="soft"
@@ -305,7 +302,7 @@ def test_an_intervention_starts_out_cutting_edges_and_nothing_else(steps):
     observed = head(z, head.targets("obs", 4)).concepts
     torch.testing.assert_close(head(z, head.targets(["a", "c"], 4)).concepts, observed)
     head.exogenous.slices.weight.data[..., config.noise_width :] += (
-        0.1  # they are not tied: training moves them apart
+        0.1  # training can make them different
     )
     assert (
         head(z, head.targets("a", 4)).concepts - head(z, head.targets("obs", 4)).concepts
@@ -352,7 +349,7 @@ def test_compiles_whole(intervention, steps, do):
 def test_one_compilation_serves_all_contexts(steps, rank):
     concepts = [
         f"c{j}" for j in range(40)
-    ]  # many: a look at the targets, were there one, would find few that differ
+    ]  # with many contexts: reading the targets would find few that differ
     head = InterventionHead(
         InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank)
     )

@@ -172,7 +172,7 @@ def test_offline_from_the_cache(monkeypatch):
 
 def test_offline_with_part_of_it_in_the_cache():
     build().push_to_hub("alice/m", **ALICE)
-    InterventionHead.from_pretrained("alice/m")  # fetches no base
+    InterventionHead.from_pretrained("alice/m")  # this fetches no base
     with pytest.raises(OSError, match="not, or not whole, in the local cache"):
         InterventionModel.from_pretrained("alice/m", local_files_only=True)
     assert InterventionModel.from_pretrained("alice/m").concepts == ("a", "b")

@@ -56,6 +56,19 @@ def test_other_models_are_refused(kind, tmp_path):
     one_sentence(error)
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_names_that_are_not_names(kind, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name, options, message in (
+        (5, {}, "named by its folder or Hub name, not by a int"),
+        ("", {}, "the name of the model is empty"),
+        (tmp_path / "config.json", {}, "config.json is a file: give the folder"),
+        ("alice/m", {"revision": 5}, "revision must be a text, not 5"),
+    ):
+        with pytest.raises((OSError, TypeError), match=message):
+            LOADERS[kind].from_pretrained(name, **options)
+
+
 def test_a_model_and_a_pipeline_are_not_mixed_up():
     for kind in ("model", "pipeline"):
         of_kind(kind, build()).push_to_hub(f"alice/{kind}", **ALICE)

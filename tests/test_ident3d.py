@@ -107,7 +107,7 @@ def test_a_pair_holds_both_interventions():
                 np.testing.assert_allclose(both[:, i].mean(), alone[:, i].mean(), atol=0.03)
                 np.testing.assert_allclose(both[:, i].std(), alone[:, i].std(), atol=0.03)
             first, second = (both[:, ident3d.LATENTS.index(name)] for name in pair.split("+"))
-            assert abs(np.corrcoef(first, second)[0, 1]) < 0.03  # both cut off from their causes
+            assert abs(np.corrcoef(first, second)[0, 1]) < 0.03  # both without their causes
 
 
 def test_hues_are_not_uniform_and_interventions_show():
@@ -210,7 +210,7 @@ def test_hues_can_be_read_from_the_image(level):
     row = latents_with(background=level)
     assert (
         off(hue(ident3d.render(row[None], 64)[0, 1, 1]), "background", row) < 6
-    )  # a corner that the light does not reach
+    )  # a corner outside the light
     row = latents_with(object=level)
     scene = ident3d.scene(ident3d.scenes(row[None])[0])
     image, empty = raycast.cast(scene, 64), raycast.cast(moved_away(scene), 64)

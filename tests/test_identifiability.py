@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_intervene import cli
 from hf_intervene.data import quad
-from hf_intervene.metrics import check
+from hf_intervene.metrics import check, recovery_data, shifts
 from hf_intervene.metrics.identifiability import FAILS, HOLDS, WEAK
 from hf_intervene.metrics.recovery import (
     Structure,
@@ -18,8 +18,6 @@ from hf_intervene.metrics.recovery import (
     score,
     simulate_and_recover,
 )
-from hf_intervene.metrics.recovery_data import BROKEN, simulate
-from hf_intervene.metrics.shifts import shift_spectrum
 from hf_intervene.training import identifiability as study
 
 
@@ -120,7 +118,7 @@ def test_shifts_by_hand():
     obs, a, b = (rng.normal(size=(50_000, 4)) @ mixing for _ in range(3))
     a += 1.0 * mixing[0]
     b += 0.5 * (mixing[0] + mixing[1])
-    spectrum = shift_spectrum(obs, {"a": a, "b": b})
+    spectrum = shifts.shift_spectrum(obs, {"a": a, "b": b})
     assert (
         spectrum["hidden"] == [] and spectrum["closest"] == ["a", "b"] and spectrum["noise"] < 0.05
     )
@@ -137,7 +135,9 @@ def test_shifts_by_hand():
         ([1], "there are no images"),
         ({"obs": GOOD["obs"]}, "no context but the observational one"),
         (GOOD | {"c": GOOD["c"][:, :4]}, r"'c' have the shape \(4,\), those of 'obs' \(6,\)"),
-        (GOOD | {"c": np.arange(5)}, r"must be an array \(n, ...\), not of the shape \(5,\)"),
+        (GOOD | {"c": np.arange(5)}, r"array of numbers \(n, ...\), not int64 of the shape \(5,\)"),
+        (GOOD | {"c": np.full((30, 2), None)}, "not object of the shape"),
+        (GOOD | {"c": np.zeros((30, 0))}, r"not float64 of the shape \(30, 0\)"),
         (GOOD | {"c": GOOD["c"] * np.nan}, "must be finite"),
         (GOOD | {"a+b": GOOD["c"], "b+a": GOOD["c"]}, "'a\\+b' is given twice"),
     ],
@@ -194,7 +194,7 @@ def test_quad_passes(capsys):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_structure_of_concepts_known_up_to_a_linear_map(width):
-    simulation = simulate(d=3, width=width, seed=1)
+    simulation = recovery_data.simulate(d=3, width=width, seed=1)
     total = 3 * width
     z = [
         simulation.sample(k, 4000, 0)[1] @ simulation.concepts.reshape(total, -1).T
@@ -204,7 +204,7 @@ def test_structure_of_concepts_known_up_to_a_linear_map(width):
     unmix = _structure([x @ mixing for x in z], Structure(3, width, range(3)))
     blocks = (
         np.abs(mixing @ unmix.T).reshape(3, width, 3, width).sum((1, 3))
-    )  # from each concept to each found one
+    )  # from each concept to each recovered one
     assert (np.diag(blocks) > 10 * (blocks - np.diag(np.diag(blocks))).max(0)).all()
 
 
@@ -230,7 +230,7 @@ def test_logits_are_density_ratios():
 
 def test_simulated_contexts():
     """An intervention changes its concept and the effects of it, and cuts its incoming edges."""
-    simulation = simulate(d=4, seed=3)
+    simulation = recovery_data.simulate(d=4, seed=3)
     size = 40_000
     z = [simulation.sample(k, size, 0)[1] @ simulation.concepts[:, 0].T for k in range(5)]
     np.testing.assert_allclose(z[0].std(0), 1, atol=0.03)
@@ -245,7 +245,7 @@ def test_simulated_contexts():
 
 def test_broken_assumptions():
     def contexts(broken, **options):
-        simulation = simulate(d=3, broken=broken, seed=1, **options)
+        simulation = recovery_data.simulate(d=3, broken=broken, seed=1, **options)
         return simulation, [
             simulation.sample(k, 20_000, 0)[1] @ simulation.concepts[:, 0].T for k in range(4)
         ]
@@ -271,7 +271,7 @@ def test_recovery_in_seconds():
 
 def test_score_of_the_truth():
     """An encoder that returns the true concepts has angles of 0."""
-    simulation = simulate(d=3, width=2, seed=0)
+    simulation = recovery_data.simulate(d=3, width=2, seed=0)
 
     class Truth:
         def encode(self, x):
@@ -310,10 +310,10 @@ def study_in_this_process(_):
 
 
 def test_bad_recovery():
-    with pytest.raises(ValueError, match="choose one of " + ", ".join(BROKEN)):
-        simulate(broken="linear")
+    with pytest.raises(ValueError, match="choose one of " + ", ".join(recovery_data.BROKEN)):
+        recovery_data.simulate(broken="linear")
     with pytest.raises(ValueError, match="not 1 and 1"):
-        simulate(d=1)
+        recovery_data.simulate(d=1)
     for contexts in ([None, None], [np.zeros((5, 3)), None]):
         with pytest.raises(
             ValueError, match="an observational and an interventional context with at least"
@@ -328,7 +328,7 @@ def test_assumptions_met():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("broken", recovery_data.BROKEN)
 def test_assumptions_dropped(broken):
     """The affected concept is lost, or all concepts if the assumption is about all."""
     result = simulate_and_recover(3000, steps=3000, d=4, broken=broken, seed=0)

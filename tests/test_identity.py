@@ -63,7 +63,7 @@ def test_new_images_move_no_held_out_image_into_training(seed):
     assert (
         held_out_then <= held_out_now and train_then <= train_now and not train_now & held_out_now
     )
-    assert 8 <= len(held_out_then) <= 45  # a fifth of 120, give or take
+    assert 8 <= len(held_out_then) <= 45  # about a fifth of 120
 
 
 def test_copies_of_an_image_are_on_one_side():
@@ -89,7 +89,9 @@ def test_places_are_uniform_and_depend_on_the_seed():
     many = np.random.default_rng(0).integers(-(2**63), 2**63, 20_000)
     first, second = places(many, 0), places(many, 1)
     counts = np.histogram(first, 20, (0, 1))[0]
-    assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi square of 19 degrees: p > 1e-4
+    assert (
+        (counts - 1000) ** 2 / 1000
+    ).sum() < 50  # chi square with 19 degrees of freedom: p > 1e-4
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05 and 0 <= first.min() and first.max() < 1
 
 
@@ -155,7 +157,7 @@ def remove(data):
         (lambda data: shutil.rmtree(data / "hat"), "the context 'hat' is gone"),
     ],
 )
-def test_other_images_are_noticed_when_a_run_is_resumed(settings, data, change, message):
+def test_other_images_are_noticed_when_a_run_goes_on(settings, data, change, message):
     train.train(TrainArguments(**settings))
     change(data)
     with pytest.raises(ValueError, match=f"was trained on other images: .*{message}") as error:
@@ -196,7 +198,7 @@ def test_a_resumed_run_keeps_the_precision_of_auto(settings, tmp_path, monkeypat
     assert load_checkpoint(path)[1]["precision"] == "no"
 
 
-def test_a_named_checkpoint_may_continue_with_other_settings(settings, tmp_path):
+def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
     train.train(TrainArguments(**settings | {"checkpoint_every": 2, "keep_checkpoints": 9}))
     folder = tmp_path / "run" / "checkpoints"
     state = json.loads((folder / "step-00000002" / "state.json").read_text())

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_intervene.metrics import (
     bits_per_pixel,
     compare,
+    context_leakage,
+    kernel_distance,
     mean_interval,
     sliced_wasserstein,
     transport,
@@ -45,7 +47,7 @@ def test_distance_equals_pot(n, m):
 @pytest.mark.parametrize("bytes_", [True, False])
 @pytest.mark.parametrize(
     "chunk", [7, 10**6]
-)  # pixels projected at once: sets in one part, or in several of which the last is smaller
+)  # pixels projected at once: sets in one part, or in several with a smaller last one
 def test_distance_of_large_sets_is_pots_for_the_same_directions(monkeypatch, bytes_, chunk):
     monkeypatch.setattr(transport, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
@@ -80,7 +82,7 @@ def test_no_float_copy_of_all_images_is_made(monkeypatch):
 
     monkeypatch.setattr(transport, "_CHUNK", 6400)
     pixels = np.random.default_rng(0).integers(0, 256, (1000, 100), dtype=np.uint8)
-    pixels.flags.writeable = False  # as of a memory map
+    pixels.flags.writeable = False  # like a memory map
     axes = directions(100, 5)
     with Largest() as largest:
         projected = project(pixels, axes)
@@ -202,13 +204,41 @@ def test_bad_input(monkeypatch):
         with pytest.raises(ValueError, match="in \\[0, 1\\]"):
             sliced_wasserstein(a, bad)
     monkeypatch.setitem(sys.modules, "ot.sliced", None)
-    directions.cache_clear()  # else they come from an earlier test
+    directions.cache_clear()  # otherwise they are cached by an earlier test
     with pytest.raises(ImportError, match="hf-intervene\\[eval\\]"):
         sliced_wasserstein(a, a)
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        (np.zeros((0, 4, 4, 1)), np.zeros((9, 4, 4, 1))),
+        (np.zeros((9, 4, 4, 1)), np.zeros((9, 4, 4, 3))),
+        ([0.1, 0.2], [0.1, 0.3]),
+    ],
+)
+def test_sets_without_images_or_of_two_shapes(sets):
+    with pytest.raises(ValueError, match="sets of at least one image .* all of one shape"):
+        sliced_wasserstein(*sets)
+    with pytest.raises(ValueError, match="sets of at least one image .* all of one shape"):
+        compare(sets[0], sets[1], sets[1])
+
+
+def test_measures_of_numbers_that_are_not_finite():
+    bad = np.full((30, 4), np.nan)
+    with pytest.raises(ValueError, match="features must be finite"):
+        kernel_distance(bad, np.zeros((30, 4)))
+    contexts = np.repeat(["a", "b"], 15)
+    with pytest.raises(ValueError, match="residuals must be finite"):
+        context_leakage(bad, contexts)
+    with pytest.raises(ValueError, match="30 residuals were given for 20 contexts"):
+        context_leakage(np.zeros((30, 4)), contexts[:20])
+    with pytest.raises(ValueError, match="no values to take the mean of"):
+        mean_interval([])
+
+
 def test_bits_per_pixel():
-    # A pixel of three channels whose nats are ln 2 each has 3 bits.
+    # A pixel has 3 bits if each of its three channels has ln 2 nats.
     assert bits_per_pixel(4 * 6 * 3 * np.log(2), 4, 6) == pytest.approx(3.0)
 
 

@@ -69,7 +69,7 @@ def test_transparent_parts_are_white(tmp_path, mode, channels):
     """The images have black strokes on a transparent background."""
     strokes = Image.new("LA", (8, 8), (0, 0))
     strokes.paste((0, 255), (2, 2, 6, 4))
-    if mode.endswith("-transparent"):  # a grey level or a colour stands for nothing
+    if mode.endswith("-transparent"):  # a grey level or a colour is transparent
         kind = mode.partition("-")[0]
         image = Image.new(kind, (8, 8), 255 if kind != "RGB" else (200, 10, 10))
         image.paste(0 if kind != "RGB" else (0, 0, 0), (2, 2, 6, 4))
@@ -101,7 +101,7 @@ def test_a_concept_may_be_called_like_a_split(source):
     assert counts(source) == {"obs": 10, "hat": 10, "train": 10}
     shutil.move(source, source.with_name("whole"))
     shutil.move(source.with_name("whole"), source / "train")
-    assert counts(source) == {"obs": 10, "hat": 10, "train": 10}  # the split `train` of it
+    assert counts(source) == {"obs": 10, "hat": 10, "train": 10}  # its split `train`
 
 
 def test_the_error_for_a_large_image_says_so(source, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_cache_that_is_cut_while_it_is_read_raises_an_error(source, tmp_path):
         ):
             use()
     file.unlink()
-    file.write_bytes(whole)  # another file in its place does no harm, nor that it is cut
+    file.write_bytes(whole)  # another file in its place may be cut
     os.truncate(file, 10)
     again = read()  # written again
     assert torch.equal(again.pixels, read().pixels)
@@ -327,8 +327,32 @@ def test_links_to_folders_and_pipes_are_not_followed(source, caplog, tmp_path):
     text, found = said(caplog, source)
     assert "left out (2 link to a folder, 1 pipe or device)" in text and found["hat"] == 10
     shutil.rmtree(source / "obs")
-    (source / "obs").symlink_to(fill(tmp_path / "other", 9, seed=6))  # a context may be one
+    (source / "obs").symlink_to(
+        fill(tmp_path / "other", 9, seed=6)
+    )  # the folder of a context may be a link
     assert said(caplog, source)[1] == {"obs": 9, "hat": 10}
+
+
+def test_a_pipe_among_the_files_of_a_data_set_is_refused(source, tmp_path):
+    load_contexts(source).save_to_disk(tmp_path / "saved")
+    (source / "metadata.csv").write_text("file_name,context\nobs/0.png,obs\n")
+    for folder, name in ((tmp_path / "saved", "dataset_info.json"), (source, "metadata.csv")):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=f"{name} is a pipe or a device, not a file"):
+            load_contexts(folder)
+
+
+def test_empty_and_wrong_arguments(source):
+    with pytest.raises(ValueError, match="the name of the data is empty"):
+        load_contexts(" ")
+    for resolution in ("x", 16.5):
+        with pytest.raises(TypeError, match="resolution must be a whole number"):
+            ContextImages.from_dataset(load_contexts(source), None, resolution)
+    images = ContextImages.from_dataset(load_contexts(source), None, 16)
+    for fraction in (None, "0.2", float("nan"), 1):
+        with pytest.raises(ValueError, match="must be a number between 0 and 1"):
+            images.split(fraction)
 
 
 def test_folders_that_macos_adds_to_archives_are_not_contexts(source, caplog):
@@ -383,7 +407,7 @@ def test_copies_in_several_contexts(source, caplog):
     shutil.copy(source / "obs" / "0.png", source / "hat" / "copy.png")
     shutil.copy(
         source / "obs" / "1.png", source / "obs" / "copy.png"
-    )  # in one context it does no harm
+    )  # copies within one context are allowed
     assert "1 images are the same in several contexts (obs, hat)" in said(caplog, source)[0]
 
 

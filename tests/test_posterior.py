@@ -173,7 +173,7 @@ def test_mixtures(rows):
 def test_leaving_out_contexts_without_weight_changes_nothing():
     whitening, y = make_head().whitening, torch.randn(5, 3, 4, requires_grad=True)
     weights = mixture(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.25]]))
-    whole = weights.clone().requires_grad_()  # so that every context is multiplied with
+    whole = weights.clone().requires_grad_()  # so that no context is left out
     up = torch.randn(5, 3, 4)
     for method in (whitening, whitening.variance):
         found, expected = method(y, weights), method(y, whole)

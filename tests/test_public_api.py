@@ -19,7 +19,7 @@ import hf_intervene.training
 
 
 LISTED = Path(__file__).with_name("public_api.txt")
-SPECIAL = ("__init__", "__call__")  # methods that users call by other names
+SPECIAL = ("__init__", "__call__")  # methods that users call with another syntax
 WRAPPERS = {"property": "property ", "classmethod": "classmethod ", "staticmethod": "staticmethod "}
 
 
@@ -113,7 +113,7 @@ def described(name, thing):
     elif isinstance(thing, (str, int, float, tuple)):
         yield f"{name} = {thing!r}"
     else:
-        yield name  # an alias of types, for annotations
+        yield name  # an alias of types
 
 
 def listing():
@@ -150,14 +150,14 @@ def test_every_public_name_has_a_docstring():
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isclass(thing):
-                # The constructor's arguments are described by the class; an override without words
-                # of its own means what it overrides.
+                # The class describes the constructor's arguments. An override without a docstring
+                # has the meaning of the method that it overrides.
                 things |= {
                     f"{name}.{method}": getattr(thing, method)
                     for method in methods(thing)
                     if method != "__init__"
                 }
-                if ast.get_docstring(definition(thing)) is None:  # dataclasses make one up
+                if ast.get_docstring(definition(thing)) is None:  # dataclasses generate one
                     missing.append(f"{module_name}: {name}")
             elif plain_function(thing):
                 things[name] = thing

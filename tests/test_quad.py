@@ -124,14 +124,14 @@ def test_rendering_against_a_per_pixel_reference(resolution):
                     expected[y, x] = shapes.palette(row[5])
         assert (image != expected).any(-1).sum() <= 2, (
             kind
-        )  # a pixel may lie on the edge within rounding
+        )  # up to rounding, a pixel may lie on the edge
 
 
 def test_all_four_shapes_are_drawn_with_their_areas():
     side = 64
     latents = np.zeros((4, 8))
     latents[:, 4] = norm.ppf(0.5)
-    latents[:, 5] = norm.ppf(0.999)  # magenta on the green of level 0.5
+    latents[:, 5] = norm.ppf(0.999)  # a magenta shape on the green of level 0.5
     latents[:, 6] = norm.ppf(np.array([0.01, 1 / 3, 2 / 3, 0.99]))
     areas = (quad.render(latents, side)[..., 2] > 200).sum((1, 2))
     r = 0.75 * side * 0.6 / 2

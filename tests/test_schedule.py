@@ -61,18 +61,17 @@ def test_single_draws_every_context_once_a_round():
     )
 
 
-def test_adaptive_follows_the_excess_and_keeps_all_contexts():
+def test_adaptive_follows_the_excess_and_starves_none():
     context_ids = ids([40, 40, 40])
     schedule = ContextSchedule(context_ids, "adaptive", 12)
     np.testing.assert_allclose(schedule.probabilities(), 1 / 3)
-    # Constant differences of the losses are no reason to prefer a context.
-    base = torch.tensor([1.0, 50.0, 5.0])
+    base = torch.tensor([1.0, 50.0, 5.0])  # losses that differ for good: no reason to prefer any
     for _ in range(50):
         batch = context_ids[schedule.next_batch()]
         schedule.update(batch, base[batch])
     np.testing.assert_allclose(schedule.probabilities(), 1 / 3)
-    # The loss of context 2 rises by 3. The rest computes the formula of the docstring: the running
-    # loss minus the lowest one, in units of its noise.
+    # Context 2 gets worse by 3. The docstring, written out: its running loss above the lowest, in
+    # units of its noise.
     running, noise = 5.0, 0.0
     for _ in range(5):
         batch = context_ids[schedule.next_batch()]
@@ -91,7 +90,9 @@ def test_adaptive_follows_the_excess_and_keeps_all_contexts():
 
 
 def test_adaptive_does_not_follow_noise():
-    """One context's loss is a hundred times as noisy as the others', and all means are constant."""
+    """One context's loss is a hundred times as noisy as the others', and none has anything to
+    regain.
+    """
     context_ids, rng = ids([40, 40, 40]), np.random.default_rng(0)
     schedule, preferred = ContextSchedule(context_ids, "adaptive", 12), []
     for _ in range(600):
@@ -128,7 +129,7 @@ def test_shards_make_up_the_batch():
         shard(batch, 0, 5)
 
 
-def test_losses_that_are_not_finite_are_ignored():
+def test_losses_that_are_not_finite_are_no_news():
     schedule = ContextSchedule(ids([4, 4]), "adaptive", 4)
     schedule.update(torch.tensor([0, 1]), torch.tensor([1.0, 1.0]))
     schedule.update(torch.tensor([0, 1]), torch.tensor([float("nan"), float("inf")]))

@@ -44,7 +44,7 @@ def test_streamed_rows_are_the_mapped_ones(name, tmp_path, monkeypatch):
     assert streamed.n_shards == 6
     expected = rows(load(cache_dir=str(tmp_path / "a")))
     assert len(expected) == 80 and len({row["image"] for row in expected}) > 70
-    assert rows(streamed) == expected == rows(streamed)  # a second pass too
+    assert rows(streamed) == expected == rows(streamed)  # also in a second pass
     nodes = [rows(split_dataset_by_node(streamed, rank, 2)) for rank in range(2)]
     assert sorted(map(str, nodes[0] + nodes[1])) == sorted(map(str, expected))
     monkeypatch.setattr(requests, "SHARD_ROWS", 1024)

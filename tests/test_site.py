@@ -1,6 +1,4 @@
-"""The site of the guides, which needs the extra `docs`: it builds without a warning and loads
-nothing from elsewhere, its notebook runs.
-"""
+"""The site of the guides builds without warnings and loads nothing else. It needs extra `docs`."""
 
 import re
 import subprocess

@@ -159,7 +159,13 @@ def _from_dataset(dataset: Dataset, source: str | os.PathLike) -> Digits:
         raise ValueError(
             f"the image column of {source} holds {dataset.features['image']}, not images."
         )
-    images = [np.asarray(image) for image in dataset["image"]]
+    try:
+        images = [np.asarray(image) for image in dataset["image"]]
+    except Exception as error:  # decoders raise many types of errors
+        raise ValueError(
+            f"an image of {source} cannot be read: it is damaged or of another kind; save the data"
+            " again."
+        ) from error
     odd = next(
         (image for image in images if image.shape != (SIDE, SIDE) or image.dtype != np.uint8), None
     )

@@ -60,6 +60,11 @@ def load_contexts(
         OSError: there is no such folder (FileNotFoundError), or it cannot be read.
         ValueError: there are no images in it, or no such column or split.
     """
+    if not str(source).strip():
+        raise ValueError(
+            "the name of the data is empty: give an image folder ('.' is the one you are in), a"
+            " saved data set or a Hub name, user/name."
+        )
     path = Path(source).expanduser()
     if not path.exists():
         if is_local(source):
@@ -77,12 +82,13 @@ def load_contexts(
         _warn_of_others(path, folder, split)
         if not _has_metadata(folder):
             return _folder_of_contexts(folder)
+        _refuse_pipes(folder)
         dataset = _folder_with_metadata(folder)
         images = sum(_is_image(file) for file in folder.rglob("*"))
         if images > len(dataset):
             logger.warning(
                 "%s: %d images that the metadata file does not name are left out.",
-                folder,
+                printable(folder),
                 images - len(dataset),
             )
     for column, name in ((image_column, "image"), (context_column, "context")):
@@ -135,8 +141,9 @@ def read_saved(path: Path, split: str) -> Dataset:
 
     Raises:
         OSError: the data set is incomplete or corrupt.
-        ValueError: it has no such split.
+        ValueError: it has no such split, or holds a pipe or a device.
     """
+    _refuse_pipes(path)
     try:
         dataset = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -167,6 +174,13 @@ def _of_split(path: Path, split: str) -> Path:
 
 def _has_metadata(folder: Path) -> bool:
     return any((folder / name).exists() for name in _METADATA)
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """Raise a ValueError if a folder holds a pipe or a device: reading it may never end."""
+    for file in folder.rglob("*"):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError(f"{printable(file)} is a pipe or a device, not a file: remove it.")
 
 
 def _folder_with_metadata(folder: Path) -> Dataset:
@@ -211,7 +225,7 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
         if others:
             logger.warning(
                 "%s: only the split %r is read; these folders are left out: %s.",
-                path,
+                printable(path),
                 split,
                 ", ".join(map(printable, others)),
             )
@@ -223,7 +237,7 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
     if loose:
         logger.warning(
             "%s: images outside the sub-folders of contexts are left out (%s).",
-            read,
+            printable(read),
             _counted(loose),
         )
 
@@ -263,21 +277,25 @@ def _folder_of_contexts(path: Path) -> Dataset:
             elif file.suffix.lower() not in READABLE:
                 others[file.suffix.lower() or "no ending"] += 1
             else:  # a link without a target raises an error when it is read
-                if printable(file) != str(file):
+                try:
+                    str(file).encode("utf-8")
+                except UnicodeEncodeError:
                     raise ValueError(
                         f"the name of {printable(file)} has bytes that are not UTF-8: rename it."
-                    )
+                    ) from None
                 files.append(file)
         left_out = _counted(others)
         if not files:
             logger.warning(
                 "%s holds no images%s and is left out.",
-                folder,
+                printable(folder),
                 f" that can be read ({left_out})" * bool(others),
             )
         elif others:
             logger.warning(
-                "%s: files that cannot be read as images are left out (%s).", folder, left_out
+                "%s: files that cannot be read as images are left out (%s).",
+                printable(folder),
+                left_out,
             )
         images += map(str, files)
         contexts += [folder.name] * len(files)

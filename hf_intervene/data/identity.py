@@ -124,6 +124,6 @@ def load_images(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise OSError(
-            f"{path} is truncated or corrupt: copy it again from where the model was trained, or"
+            f"{path} is truncated or corrupt: take it from where the model was trained, or"
             " remove it."
         ) from error

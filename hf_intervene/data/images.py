@@ -25,6 +25,7 @@ from .columns import in_order, read_contexts, read_prompts, undecoded
 from .decoding import decode, in_memory, on_disk
 from .identity import SPLITS, fingerprints, places
 from .mapped import MappedFile
+from .requests import whole_numbers
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class ContextImages:
             The images, whose contexts are numbered in the order of the list.
 
         Raises:
-            ValueError: there is no such context, or it is named twice.
+            ValueError: the list is empty, there is no such context, or it is named twice.
         """
         if isinstance(contexts, str):
             raise ValueError(f"give a list of contexts, such as [{contexts!r}], not {contexts!r}.")
@@ -141,6 +142,8 @@ class ContextImages:
             if name in names:
                 raise ValueError(f"context {name!r} is selected twice.")
             names.append(name)
+        if not names:
+            raise ValueError("no context is selected: name at least one.")
         keep = [
             torch.nonzero(self.context_ids == self.contexts.index(name))[:, 0] for name in names
         ]
@@ -178,9 +181,10 @@ class ContextImages:
         Raises:
             ValueError: the fraction is not between 0 and 1, or `by` is unknown.
         """
-        if not 0 < validation_fraction < 1:
+        is_number = isinstance(validation_fraction, (int, float))
+        if not is_number or not 0 < validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction must lie between 0 and 1, not {validation_fraction}."
+                f"validation_fraction must be a number between 0 and 1, not {validation_fraction}."
             )
         if by not in SPLITS:
             raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")
@@ -294,7 +298,7 @@ class ContextImages:
             ValueError: a column is missing, an image has no context or cannot be read or has 16
                 bits, images have several sizes, or the contexts do not pass `checked`.
         """
-        if resolution is not None and resolution < 1:
+        if resolution is not None and whole_numbers(resolution=resolution)["resolution"] < 1:
             raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
         dataset, names, concepts = read_contexts(dataset, concepts)
         dataset = undecoded(dataset)

@@ -85,7 +85,9 @@ def open_array(path: str | os.PathLike, remedy: str) -> tuple[np.ndarray, Mapped
         A memory map of the array, for its shape and type; and the file, to read rows.
 
     Raises:
-        OSError, ValueError, EOFError: see `numpy.load`.
+        OSError, ValueError, EOFError: see `numpy.load`; or the rows are not stored one by one.
     """
     array = np.load(path, mmap_mode="c", allow_pickle=False)
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{path} is an array in Fortran order, whose rows cannot be read.")
     return array, MappedFile(path, remedy, array.offset)

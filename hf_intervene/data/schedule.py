@@ -13,8 +13,8 @@ from torch.utils.data import Sampler
 
 
 SCHEDULES = ("balanced", "single", "proportional", "adaptive")
-_FLOOR = 0.5  # adaptive: the share of the probability that is uniform over contexts
-_DECAY = 0.95  # adaptive: decay of the running loss in each step in which the context occurs
+_FLOOR = 0.5  # adaptive: share of the probability that stays uniform, so that no context starves
+_DECAY = 0.95  # adaptive: decay of the running loss, per step in which the context occurs
 
 
 class ContextSchedule(Sampler[list[int]]):
@@ -25,12 +25,13 @@ class ContextSchedule(Sampler[list[int]]):
 
     - `"balanced"`: uniform over contexts, mixed within the batch. Counts in one batch differ by at
       most 1.
-    - `"single"`: one context per batch, every context once in each random round (the paper's).
-    - `"proportional"`: all samples are pooled, each is drawn once per pass.
+    - `"single"`: one context a batch, every context once in each random round (the paper's).
+    - `"proportional"`: all samples pooled, each once per pass.
     - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k:
-      its running loss minus its lowest running loss, in units of its step-to-step noise. p_k = 1/2
-      uniform + 1/2 (1 + x_k) / sum (1 + x). The loss itself is not used, because contexts differ in
-      the lowest loss that is possible, and in the noise. No probability is below half of uniform.
+      its running loss minus the lowest it has had, in units of its step-to-step noise. p_k = 1/2
+      uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that cannot be avoided, so
+      the loss itself would not say where there is something to regain; and in its noise, which
+      would otherwise pass for an excess. No probability falls below half of uniform.
 
     Iterating yields one epoch of index lists, and the next iteration continues there. So it can be
     the `batch_sampler` of a `DataLoader`. A `DataLoader` with workers draws ahead; to save
@@ -85,10 +86,11 @@ class ContextSchedule(Sampler[list[int]]):
             else [np.arange(len(ids))]
         )
         self._steps = 0
-        # Number of samples of each context that were drawn so far.
-        self._drawn = np.zeros(len(self._members), dtype=np.int64)
-        # For "adaptive", for each context: the running loss, the running mean square of the
-        # deviations of single steps, and the lowest running loss (inf before the first step).
+        self._drawn = np.zeros(
+            len(self._members), dtype=np.int64
+        )  # samples drawn so far, of each context
+        # Adaptive, per context: running loss, its lowest so far (inf before the first), running
+        # square of its steps' deviations.
         self._running, self._noise = np.zeros(pools), np.zeros(pools)
         self._lowest = np.full(pools, np.inf)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
@@ -113,9 +115,8 @@ class ContextSchedule(Sampler[list[int]]):
         return torch.from_numpy(rng.permutation(indices))
 
     def update(self, context_ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Update an adaptive schedule with the losses of a global batch. Other kinds ignore them.
-
-        Every process must pass the same losses.
+        """Tell the adaptive schedule the losses of a global batch (the same ones in every process);
+        others ignore it.
 
         Args:
             context_ids: context of each sample, (batch,).
@@ -127,14 +128,15 @@ class ContextSchedule(Sampler[list[int]]):
             np.asarray(context_ids.cpu()),
             np.asarray(losses.detach().float().cpu(), dtype=np.float64),
         )
-        # The trainer stops at losses that are not finite. Until then they are ignored.
-        finite = np.isfinite(values)
-        ids, values = ids[finite], values[finite]
+        ids, values = (
+            ids[np.isfinite(values)],
+            values[np.isfinite(values)],
+        )  # the trainer stops on others; until then: no news
         counts = np.bincount(ids, minlength=len(self._running))
         means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(
             counts, 1
         )
-        seen = (counts > 0) & np.isfinite(means)  # a mean may overflow
+        seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
         first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
         deviation = means[later] - self._running[later]
         self._running[first] = means[first]
@@ -143,15 +145,14 @@ class ContextSchedule(Sampler[list[int]]):
         self._lowest[seen] = np.minimum(self._lowest, self._running)[seen]
 
     def probabilities(self) -> np.ndarray:
-        """Return the probability of each context in the next batch, (contexts,).
-
-        It is uniform unless the kind is `"adaptive"`.
-        """
+        """Probability of each context in the next batch, (contexts,); uniform unless adaptive."""
         contexts = len(self._members)
         uniform = np.full(contexts, 1 / contexts)
         if self.kind != "adaptive" or np.isinf(self._lowest).any():
             return uniform
-        noise = np.sqrt(self._noise)  # 0 only if the loss never changed; then there is no excess
+        noise = np.sqrt(
+            self._noise
+        )  # 0 only where the loss never changed, and then there is no excess
         weight = 1 + np.divide(
             self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0
         )
@@ -164,9 +165,9 @@ class ContextSchedule(Sampler[list[int]]):
             counts = np.zeros(contexts, dtype=np.int64)
             counts[self._rng(1, round_number).permutation(contexts)[position]] = self.batch_size
             return counts
-        # Each context gets its share of the batch, rounded down. Systematic sampling gives the
-        # samples that are left to some contexts, one each: the expectation is exact, and a count
-        # differs from its share by less than 1.
+        # Whole shares first, then one more for as many contexts as are left over, drawn by
+        # systematic sampling: the expectation is exact and a count is never off its share by more
+        # than 1.
         share = self.probabilities() * self.batch_size
         counts = np.floor(share + 1e-9).astype(np.int64)
         left = self.batch_size - counts.sum()

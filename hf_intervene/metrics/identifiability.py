@@ -183,10 +183,10 @@ def _read(
         name, array = context_name(context, concepts), np.asarray(array)
         if name in arrays:
             raise ValueError(f"context {name!r} is given twice: join its images.")
-        if array.ndim < 2:
+        if array.ndim < 2 or 0 in array.shape[1:] or array.dtype.kind not in "buif":
             raise ValueError(
-                f"images of context {name!r} must be an array (n, ...), not of the shape"
-                f" {array.shape}."
+                f"images of context {name!r} must be an array of numbers (n, ...), not"
+                f" {array.dtype} of the shape {array.shape}."
             )
         first = next(iter(arrays), name)
         if array.shape[1:] != arrays.get(first, array).shape[1:]:

@@ -45,7 +45,8 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra.
-        ValueError: there are fewer than two contexts, or one has fewer images than folds.
+        ValueError: there are fewer than two contexts, one has fewer images than folds, the numbers
+            of residuals and contexts differ, or a value is NaN or infinite.
     """
     check_installed()
     from sklearn.decomposition import PCA
@@ -57,7 +58,13 @@ def context_leakage(residuals: np.ndarray, contexts: np.ndarray, seed: int = 0) 
     names, labels, counts = np.unique(contexts, return_inverse=True, return_counts=True)
     if len(names) < 2 or counts.min() < FOLDS:
         raise ValueError(f"leakage needs at least two contexts of {FOLDS} images each.")
+    if len(residuals) != len(labels):
+        raise ValueError(
+            f"{len(residuals)} residuals were given for {len(labels)} contexts: give one for each."
+        )
     flat = residuals.reshape(len(residuals), -1).astype(np.float64)
+    if not np.isfinite(flat).all():
+        raise ValueError("residuals must be finite; some are NaN or infinite.")
     components = PCA(min(_COMPONENTS, flat.shape[1], len(flat) // 2), random_state=seed)
     classifier = make_pipeline(
         make_union(components, FunctionTransformer(_mean_square)),

@@ -23,8 +23,14 @@ def bits_per_pixel(nats: Array, height: int, width: int) -> Array:
 def mean_interval(
     values: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Return the mean of values (n,) and its percentile bootstrap interval."""
+    """Return the mean of values (n,) and its percentile bootstrap interval.
+
+    Raises:
+        ValueError: there are no values.
+    """
     values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        raise ValueError("there are no values to take the mean of.")
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     tail = 50 * (1 - level)

@@ -142,8 +142,26 @@ def sliced_wasserstein(
     real: np.ndarray, generated: np.ndarray, num_projections: int = 500, seed: int = 0
 ) -> float:
     """Return the sliced W2 between images (n, ...) and (m, ...), POT's value for the same seed."""
+    real, generated = _checked(real, generated)
     axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
     return sliced_w2(project(real, axes), project(generated, axes))
+
+
+def _checked(*sets: np.ndarray) -> list[np.ndarray]:
+    """Return sets of images as arrays (n, ...), which must have one shape and at least one image.
+
+    Raises:
+        ValueError: they do not.
+    """
+    arrays = [np.asarray(images) for images in sets]
+    if len({array.shape[1:] for array in arrays}) > 1 or not all(
+        array.ndim > 1 and array.size for array in arrays
+    ):
+        raise ValueError(
+            "sets of at least one image (n, ...), all of one shape, are needed, not"
+            f" {' and '.join(str(array.shape) for array in arrays)}."
+        )
+    return arrays
 
 
 def compare(
@@ -170,8 +188,9 @@ def compare(
     Raises:
         ValueError, ImportError: see `compare_projected`, `project` and `directions`.
     """
-    axes = directions(int(np.prod(real.shape[1:])), num_projections, seed)
-    a, b, c = (project(images, axes) for images in (real, other_real, generated))
+    sets = _checked(real, other_real, generated)
+    axes = directions(int(np.prod(sets[0].shape[1:])), num_projections, seed)
+    a, b, c = (project(images, axes) for images in sets)
     return compare_projected(a, b, c, protocol, resamples, seed)
 
 

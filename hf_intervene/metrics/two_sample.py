@@ -67,6 +67,7 @@ def image_two_sample_test(
         ValueError: the images have different shapes, a set has fewer than 100, or pixels are
             outside [0, 1].
     """
+    a, b = (np.asarray(x) for x in (a, b))
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
             f"images of the shapes {a.shape[1:]} and {b.shape[1:]} cannot be compared."
@@ -194,7 +195,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> KernelDistan
         seed: seed of the halves.
 
     Raises:
-        ValueError: the features have different widths, or a set has fewer than four.
+        ValueError: the features have different widths, a set has fewer than four, or a value is NaN
+            or infinite.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
     if a.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 4:
@@ -202,6 +204,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> KernelDistan
             f"features (n, d) and (m, d) of at least four images each are needed, not {a.shape}"
             f" and {b.shape}."
         )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features must be finite; some are NaN or infinite.")
     scale = np.sqrt(np.square(a).mean()) or 1.0
     a, b = a / scale, b / scale
     within_a, within_b, between = (_kernel(x, y) for x, y in ((a, a), (b, b), (a, b)))
