@@ -255,8 +255,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
     def posterior_draws(
         self, num_images: int, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Random numbers for so many images, as keyword arguments of `forward`, on the CPU: standard
-        normal `noise`, (num_images, *draw_shape), and those of `Base.training_draws`."""
+        """Random numbers for so many images, as arguments of `forward`, on the CPU: standard normal
+        `noise`, (num_images, *draw_shape), and those of `Base.training_draws`."""
         noise = torch.randn(num_images, *self.draw_shape, generator=generator)
         return {"noise": noise} | self.base.training_draws(num_images, generator)
 

@@ -3,7 +3,8 @@ docs/pipelines/make.py`.
 
 It says which pipelines are tested: `train` by tests/test_recording.py and tests/test_clips.py,
 `attach` by tests/test_attach_pipelines.py. Each has diffusers' own classes, in a configuration of a
-few thousand random weights. So the table says which parts fit together, not how good the images are.
+few thousand random weights. So the table says which parts fit together, not how good the images
+are.
 """
 
 import sys
