@@ -1,4 +1,7 @@
-"""What a user asks of an `InterventionModel`: samples, edits, and the noise of images."""
+"""What a user asks of an `InterventionModel`: samples, edits, and the noise of images.
+
+The file is longer than most: a third of it describes arguments, and its methods belong together.
+"""
 
 import math
 from collections.abc import Sequence

@@ -27,8 +27,7 @@ from .bases.base import plain
 from .bases.limits import check_finite
 from .bases.loading import base_reference, remove_weights
 from .bases.lora import has_lora, lora_rank
-from .bases.saved import PART_FOLDERS, load_base_of
-from .bases.saved import save_base as save_base_beside
+from .bases.saved import PART_FOLDERS, load_base_of, save_base_of
 from .configuration_intervention import InterventionConfig
 from .generation import GenerationMixin
 from .logging import get_logger
@@ -256,9 +255,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
     def posterior_draws(
         self, num_images: int, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Random numbers for the posterior of images, as keyword arguments of `forward`, on the
-        CPU: standard normal `noise`, (num_images, *draw_shape), and those of `Base.training_draws`.
-        """
+        """Random numbers for so many images, as arguments of `forward`, on the CPU: standard normal
+        `noise`, (num_images, *draw_shape), and those of `Base.training_draws`."""
         noise = torch.randn(num_images, *self.draw_shape, generator=generator)
         return {"noise": noise} | self.base.training_draws(num_images, generator)
 
@@ -375,7 +373,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         if has_lora(self.base.model):
             for part in (self, self.head) if self.head is not None else (self,):
                 part.config.lora_rank = lora_rank(self.base.model)  # loading looks there
-        save_base_beside(self.base, self.config, save_directory, save_base, variant, max_shard_size)
+        save_base_of(self.base, self.config, save_directory, save_base, variant, max_shard_size)
         if self.head is None:
             self.config.save_pretrained(save_directory, **kwargs)
         else:

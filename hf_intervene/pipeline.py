@@ -1,5 +1,7 @@
 """`InterventionPipeline`: sample and edit with a trained head and its base, in the form diffusers
 users know.
+
+The file is longer than most: a third of it describes arguments, and its methods belong together.
 """
 
 import os

@@ -20,6 +20,8 @@ KINDS = (
     "kontext",
     "cogview3",
 )
+# Heads are trained on these too.
+TRAINED = (*KINDS, "wan-clip", "wan-two", "cogvideox")
 
 
 def pipeline(kind):

@@ -174,13 +174,6 @@ def test_a_saved_head_on_two_denoisers(two, tmp_path):
     assert torch.equal(pipelines.result(plain(**pipelines.call("wan-two"))), before)
 
 
-def test_two_denoisers_without_a_boundary():
-    pipe = pipelines.make("wan-two")
-    pipe.register_to_config(boundary_ratio=None)
-    with pytest.raises(ValueError, match="has 2 denoisers .* by its boundary_ratio"):
-        PipelineBase.from_pipeline(pipe)
-
-
 # Pipelines that are offloaded or compiled
 
 

@@ -14,5 +14,5 @@ def test_the_table_is_what_the_script_writes():
     lines = make.table().splitlines()[:-1]
     assert written[3:] == lines[3:]  # without the version of diffusers
     assert (
-        sum("| yes | " in line for line in lines) == len(make.recorded.KINDS) - 1
+        sum("| yes | " in line for line in lines) == len(make.recorded.TRAINED) - 1
     )  # SDXL is there once

@@ -1,9 +1,10 @@
 """The table of docs/pipelines.md, from the tiny pipelines of the tests: `python
 docs/pipelines/make.py`.
 
-It says which pipelines are tested: `train` by tests/test_recording.py, `attach` by
-tests/test_attach_pipelines.py. Each has diffusers' own classes, in a configuration of a few
-thousand random weights. So the table says which parts fit together, not how good the images are.
+It says which pipelines are tested: `train` by tests/test_recording.py and tests/test_clips.py,
+`attach` by tests/test_attach_pipelines.py. Each has diffusers' own classes, in a configuration of a
+few thousand random weights. So the table says which parts fit together, not how good the images
+are.
 """
 
 import sys
@@ -45,7 +46,7 @@ def row(kind: str) -> str:
         site_text(find_sites(denoiser))
         .split(", ")[0]
         .lstrip("0123456789 "),  # how many layers: of the tiny one
-        "yes" if kind in recorded.KINDS else "no",
+        "yes" if kind in recorded.TRAINED else "no",
         "yes" if kind in pipelines.KINDS else "not tested",
     ]
     return f"| {' | '.join(cells)} |"
@@ -55,7 +56,7 @@ def table() -> str:
     """All lines, between the two marks."""
     kinds = (
         *pipelines.KINDS,
-        *(kind for kind in recorded.KINDS if kind not in pipelines.KINDS and kind != "sdxl-text"),
+        *(kind for kind in recorded.TRAINED if kind not in pipelines.KINDS and kind != "sdxl-text"),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

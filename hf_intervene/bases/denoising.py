@@ -162,10 +162,10 @@ def noised(
             )
         density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
         index = (density * len(scheduler.timesteps)).long()
-        timesteps, sigma = (
-            table.to(x0.device)[index]
-            for table in (scheduler.timesteps, scheduler.sigmas.to(x0.dtype))
-        )
+        # The tables stay where they are needed: moving them would wait for the device each time.
+        scheduler.timesteps = scheduler.timesteps.to(x0.device)
+        scheduler.sigmas = scheduler.sigmas.to(x0.device)
+        timesteps, sigma = scheduler.timesteps[index], scheduler.sigmas.to(x0.dtype)[index]
         sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise, timesteps, noise - x0, weight
     timesteps = (time.double() * scheduler.config.num_train_timesteps).long()

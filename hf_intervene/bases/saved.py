@@ -40,7 +40,7 @@ logger = get_logger(__name__)
 PART_FOLDERS = BASE_FOLDER, ADAPTER_FOLDER, LORA_FOLDER = "base", "adapter", "lora"
 
 
-def save_base(
+def save_base_of(
     base: Base,
     config: InterventionConfig,
     directory: str | os.PathLike,
@@ -286,4 +286,4 @@ def _load_companions(
     return found
 
 
-__all__ = ["load_base_of", "save_base"]
+__all__ = ["load_base_of", "save_base_of"]
