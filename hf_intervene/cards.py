@@ -152,6 +152,7 @@ def write_card(
     license: str | None = None,
     dataset_id: str | None = None,
     head_only: bool = False,
+    bundled: bool = False,
 ) -> Path:
     """Write the card of a saved head, model or pipeline into its folder.
 
@@ -163,6 +164,7 @@ def write_card(
         license: of the weights.
         dataset_id: data set on the Hub that it was trained on.
         head_only: whether the folder is that of a head saved by itself.
+        bundled: whether it is a pipeline that comes with the package, under the folder's name.
 
     Raises:
         FileExistsError: there is a README.md that was not generated.
@@ -194,9 +196,9 @@ def write_card(
             concepts=[code(name) for name in saved.config.concepts],
             blocks=_blocks(saved.config),
             base=_base(saved),
-            usage=_usage(saved, name),
+            usage=_usage(saved, name, bundled),
             local_base=" and the base at hand" if saved.base_is_elsewhere else "",
-            remote_code=_remote_code(saved, name),
+            remote_code=None if bundled else _remote_code(saved, name),
             settings=saved.settings_text,
             settings_file=SETTINGS_FILE,
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", saved.settings_text)), default=0)),
@@ -366,7 +368,7 @@ def _base(saved: _Saved) -> str | None:
     )
 
 
-def _usage(saved: _Saved, name: str) -> str:
+def _usage(saved: _Saved, name: str, bundled: bool = False) -> str:
     concepts, base_class = (
         saved.config.concepts,
         (saved.config.base_reference or {}).get("class_name"),
@@ -377,7 +379,8 @@ def _usage(saved: _Saved, name: str) -> str:
         load = [f"head = {HEAD}.from_pretrained({json.dumps(name)})"]
         return "\n".join([*imports, "", *load, *_head_call(f"head.targets({together}, 8)")])
     if saved.kind == PIPELINE:
-        load = [f"pipe = {PIPELINE}.from_pretrained({json.dumps(name)})"]
+        place = f"hf_intervene.bundled({json.dumps(name)})" if bundled else json.dumps(name)
+        load = [f"pipe = {PIPELINE}.from_pretrained({place})"]
         sample = f"images = pipe({together}, num_images=8, generator=g).images"
         edit = f"edited = pipe.edit(images[0], {{{one}: 0.5}}, context={together}).images"
     else:
@@ -389,7 +392,7 @@ def _usage(saved: _Saved, name: str) -> str:
         edit = (
             f'edited = model.edit(images[0], {{{one}: 0.5}}, context={together}, output_type="pil")'
         )
-    imports = ["import torch"]
+    imports = ["import hf_intervene"] * bundled + ["import torch"]
     if saved.base_is_elsewhere:
         imports += [f"from diffusers import {base_class}"]
     imports += [f"from hf_intervene import {saved.kind}"]

@@ -54,7 +54,8 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
 def _show(axis: matplotlib.axes.Axes, images: np.ndarray, below: np.ndarray | None = None) -> None:
     """Images (n, H, W, C) side by side, a pixel of white between them, and as many others below."""
     strip = _strip(images) if below is None else np.concatenate([_strip(images), _strip(below)])
-    axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=255)
+    strip = strip.squeeze(-1) if strip.shape[-1] == 1 else strip
+    axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
