@@ -19,14 +19,19 @@ takes.
 This file imports torch alone, so that it can travel with a checkpoint.
 """  # noqa: E501
 
+from __future__ import annotations
+
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from reprlib import Repr
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import torch
+
+if TYPE_CHECKING:
+    import torch  # otherwise where tensors are made: names are checked without it
 
 
 OBS = "obs"
@@ -64,7 +69,7 @@ class Quantile:
 
 Value = float | Quantile | Any  # a strength, a point on the learnt range, or reference image(s)
 Context = str | Sequence[str] | Mapping[str, Value] | None
-Interventions = Context | Sequence[Context] | torch.Tensor
+Interventions: TypeAlias = "Context | Sequence[Context] | torch.Tensor"
 
 
 def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
@@ -160,8 +165,10 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
                 f" [['obs'], ['{concepts[0]}']]."
             )
         if name != OBS and name not in concepts:
+            several = " (several are joined with +)" if re.search(r"[,;\s]", str(name)) else ""
             raise ValueError(
-                f"unknown concept {_shown(name)}; the known ones are {OBS}, {', '.join(concepts)}."
+                f"unknown concept {_shown(name)}{several}; the known ones are {OBS},"
+                f" {', '.join(concepts)}."
             )
         if isinstance(value, Quantile) or _is_reference(value):
             if name == OBS:
@@ -301,6 +308,8 @@ def parse_choices(
             ) from None
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
+    import torch
+
     if isinstance(interventions, torch.Tensor):
         targets, choices = _check_targets(interventions, width, blocks), []
     else:
@@ -371,7 +380,7 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
             f"targets must have shape (batch, {width}) or (batch, {blocks}), not"
             f" {tuple(targets.shape)}."
         )
-    targets = targets.to(torch.float32)
+    targets = targets.float()
     if not bool(((targets >= 0) & (targets <= 1)).all()):
         raise ValueError(
             "targets must lie in [0, 1] (0 = not intervened on, 1 = intervened on); some do not, or"

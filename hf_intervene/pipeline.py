@@ -30,6 +30,7 @@ from .image_files import flat_image, upright
 from .logging import get_logger
 from .model import ImageInput, InterventionModel
 from .modeling_intervention import InterventionHead
+from .pretrained import not_bundled
 from .push import push_to_hub
 
 
@@ -112,7 +113,7 @@ class InterventionPipeline(DiffusionPipeline):
                 no access to it, missing weights.
         """
         name = pretrained_model_name_or_path
-        path = hub.folder(name, **hub.pop_options(kwargs))
+        path = hub.folder(not_bundled(name), **hub.pop_options(kwargs))
         index = path / "model_index.json"
         saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):

@@ -27,6 +27,7 @@ from .bases.lora import has_lora, load_lora, lora_rank, merged, save_lora
 from .configuration_intervention import InterventionConfig
 from .logging import get_logger
 from .modeling_intervention import InterventionHead
+from .pretrained import not_bundled
 
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def from_pretrained(
             "InterventionModel.from_pretrained takes no output_loading_info: what does not fit is"
             " an error here."
         )
-    path = hub.subfolder(hub.folder(name, **options), subfolder, name)
+    path = hub.subfolder(hub.folder(not_bundled(name), **options), subfolder, name)
     logger.info("loading the model %s from %s", name, path)
     config = InterventionConfig.from_pretrained(path)
     has_base = (path / BASE_FOLDER / "config.json").exists()

@@ -18,8 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_intervene import InterventionModel, InterventionPipeline
-from hf_intervene.cards import CARD_FILE, FLOORS_FILE, MARKER, SAMPLES_FILE, SETTINGS_FILE
-from hf_intervene.cards import write_card
+from hf_intervene.cards import (
+    CARD_FILE,
+    FLOORS_FILE,
+    MARKER,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+    write_card,
+)
 from hf_intervene.errors import spoken
 from hf_intervene.push import draw_floors, draw_samples
 
