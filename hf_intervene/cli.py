@@ -330,9 +330,9 @@ def check(arguments: argparse.Namespace) -> int:
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
     if arguments.export is None:
-        from .page_process import launch
+        from .app import launch
 
-        launch(arguments.pipeline, arguments.host, arguments.port, time_limit=arguments.time_limit)
+        launch(arguments.pipeline, arguments.host, arguments.port)
         return 0
     from .space import export
 

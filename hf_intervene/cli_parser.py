@@ -299,9 +299,6 @@ def make_parser(
         help="port to listen at (default: the first free one from 7860 on)",
     )
     command.add_argument(
-        "--time-limit", type=float, help="seconds that a request may take (default 300)"
-    )
-    command.add_argument(
         "--export",
         type=_path,
         metavar="DIR",

@@ -304,7 +304,8 @@ def parse_choices(
             num_samples = index(num_samples)
         except TypeError:
             raise TypeError(
-                f"the number of samples must be a whole number, not {num_samples!r}."
+                f"the number of samples must be a whole number, not {num_samples!r} (several"
+                " concepts are one list, or joined with +)."
             ) from None
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")

@@ -278,6 +278,11 @@ class InterventionPipeline(DiffusionPipeline):
             compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept
                 changes.
         """
+        if num_images is None and batch_size is not None:
+            logger.warning(
+                "batch_size says how many images are computed at once; num_images says how many"
+                " are made."
+            )
         images = self.model.sample(
             interventions,
             num_images,
