@@ -9,7 +9,8 @@
 # %% [markdown]
 # # Notebook: composing interventions
 #
-# **Goal:** see what an intervention changes, what it leaves alone, and what two of them do together.
+# **Goal:** see what an intervention changes, what it leaves alone, and what two of them do
+# together.
 # **Time:** five minutes. The pipeline comes with the package, so there is nothing to train and
 # nothing to download.
 #
