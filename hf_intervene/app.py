@@ -6,6 +6,7 @@ Nothing is fetched at run time, neither fonts nor scripts, and nothing is report
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -63,7 +64,7 @@ CSS = """
 }
 .pictures { display: grid; gap: 16px; }
 .people { grid-template-columns: repeat(auto-fill, minmax(192px, 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(192px, 1fr)); max-width: 880px; }
+.pair { grid-template-columns: repeat(2, minmax(0, 1fr)); max-width: 880px; }
 .person { display: grid; gap: 8px; }
 .pictures figure { margin: 0; }
 .pictures img { width: 100%; height: auto; border-radius: 6px; }
@@ -101,7 +102,7 @@ CSS = """
 @media (max-width: 640px) {
   .main.app { padding: 12px !important; }
   .people { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+
   .result { position: sticky; top: 0; z-index: 5; order: -1; }
   .result { background: var(--body-background-fill); }
   .prose :is(td, th) { white-space: nowrap; padding: 4px 6px; }
@@ -481,6 +482,8 @@ def launch(
     blocks = None
     try:
         page = Page(name, revision)
+        if sys.stdout.isatty():
+            print(f"loading {page.title} ...", flush=True)
         page.load()
         blocks = build(page)
         _, url, _ = serve(blocks, host, port)
