@@ -45,7 +45,7 @@ LIBRARIES = {
 
 
 def is_generated(path: str | os.PathLike) -> bool:
-    """Whether a card was generated, and nobody who edited it has claimed it."""
+    """Whether a card was generated and its marker is still there."""
     return MARKER in Path(path).read_text(encoding="utf-8")
 
 
@@ -79,9 +79,8 @@ def card_text(folder: str | os.PathLike) -> str | None:
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(_MAX_CARD)
-    front = re.match(
-        r"\s*---[ \t]*\n.*?\n---[ \t]*(\n|$)", text, re.DOTALL
-    )  # not parsed: a stranger wrote it
+    # The metadata are not parsed: anybody may have written them.
+    front = re.match(r"\s*---[ \t]*\n.*?\n---[ \t]*(\n|$)", text, re.DOTALL)
     text = _without_comments(text[front.end() :] if front else text)
     return re.sub(r"!\[[^\]\n]{0,1000}\]\([^)\n]{0,1000}\)", "", text).strip()
 
@@ -197,7 +196,7 @@ def write_card(
             blocks=_blocks(saved.config),
             base=_base(saved),
             usage=_usage(saved, name, bundled),
-            local_base=" and the base at hand" if saved.base_is_elsewhere else "",
+            local_base=" and a copy of the base" if saved.base_is_elsewhere else "",
             remote_code=None if bundled else _remote_code(saved, name),
             settings=saved.settings_text,
             settings_file=SETTINGS_FILE,
@@ -213,7 +212,7 @@ def write_card(
 
 @dataclass
 class _Saved:
-    """What the folder of a saved model tells."""
+    """What the files in the folder of a saved model say."""
 
     folder: Path
     kind: str
@@ -427,12 +426,12 @@ def _remote_code(saved: _Saved, name: str) -> str | None:
 def _limits(saved: _Saved) -> list[str]:
     limits = [
         (
-            "It knows no other concepts than these, and changes what changed together in its"
-            " training images: what a concept is, is what its context shows."
+            "It knows no other concepts than these. A concept is what its training images show: if"
+            " something else changed with it, that is part of the concept."
         ),
         (
-            "That interventions compose as the real world would is hoped for, not guaranteed; look"
-            " at the pairs you use."
+            "Nothing guarantees that interventions compose as they would in the real world. Look at"
+            " the pairs that you use."
         ),
         (
             "Distances are on pixels: one near its floor says that pixel statistics agree, not that"
@@ -451,7 +450,7 @@ def _limits(saved: _Saved) -> list[str]:
         )
     elif (saved.folder / "adapter").is_dir():
         limits.append(
-            "The head speaks to the base through one vector an image: what that cannot hold is"
+            "The head reaches the base through one vector an image: what that cannot hold is"
             " blurred."
         )
     return limits[:1] if saved.kind == HEAD else limits

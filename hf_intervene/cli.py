@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_parser import DATASETS, EXAMPLES, SHELLS
+from .cli_parser import DATASETS, DEMO_DATASETS, EXAMPLES, SHELLS
 from .cli_parser import make_parser as _make_parser
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
@@ -205,9 +205,9 @@ def _print_images(arguments: argparse.Namespace, count: int, command: str) -> in
 def _print(
     arguments: argparse.Namespace, result: dict, text: object, commands: Sequence[str] = ()
 ) -> int:
-    """A result: for machines all of it, for people the text, and what to try next."""
+    """A result: for machines all of it, for people the text; on a terminal what to try next."""
     print(json.dumps(result) if arguments.json else text)
-    if commands and not arguments.json:
+    if commands and not arguments.json and sys.stdout.isatty():
         print("try next:", *commands, sep="\n  ")
     return 0
 
@@ -438,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return arguments.run(arguments)
 
 
-__all__ = ["EXAMPLES", "SHELLS", "main", "make_parser"]
+__all__ = ["DEMO_DATASETS", "EXAMPLES", "SHELLS", "main", "make_parser"]
 
 
 if __name__ == "__main__":

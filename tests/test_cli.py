@@ -225,7 +225,6 @@ def test_a_picture_shows_the_same_noise_with_and_without(tmp_path, capsys):
     words = ["sample", "avatars", "--num-images", "2", "--seed", "5", "--interventions"]
     for context, output in (("glasses+hat", picture), ("glasses+hat", folder), ("obs", plain)):
         assert cli.main([*words, context, "--output", str(output)]) == 0
-    assert "try next:\n  hf-intervene edit avatars" in capsys.readouterr().out
     grid = np.asarray(Image.open(picture))
     side, step = 4 * 32, 4 * 32 + grids.GAP
     for row, shown in enumerate((plain, folder)):
@@ -234,6 +233,16 @@ def test_a_picture_shows_the_same_noise_with_and_without(tmp_path, capsys):
             cell = grid[top : top + side, left + number * step :][:, :side]
             image = np.asarray(Image.open(shown / f"000{number}.png"))
             assert np.array_equal(cell, image.repeat(4, 0).repeat(4, 1))
+
+
+def test_a_terminal_shows_what_to_try_next(monkeypatch, capsys):
+    """What it proposes is a command; whoever reads by a pipe gets the names alone."""
+    assert cli.main(["concepts", "avatars"]) == 0
+    assert capsys.readouterr().out.split() == list(avatars.CONCEPTS)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["concepts", "avatars"]) == 0
+    words = capsys.readouterr().out.partition("try next:\n")[2].split()
+    assert words[0] == "hf-intervene" and cli.make_parser().parse_args(words[1:]).run is not None
 
 
 def test_a_grid_goes_on_below():
