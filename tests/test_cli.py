@@ -265,6 +265,23 @@ def test_an_edit_shows_before_and_after(tmp_path):
     assert np.array_equal(first, face.repeat(4, 0).repeat(4, 1))
 
 
+def test_check_says_at_once_what_is_missing_and_then_what_it_does(tmp_path, monkeypatch, capsys):
+    for context in ("obs", "hat"):
+        (tmp_path / context).mkdir()
+        for number in range(24):
+            Image.new("RGB", (16, 16), (9 * number, 0, 0)).save(
+                tmp_path / context / f"{number}.png"
+            )
+    words = ["check", str(tmp_path), "--resolution", "16"]
+    cli.main(words)
+    captured = capsys.readouterr()
+    assert "reading the images" in captured.err and "testing 48 images of 2" in captured.err
+    assert f"hf-intervene train --dataset {tmp_path} --resolution 16" in captured.out
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["check", "no-such-folder"]) == 1  # before it looks for images
+    assert 'pip install "hf-intervene[eval]"' in capsys.readouterr().err
+
+
 def test_the_names_of_data_sets():
     assert set(cli_parser.DATASETS) == SIMULATED.keys()
 
