@@ -1,23 +1,26 @@
 """The page of `hf-intervene app`, laid out with Gradio: sample under interventions, edit images,
-compose pairs, read the card. Thin: what the buttons do is in `page.py`, and torch is not imported
-here.
+compose pairs, read the card. What the buttons do is in `page.py`.
 
 Nothing is fetched at run time, neither fonts nor scripts, and nothing is reported to anybody.
 """
 
 import os
-import random
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .errors import is_expected, sentence
-from .page import MAX_COMPOSED, NO_GRADIO, STEPS, Page
+from .logging import disable_progress_bars
+from .page import MAX_COMPOSED, NO_GRADIO, STEPS, STRANGE, Page
 from .page_clients import Clients
+from .page_pictures import catalogue, note, people, side_by_side, words
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -31,9 +34,16 @@ except ImportError as error:
 
 
 CLIENTS = Clients()
-MAX_IMAGES, MAX_SEED = 16, 2**31 - 1
-MAX_WAITING = 16  # requests: who comes later is told so, and not made to wait for minutes
+MAX_IMAGES, MAX_SEED = 16, 9999
+MAX_WAITING = 16  # requests: who comes later is refused at once
 NO_IMAGE = "give an image first: upload one, or pick one of those below"
+SHOWN = {"avatars": ("glasses", "hat")}  # concepts that are switched on at first; else the first
+ABOUT = {
+    "avatars": "Faces in pixel art. The model saw faces with glasses, with a beard, with a hat and"
+    " with a smile, but never two of these together.",
+    "quad": "Four coloured quadrants and a shape. They depend on each other: quad4, top right,"
+    " changes the others too. The model never saw two of its concepts changed together.",
+}
 
 # The browser itself refuses whatever a card or a library may want to fetch from elsewhere.
 CSP = (
@@ -42,14 +52,37 @@ CSP = (
 )
 CSP += "; form-action 'self'; base-uri 'none'\">"
 CSS = """
-.gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace; max-width: 1280px !important; }
-.pixels img { image-rendering: pixelated; }
-.pixels .image-frame { width: 100%; height: 100%; padding-top: 2rem; }
-.pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.pixels .grid-wrap { min-height: 0; max-height: none; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 2rem; }
-.pixels .grid-container { grid-template-rows: none !important; grid-auto-rows: auto !important; }
-.pixels .thumbnail-item { height: auto; aspect-ratio: 1; }
+.gradio-container {
+  --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace;
+  max-width: 1280px !important;
+}
+.gradio-container :is(input, button, textarea, [tabindex], summary, a):focus-visible {
+  outline: 3px solid #1d4ed8 !important; outline-offset: 2px;
+}
+.dark :is(input, button, textarea, [tabindex], summary, a):focus-visible {
+  outline-color: #93c5fd !important;
+}
+.pictures { display: grid; gap: 16px; }
+.people { grid-template-columns: repeat(auto-fill, minmax(192px, 1fr)); }
+.pair { grid-template-columns: repeat(2, minmax(0, 1fr)); max-width: 880px; }
+.person { display: grid; gap: 8px; }
+.pictures figure { margin: 0; }
+.pictures img { width: 100%; height: auto; border-radius: 6px; }
+.pictures img.small { image-rendering: pixelated; }
+.pictures figcaption { font-size: 14px; text-align: center; padding: 2px; }
+.note { border-left: 4px solid #b45309; padding: 6px 12px; margin: 0 0 12px; }
+.tab-container button.selected { color: #1d4ed8 !important; }
+.dark .tab-container button.selected { color: #93c5fd !important; }
+.prose .token { color: inherit !important; }
+.examples img { image-rendering: pixelated; }
+.examples .image-frame { width: 100%; height: 100%; padding-top: 2rem; }
+.examples .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.examples .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important;
+  grid-template-rows: none !important; grid-auto-rows: auto !important; padding-top: 2rem;
+}
+.examples .caption-label { display: none; }
+.examples .grid-wrap { min-height: 0; max-height: none; }
 .picture .image-frame { padding-top: 2rem; }
 .concept { align-items: center; gap: 8px; flex-wrap: nowrap; }
 .concept .block { border-width: 0 !important; padding: 2px; background: none; }
@@ -62,30 +95,46 @@ CSS = """
 .concept .head input { width: 4.5em; }
 .concept .slider_input_container { flex: 1; min-width: 0; }
 .concept .min_value, .concept .max_value { display: none; }
-.prose table { display: block; width: max-content; max-width: 100%; overflow-x: auto; border: none; }
+.prose table { display: block; width: max-content; max-width: 100%; overflow-x: auto; }
+.prose table { border: none; }
 .prose :is(td, th) { word-break: normal; }
 .prose pre { overflow-x: auto; }
 @media (max-width: 640px) {
   .main.app { padding: 12px !important; }
-  .compare .grid-container { --grid-cols: 2 !important; }
+  .people { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+
+  .result { position: sticky; top: 0; z-index: 5; order: -1; }
+  .result { background: var(--body-background-fill); }
   .prose :is(td, th) { white-space: nowrap; padding: 4px 6px; }
 }
-"""  # noqa: E501
-
-
-def _shown(images: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Images (H, W, C) as Gradio takes them: grey ones as (H, W)."""
-    return [image.squeeze(-1) if image.shape[-1] == 1 else image for image in images]
+"""
+THEME = gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace").set(
+    # Contrasts of 4.5 to 1 and more.
+    button_primary_background_fill="#1d4ed8",
+    button_primary_background_fill_hover="#1e40af",
+    button_primary_text_color="white",
+    body_text_color_subdued="#4b5563",
+    body_text_color_subdued_dark="#d1d5db",
+    block_label_text_color="#374151",
+    block_label_text_color_dark="#d1d5db",
+    block_title_text_color="#1f2937",
+    block_title_text_color_dark="#e5e7eb",
+    block_info_text_color="#4b5563",
+    block_info_text_color_dark="#d1d5db",
+    input_placeholder_color="#6b7280",
+    input_placeholder_color_dark="#9ca3af",
+)
 
 
 def build(page: Page) -> gr.Blocks:
     """The page as Gradio blocks."""
+    what = ABOUT.get(page.title, f"A model of images with {len(page.concepts)} concepts.")
     with gr.Blocks(
         title=f"{page.title}: interventions", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as blocks:
         gr.Markdown(
-            f"# {page.title}\nSwitch concepts on, alone or together, and see what changes and what"
-            " stays as it was."
+            f"# {page.title}\n{what} Switch concepts on, alone or together, and see what changes"
+            " and what stays."
         )
         with gr.Tab("Sample"):
             _sample_tab(page, blocks)
@@ -111,171 +160,159 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             controls = _concept_controls(page)
-            num_images = gr.Slider(1, MAX_IMAGES, page.few, step=1, label="Images", buttons=[])
-            seed = _seed()
-            denoising = [*_steps(page), *_guidance(page)]
             with gr.Row():
-                other = gr.Button(
-                    "Other seed" if page.denoises else "Other images", size="md", min_width=120
+                other = gr.Button("Other images", size="md", min_width=120)
+                button = _run_button(page, "Generate")
+            changed = gr.Checkbox(False, label="Show what changed")
+            with gr.Accordion("More", open=page.denoises):
+                num_images = gr.Slider(
+                    1, MAX_IMAGES, page.few, step=1, label="How many images", buttons=[]
                 )
-                button = gr.Button("Generate", variant="primary", size="md", min_width=120)
+                draw = _draw_number()
+                denoising = [*_steps(page), *_guidance(page)]
         with gr.Column(scale=3, min_width=280):
-            with gr.Row():
-                before, after, change = (
-                    gr.Gallery(
-                        label=label,
-                        columns=4,
-                        format="png",
-                        elem_classes="pixels",
-                        min_width=220,
-                        buttons=["fullscreen"],
-                    )
-                    for label in ("Observational", "Intervened on", "Changed")
-                )
-            gr.Markdown(
-                "All three have the same noise, image by image. *Changed*: white where the first"
-                " two are the same, black from half of the range on."
-            )
+            result = gr.HTML(elem_id="samples")
 
-    def sample(*values: Any) -> tuple[list[np.ndarray], gr.Gallery, list[np.ndarray]]:
-        strengths, (n, chosen_seed, *options) = _strengths(page, values)
-        observational, intervened, change, name = page.sample(
-            strengths, int(n), _checked(chosen_seed), *options
-        )
-        label = "Nothing is intervened on" if name == "obs" else name
-        return _shown(observational), gr.Gallery(_shown(intervened), label=label), _shown(change)
+    def sample(*values: Any) -> str:
+        strengths, (n, number, shown, *options) = _strengths(page, values)
+        before, after, change, name = page.sample(strengths, int(n), _checked(number), *options)
+        rows = {"as it is": before}
+        if name != "obs":
+            rows[f"with {words(name)}"] = after
+            rows |= {"what changed (dark)": change} if shown else {}
+        return people(rows)
 
-    inputs, outputs = [*controls, num_images, seed, *denoising], [before, after, change]
+    inputs = [*controls, num_images, draw, changed, *denoising]
     at_once = (
         []
         if page.denoises
-        else [blocks.load, *(part.change for part in (*controls, num_images, seed))]
+        else [blocks.load, *(part.change for part in (*controls, num_images, draw, changed))]
     )
-    _on([button.click, *at_once], sample, inputs, outputs, "sample")
-    other.click(lambda: random.randint(0, MAX_SEED), None, seed, api_visibility="private")
+    _on([button.click, *at_once], sample, inputs, result, "sample")
+    other.click(_next, draw, draw, api_visibility="private")
 
 
 def _edit_tab(page: Page, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image = gr.Image(
-                label="An image",
-                type="filepath",
-                sources=["upload", "clipboard"],
-                format="png",
-                height=220,
-                elem_classes="pixels",
-            )
-            examples = gr.Gallery(
-                label="or one of these",
-                columns=4,
-                format="png",
-                allow_preview=False,
-                elem_classes="pixels",
-                buttons=[],
-            )
-            draw = gr.Button("Draw some", size="md", visible=page.denoises)
+            controls = _concept_controls(page)
+            changed = gr.Checkbox(False, label="Show what changed")
+            denoising = [*_steps(page), *_guidance(page)]
+            button = _run_button(page, "Edit")
             came_from = gr.Dropdown(
                 list(page.concepts),
                 multiselect=True,
-                label="What had been intervened on in it",
-                info="Empty: nothing, or unknown",
+                label="What the image shows already",
+                info="Only if these concepts were switched on to make it. Else leave it empty.",
             )
-            controls = _concept_controls(page)
-            denoising = [*_steps(page), *_guidance(page)]
-            button = gr.Button("Edit", variant="primary", size="md")
-        with gr.Column(scale=3, min_width=280):
-            result = gr.Gallery(
-                label="Compare",
-                columns=4,
-                format="png",
-                elem_classes="pixels compare",
-                object_fit="contain",
-                buttons=["fullscreen"],
-            )
-            gr.Markdown(
-                "The noise behind the image is kept, the interventions are replaced. *Unchanged* is"
-                " what the model returns when nothing is edited: what is lost there is not the"
-                " edit's doing. *Change* compares it with the edited image (white: nothing)."
-            )
+        with gr.Column(scale=3, min_width=280, elem_classes="result"):
+            result = gr.HTML(elem_id="edited")
+    with gr.Row():
+        examples = gr.Gallery(
+            label="Pick an image",
+            columns=6,
+            rows=1,
+            format="png",
+            allow_preview=False,
+            elem_classes="examples",
+            buttons=[],
+            scale=3,
+        )
+        image = gr.Image(
+            label="or upload one",
+            alt_text="The image that is edited",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            format="png",
+            height=200,
+            elem_classes="examples",
+            scale=1,
+            min_width=240,
+        )
+    start = gr.Button("Draw some images to edit", size="md", visible=page.denoises)
 
-    def edit(file: dict[str, Any] | None, context: list[str] | None, *values: Any) -> gr.Gallery:
+    def edit(
+        file: dict[str, Any] | None, context: list[str] | None, shown: bool, *values: Any
+    ) -> str:
         if file is None:
             raise ValueError(f"{NO_IMAGE}.")
         strengths, options = _strengths(page, values)
-        *pictures, name = page.edit(_uploaded(file), context or [], strengths, *options)
-        captions = ["given", "unchanged", "edited", "change"]
-        return gr.Gallery(list(zip(_shown(pictures), captions)), label=f"Edited: {name}")
+        given, unchanged, edited, change, name = page.edit(
+            _uploaded(file), context or [], strengths, *options
+        )
+        shown_images = {"before": given, f"after: {words(name)}": edited}
+        if shown:
+            shown_images |= {"returned unedited": unchanged, "what changed (dark)": change}
+        return _warning(given, unchanged) + side_by_side(shown_images)
 
     def pick(event: gr.SelectData) -> np.ndarray:
-        return _shown(page.examples())[event.index]
+        return _shown(page.examples)[event.index]
 
-    inputs = [image, came_from, *controls, *denoising]
-    _on(
-        [button.click], edit, inputs, result, "edit", preprocess=False
-    )  # Gradio would open the file, and fail in its own words
+    def offer() -> tuple[list[tuple[np.ndarray, str]], np.ndarray]:
+        images = _shown(page.examples)
+        captions = [f"image {number + 1} to edit" for number in range(len(images))]
+        return list(zip(images, captions)), images[0]
+
+    inputs = [image, came_from, changed, *controls, *denoising]
+    # Without preprocessing, or Gradio would open the file, and fail in its own words.
+    _on([button.click], edit, inputs, result, "edit", preprocess=False)
     if not page.denoises:
 
-        def live(file: dict[str, Any] | None, *values: Any) -> gr.Gallery | list:
-            return edit(file, *values) if file else []
+        def live(file: dict[str, Any] | None, *values: Any) -> str:
+            return edit(file, *values) if file else ""
 
-        _on(
-            [part.change for part in (image, came_from, *controls)],
-            live,
-            inputs,
-            result,
-            preprocess=False,
-        )
-    _on(
-        [draw.click if page.denoises else tab.select],
-        lambda: _shown(page.examples()),
-        None,
-        examples,
-    )
+        triggers = [part.change for part in (image, came_from, changed, *controls)]
+        _on(triggers, live, inputs, result, preprocess=False)
+    _on([start.click if page.denoises else tab.select], offer, None, [examples, image])
     _on([examples.select], pick, None, image)
 
 
 def _compose_tab(page: Page, tab: gr.Tab) -> None:
+    gr.Markdown("One image as it is, with each concept, and with every pair of them.")
     chosen = gr.CheckboxGroup(
         list(page.concepts),
         value=list(page.concepts[:6]),
         label=f"Concepts (two to {MAX_COMPOSED})",
     )
     with gr.Row():
-        seed = _seed()
+        draw = _draw_number()
         steps = _steps(page)
-        button = gr.Button("Compose", variant="primary", size="md", min_width=120)
-    picture = gr.Image(
-        label="Every pair",
-        interactive=False,
-        format="png",
-        buttons=["fullscreen", "download"],
-        elem_classes="picture",
-        alt_text="A grid of all pairs of concepts",
-    )
-    gr.Markdown(
-        "One draw of noise. Below the diagonal: under the interventions of row and column together."
-        " Above it: how that differs from the observational image in the corner."
-    )
+        other = gr.Button("Another image", size="md", min_width=120)
+        button = _run_button(page, "Compose")
+    result = gr.HTML(elem_id="pairs")
 
-    def compose(names: list[str], chosen_seed: int | None, *options: int) -> Image.Image:
-        return page.compose(names, _checked(chosen_seed), *options)
+    def compose(names: list[str], number: int | None, *options: int) -> str:
+        images = page.compose(names, _checked(number), *options)
+        return catalogue({words(name): image for name, image in images.items()})
 
-    _on(
-        [button.click, *([] if page.denoises else [tab.select])],
-        compose,
-        [chosen, seed, *steps],
-        picture,
-        "compose",
+    at_once = [] if page.denoises else [tab.select, draw.change, chosen.change]
+    _on([button.click, *at_once], compose, [chosen, draw, *steps], result, "compose")
+    other.click(_next, draw, draw, api_visibility="private")
+
+
+def _shown(images: np.ndarray) -> list[np.ndarray]:
+    """Images (n, H, W, C) as Gradio takes them: grey ones as (H, W)."""
+    return [image.squeeze(-1) if image.shape[-1] == 1 else image for image in images]
+
+
+def _warning(given: np.ndarray, unchanged: np.ndarray) -> str:
+    """A sentence where the model does not know images like the given one, else nothing."""
+    error = np.sqrt(np.mean((given / 255.0 - unchanged / 255.0) ** 2))
+    if error <= STRANGE:
+        return ""
+    return note(
+        "The model cannot draw this image: it only knows images like those that it was trained on."
+        " What you see is the nearest that it can do."
     )
 
 
 def _concept_controls(page: Page) -> list:
     """A switch for each concept, then a strength for each; moving a strength turns its switch on."""  # noqa: E501
     switches, strengths = [], []
+    gr.Markdown("**Concepts**, and how strong (1 is all of it)")
     for name in page.concepts:
         with gr.Row(elem_classes="concept"):
-            on = name == page.concepts[0]  # so that the first picture shows what the page is about
+            on = name in SHOWN.get(page.title, page.concepts[:1])  # or nothing would be seen
             switches.append(gr.Checkbox(on, label=name, container=False, min_width=120, scale=1))
             strengths.append(
                 gr.Slider(
@@ -283,7 +320,7 @@ def _concept_controls(page: Page) -> list:
                     1,
                     1,
                     step=0.05,
-                    label=f"strength of {name}",
+                    label=f"how strong: {name}",
                     show_label=False,
                     container=False,
                     min_width=140,
@@ -322,26 +359,40 @@ def _strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple]:
     return chosen, values[2 * d :]
 
 
-def _seed() -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+def _run_button(page: Page, label: str) -> gr.Button:
+    """What draws, for a denoiser, which takes a while; others draw when anything changes."""
+    return gr.Button(label, variant="primary", size="md", min_width=120, visible=page.denoises)
 
 
-def _checked(seed: int | None) -> int:
-    if seed is None:
-        raise ValueError("give a seed: a whole number, 0 or larger.")
-    return int(seed)
-
-
-def _steps(page: Page) -> list[gr.Slider]:
-    return (
-        [gr.Slider(1, 100, STEPS, step=1, label="Denoising steps", buttons=[])]
-        if page.denoises
-        else []
+def _draw_number() -> gr.Number:
+    return gr.Number(
+        0,
+        label="Draw number",
+        info="Another number draws other images.",
+        precision=0,
+        minimum=0,
+        maximum=MAX_SEED,
+        min_width=120,
     )
 
 
+def _next(number: int | None) -> int:
+    return (int(number or 0) + 1) % (MAX_SEED + 1)
+
+
+def _checked(number: int | None) -> int:
+    if number is None:
+        raise ValueError("give a draw number: a whole number, 0 or larger.")
+    return int(number)
+
+
+def _steps(page: Page) -> list[gr.Slider]:
+    label = "Denoising steps (more take longer and give finer images)"
+    return [gr.Slider(1, 100, STEPS, step=1, label=label, buttons=[])] if page.denoises else []
+
+
 def _guidance(page: Page) -> list[gr.Slider]:
-    label = "Guidance away from no interventions"
+    label = "Effect of the concepts (1 is as trained)"
     return [gr.Slider(1, 10, 1, step=0.1, label=label, buttons=[])] if page.denoises else []
 
 
@@ -354,7 +405,8 @@ def _on(
     **options: Any,
 ) -> None:
     """Call a function when something happens: of what piled up meanwhile the last only, one call of
-    the model at a time. What it raises is shown as a sentence."""
+    the model at a time. What it raises is shown as a sentence.
+    """
 
     @wraps(function)
     def spoken(request: gr.Request, *values: Any) -> Any:
@@ -394,7 +446,7 @@ def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -
             run_history=False,
             enable_monitoring=False,
             max_file_size="32mb",
-            theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
+            theme=THEME,
             app_kwargs={"middleware": [Middleware(CLIENTS.middleware)]},
             css=CSS,
             head=CSP,
@@ -405,3 +457,41 @@ def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -
         raise OSError(
             f"cannot listen at port {port}: it is taken, or not allowed; choose another one."
         ) from error
+
+
+def launch(
+    name: str | os.PathLike,
+    host: str | None = None,
+    port: int | None = None,
+    revision: str | None = None,
+) -> None:
+    """Serve the page of a pipeline until Ctrl-C.
+
+    Args:
+        name, revision: see `Page`.
+        host: address to listen at; `None`: GRADIO_SERVER_NAME, or 127.0.0.1, this machine only.
+        port: `None`: GRADIO_SERVER_PORT, or the first free one from 7860 on.
+
+    Raises:
+        OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
+    """
+    with suppress(ValueError):  # not in the main thread: the caller handles signals
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    disable_progress_bars()
+    blocks = None
+    try:
+        page = Page(name, revision)
+        if sys.stdout.isatty():
+            print(f"loading {page.title} ...", flush=True)
+        page.load()
+        blocks = build(page)
+        _, url, _ = serve(blocks, host, port)
+        print(f"{page.title}: {url}   (open it in a browser; Ctrl-C ends it)", flush=True)
+        while True:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        print("closed.", flush=True)
+    finally:
+        if blocks is not None:
+            blocks.close(verbose=False)

@@ -45,7 +45,7 @@ LIBRARIES = {
 
 
 def is_generated(path: str | os.PathLike) -> bool:
-    """Whether a card was generated, and nobody who edited it has claimed it."""
+    """Whether a card was generated and its marker is still there."""
     return MARKER in Path(path).read_text(encoding="utf-8")
 
 
@@ -79,9 +79,8 @@ def card_text(folder: str | os.PathLike) -> str | None:
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(_MAX_CARD)
-    front = re.match(
-        r"\s*---[ \t]*\n.*?\n---[ \t]*(\n|$)", text, re.DOTALL
-    )  # not parsed: a stranger wrote it
+    # The metadata are not parsed: anybody may have written them.
+    front = re.match(r"\s*---[ \t]*\n.*?\n---[ \t]*(\n|$)", text, re.DOTALL)
     text = _without_comments(text[front.end() :] if front else text)
     return re.sub(r"!\[[^\]\n]{0,1000}\]\([^)\n]{0,1000}\)", "", text).strip()
 
@@ -152,6 +151,7 @@ def write_card(
     license: str | None = None,
     dataset_id: str | None = None,
     head_only: bool = False,
+    bundled: bool = False,
 ) -> Path:
     """Write the card of a saved head, model or pipeline into its folder.
 
@@ -163,6 +163,7 @@ def write_card(
         license: of the weights.
         dataset_id: data set on the Hub that it was trained on.
         head_only: whether the folder is that of a head saved by itself.
+        bundled: whether it is a pipeline that comes with the package, under the folder's name.
 
     Raises:
         FileExistsError: there is a README.md that was not generated.
@@ -194,9 +195,9 @@ def write_card(
             concepts=[code(name) for name in saved.config.concepts],
             blocks=_blocks(saved.config),
             base=_base(saved),
-            usage=_usage(saved, name),
-            local_base=" and the base at hand" if saved.base_is_elsewhere else "",
-            remote_code=_remote_code(saved, name),
+            usage=_usage(saved, name, bundled),
+            local_base=" and a copy of the base" if saved.base_is_elsewhere else "",
+            remote_code=None if bundled else _remote_code(saved, name),
             settings=saved.settings_text,
             settings_file=SETTINGS_FILE,
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", saved.settings_text)), default=0)),
@@ -211,7 +212,7 @@ def write_card(
 
 @dataclass
 class _Saved:
-    """What the folder of a saved model tells."""
+    """What the files in the folder of a saved model say."""
 
     folder: Path
     kind: str
@@ -366,7 +367,7 @@ def _base(saved: _Saved) -> str | None:
     )
 
 
-def _usage(saved: _Saved, name: str) -> str:
+def _usage(saved: _Saved, name: str, bundled: bool = False) -> str:
     concepts, base_class = (
         saved.config.concepts,
         (saved.config.base_reference or {}).get("class_name"),
@@ -377,7 +378,8 @@ def _usage(saved: _Saved, name: str) -> str:
         load = [f"head = {HEAD}.from_pretrained({json.dumps(name)})"]
         return "\n".join([*imports, "", *load, *_head_call(f"head.targets({together}, 8)")])
     if saved.kind == PIPELINE:
-        load = [f"pipe = {PIPELINE}.from_pretrained({json.dumps(name)})"]
+        place = f"hf_intervene.bundled({json.dumps(name)})" if bundled else json.dumps(name)
+        load = [f"pipe = {PIPELINE}.from_pretrained({place})"]
         sample = f"images = pipe({together}, num_images=8, generator=g).images"
         edit = f"edited = pipe.edit(images[0], {{{one}: 0.5}}, context={together}).images"
     else:
@@ -389,7 +391,7 @@ def _usage(saved: _Saved, name: str) -> str:
         edit = (
             f'edited = model.edit(images[0], {{{one}: 0.5}}, context={together}, output_type="pil")'
         )
-    imports = ["import torch"]
+    imports = ["import hf_intervene"] * bundled + ["import torch"]
     if saved.base_is_elsewhere:
         imports += [f"from diffusers import {base_class}"]
     imports += [f"from hf_intervene import {saved.kind}"]
@@ -424,12 +426,12 @@ def _remote_code(saved: _Saved, name: str) -> str | None:
 def _limits(saved: _Saved) -> list[str]:
     limits = [
         (
-            "It knows no other concepts than these, and changes what changed together in its"
-            " training images: what a concept is, is what its context shows."
+            "It knows no other concepts than these. A concept is what its training images show: if"
+            " something else changed with it, that is part of the concept."
         ),
         (
-            "That interventions compose as the real world would is hoped for, not guaranteed; look"
-            " at the pairs you use."
+            "Nothing guarantees that interventions compose as they would in the real world. Look at"
+            " the pairs that you use."
         ),
         (
             "Distances are on pixels: one near its floor says that pixel statistics agree, not that"
@@ -448,7 +450,7 @@ def _limits(saved: _Saved) -> list[str]:
         )
     elif (saved.folder / "adapter").is_dir():
         limits.append(
-            "The head speaks to the base through one vector an image: what that cannot hold is"
+            "The head reaches the base through one vector an image: what that cannot hold is"
             " blurred."
         )
     return limits[:1] if saved.kind == HEAD else limits

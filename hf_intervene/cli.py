@@ -1,18 +1,21 @@
-"""The command `hf-intervene`. Thin: every sub-command calls what Python users call, and imports it
-only when it runs: help and completion of words come at once."""
+"""The command `hf-intervene`. Every sub-command calls what Python users call, and imports it only
+when it runs. Names and words are checked before torch is imported, which takes seconds.
+"""
 
 import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_parser import DATASETS, DEMO_DATASETS, EXAMPLES, SHELLS
+from .cli_parser import make_parser as _make_parser
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
-from .options import READING, add_reading_options, seed, whole_number
-from .pretrained import located
+from .options import READING
+from .pretrained import concepts_of, located
 
 
 if TYPE_CHECKING:
@@ -20,85 +23,6 @@ if TYPE_CHECKING:
 
     from .contexts import Value
     from .model import InterventionModel
-
-
-PIPELINE = (
-    "folder or Hub name of a saved pipeline or model, or `quad`, which comes with the package"
-)
-DEMO_DATASETS = ("avatars", "quad")  # those of demo.py, which takes long to import
-SHELLS = ("bash", "zsh", "tcsh")
-EXAMPLES = {
-    None: (
-        """
-  hf-intervene demo                                      everything once, in a few minutes
-  hf-intervene app                                       a page to play with
-  hf-intervene sample quad --interventions quad1+size --num-images 8 --output pair.png
-  hf-intervene COMMAND --help                            options and examples of a command
-
-HF_INTERVENE_VERBOSITY=info (or debug, warning, error) says more or less of what is done."""
-    ),
-    "demo": (
-        """
-  hf-intervene demo
-  hf-intervene demo --dataset quad --output outputs/demo-quad
-  hf-intervene demo --pretrained --output outputs/two-regimes"""
-    ),
-    "train": (
-        """
-  hf-intervene train --config my.yaml --output_dir outputs/mine
-  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine
-  hf-intervene train --dataset my-images --resolution 64 --output_dir outputs/mine --resume auto"""
-    ),
-    "evaluate": (
-        """
-  hf-intervene evaluate --model outputs/quad/model --dataset quad --output outputs/quad/metrics
-  hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits"""  # noqa: E501
-    ),
-    "sample": (
-        """
-  hf-intervene sample quad --interventions quad1+size --num-images 8 --output pair.png
-  hf-intervene sample quad --interventions size=0.5 --seed 3 --output half/
-  hf-intervene sample user/name --interventions smile@0.9 --output smiles.png"""
-    ),
-    "edit": (
-        """
-  hf-intervene edit quad photo.png --interventions quad1 --output edited.png
-  hf-intervene edit outputs/mine/model photo.png --resize --interventions smile --output edited.png
-  hf-intervene edit quad photo.png --reference quad1=other.png --output edited.png"""
-    ),
-    "concepts": (
-        """
-  hf-intervene concepts quad
-  hf-intervene concepts outputs/mine/model --json"""
-    ),
-    "check": (
-        """
-  hf-intervene check my-images --resolution 64
-  hf-intervene check my-data --image-column picture --context-column group --split test
-  hf-intervene check quad --json > report.json"""
-    ),
-    "support": (
-        """
-  hf-intervene support black-forest-labs/FLUX.1-schnell
-  hf-intervene support path/to/pipeline --size 512 --json"""
-    ),
-    "card": (
-        """
-  hf-intervene card outputs/demo/pipeline --metrics outputs/demo
-  hf-intervene card outputs/mine/model --license apache-2.0 --push user/name"""
-    ),
-    "app": (
-        """
-  hf-intervene app
-  hf-intervene app outputs/demo/pipeline --port 8000
-  hf-intervene app user/name --export my-space"""
-    ),
-    "completion": (
-        """
-  hf-intervene completion bash > ~/.local/share/bash-completion/completions/hf-intervene
-  hf-intervene completion zsh > ~/.zfunc/_hf-intervene"""
-    ),
-}
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
@@ -112,32 +36,42 @@ def demonstrate(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    """Sample images from a saved pipeline or model into one picture or a folder of them."""
+    """Sample images from a saved pipeline or model: a grid with the observational images of the
+    same noise above, or a folder of plain images.
+    """
     _make_place(arguments)
+    _interventions(arguments)
     model = _load(arguments.pipeline)
-    import torch
+    interventions = _values(arguments, model)
 
-    interventions, generator = (
-        _interventions(arguments, model),
-        torch.Generator().manual_seed(arguments.seed),
-    )
-    images = model.sample(
-        interventions, arguments.num_images, generator, output_type="pil", **_options(arguments)
-    )
-    return _save_images(images, arguments)
+    def draw(context: Any) -> Any:
+        import torch
+
+        noise = torch.Generator().manual_seed(arguments.seed)
+        options = _options(arguments)
+        return model.sample(context, arguments.num_images, noise, output_type="pil", **options)
+
+    images, label = draw(interventions), _label(arguments)
+    rows = {"obs": draw("obs")} if interventions and Path(arguments.output).suffix else {}
+    _save_images(images, rows | {label: images}, arguments)
+    return _print_images(arguments, len(images), _other_command(arguments, "edit"))
 
 
 def edit(arguments: argparse.Namespace) -> int:
-    """Edit an image with a saved pipeline or model."""
+    """Edit an image with a saved pipeline or model: a grid of the image before and after, or a
+    folder with the edited image.
+    """
+    from .image_files import open_image
+
     _make_place(arguments)
+    _interventions(arguments)
+    open_image(arguments.image)
     model = _load(arguments.pipeline)
-    image, interventions = (
-        _open_image(arguments.image, arguments, model),
-        _interventions(arguments, model),
-    )
-    return _save_images(
-        model.edit(image, interventions, arguments.context, "pil", **_options(arguments)), arguments
-    )
+    image, interventions = _open_image(arguments.image, arguments, model), _values(arguments, model)
+    options = _options(arguments)
+    edited: Any = model.edit(image, interventions, arguments.context, "pil", **options)
+    _save_images(edited, {"given": [image], _label(arguments): edited}, arguments)
+    return _print_images(arguments, len(edited), _other_command(arguments, "sample"))
 
 
 def _load(name: str) -> "InterventionModel":
@@ -145,6 +79,39 @@ def _load(name: str) -> "InterventionModel":
 
     disable_progress_bars()
     return pipeline.load_for_use(located(name))
+
+
+def _interventions(arguments: argparse.Namespace) -> "dict[str, Value]":
+    """What `--interventions` names, checked against the saved configuration alone.
+
+    Raises:
+        ValueError: one sentence: nothing or something unknown is named.
+    """
+    from .contexts import parse_values
+
+    if arguments.interventions is None and not arguments.reference:
+        raise ValueError("nothing is intervened on: give --interventions or --reference.")
+    concepts = concepts_of(arguments.pipeline)
+    values = parse_values(arguments.interventions, concepts)
+    for reference in arguments.reference:
+        name, _, path = reference.partition("=")
+        if not path:
+            raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
+        if name in values:
+            raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
+        parse_values(name, concepts)
+    for context in (getattr(arguments, "context", None), arguments.reference_context):
+        parse_values(context, concepts)
+    return values
+
+
+def _values(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
+    """What `--interventions` and `--reference` say together."""
+    values = _interventions(arguments)
+    for reference in arguments.reference:
+        name, _, path = reference.partition("=")
+        values[name] = _open_image(path, arguments, model)
+    return values
 
 
 def _open_image(
@@ -165,28 +132,23 @@ def _open_image(
     return image
 
 
-def _interventions(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
-    """What `--interventions` and `--reference` say together."""
-    from .contexts import parse_values
-
-    if arguments.interventions is None and not arguments.reference:
-        raise ValueError("nothing is intervened on: give --interventions or --reference.")
-    values = parse_values(arguments.interventions, model.concepts)
-    for reference in arguments.reference:
-        name, _, path = reference.partition("=")
-        if not path:
-            raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
-        if name in values:
-            raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
-        values[name] = _open_image(path, arguments, model)
-    return values
-
-
 def _options(arguments: argparse.Namespace) -> dict:
     return {
         name: getattr(arguments, name)
         for name in ("num_inference_steps", "guidance_scale", "reference_context")
     }
+
+
+def _label(arguments: argparse.Namespace) -> str:
+    words = [arguments.interventions] if arguments.interventions else []
+    return "+".join([*words, *arguments.reference])
+
+
+def _other_command(arguments: argparse.Namespace, command: str) -> str:
+    """A command to try next."""
+    image = " photo.png --resize" if command == "edit" else ""
+    words = f"--interventions {arguments.interventions or 'obs'} --output {command}.png"
+    return f"hf-intervene {command} {arguments.pipeline}{image} {words}"
 
 
 def _make_place(arguments: argparse.Namespace) -> None:
@@ -214,32 +176,51 @@ def _make_place(arguments: argparse.Namespace) -> None:
         ) from error
 
 
-def _save_images(images: Any, arguments: argparse.Namespace) -> int:
-    from diffusers.utils import make_image_grid
-
+def _files(arguments: argparse.Namespace, count: int) -> list[Path]:
     path = Path(arguments.output)
-    if path.suffix:
-        make_image_grid(images, 1, len(images)).save(path)
-        files = [path]
-    else:
-        files = [path / f"{number:04d}.png" for number in range(len(images))]
-        for file, image in zip(files, images):
-            image.save(file)
-    return _print(arguments, {"output": str(path), "files": list(map(str, files))}, path)
+    return [path] if path.suffix else [path / f"{number:04d}.png" for number in range(count)]
 
 
-def _print(arguments: argparse.Namespace, result: dict, text: object) -> int:
-    """A result: for machines all of it, for people the text."""
+def _save_images(
+    images: "list[Image.Image]",
+    rows: "dict[str, list[Image.Image]]",
+    arguments: argparse.Namespace,
+) -> None:
+    """Write the images as files of a folder, or the rows as one picture."""
+    files = _files(arguments, len(images))
+    if Path(arguments.output).suffix:
+        from .grids import labelled_grid
+
+        images = [labelled_grid(rows)]
+    for file, image in zip(files, images):
+        image.save(file)
+
+
+def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:
+    files = [str(file) for file in _files(arguments, count)]
+    result = {"output": str(Path(arguments.output)), "files": files}
+    return _print(arguments, result, arguments.output, [command])
+
+
+def _print(
+    arguments: argparse.Namespace, result: dict, text: object, commands: Sequence[str] = ()
+) -> int:
+    """A result: for machines all of it, for people the text; on a terminal what to try next."""
     print(json.dumps(result) if arguments.json else text)
+    if commands and not arguments.json and sys.stdout.isatty():
+        print("try next:", *commands, sep="\n  ")
     return 0
 
 
 def concepts(arguments: argparse.Namespace) -> int:
     """Print what a saved pipeline or model can be intervened on."""
-    names = list(_load(arguments.pipeline).concepts)
+    names = list(concepts_of(arguments.pipeline))
     from .contexts import OBS
 
-    return _print(arguments, {"concepts": names, "contexts": [OBS, *names]}, "\n".join(names))
+    result = {"concepts": names, "contexts": [OBS, *names]}
+    words = f"--interventions {'+'.join(names[:2])} --output pair.png"
+    command = f"hf-intervene sample {arguments.pipeline} {words}"
+    return _print(arguments, result, "\n".join(names), [command])
 
 
 def support(arguments: argparse.Namespace) -> int:
@@ -259,39 +240,58 @@ def support(arguments: argparse.Namespace) -> int:
 
 def card(arguments: argparse.Namespace) -> int:
     """Write the model card and its pictures of a saved model, and push all of it when asked."""
-    from .cards import CARD_FILE, SAMPLES_FILE, card_path, is_generated, write_card
-    from .push import draw_floors, draw_samples, full_name, push_folder
-    from .training.evaluate import load_model
+    from .cards import CARD_FILE
 
     if (arguments.private or arguments.revision) and not arguments.push:
         raise ValueError("--private and --revision need --push.")
+    folder = str(located(arguments.model))
+    own = Path(folder, CARD_FILE)
+    shipped = folder != arguments.model
+    if shipped and not arguments.push:
+        return _print(arguments, {"card": str(own)}, own)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}.")
+    from .cards import SAMPLES_FILE, card_path, is_generated, write_card
+    from .pipeline import load_model
+    from .push import draw_floors, draw_samples, full_name, push_folder
+
     disable_progress_bars()
-    model = load_model(arguments.model)
-    own = Path(arguments.model, CARD_FILE)
-    edited = (
-        bool(arguments.push) and own.is_file() and not own.is_symlink() and not is_generated(own)
-    )
-    path = own if edited else card_path(arguments.model)
+    model = load_model(folder)
+    edited = bool(arguments.push) and own.is_file() and not own.is_symlink()
+    edited = edited and not is_generated(own)
+    path = own if edited else card_path(folder)
     name = full_name(arguments.push) if arguments.push else None
     if not edited:  # or it stays as it is, with its pictures
+        measured = path.is_file() and "## Measured" in path.read_text(encoding="utf-8")
+        if measured and not arguments.metrics:
+            warnings.warn(
+                "the card showed measurements, and the new one has none: --metrics adds them.",
+                stacklevel=2,
+            )
         draw_samples(model, path.with_name(SAMPLES_FILE))
         draw_floors(arguments.metrics, path.parent)
-        write_card(
-            arguments.model, name, arguments.metrics, arguments.license, arguments.dataset_id
-        )
+        write_card(folder, name, arguments.metrics, arguments.license, arguments.dataset_id)
     result = {"card": str(path)}
     if name:
-        commit = push_folder(
-            arguments.model, name, private=arguments.private, revision=arguments.revision
-        )
+        commit = push_folder(folder, name, private=arguments.private, revision=arguments.revision)
         result["commit"] = commit.commit_url
-    return _print(arguments, result, "\n".join(result.values()))
+    share = [] if name else [f"hf-intervene card {arguments.model} --push USER/NAME"]
+    return _print(arguments, result, "\n".join(result.values()), share)
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption
     fails.
     """
+    from importlib.util import find_spec
+
+    if find_spec("sklearn") is None:  # said before images are read, which may take minutes
+        raise ImportError(
+            "the check needs scikit-learn, which is not installed: pip install"
+            ' "hf-intervene[eval]".'
+        )
+    if not arguments.json:
+        print(f"reading the images of {arguments.dataset} ...", file=sys.stderr, flush=True)
     from .data import ContextImages, load_contexts
     from .metrics import identifiability
     from .training.arguments import check_reading
@@ -309,17 +309,30 @@ def check(arguments: argparse.Namespace) -> int:
             load_contexts(arguments.dataset, **reading), None, arguments.resolution, complete=False
         )
         images = data.by_context()
+    if not arguments.json:
+        count = sum(map(len, images.values()))
+        print(f"testing {count:,} images of {len(images)} contexts ...", file=sys.stderr)
     result = identifiability.check(images, max_images=arguments.images, seed=arguments.seed)
-    print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
+    if arguments.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        words = f"--dataset {arguments.dataset} --resolution {arguments.resolution}"
+        held = (
+            "The data can be trained on."
+            if result.passed
+            else "You can train all the same; a concept that fails may not be learnt."
+        )
+        print(f"{result}\n{held}\ntry next:")
+        print(f"  hf-intervene train {words} --output_dir outputs/mine")
     return 0 if result.passed else 1
 
 
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
     if arguments.export is None:
-        from .page_process import launch
+        from .app import launch
 
-        launch(arguments.pipeline, arguments.host, arguments.port, time_limit=arguments.time_limit)
+        launch(arguments.pipeline, arguments.host, arguments.port)
         return 0
     from .space import export
 
@@ -336,230 +349,27 @@ def completion(arguments: argparse.Namespace) -> int:
     """Print the script that completes commands and options in a shell."""
     import shtab
 
-    print(shtab.complete(make_parser(whole=True), arguments.shell))
+    recipes = {name: _recipe_parser(name) for name in ("train", "evaluate")}
+    print(shtab.complete(make_parser(recipes), arguments.shell))
     return 0
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--reference",
-        metavar="CONCEPT=IMAGE",
-        action="append",
-        default=[],
-        help="a concept at its value in an image; repeatable",
-    )
-    command.add_argument(
-        "--reference-context", help="the context the references came from (default obs)"
-    )
-    command.add_argument(
-        "--num-inference-steps",
-        type=whole_number(1, 10**6),
-        default=50,
-        help="of a denoiser (default 50)",
-    )
-    command.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=1.0,
-        help="of a denoiser: away from no interventions (default 1)",
-    )
-    command.add_argument(
-        "--resize", action="store_true", help="crop and resize the images given to the model's size"
-    )
+def make_parser(recipes: dict[str, argparse.ArgumentParser] | None = None) -> Any:
+    """The parser of all commands; see `cli_parser.make_parser`."""
+    from . import __version__
 
-
-def _path(text: str) -> str:
-    if not text.strip():  # it would be the folder one is in
-        raise argparse.ArgumentTypeError(
-            "an empty text is no name of a file or folder ('.' is the folder you are in)"
-        )
-    return text
-
-
-def make_parser(whole: bool = False) -> argparse.ArgumentParser:
-    """The parser of all commands.
-
-    Args:
-        whole: with the options of `train` and `evaluate` too, which have parsers of their own.
-    """
-    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    description = "Interventions on concepts, and their compositions."
-    parser = argparse.ArgumentParser(
-        "hf-intervene", description=description, epilog=f"examples:{EXAMPLES[None]}", **plain
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(
-        name: str,
-        run: Callable[[argparse.Namespace], int] | None = None,
-        help: str = "",
-        json: bool = False,
-        **options: Any,
-    ) -> argparse.ArgumentParser:
-        text = f"{help[0].upper()}{help[1:]}."
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=text,
-            epilog=f"examples:{EXAMPLES[name]}",
-            **plain,
-            **options,
-        )
-        command.set_defaults(run=run)
-        if json:
-            command.add_argument(
-                "--json", action="store_true", help="print the result as JSON, for machines"
-            )
-        return command
-
-    command = add("demo", demonstrate, "train, measure and draw, in minutes and without network")
-    command.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="heads on a pretrained autoencoder, frozen and with LoRA",
-    )
-    command.add_argument(
-        "--dataset",
-        choices=DEMO_DATASETS,
-        default=DEMO_DATASETS[0],
-        help="avatars: faces (default); quad: the paper's coloured shapes",
-    )
-    command.add_argument(
-        "--output",
-        type=_path,
-        help="folder for everything (default outputs/demo or outputs/demo-pretrained)",
-    )
-
-    for name, help in (
-        ("train", "train a head: the options of training/train.py"),
-        ("evaluate", "measure a model"),
-    ):
-        parents: dict[str, Any] = (
-            {"parents": [_recipe_parser(name)], "add_help": False} if whole else {}
-        )
-        add(name, None, help, **parents)
-
-    command = add("sample", sample, "sample images under interventions", json=True)
-    command.add_argument("pipeline", help=PIPELINE)
-    command.add_argument(
-        "--interventions",
-        default="obs",
-        help="quad1, quad1+size, size=0.5 (strength), size@0.9 (quantile), obs (default obs)",
-    )
-    command.add_argument(
-        "--num-images", type=whole_number(1, 10**9), default=8, help="how many (default 8)"
-    )
-    command.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
-    _add_options(command)
-    command.add_argument(
-        "--output",
-        type=_path,
-        required=True,
-        help="a picture (one row) or a folder (one file an image)",
-    )
-
-    command = add("edit", edit, "edit an image by interventions", json=True)
-    command.add_argument("pipeline", help=PIPELINE)
-    command.add_argument("image", help="the image, of the model's size unless --resize is given")
-    command.add_argument("--interventions", help="as of sample")
-    command.add_argument(
-        "--context", default="obs", help="the context the image came from (default obs)"
-    )
-    _add_options(command)
-    command.add_argument("--output", type=_path, required=True, help="as of sample")
-
-    command = add("concepts", concepts, "print what a pipeline can be intervened on", json=True)
-    command.add_argument("pipeline", help=PIPELINE)
-
-    command = add(
-        "check",
-        check,
-        "say whether a data set's contexts can identify its concepts, before training",
-        json=True,
-    )
-    command.add_argument(
-        "dataset",
-        help=(
-            "quad, ident3d, avatars, mnist (--resolution 28), an image folder, a saved data set "
-            "or a Hub name"
-        ),
-    )
-    add_reading_options(command)
-    command.add_argument(
-        "--resolution",
-        type=whole_number(1, 2**14),
-        default=32,
-        help="images are cropped and resized to this (default 32)",
-    )
-    command.add_argument(
-        "--images",
-        type=whole_number(1),
-        default=2000,
-        help="images of a context that are tested, at most (default 2000)",
-    )
-    command.add_argument("--seed", type=seed, default=0, help="of the test's split (default 0)")
-
-    command = add(
-        "support",
-        support,
-        "print how a head enters a pipeline of diffusers, and what it keeps",
-        json=True,
-    )
-    command.add_argument("pipeline", help="folder or Hub name of a pipeline of diffusers")
-    command.add_argument(
-        "--prompt", default="", help="the prompt to record it with (default: the empty one)"
-    )
-    command.add_argument(
-        "--size", type=int, help="side of the images in pixels (default: the pipeline's own)"
-    )
-
-    command = add(
-        "card",
-        card,
-        "write a saved model's card and its pictures, and push it to the Hub",
-        json=True,
-    )
-    command.add_argument("model", type=_path, help="folder of a saved model or pipeline")
-    command.add_argument(
-        "--metrics", help="metrics.json of `hf-intervene evaluate`, or its folder, to show"
-    )
-    command.add_argument("--license", help="of the weights, such as apache-2.0")
-    command.add_argument("--dataset-id", help="data set on the Hub that it was trained on")
-    command.add_argument(
-        "--push", metavar="USER/NAME", help="push the folder to this repository on the Hub"
-    )
-    command.add_argument(
-        "--private", action="store_true", default=None, help="a new repository is private"
-    )
-    command.add_argument("--revision", help="branch to push to (default: main)")
-
-    command = add(
-        "app", app, "serve a page to play with: sample, edit, compose (needs the extra `app`)"
-    )
-    command.add_argument("pipeline", nargs="?", default="quad", help=f"{PIPELINE} (default quad)")
-    command.add_argument(
-        "--host", help="address to listen at (default 127.0.0.1: this machine only)"
-    )
-    command.add_argument(
-        "--port",
-        type=whole_number(0, 2**16 - 1),
-        help="port to listen at (default: the first free one from 7860 on)",
-    )
-    command.add_argument(
-        "--time-limit", type=float, help="seconds that a request may take (default 300)"
-    )
-    command.add_argument(
-        "--export",
-        type=_path,
-        metavar="DIR",
-        help="write the page as a Hugging Face Space instead of serving it",
-    )
-
-    command = add(
-        "completion", completion, "print the script that completes commands and options in a shell"
-    )
-    command.add_argument("shell", choices=SHELLS)
-    return parser
+    runs = {
+        "demo": demonstrate,
+        "sample": sample,
+        "edit": edit,
+        "concepts": concepts,
+        "check": check,
+        "support": support,
+        "card": card,
+        "app": app,
+        "completion": completion,
+    }
+    return _make_parser(runs, __version__, recipes or {})
 
 
 def _recipe_parser(name: str) -> argparse.ArgumentParser:
@@ -568,13 +378,42 @@ def _recipe_parser(name: str) -> argparse.ArgumentParser:
     if name == "evaluate":
         return evaluate.make_parser()
     parser = arguments.make_parser()
-    parser.add_argument(
-        "--config", help="YAML file of settings"
-    )  # these two are read before the others
+    # These two are read before the others.
+    parser.add_argument("--config", help="YAML file of settings")
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, for machines"
     )
     return parser
+
+
+def _is_known(dataset: str) -> bool:
+    """Whether a data set is a simulated one, a folder, or looks like a name on the Hub."""
+    return dataset in DATASETS or Path(dataset).exists() or "/" in dataset
+
+
+def _evaluate(words: list[str]) -> int:
+    """`evaluate`, which also takes the name of a pipeline that comes with the package, and knows
+    the data set that a model was trained on.
+    """
+    from .cards import read_settings
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    parser.add_argument("--dataset")
+    found, rest = parser.parse_known_args(words)
+    if found.model is not None:
+        folder = str(located(found.model))
+        settings = read_settings(folder) if Path(folder).is_dir() else {}
+        dataset = found.dataset or settings.get("dataset")
+        if not found.dataset and dataset and not _is_known(str(dataset)):
+            raise ValueError(
+                f"the model was trained on {dataset!r}, and there is no such folder here: give"
+                " --dataset."
+            )
+        words = ["--model", folder, *(["--dataset", str(dataset)] if dataset else []), *rest]
+    from .training import evaluate
+
+    return evaluate.main(words)
 
 
 @spoken
@@ -584,17 +423,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
         f"warning: {message}\n"
     )
-    # train and evaluate have option parsers of their own; they are handed everything.
+    # train and evaluate have option parsers of their own.
     if argv[:1] == ["train"]:
         from .training import train
 
         return train.main(argv[1:])
     if argv[:1] == ["evaluate"]:
-        from .training import evaluate
-
-        return evaluate.main(argv[1:])
-    arguments = make_parser().parse_args(argv)
+        return _evaluate(argv[1:])
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     return arguments.run(arguments)
+
+
+__all__ = ["DEMO_DATASETS", "EXAMPLES", "SHELLS", "main", "make_parser"]
 
 
 if __name__ == "__main__":

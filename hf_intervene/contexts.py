@@ -21,14 +21,19 @@ This file imports only torch, so that it can travel with a checkpoint. It has mo
 because every form is read here.
 """
 
+from __future__ import annotations
+
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from reprlib import Repr
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import torch
+
+if TYPE_CHECKING:
+    import torch  # otherwise where tensors are made: names are checked without it
 
 
 OBS = "obs"
@@ -70,7 +75,7 @@ class Quantile:
 
 Value = float | Quantile | Any  # a strength, a point on the learnt range, or reference image(s)
 Context = str | Sequence[str] | Mapping[str, Value] | None
-Interventions = Context | Sequence[Context] | torch.Tensor
+Interventions: TypeAlias = "Context | Sequence[Context] | torch.Tensor"
 
 
 def validate_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
@@ -172,8 +177,10 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
                 f" [['obs'], ['{concepts[0]}']]."
             )
         if name != OBS and name not in concepts:
+            several = " (several are joined with +)" if re.search(r"[,;\s]", str(name)) else ""
             raise ValueError(
-                f"unknown concept {shown(name)}; the known ones are {OBS}, {', '.join(concepts)}."
+                f"unknown concept {shown(name)}{several}; the known ones are {OBS},"
+                f" {', '.join(concepts)}."
             )
         if isinstance(value, Quantile) or _is_reference(value):
             if name == OBS:
@@ -318,10 +325,13 @@ def parse_choices(
             num_samples = index(num_samples)
         except TypeError:
             raise TypeError(
-                f"the number of samples must be a whole number, not {num_samples!r}."
+                f"the number of samples must be a whole number, not {num_samples!r} (several"
+                " concepts are one list, or joined with +)."
             ) from None
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
+    import torch
+
     if isinstance(interventions, torch.Tensor):
         targets, choices = _check_targets(interventions, width, blocks), []
     else:
@@ -390,7 +400,7 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
             f"targets must have shape (batch, {width}) or (batch, {blocks}), not"
             f" {tuple(targets.shape)}."
         )
-    targets = targets.to(torch.float32)
+    targets = targets.float()
     if not bool(((targets >= 0) & (targets <= 1)).all()):
         raise ValueError(
             "targets must lie in [0, 1] (0 = not intervened on, 1 = intervened on); some do not, or"

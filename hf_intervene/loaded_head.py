@@ -20,6 +20,7 @@ from .bases.recognition import is_base, same_weights
 from .bases.saved import BASE_FOLDER, LORA_FOLDER
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .pretrained import not_bundled
 
 
 class LoadedHead:
@@ -89,7 +90,7 @@ class LoadedHead:
         options: dict,
     ) -> "LoadedHead":
         """From a folder or the Hub; arguments and errors as of `attach`."""
-        path = hub.subfolder(hub.folder(name, **options), subfolder, name)
+        path = hub.subfolder(hub.folder(not_bundled(name), **options), subfolder, name)
         part = "head" if (path / "model_index.json").exists() else ""
         precision = dtype or torch.float32
         head = InterventionHead.from_pretrained(

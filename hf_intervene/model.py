@@ -33,6 +33,7 @@ from .generation import GenerationMixin
 from .logging import get_logger
 from .modeling_intervention import InterventionHead
 from .posterior import gaussian_kl
+from .pretrained import not_bundled
 from .push import CardPushMixin, push_with_card
 from .values import Values, each_alone
 
@@ -427,7 +428,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
                 "InterventionModel.from_pretrained takes no output_loading_info: what does not fit"
                 " is an error here."
             )
-        path = hub.subfolder(hub.folder(name, **options), subfolder, name)
+        path = hub.subfolder(hub.folder(not_bundled(name), **options), subfolder, name)
         logger.info("loading the model %s from %s", name, path)
         config = InterventionConfig.from_pretrained(path)
         options["base_token"] = base_token

@@ -1,9 +1,9 @@
-"""What the buttons of the page do: `Page`, and `PageApart`, whose model is in another process. Its
-layout is in `app.py`; it is served by `page_process.py`. Torch is imported with the model only."""
+"""What the buttons of the page do. Its layout is in `app.py`. Torch is imported with the model
+only.
+"""
 
 import os
 from functools import cached_property, lru_cache
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +13,23 @@ from PIL import Image
 
 from . import cards, hub
 from .image_files import check_size, open_image
-from .page_process import ModelProcess
 from .pixels import difference, to_uint8
-from .pretrained import located
+from .pretrained import concepts_of, located
 
 
 if TYPE_CHECKING:
     from .contexts import Context
     from .model import InterventionModel
 
-FILES = (
-    *hub.SAVED_FILES,
-    cards.CARD_FILE,
-    "*.png",
-)  # of a repository on the Hub, what the page shows
+# Of a repository on the Hub, what the page shows.
+FILES = (*hub.SAVED_FILES, cards.CARD_FILE, cards.SETTINGS_FILE, "*.png")
 MAX_PIXELS = 32 * 10**6  # of an image to edit: a few seconds
 MAX_COMPOSED = 8  # concepts in the grid of pairs
 NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
 STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
+EXAMPLES = 6  # images to edit that the page offers
+STRANGE = 0.12  # root mean square change of an image by an edit to nothing; above, it is unlike
+# the images of the training (held-out faces of avatars: 0.03)
 
 
 class Page:
@@ -48,11 +47,10 @@ class Page:
 
     def __init__(self, name: str | os.PathLike, revision: str | None = None):
         self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
-        self.concepts = _concepts(self.folder, name)
+        self.concepts = concepts_of(self.folder)
         self.denoises = (self.folder / "scheduler").is_dir()
-        self._observational = lru_cache(maxsize=4)(
-            self._draw_observational
-        )  # of a denoiser it takes as long as the rest
+        # Of a denoiser the observational images take as long as the rest.
+        self._observational = lru_cache(maxsize=4)(self._draw_observational)
 
     @property
     def title(self) -> str:
@@ -81,13 +79,12 @@ class Page:
         guidance: float = 1.0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """Observational samples; of the same noise, samples under interventions; how they differ,
-        see `pixels.difference`, each uint8 (n, H, W, channels); and the name of the context."""
+        see `pixels.difference`, each uint8 (n, H, W, channels); and the name of the context.
+        """
         from .contexts import OBS, context_name
 
-        before, name = (
-            self._observational(num_images, seed, steps),
-            context_name(strengths, self.concepts),
-        )
+        before = self._observational(num_images, seed, steps)
+        name = context_name(strengths, self.concepts)
         options = {"num_inference_steps": int(steps), "guidance_scale": guidance}
         after = before if name == OBS else self._draw(strengths, num_images, seed, **options)
         return before, after, difference(before, after), name
@@ -102,7 +99,8 @@ class Page:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
         """An image (or its file) as the model takes it, cropped and resized; as it returns it
         unchanged; edited; how the last two differ, each uint8 (H, W, channels); and the name of the
-        context."""
+        context.
+        """
         from .contexts import context_name
         from .pipeline import fit_image
 
@@ -120,35 +118,44 @@ class Page:
         change = difference(unchanged, edited)
         return given[0], unchanged[0], edited[0], change[0], context_name(strengths, self.concepts)
 
-    def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> Image.Image:
-        """A picture of all pairs of some concepts, of one draw of noise; see `plots.pairs_grid`."""
+    def compose(self, concepts: list[str], seed: int, steps: int = STEPS) -> dict[str, np.ndarray]:
+        """One image as it is, under each of some concepts, and under each pair of them: uint8 (H,
+        W, channels) by the name of the context, all of the same noise.
+
+        Raises:
+            ValueError: one sentence: too few or too many concepts.
+        """
         if not 1 < len(concepts) <= MAX_COMPOSED:
             raise ValueError(
                 f"choose two to {MAX_COMPOSED} concepts to compose, not {len(concepts)}."
             )
         from .contexts import context_name
-        from .plots import pairs_grid
 
         contexts = [[], *([name] for name in concepts), *map(list, combinations(concepts, 2))]
-        images = [
-            self._draw(context, 1, seed, num_inference_steps=int(steps))[0] for context in contexts
-        ]
-        names = [context_name(context, self.concepts) for context in contexts]
-        figure = pairs_grid(
-            dict(zip(names, images)), [name for name in self.concepts if name in concepts]
-        )
-        with BytesIO() as file:
-            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-            return Image.open(file).convert("RGB")
+        return {
+            context_name(context, self.concepts): self._draw(
+                context, 1, seed, num_inference_steps=int(steps)
+            )[0]
+            for context in contexts
+        }
 
     @property
     def few(self) -> int:
         """Images at once, unless more are asked for: of a denoiser each takes a while."""
-        return 2 if self.denoises else 8
+        return 2 if self.denoises else 4
 
+    @cached_property
     def examples(self) -> np.ndarray:
-        """Observational samples to edit, uint8 (few, H, W, C)."""
-        return self._observational(self.few, 1, STEPS)
+        """Images to edit, uint8 (EXAMPLES, H, W, C): held-out faces for a model of avatars,
+        otherwise observational samples.
+        """
+        if cards.read_settings(self.folder).get("dataset") == "avatars":
+            from .data import avatars
+
+            side = self.model.base.image_shape[-1]
+            if self.model.base.image_shape[0] == 3 and side % 16 == 0:
+                return avatars.twins(["obs"], side)["obs"][:EXAMPLES]
+        return self._observational(EXAMPLES, 1, STEPS)
 
     def card(self) -> str:
         """The pipeline's card as Markdown, its pictures left out; a sentence where there is none."""  # noqa: E501
@@ -160,8 +167,8 @@ class Page:
     def pictures(self) -> list[tuple[str, str]]:
         """The pictures of the card, with captions."""
         captions = {
-            cards.FLOORS_FILE: "Distances to real images, and their floors",
             cards.SAMPLES_FILE: "Samples of every context",
+            cards.FLOORS_FILE: "Distances to real images, and their floors",
         }
         return [
             (str(self.folder / name), text)
@@ -181,47 +188,3 @@ class Page:
                 self.model.sample(context, num_images, generator, output_type="np", **options)
             )
         )
-
-
-def _concepts(folder: Path, name: str | os.PathLike) -> list[str]:
-    files = (folder / "head" / "config.json", folder / "config.json")
-    config = next((hub.read_config(file) for file in files if file.exists()), {})
-    concepts = config.get("concepts")
-    if (
-        not isinstance(concepts, list)
-        or not concepts
-        or not all(isinstance(concept, str) for concept in concepts)
-    ):
-        raise ValueError(
-            f"{name} is not an intervention pipeline or model: it has no config.json that names"
-            " concepts."
-        )
-    return concepts
-
-
-class PageApart(Page):
-    """A `Page` whose model is in a process of its own. One call at a time.
-
-    Raises:
-        ChildProcessError: one sentence, by any call: that process has ended.
-    """
-
-    def __init__(self, name: str | os.PathLike, process: ModelProcess, revision: str | None = None):
-        super().__init__(name, revision)
-        self._process = process
-        process.open(self.folder)
-
-    def load(self) -> None:
-        self._process.call("load")
-
-    def sample(self, *arguments: Any) -> Any:
-        return self._process.call("sample", *arguments)
-
-    def edit(self, *arguments: Any) -> Any:
-        return self._process.call("edit", *arguments)
-
-    def compose(self, *arguments: Any) -> Any:
-        return self._process.call("compose", *arguments)
-
-    def examples(self) -> np.ndarray:
-        return self._process.call("examples")

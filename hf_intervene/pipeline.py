@@ -32,6 +32,7 @@ from .image_files import flat_image, upright
 from .logging import get_logger
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .pretrained import not_bundled
 from .push import CardPushMixin
 from .sampling_arguments import ImageInput
 
@@ -115,7 +116,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
                 no access to it, missing weights.
         """
         name = pretrained_model_name_or_path
-        path = hub.folder(name, **hub.pop_options(kwargs))
+        path = hub.folder(not_bundled(name), **hub.pop_options(kwargs))
         index = path / "model_index.json"
         saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
@@ -279,6 +280,11 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
             compose: of a denoiser: `"head"`, or `"scores"`, which adds up what each concept
                 changes.
         """
+        if num_images is None and batch_size is not None:
+            logger.warning(
+                "batch_size says how many images are computed at once; num_images says how many"
+                " are made."
+            )
         images = self.model.sample(
             interventions,
             num_images,

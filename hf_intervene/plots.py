@@ -2,8 +2,8 @@
 training curves, distances and floors.
 
 Every function returns a Matplotlib figure; `save` writes it as PNG or SVG. Colours are safe for the
-colour-blind (those of Okabe and Ito, 2008; the maps cividis and PuOr), and nothing is told by
-colour alone."""
+colour-blind (those of Okabe and Ito, 2008; the maps cividis and PuOr), and no
+information is given by colour alone."""
 
 import json
 import os
@@ -55,7 +55,8 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
 def _show(axis: matplotlib.axes.Axes, images: np.ndarray, below: np.ndarray | None = None) -> None:
     """Images (n, H, W, C) side by side, a pixel of white between them, and as many others below."""
     strip = _strip(images) if below is None else np.concatenate([_strip(images), _strip(below)])
-    axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=255)
+    strip = strip.squeeze(-1) if strip.shape[-1] == 1 else strip
+    axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
@@ -130,9 +131,8 @@ def strips(rows: Mapping[str, np.ndarray], columns: Sequence[str] = ()) -> Figur
     """
     count = max(len(images) for images in rows.values())
     height, width = next(iter(rows.values())).shape[1:3]
-    layout = ConstrainedLayoutEngine(
-        h_pad=0.02, hspace=0, compress=True
-    )  # or it reckons with wider axes than images are
+    # compress: axes are as wide as images are.
+    layout = ConstrainedLayoutEngine(h_pad=0.02, hspace=0, compress=True)
     figure = Figure(
         figsize=(count * 0.75 + 1.2, len(rows) * 0.8 + 0.2 * bool(columns)), layout=layout
     )
@@ -351,7 +351,7 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     left.legend(fontsize=8, frameon=False)
     for axis, title in (
         (left, "loss (bits per pixel; of a denoiser, per entry)"),
-        (right, "of it the KL"),
+        (right, "KL, a part of the loss"),
     ):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)

@@ -27,6 +27,7 @@ from .contexts import OBS
 from .hub import clear_errors, without_path
 
 
+MOST_PAIRS = 6  # in the picture of samples
 PARTS = ("adapter", "base", "head", "lora", *PipelineBase.companion_names)
 # What a push replaces: files of an earlier push that the new one does not have are deleted, or its
 # base would be taken for this one's.
@@ -243,14 +244,15 @@ def _card_is_generated(repo_id: str, revision: str | None, token: str | bool | N
 
 
 def draw_samples(model: Any, path: str | os.PathLike, images: int = 8) -> None:
-    """A picture of samples of an `InterventionModel`: a row for each context and two compositions,
+    """A picture of samples of an `InterventionModel`: a row for each context and up to six pairs,
     the same noise down each column.
     """
     from .pixels import to_uint8
     from .plots import save, strips  # here, or every import of the package would load Matplotlib
 
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
-    contexts = [OBS, *model.concepts, *pairs[:1], *pairs[1:][-1:]]
+    shown = pairs[:: -(-len(pairs) // MOST_PAIRS)] if pairs else []
+    contexts = [OBS, *model.concepts, *shown]
     noise = torch.randn(images, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     modes = {module: module.training for module in model.modules()}
     model.eval()  # or batch norms would learn from it

@@ -13,9 +13,8 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from .image_files import flat_image
-
 from .contexts import shown
+from .image_files import flat_image
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]

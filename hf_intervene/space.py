@@ -24,12 +24,12 @@ APP = '''\
 
 from pathlib import Path
 
-from hf_intervene.page_process import launch
+from hf_intervene.app import launch
 
 
 HERE = Path(__file__).parent
 
-if __name__ == "__main__":  # the model has a process of its own, which reads this file too
+if __name__ == "__main__":
     launch({arguments})
 '''
 README = """\

@@ -2,11 +2,10 @@
 there is a Chromium).
 """
 
-import _thread
 import ast
+import base64
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -35,9 +34,9 @@ import httpx  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
-from hf_intervene import app, page_clients  # noqa: E402
-from hf_intervene.page import Page, PageApart  # noqa: E402
-from hf_intervene.page_process import ModelProcess  # noqa: E402
+from hf_intervene import app, page_clients, page_pictures  # noqa: E402
+from hf_intervene.data import avatars  # noqa: E402
+from hf_intervene.page import Page  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
 
 
@@ -92,7 +91,7 @@ def test_an_edit_of_any_image(quad):
     given, unchanged, edited, change, name = quad.edit(photo, [], {"quad1": 1.0})
     assert change.shape == (64, 64, 1) and name == "quad1"
     assert given.shape == unchanged.shape == edited.shape == (64, 64, 3)
-    example = quad.examples()[0]
+    example = quad.examples[0]
     given, unchanged, edited, *_ = quad.edit(Image.fromarray(example), [], {})
     assert np.array_equal(given, example) and np.array_equal(unchanged, edited)
     assert not np.array_equal(
@@ -100,9 +99,20 @@ def test_an_edit_of_any_image(quad):
     )  # it depends on where it came from
 
 
-def test_a_grid_of_pairs(quad):
-    two, three = quad.compose(["size", "quad1"], 0), quad.compose(["quad1", "quad2", "size"], 0)
-    assert three.width > two.width > 200
+def test_all_pairs(quad):
+    three = quad.compose(["quad1", "quad2", "size"], 0)
+    assert list(three) == [
+        "obs",
+        "quad1",
+        "quad2",
+        "size",
+        "quad1+quad2",
+        "quad1+size",
+        "quad2+size",
+    ]
+    assert np.array_equal(three["obs"], quad.sample({}, 1, 0)[0][0])
+    pair = quad.sample({"quad1": 1.0, "size": 1.0}, 1, 0)[1]
+    assert np.array_equal(three["quad1+size"], pair[0])
     for number in (1, 9):
         with pytest.raises(ValueError, match=f"two to 8 concepts to compose, not {number}"):
             quad.compose([f"c{k}" for k in range(number)], 0)
@@ -112,46 +122,11 @@ def test_the_card_is_shown(quad, grey):
     card = quad.card()
     assert "## Measured" in card and "| `quad1+quad2` |" in card
     assert "![" not in card and "library_name" not in card and "<!--" not in card
-    assert [Path(path).name for path, _ in quad.pictures()][-1] == "samples.png"
+    assert [Path(path).name for path, _ in quad.pictures()][0] == "samples.png"
     assert "has no card" in grey.card() and "thin, wide" in grey.card() and grey.pictures() == []
 
 
-# The process of the model
-
-
-def test_a_model_in_a_process_of_its_own(grey, tmp_path):
-    process = ModelProcess()
-    try:
-        apart = PageApart(grey.folder, process)
-        assert apart.concepts == grey.concepts == ["thin", "wide"] and not apart.denoises
-        for theirs, ours in zip(
-            apart.sample({"wide": 0.5}, 3, 1), grey.sample({"wide": 0.5}, 3, 1)
-        ):
-            assert np.array_equal(theirs, ours)
-        assert apart.examples().shape == (8, 16, 16, 1)
-        (tmp_path / "photo.png").write_text("no picture")
-        with pytest.raises(ValueError, match="photo.png cannot be read as an image"):
-            apart.edit(str(tmp_path / "photo.png"), [], {})
-        with pytest.raises(ValueError, match="choose two"):
-            apart.compose(["thin"], 0)
-        expected = apart.sample({}, 1, 0)[0]
-        process._process.kill()
-        with pytest.raises(
-            ChildProcessError, match="the process of the model has ended, .* it is started again"
-        ):
-            apart.sample({}, 1, 0)
-        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)  # by another one
-        process._limit = 0.5
-        os.kill(process._process.pid, signal.SIGSTOP)  # it hangs
-        with pytest.raises(TimeoutError, match="this took longer than 0 seconds and was ended"):
-            apart.sample({}, 1, 0)
-        process._limit = 60
-        assert np.array_equal(apart.sample({}, 1, 0)[0], expected)
-    finally:
-        process.close()
-
-
-def test_the_page_waits_for_no_model(grey):
+def test_the_layout_waits_for_no_model(grey):
     """What is laid out is read from the files: torch is not imported for it, nor by the layout
     itself; Matplotlib not for samples either.
     """
@@ -168,6 +143,61 @@ def test_the_page_waits_for_no_model(grey):
         assert "matplotlib" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("obs", "as it is"),
+        ("quad1+size", "quad1 + size"),
+        ("quad1+size=0.5", "quad1 + size (50%)"),
+    ],
+)
+def test_contexts_in_words(name, said):
+    assert page_pictures.words(name) == said
+
+
+def drawn(html):
+    """The pictures in HTML, by their texts for screen readers: int arrays (H, W, 3)."""
+    found = {}
+    for data, text in re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]*)"', html):
+        image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        found[text] = np.asarray(image).astype(int)
+    return found
+
+
+def test_pictures_are_what_they_say():
+    """Every pixel of every image is there, and nothing of a name is taken for HTML."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
+    html = page_pictures.people({"as it is": images[0], "<b>&": images[1]})
+    assert "<b>" not in html.replace("<br>", "")
+    found = drawn(html)
+    assert list(found) == [
+        "Image 1, as it is",
+        "Image 1, &lt;b&gt;&amp;",
+        "Image 2, as it is",
+        "Image 2, &lt;b&gt;&amp;",
+    ]
+    assert np.array_equal(found["Image 2, as it is"], images[0, 1])
+    grey = page_pictures.catalogue({"x": images[0, 0, ..., :1]})
+    assert np.array_equal(drawn(grey)["x"][..., 0], images[0, 0, ..., 0])
+
+
+def test_examples_of_a_model_of_avatars_are_held_out_faces(grey):
+    page = Page("avatars")
+    assert np.array_equal(page.examples, avatars.twins(["obs"])["obs"][: len(page.examples)])
+    assert grey.examples.shape == (6, 16, 16, 1)  # its own samples
+
+
+def test_an_image_unlike_those_of_the_training_comes_with_a_warning():
+    page = Page("avatars")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    given, unchanged, *_ = page.edit(Image.fromarray(noise), [], {})
+    assert "only knows images like those" in app._warning(given, unchanged)
+    for face in page.examples:
+        given, unchanged, *_ = page.edit(Image.fromarray(face), [], {})
+        assert app._warning(given, unchanged) == ""
 
 
 def test_weights_that_cannot_be_read(grey, tmp_path, capsys):
@@ -190,27 +220,31 @@ def client(grey):
 
 def test_grey_images_over_the_wire(client, tmp_path):
     Image.new("L", (40, 30), 128).save(tmp_path / "photo.png")
-    before, after, change = client.predict(True, False, 1.0, 1.0, 3, 5, api_name="/sample")
-    assert len(before) == len(after["value"]) == len(change) == 3 and after["label"] == "thin"
-    compared = client.predict(
-        handle_file(tmp_path / "photo.png"), [], False, True, 1.0, 0.5, api_name="/edit"
-    )
-    assert compared["label"] == "Edited: wide=0.5"
-    assert [item["caption"] for item in compared["value"]] == [
-        "given",
-        "unchanged",
-        "edited",
-        "change",
+    asked = (True, False, 1.0, 1.0, 3, 5, True)  # switches, strengths, images, draw, what changed
+    found = drawn(client.predict(*asked, api_name="/sample"))
+    assert len(found) == 9 and found["Image 3, with thin"].shape == (16, 16, 3)
+    # No pictures of the change unless they are asked for.
+    assert len(drawn(client.predict(*asked[:-1], False, api_name="/sample"))) == 6
+    photo = handle_file(tmp_path / "photo.png")
+    options = (False, True, 1.0, 0.5)
+    compared = drawn(client.predict(photo, [], True, *options, api_name="/edit"))
+    assert list(compared) == [
+        "before",
+        "after: wide (50%)",
+        "returned unedited",
+        "what changed (dark)",
     ]
+    assert len(drawn(client.predict(photo, [], False, *options, api_name="/edit"))) == 2
+    assert len(drawn(client.predict(["thin", "wide"], 0, api_name="/compose"))) == 4
 
 
 def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
     (tmp_path / "photo.png").write_text("no picture")
     for message, call in {
-        "give a seed: a whole number": ((True, False, 1.0, 1.0, 3, None), "/sample"),
-        "give an image first": ((None, [], False, True, 1.0, 1.0), "/edit"),
+        "give a draw number: a whole": ((True, False, 1.0, 1.0, 3, None, False), "/sample"),
+        "give an image first": ((None, [], False, False, True, 1.0, 1.0), "/edit"),
         "photo.png cannot be read as an image": (
-            (handle_file(tmp_path / "photo.png"), [], True, True, 1.0, 1.0),
+            (handle_file(tmp_path / "photo.png"), [], False, True, True, 1.0, 1.0),
             "/edit",
         ),
         "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
@@ -223,7 +257,7 @@ def edited(url, file):
     """What the page answers to an edit of a file that was named and not uploaded, without Gradio's
     own client.
     """
-    body = json.dumps({"data": [file, [], True, False, 1, 1]}).encode()
+    body = json.dumps({"data": [file, [], False, True, False, 1, 1]}).encode()
     request = urllib.request.Request(
         f"{url}gradio_api/call/edit", body, {"Content-Type": "application/json"}
     )
@@ -280,16 +314,16 @@ def waiting_room(page, monkeypatch):
     """A page whose first grid takes until it is let go: its address, the seeds of those that were
     drawn, and what lets it go.
     """
-    drawn, go = [], threading.Event()
+    asked_for, go = [], threading.Event()
 
     def slow(names, seed, *options):
-        drawn.append(seed)
+        asked_for.append(seed)
         go.wait(120)
-        return Image.new("RGB", (4, 4))
+        return {"obs": np.zeros((4, 4, 3), np.uint8)}
 
     monkeypatch.setattr(page, "compose", slow)
     blocks = app.build(page)
-    return blocks, app.serve(blocks)[1] + "gradio_api/call/compose", drawn, go
+    return blocks, app.serve(blocks)[1] + "gradio_api/call/compose", asked_for, go
 
 
 def asked(url, seed):
@@ -299,12 +333,12 @@ def asked(url, seed):
 
 def test_what_nobody_waits_for_is_not_computed(grey, monkeypatch):
     """Calls whose clients never listened, or left, while an earlier one was computed."""
-    blocks, url, drawn, go = waiting_room(grey, monkeypatch)
+    blocks, url, asked_for, go = waiting_room(grey, monkeypatch)
     monkeypatch.setattr(page_clients, "PATIENCE", 60)
     monkeypatch.setattr(page_clients, "RETURN", 0.1)
     try:
         asked(url, 0)
-        while not drawn:
+        while not asked_for:
             time.sleep(0.05)
         monkeypatch.setattr(page_clients, "PATIENCE", 0.5)
         for seed in range(1, 6):
@@ -320,7 +354,7 @@ def test_what_nobody_waits_for_is_not_computed(grey, monkeypatch):
         threading.Timer(0.2, go.set).start()
         with httpx.stream("GET", f"{url}/{event}", timeout=60) as answer:
             assert "event: complete" in answer.read().decode()
-        assert drawn == [0, 99]
+        assert asked_for == [0, 99]
     finally:
         blocks.close(verbose=False)
 
@@ -377,7 +411,8 @@ def test_a_denoiser_has_its_own_controls(tmp_path):
     assert page.denoises and len(page.edit(Image.fromarray(before[0]), [], {"a": 1.0}, 2, 1.5)) == 5
     functions = {function.api_name: function for function in app.build(page).fns.values()}
     for name in ("sample", "edit", "compose"):
-        assert "Denoising steps" in [part.label for part in functions[name].inputs]
+        labels = [part.label or "" for part in functions[name].inputs]
+        assert any(label.startswith("Denoising steps") for label in labels)
 
 
 def test_without_gradio(monkeypatch, capsys):
@@ -445,10 +480,10 @@ def test_an_exported_space(space):
     assert pins["gradio"] == metadata["sdk_version"]
     assert pins["torch"] == torch.__version__.partition("+")[0]
     assert not any("hf-intervene" in name for name in pins)  # its sources are there
-    before, *_ = Client(url, verbose=False, download_files=False).predict(
-        *[False] * 6, *[1.0] * 6, 2, 0, api_name="/sample"
+    html = Client(url, verbose=False, download_files=False).predict(
+        *[False] * 6, *[1.0] * 6, 2, 0, False, api_name="/sample"
     )
-    assert len(before) == 2
+    assert len(drawn(html)) == 2
     with pytest.raises(ValueError, match="already holds something"):
         export("quad", folder)
     served = {path.suffix for path in (folder / "pipelines" / "quad").rglob("*") if path.is_file()}
@@ -527,20 +562,8 @@ def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
     assert InterventionModel.from_pretrained(tmp_path / "again").concepts == model.concepts
 
 
-def test_an_interruption_while_the_model_is_loaded(grey):
-    command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert "http://" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "") and "clos" in said
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_a_request_hangs_ends_all_processes_at_once(grey, number):
+def test_a_signal_ends_it(grey, number):
     command = [sys.executable, "-m", "hf_intervene.cli", "app", str(grey.folder)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -548,36 +571,10 @@ def test_a_signal_while_a_request_hangs_ends_all_processes_at_once(grey, number)
     )
     url = re.search(r"http://\S+", process.stdout.readline())[0]
     client = Client(url, verbose=False, download_files=False)
-    client.predict(["thin", "wide"], 0, api_name="/compose")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (child,) = [
-        int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()
-    ]
-    os.kill(child, signal.SIGSTOP)  # and not the one that only watches over resources
     client.submit(["thin", "wide"], 1, api_name="/compose")
-    time.sleep(1)
-    began = time.monotonic()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 15 and process.returncode == 0 and "closed." in said
-    assert not Path(f"/proc/{child}").exists()
-
-
-def test_an_interruption_that_does_not_end_a_wait_is_heard():
-    process = object.__new__(ModelProcess)
-    process._lock, process._loaded, process._limit = threading.Lock(), False, 60
-    process._connection, other = multiprocessing.Pipe()
-    interrupt = threading.Timer(
-        0.3, _thread.interrupt_main
-    )  # a signal that comes just before the wait looks like this
-    answer = threading.Timer(5.0, other.send, [(None, None)])
-    interrupt.start()
-    answer.start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        process.call("load")
-    answer.cancel()
-    assert time.monotonic() - started < 4
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "") and "closed." in said
 
 
 # In a browser
@@ -603,57 +600,51 @@ def page(browser, space):
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(space[1])
-    tab.locator(".pixels img").first.wait_for(
-        timeout=180_000
-    )  # the model is loaded while the page is there
+    tab.locator(".pictures img").first.wait_for(timeout=180_000)
     yield tab
     elsewhere = [url for url in requests if not url.startswith((space[1], "data:", "blob:"))]
     tab.close()
     assert elsewhere == [] and errors == []
 
 
-def gallery(page, label):
-    return page.locator(".pixels", has=page.locator(f"label:text-is('{label}')"))
-
-
-def pixels(page, label, number=0):
-    """An image of a gallery, by the gallery's label."""
-    source = gallery(page, label).locator("img").nth(number).get_attribute("src")
-    return np.asarray(
-        Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
-    ).astype(int)
+def pixels(page, text):
+    """The picture of that text for screen readers which is on the screen."""
+    image = page.get_by_alt_text(text, exact=True).locator("visible=true")
+    image.wait_for()
+    return drawn(image.evaluate('e => `<img src="${e.src}" alt="${e.alt}">`'))[text]
 
 
 def test_two_concepts_are_switched_on(page):
-    first = pixels(page, "Observational")
+    first = pixels(page, "Image 1, as it is")
     page.get_by_label("quad1", exact=True).first.uncheck()
     page.get_by_label("quad4", exact=True).first.check()
     page.get_by_label("size", exact=True).first.check()
-    gallery(page, "quad4+size").wait_for()
-    assert np.array_equal(pixels(page, "Observational"), first)
-    assert abs(pixels(page, "quad4+size") - first).mean() > 2
-    assert pixels(page, "Changed").min() < 128  # somewhere a quarter of the range
-    assert gallery(page, "quad4+size").locator("img").count() == 8
-    source = gallery(page, "Observational").locator("img").first.get_attribute("src")
-    page.get_by_label("Seed").first.fill("11")
-    page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("src => document.querySelector('.pixels img').src !== src", arg=source)
-    assert abs(pixels(page, "Observational") - first).mean() > 2
+    both = pixels(page, "Image 1, with quad4 + size")
+    assert np.array_equal(pixels(page, "Image 1, as it is"), first) and abs(both - first).mean() > 2
+    assert page.locator(".pictures img").count() == 8
+    page.get_by_label("Show what changed").first.check()
+    assert pixels(page, "Image 1, what changed (dark)").min() < 128
+    page.get_by_role("button", name="Other images").click()
+    source = page.get_by_alt_text("Image 1, as it is").get_attribute("src")
+    page.wait_for_function("src => document.querySelector('.pictures img').src !== src", arg=source)
+    assert abs(pixels(page, "Image 1, as it is") - first).mean() > 2
 
 
 def test_an_image_is_picked_and_edited(page):
     page.get_by_role("tab", name="Edit").click()
-    gallery(page, "or one of these").locator("button").nth(2).click()
-    gallery(page, "Edited: quad1").wait_for()
+    start = pixels(page, "before")  # there is one from the start
+    page.locator(".examples button.thumbnail-item").nth(2).click()
+    page.wait_for_function(
+        "src => document.querySelector('#edited img').src !== src",
+        arg=page.locator("#edited img").first.get_attribute("src"),
+    )
+    assert abs(pixels(page, "before") - start).mean() > 2
     page.get_by_label("quad1", exact=True).nth(1).uncheck()
-    gallery(page, "Edited: obs").wait_for()
-    assert np.array_equal(pixels(page, "Edited: obs", 1), pixels(page, "Edited: obs", 2))
+    unchanged = pixels(page, "after: as it is")
     page.get_by_label("quad4", exact=True).nth(1).check()
-    gallery(page, "Edited: quad4").wait_for()
-    unchanged, edited = (pixels(page, "Edited: quad4", number) for number in (1, 2))
-    assert abs(edited - unchanged).mean() > 2
+    assert abs(pixels(page, "after: quad4") - unchanged).mean() > 2
     page.get_by_role("tab", name="Compose").click()
-    page.get_by_alt_text("A grid of all pairs of concepts").wait_for()
+    pixels(page, "quad1 + size")
     page.get_by_role("tab", name="About").click()
     page.get_by_role("heading", name="Measured").wait_for()
 
@@ -662,9 +653,12 @@ def test_an_image_is_uploaded(page, tmp_path):
     Image.new("RGB", (100, 80), (200, 40, 40)).save(tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.get_by_role("tab", name="Edit").click()
+    pixels(page, "before")
+    page.get_by_role("button", name="Remove Image").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
-    gallery(page, "Edited: quad1").wait_for()
-    assert pixels(page, "Edited: quad1").shape == (64, 64, 3)
+    page.get_by_text("only knows images like those", exact=False).wait_for()
+    assert pixels(page, "before").shape == (64, 64, 3)
+    assert abs(pixels(page, "before") - (200, 40, 40)).max() <= 2
     page.get_by_role("button", name="Remove Image").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
     page.get_by_text("broken.png cannot be read as an image", exact=False).wait_for()
@@ -676,30 +670,74 @@ def test_with_the_keyboard_alone(page):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.closest('label')?.innerText") == "quad2":
             break
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
     page.keyboard.press("Space")
-    gallery(page, "quad1+quad2").wait_for()
+    pixels(page, "Image 1, with quad1 + quad2")
     page.keyboard.press("Tab")
     while page.evaluate("document.activeElement.type") != "range":
         page.keyboard.press("Tab")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
     page.keyboard.press("ArrowLeft")
-    gallery(page, "quad1+quad2=0.95").wait_for()
+    pixels(page, "Image 1, with quad1 + quad2 (95%)")
+
+
+def open_tab(page, tab):
+    button = page.get_by_role("tab", name=tab)
+    if not button.is_visible():
+        page.locator(".overflow-menu > button").click()
+        button = page.locator(".overflow-dropdown button", has_text=tab)
+    button.click()
+    page.wait_for_timeout(300)
 
 
 def test_at_the_width_of_a_phone(page):
     page.set_viewport_size({"width": 375, "height": 700})
     for tab in ("Sample", "Edit", "Compose", "About"):
-        button = page.get_by_role("tab", name=tab)
-        if not button.is_visible():
-            page.locator(".overflow-menu > button").click()
-            button = page.locator(".overflow-dropdown button", has_text=tab)
-        button.click()
-        page.wait_for_timeout(300)
+        open_tab(page, tab)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    open_tab(page, "Edit")  # switches and result in one view
+    assert page.locator("#edited img").first.bounding_box()["y"] < 700
+    assert page.get_by_label("quad1", exact=True).nth(1).bounding_box()["y"] < 700
+
+
+# Texts with less contrast than 4.5 to 1 (WCAG 2, AA), as "contrast text"; images without a text.
+HARD_TO_READ = """() => {
+    const light = c => { const a = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92
+        : Math.pow((v + 0.055) / 1.055, 2.4)); return 0.2126 * a[0] + 0.7152 * a[1] + 0.0722 * a[2]; };
+    const read = s => (s.match(/[\\d.]+/g) || []).map(Number);
+    const behind = e => { for (; e; e = e.parentElement) { const b = read(getComputedStyle(e).backgroundColor);
+        if (b.length == 3 || b[3] > 0.5) return b.slice(0, 3); } return [255, 255, 255]; };
+    const found = [];
+    for (const e of document.querySelectorAll('*')) {
+        const box = e.getBoundingClientRect();
+        if (![...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())) continue;
+        if (!box.width || getComputedStyle(e).visibility == 'hidden') continue;
+        const [a, b] = [read(getComputedStyle(e).color).slice(0, 3), behind(e)].map(light);
+        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (contrast < 4.5) found.push(contrast.toFixed(2) + ' ' + e.textContent.trim().slice(0, 30));
+    }
+    const silent = [...document.querySelectorAll('img')].filter(i => i.offsetParent && !i.alt);
+    return [...found, ...silent.map(i => 'no alt: ' + i.src.slice(0, 60))];
+}"""  # noqa: E501
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_and_is_large(page, space, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.goto(space[1])
+    page.locator(".pictures img").first.wait_for()
+    for tab, area in (("Sample", "#samples"), ("Edit", "#edited"), ("Compose", "#pairs")):
+        open_tab(page, tab)
+        page.locator(f"{area} img").first.wait_for()
+        assert page.locator(f"{area} img").first.bounding_box()["width"] >= 192
+        assert page.evaluate(HARD_TO_READ) == []
+    open_tab(page, "About")
+    assert page.evaluate(HARD_TO_READ) == []
 
 
 @pytest.mark.slow  # a matter of the machine: on two quiet cores
 def test_speed(browser):
-    """From the command to the first picture in the browser within ten seconds; eight other images
+    """From the command to the first picture in the browser within fifteen seconds; other images
     within two.
     """
     start = time.perf_counter()
@@ -713,23 +751,20 @@ def test_speed(browser):
         tab = browser.new_page()
         tab.set_default_timeout(120_000)
         tab.goto(url)
-        seen = "number => document.querySelectorAll('.pixels img')[number]?.naturalWidth > 0"
-        tab.wait_for_function(seen, arg=8)  # the first of those intervened on
+        tab.get_by_alt_text("Image 1, with glasses + hat").wait_for()
         first = time.perf_counter() - start
-        source = gallery(tab, "quad1").locator("img").first.get_attribute("src")
+        source = tab.locator(".pictures img").first.get_attribute("src")
         start = time.perf_counter()
         tab.get_by_role("button", name="Other images").click()
         tab.wait_for_function(
-            "src => ![null, src].includes(document.querySelectorAll('.pixels img')[8]?.src)",
-            arg=source,
+            "src => document.querySelector('.pictures img').src !== src", arg=source
         )
-        tab.wait_for_function(seen, arg=23)
         other = time.perf_counter() - start
     finally:
         process.terminate()
         process.wait(30)
     print(
-        f"served after {served:.1f} s, first picture after {first:.1f} s; eight other images after"
+        f"served after {served:.1f} s, first picture after {first:.1f} s; other images after"
         f" {other:.2f} s"
     )
-    assert first < 10 and other < 2
+    assert first < 15 and other < 2

@@ -63,29 +63,29 @@ def test_the_commands_take_what_a_denoiser_does(tmp_path):
                 "1",
                 *options,
                 "--output",
-                str(tmp_path / "a.png"),
+                str(tmp_path / "a"),
             ]
         )
         == 0
     )
     expected = pipe("a", 1, generator(), num_inference_steps=3, guidance_scale=2.0).images[0]
-    image = Image.open(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a" / "0000.png")
     assert image.tobytes() == expected.tobytes()
     assert (
         cli.main(
             [
                 "edit",
                 str(tmp_path / "pipe"),
-                str(tmp_path / "a.png"),
+                str(tmp_path / "a" / "0000.png"),
                 *options,
                 "--output",
-                str(tmp_path / "b.png"),
+                str(tmp_path / "b"),
             ]
         )
         == 0
     )
     edited = pipe.edit(image, "a", num_inference_steps=3, guidance_scale=2.0).images[0]
-    assert Image.open(tmp_path / "b.png").tobytes() == edited.tobytes()
+    assert Image.open(tmp_path / "b" / "0000.png").tobytes() == edited.tobytes()
 
 
 # What enters a denoiser

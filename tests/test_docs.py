@@ -5,30 +5,32 @@ figures in them exist.
 import ast
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import HUB
 from guides import ROOT, Block, Command, blocks, check_options, commands, says
-from shared_models import build, put_folder
 
 import hf_intervene
-from hf_intervene import InterventionPipeline
 from hf_intervene.training.arguments import TrainArguments
 
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 EVERY = [README, *PAGES]
+sys.path.insert(0, str(ROOT / "docs"))
+import tables  # noqa: E402  # docs/tables.py
+
+
 KINDS = {"python", "bash", "text", "bibtex", "setup"}  # and directives, in braces
-SOURCES = [*(ROOT / "hf_intervene").rglob("*.py"), *(ROOT / "training").glob("*.py")]
+SOURCES = [*(ROOT / "hf_intervene").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 
 
 def ids(pages: list[Path]) -> list[str]:
@@ -152,78 +154,42 @@ def test_the_commands_of_a_page_run_in_a_shell(page, workshop, monkeypatch):
 # The README, which has no comments for tests: what its blocks need, by what is in them
 
 PREPARED = """
-import shutil, torch
 from pathlib import Path
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
-from diffusion_models import unet, vae
+from diffusers import DDPMPipeline, DDPMScheduler
+from diffusion_models import unet
 from PIL import Image
-from hf_intervene import InterventionModel, bundled, load_base
+from hf_intervene import InterventionModel, load_base
 
-vae().save_pretrained("path/to/vae")
-vae().save_pretrained("path/to/pipeline/vae")
-shutil.copytree(bundled("quad"), "outputs/demo/pipeline")
-Image.new("RGB", (64, 64)).save("photo.png")
-for context in ("obs", "smile", "glasses"):
+for context in ("obs", "A", "B"):
     Path("my-images", context).mkdir(parents=True)
     for number in range(24):
-        Image.effect_noise((16, 16), 99 + number).convert("RGB").save(f"my-images/{context}/{number}.png")
-"""  # noqa: E501
-FROZEN_HEAD = """
-shutil.rmtree("outputs/ddpm", ignore_errors=True)
-DDPMPipeline(unet(), DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=50)).save_pretrained("outputs/ddpm")
-frozen = InterventionModel.build(load_base("outputs/ddpm", 16), ["quad1", "size"])
+        picture = Image.effect_noise((16, 16), 99 + number).convert("RGB")
+        picture.save(f"my-images/{context}/{number}.png")
+scheduler = DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=50)
+DDPMPipeline(unet(), scheduler).save_pretrained("outputs/ddpm")
+frozen = InterventionModel.build(load_base("outputs/ddpm", 16), ["glasses", "hat"])
 frozen.save_pretrained("outputs/frozen-diffusion/model")
-"""  # noqa: E501
-SETUPS = {
-    "attach(pipe": FROZEN_HEAD,
-    "local_files_only": 'InterventionPipeline.from_pretrained("user/name")',
-}
-UNRUN = {
-    "@register_base": "test_full_size.py runs it",
-    "hf-intervene demo": "minutes",
-    "configs/mnist.yaml": "the digits are on the Hub",
-    "training/identifiability.py": "minutes",
-    "--push": "test_cards.py does it",
-    "reproduce.py": "minutes",
-}
+"""
 
 
 def readme_blocks() -> Iterator[Block]:
-    """Blocks of the README with what is to be done about them; the figures under "What it reaches"
-    took hours.
-    """
-    text = README.read_text(encoding="utf-8")
-    hours = text[: text.index("\n## What it reaches")].count("\n")
+    """Blocks of the README, with what they need."""
     yield Block("setup", PREPARED, 1)
     for block in blocks(README):
-        for snippet, setup in SETUPS.items():
-            if snippet in block.text:
-                yield Block("setup", setup, block.line)
         block.text = block.text.replace(
             "pipe(batch_size=4)", "pipe(batch_size=4, num_inference_steps=2)"
         )  # a thousand by default
-        reasons = [reason for snippet, reason in UNRUN.items() if snippet in block.text]
-        if reasons or block.line > hours:
-            block.steps["skip"] = reasons[0] if reasons else "hours"
         yield block
 
 
-@pytest.fixture
-def shared(waits, workshop):
-    """What the README loads from the Hub."""
-    InterventionPipeline.from_model(build()).save_pretrained(workshop / "shared")
-    commit = put_folder("user/name", workshop / "shared")
-    HUB.repos["user/name"].refs["v1"] = commit
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_python_of_the_readme_runs_and_its_commands_have_these_options(shared):
+def test_the_python_of_the_readme_runs_and_its_commands_have_these_options(workshop):
     Reader(README, "parse").read(readme_blocks())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_commands_of_the_readme_run(shared):
+def test_the_commands_of_the_readme_run(workshop):
     Reader(README, "process").read(readme_blocks())
 
 
@@ -306,73 +272,76 @@ def test_the_reference_has_all_public_names():
     assert set(hf_intervene.__all__) <= documented, "name them in docs/api"
 
 
-def test_figures_are_those_that_were_measured():
-    """Rows of tables, and figures of three decimals, stand in the README, the results or the cards."""  # noqa: E501
-    measured = [
-        README,
-        RESULTS,
-        *(ROOT / "training" / "results").glob("*.md"),
-        *(ROOT / "model_cards").rglob("*.md"),
-    ]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in measured)
-    rows = {line.strip() for line in text.splitlines() if line.startswith("|")}
-    for page in (page for page in PAGES if page not in measured):
-        outside = re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE)
-        for line in outside.splitlines():
-            if len(re.findall(r"\d\.\d{3}", line)) > 1 and line.startswith("|"):
-                assert line.strip() in rows, f"{page.name}: {line}"
-            for figure in re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", line):
-                assert figure in text, f"{page.name}: {figure} in {line}"
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-PAPER = {
-    "quad (dependent)": "quad-dependent",
-    "quad (independent)": "quad-independent",
-    "MNIST": "mnist",
-}
+# Figures: what stands in a document was measured, and is in training/results
 
 
-def table_rows(text: str) -> dict[str, list[str]]:
-    """Cells of the rows of tables by the letters of their names: the results' `beta-tcvae` is the
-    guides' BetaTCVAE.
+def outside_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def numbers(found: object) -> Iterator[float]:
+    """All numbers in what a JSON file holds, and in the text of its cells."""
+    if isinstance(found, bool):
+        return
+    if isinstance(found, (int, float)):
+        yield float(found)
+    elif isinstance(found, str):
+        yield from map(float, re.findall(r"\d+\.\d+", found))
+    elif isinstance(found, (list, dict)):
+        for part in found.values() if isinstance(found, dict) else found:
+            yield from numbers(part)
+
+
+@pytest.mark.parametrize("page", EVERY, ids=ids(EVERY))
+def test_tables_are_those_that_are_made_of_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.written(text) == text, "python docs/tables.py"
+
+
+@pytest.mark.parametrize("page", EVERY, ids=ids(EVERY))
+def test_figures_are_in_the_results(page):
+    """A row of figures stands in a generated table; a figure of three decimals elsewhere is one of
+    a file in training/results, rounded.
     """
-    found = [
-        [cell.strip() for cell in line[1:].removesuffix("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    return {re.sub("[^a-z]", "", name.lower()): cells for name, *cells in found if name.strip("- ")}
+    text = re.sub(r"<!-- table: .*?<!-- end of table -->", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|^```.*?^```$|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
+    measured = {
+        f"{number:.3f}"
+        for path in (ROOT / "training" / "results").glob("*.json")
+        for number in numbers(json.loads(path.read_text()))
+    }
+    for line in text.splitlines():
+        figures = re.findall(r"(?<![\d.v:])\d\.\d{3}(?!\d)", line)
+        assert not (line.startswith("|") and len(figures) > 1), f"generate this table: {line}"
+        for figure in figures:
+            assert figure in measured, f"{figure} in {line}"
 
 
-def test_tables_of_the_paper_are_those_that_were_written():
-    """In the README concept and composition of all tables side by side, in the results bits per
-    pixel and the paper's protocol too.
-    """
-    text = RESULTS.read_text(encoding="utf-8")
-    summary = table_rows(
-        README.read_text(encoding="utf-8").split("\n## What it reaches")[1].split("\n## ")[0]
-    )
-    for number, (heading, name) in enumerate(PAPER.items()):
-        written = table_rows(
-            (ROOT / "training" / "results" / f"{name}-cpu.md").read_text(encoding="utf-8")
-        )
-        detailed = table_rows(re.split(r"\n#+ ", text.split(f"\n### {heading}\n")[1])[0])
-        assert (
-            {"endtoend", "finetune", "tvae", "floor"}
-            <= written.keys()
-            <= detailed.keys() & summary.keys()
-        ), heading
-        for row, (concept, _, composition, _, bits, bits_out, *paper, _) in written.items():
-            means = [cell.partition(" ±")[0] for cell in (bits_out, *paper)]
-            assert summary[row][2 * number : 2 * number + 2] == [
-                concept,
-                composition,
-            ], f"README: {heading}, {row}"
-            assert detailed[row][:2] == [concept, composition], f"{heading}, {row}"
-            assert detailed[row][2:4] == [
-                f"{bits} / {means[0]}" if bits else "",
-                f"{means[1]} / {means[2]}",
-            ], f"{heading}, {row}"
+def test_a_table_changes_with_its_results(tmp_path, monkeypatch):
+    """The table's mean and interval are those of its file, by another way of reckoning."""
+    values = [0.91, 0.95, 0.99]
+    columns = ("all there", "real", "distance", "floor")
+    contexts = ("obs", "a", "b", "a+b", "a+b+c", "a+b+c+d")
+    found = {name: dict.fromkeys(columns, values) for name in contexts}
+    (tmp_path / "avatars.json").write_text(json.dumps(found))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    interval = interval_by_hand(values)
+    made = tables.written("<!-- table: summary -->\nold\n<!-- end of table -->\n")
+    assert "old" not in made and f"| `a` | 0.950 ± {interval:.3f} |" in made
+    assert "| the 1 pairs, mean | 0.950" in made
+    with pytest.raises(ValueError, match="there is no table 'none'; there is summary"):
+        tables.written("<!-- table: none -->\n<!-- end of table -->")
+
+
+def interval_by_hand(values: list[float]) -> float:
+    """Half a 95 % t-interval of three values, with the quantile from a printed table."""
+    mean = sum(values) / 3
+    variance = sum((value - mean) ** 2 for value in values) / 2
+    return 4.302653 * (variance / 3) ** 0.5
 
 
 def test_messages_of_tables_are_those_of_the_source():

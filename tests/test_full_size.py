@@ -487,19 +487,19 @@ def test_bases_and_images_that_cannot_carry_a_head(vae, tmp_path):
             wrap_base(vae, sample_size=size)
 
 
-# The README's family of one's own
+# The guide's family of one's own
 
 
-def test_the_family_of_the_readme(tiny, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_family_of_the_guide(tiny, tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
     (block,) = [
         block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
         if "@register_base" in block
     ]
-    (tmp_path / "family_of_the_readme.py").write_text(block)
+    (tmp_path / "family_of_the_guide.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("family_of_the_readme")
+    module = importlib.import_module("family_of_the_guide")
     module.PatchCoder(sample_size=16, width=8).save_pretrained(tmp_path / "pretrained")
     for regime in ("frozen", "lora", "end-to-end"):
         options = {

@@ -119,10 +119,16 @@ def test_drawn_data_have_neither_columns_nor_splits(tiny, tmp_path, capsys, trai
     option = [f"--{name.replace('_', '-')}", "other"]
     for argv in (
         ["check", "quad"],
-        ["evaluate", "--model", str(trained), "--output", str(tmp_path / "m")],
+        ["evaluate", "--model", str(trained), "--dataset", "quad", "--output", str(tmp_path / "m")],
     ):
         assert cli.main([*argv, *option]) == 1
         assert f"leave {name} out" in capsys.readouterr().err
+
+
+def test_evaluate_says_when_the_data_of_a_model_are_not_here(trained, tmp_path, capsys):
+    argv = ["evaluate", "--model", str(trained), "--output", str(tmp_path / "m")]
+    assert cli.main(argv) == 1
+    assert "there is no such folder here: give --dataset." in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_columns_of_other_names(saved, tmp_path):

@@ -245,14 +245,15 @@ def test_command_line(tmp_path, capsys):
         str(tmp_path / "pipe"),
         str(tmp_path / "image.png"),
         "--output",
-        str(tmp_path / "out.png"),
+        str(tmp_path / "out"),
     ]
     reference = ["--reference", f"a={tmp_path / 'other.png'}"]
     assert (
         cli.main([*edit, "--interventions", "b@0.9", *reference, "--reference-context", "a"]) == 0
     )
     expected = pipe.edit(image, {"a": other, "b": Quantile(0.9)}, reference_context="a").images[0]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+    written = Image.open(tmp_path / "out" / "0000.png")
+    assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert cli.main([*edit, *reference]) == 0
     sample = [
         "sample",

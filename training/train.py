@@ -734,7 +734,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not result.interrupted:
             print(
                 f"trained {result.step} steps; lowest validation loss {result.validation:.4f}"
-                f" {result.unit}; model in {result.model_dir}"
+                f" {result.unit}; model in {result.model_dir}\ntry next:\n"
+                f"  look at the last picture in {result.model_dir.parent / 'samples'}\n"
+                f"  hf-intervene evaluate --model {result.model_dir}"
+                f" --output {result.model_dir.parent / 'metrics'}\n"
+                f"  hf-intervene app {result.model_dir}"
             )
     return INTERRUPTED if result.interrupted else 0
 

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from hf_intervene.training.simulated import SIMULATED
 
 
 logger = get_logger("hf_intervene.training")
+MOST_PAIRS = 6  # that were never seen, in a grid of samples
 TERMS = ("reconstruction_loss", "kl", "residual_kl")  # together the negative ELBO
 
 
@@ -155,14 +157,14 @@ def sample_grid(
     step: int,
     accelerator,
 ):
-    """A row of samples for each context, its name before it, held-out pairs of simulated data
-    included; always of the same noise.
+    """A row of samples for each context, its name before it, and for pairs that were never seen;
+    always of the same noise.
     """
     model.eval()
-    held_out = (
-        SIMULATED[a.dataset].held_out if a.dataset in SIMULATED and len(data.contexts) > 1 else ()
-    )
-    contexts = [*data.contexts, *held_out]
+    pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
+    unseen = [pair for pair in pairs if pair not in data.contexts][:MOST_PAIRS]
+    held_out = SIMULATED[a.dataset].held_out if a.dataset in SIMULATED else unseen
+    contexts = [*data.contexts, *(held_out if len(data.contexts) > 1 else ())]
     noise = torch.randn(8, *model.noise_shape, generator=step_generator(a.seed, 0)).to(
         accelerator.device
     )
