@@ -8,21 +8,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .cli_parser import DATASETS, DEMO_DATASETS, EXAMPLES, SHELLS
+from .cli_images import edit, sample, show
+from .cli_parser import DATASETS
 from .cli_parser import make_parser as _make_parser
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .options import READING
 from .pretrained import concepts_of, located
-
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from .contexts import Value
-    from .model import InterventionModel
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
@@ -35,183 +29,6 @@ def demonstrate(arguments: argparse.Namespace) -> int:
     return run(Path(arguments.output or default), arguments.dataset)
 
 
-def sample(arguments: argparse.Namespace) -> int:
-    """Sample images from a saved pipeline or model: a grid with the observational images of the
-    same noise above, or a folder of plain images.
-    """
-    _make_place(arguments)
-    _interventions(arguments)
-    model = _load(arguments.pipeline)
-    interventions = _values(arguments, model)
-
-    def draw(context: Any) -> Any:
-        import torch
-
-        noise = torch.Generator().manual_seed(arguments.seed)
-        options = _options(arguments)
-        return model.sample(context, arguments.num_images, noise, output_type="pil", **options)
-
-    images, label = draw(interventions), _label(arguments)
-    rows = {"obs": draw("obs")} if interventions and Path(arguments.output).suffix else {}
-    _save_images(images, rows | {label: images}, arguments)
-    return _print_images(arguments, len(images), _other_command(arguments, "edit"))
-
-
-def edit(arguments: argparse.Namespace) -> int:
-    """Edit an image with a saved pipeline or model: a grid of the image before and after, or a
-    folder with the edited image.
-    """
-    from .image_files import open_image
-
-    _make_place(arguments)
-    _interventions(arguments)
-    open_image(arguments.image)
-    model = _load(arguments.pipeline)
-    image, interventions = _open_image(arguments.image, arguments, model), _values(arguments, model)
-    options = _options(arguments)
-    edited: Any = model.edit(image, interventions, arguments.context, "pil", **options)
-    _save_images(edited, {"given": [image], _label(arguments): edited}, arguments)
-    return _print_images(arguments, len(edited), _other_command(arguments, "sample"))
-
-
-def _load(name: str) -> "InterventionModel":
-    from . import pipeline
-
-    disable_progress_bars()
-    return pipeline.load_for_use(located(name))
-
-
-def _interventions(arguments: argparse.Namespace) -> "dict[str, Value]":
-    """What `--interventions` names, checked against the saved configuration alone.
-
-    Raises:
-        ValueError: one sentence: nothing or something unknown is named.
-    """
-    from .contexts import parse_values
-
-    if arguments.interventions is None and not arguments.reference:
-        raise ValueError("nothing is intervened on: give --interventions or --reference.")
-    concepts = concepts_of(arguments.pipeline)
-    values = parse_values(arguments.interventions, concepts)
-    for reference in arguments.reference:
-        name, _, path = reference.partition("=")
-        if not path:
-            raise ValueError(f"--reference takes CONCEPT=IMAGE, not {reference!r}.")
-        if name in values:
-            raise ValueError(f"concept {name!r} is named twice in --interventions and --reference.")
-        parse_values(name, concepts)
-    for context in (getattr(arguments, "context", None), arguments.reference_context):
-        parse_values(context, concepts)
-    return values
-
-
-def _values(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
-    """What `--interventions` and `--reference` say together."""
-    values = _interventions(arguments)
-    for reference in arguments.reference:
-        name, _, path = reference.partition("=")
-        values[name] = _open_image(path, arguments, model)
-    return values
-
-
-def _open_image(
-    path: str, arguments: argparse.Namespace, model: "InterventionModel"
-) -> "Image.Image":
-    from .image_files import open_image
-    from .pipeline import fit_image
-
-    image = open_image(path)
-    if arguments.resize:
-        return fit_image(image, model)
-    _, height, width = model.base.image_shape
-    if image.size != (width, height):
-        raise ValueError(
-            f"{path} is {image.width}x{image.height}, and the model's images are {width}x{height}:"
-            " --resize crops and resizes it."
-        )
-    return image
-
-
-def _options(arguments: argparse.Namespace) -> dict:
-    return {
-        name: getattr(arguments, name)
-        for name in ("num_inference_steps", "guidance_scale", "reference_context")
-    }
-
-
-def _label(arguments: argparse.Namespace) -> str:
-    words = [arguments.interventions] if arguments.interventions else []
-    return "+".join([*words, *arguments.reference])
-
-
-def _other_command(arguments: argparse.Namespace, command: str) -> str:
-    """A command to try next."""
-    image = " photo.png --resize" if command == "edit" else ""
-    words = f"--interventions {arguments.interventions or 'obs'} --output {command}.png"
-    return f"hf-intervene {command} {arguments.pipeline}{image} {words}"
-
-
-def _make_place(arguments: argparse.Namespace) -> None:
-    """Make the folder that images are to be written to, before they are computed.
-
-    Raises:
-        OSError, ValueError: one sentence: it cannot be made, or no image of that kind can be
-            written.
-    """
-    from PIL import Image
-
-    path = Path(arguments.output)
-    Image.init()
-    if path.suffix and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(
-            f"{path} ends in {path.suffix}, and no image of that kind can be written: take .png, or"
-            " a name without an ending for a folder."
-        )
-    folder = path.parent if path.suffix else path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"the folder {folder} cannot be made ({error.strerror}): choose another --output."
-        ) from error
-
-
-def _files(arguments: argparse.Namespace, count: int) -> list[Path]:
-    path = Path(arguments.output)
-    return [path] if path.suffix else [path / f"{number:04d}.png" for number in range(count)]
-
-
-def _save_images(
-    images: "list[Image.Image]",
-    rows: "dict[str, list[Image.Image]]",
-    arguments: argparse.Namespace,
-) -> None:
-    """Write the images as files of a folder, or the rows as one picture."""
-    files = _files(arguments, len(images))
-    if Path(arguments.output).suffix:
-        from .grids import labelled_grid
-
-        images = [labelled_grid(rows)]
-    for file, image in zip(files, images):
-        image.save(file)
-
-
-def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:
-    files = [str(file) for file in _files(arguments, count)]
-    result = {"output": str(Path(arguments.output)), "files": files}
-    return _print(arguments, result, arguments.output, [command])
-
-
-def _print(
-    arguments: argparse.Namespace, result: dict, text: object, commands: Sequence[str] = ()
-) -> int:
-    """A result: for machines all of it, for people the text; on a terminal what to try next."""
-    print(json.dumps(result) if arguments.json else text)
-    if commands and not arguments.json and sys.stdout.isatty():
-        print("try next:", *commands, sep="\n  ")
-    return 0
-
-
 def concepts(arguments: argparse.Namespace) -> int:
     """Print what a saved pipeline or model can be intervened on."""
     names = list(concepts_of(arguments.pipeline))
@@ -220,7 +37,7 @@ def concepts(arguments: argparse.Namespace) -> int:
     result = {"concepts": names, "contexts": [OBS, *names]}
     words = f"--interventions {'+'.join(names[:2])} --output pair.png"
     command = f"hf-intervene sample {arguments.pipeline} {words}"
-    return _print(arguments, result, "\n".join(names), [command])
+    return show(arguments, result, "\n".join(names), [command])
 
 
 def support(arguments: argparse.Namespace) -> int:
@@ -235,7 +52,7 @@ def support(arguments: argparse.Namespace) -> int:
     disable_progress_bars()
     pipe = load_pipeline(arguments.pipeline, f"the pipeline {arguments.pipeline!r}")
     found = found_support(pipe, arguments.prompt, arguments.size)
-    return _print(arguments, asdict(found), found)
+    return show(arguments, asdict(found), found)
 
 
 def card(arguments: argparse.Namespace) -> int:
@@ -248,7 +65,7 @@ def card(arguments: argparse.Namespace) -> int:
     own = Path(folder, CARD_FILE)
     shipped = folder != arguments.model
     if shipped and not arguments.push:
-        return _print(arguments, {"card": str(own)}, own)
+        return show(arguments, {"card": str(own)}, own)
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}.")
     from .cards import SAMPLES_FILE, card_path, is_generated, write_card
@@ -276,7 +93,7 @@ def card(arguments: argparse.Namespace) -> int:
         commit = push_folder(folder, name, private=arguments.private, revision=arguments.revision)
         result["commit"] = commit.commit_url
     share = [] if name else [f"hf-intervene card {arguments.model} --push USER/NAME"]
-    return _print(arguments, result, "\n".join(result.values()), share)
+    return show(arguments, result, "\n".join(result.values()), share)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -436,9 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     return arguments.run(arguments)
-
-
-__all__ = ["DEMO_DATASETS", "EXAMPLES", "SHELLS", "main", "make_parser"]
 
 
 if __name__ == "__main__":

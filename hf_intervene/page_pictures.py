@@ -38,7 +38,7 @@ def figure(image: np.ndarray, caption: str, text: str) -> str:
     return f"<figure>{picture(image, text)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def people(rows: Mapping[str, Sequence[np.ndarray]]) -> str:
+def people(rows: Mapping[str, np.ndarray]) -> str:
     """A card for each image number: that image of every row, one below the other.
 
     Args:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from .cards import shown_protocol
+from .card_metrics import shown_protocol
 from .contexts import OBS, Interventions, Quantile, context_name
 from .generation import GenerationMixin
 from .pixels import difference, to_uint8

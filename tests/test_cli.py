@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 import hf_intervene
-from hf_intervene import InterventionModel, cli, cli_parser, grids, logging
+from hf_intervene import InterventionModel, cli, cli_images, cli_parser, grids, logging
 from hf_intervene.data import avatars
 from hf_intervene.page import Page
 from hf_intervene.training import evaluate, train
 from hf_intervene.training.simulated import SIMULATED
 
 
-COMMANDS = [name for name in cli.EXAMPLES if name is not None]
+COMMANDS = [name for name in cli_parser.EXAMPLES if name is not None]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -37,13 +37,13 @@ def test_every_command_has_examples(command, capsys):
 )
 def test_examples_are_commands(command):
     """Every example of a command is one that its parser takes."""
-    for line in cli.EXAMPLES[command].strip().splitlines():
+    for line in cli_parser.EXAMPLES[command].strip().splitlines():
         words = line.partition(" > ")[0].split()
         assert words[0] == "hf-intervene"
         assert cli.make_parser().parse_args(words[1:]).run is not None
 
 
-@pytest.mark.parametrize("shell", cli.SHELLS)
+@pytest.mark.parametrize("shell", cli_parser.SHELLS)
 def test_completion(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_a_place_that_nothing_can_be_written_to_costs_no_images(
     tmp_path, monkeypatch, capsys, name, message
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cli, "_load", lambda name: pytest.fail("images are computed first"))
+    monkeypatch.setattr(cli_images, "_load", lambda name: pytest.fail("images are computed first"))
     for words in (["sample", "quad"], ["edit", "quad", "photo.png"]):
         assert cli.main([*words, "--output", str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err

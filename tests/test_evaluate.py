@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, demo
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, cli_parser, demo
 from hf_intervene.data import quad
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.metrics.detector import train_context_detector
@@ -431,7 +431,7 @@ def quick_demo(tiny, monkeypatch):
 
 
 def test_the_demo_knows_the_data_sets_of_its_option():
-    assert tuple(demo.DEMONSTRATIONS) == cli.DEMO_DATASETS
+    assert tuple(demo.DEMONSTRATIONS) == cli_parser.DEMO_DATASETS
     for name, shown in demo.DEMONSTRATIONS.items():
         data = SIMULATED[name]
         for settings in (shown.light, shown.pretrained):
@@ -441,7 +441,7 @@ def test_the_demo_knows_the_data_sets_of_its_option():
         assert Path(train.__file__).with_name("configs").joinpath(shown.better[0]).exists()
 
 
-@pytest.mark.parametrize("dataset", cli.DEMO_DATASETS)
+@pytest.mark.parametrize("dataset", cli_parser.DEMO_DATASETS)
 def test_demo_makes_everything_it_names(quick_demo, dataset, tmp_path, capsys):
     out = tmp_path / "demo"
     argv = ["demo", "--dataset", dataset, "--output", str(out)]
