@@ -54,6 +54,8 @@ setup(
     packages=[
         *find_packages(include=["hf_intervene", "hf_intervene.*"]),
         "hf_intervene.training",
+        "hf_intervene.training.benchmarks",
+        "hf_intervene.training.studies",
         "hf_intervene.model_cards",
     ],
     package_dir={

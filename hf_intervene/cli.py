@@ -260,8 +260,8 @@ def support(arguments: argparse.Namespace) -> int:
 def card(arguments: argparse.Namespace) -> int:
     """Write the model card and its pictures of a saved model, and push all of it when asked."""
     from .cards import CARD_FILE, SAMPLES_FILE, card_path, is_generated, write_card
+    from .evaluation import load_model
     from .push import draw_floors, draw_samples, full_name, push_folder
-    from .training.evaluate import load_model
 
     if (arguments.private or arguments.revision) and not arguments.push:
         raise ValueError("--private and --revision need --push.")
@@ -294,8 +294,8 @@ def check(arguments: argparse.Namespace) -> int:
     """
     from .data import ContextImages, load_contexts
     from .metrics import identifiability
-    from .training.arguments import check_reading
-    from .training.simulated import SIMULATED
+    from .trainer.settings import check_reading
+    from .trainer.simulated import SIMULATED
 
     bars_on_terminals_only()
     reading = {name: getattr(arguments, name) for name in READING}
@@ -563,11 +563,12 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 
 
 def _recipe_parser(name: str) -> argparse.ArgumentParser:
-    from .training import arguments, evaluate
+    from .evaluation.command import make_parser as evaluation_parser
+    from .trainer.settings import make_parser as training_parser
 
     if name == "evaluate":
-        return evaluate.make_parser()
-    parser = arguments.make_parser()
+        return evaluation_parser()
+    parser = training_parser()
     parser.add_argument(
         "--config", help="YAML file of settings"
     )  # these two are read before the others
@@ -586,13 +587,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # train and evaluate have option parsers of their own; they are handed everything.
     if argv[:1] == ["train"]:
-        from .training import train
+        from .trainer import command as training
 
-        return train.main(argv[1:])
+        return training.main(argv[1:])
     if argv[:1] == ["evaluate"]:
-        from .training import evaluate
+        from .evaluation import command as evaluation
 
-        return evaluate.main(argv[1:])
+        return evaluation.main(argv[1:])
     arguments = make_parser().parse_args(argv)
     return arguments.run(arguments)
 

@@ -19,18 +19,16 @@ from test_posterior import covariances, whitened_by
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, pipeline
 from hf_intervene.bases.lora import add_lora
+from hf_intervene.evaluation.measuring import evaluate
 from hf_intervene.page import Page
-from hf_intervene.training import (
-    benchmark_data,
-    benchmark_head,
-    benchmark_textbook,
-    feeding,
-    pretrain,
-)
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Conditions
-from hf_intervene.training.evaluate import evaluate
-from hf_intervene.training.train import train
+from hf_intervene.trainer import feeding
+from hf_intervene.trainer.loop import train
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training import pretrain
+from hf_intervene.training.benchmarks import data as benchmark_data
+from hf_intervene.training.benchmarks import head as benchmark_head
+from hf_intervene.training.benchmarks import textbook as benchmark_textbook
+from hf_intervene.training.benchmarks.tools import Conditions
 
 
 REAL = os.environ.get("TEST_DEVICE")

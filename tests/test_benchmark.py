@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from hf_intervene.data import quad
-from hf_intervene.training import (
-    benchmark,
-    benchmark_bases,
-    benchmark_data,
-    benchmark_textbook,
-    benchmark_tools,
-)
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import (
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training.benchmarks import bases as benchmark_bases
+from hf_intervene.training.benchmarks import benchmark
+from hf_intervene.training.benchmarks import data as benchmark_data
+from hf_intervene.training.benchmarks import textbook as benchmark_textbook
+from hf_intervene.training.benchmarks import tools as benchmark_tools
+from hf_intervene.training.benchmarks.tools import (
     Turns,
     alternate,
     contest,
@@ -164,8 +162,8 @@ def test_errors_are_one_sentence(capsys, argv, message):
 
 def test_every_benchmark_can_be_found():
     assert benchmark.main(["--list"]) == 0
-    for name in ("benchmark_bases", "benchmark_data", "benchmark_textbook"):
-        module = benchmark.import_module(f"hf_intervene.training.{name}")
+    for name in ("bases", "data", "head", "textbook"):
+        module = benchmark.import_module(f"hf_intervene.training.benchmarks.{name}")
         for entry in benchmark.BENCHMARKS.values():
             if entry.where.startswith(f"{name}:"):
                 assert callable(getattr(module, entry.where.partition(":")[2]))

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-from hf_intervene import InterventionModel, cli, logging
+from hf_intervene import InterventionModel, cli, evaluation, logging, trainer
 from hf_intervene.page import Page
-from hf_intervene.training import evaluate, train
 
 
 COMMANDS = [name for name in cli.EXAMPLES if name is not None]
@@ -156,8 +155,8 @@ def test_a_gpu_is_used_if_there_is_one(monkeypatch):
 
 
 def test_parsers_of_the_recipes():
-    assert train.parse_arguments(["--epochs", "3"]).epochs == 3
-    assert evaluate.make_parser().parse_args(["--model", "m", "--output", "o"]).json is False
+    assert trainer.parse_arguments(["--epochs", "3"]).epochs == 3
+    assert evaluation.make_parser().parse_args(["--model", "m", "--output", "o"]).json is False
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from shared_models import build, put_folder
 
 import hf_intervene
 from hf_intervene import InterventionPipeline
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.trainer.settings import TrainArguments
 
 
 README = ROOT / "README.md"
@@ -28,7 +28,7 @@ RESULTS = ROOT / "docs" / "results.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 EVERY = [README, *PAGES]
 KINDS = {"python", "bash", "text", "bibtex", "setup"}  # and directives, in braces
-SOURCES = [*(ROOT / "hf_intervene").rglob("*.py"), *(ROOT / "training").glob("*.py")]
+SOURCES = [*(ROOT / "hf_intervene").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 
 
 def ids(pages: list[Path]) -> list[str]:
@@ -182,7 +182,7 @@ UNRUN = {
     "@register_base": "test_full_size.py runs it",
     "hf-intervene demo": "minutes",
     "configs/mnist.yaml": "the digits are on the Hub",
-    "training/identifiability.py": "minutes",
+    "training/studies/identifiability.py": "minutes",
     "--push": "test_cards.py does it",
     "reproduce.py": "minutes",
 }

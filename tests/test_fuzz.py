@@ -35,6 +35,7 @@ from hf_intervene import (
     InterventionPipeline,
     Quantile,
     load_base,
+    trainer,
 )
 from hf_intervene.cards import write_card
 from hf_intervene.contexts import (
@@ -44,8 +45,8 @@ from hf_intervene.contexts import (
     parse_values,
     validate_concepts,
 )
-from hf_intervene.training import checkpoints, train
-from hf_intervene.training.arguments import TrainArguments, read_config
+from hf_intervene.trainer import checkpoints
+from hf_intervene.trainer.settings import TrainArguments, read_config
 
 
 CONCEPTS = ("quad1", "quad2", "size")
@@ -242,7 +243,7 @@ def run_trainer(config, *options):
     """The trainer as a command: what goes wrong is said in one line."""
     errors = io.StringIO()
     with bounds(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        status = train.main(["--config", str(config), *options])
+        status = trainer.main(["--config", str(config), *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     said = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
     assert (status, len(said)) in ((0, 0), (1, 1)), errors.getvalue()
@@ -289,7 +290,7 @@ def saved(tmp_path_factory):
         "ema_decay": 0.9,
         "schedule": "adaptive",
     }
-    train.train(TrainArguments(**run, output_dir=str(folder / "run")))
+    trainer.train(TrainArguments(**run, output_dir=str(folder / "run")))
     return folder
 
 

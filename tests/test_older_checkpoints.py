@@ -21,11 +21,11 @@ from hf_intervene import (
     InterventionHead,
     InterventionModel,
     InterventionPipeline,
+    trainer,
 )
 from hf_intervene.bases.loading import check_reference
 from hf_intervene.configuration_intervention import FORMAT_VERSION
-from hf_intervene.training import train
-from hf_intervene.training.arguments import (
+from hf_intervene.trainer.settings import (
     SETTINGS_VERSION,
     TrainArguments,
     earlier_defaults,
@@ -209,7 +209,7 @@ def resumed(run, tmp_path, **options):
     shutil.copytree(FIXTURES / run, tmp_path / "run")
     settings = read(FIXTURES / "plain-51a1a79" / "training_arguments.yaml")
     settings |= {"output_dir": str(tmp_path / "run"), "resume": "auto"}
-    return train.train(TrainArguments(**settings | options))
+    return trainer.train(TrainArguments(**settings | options))
 
 
 def test_an_older_run_goes_on(tmp_path, capsys):
@@ -257,7 +257,7 @@ def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
         ValueError,
         match="a run with moment_matching 100.0, which .* start anew in another output_dir",
     ):
-        train.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
+        trainer.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
     best = InterventionModel.from_pretrained(tmp_path / "run" / "best")  # its model is of use
     assert best.sample([["quad1"]]).isfinite().all()
 

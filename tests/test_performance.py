@@ -14,13 +14,12 @@ from test_train import assert_same, launch, run, weights
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior
+from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior, trainer
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
 from hf_intervene.objective import Objective
-from hf_intervene.training import train
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.feeding import DELAY, Feed
-from hf_intervene.training.performance import use_channels_last
+from hf_intervene.trainer.feeding import DELAY, Feed
+from hf_intervene.trainer.performance import use_channels_last
+from hf_intervene.trainer.settings import TrainArguments
 
 
 # Operators whose result the host must have before it goes on.
@@ -310,4 +309,4 @@ def test_channels_last_changes_nothing_but_rounding(tiny):
     after = model(x, targets, noise=noise, return_reconstruction=True)
     torch.testing.assert_close(after.loss, before.loss)
     assert after.reconstruction.is_contiguous(memory_format=torch.channels_last)
-    assert train.train(TrainArguments(**tiny | {"channels_last": True, "max_steps": 2})).step == 2
+    assert trainer.train(TrainArguments(**tiny | {"channels_last": True, "max_steps": 2})).step == 2

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from hf_intervene.training import reproduce
-from hf_intervene.training.baselines import GRID
 from hf_intervene.training.reproduce import HEADED, SCALES, TABLES
+from hf_intervene.training.studies.baselines import GRID
 
 
 def metrics(concept, composition=None, bits=1.0):
@@ -79,7 +79,7 @@ def test_rows_that_need_the_base_bring_it(tmp_path):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
-    from hf_intervene.training.arguments import parse_arguments
+    from hf_intervene.trainer.settings import parse_arguments
 
     chosen = TABLES[table]
     for (row, _), job in reproduce.plan(

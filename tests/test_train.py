@@ -16,18 +16,18 @@ from diffusion_models import save_pipeline, save_vision
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_intervene import InterventionModel, logging
-from hf_intervene.training import checkpoints, train
-from hf_intervene.training.arguments import SETTINGS_VERSION
-from hf_intervene.training.resuming import check_same
-from hf_intervene.training.train import TrainArguments, main, parse_arguments
+from hf_intervene import InterventionModel, logging, trainer
+from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
+from hf_intervene.trainer.command import main
+from hf_intervene.trainer.resuming import check_same
+from hf_intervene.trainer.settings import SETTINGS_VERSION
 
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(settings, **overrides):
-    return train.train(TrainArguments(**settings | overrides))
+    return trainer.train(TrainArguments(**settings | overrides))
 
 
 def weights(folder):
@@ -42,7 +42,7 @@ ENDS_IN_ORDER = """
 import gc, sys
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from hf_intervene.training.train import main
+from hf_intervene.trainer.command import main
 
 def end_training(self, end=Accelerator.end_training):
     assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "DDP outlives the group"
@@ -99,7 +99,7 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
 
     stop_at_five.calls = 0
     monkeypatch.setattr(
-        train.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
+        loop.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
     )
     result = run(stopped)
     assert result.interrupted and result.step == 5
@@ -192,13 +192,13 @@ def test_shipped_configurations_are_read(path):
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune"])
 def test_regimes_train_what_they_should(tiny, tmp_path, regime):
     torch.manual_seed(3)
-    base = train.build_model(
-        TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+    base = trainer.build_model(
+        TrainArguments(**tiny), trainer.load_data(TrainArguments(**tiny))[0]
     ).base.model
     base.save_pretrained(tmp_path / "base")
     before = base.state_dict()
     seen = []
-    original = train.InterventionModel.forward
+    original = loop.InterventionModel.forward
 
     def forward(self, *args, **kwargs):
         if self.training:
@@ -207,11 +207,11 @@ def test_regimes_train_what_they_should(tiny, tmp_path, regime):
             )
         return original(self, *args, **kwargs)
 
-    train.InterventionModel.forward = forward
+    loop.InterventionModel.forward = forward
     try:
         run(tiny, base=str(tmp_path / "base"), regime=regime, max_steps=10)
     finally:
-        train.InterventionModel.forward = original
+        loop.InterventionModel.forward = original
     # fine-tune: steps 0 and 1 of 10 are frozen, so the base first differs in step 3.
     assert seen == ([True] * 10 if regime == "frozen" else [True] * 3 + [False] * 7)
 
@@ -221,8 +221,8 @@ def test_the_base_has_a_learning_rate_of_its_own(tiny):
     rates = {"learning_rate": 1e-2, "base_learning_rate": 1e-4, "warmup_steps": 1}
     torch.manual_seed(tiny.get("seed", 0))
     before = dict(
-        train.build_model(
-            TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+        trainer.build_model(
+            TrainArguments(**tiny), trainer.load_data(TrainArguments(**tiny))[0]
         ).named_parameters()
     )
     after = InterventionModel.from_pretrained(
@@ -267,12 +267,12 @@ def test_options_train(tiny, tmp_path, options):
 
 def test_validation_is_the_same_however_many_images_at_once(tiny):
     settings = TrainArguments(**tiny)
-    _, data = train.load_data(settings)
+    _, data = trainer.load_data(settings)
     model, accelerator = (
-        train.build_model(settings, data),
-        train.new_accelerator(mixed_precision="no"),
+        trainer.build_model(settings, data),
+        loop.new_accelerator(mixed_precision="no"),
     )
-    found = [train.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
+    found = [loop.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
@@ -303,11 +303,11 @@ def test_a_silent_z_is_said(tiny, capsys):
 
 def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
-    monkeypatch.setattr(train, "validation_loss", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: next(scores))
     saved = []
-    original = train.save_model
+    original = loop.save_model
     monkeypatch.setattr(
-        train,
+        loop,
         "save_model",
         lambda model, folder, data: (saved.append(model), original(model, folder, data)),
     )
@@ -486,7 +486,7 @@ def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypa
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     calls = iter(range(100))
     monkeypatch.setattr(
-        train.Stop,
+        loop.Stop,
         "asked",
         property(lambda self: next(calls) >= 4, lambda self, value: None),
         raising=False,

@@ -5,7 +5,7 @@ published figures.
 
 Every row is trained and measured with several seeds, each with training and held-out images of its
 own, in jobs of their own; the same command goes on where it was interrupted. Baselines are tuned
-first, over the grid of `baselines.py`, with a seed that the table does not use. Writes
+first, over the grid of `studies/baselines.py`, with a seed that the table does not use. Writes
 `TABLE-SCALE.md`, `.csv`, `.tex` and `.json`."""
 
 import json
@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from hf_intervene.data import load_digits
 from hf_intervene.errors import spoken
 from hf_intervene.metrics.transport import directions
-from hf_intervene.training.arguments import RecipeParser
-from hf_intervene.training.baseline_losses import beta_tcvae
-from hf_intervene.training.baselines import BASELINES, GRID
-from hf_intervene.training.checkpoints import check_writable, write_whole
-from hf_intervene.training.jobs import (
-    HERE,
+from hf_intervene.trainer.checkpoints import check_writable, write_whole
+from hf_intervene.trainer.settings import RecipeParser
+from hf_intervene.training.studies.baseline_losses import beta_tcvae
+from hf_intervene.training.studies.baselines import BASELINES, GRID
+from hf_intervene.training.studies.jobs import (
+    RECIPES,
     Command,
     Job,
     default_workers,
@@ -35,7 +35,7 @@ from hf_intervene.training.jobs import (
     run_jobs,
     training_commands,
 )
-from hf_intervene.training.seeds import mean_cell, run_name, seed_interval
+from hf_intervene.training.studies.seeds import mean_cell, run_name, seed_interval
 
 
 TUNING_SEED = 1000
@@ -208,7 +208,7 @@ def plan(
     table: Table, rows: Sequence[str], scale: Scale, seeds: int, folder: Path, mnist_digits: str
 ) -> dict[tuple[str, int], Job]:
     """The jobs of a table by row and seed, those that others wait for first."""
-    config = str(HERE / "configs" / scale.config[table.dataset])
+    config = str(RECIPES / "configs" / scale.config[table.dataset])
     data = {"dataset": table.dataset, "variant": table.variant, "mnist_digits": mnist_digits}
     measured = {"images": scale.images, "projections": scale.projections, "protocol": "both"}
 
@@ -232,7 +232,9 @@ def plan(
 
     def baseline(path: Path, seed: int, name: str, settings: dict) -> list[Command]:
         told = {"baseline": name, "output_dir": path, "images": scale.images, "held_out_seed": seed}
-        return [("baselines.py", *options(told), *seeded(seed)[0], *options(PLAIN | settings))]
+        return [
+            ("studies/baselines.py", *options(told), *seeded(seed)[0], *options(PLAIN | settings))
+        ]
 
     def tuned(path: Path, seed: int, name: str, tried: Sequence[Job]) -> list[Command]:
         return baseline(path, seed, name, GRID[name][best_setting(tried)])

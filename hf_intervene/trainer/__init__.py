@@ -1,0 +1,23 @@
+"""Training a head: `train` in Python, `hf-intervene train` in a shell.
+
+Where to look: `settings.py` what can be set; `building.py` what the settings make; `loop.py` the
+training itself, from top to bottom; `checkpoints.py` what is written; `resuming.py` how a run goes
+on; `feeding.py` the way of a batch to the device; `distributed.py` several processes."""
+
+from .building import build_model, build_objective, load_data
+from .command import main
+from .loop import TrainResult, train
+from .settings import TrainArguments, parse_arguments, read_config
+
+
+__all__ = [
+    "TrainArguments",
+    "TrainResult",
+    "build_model",
+    "build_objective",
+    "load_data",
+    "main",
+    "parse_arguments",
+    "read_config",
+    "train",
+]

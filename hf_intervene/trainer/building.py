@@ -1,0 +1,154 @@
+"""What a run trains, made from its settings: the images, the model, the objective."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..bases import Base, LightVAE, load_base
+from ..bases.lora import add_lora
+from ..data import ContextImages, load_contexts
+from ..logging import get_logger
+from ..model import InterventionModel
+from ..objective import Objective
+from ..terms import L2, ContextPrediction, EditConsistency, FreeInvariance, GroupLasso
+from .settings import TrainArguments, check_reading
+from .simulated import SIMULATED, draw_together
+
+
+logger = get_logger(__name__)
+
+
+def load_data(
+    arguments: TrainArguments, accelerator: Accelerator | None = None
+) -> tuple[ContextImages, ContextImages]:
+    """Training and validation images; several processes share the work of drawing or of decoding
+    into a cache.
+    """
+    a = arguments
+    several = accelerator is not None and accelerator.num_processes > 1
+    if a.dataset in SIMULATED:
+        simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+        check_reading(a.dataset, a.reading)
+        if a.concepts is not None and a.concepts != list(simulated.concepts):
+            raise ValueError(
+                f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave"
+                " concepts out."
+            )
+        sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+        if several:
+            train, validation = draw_together(
+                simulated, sizes, Path(a.output_dir, "drawn"), accelerator
+            )
+        else:
+            train, validation = (
+                ContextImages.from_arrays(images, simulated.concepts)
+                for images in simulated.training(*sizes)
+            )
+    else:
+        with ExitStack() as turns:
+            # One process fills the cache, or one on each machine where they share no disk; the
+            # others find it.
+            if several and a.image_cache:
+                turns.enter_context(accelerator.main_process_first())
+                turns.enter_context(accelerator.local_main_process_first())
+            data = load_contexts(a.dataset, **a.reading)
+            data = ContextImages.from_dataset(
+                data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache
+            )
+        train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
+    if a.ablation == "base":
+        return train.select(["obs"]), validation.select(["obs"])
+    return train, validation
+
+
+def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionModel:
+    """A new head on a new or a saved base."""
+    a = arguments
+    if a.base == "light-vae":
+        base = LightVAE(
+            in_channels=data.image_shape[0],
+            sample_size=data.image_shape[-1],
+            block_out_channels=tuple(a.block_out_channels),
+            hidden_width=a.hidden_width,
+            latent_width=a.latent_width,
+            norm=a.base_norm,
+            likelihood=a.likelihood,
+        )
+    else:
+        options = {
+            "embedding_width": a.latent_width,
+            "num_tokens": a.num_tokens,
+            "min_snr_gamma": a.min_snr_gamma,
+        }
+        options |= {} if a.class_label is None else {"class_label": a.class_label}
+        options |= {
+            "prompt": a.prompt,
+            "prompts": data.prompts,
+            "prompt_folder": Path(a.output_dir, "prepared", "prompts"),
+        }
+        base = load_base(
+            a.base,
+            data.image_shape[-1],
+            a.base_subfolder,
+            a.residual_layers,
+            a.image_encoder,
+            **options,
+        )
+    if a.base == "light-vae" and a.prompt:
+        raise ValueError("prompt is for a pipeline with a text (--base): leave it out.")
+    prompts = getattr(base, "prompts", None)
+    if data.prompts is not None and prompts is None:
+        logger.warning("the prompts of the images are not used: this base takes no text.")
+    if a.gradient_checkpointing and prompts is not None and len(prompts.shapes) > 1:
+        raise ValueError(
+            "gradient_checkpointing does not go with prompts whose embeddings are of different"
+            " lengths: leave one of them out."
+        )
+    if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
+        raise ValueError(
+            "min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it"
+            " out."
+        )
+    ablation = None if a.ablation == "none" else a.ablation
+    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options())
+    if a.regime == "lora":
+        add_lora(model.base.model, a.lora_rank)
+    if a.gradient_checkpointing:
+        try:
+            model.base.model.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ValueError(
+                f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out."
+            ) from error
+    return model
+
+
+def build_objective(
+    arguments: TrainArguments, model: InterventionModel, data: ContextImages, sharded: bool = False
+) -> Objective:
+    """The ELBO of the model, and the terms that the settings ask for; `sharded`: whether FSDP has
+    cut its weights.
+    """
+    a, head = arguments, model.head
+    if head is None:
+        return Objective(model)
+    terms = [GroupLasso(a.group_lasso), L2(a.l2)]
+    if head.is_flow:
+        contexts = model.seen(data.targets(model.config.free_blocks)).unique(dim=0)
+        if len(contexts) > 1:
+            terms.append(ContextPrediction(a.context_prediction, contexts))
+            free = model.config.free_blocks * model.config.concept_width
+            if sharded and (a.edit_consistency or a.free_invariance):
+                # Blocks that FSDP gathers one at a time do not take a second pass with weights that
+                # are held, and it does not know of the parameters of terms.
+                logger.warning(
+                    "edit_consistency and free_invariance are left out: they do not work with FSDP"
+                    " yet; DDP and ZeRO-2 have them."
+                )
+                return Objective(model, terms).to(model.device)
+            if free:
+                terms.append(FreeInvariance(a.free_invariance, contexts, len(model.concepts), free))
+            if not model.base.denoises:  # its images take many steps
+                terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
+    return Objective(model, terms).to(model.device)
