@@ -564,7 +564,7 @@ def make_parser(whole: bool = False) -> argparse.ArgumentParser:
 
 def _recipe_parser(name: str) -> argparse.ArgumentParser:
     from .evaluation.command import make_parser as evaluation_parser
-    from .trainer.settings import make_parser as training_parser
+    from .trainer.parsing import make_parser as training_parser
 
     if name == "evaluate":
         return evaluation_parser()

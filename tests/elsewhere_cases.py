@@ -177,8 +177,8 @@ def trained(folder, on_log=None, **settings):
         *(
             pytest.param(more, marks=pytest.mark.slow)
             for more in (
-                {"schedule": "adaptive", "gradient_accumulation_steps": 2, "group_lasso": 0.1},
-                {"mechanism": "mlp", "schedule": "adaptive", "l2": 0.1},
+                {"gradient_accumulation_steps": 2, "group_lasso": 0.1},
+                {"mechanism": "mlp", "l2": 0.1},
                 {
                     "mechanism": "mlp",
                     "schedule": "single",

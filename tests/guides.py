@@ -25,7 +25,7 @@ import pytest
 from conftest import TINY
 
 from hf_intervene import cli
-from hf_intervene.trainer.settings import parse_arguments
+from hf_intervene.trainer.parsing import parse_arguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from PIL import Image
 from hf_intervene import bundled, cli, evaluation, trainer
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.trainer import feeding, loop, run_folder
-from hf_intervene.trainer.settings import make_parser as train_parser
+from hf_intervene.trainer.parsing import make_parser as train_parser
 from hf_intervene.training import pretrain, reproduce
 from hf_intervene.training.benchmarks import benchmark
 from hf_intervene.training.studies import (

@@ -28,7 +28,7 @@ from hf_intervene.evaluation import setup as evaluation_setup
 from hf_intervene.evaluation.content import measure_counterfactuals
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.metrics.detector import train_context_detector
-from hf_intervene.trainer.settings import SETTINGS_VERSION
+from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.simulated import SIMULATED, held_out_on_demand
 from hf_intervene.training.studies import ablation
 
@@ -446,7 +446,7 @@ def test_the_demo_knows_the_data_sets_of_its_option():
     for name, shown in demo.DEMONSTRATIONS.items():
         data = SIMULATED[name]
         for settings in (shown.light, shown.pretrained):
-            assert trainer.TrainArguments(**settings).dataset == name
+            assert trainer.TrainArguments(**settings).data.dataset == name
         assert shown.edits[0] == "obs" and shown.pair in data.held_out
         assert set(shown.edits) <= {*data.contexts, *data.held_out}
         assert (ROOT / "training" / "configs" / shown.better[0]).exists()
@@ -478,7 +478,7 @@ def test_an_interrupted_demo_goes_on(quick_demo, tmp_path, monkeypatch, capsys):
     argv = ["demo", "--output", str(tmp_path)]
 
     def interrupted(arguments, **options):
-        Path(arguments.output_dir).mkdir()
+        Path(arguments.run.output_dir).mkdir()
         return trainer.TrainResult(None, 1, float("inf"), "bits per pixel", interrupted=True)
 
     with monkeypatch.context() as patch:

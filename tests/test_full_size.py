@@ -27,7 +27,7 @@ from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
 from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
-from hf_intervene.trainer.settings import fast_bf16
+from hf_intervene.trainer.sections import fast_bf16
 from hf_intervene.training.benchmarks import bases as benchmark
 
 

@@ -189,9 +189,9 @@ def test_a_checkpoint_of_before_goes_on_with_the_split_of_before(settings, tmp_p
 
 def test_auto_is_the_precision_that_it_was(settings, tmp_path, monkeypatch, capsys):
     settings |= {"mixed_precision": "auto"}
-    monkeypatch.setattr("hf_intervene.trainer.settings.fast_bf16", lambda: False)
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: False)
     trainer.train(TrainArguments(**settings))
-    monkeypatch.setattr("hf_intervene.trainer.settings.fast_bf16", lambda: True)
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: True)
     assert go_on(settings).step == 4
     assert "going on in the precision no" in capsys.readouterr().err
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]

@@ -159,7 +159,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, kills, steps, seed):
     settings = (
         TINY
         | every
-        | {"max_steps": steps, "patience": 1000, "ema_decay": 0.9, "schedule": "adaptive"}
+        | {"max_steps": steps, "patience": 1000, "ema_decay": 0.9, "schedule": "single"}
     )
     whole, killed = (
         {**settings, "output_dir": str(tmp_path / name)} for name in ("whole", "killed")

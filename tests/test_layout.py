@@ -3,6 +3,9 @@
 import ast
 from pathlib import Path
 
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_intervene"
@@ -37,6 +40,15 @@ def imported(path: Path, statements: list[ast.stmt] | None = None) -> set[str]:
     return {x for x in found if x.partition(".")[0] == "hf_intervene"}
 
 
+def test_the_loop_reads_from_top_to_bottom():
+    """No long function, and none that writes the variables of another one."""
+    tree = ast.parse((PACKAGE / "trainer" / "loop.py").read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 5
+    assert not {f.name for f in functions if f.end_lineno - f.lineno >= 80}
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Nonlocal, ast.Global))]
+
+
 def test_the_package_imports_nothing_of_the_recipes():
     wrong = {
         f"{name} imports {other}"
@@ -48,3 +60,37 @@ def test_the_package_imports_nothing_of_the_recipes():
     # and such an import would be seen
     recipe = ROOT / "training" / "reproduce.py"
     assert any(name.startswith("hf_intervene.training") for name in imported(recipe))
+
+
+def module_level(statements: list[ast.stmt]) -> list[ast.stmt]:
+    """The imports that run when a module is imported: not those of functions, nor those that type
+    checkers alone see.
+    """
+    found = []
+    for node in statements:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            found += module_level(node.body) + module_level(node.orelse)
+        elif isinstance(node, (ast.Try, ast.With, ast.For)):
+            found += module_level(node.body)
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that import each other."""
+    names = sorted(graph)
+    edges = [[a in graph[b] for a in names] for b in names]
+    number, labels = connected_components(csr_array(edges), connection="strong")
+    groups = [{names[i] for i in (labels == k).nonzero()[0]} for k in range(number)]
+    return [group for group in groups if len(group) > 1]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {
+        name: imported(path, module_level(ast.parse(path.read_text()).body)) & MODULES.keys()
+        for name, path in MODULES.items()
+    }
+    assert sum(map(len, graph.values())) > 100
+    assert not circles(graph)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]

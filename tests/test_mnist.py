@@ -19,7 +19,7 @@ from hf_intervene import evaluation, trainer
 from hf_intervene.data import load_digits, load_mnist, mnist
 from hf_intervene.data.digits import read_idx
 from hf_intervene.trainer import simulated
-from hf_intervene.trainer.settings import shared_settings
+from hf_intervene.trainer.parsing import shared_settings
 from hf_intervene.training import pretrain
 
 

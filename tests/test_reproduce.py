@@ -79,7 +79,7 @@ def test_rows_that_need_the_base_bring_it(tmp_path):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
-    from hf_intervene.trainer.settings import parse_arguments
+    from hf_intervene.trainer.parsing import parse_arguments
 
     chosen = TABLES[table]
     for (row, _), job in reproduce.plan(
@@ -89,7 +89,7 @@ def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
         settings = parse_arguments(words)
         assert (
             script == "train.py"
-            and settings.dataset == chosen.dataset
+            and settings.data.dataset == chosen.dataset
             and settings.variant == chosen.variant
         )
         assert {name: getattr(settings, name) for name in chosen.rows[row] if name != "base"} == {

@@ -26,7 +26,7 @@ from PIL import Image
 
 from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
-from hf_intervene.trainer import loop, run_folder, stopping
+from hf_intervene.trainer import loop, run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.stopping import Stop
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
 
 
 def test_what_the_launcher_was_told_about_precision(monkeypatch):
-    monkeypatch.setattr("hf_intervene.trainer.settings.fast_bf16", lambda: False)
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: False)
     for launched_with, setting, expected in (
         ("bf16", "auto", "bf16"),
         ("fp16", "auto", "fp16"),
@@ -228,7 +228,7 @@ def test_what_the_launcher_was_told_about_precision(monkeypatch):
         ("bf16", "no", "no"),
     ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-        assert TrainArguments(mixed_precision=setting).precision == expected
+        assert TrainArguments(mixed_precision=setting).run.precision == expected
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(200, True), (3, False)])
@@ -292,7 +292,7 @@ def test_a_run_that_prepares_data_ends_at_once_and_goes_on(
         "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
         "launcher": ended.set,
     }
-    interrupted_while(monkeypatch, loop, "load_data", happens[how])
+    interrupted_while(monkeypatch, state, "load_data", happens[how])
     argv = script(tmp_path, max_steps=2)[1:]
     began = time.monotonic()
     assert trainer.main(argv) == 130

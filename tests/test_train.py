@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from hf_intervene import InterventionModel, logging, trainer
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
 from hf_intervene.trainer.command import main
+from hf_intervene.trainer.earlier import SETTINGS_VERSION
+from hf_intervene.trainer.parsing import make_parser
 from hf_intervene.trainer.resuming import check_same
-from hf_intervene.trainer.settings import SETTINGS_VERSION
+from hf_intervene.trainer.settings import SECTIONS
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +89,7 @@ def assert_same(a, b, **tolerance):
             assert torch.equal(a[key], b[key]), key
 
 
-@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
+@pytest.mark.parametrize("schedule", ["balanced", "single"])
 def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatch):
     settings = tiny | {"ema_decay": 0.9, "schedule": schedule}
     run(settings)
@@ -133,7 +135,7 @@ def test_accumulation_does_not_change_the_result(tiny, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")]
+    ("schedule", "regime"), [("balanced", "fine-tune"), ("proportional", "end-to-end")]
 )
 def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     settings = tiny | {
@@ -174,12 +176,35 @@ def test_script_options_override_the_configuration(tmp_path):
     arguments = parse_arguments(
         ["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"]
     )
-    assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (
-        1e-4,
-        8,
-        ["a", "b"],
-    )
-    assert arguments.block_out_channels == [4, 6] and arguments.ema_decay is None
+    optimization = arguments.optimization
+    assert (optimization.learning_rate, optimization.batch_size) == (1e-4, 8)
+    assert arguments.data.concepts == ["a", "b"] and optimization.ema_decay is None
+    assert arguments.base.block_out_channels == [4, 6]
+
+
+def test_settings_in_sections_are_the_same_as_by_their_names_alone(tmp_path):
+    sections = {
+        "data": {"dataset": "mnist"},
+        "base": {"base": "a/b", "regime": "lora"},
+        "head": {"free_blocks": 2},
+        "optimization": {"learning_rate": "1e-4", "epochs": 3},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(sections | {"seed": 4}))
+    alone = {name: value for inside in sections.values() for name, value in inside.items()}
+    expected = TrainArguments(**alone, seed=4)
+    assert parse_arguments(["--config", str(tmp_path / "c.yaml")]) == expected
+    assert TrainArguments(**sections, seed=4) == expected and expected.data.dataset == "mnist"
+    assert replace(expected, seed=5).flat() == expected.flat() | {"seed": 5}
+    assert TrainArguments(**expected.flat()) == expected
+
+
+def test_the_help_shows_options_by_sections_each_with_a_word_about_it():
+    parser = make_parser()
+    shown = {group.title: group._group_actions for group in parser._action_groups}
+    for section in SECTIONS.values():
+        options = {action.dest: action for action in shown[section.title]}
+        assert set(options) == {field.name for field in fields(section)}
+        assert all(action.help for action in options.values())
 
 
 @pytest.mark.parametrize(
@@ -389,10 +414,7 @@ def options(settings):
         ({"posterior": "whitened"}, "posterior whitened is no longer trained with"),
         ({"moment_matching": 1.0}, "unknown option --moment_matching: versions before 0.2 had it"),
         ({"intervention_rank": 2}, 'choose mechanism="mlp"'),
-        (
-            {"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2},
-            "replays CUDA graphs",
-        ),
+        ({"compile": True}, "unknown option --compile: versions before 0.2 had it"),
     ],
 )
 def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
@@ -410,6 +432,9 @@ def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
         ("block_out_channels: [32, wide]", "block_out_channels must be of type list[int]"),
         ("concepts: smile", "concepts must be of type"),
         ("sample_matching: 0.4", "unknown setting 'sample_matching': versions before 0.2 had it"),
+        ("head: {beta: 2}", "beta is a setting of the section objective, not of head"),
+        ("head: {beta_: 2}", "unknown setting 'beta_': did you mean beta"),
+        ("head: 2", "head is a section, and must hold settings"),
         ("- a", "must hold"),
         ("a: [", "not valid YAML"),
     ],
@@ -435,19 +460,13 @@ def test_a_folder_with_another_run(tiny, capsys):
 
 
 def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
-    now = asdict(TrainArguments())
+    now = TrainArguments().flat()
     before = {name: value for name, value in now.items() if name != "mnist_digits"}
     state = {"settings": before, "settings_version": SETTINGS_VERSION}
-    check_same(TrainArguments(resume="auto"), now, state, None, {}, Path("step-1"))
+    check_same(TrainArguments(resume="auto"), state, None, {}, Path("step-1"))
     with pytest.raises(ValueError, match="mnist_digits was 'bundled', is 'elsewhere'"):
-        check_same(
-            TrainArguments(resume="auto"),
-            now | {"mnist_digits": "elsewhere"},
-            state,
-            None,
-            {},
-            Path("step-1"),
-        )
+        changed = TrainArguments(resume="auto", mnist_digits="elsewhere")
+        check_same(changed, state, None, {}, Path("step-1"))
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):

@@ -21,8 +21,8 @@ from hf_intervene.data.digits import BUNDLED
 from hf_intervene.errors import spoken
 from hf_intervene.options import READING, add_reading_options, seed, whole_number
 from hf_intervene.trainer.checkpoints import atomic_folder, check_empty
+from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.trainer.pretraining import observational_images, pretrain, pretrain_diffusion
-from hf_intervene.trainer.settings import RecipeParser
 from hf_intervene.trainer.stopping import stops_at_once
 
 

@@ -23,7 +23,7 @@ from hf_intervene.data import load_digits
 from hf_intervene.errors import spoken
 from hf_intervene.metrics.transport import directions
 from hf_intervene.trainer.checkpoints import check_writable, write_whole
-from hf_intervene.trainer.settings import RecipeParser
+from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.training.studies.baseline_losses import beta_tcvae
 from hf_intervene.training.studies.baselines import BASELINES, GRID
 from hf_intervene.training.studies.jobs import (

@@ -21,7 +21,7 @@ from ..options import add_reading_options, seed, whole_number
 from ..plots import floor_chart, save
 from ..trainer.checkpoints import check_writable, write_whole
 from ..trainer.distributed import process_state
-from ..trainer.settings import RecipeParser
+from ..trainer.parsing import RecipeParser
 from ..trainer.stopping import stops_at_once
 from .content import factor_effects
 from .held_out import held_out_images, load_model, reading_of, training_split

@@ -4,7 +4,6 @@ nothing else is said."""
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from ..logging import get_logger
 from ..model import InterventionModel
 from ..options import READING
 from ..trainer.distributed import process_state
-from ..trainer.settings import TrainArguments, check_reading, earlier_defaults
+from ..trainer.earlier import earlier_defaults
+from ..trainer.settings import TrainArguments, check_reading
 from ..trainer.simulated import SIMULATED, held_out_on_demand
 
 
@@ -127,7 +127,7 @@ def _trained_with(folder: str) -> dict:
     saved = read_settings(folder)
     if saved:
         saved = earlier_defaults(saved.get("settings_version", 0), folder) | saved
-    return asdict(TrainArguments()) | saved
+    return TrainArguments().flat() | saved
 
 
 def reading_of(arguments: argparse.Namespace) -> tuple[dict[str, str], bool]:

@@ -8,13 +8,13 @@ import numpy as np
 
 from ..data import ContextImages, load_contexts
 from ..metrics.detector import train_context_detector, train_detector
-from ..trainer.settings import TrainArguments
+from ..trainer.sections import DataSettings
 from ..trainer.simulated import SIMULATED
 
 
 # Of each context, unless said otherwise: by default the images of the training, which may be in a
 # cache.
-DETECTOR_IMAGES, TWIN_IMAGES = TrainArguments.images_per_context, 256
+DETECTOR_IMAGES, TWIN_IMAGES = DataSettings.images_per_context, 256
 
 
 def content_options(
@@ -79,7 +79,7 @@ def content_options(
         else:
             if simulated is not None:
                 images = simulated.training(
-                    detector_images, 1, TrainArguments.validation_fraction, 0
+                    detector_images, 1, DataSettings.validation_fraction, 0
                 )[0]
             elif split is None:
                 images = other_real

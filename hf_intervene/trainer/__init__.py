@@ -7,7 +7,8 @@ on; `feeding.py` the way of a batch to the device; `distributed.py` several proc
 from .building import build_model, build_objective, load_data
 from .command import main
 from .loop import TrainResult, train
-from .settings import TrainArguments, parse_arguments, read_config
+from .parsing import parse_arguments, read_config
+from .settings import TrainArguments
 
 
 __all__ = [

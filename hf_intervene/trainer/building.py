@@ -27,18 +27,25 @@ def load_data(
     """
     a = arguments
     several = accelerator is not None and accelerator.num_processes > 1
-    if a.dataset in SIMULATED:
-        simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
-        check_reading(a.dataset, a.reading)
-        if a.concepts is not None and a.concepts != list(simulated.concepts):
+    if a.data.dataset in SIMULATED:
+        simulated = SIMULATED[a.data.dataset](
+            a.data.resolution, a.data.channels, a.data.variant, a.data.mnist_digits
+        )
+        check_reading(a.data.dataset, a.data.reading)
+        if a.data.concepts is not None and a.data.concepts != list(simulated.concepts):
             raise ValueError(
-                f"{a.dataset} has the concepts {', '.join(simulated.concepts)}, all of them: leave"
-                " concepts out."
+                f"{a.data.dataset} has the concepts {', '.join(simulated.concepts)}, all of them:"
+                " leave concepts out."
             )
-        sizes = a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+        sizes = (
+            a.data.images_per_context,
+            a.data.validation_images,
+            a.data.validation_fraction,
+            a.data.data_seed,
+        )
         if several:
             train, validation = draw_together(
-                simulated, sizes, Path(a.output_dir, "drawn"), accelerator
+                simulated, sizes, Path(a.run.output_dir, "drawn"), accelerator
             )
         else:
             train, validation = (
@@ -49,15 +56,21 @@ def load_data(
         with ExitStack() as turns:
             # One process fills the cache, or one on each machine where they share no disk; the
             # others find it.
-            if several and a.image_cache:
+            if several and a.data.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
-            data = load_contexts(a.dataset, **a.reading)
+            data = load_contexts(a.data.dataset, **a.data.reading)
             data = ContextImages.from_dataset(
-                data, a.concepts, a.resolution, a.channels, cache_dir=a.image_cache
+                data,
+                a.data.concepts,
+                a.data.resolution,
+                a.data.channels,
+                cache_dir=a.data.image_cache,
             )
-        train, validation = data.split(a.validation_fraction, a.data_seed, a.split_by)
-    if a.ablation == "base":
+        train, validation = data.split(
+            a.data.validation_fraction, a.data.data_seed, a.data.split_by
+        )
+    if a.head.ablation == "base":
         return train.select(["obs"]), validation.select(["obs"])
     return train, validation
 
@@ -65,56 +78,61 @@ def load_data(
 def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionModel:
     """A new head on a new or a saved base."""
     a = arguments
-    if a.base == "light-vae":
+    if a.base.is_new:
         base = LightVAE(
             in_channels=data.image_shape[0],
             sample_size=data.image_shape[-1],
-            block_out_channels=tuple(a.block_out_channels),
-            hidden_width=a.hidden_width,
-            latent_width=a.latent_width,
-            norm=a.base_norm,
-            likelihood=a.likelihood,
+            block_out_channels=tuple(a.base.block_out_channels),
+            hidden_width=a.base.hidden_width,
+            latent_width=a.base.latent_width,
+            norm=a.base.base_norm,
+            likelihood=a.base.likelihood,
         )
     else:
         options = {
-            "embedding_width": a.latent_width,
-            "num_tokens": a.num_tokens,
-            "min_snr_gamma": a.min_snr_gamma,
+            "embedding_width": a.base.latent_width,
+            "num_tokens": a.base.num_tokens,
+            "min_snr_gamma": a.base.min_snr_gamma,
         }
-        options |= {} if a.class_label is None else {"class_label": a.class_label}
+        options |= {} if a.base.class_label is None else {"class_label": a.base.class_label}
         options |= {
-            "prompt": a.prompt,
+            "prompt": a.base.prompt,
             "prompts": data.prompts,
-            "prompt_folder": Path(a.output_dir, "prepared", "prompts"),
+            "prompt_folder": Path(a.run.output_dir, "prepared", "prompts"),
         }
         base = load_base(
-            a.base,
+            a.base.base,
             data.image_shape[-1],
-            a.base_subfolder,
-            a.residual_layers,
-            a.image_encoder,
+            a.base.base_subfolder,
+            a.base.residual_layers,
+            a.base.image_encoder,
             **options,
         )
-    if a.base == "light-vae" and a.prompt:
+    if a.base.is_new and a.base.prompt:
         raise ValueError("prompt is for a pipeline with a text (--base): leave it out.")
     prompts = getattr(base, "prompts", None)
     if data.prompts is not None and prompts is None:
         logger.warning("the prompts of the images are not used: this base takes no text.")
-    if a.gradient_checkpointing and prompts is not None and len(prompts.shapes) > 1:
+    if a.base.gradient_checkpointing and prompts is not None and len(prompts.shapes) > 1:
         raise ValueError(
             "gradient_checkpointing does not go with prompts whose embeddings are of different"
             " lengths: leave one of them out."
         )
-    if a.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
+    if a.base.min_snr_gamma is not None and not (isinstance(base, Base) and base.denoises):
         raise ValueError(
             "min_snr_gamma weighs the noise levels of a denoiser, and this base is none: leave it"
             " out."
         )
-    ablation = None if a.ablation == "none" else a.ablation
-    model = InterventionModel.build(base, data.concepts, ablation, **a.head_options())
-    if a.regime == "lora":
-        add_lora(model.base.model, a.lora_rank)
-    if a.gradient_checkpointing:
+    lora = a.base.regime == "lora"
+    model = InterventionModel.build(
+        base,
+        data.concepts,
+        lora_rank=a.base.lora_rank if lora else 0,
+        **a.head.configuration(),
+    )
+    if lora:
+        add_lora(model.base.model, a.base.lora_rank)
+    if a.base.gradient_checkpointing:
         try:
             model.base.model.enable_gradient_checkpointing()
         except ValueError as error:
@@ -133,13 +151,13 @@ def build_objective(
     a, head = arguments, model.head
     if head is None:
         return Objective(model)
-    terms = [GroupLasso(a.group_lasso), L2(a.l2)]
+    terms = [GroupLasso(a.objective.group_lasso), L2(a.objective.l2)]
     if head.is_flow:
         contexts = model.seen(data.targets(model.config.free_blocks)).unique(dim=0)
         if len(contexts) > 1:
-            terms.append(ContextPrediction(a.context_prediction, contexts))
+            terms.append(ContextPrediction(a.objective.context_prediction, contexts))
             free = model.config.free_blocks * model.config.concept_width
-            if sharded and (a.edit_consistency or a.free_invariance):
+            if sharded and (a.objective.edit_consistency or a.objective.free_invariance):
                 # Blocks that FSDP gathers one at a time do not take a second pass with weights that
                 # are held, and it does not know of the parameters of terms.
                 logger.warning(
@@ -148,7 +166,9 @@ def build_objective(
                 )
                 return Objective(model, terms).to(model.device)
             if free:
-                terms.append(FreeInvariance(a.free_invariance, contexts, len(model.concepts), free))
+                terms.append(
+                    FreeInvariance(a.objective.free_invariance, contexts, len(model.concepts), free)
+                )
             if not model.base.denoises:  # its images take many steps
-                terms.append(EditConsistency(a.edit_consistency, model.noise_shape))
+                terms.append(EditConsistency(a.objective.edit_consistency, model.noise_shape))
     return Objective(model, terms).to(model.device)

@@ -27,7 +27,6 @@ FILES = (
     "terms",
     "ema",
     "optimizer",
-    "moments",
     "images",
 )  # a checkpoint may hold, each a file of tensors
 
@@ -212,25 +211,19 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     """Tensors and state as given to `save_checkpoint`.
 
     Raises:
-        OSError: one sentence: no checkpoint, truncated or corrupt, or older than what can be
-            resumed.
+        OSError: one sentence: no checkpoint, or it is truncated or corrupt.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         state = read_json(path / STATE_FILE)
-        names = state.get("files", ())
+        names = state["files"]
         if type(state["step"]) is not int or state["step"] < 0 or not set(names) <= set(FILES):
             raise ValueError("no checkpoint of this trainer")
         tensors = {name: load_file(path / f"{name}.safetensors") for name in names}
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise broken(path) from error
-    if "files" not in state:
-        raise OSError(
-            f"checkpoint {path} is of a version before 0.1, which cannot be resumed: start the run"
-            " anew elsewhere."
-        )
     return tensors, state
 
 

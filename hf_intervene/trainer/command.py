@@ -9,7 +9,7 @@ from ..errors import INTERRUPTED, spoken
 from ..logging import bars_on_terminals_only
 from .distributed import process_state
 from .loop import train
-from .settings import parse_arguments
+from .parsing import parse_arguments
 
 
 @spoken

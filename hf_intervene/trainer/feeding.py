@@ -6,7 +6,6 @@ No Python runs per sample, and nothing waits for the device. Images that fit int
 memory are put there once. Where they come from the host's memory or from a file, the next batch is
 fetched while the device works on this one."""
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,9 +21,6 @@ from .validation import step_generator, to_unit
 
 
 RESIDENT_SHARE = 0.5  # of the device's free memory that images may take
-DELAY = (
-    2  # steps after which an adaptive schedule hears of losses: so long the device may be behind
-)
 
 
 @dataclass
@@ -92,10 +88,10 @@ class Feed:
             prepared,
             schedule,
         )
-        self.seed, self.batch_size = arguments.seed, arguments.batch_size
+        self.seed, self.batch_size = arguments.optimization.seed, arguments.optimization.batch_size
         self.accumulation, self.prompt_dropout = (
-            arguments.gradient_accumulation_steps,
-            arguments.prompt_dropout,
+            arguments.optimization.gradient_accumulation_steps,
+            arguments.base.prompt_dropout,
         )
         self.rank, self.world, self.device = (
             accelerator.process_index,
@@ -110,20 +106,13 @@ class Feed:
         self.at_hand = (
             prepared is None and not data.mapped and data.stored.device.type == self.device.type
         )
-        # With the images in the memory of the device there is nothing to fetch ahead; and with
-        # losses still to come, nothing that could be.
-        self.pool = None if self.at_hand or schedule.kind == "adaptive" else ThreadPoolExecutor(1)
+        # With the images in the memory of the device there is nothing to fetch ahead.
+        self.pool = None if self.at_hand else ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future] | None = None
         self._state: dict | None = None  # of the schedule, before it drew ahead
-        self._losses: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; steps come in order."""
-        if len(self._losses) == DELAY:
-            ids, losses, copied = self._losses.popleft()
-            if copied is not None:
-                copied.synchronize()
-            self.schedule.update(ids, losses)
         if self._ahead is not None and self._ahead[0] == step:
             host = self._ahead[1].result()
         else:
@@ -136,8 +125,7 @@ class Feed:
                 self.pool.submit(self._fetch, step + 1, self.schedule.next_batch()),
             )
         indices = host.pop("indices")
-        self._ids = host.pop("ids")
-        ids = self._ids.to(self.device, non_blocking=True)
+        ids = host.pop("ids").to(self.device, non_blocking=True)
         own = {name: value.to(self.device, non_blocking=True) for name, value in host.items()}
         size, first = self.micro_batch, self.rank * self.micro_batch * self.accumulation
         parts = [
@@ -183,27 +171,9 @@ class Feed:
         images = self.data.images(part.pop("rows")) if "rows" in part else part.pop("images")
         return {"pixel_values": to_unit(images)} | part
 
-    def learn(self, losses: torch.Tensor) -> None:
-        """Tell the schedule the losses (B,) of the global batch at hand, if it asks for them; it
-        hears of them `DELAY` steps later.
-        """
-        if self.schedule.kind != "adaptive":
-            return
-        losses, copied = losses.detach().float(), None
-        if self.pins:
-            losses = torch.empty(losses.shape, pin_memory=True).copy_(losses, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._losses.append((self._ids, losses, copied))
-
     def state_dict(self) -> dict:
         """All that is needed to go on, JSON as it is."""
-        losses = []
-        for ids, values, copied in self._losses:
-            if copied is not None:
-                copied.synchronize()
-            losses.append([ids.tolist(), values.tolist()])
-        return {"schedule": self._state or self.schedule.state_dict(), "losses": losses}
+        return {"schedule": self._state or self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken.
@@ -212,20 +182,6 @@ class Feed:
             ValueError: the state is of another kind of schedule or of other data, or corrupt.
         """
         self.schedule.load_state_dict(state["schedule"])
-        self._losses.clear()
-        try:
-            for ids, values in state.get("losses", []):  # the first checkpoints had none
-                self._losses.append(
-                    (
-                        torch.tensor(ids, dtype=torch.int64),
-                        torch.tensor(values, dtype=torch.float32),
-                        None,
-                    )
-                )
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                "the state of the schedule holds no losses that can be read: it is corrupt."
-            ) from error
 
     def close(self) -> None:
         if self.pool is not None:

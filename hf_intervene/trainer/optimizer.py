@@ -41,28 +41,31 @@ def build_optimizer(
         ValueError: muon for weights that processes share.
     """
     a = arguments
-    if a.optimizer == "muon" and weights.partitioned:
+    if a.optimization.optimizer == "muon" and weights.partitioned:
         raise ValueError(
             "optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP."
         )
-    muon = a.optimizer == "muon" or (
-        a.optimizer == "auto" and a.base == "light-vae" and not weights.partitioned
+    muon = a.optimization.optimizer == "muon" or (
+        a.optimization.optimizer == "auto" and a.base.is_new and not weights.partitioned
     )
     matrices = {p for p in parameters if muon and p in of_base and p.ndim > 1}
     rest = [p for p in parameters if p not in matrices]
-    rate, base_rate = a.learning_rate, a.base_learning_rate or a.learning_rate
+    rate, base_rate = (
+        a.optimization.learning_rate,
+        a.optimization.base_learning_rate or a.optimization.learning_rate,
+    )
     groups = [g | {"peak": rate} for g in weights.groups([p for p in rest if p not in of_base])]
     groups += [g | {"peak": base_rate} for g in weights.groups([p for p in rest if p in of_base])]
     # Fused updates skip steps that fp16 had to throw away by themselves; Muon leaves that to the
     # gradient scaler.
     options: dict[str, Any] = {
-        "weight_decay": a.weight_decay,
+        "weight_decay": a.optimization.weight_decay,
         "fused": not matrices or weights.accelerator.scaler is None,
     }
     if not matrices:
         return torch.optim.AdamW(groups, **options)
     in_turn = [p for p in parameters if p in matrices]  # a set has no order
-    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if a.run.precision == "bf16" else torch.float32
     return MuonAdamW(
         [*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options
     )

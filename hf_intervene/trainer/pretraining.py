@@ -26,7 +26,8 @@ from ..contexts import OBS
 from ..data import ContextImages, load_contexts
 from ..data.digits import BUNDLED
 from .distributed import process_state
-from .settings import check_reading, fast_bf16
+from .sections import fast_bf16
+from .settings import check_reading
 from .simulated import SIMULATED
 
 

@@ -1,7 +1,6 @@
 """What a run goes on from: which checkpoint, with which settings, and on which images."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,17 +16,17 @@ from .checkpoints import (
     load_checkpoint,
     newest_checkpoint,
 )
-from .settings import (
-    RUNNING,
-    STEERING,
-    TrainArguments,
-    earlier_defaults,
-    of_today,
-)
+from .earlier import earlier_defaults, of_today
+from .parsing import RUNNING
+from .sections import DataSettings
+from .settings import TrainArguments
 from .simulated import SIMULATED
 
 
 logger = get_logger(__name__)
+# Settings that may change where a run goes on from a checkpoint that was named, as after a loss
+# that was not finite.
+STEERING = {"learning_rate", "base_learning_rate", "max_grad_norm", "mixed_precision"}
 STALE = "earlier-"  # before the name of a checkpoint of a line that was left
 
 
@@ -37,7 +36,7 @@ def as_resumed(arguments: TrainArguments, out: Path) -> TrainArguments:
     read, of the checkpoint that is going to be resumed."""
     a = arguments
     paths = {"none": [], "auto": reversed(checkpoints(out / "checkpoints"))}.get(
-        a.resume, [Path(a.resume)]
+        a.run.resume, [Path(a.run.resume)]
     )
     for path in paths:
         try:
@@ -47,20 +46,18 @@ def as_resumed(arguments: TrainArguments, out: Path) -> TrainArguments:
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it is broken, which is said when it is loaded
-        if saved.get("split_by") == "position" and a.split_by == TrainArguments.split_by:
-            a = replace(a, split_by="position")
+        if saved.get("split_by") == "position" and a.data.split_by == DataSettings.split_by:
+            a = TrainArguments(**a.flat() | {"split_by": "position"})
         precision = state.get("precision")
-        if a.mixed_precision == "auto" == saved.get("mixed_precision") and precision not in (
-            None,
-            a.precision,
-        ):
+        auto = a.run.mixed_precision == "auto" == saved.get("mixed_precision")
+        if auto and precision not in (None, a.run.precision):
             logger.warning(
                 "going on in the precision %s, in which %s was trained; here auto would be %s.",
                 precision,
                 path,
-                a.precision,
+                a.run.precision,
             )
-            a = replace(a, mixed_precision=precision)
+            a = TrainArguments(**a.flat() | {"mixed_precision": precision})
         break
     return a
 
@@ -72,9 +69,9 @@ def resumed(arguments: TrainArguments, out: Path) -> tuple[Path, dict, dict] | N
     Raises:
         OSError: one sentence: there is none, or none that can be read.
     """
-    if arguments.resume == "none":
+    if arguments.run.resume == "none":
         return None
-    if arguments.resume == "auto":
+    if arguments.run.resume == "auto":
         found = newest_checkpoint(out / "checkpoints")
         if found is None and checkpoints(out / "checkpoints"):
             raise OSError(
@@ -82,12 +79,11 @@ def resumed(arguments: TrainArguments, out: Path) -> tuple[Path, dict, dict] | N
                 " another output_dir."
             )
         return found
-    return Path(arguments.resume), *load_checkpoint(arguments.resume)
+    return Path(arguments.run.resume), *load_checkpoint(arguments.run.resume)
 
 
 def check_same(
     arguments: TrainArguments,
-    now: Mapping,
     state: Mapping,
     images: Mapping[str, torch.Tensor] | None,
     data: Mapping,
@@ -97,7 +93,6 @@ def check_same(
 
     Args:
         arguments: the settings.
-        now: the same as JSON.
         state: of the checkpoint.
         images: fingerprints of the images it was trained and validated on; `None`: it has none.
         data: those of now, empty for data that are drawn by a seed.
@@ -106,11 +101,10 @@ def check_same(
     Raises:
         ValueError: one sentence.
     """
-    before = asdict(TrainArguments()) | of_today(
-        state["settings"], state.get("settings_version", 0), str(path)
-    )
+    now, saved = arguments.flat(), state["settings"]
+    before = TrainArguments().flat() | of_today(saved, state.get("settings_version", 0), str(path))
     free = RUNNING | {"initial_posterior_std"}  # how a run started matters no more
-    if arguments.resume != "auto":  # named on purpose: another way from there
+    if arguments.run.resume != "auto":  # named on purpose: another way from there
         free = free | STEERING
     if before["mixed_precision"] == "auto" and now["mixed_precision"] == state.get("precision"):
         free = free | {"mixed_precision"}
@@ -153,7 +147,7 @@ def image_marks(
     """Fingerprints of the images of a run, by part and context; empty for data that are drawn by a
     seed.
     """
-    if arguments.dataset in SIMULATED:
+    if arguments.data.dataset in SIMULATED:
         return {}
     parts = {"train": train, "validation": validation}
     return {

@@ -19,7 +19,7 @@ from ..data import ContextImages, avatars, ident3d, load_digits, mnist, quad
 from ..data.digits import SIDE, Digits
 from ..data.mapped import MappedFile
 from ..data.requests import split_rows, whole_numbers
-from .settings import TrainArguments
+from .sections import DataSettings
 
 
 # Training and validation use the seeds from 0 on.
@@ -45,8 +45,8 @@ class Simulated:
 
     resolution: int
     channels: int
-    variant: str = TrainArguments.variant
-    mnist_digits: str = TrainArguments.mnist_digits
+    variant: str = DataSettings.variant
+    mnist_digits: str = DataSettings.mnist_digits
 
     concepts = contexts = held_out = ()
 

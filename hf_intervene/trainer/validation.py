@@ -164,15 +164,17 @@ def sample_grid(
     """
     model.eval()
     held_out = (
-        SIMULATED[a.dataset].held_out if a.dataset in SIMULATED and len(data.contexts) > 1 else ()
+        SIMULATED[a.data.dataset].held_out
+        if a.data.dataset in SIMULATED and len(data.contexts) > 1
+        else ()
     )
     contexts = [*data.contexts, *held_out]
-    noise = torch.randn(8, *model.noise_shape, generator=step_generator(a.seed, 0)).to(
+    noise = torch.randn(8, *model.noise_shape, generator=step_generator(a.optimization.seed, 0)).to(
         accelerator.device
     )
 
     def samples(context: str) -> list:
-        generator = torch.Generator().manual_seed(a.seed)
+        generator = torch.Generator().manual_seed(a.optimization.seed)
         return model.sample(
             context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20
         )

@@ -18,7 +18,8 @@ from hf_intervene.data import ContextImages, quad
 from hf_intervene.data.images import MIN_IMAGES
 from hf_intervene.trainer.building import build_objective
 from hf_intervene.trainer.pretraining import new_autoencoder, new_unet
-from hf_intervene.trainer.settings import REGIMES, TrainArguments, fast_bf16
+from hf_intervene.trainer.sections import REGIMES, BaseSettings, fast_bf16
+from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.training.benchmarks.tools import (
     Conditions,
     alternate,
@@ -67,8 +68,8 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 def head_on(
     base: nn.Module, ablation: str | None = None, settings: TrainArguments | None = None
 ) -> InterventionModel:
-    options = (settings or TrainArguments()).head_options()
-    return InterventionModel.build(base, quad.CONCEPTS, ablation=ablation, **options).train()
+    options = (settings or TrainArguments()).head.configuration() | {"ablation": ablation}
+    return InterventionModel.build(base, quad.CONCEPTS, **options).train()
 
 
 def mixed(model: InterventionModel, batch_size: int) -> torch.Tensor:
@@ -304,7 +305,7 @@ def full_size_step(
     with device:
         model = head_on(AutoencoderKL(**config))
         if regime == "lora":
-            add_lora(model.base.model, TrainArguments().lora_rank)
+            add_lora(model.base.model, BaseSettings.lora_rank)
         elif regime == "frozen":
             model.base.trainable(False)
         step = model_step(model, 1)

@@ -20,7 +20,7 @@ import torch
 from hf_intervene.errors import spoken
 from hf_intervene.logging import bars_on_terminals_only
 from hf_intervene.trainer.checkpoints import check_writable, write_whole
-from hf_intervene.trainer.settings import RecipeParser
+from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.training.benchmarks.tools import Conditions, machine
 
 
@@ -76,11 +76,6 @@ BENCHMARKS = {
         "textbook:utilisation",
         "what train.py computes a second, over what a matrix product does; light VAE, 64x64,"
         " batch 64",
-    ),
-    "variants": Benchmark(
-        "textbook:variants",
-        "train.py with settings that may make it faster, against its defaults",
-        long=True,
     ),
     "textbook-quality": Benchmark(
         "textbook:quality",

@@ -42,7 +42,7 @@ def feeding(data: ContextImages, batch_size: int) -> Callable[[], None]:
         Objective(model),
         data,
         None,
-        ContextSchedule(data.context_ids, a.schedule, batch_size),
+        ContextSchedule(data.context_ids, a.data.schedule, batch_size),
         a,
         PartialState(cpu=Conditions.device.type == "cpu"),
     )
@@ -86,7 +86,7 @@ def processes(rounds: int, steps: int = 5, **settings) -> dict:
     """The trainer in one process and in two of one thread each, each on a core of its own: with the
     same batch in total, and with the same in each process."""
     settings = SETTINGS | {"resolution": 64} | settings
-    batch_size = TrainArguments(**settings).batch_size
+    batch_size = TrainArguments(**settings).optimization.batch_size
     started = {
         "one": (1, batch_size),
         "two": (2, batch_size),
@@ -128,7 +128,7 @@ def _launched(number: int, settings: dict, steps: int) -> float:
             env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         )
         seconds = json.loads(Path(folder, "seconds.json").read_text())
-    return steps * TrainArguments(**job).batch_size / float(np.median(seconds))
+    return steps * TrainArguments(**job).optimization.batch_size / float(np.median(seconds))
 
 
 def _process(folder: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, LightVAE
 from hf_intervene.metrics.transport import directions, project, sliced_w2
-from hf_intervene.trainer.settings import TrainArguments, fast_bf16
+from hf_intervene.trainer.sections import HeadSettings, fast_bf16
 from hf_intervene.training.benchmarks.bases import head_on
 from hf_intervene.training.benchmarks.tools import Conditions, alternate, figure, summary
 
@@ -51,7 +51,7 @@ def _functions_of(d: int, batch_size: int) -> dict[tuple[str, int], Callable[[],
     targets = torch.cat([torch.zeros(1, d + 1), torch.eye(d, d + 1)])[
         torch.arange(batch_size) % (d + 1)
     ]
-    z = torch.randn(batch_size, d + 1, TrainArguments().noise_width, requires_grad=True)
+    z = torch.randn(batch_size, d + 1, HeadSettings.noise_width, requires_grad=True)
     for kind, rank in (("full", None), ("low_rank", RANK)):
         head = InterventionHead(InterventionConfig(concepts=names, intervention_rank=rank))
         forward = partial(_embedding, head, z, targets)

@@ -25,7 +25,9 @@ from hf_intervene.evaluation import load_model
 from hf_intervene.metrics import bits_per_pixel
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.trainer.loop import train
-from hf_intervene.trainer.settings import TrainArguments, read_config
+from hf_intervene.trainer.parsing import read_config
+from hf_intervene.trainer.sections import BaseSettings, HeadSettings
+from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.simulated import Quad
 from hf_intervene.training.benchmarks.bases import head_on, mixed
 from hf_intervene.training.benchmarks.tools import (
@@ -46,7 +48,7 @@ SETTINGS = {
     "validation_images": 8,
     "tracker": "none",
 }
-BLOCKS = len(quad.CONCEPTS) + TrainArguments.free_blocks
+BLOCKS = len(quad.CONCEPTS) + HeadSettings.free_blocks
 
 
 class DenseMaskedHead(nn.Module):
@@ -98,10 +100,10 @@ class DenseMaskedHead(nn.Module):
 
 class TextbookVAE(nn.Module):
     def __init__(
-        self, resolution: int, noise_width: int = 32, width: int = TrainArguments.concept_width
+        self, resolution: int, noise_width: int = 32, width: int = HeadSettings.concept_width
     ):
         super().__init__()
-        self.vae = LightVAE(sample_size=resolution, likelihood=TrainArguments.likelihood)
+        self.vae = LightVAE(sample_size=resolution, likelihood=BaseSettings.likelihood)
         self.vae.quant.requires_grad_(False)  # the readout stands in its place
         self.readout = nn.Linear(self.vae.config.hidden_width, 2 * BLOCKS * noise_width)
         self.head = DenseMaskedHead(BLOCKS, noise_width, width, self.vae.config.latent_width)
@@ -185,7 +187,7 @@ class Textbook:
 def plain_loop(turns: Turns, settings: dict, steps: int) -> None:
     """A contestant: so many steps of the textbook a round."""
     a = TrainArguments(**settings)
-    loop = Textbook(training_images(a)[0], a.batch_size, a.beta)
+    loop = Textbook(training_images(a)[0], a.optimization.batch_size, a.objective.beta)
     loop.step()
     while True:
         turns.next()
@@ -212,8 +214,11 @@ def trainer(turns: Turns, settings: dict, steps: int) -> None:
 
 def training_images(a: TrainArguments) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Those of the trainer, by context."""
-    return Quad(a.resolution, 3, a.variant).training(
-        a.images_per_context, a.validation_images, a.validation_fraction, a.data_seed
+    return Quad(a.data.resolution, 3, a.data.variant).training(
+        a.data.images_per_context,
+        a.data.validation_images,
+        a.data.validation_fraction,
+        a.data.data_seed,
     )
 
 
@@ -223,7 +228,7 @@ def textbook(rounds: int, steps: int = 3, **settings) -> dict:
         {"textbook": (plain_loop, (settings, steps)), "trainer": (trainer, (settings, steps))},
         rounds,
     )
-    images = steps * TrainArguments(**settings).batch_size
+    images = steps * TrainArguments(**settings).optimization.batch_size
     gain = summary(found["textbook"].seconds, found["trainer"].seconds, "speedup")
     return {
         name: rate(images, outcome.seconds) | {"peak_gib": outcome.peak_gib}
@@ -241,10 +246,10 @@ def utilisation(rounds: int, steps: int = 3, side: int | None = None, **settings
     a = TrainArguments(**settings)
     contestants = {
         "trainer": (trainer, (settings, steps)),
-        "product": (repeat, (_product, side, a.precision == "bf16")),
+        "product": (repeat, (_product, side, a.run.precision == "bf16")),
     }
     found = contest(contestants, rounds)
-    images, gflop_an_image = steps * a.batch_size, _operations(a) / 1e9
+    images, gflop_an_image = steps * a.optimization.batch_size, _operations(a) / 1e9
     work = {"trainer": images * gflop_an_image, "product": 2 * side**3 / 1e9}
     each = {
         name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()
@@ -268,33 +273,14 @@ def _product(side: int, bf16: bool) -> Callable[[], None]:
 
 def _operations(a: TrainArguments) -> float:
     """Floating-point operations of the loss of an image and its gradient."""
-    model = head_on(LightVAE(sample_size=a.resolution), settings=a)
-    x, targets = torch.rand(a.batch_size, *model.base.image_shape), mixed(model, a.batch_size)
+    model = head_on(LightVAE(sample_size=a.data.resolution), settings=a)
+    x, targets = (
+        torch.rand(a.optimization.batch_size, *model.base.image_shape),
+        mixed(model, a.optimization.batch_size),
+    )
     with FlopCounterMode(display=False) as counter:
         model(x, targets).loss.backward()
-    return counter.get_total_flops() / a.batch_size
-
-
-VARIANTS = {
-    "channels_last": {"channels_last": True},
-    "compile": {"compile": True},
-    "compile, channels_last": {"compile": True, "channels_last": True},
-    "float32": {"mixed_precision": "no"},
-}
-
-
-def variants(rounds: int, steps: int = 3, chosen: dict[str, dict] = VARIANTS, **settings) -> dict:
-    settings = SETTINGS | settings
-    contestants = {"default": (trainer, (settings, steps))}
-    contestants |= {
-        name: (trainer, (settings | options, steps)) for name, options in chosen.items()
-    }
-    found = contest(contestants, rounds)
-    return {
-        name: summary(found["default"].seconds, outcome.seconds, "speedup")
-        | {"first_seconds": outcome.first_seconds, "peak_gib": outcome.peak_gib}
-        for name, outcome in found.items()
-    }
+    return counter.get_total_flops() / a.optimization.batch_size
 
 
 RECIPE = Path(__file__).parents[1] / "configs" / "reproduce" / "quad.yaml"
@@ -313,7 +299,7 @@ def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> d
         np.random.seed(seed)
         train_images, validation = training_images(a)
         started = Conditions.now()
-        loop = Textbook(train_images, a.batch_size, a.beta, steps)
+        loop = Textbook(train_images, a.optimization.batch_size, a.objective.beta, steps)
         for _ in range(steps):
             loop.step()
         taken = Conditions.now() - started
@@ -351,7 +337,7 @@ def quality(rounds: int, steps: int = 1312, images: int = 1280, **settings) -> d
         found[who]["time over the loop's"] = summary(
             *([row[0] for row in rows[which]] for which in (who, "textbook"))
         )
-    return found | {"images": steps * a.batch_size}
+    return found | {"images": steps * a.optimization.batch_size}
 
 
 @torch.no_grad()
@@ -371,7 +357,7 @@ def _distances(
     """Mean sliced Wasserstein distances of samples from held-out images: of the training contexts,
     and of pairs never seen.
     """
-    real, _ = Quad(a.resolution, 3, a.variant).held_out_images(images, a.data_seed)
+    real, _ = Quad(a.data.resolution, 3, a.data.variant).held_out_images(images, a.data.data_seed)
     found = {name: sliced_wasserstein(x, sample(name, len(x))) for name, x in real.items()}
     return tuple(
         float(np.mean([found[name] for name in names]))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hf_intervene.trainer.settings import fast_bf16
+from hf_intervene.trainer.sections import fast_bf16
 
 
 class Conditions:

@@ -28,7 +28,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +49,9 @@ from hf_intervene.posterior import gaussian_kl
 from hf_intervene.trainer.building import build_model, load_data
 from hf_intervene.trainer.checkpoints import atomic_folder, check_writable
 from hf_intervene.trainer.distributed import new_accelerator
-from hf_intervene.trainer.loop import learning_rate_factor, ramp
-from hf_intervene.trainer.settings import RecipeParser, TrainArguments, parse_arguments
+from hf_intervene.trainer.loop import beta_of, learning_rate_factor
+from hf_intervene.trainer.parsing import RecipeParser, parse_arguments
+from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.simulated import SIMULATED
 from hf_intervene.trainer.validation import model_inputs, step_noise, validation_loss
 from hf_intervene.training.studies.baseline_losses import (
@@ -92,7 +92,6 @@ FIXED = (
     "ablation",
     "gradient_accumulation_steps",
     "ema_decay",
-    "compile",
     "resume",
     "residual_layers",
 )
@@ -284,12 +283,12 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
         ValueError, FloatingPointError: one sentence: settings or data that do not fit, a loss that
             is not finite.
     """
-    default = TrainArguments()
+    given, default = a.flat(), TrainArguments().flat()
     for name in FIXED:
-        if getattr(a, name) != getattr(default, name):
+        if given[name] != default[name]:
             raise ValueError(
                 f"a baseline is a new light VAE, trained end to end: leave {name} at"
-                f" {getattr(default, name)!r}."
+                f" {default[name]!r}."
             )
     data, validation = load_data(a)
     missing = [name for name in (OBS, *data.concepts) if name not in data.contexts]
@@ -298,39 +297,47 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
             f"the data have no images of {', '.join(missing)} alone, which a baseline samples these"
             " contexts by."
         )
-    accelerator = new_accelerator(mixed_precision=a.precision)
-    torch.manual_seed(a.seed)
+    accelerator = new_accelerator(mixed_precision=a.run.precision)
+    torch.manual_seed(a.optimization.seed)
     model = new_baseline(a, baseline, data).to(accelerator.device)
     targets = data.targets().to(accelerator.device)  # (contexts, d)
     pairs = baseline == "ada-gvae"
     schedule = (Pairs if pairs else ContextSchedule)(
-        data if pairs else data.context_ids, a.schedule, a.batch_size, a.seed
+        data if pairs else data.context_ids,
+        a.data.schedule,
+        a.optimization.batch_size,
+        a.optimization.seed,
     )
-    per_epoch = max(1, round(len(data) / a.batch_size))
-    total = a.total_steps(len(data))
-    eval_every = a.eval_every or per_epoch
+    per_epoch = max(1, round(len(data) / a.optimization.batch_size))
+    total = a.optimization.total_steps(len(data))
+    eval_every = a.run.eval_every or per_epoch
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=a.learning_rate, weight_decay=a.weight_decay, fused=True
+        model.parameters(),
+        lr=a.optimization.learning_rate,
+        weight_decay=a.optimization.weight_decay,
+        fused=True,
     )
     optimizer = accelerator.prepare_optimizer(optimizer)
     best, waited, kept = math.inf, 0, None
     for step in tqdm(range(total), disable=None, desc=baseline):
         model.train()
         rows = schedule.next_batch()
-        noise = step_noise(model, a.seed, step, a.batch_size)["noise"].to(accelerator.device)
+        noise = step_noise(model, a.optimization.seed, step, a.optimization.batch_size)["noise"].to(
+            accelerator.device
+        )
         x = model_inputs(data, None, rows, accelerator.device)["pixel_values"]
         ids = data.context_ids[rows].to(accelerator.device)
-        beta = a.beta * ramp(step, a.beta_warmup * total)
+        beta = beta_of(a, step, total)
         for group in optimizer.param_groups:
-            group["lr"] = a.learning_rate * learning_rate_factor(a, step, total)
+            group["lr"] = a.optimization.learning_rate * learning_rate_factor(a, step, total)
         with accelerator.autocast():
             loss = model.objective(x, targets[ids], ids, noise, beta, weight, len(data))
         optimizer.zero_grad()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
+        accelerator.clip_grad_norm_(model.parameters(), a.optimization.max_grad_norm)
         optimizer.step()
         if (step + 1) % eval_every == 0 or step + 1 == total:
-            score = validation_loss(model, validation, None, a.seed + 1, accelerator)
+            score = validation_loss(model, validation, None, a.optimization.seed + 1, accelerator)
             if not math.isfinite(score):
                 raise FloatingPointError(
                     f"the loss at step {step + 1} is not finite: lower the learning rate or the"
@@ -339,7 +346,7 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
             waited += 1
             if score < best:
                 best, waited, kept = score, 0, copy.deepcopy(model.state_dict())
-            if waited >= a.patience:
+            if waited >= a.run.patience:
                 break
     model.load_state_dict(kept)
     if not model.conditional:
@@ -361,14 +368,16 @@ def references(a: TrainArguments, images: int) -> str:
         a: the settings: data and light VAE.
         images: of each context, a side.
     """
-    simulated = SIMULATED[a.dataset](a.resolution, a.channels, a.variant, a.mnist_digits)
+    simulated = SIMULATED[a.data.dataset](
+        a.data.resolution, a.data.channels, a.data.variant, a.data.mnist_digits
+    )
     real, other = simulated.held_out_images(images, 0)
     data, _ = load_data(a)
     shape = next(iter(real.values())).shape[1:]
     mean = (
         data.pixels.double().mean(0).permute(1, 2, 0).numpy().astype(np.float32) / 255
     )  # (H, W, C)
-    torch.manual_seed(a.seed)
+    torch.manual_seed(a.optimization.seed)
     model = new_baseline(a, "tvae", data).eval()
     untrained = model.sample(OBS, images, torch.Generator().manual_seed(0), output_type="np")
     rng = np.random.default_rng(0)
@@ -445,16 +454,14 @@ def run(
     if weight is not None and not weight >= 0:
         raise ValueError(f"weight must not be negative: {weight}.")
     weight = WEIGHTS.get(baseline, 0.0) if weight is None else weight
-    out = Path(a.output_dir)
+    out = Path(a.run.output_dir)
     settings = {
         "baseline": baseline,
         "weight": weight,
         "images": images,
         "held_out_seed": held_out_seed,
     }
-    settings |= json.loads(
-        json.dumps({key: value for key, value in asdict(a).items() if key != "output_dir"})
-    )
+    settings |= {key: value for key, value in a.flat().items() if key != "output_dir"}
     finished = out / "metrics" / "metrics.json"
     if finished.exists():
         metrics = json.loads(finished.read_text())
@@ -468,15 +475,17 @@ def run(
         check_writable(out / folder)
     if baseline == "beta-tcvae":
         beta_tcvae()  # now, not after the data are drawn
-    split = (a.validation_fraction, a.data_seed, a.split_by)
+    split = (a.data.validation_fraction, a.data.data_seed, a.data.split_by)
     started = time.perf_counter()
     model = train_baseline(a, baseline, weight)
     seconds = time.perf_counter() - started
     with atomic_folder(out / "model", ("*.json", "*.safetensors")) as folder:
         model.save(folder)
     channels, side, _ = model.base.image_shape
-    options = (side, channels, a.variant, split, a.mnist_digits)
-    real, other_real = held_out_images(a.dataset, model.concepts, images, held_out_seed, *options)
+    options = (side, channels, a.data.variant, split, a.data.mnist_digits)
+    real, other_real = held_out_images(
+        a.data.dataset, model.concepts, images, held_out_seed, *options
+    )
     metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed)
     metrics |= {"settings": settings, "seconds": seconds}
     metrics["versions"] = versions()

@@ -41,7 +41,8 @@ from hf_intervene.model import InterventionModel
 from hf_intervene.pixels import to_uint8
 from hf_intervene.plots import plot_matrices, save
 from hf_intervene.trainer.checkpoints import check_writable, write_whole
-from hf_intervene.trainer.settings import RecipeParser, TrainArguments
+from hf_intervene.trainer.parsing import RecipeParser
+from hf_intervene.trainer.sections import DataSettings
 from hf_intervene.trainer.simulated import HELD_OUT_SEED
 from hf_intervene.values import influence
 
@@ -79,7 +80,7 @@ def check_model(model: InterventionModel, folder: str, variant: str) -> None:
             f" {height}x{width}x{channels}."
         )
     settings = read_settings(folder)
-    trained = settings.get("variant", TrainArguments.variant)
+    trained = settings.get("variant", DataSettings.variant)
     if settings and trained != variant:
         raise ValueError(
             f"the model was trained on the {trained} variant of quad: measure it with --variant"

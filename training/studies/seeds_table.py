@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_intervene.errors import spoken
-from hf_intervene.trainer.settings import RecipeParser
+from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.training.studies.seeds import seed_interval
 
 
