@@ -95,7 +95,6 @@ setup(
         "tqdm>=4.66.3",
         "shtab>=1.7",
         "tensorboard>=2.18",
-        "wrapt>=1.16",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-intervene=hf_intervene.cli:main"]},

@@ -198,34 +198,35 @@ def test_verbosity_of_the_environment(verbosity, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["sample", "--help"], ["completion", "--help"]])
-def test_help_comes_at_once(words):
-    """Neither the package nor the command's help imports what takes seconds."""
+def test_help_waits_for_the_package_alone(words):
     code = f"""if True:
         import sys
         from hf_intervene import cli
         try:
             cli.main({words})
         except SystemExit:
-            heavy = {{"torch", "transformers", "diffusers", "datasets", "peft", "numpy", "PIL", "gradio"}} & sys.modules.keys()
+            heavy = {{"datasets", "gradio", "matplotlib", "sklearn", "ot", "tensorboard", "shtab"}} & sys.modules.keys()
             sys.exit(f"imported {{heavy}}" if heavy else 0)"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_public_names_come_when_asked_for():
-    """The first one tells transformers and diffusers about all classes; modules are there by name;
-    what is none is an error.
-    """
-    code = """if True:
-        import gc
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_intervene, transformers, diffusers",
+        "import transformers, diffusers, hf_intervene",
+        "import transformers, diffusers; from hf_intervene.contexts import OBS",
+    ],
+)
+def test_the_import_registers_all_classes(imports):
+    """In any order, and of any part of the package."""
+    code = f"""if True:
+        {imports}
         import hf_intervene
-        assert set(hf_intervene.__all__) <= set(dir(hf_intervene))
-        assert not hasattr(hf_intervene, "nothing") and not hasattr(hf_intervene, "_nothing")
-        assert hf_intervene.values.influence
-        from hf_intervene import InterventionConfig
-        import diffusers, transformers
         assert diffusers.InterventionPipeline is hf_intervene.InterventionPipeline
-        assert type(transformers.AutoConfig.for_model("intervention", concepts=["a"])) is InterventionConfig
-        assert callable(hf_intervene.attach) and gc.isenabled()"""  # noqa: E501
+        config = transformers.AutoConfig.for_model("intervention", concepts=["a"])
+        assert type(config) is hf_intervene.InterventionConfig
+        assert not hasattr(hf_intervene, "nothing")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -6,6 +6,7 @@ from ..cards import LOSSES, loss_in
 from ..data import quad
 from ..metrics.factor_match import DEFECTS
 from ..metrics.transport import MIN_IMAGES, PROTOCOLS
+from .cells import interval_cell, number_cell, share_cell
 
 
 def table(metrics: Mapping) -> str:
@@ -56,15 +57,17 @@ def presence_table(metrics: Mapping) -> list[str]:
         if found is None:
             continue
         generated, real = found["generated"], found["real"]
-        cells = [_share(generated["all_wanted"], True), _share(real["all_wanted"])]
-        cells += [_share(side[key]) for key in ("exact", "unwanted") for side in (generated, real)]
+        cells = [share_cell(generated["all_wanted"], True), share_cell(real["all_wanted"])]
+        cells += [
+            share_cell(side[key]) for key in ("exact", "unwanted") for side in (generated, real)
+        ]
         composed, floor = found.get("composition"), found.get("composition_floor")
         cells.append(
-            f"{composed['ratio']:.2f} {_interval(composed['interval'], 2)}" if composed else ""
+            f"{composed['ratio']:.2f} {interval_cell(composed['interval'], 2)}" if composed else ""
         )
         cells.append(f"{floor['ratio']:.2f}" if floor else "")
         cells += [
-            _share((found.get(side) or {}).get("all_wanted")) for side in ("nothing", "single")
+            share_cell((found.get(side) or {}).get("all_wanted")) for side in ("nothing", "single")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for kind, mean in metrics["means"].items():
@@ -72,15 +75,15 @@ def presence_table(metrics: Mapping) -> list[str]:
             of = mean["presence"]
             empty = [""] * 4
             cells = [
-                _number(of["generated"]),
-                _number(of["real"]),
+                number_cell(of["generated"]),
+                number_cell(of["real"]),
                 *empty,
-                _number(of["composition"], 2),
+                number_cell(of["composition"], 2),
                 "",
             ]
             lines.append(
                 f"| **mean {kind}** | "
-                f"{' | '.join(cells + [_number(of[side]) for side in ('nothing', 'single')])} |"
+                f"{' | '.join(cells + [number_cell(of[side]) for side in ('nothing', 'single')])} |"
             )
     lines += [
         "",
@@ -108,7 +111,7 @@ def detector_table(detector: Mapping) -> list[str]:
     for name, error in detector["errors"].items():
         sharp, blurred = error["sharp"], error["blurred"]
         cells = [f"{sharp['true_positive']:.3f}", f"{sharp['false_positive']:.3f}"]
-        cells += [f"{sharp['balanced_accuracy']:.3f} {_interval(sharp['interval'])}"]
+        cells += [f"{sharp['balanced_accuracy']:.3f} {interval_cell(sharp['interval'])}"]
         cells += [f"{blurred['true_positive']:.3f}", f"{blurred['false_positive']:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *(f"No presence of {name}: {why}" for name, why in detector["unusable"].items())]
@@ -136,15 +139,15 @@ def test_table(metrics: Mapping) -> list[str]:
     for name, row in rows:
         test, distance = row["two_sample"], row.get("kernel_distance")
         cells = [
-            f"{test['accuracy']:.3f} {_interval(test['interval'])}",
+            f"{test['accuracy']:.3f} {interval_cell(test['interval'])}",
             f"{test['p_value']:.2g}",
             f"{test['floor']:.3f}",
         ]
         if distance:
             cells += [
-                f"{distance['value']:.3f} {_interval(distance['interval'])}",
-                _number(distance["floor"]),
-                _number(distance["nothing"]),
+                f"{distance['value']:.3f} {interval_cell(distance['interval'])}",
+                number_cell(distance["floor"]),
+                number_cell(distance["nothing"]),
             ]
         else:
             cells += [""] * 3
@@ -180,14 +183,14 @@ def counterfactual_table(metrics: Mapping) -> list[str]:
         "| --- " * 8 + "|",
     ]
     for name, error in rows:
-        cells = [f"{error['edited']:.3f} {_interval(error['edited_interval'])}"]
+        cells = [f"{error['edited']:.3f} {interval_cell(error['edited_interval'])}"]
         cells += [f"{error[key]:.3f}" for key in ("unedited", "another", "reconstructed")]
         cells.append(
             ""
             if error["ratio"] is None
-            else f"{error['ratio']:.2f} {_interval(error['ratio_interval'], 2)}"
+            else f"{error['ratio']:.2f} {interval_cell(error['ratio_interval'], 2)}"
         )
-        cells += [_number(error["outside"], 2), _number(error["outside_floor"], 2)]
+        cells += [number_cell(error["outside"], 2), number_cell(error["outside_floor"], 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [
         *lines,
@@ -220,13 +223,13 @@ def route_table(metrics: Mapping) -> list[str]:
     for name, found in rows:
         rates = found["rates"]
         cells = [
-            f"{found['change']:.3f} {_interval(found['change_interval'])}",
-            _number(found["own"], 2),
-            _number(found["edges"], 2),
+            f"{found['change']:.3f} {interval_cell(found['change_interval'])}",
+            number_cell(found["own"], 2),
+            number_cell(found["edges"], 2),
         ]
         sides = ("observational", "intervened", "own", "edges")
         cells.append(" / ".join(f"{rates[side]['value']:.2f}" for side in sides) if rates else "")
-        lines.append(f"| {name} | {' | '.join([*cells, _number(found['outside'], 2)])} |")
+        lines.append(f"| {name} | {' | '.join([*cells, number_cell(found['outside'], 2)])} |")
     return [
         *lines,
         "",
@@ -260,7 +263,7 @@ def factor_match_table(metrics: Mapping) -> list[str]:
     ]
     for name, found in rows:
         cells = [
-            " / ".join(_number(found[side][key], digits) or "-" for side in sides)
+            " / ".join(number_cell(found[side][key], digits) or "-" for side in sides)
             for key, digits in (("slope", 2), ("shape_distance", 2), ("size_distance", 3))
         ]
         cells.append(" / ".join(f"{found[side]['two_sample']['accuracy']:.2f}" for side in sides))
@@ -297,13 +300,13 @@ def distance_table(metrics: Mapping) -> list[str]:
                 (row.get("alternatives") or {}) if protocol == "independent" else {},
             )
             cells = [
-                f"{of['distance']:.3f} {_interval(of['interval'])}",
+                f"{of['distance']:.3f} {interval_cell(of['interval'])}",
                 f"{of['floor']:.3f}",
-                _number(of["ratio"], 1),
+                number_cell(of["ratio"], 1),
             ]
             cells += [
-                _number(other.get("nothing")),
-                _number(other.get("single")),
+                number_cell(other.get("nothing")),
+                number_cell(other.get("single")),
                 f"{row[loss]:.3f}",
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -349,7 +352,7 @@ def edit_table(metrics: Mapping) -> list[str]:
     lines = ["## Observational images edited to each context", ""]
     lines += ["| context | all asked for | distance | of the unedited |", "| --- " * 4 + "|"]
     lines += [
-        f"| {name} | {_share(edit.get('presence'))} | {edit['distance']:.3f} | "
+        f"| {name} | {share_cell(edit.get('presence'))} | {edit['distance']:.3f} | "
         f"{edit['unedited']:.3f} |"
         for name, edit in rows
     ]
@@ -394,17 +397,3 @@ def factor_table(effects: Mapping) -> list[str]:
         ),
         "",
     ]
-
-
-def _share(share: Mapping | None, interval: bool = False) -> str:
-    if share is None:
-        return ""
-    return f"{share['value']:.3f}" + (f" {_interval(share['interval'])}" if interval else "")
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(interval: tuple[float, float], digits: int = 3) -> str:
-    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"

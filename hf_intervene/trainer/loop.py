@@ -24,6 +24,7 @@ from .parsing import shared_settings
 from .prior import ORDERED, fit_prior, order_concepts
 from .resuming import as_resumed, trained_on
 from .run_folder import PATIENCE, check_own, model_files, sole_run
+from .schedules import beta_of, learning_rate_factor
 from .settings import TrainArguments
 from .state import TrainState, new_state, restore, save
 from .stopping import Stop, stops_at_once
@@ -197,7 +198,9 @@ def train_step(state: TrainState) -> None:
     if state.frozen:
         model.base.model.eval()
     batch = state.feed.batch(state.step)
-    set_learning_rate(state)
+    rate = learning_rate_factor(a, state.step, state.total)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
     beta = torch.full((), beta_of(a, state.step, state.total), device=accelerator.device)
     weights = {
         name: torch.full_like(beta, weight)
@@ -229,28 +232,6 @@ def train_step(state: TrainState) -> None:
         mean = accelerator.gather(mean) if accelerator.num_processes > 1 else mean
         model.head.center_posterior(mean.unflatten(1, model.noise_shape), model.seen(batch.targets))
     remember(state, batch.indices, torch.cat(terms))
-
-
-def set_learning_rate(state: TrainState) -> None:
-    """Every group's peak, times a linear warm-up, times a cosine down to `final_learning_rate`."""
-    factor = learning_rate_factor(state.arguments, state.step, state.total)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-
-
-def learning_rate_factor(arguments: TrainArguments, step: int, total: int) -> float:
-    """Share of the peak: a cosine down to `final_learning_rate`, times a linear warm-up."""
-    settings = arguments.optimization
-    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / total))
-    floor = settings.final_learning_rate
-    return warmup * (floor + (1 - floor) * cosine)
-
-
-def beta_of(arguments: TrainArguments, step: int, total: int) -> float:
-    """The weight of the KL: it rises from 0 over the share `beta_warmup` of the steps."""
-    steps = arguments.objective.beta_warmup * total
-    return arguments.objective.beta * (min(1.0, step / steps) if steps > 0 else 1.0)
 
 
 def remember(state: TrainState, indices: torch.Tensor, terms: torch.Tensor) -> None:

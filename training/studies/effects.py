@@ -35,28 +35,25 @@ from hf_intervene.metrics.causal import (
     single_interventions_operator,
     total_effect_operator,
 )
-from hf_intervene.metrics.factors import LEVELS
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
 from hf_intervene.pixels import to_uint8
-from hf_intervene.plots import plot_matrices, save
+from hf_intervene.plots import save
 from hf_intervene.trainer.checkpoints import check_writable, write_whole
 from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.trainer.sections import DataSettings
 from hf_intervene.trainer.simulated import HELD_OUT_SEED
+from hf_intervene.training.studies.effects_report import (
+    CONTEXTS,
+    QUADRANTS,
+    READINGS,
+    pictures,
+    table,
+)
 from hf_intervene.values import influence
 
 
-CONTEXTS = quad.CONCEPTS + quad.HELD_OUT
-_QUADRANTS = quad.CONCEPTS[:4]
 _CONCEPTS = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
-_READINGS = (
-    "weights, Frobenius",
-    "weights, in the embedding",
-    "weights, intervened",
-    "mean of c under do",
-    "distribution of c under do",
-)
 _DRAWS = 4096  # of the concepts under the prior
 _EDITED = 256  # images at most that take a value
 
@@ -250,10 +247,10 @@ def chosen_values(
     )
     found: dict[str, Any] = {
         "reconstructed": np.mean(
-            [np.abs(returned[name] - before[name]).mean() for name in _QUADRANTS]
+            [np.abs(returned[name] - before[name]).mean() for name in QUADRANTS]
         )
     }
-    for name in tqdm(_QUADRANTS, "choosing values", disable=None, delay=2):
+    for name in tqdm(QUADRANTS, "choosing values", disable=None, delay=2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a block without influence, which is reported
             edited = edited_colours({name: other})
@@ -263,7 +260,7 @@ def chosen_values(
             "chance": apart[~np.eye(images, dtype=bool)].mean(),
             "kept": {
                 rest: np.abs(edited[rest] - before[rest]).mean()
-                for rest in _QUADRANTS
+                for rest in QUADRANTS
                 if rest != name
             },
             "influence": influence(model.head, name),
@@ -294,14 +291,14 @@ def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: 
     eps, c = head_draws(head, [OBS, *quad.CONCEPTS], _DRAWS, seed)
     readout = head_readout(head)
     means, distances = intervention_moves(c[0], c[1:], readout)
-    learnt = {_READINGS[3]: means, _READINGS[4]: distances}
+    learnt = {READINGS[3]: means, READINGS[4]: distances}
     if not head.is_flow:  # linear in eps
         learnt |= {
-            _READINGS[0]: block_effects(total_effect_operator(head.intervention), eps[0]),
-            _READINGS[1]: block_effects(total_effect_operator(head.intervention), eps[0], readout),
-            _READINGS[2]: block_effects(single_interventions_operator(head), eps[1], readout),
+            READINGS[0]: block_effects(total_effect_operator(head.intervention), eps[0]),
+            READINGS[1]: block_effects(total_effect_operator(head.intervention), eps[0], readout),
+            READINGS[2]: block_effects(single_interventions_operator(head), eps[1], readout),
         }
-    true = dict.fromkeys(learnt, shifts) | {name: total for name in _READINGS[:3] if name in learnt}
+    true = dict.fromkeys(learnt, shifts) | {name: total for name in READINGS[:3] if name in learnt}
     for label, name in (("sampled images", "generated"), ("real images", "real")):
         learnt[label] = np.nan_to_num(
             np.array(sampled[name]["values"])[: len(quad.CONCEPTS), _CONCEPTS].T
@@ -316,240 +313,6 @@ def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: 
             name: asdict(agreement(matrix[:d, :d], true[name], seed))
             for name, matrix in learnt.items()
         },
-    }
-
-
-def table(measured: dict) -> str:
-    """Readable Markdown of everything that `main` measures."""
-    sampled, causal, names = measured["effects"], measured["causal"], " | ".join(quad.LATENTS)
-    generated, real = (sampled[name] for name in ("generated", "real"))
-    lines = [
-        "## Effects on the true factors, in sampled images",
-        "",
-        "How far each context moves each factor: generated / real.",
-        "",
-    ]
-    lines += [f"| context | {names} |", "| --- " * 9 + "|"]
-    for name, row, interval, truth, moving in zip(
-        CONTEXTS, generated["values"], generated["intervals"], real["values"], sampled["moving"]
-    ):
-        cells = [
-            f"{'**' * moves}{a:.2f} ± {high - a:.2f} / {b:.2f}{'**' * moves}"
-            for a, (_, high), b, moves in zip(row, interval, truth, moving)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    for key in ("floor", "noise"):
-        cells = [f"{a:.2f} / {b:.2f}" for a, b in zip(generated[key], real[key])]
-        lines.append(f"| *{key}* | {' | '.join(cells)} |")
-    errors = [f"{measured['read_error'][name]:.3f}" for name in quad.LATENTS]
-    lines += [
-        f"| *read error* | {' | '.join(errors)} |",
-        "",
-        (
-            "Bold: moves by the causal model. ±: half the 95 % interval. floor: mean distance of"
-            " two observational sets; noise: its 99 % quantile. Wasserstein-1 distance of u in [0,"
-            " 1]; shape: total variation; orientation: periods of its symmetry, up to which alone"
-            " it can be seen. read error: mean error of what is read off real images, in the same"
-            " units (shape: share of wrong kinds)."
-        ),
-        "",
-        f"| | {' | '.join(next(iter(sampled['agreement'].values())))} |",
-        "| --- " * 9 + "|",
-    ]
-    for label, row in sampled["agreement"].items():
-        cells = [str(x) if isinstance(x, int) else f"{x:.2f}" for x in row.values()]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        (
-            "size: sum of moves over that of the real ones, where truth moves visibly; found: share"
-            " of those that are made by half at least; spurious: share of the factors at rest that"
-            " move above the noise (0.01 by chance), spurious_size: by how much, over the mean"
-            " visible true move. Floors are subtracted. Distances are blind to direction: see the"
-            " shifts."
-        ),
-    ]
-    shifts = {name: np.array(x) for name, x in sampled["shifts"].items()}
-    lines += [
-        "",
-        (
-            "Shift of the mean of u by single interventions: generated ± 1.96 standard errors / by"
-            " the causal model."
-        ),
-        "",
-    ]
-    lines += [f"| do | {' | '.join(LEVELS)} |", "| --- " * (1 + len(LEVELS)) + "|"]
-    for j, name in enumerate(quad.CONCEPTS):
-        triples = zip(shifts["generated"][j], shifts["generated_error"][j], shifts["true"][j])
-        lines.append(
-            f"| {name} |"
-            f" {' | '.join(f'{a:+.2f} ± {1.96 * e:.2f} / {b:+.2f}' for a, e, b in triples)} |"
-        )
-    errors = [np.abs(shifts[name] - shifts["true"]).mean() for name in ("generated", "real")]
-    lines += [
-        "",
-        f"Mean absolute error: {errors[0]:.3f}; of real images, the reader's own: {errors[1]:.3f}.",
-        "",
-    ]
-    lines += [
-        "## Codes and true latents, observational images",
-        "",
-    ]
-    measures = [key for key in measured["codes"]["z"] if key != "blocks"]
-    lines += [f"| | {' | '.join(measures)} |", "| --- " * (1 + len(measures)) + "|"]
-    for name, scores in measured["codes"].items():
-        cells = [
-            f"{scores[m]['value']:.2f} ± {scores[m]['interval'][1] - scores[m]['value']:.2f}"
-            f" ({scores[m]['floor']:.2f})"
-            for m in measures
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        (
-            "In brackets the floor, of codes in another order. A block's code is its first"
-            " principal component; block_mcc takes whole blocks. z beside the latents and beside"
-            " the exogenous noise behind them; c beside the latents. Latents of the dependent"
-            " variant are correlated, so that a block which knows one tells something of others."
-            " The lasso gives unrelated codes few weights, or none: disentanglement and"
-            " completeness have high floors, and mean little by themselves."
-        ),
-        "",
-        "## Chosen values: a quadrant's colour taken from another image",
-        "",
-        (
-            "| taken | error to the reference | by chance | others end from where they were:"
-            f" {', '.join(_QUADRANTS)} | influence of the block |"
-        ),
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name in _QUADRANTS:
-        row = measured["values"][name]
-        kept = " / ".join(
-            f"{row['kept'][rest]:.3f}" if rest in row["kept"] else "-" for rest in _QUADRANTS
-        )
-        lines.append(
-            f"| {name} | {row['reference']:.3f} | {row['chance']:.3f} | {kept} |"
-            f" {row['influence']:.3f} |"
-        )
-    lines += [
-        "",
-        (
-            "Mean absolute errors of colours in [0, 1], in the corners; reconstructions have"
-            f" {measured['values']['reconstructed']:.3f}. By chance: to the reference of another"
-            " image, so that it does not count that an intervention moves all colours alike."
-            " Quadrants that the taken one causes should move too."
-        ),
-        "",
-        "## Causal reading",
-        "",
-        "| reading | AUROC (p) | rank correlation (p) | direction |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, row in causal["agreement"].items():
-        cells = (
-            f"{row['auroc']:.2f} ({row['auroc_p']:.3f}) | {row['rank']:.2f} ({row['rank_p']:.3f}) |"
-            f" {row['direction']:.2f}"
-        )
-        lines.append(f"| {name} | {cells} |")
-    shares = np.linalg.norm(
-        np.array(causal["learnt"][_READINGS[1]])[:, len(quad.CONCEPTS) :], axis=1
-    )
-    free = ", ".join(f"{name} {share:.2f}" for name, share in zip(quad.CONCEPTS, shares))
-    lines += [
-        "",
-        (
-            "From the free blocks come, as shares of the standard deviation of c in the embedding:"
-            f" {free}."
-        ),
-    ]
-    return "\n".join([*lines, "", *_ACCOUNT, ""])
-
-
-_ACCOUNT = (
-    (
-        "Agreement of the effects among the six concepts with those of the causal model. AUROC: a"
-        " true effect has the larger entry than a pair without one (floor 0.5); rank correlation of"
-        " magnitudes (floor 0); p: share of the relabellings of the concepts that agree as well;"
-        " direction: larger the true way round (chance 0.5)."
-    ),
-    "",
-    "What may be read of it, and what not:",
-    "",
-    (
-        "- What images show in the training contexts, the data determine: every model that fits"
-        " them moves the factors in the same way, whatever its parameters. The row of sampled"
-        " images says what the model learnt of the causal effects, as far as factors can be read"
-        " off images; orientation hardly can. Of pairs the data show nothing: there it is"
-        " composition that is measured."
-    ),
-    (
-        "- The rows of weights and of c are statements about one of many sets of parameters with"
-        " one distribution of images. Blocks are determined up to maps within a block; the norms"
-        " here are scaled by the spread of eps and, in the embedding, measured where the decoder"
-        " reads them, so that they do not depend on the basis. They do depend on how the work is"
-        " shared between the layer and the decoder, which mixes blocks: an effect may be there in"
-        " images and not in W, and the other way round."
-    ),
-    (
-        "- color and shape are never intervened on and have no block of their own. As common causes"
-        " of concepts they make effects that are none, or they sit in a free block (its column:"
-        " what comes from there), from which no edge among the concepts follows."
-    ),
-    (
-        "- Entries are total effects in the observational context, not edges. A group lasso"
-        " (`--group_lasso`) pushes blocks to zero, true ones too, and changes magnitudes; without"
-        " it none is exactly zero."
-    ),
-    "- p does not cover the training: another seed is another matrix.",
-)
-
-
-def pictures(measured: dict, free_blocks: int) -> dict:
-    """The three figures by file name; see the module docstring."""
-    sampled, causal = measured["effects"], measured["causal"]
-    blocks = [*quad.CONCEPTS, *(f"free {k + 1}" for k in range(free_blocks))]
-
-    def padded(matrix: Sequence) -> np.ndarray:
-        matrix = np.abs(matrix)
-        return np.pad(matrix, [(0, len(blocks) - n) for n in matrix.shape], constant_values=np.nan)
-
-    shown = ("real images", _READINGS[1], _READINGS[4], "sampled images")
-    readings = {
-        "truth: total effects": causal["true"],
-        "truth: shifts of means": causal["true_moves"],
-    }
-    readings |= {name: causal["learnt"][name] for name in shown}
-    matrices = {name: padded(matrix) for name, matrix in readings.items()}
-    for matrix in matrices.values():
-        np.fill_diagonal(
-            matrix, np.nan
-        )  # what everything does to itself would be all there is to see
-    scales = {name: np.array(scores["blocks"]) for name, scores in measured["codes"].items()}
-    return {
-        "effects.png": plot_matrices(
-            {name: np.array(sampled[name]["values"]) for name in ("real", "generated")},
-            CONTEXTS,
-            quad.LATENTS,
-            "distance from observational images",
-        ),
-        "codes.png": plot_matrices(
-            {
-                "z and latents": scales["z"],
-                "z and their noise": scales["z, noise"],
-                "c and latents": scales["c"],
-            },
-            blocks,
-            quad.LATENTS,
-            "correlation with the prediction from a block",
-        ),
-        "causal.png": plot_matrices(
-            matrices,
-            blocks,
-            blocks,
-            "cause (column) and effect (row); each matrix on its own scale",
-            False,
-        ),
     }
 
 
