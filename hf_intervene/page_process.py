@@ -6,7 +6,6 @@ libraries, Gradio, the browser's own.
 The three go on beside each other, and the longest begins first: this module imports nothing heavy,
 and starts the process before anything else."""
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -16,8 +15,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
-
-from . import _no_collection
 
 
 # Seconds after which Ctrl-C is heard at the latest: one that comes just before a wait begins does
@@ -122,12 +119,9 @@ class ModelProcess:
 def _answer(connection: Connection) -> None:
     """What a `ModelProcess` does until the other one has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page
-    with _no_collection():
-        from . import pipeline  # noqa: F401  # before it is asked for
-        from .logging import disable_progress_bars
-        from .page import Page
+    from .logging import disable_progress_bars
+    from .page import Page
 
-    gc.freeze()  # nor among them later: half a second until the first picture
     disable_progress_bars()
     answer: tuple[Any, Exception | None]
     try:
@@ -169,9 +163,8 @@ def launch(
             )  # as Ctrl-C, or the other process would be left behind
     process, blocks = ModelProcess(TIME_LIMIT if time_limit is None else time_limit), None
     try:
-        with _no_collection():
-            from .app import build, serve
-            from .page import PageApart
+        from .app import build, serve
+        from .page import PageApart
 
         page = PageApart(name, process, revision)
         blocks = build(page)

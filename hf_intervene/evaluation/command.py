@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..cards import FLOORS_FILE
 from ..data import quad
@@ -52,7 +53,10 @@ def make_parser() -> argparse.ArgumentParser:
   python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
   hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
   hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""  # noqa: E501
-    options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    options: dict[str, Any] = {
+        "epilog": examples,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
     parser = RecipeParser(
         description="Evaluate a trained model on held-out real images of every context.", **options
     )

@@ -24,7 +24,7 @@ def content_options(
     channels: int,
     variant: str,
     mnist_digits: str,
-    split: tuple[float, int] | None,
+    split: tuple[float, int, str] | None,
     other_real: Mapping[str, np.ndarray],
     seed: int,
     detector_images: int = DETECTOR_IMAGES,

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -56,7 +57,7 @@ def load_data(
         with ExitStack() as turns:
             # One process fills the cache, or one on each machine where they share no disk; the
             # others find it.
-            if several and a.data.image_cache:
+            if accelerator is not None and several and a.data.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
             data = load_contexts(a.data.dataset, **a.data.reading)
@@ -89,7 +90,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             likelihood=a.base.likelihood,
         )
     else:
-        options = {
+        options: dict[str, Any] = {
             "embedding_width": a.base.latent_width,
             "num_tokens": a.base.num_tokens,
             "min_snr_gamma": a.base.min_snr_gamma,

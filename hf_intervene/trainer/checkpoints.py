@@ -142,7 +142,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     """
     try:
         named_folder(folder).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # without a name, where the system has such files
+        with TemporaryFile(dir=Path(folder)):  # without a name, where the system has such files
             pass
     except OSError as error:
         raise OSError(

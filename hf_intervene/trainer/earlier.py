@@ -63,7 +63,7 @@ def of_today(saved: Mapping[str, Any], version: int, source: str) -> dict[str, A
         ValueError: one sentence: no version, a later one, a setting that there never was, or a run
             that was trained with what there is no more.
     """
-    settings = earlier_defaults(version, source) | saved
+    settings = earlier_defaults(version, source) | dict(saved)
     if version == SETTINGS_VERSION:
         return flat(settings, source)
     gone = []

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -124,7 +125,8 @@ def begin(state: TrainState) -> None:
             config = {name: str(value) for name, value in settings.flat().items()}
             accelerator.init_trackers("run", config=config)
     if state.model.head is not None and state.model.head.is_flow:
-        state.model.head.intervention.levels()  # asks the device, which no step should wait for
+        levels: Any = state.model.head.intervention.levels
+        levels()  # asks the device, which no step should wait for
 
 
 def run_steps(state: TrainState) -> TrainResult:
@@ -371,7 +373,7 @@ def finish(state: TrainState) -> TrainResult:
     """Fit the prior of the best model, and save it."""
     accelerator, out, a = state.accelerator, state.out, state.arguments
     model_dir, last = out / "model", state.weights.whole()
-    if accelerator.is_main_process:
+    if last is not None and accelerator.is_main_process:
         draw_curves(out)
         best = out / "best"
         trained = InterventionModel.from_pretrained(best) if best.exists() else last

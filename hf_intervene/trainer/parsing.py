@@ -76,7 +76,7 @@ class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Defaults of the options, examples as they are written."""
 
 
-def _options_of(section: type) -> type:
+def _options_of(section: Any) -> Any:
     """A copy of a section for `HfArgumentParser`, which changes the types of the fields that it is
     given, and takes their metadata for options of argparse. Each section is a group of the help."""
     copies = [

@@ -48,7 +48,7 @@ class PreparedImages:
         for rows in torch.arange(len(images)).split(
             1024
         ):  # not all at once: they may be more than memory holds
-            digest.update(images.images(rows).numpy())
+            digest.update(images.images(rows).numpy().tobytes())
         key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
         if accelerator.is_main_process and _read_key(folder) != key:

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
@@ -89,7 +89,7 @@ def flat(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
         if kind is None or not isinstance(value, (Mapping, kind)):
             alone[name] = value
             continue
-        inside = value if isinstance(value, Mapping) else asdict(value)
+        inside: Mapping = value if isinstance(value, Mapping) else asdict(cast(Any, value))
         for key in inside:
             if SECTION_OF.get(key, name) != name:
                 raise ValueError(

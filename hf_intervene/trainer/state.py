@@ -181,12 +181,11 @@ def new_state(
     model.to(accelerator.device)
     weights = Weights(accelerator, model)
     prepared = prepared_validation = None
-    if model.base.companion_models():  # frozen: what they make of the images is computed once
+    base: Any = model.base
+    if base.companion_models():  # frozen: what they make of the images is computed once
         folder = out / "prepared"
-        prepared = PreparedImages(folder / "train", model.base, data, accelerator)
-        prepared_validation = PreparedImages(
-            folder / "validation", model.base, validation, accelerator
-        )
+        prepared = PreparedImages(folder / "train", base, data, accelerator)
+        prepared_validation = PreparedImages(folder / "validation", base, validation, accelerator)
     else:
         data, validation = kept_at_hand(data, validation, accelerator.device)
     schedule = ContextSchedule(data.context_ids, a.data.schedule, batch_size, a.optimization.seed)

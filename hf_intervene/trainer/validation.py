@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..data import ContextImages
 from ..logging import get_logger
-from ..metrics.reconstruction import bits_per_pixel
+from ..metrics.reconstruction import Array, bits_per_pixel
 from ..model import InterventionModel
 from ..plots import read_history, save, training_curves
 from .prepared import PreparedImages
@@ -59,14 +60,13 @@ def model_inputs(
     }
 
 
-def loss_units(
-    model: InterventionModel, loss: torch.Tensor | np.ndarray
-) -> torch.Tensor | np.ndarray:
+def loss_units(model: InterventionModel, loss: Array) -> Array:
     """A sum of terms of the loss of an image in bits per pixel; of a denoiser, which has no
     likelihood, per entry of what it denoises.
     """
-    if model.base.denoises:
-        return loss / math.prod(model.base.residual_shape)
+    shape = model.base.residual_shape
+    if model.base.denoises and shape is not None:
+        return loss / math.prod(shape)
     return bits_per_pixel(loss, *model.base.image_shape[-2:])
 
 
@@ -157,8 +157,8 @@ def sample_grid(
     a: TrainArguments,
     out: Path,
     step: int,
-    accelerator,
-):
+    accelerator: Accelerator,
+) -> None:
     """A row of samples for each context, its name before it, held-out pairs of simulated data
     included; always of the same noise.
     """
@@ -173,7 +173,7 @@ def sample_grid(
         accelerator.device
     )
 
-    def samples(context: str) -> list:
+    def samples(context: str) -> Any:
         generator = torch.Generator().manual_seed(a.optimization.seed)
         return model.sample(
             context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20
