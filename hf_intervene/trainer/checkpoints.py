@@ -27,6 +27,7 @@ FILES = (
     "terms",
     "ema",
     "optimizer",
+    "moments",  # of versions before 0.2
     "images",
 )  # a checkpoint may hold, each a file of tensors
 
