@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import test_autoencoders
-import test_benchmark
 import torch
 from accelerate.state import AcceleratorState
+from benchmark_steps import STEPS
 from conftest import TINY
 from diffusion_models import KINDS, save_pipeline, with_head
 from PIL import Image
@@ -291,7 +291,7 @@ def test_evaluation(device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", test_benchmark.STEPS)
+@pytest.mark.parametrize("make", STEPS)
 def test_benchmarks(device, monkeypatch, make):
     monkeypatch.setattr(Conditions, "device", device)
     monkeypatch.setattr(Conditions, "autocast", nullcontext)  # this device has none

@@ -8,10 +8,10 @@ from multiprocessing import Pipe
 
 import pytest
 import torch
+from benchmark_steps import STEPS
 
 from hf_intervene.data import quad
 from hf_intervene.trainer.settings import TrainArguments
-from hf_intervene.training.benchmarks import bases as benchmark_bases
 from hf_intervene.training.benchmarks import benchmark
 from hf_intervene.training.benchmarks import data as benchmark_data
 from hf_intervene.training.benchmarks import textbook as benchmark_textbook
@@ -34,23 +34,6 @@ TINY = {
     "block_out_channels": [8, 8],
     "hidden_width": 16,
 }
-
-STEPS = [
-    lambda: benchmark_bases.light_step(None, 4, {"sample_size": 16}),
-    lambda: benchmark_bases.light_sampling("base", 4, {"sample_size": 16}),
-    lambda: benchmark_bases.head_alone(4),
-    *(
-        lambda kind=kind: benchmark_bases.objective_step(kind, 8, {"sample_size": 16})
-        for kind in benchmark_bases.TERMS
-    ),
-    *(lambda kind=kind: benchmark_bases.autoencoder_step(kind, 2, 16) for kind in ("head", "base")),
-    *(
-        lambda kind=kind: benchmark_bases.autoencoder_sampling(kind, 2, 16)
-        for kind in ("head", "base")
-    ),
-    *(lambda kind=kind: benchmark_bases.unet_step(kind, 2, 16) for kind in ("head", "base")),
-    *(lambda kind=kind: benchmark_bases.unet_sampling(kind, 2, 16) for kind in ("head", "base")),
-]
 
 
 def report(values, kind="ratio", **machine_changes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_train import assert_same, error_of, last_state, launch, options, run, weights
+from runs import assert_same, error_of, last_state, launch, options, run, weights
 
 from hf_intervene import InterventionModel
 from hf_intervene.trainer import checkpoints, distributed

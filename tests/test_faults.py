@@ -18,8 +18,7 @@ import torch
 from conftest import TINY
 from diffusion_models import save_pipeline
 from PIL import Image
-from test_kills import arguments_of
-from test_train import assert_same, error_of, last_state, options, run
+from runs import arguments_of, assert_same, error_of, last_state, options, run
 
 from hf_intervene import InterventionModel, trainer
 from hf_intervene.data import ContextImages, load_contexts, load_quad, quad

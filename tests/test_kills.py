@@ -22,21 +22,14 @@ import torch
 import yaml
 from conftest import TINY
 from PIL import Image
+from runs import arguments_of, error_of, last_state
 from safetensors.torch import load_file
-from test_train import error_of, last_state
 
 from hf_intervene import InterventionModel
 from hf_intervene.trainer import checkpoints, loop, run_folder
 
 
 ROOT = Path(__file__).parents[1]
-
-
-def arguments_of(settings):
-    """Options of the script for settings; a file, so that lists and `None` need no care."""
-    config = Path(settings["output_dir"]).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings))
-    return ["--config", str(config), "--resume", "auto"]
 
 
 def hidden(folder):

@@ -244,7 +244,7 @@ def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
     }
     with pytest.raises(
         ValueError,
-        match="a run with moment_matching 100.0, which .* start anew in another output_dir",
+        match="moment_matching 100.0, the schedule adaptive, which .* start anew in another",
     ):
         trainer.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
     best = InterventionModel.from_pretrained(tmp_path / "run" / "best")  # its model is of use

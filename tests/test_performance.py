@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
-from test_train import assert_same, launch, run, weights
+from runs import assert_same, launch, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior

@@ -14,29 +14,14 @@ import torch
 import yaml
 from diffusion_models import save_pipeline, save_vision
 from PIL import Image
-from safetensors.torch import load_file
+from runs import ROOT, assert_same, error_of, last_state, launch, options, run, weights
 
 from hf_intervene import InterventionModel, logging, trainer
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
-from hf_intervene.trainer.command import main
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import make_parser
 from hf_intervene.trainer.resuming import check_same
 from hf_intervene.trainer.settings import SECTIONS
-
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(settings, **overrides):
-    return trainer.train(TrainArguments(**settings | overrides))
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors") | {
-        f"base.{k}": v
-        for k, v in load_file(Path(folder) / "base" / "diffusion_pytorch_model.safetensors").items()
-    }
 
 
 # train.py, which fails where DDP is still there when the group of processes is ended.
@@ -53,40 +38,6 @@ def end_training(self, end=Accelerator.end_training):
 Accelerator.end_training = end_training
 sys.exit(main())
 """  # noqa: E501
-
-
-def launch(launcher, settings, script="training/train.py", name=None):
-    """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings
-    of this name; what they print.
-    """
-    config = Path(settings["output_dir"]).with_name(
-        f"{name or Path(settings['output_dir']).name}.yaml"
-    )
-    config.write_text(yaml.safe_dump(settings))
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(script), "--config", str(config)],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done.stdout
-
-
-def last_state(settings):
-    folder = checkpoints.checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
-    return checkpoints.load_checkpoint(folder)
-
-
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for key in a:
-        if tolerance:
-            torch.testing.assert_close(a[key], b[key], msg=key, **tolerance)
-        else:
-            assert torch.equal(a[key], b[key]), key
 
 
 @pytest.mark.parametrize("schedule", ["balanced", "single"])
@@ -378,20 +329,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_pat
     assert "--resume auto" in out and "Traceback" not in err
     path, _, state = checkpoints.newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert state["step"] > 5 and path.name == f"step-{state['step']:08d}"
-
-
-def error_of(capsys, argv):
-    assert main(argv) == 1
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(err) == 1
-    return err[0]
-
-
-def options(settings):
-    words = []
-    for key, value in settings.items():
-        words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
 
 
 @pytest.mark.parametrize(
