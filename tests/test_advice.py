@@ -322,7 +322,7 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
         "checkpoint_every": 1,
         "log_every": 1,
     }
-    original = loop.Feed.batch
+    original = feeding.Feed.batch
 
     def cut(self, step):
         if step == 3:
@@ -330,7 +330,7 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
             file.write_bytes(file.read_bytes()[:300])
         return original(self, step)
 
-    work.monkeypatch.setattr(loop.Feed, "batch", cut)
+    work.monkeypatch.setattr(feeding.Feed, "batch", cut)
     error = work.train(**own, max_steps=12, expect=1)
     assert (
         "was cut while it was being read: do not change the image cache while it is in use; go on"

@@ -174,7 +174,7 @@ frozen = InterventionModel.build(load_base("outputs/ddpm", 16), ["quad1", "size"
 frozen.save_pretrained("outputs/frozen-diffusion/model")
 """  # noqa: E501
 SETUPS = {
-    "attach(pipe": FROZEN_HEAD,
+    'from_pretrained("outputs/ddpm")': FROZEN_HEAD,
     "local_files_only": 'InterventionPipeline.from_pretrained("user/name")',
 }
 UNRUN = {

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import TINY
 from PIL import Image
 
@@ -241,7 +242,7 @@ def test_a_tracker_that_fails_does_not_end_a_run(tiny, capsys, monkeypatch):
     def no_login(*_, **__):
         raise RuntimeError("api_key not configured (no-tty).\n call wandb.login")
 
-    monkeypatch.setattr(loop.Accelerator, "init_trackers", no_login)
+    monkeypatch.setattr(Accelerator, "init_trackers", no_login)
     assert trainer.train(TrainArguments(**tiny | {"tracker": "tensorboard"})).step == 8
     error = capsys.readouterr().err
     assert (

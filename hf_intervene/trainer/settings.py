@@ -103,7 +103,8 @@ def flat(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
             raise ValueError(f"{_of(source)}{name} is a section, and must hold settings.")
         if name not in SECTION_OF:
             hint = did_you_mean(str(name)) or f"the settings are {', '.join(SECTION_OF)}."
-            raise ValueError(f"{_of(source)}unknown setting {name!r}: {hint}")
+            has = f"{source} has an" if source else "there is an"
+            raise ValueError(f"{has} unknown setting {name!r}: {hint}")
     return found
 
 
