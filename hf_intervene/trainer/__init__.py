@@ -1,8 +1,9 @@
 """Training a head: `train` in Python, `hf-intervene train` in a shell.
 
-Where to look: `settings.py` what can be set; `building.py` what the settings make; `loop.py` the
-training itself, from top to bottom; `checkpoints.py` what is written; `resuming.py` how a run goes
-on; `feeding.py` the way of a batch to the device; `distributed.py` several processes."""
+Where to look: `sections.py` what can be set, `parsing.py` how it is read; `building.py` what the
+settings make; `loop.py` the training itself, from top to bottom; `state.py` where a run stands, and
+its checkpoints; `resuming.py` whether it may go on; `feeding.py` the way of a batch to the device;
+`distributed.py` several processes."""
 
 from .building import build_model, build_objective, load_data
 from .command import main
