@@ -86,7 +86,7 @@ def setting(default: Any, help: str, *checks: Callable[[Any], None]) -> Any:
 class DataSettings:
     """Which images, and how they are drawn or read."""
 
-    title: ClassVar[str] = "data: which images"
+    title: ClassVar[str] = "data (which images)"
 
     dataset: str = setting(
         "quad",
@@ -141,7 +141,7 @@ class DataSettings:
 class BaseSettings:
     """The model that the head is added to, and what of it is trained."""
 
-    title: ClassVar[str] = "base: the model that the head is added to"
+    title: ClassVar[str] = "base (the model that the head is added to)"
 
     base: str = setting(
         LIGHT_VAE, "`light-vae` (new), or folder or Hub name of a model or pipeline."
@@ -215,7 +215,7 @@ class BaseSettings:
 class HeadSettings:
     """The configuration of the head: fields of `InterventionConfig`, which checks them."""
 
-    title: ClassVar[str] = "head: the intervention head"
+    title: ClassVar[str] = "head (the intervention head)"
 
     mechanism: str = setting(
         "flow", "`flow`: invertible, one posterior for all contexts; `mlp`: the paper's head."
@@ -267,7 +267,7 @@ class HeadSettings:
 class ObjectiveSettings:
     """The weights of what is minimised; see `hf_intervene/objective.py` and `terms/`."""
 
-    title: ClassVar[str] = "objective: what is minimised"
+    title: ClassVar[str] = "objective (what is minimised)"
 
     beta: float = setting(1.0, "Weight of the KL.", weight)
     beta_warmup: float = setting(0.02, "Share of the steps over which beta rises from 0.", share)
@@ -294,7 +294,7 @@ class ObjectiveSettings:
 class OptimizationSettings:
     """How it is minimised."""
 
-    title: ClassVar[str] = "optimization: how it is minimised"
+    title: ClassVar[str] = "optimization (how it is minimised)"
 
     epochs: float = setting(12.0, "Passes over the training images.", positive, finite)
     max_steps: int | None = setting(None, "Optimiser steps; overrides epochs.", between(1))
@@ -340,7 +340,7 @@ class OptimizationSettings:
 class RunSettings:
     """Where and how it runs."""
 
-    title: ClassVar[str] = "run: where and how it runs"
+    title: ClassVar[str] = "run (where and how it runs)"
 
     output_dir: str = setting("outputs/run", "Folder of the run.")
     resume: str = setting(
