@@ -16,7 +16,7 @@ from diffusion_models import save_pipeline, save_vision
 from PIL import Image
 from runs import ROOT, assert_same, error_of, last_state, launch, options, run, weights
 
-from hf_intervene import InterventionModel, trainer
+from hf_intervene import InterventionConfig, InterventionModel, trainer
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import make_parser
@@ -147,6 +147,15 @@ def test_settings_in_sections_are_the_same_as_by_their_names_alone(tmp_path):
     assert TrainArguments(**sections, seed=4) == expected and expected.data.dataset == "mnist"
     assert replace(expected, seed=5).flat() == expected.flat() | {"seed": 5}
     assert TrainArguments(**expected.flat()) == expected
+
+
+def test_the_section_of_the_head_is_its_configuration():
+    section = TrainArguments(free_blocks=2, ablation="head-pooled").head
+    config = InterventionConfig(**section.configuration())
+    assert set(section.configuration()) <= {field.name for field in fields(InterventionConfig)}
+    assert (config.free_blocks, config.mechanism, config.ablation) == (2, "flow", "head-pooled")
+    with pytest.raises(ValueError, match="flow_depth must be at least 0, not -1"):
+        TrainArguments(flow_depth=-1)  # which the configuration checks
 
 
 def test_the_help_shows_options_by_sections_each_with_a_word_about_it():
