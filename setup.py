@@ -54,6 +54,8 @@ setup(
     packages=[
         *find_packages(include=["hf_intervene", "hf_intervene.*"]),
         "hf_intervene.training",
+        "hf_intervene.training.benchmarks",
+        "hf_intervene.training.studies",
         "hf_intervene.model_cards",
     ],
     package_dir={
@@ -93,7 +95,6 @@ setup(
         "tqdm>=4.66.3",
         "shtab>=1.7",
         "tensorboard>=2.18",
-        "wrapt>=1.16",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-intervene=hf_intervene.cli:main"]},

@@ -106,7 +106,7 @@ def means(name: str) -> Callable[[], str]:
 
 
 def protocol() -> str:
-    """What `training/protocol.py` measured: distances of sets of which a share is wrong, and how
+    """What `training/studies/protocol.py` measured: distances of sets of which a share is wrong, and how
     often such a set is ranked as worse than the exact one of the same draw.
     """
     found = read("protocol")

@@ -2,22 +2,22 @@
 compose the interventions.
 
 The method is that of Markham et al., "Intervening to learn and compose (causally) disentangled
-representations", arXiv:2507.04754."""
+representations", arXiv:2507.04754.
 
-import gc
+Importing the package registers its classes with transformers and diffusers: whoever imports it, in
+whatever order, can load what it saved by their Auto classes and pipelines (see the ends of
+`model.py` and `pipeline.py`)."""
+
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 from .pretrained import bundled
 
 
-if TYPE_CHECKING:
+# The command `hf-intervene` checks names and words before it imports torch, which takes seconds.
+if TYPE_CHECKING or Path(sys.argv[0]).stem != "hf-intervene":
     from .attaching import attach, detach, intervene
     from .bases import (
         Base,
@@ -37,6 +37,18 @@ if TYPE_CHECKING:
     from .modeling_intervention import InterventionHead, InterventionHeadOutput
     from .pipeline import InterventionPipeline
     from .pipeline_support import Support, support
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The public names, for code that a command runs (PEP 562)."""
+        if name in __all__:
+            modules = ("attaching", "bases", "contexts", "modeling_intervention", "model")
+            for module in (*modules, "pipeline", "pipeline_support"):
+                found = getattr(import_module(f".{module}", __name__), name, None)
+                if found is not None:
+                    return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -68,69 +80,3 @@ __all__ = [
     "support",
     "wrap_base",
 ]
-
-_DEFINED_IN: tuple[str, ...] = (
-    "attaching",
-    "bases",
-    "configuration_intervention",
-    "contexts",
-    "model",
-    "modeling_intervention",
-    "pipeline",
-)
-_DEFINED_IN += ("pipeline_support",)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Imports make millions of objects and hardly any garbage: looking for it in between takes a
-    fifth of their time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _import_all() -> None:
-    """All public names, after which transformers and diffusers know every class of the package (see
-    the ends of `model.py` and `pipeline.py`)."""
-    modules = [import_module(f".{module}", __name__) for module in _DEFINED_IN]
-    globals().update(
-        {n: getattr(module, n) for n in __all__ for module in modules if hasattr(module, n)}
-    )
-
-
-def _make_known(_: object) -> None:
-    if not any(
-        f"{__name__}.{module}" in sys.modules for module in _DEFINED_IN
-    ):  # or this is the import of one of them
-        with _no_collection():
-            _import_all()
-
-
-# Whoever imports this package and transformers or diffusers, in any order, can load what it saved
-# by their Auto classes and pipelines.
-for _library in ("transformers", "diffusers"):
-    wrapt.register_post_import_hook(_make_known, _library)
-
-
-if not TYPE_CHECKING:  # or a type checker would take any name
-
-    def __getattr__(name: str) -> Any:
-        """The public names and the modules, imported when first asked for (PEP 562): torch and the
-        Hugging Face libraries take seconds, which neither the command line's help nor the page has
-        to wait for."""
-        with _no_collection():
-            if name in __all__:
-                _import_all()
-                return globals()[name]
-            if not name.startswith("_") and find_spec(f".{name}", __name__):
-                return import_module(f".{name}", __name__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})

@@ -111,8 +111,8 @@ def check(arguments: argparse.Namespace) -> int:
         print(f"reading the images of {arguments.dataset} ...", file=sys.stderr, flush=True)
     from .data import ContextImages, load_contexts
     from .metrics import identifiability
-    from .training.arguments import check_reading
-    from .training.simulated import SIMULATED
+    from .trainer.settings import check_reading
+    from .trainer.simulated import SIMULATED
 
     bars_on_terminals_only()
     reading = {name: getattr(arguments, name) for name in READING}
@@ -190,11 +190,12 @@ def make_parser(recipes: dict[str, argparse.ArgumentParser] | None = None) -> An
 
 
 def _recipe_parser(name: str) -> argparse.ArgumentParser:
-    from .training import arguments, evaluate
+    from .evaluation.command import make_parser as evaluation_parser
+    from .trainer.parsing import make_parser as training_parser
 
     if name == "evaluate":
-        return evaluate.make_parser()
-    parser = arguments.make_parser()
+        return evaluation_parser()
+    parser = training_parser()
     # These two are read before the others.
     parser.add_argument("--config", help="YAML file of settings")
     parser.add_argument(
@@ -228,9 +229,9 @@ def _evaluate(words: list[str]) -> int:
                 " --dataset."
             )
         words = ["--model", folder, *(["--dataset", str(dataset)] if dataset else []), *rest]
-    from .training import evaluate
+    from .evaluation import command as evaluation
 
-    return evaluate.main(words)
+    return evaluation.main(words)
 
 
 @spoken
@@ -242,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # train and evaluate have option parsers of their own.
     if argv[:1] == ["train"]:
-        from .training import train
+        from .trainer import command as training
 
-        return train.main(argv[1:])
+        return training.main(argv[1:])
     if argv[:1] == ["evaluate"]:
         return _evaluate(argv[1:])
     parser = make_parser()

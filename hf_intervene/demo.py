@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import evaluation, trainer
 from .cards import SETTINGS_FILE
 from .model import InterventionModel
 from .pipeline import InterventionPipeline
 from .pixels import to_uint8
 from .plots import contexts_grid, edit_strips, save
-from .training import evaluate as evaluation
-from .training import pretrain
-from .training import train as training
-from .training.checkpoints import check_empty
-from .training.simulated import SIMULATED
+from .trainer import pretraining
+from .trainer.checkpoints import check_empty
+from .trainer.simulated import SIMULATED
 
 
 # As in training/configs/reproduce/quad.yaml.
@@ -128,8 +127,8 @@ def run_pretrained(out: Path, dataset: str) -> int:
         f"1. A plain AutoencoderKL of diffusers, {PRETRAINING_STEPS} steps on observational images "
         f"of {shown.data} (all four steps: 36 minutes of one core without bf16 on quad)."
     )
-    images = pretrain.observational_images(dataset, 10_000, settings["resolution"])
-    pretrain.pretrain(images, PRETRAINING_STEPS).save_pretrained(out / "vae")
+    images = pretraining.observational_images(dataset, 10_000, settings["resolution"])
+    pretraining.pretrain(images, PRETRAINING_STEPS).save_pretrained(out / "vae")
     for number, regime in enumerate(("frozen", "lora"), start=2):
         print(
             f"{number}. A head on the saved autoencoder, regime {regime}: {settings['max_steps']} "
@@ -167,8 +166,8 @@ def run_pretrained(out: Path, dataset: str) -> int:
 def _train(out: Path, settings: dict) -> InterventionModel | None:
     """Train a model; `None` if interrupted."""
     on_log = None if sys.stderr.isatty() else _print_progress
-    result = training.train(training.TrainArguments(output_dir=str(out), **settings), on_log=on_log)
-    return None if result.interrupted else evaluation.load_model(result.model_dir)
+    result = trainer.train(trainer.TrainArguments(output_dir=str(out), **settings), on_log=on_log)
+    return None if result.model_dir is None else evaluation.load_model(result.model_dir)
 
 
 def _save(model: InterventionModel, run: Path, folder: Path) -> None:

@@ -45,6 +45,7 @@ TINY = {
     "max_steps": 8,
     "prior_steps": 4,
     "eval_every": 4,
+    "sample_every": 8,
     "warmup_steps": 3,
     "log_every": 2,
     "mixed_precision": "no",

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import test_autoencoders
-import test_benchmark
 import torch
 from accelerate.state import AcceleratorState
+from benchmark_steps import STEPS
 from conftest import TINY
 from diffusion_models import KINDS, save_pipeline, with_head
 from PIL import Image
@@ -19,18 +19,16 @@ from test_posterior import covariances, whitened_by
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, pipeline
 from hf_intervene.bases.lora import add_lora
+from hf_intervene.evaluation.measuring import evaluate
 from hf_intervene.page import Page
-from hf_intervene.training import (
-    benchmark_data,
-    benchmark_head,
-    benchmark_textbook,
-    feeding,
-    pretrain,
-)
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.benchmark_tools import Conditions
-from hf_intervene.training.evaluate import evaluate
-from hf_intervene.training.train import train
+from hf_intervene.trainer import feeding
+from hf_intervene.trainer.loop import train
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training import pretrain
+from hf_intervene.training.benchmarks import data as benchmark_data
+from hf_intervene.training.benchmarks import head as benchmark_head
+from hf_intervene.training.benchmarks import textbook as benchmark_textbook
+from hf_intervene.training.benchmarks.tools import Conditions
 
 
 REAL = os.environ.get("TEST_DEVICE")
@@ -178,8 +176,8 @@ def trained(folder, on_log=None, **settings):
         *(
             pytest.param(more, marks=pytest.mark.slow)
             for more in (
-                {"schedule": "adaptive", "gradient_accumulation_steps": 2, "group_lasso": 0.1},
-                {"mechanism": "mlp", "schedule": "adaptive", "l2": 0.1},
+                {"gradient_accumulation_steps": 2, "group_lasso": 0.1},
+                {"mechanism": "mlp", "l2": 0.1},
                 {
                     "mechanism": "mlp",
                     "schedule": "single",
@@ -292,7 +290,7 @@ def test_evaluation(device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", test_benchmark.STEPS)
+@pytest.mark.parametrize("make", STEPS)
 def test_benchmarks(device, monkeypatch, make):
     monkeypatch.setattr(Conditions, "device", device)
     monkeypatch.setattr(Conditions, "autocast", nullcontext)  # this device has none

@@ -25,7 +25,7 @@ import pytest
 from conftest import TINY
 
 from hf_intervene import cli
-from hf_intervene.training.arguments import parse_arguments
+from hf_intervene.trainer.parsing import parse_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -120,11 +120,12 @@ def commands(block: Block, tiny: bool = True) -> Iterator[Command]:
 
 def _command(words: list[str], appended: list[str], tiny: dict[str, list[str]]) -> Command:
     recipe = next(
-        (k for k, word in enumerate(words) if re.fullmatch(r"training/\w+\.py", word)), None
+        (k for k, word in enumerate(words) if re.fullmatch(r"training/(\w+/)?\w+\.py", word)), None
     )
     if recipe is not None:
         name, main, first = Path(words[recipe]).stem, None, recipe + 1
-        main = import_module(f"hf_intervene.training.{name}").main
+        module = ".".join(Path(words[recipe]).with_suffix("").parts)
+        main = import_module(f"hf_intervene.{module}").main
     elif words[0] == "hf-intervene":
         name, main, first = words[1], cli.main, 1
     else:

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hf_intervene import trainer
 from hf_intervene.data import quad
-from hf_intervene.training import checkpoints, train
+from hf_intervene.trainer import checkpoints
 
 
 torch.set_num_threads(1)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["hf_intervene.training.train"])
+SERVER.set_forkserver_preload(["hf_intervene.trainer.loop"])
 
 
 def start(target, *arguments):
@@ -53,12 +54,12 @@ def dying_rows(rows, parent, shards, **arguments):
         yield row
 
 
-def trainer(argv, errors=None):
+def training(argv, errors=None):
     """The trainer's script; its standard error goes to a file."""
     faulthandler.enable()
     sys.stdout = io.StringIO()
     sys.stderr = open(errors, "a", buffering=1) if errors else io.StringIO()
-    sys.exit(train.main(argv))
+    sys.exit(trainer.main(argv))
 
 
 def trainer_rank(argv, errors, rank, world, port):
@@ -74,7 +75,7 @@ def trainer_rank(argv, errors, rank, world, port):
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    trainer(argv, errors)
+    training(argv, errors)
 
 
 def draw_and_die(cache, errors):
@@ -99,7 +100,7 @@ def draw_and_die(cache, errors):
 def trainer_on_full_disk(argv, errors, free):
     """Run the trainer where no file may grow beyond `free` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, free))
-    trainer(argv, errors)
+    training(argv, errors)
 
 
 def trainer_on_small_disk(argv, errors, folder, size):
@@ -117,7 +118,7 @@ def trainer_on_small_disk(argv, errors, folder, size):
     if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={size}".encode()):
         sys.exit(77)
     try:
-        trainer(argv, errors)
+        training(argv, errors)
     finally:
         found = checkpoints.newest_checkpoint(Path(folder) / "run" / "checkpoints")
         sys.stderr.write(f"newest checkpoint: {found[2]['step'] if found else 0}\n")

@@ -15,24 +15,20 @@ import yaml
 from conftest import TINY
 from PIL import Image
 
-from hf_intervene import bundled, cli
+from hf_intervene import bundled, cli, evaluation, trainer
 from hf_intervene.data import ContextImages, load_contexts
-from hf_intervene.training import (
+from hf_intervene.trainer import feeding, loop, run_folder
+from hf_intervene.trainer.parsing import make_parser as train_parser
+from hf_intervene.training import pretrain, reproduce
+from hf_intervene.training.benchmarks import benchmark
+from hf_intervene.training.studies import (
     ablation,
     baselines,
-    benchmark,
     effects,
-    evaluate,
-    feeding,
     identifiability,
-    pretrain,
     protocol,
-    reproduce,
-    run_folder,
     seeds_table,
-    train,
 )
-from hf_intervene.training.arguments import make_parser as train_parser
 
 
 ROOT = Path(__file__).parents[1]
@@ -72,14 +68,13 @@ def words_of(parser):
 
 
 TRAIN = words_of(train_parser()) | {"--config", "--json"}
-RECIPES = {
+RECIPES = {"command": evaluation.main} | {
     module.__name__.rpartition(".")[2]: module.main
     for module in (
         ablation,
         baselines,
         benchmark,
         effects,
-        evaluate,
         identifiability,
         pretrain,
         protocol,
@@ -90,7 +85,8 @@ RECIPES = {
 OTHERS = {  # files of functions that several commands call
     "checkpoints": [pretrain.main],
     "jobs": [reproduce.main, ablation.main],
-    "evaluate_setup": [evaluate.main],
+    "setup": [evaluation.main],
+    "held_out": [evaluation.main],
 }
 
 
@@ -190,7 +186,7 @@ class Work:
         """What a run prints on standard error."""
         config = self.folder / "settings.yaml"
         config.write_text(yaml.safe_dump(self.settings | changed))
-        status = train.main(["--config", str(config), *words])
+        status = trainer.main(["--config", str(config), *words])
         error = self.capsys.readouterr().err
         assert status == expect, error
         return error
@@ -326,7 +322,7 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
         "checkpoint_every": 1,
         "log_every": 1,
     }
-    original = train.Feed.batch
+    original = feeding.Feed.batch
 
     def cut(self, step):
         if step == 3:
@@ -334,7 +330,7 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
             file.write_bytes(file.read_bytes()[:300])
         return original(self, step)
 
-    work.monkeypatch.setattr(train.Feed, "batch", cut)
+    work.monkeypatch.setattr(feeding.Feed, "batch", cut)
     error = work.train(**own, max_steps=12, expect=1)
     assert (
         "was cut while it was being read: do not change the image cache while it is in use; go on"
@@ -347,12 +343,12 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
 
 def test_a_run_that_was_stopped(work):
     work.monkeypatch.setattr(
-        train.Stop, "asked", property(lambda self: True, lambda self, value: None)
+        loop.Stop, "asked", property(lambda self: True, lambda self, value: None)
     )
-    assert train.main([*arguments(work)]) == 130
+    assert trainer.main([*arguments(work)]) == 130
     assert "go on with the same command and --resume auto" in work.capsys.readouterr().out
     work.monkeypatch.undo()
-    assert train.main([*arguments(work), "--resume", "auto"]) == 0
+    assert trainer.main([*arguments(work), "--resume", "auto"]) == 0
 
 
 def arguments(work):
@@ -449,11 +445,11 @@ def test_too_few_images_to_measure_on(work):
         "--projections",
         "5",
     ]
-    error = work.command(evaluate.main, "--model", work.out / "model", *out, expect=1)
+    error = work.command(evaluation.main, "--model", work.out / "model", *out, expect=1)
     assert "hold out more (validation_fraction)" in error
     held_out = work.folder / "more"
     work.train(**position | {"validation_fraction": 0.4, "output_dir": str(held_out)})
-    work.command(evaluate.main, "--model", held_out / "model", *out)
+    work.command(evaluation.main, "--model", held_out / "model", *out)
 
 
 def test_files_beside_a_model_and_options_of_evaluate(work):
@@ -471,15 +467,15 @@ def test_files_beside_a_model_and_options_of_evaluate(work):
         "--no-tests",
     ]
     words += ["--projections", "5"]
-    assert "leave --twins out" in work.command(evaluate.main, *words, "--twins", "4", expect=1)
+    assert "leave --twins out" in work.command(evaluation.main, *words, "--twins", "4", expect=1)
     (model / "training_images.safetensors").write_bytes(b"x")
     assert "take it from where the model was trained, or remove it" in work.command(
-        evaluate.main, *words, expect=1
+        evaluation.main, *words, expect=1
     )
     shutil.copy(work.out / "best" / "training_images.safetensors", model)
-    work.command(evaluate.main, *words)
+    work.command(evaluation.main, *words)
     (model / "training_images.safetensors").unlink()
-    work.command(evaluate.main, *words)
+    work.command(evaluation.main, *words)
     card = ["card", model, "--metrics", work.folder / "settings.yaml"]
     assert (
         "give the metrics.json that `hf-intervene evaluate` writes, or its folder"

@@ -17,12 +17,12 @@ from diffusers import (
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from hf_intervene import InterventionModel, InterventionPipeline, wrap_base
+from hf_intervene import InterventionModel, InterventionPipeline, trainer, wrap_base
 from hf_intervene.bases import AutoencoderBase
 from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.lora import add_lora
-from hf_intervene.training import train
-from hf_intervene.training.train import TrainArguments, main
+from hf_intervene.trainer import TrainArguments
+from hf_intervene.trainer.command import main
 
 
 CONCEPTS = ["a", "b"]
@@ -308,7 +308,7 @@ def test_regimes_from_the_trainer(tiny, tmp_path, family, regime):
         "eval_every": 3,
         "lora_rank": 2,
     }
-    result = train.train(TrainArguments(**settings | {"regime": regime}))
+    result = trainer.train(TrainArguments(**settings | {"regime": regime}))
     folder = Path(result.model_dir)
     assert (folder / "base").exists() == (regime in ("fine-tune", "end-to-end"))
     assert (folder / "lora").exists() == (regime == "lora")
@@ -328,7 +328,7 @@ def test_a_base_out_of_a_pipelines_folder(tiny, tmp_path, monkeypatch, regime):
         "lora_rank": 2,
         "regime": regime,
     }
-    folder = train.train(TrainArguments(**settings)).model_dir
+    folder = trainer.train(TrainArguments(**settings)).model_dir
     monkeypatch.chdir("/")  # a relative path is known again from elsewhere
     assert InterventionModel.from_pretrained(folder).sample("size", 2).shape == (2, 3, 16, 16)
 
@@ -375,10 +375,12 @@ def test_an_ablation_without_a_head_trains_the_posterior_it_has(tiny, tmp_path, 
         "regime": regime,
         "output_dir": str(tmp_path / "run"),
     }
-    before = train.build_model(
-        TrainArguments(**tiny | base), train.load_data(TrainArguments(**tiny | base))[0]
+    before = trainer.build_model(
+        TrainArguments(**tiny | base), trainer.load_data(TrainArguments(**tiny | base))[0]
     )
-    after = InterventionModel.from_pretrained(train.train(TrainArguments(**tiny | base)).model_dir)
+    after = InterventionModel.from_pretrained(
+        trainer.train(TrainArguments(**tiny | base)).model_dir
+    )
     assert not torch.equal(
         before.base.adapter.network.quant.weight, after.base.adapter.network.quant.weight
     )

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from hf_intervene import evaluation, trainer
 from hf_intervene.data import avatars, load_avatars
-from hf_intervene.training import evaluate, pretrain, simulated, train
+from hf_intervene.trainer import simulated
+from hf_intervene.training import pretrain
 
 
 ALL = (*avatars.TRAIN_CONTEXTS, *avatars.HELD_OUT)
@@ -178,13 +180,15 @@ def test_bad_arguments_are_one_sentence(arguments, message):
 
 def test_persons_are_for_training_or_validation_and_halves_have_the_same_ones(tiny):
     settings = tiny | {"dataset": "avatars", "images_per_context": 3000, "validation_images": 300}
-    data, validation = train.load_data(train.TrainArguments(**settings))
+    data, validation = trainer.load_data(trainer.TrainArguments(**settings))
     assert data.contexts == list(avatars.TRAIN_CONTEXTS) and data.image_shape == (3, 16, 16)
     assert len(data) == 5 * 3000 and len(validation) == 5 * 300
     trained = images_seen([data.pixels.numpy()])
     validating = images_seen([validation.pixels.numpy()])
     assert len(set(trained) | set(validating)) == 5 * 3300  # all distinct
-    real, other = evaluate.held_out_images("avatars", avatars.CONCEPTS, 100, 0, 16, 3, "dependent")
+    real, other = evaluation.held_out_images(
+        "avatars", avatars.CONCEPTS, 100, 0, 16, 3, "dependent"
+    )
     assert tuple(real) == tuple(other) == ALL
     measured = images_seen([*real.values(), *other.values()])
     assert not set(measured) & (set(trained) | set(validating))
@@ -220,15 +224,15 @@ def test_there_are_no_more_images_than_persons():
 )
 def test_bad_settings_are_one_sentence(tiny, change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        train.load_data(train.TrainArguments(**tiny | {"dataset": "avatars"} | change))
+        trainer.load_data(trainer.TrainArguments(**tiny | {"dataset": "avatars"} | change))
     assert "\n" not in str(caught.value)
 
 
 def test_training_and_evaluation_end_to_end(tiny, tmp_path):
-    result = train.train(train.TrainArguments(**tiny | {"dataset": "avatars"}))
+    result = trainer.train(trainer.TrainArguments(**tiny | {"dataset": "avatars"}))
     argv = ["--model", str(result.model_dir), "--output", str(tmp_path / "m")]
     options = ["--dataset", "avatars", "--images", "20", "--projections", "10"]
-    assert evaluate.main([*argv, *options]) == 0
+    assert evaluation.main([*argv, *options]) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == set(ALL) and metrics["means"]["composition"]["contexts"] == 8
     assert re.search(r"glasses\+beard\+hat\+smile", (tmp_path / "m" / "metrics.md").read_text())

@@ -12,9 +12,9 @@ import torch
 
 from hf_intervene import LightVAE
 from hf_intervene.data import ContextImages, quad
-from hf_intervene.training import baseline_losses, baselines
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.baselines import BASELINES, GRID, WEIGHTS, Baseline
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training.studies import baseline_losses, baselines
+from hf_intervene.training.studies.baselines import BASELINES, GRID, WEIGHTS, Baseline
 
 
 CONTEXTS = ("obs", "quad1", "quad2", "quad3", "quad4", "size", "orientation")

@@ -2,7 +2,7 @@
 
 import math
 
-from hf_intervene.training import benchmark_head
+from hf_intervene.training.benchmarks import head as benchmark_head
 
 
 def test_benchmarks_return_figures():

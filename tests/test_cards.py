@@ -11,16 +11,12 @@ from diffusers import AutoencoderTiny
 from huggingface_hub import ModelCard
 from shared_models import ALICE, build, frozen_on, of_kind, put_vae
 
-from hf_intervene import InterventionModel, InterventionPipeline, cli
+from hf_intervene import InterventionModel, InterventionPipeline, cli, trainer
 from hf_intervene.cards import MARKER, write_card
 from hf_intervene.push import draw_samples, push_folder
-from hf_intervene.training import train
-from hf_intervene.training.arguments import (
-    SETTINGS_VERSION,
-    TrainArguments,
-    parse_arguments,
-    shared_settings,
-)
+from hf_intervene.trainer.earlier import SETTINGS_VERSION
+from hf_intervene.trainer.parsing import parse_arguments, shared_settings
+from hf_intervene.trainer.settings import TrainArguments
 
 
 pytestmark = pytest.mark.usefixtures("waits")
@@ -227,7 +223,7 @@ def test_the_command_writes_and_pushes(tmp_path, capsys, monkeypatch, kind):
 
 
 def test_the_trainer_puts_its_settings_beside_the_model(tiny, tmp_path):
-    result = train.train(TrainArguments(**tiny | {"max_steps": 2, "seed": 0}))
+    result = trainer.train(TrainArguments(**tiny | {"max_steps": 2, "seed": 0}))
     file = result.model_dir / "training_arguments.yaml"
     settings = yaml.safe_load(file.read_text())
     assert settings["max_steps"] == 2 and settings["seed"] == 0 and "epochs" not in settings
@@ -237,7 +233,8 @@ def test_the_trainer_puts_its_settings_beside_the_model(tiny, tmp_path):
         "log_every",
     } & set(settings)
     again = parse_arguments(["--config", str(file)])
-    assert (again.max_steps, again.hidden_width, again.beta) == (2, 16, TrainArguments().beta)
+    assert again.optimization.max_steps == 2 and again.base.hidden_width == 16
+    assert again.objective == TrainArguments().objective
     assert "max_steps: 2" in write_card(result.model_dir).read_text()
 
 

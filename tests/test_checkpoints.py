@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_intervene.training import checkpoints as c
+from hf_intervene.trainer import checkpoints as c
 
 
 TENSORS = {"model": {"w": torch.arange(4.0)}, "optimizer": {"0.step": torch.tensor(3.0)}}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_train import assert_same, error_of, last_state, launch, options, run, weights
+from runs import assert_same, error_of, last_state, launch, options, run, weights
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import checkpoints, distributed
+from hf_intervene.trainer import checkpoints, distributed
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,14 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from guides import ROOT, Block, Command, blocks, check_options, commands, says
 
 import hf_intervene
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.trainer.settings import TrainArguments
 
 
 README = ROOT / "README.md"
@@ -249,7 +248,7 @@ def test_names_of_the_package_exist(page):
 
 @pytest.mark.parametrize("page", EVERY, ids=ids(EVERY))
 def test_options_exist(page):
-    known = {f"--{field.name}" for field in fields(TrainArguments)} | {"--config", "--help"}
+    known = {f"--{name}" for name in TrainArguments().flat()} | {"--config", "--help"}
     known |= {"--num_processes", "--config_file", "--nproc_per_node"}  # of the launchers
     for source in SOURCES:
         known |= set(re.findall(r'"(--[\w-]+)"', source.read_text(encoding="utf-8")))

@@ -34,8 +34,8 @@ from hf_intervene.metrics.causal import (
 )
 from hf_intervene.metrics.factors import KINDS, LEVELS, Factors, true_factors
 from hf_intervene.plots import plot_matrices
-from hf_intervene.training import effects as recipe
-from hf_intervene.training import protocol
+from hf_intervene.training.studies import effects as recipe
+from hf_intervene.training.studies import protocol
 
 
 SHAPE, ORIENTATION = (quad.LATENTS.index(name) for name in ("shape", "orientation"))

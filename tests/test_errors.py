@@ -8,22 +8,19 @@ import yaml
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 
-from hf_intervene import cli
+from hf_intervene import cli, evaluation, trainer
 from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
-from hf_intervene.training import (
+from hf_intervene.trainer.checkpoints import restore_optimizer
+from hf_intervene.training import pretrain, reproduce
+from hf_intervene.training.benchmarks import benchmark
+from hf_intervene.training.studies import (
     ablation,
     baselines,
-    benchmark,
     effects,
-    evaluate,
     identifiability,
-    pretrain,
     protocol,
-    reproduce,
     seeds_table,
-    train,
 )
-from hf_intervene.training.checkpoints import restore_optimizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -82,16 +79,16 @@ RECIPES = [
     baselines,
     benchmark,
     effects,
-    evaluate,
     identifiability,
     pretrain,
     protocol,
     reproduce,
     seeds_table,
-    train,
 ]
 MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} | {
-    "hf-intervene": cli.main
+    "hf-intervene": cli.main,
+    "train": trainer.main,
+    "evaluate": evaluation.main,
 }
 
 
@@ -140,7 +137,7 @@ def test_no_command_has_its_own_list_of_exceptions():
             if path.name != "errors.py":
                 assert "EXPECTED" not in path.read_text(), path
     mains = [
-        path.stem for path in (ROOT / "training").glob("*.py") if "\ndef main(" in path.read_text()
+        path.stem for path in (ROOT / "training").rglob("*.py") if "\ndef main(" in path.read_text()
     ]
     assert set(mains) <= set(MAINS)
 

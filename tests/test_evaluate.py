@@ -14,14 +14,24 @@ import torch
 import yaml
 from PIL import Image
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli, cli_parser, demo
+from hf_intervene import (
+    InterventionModel,
+    InterventionPipeline,
+    LightVAE,
+    cli,
+    cli_parser,
+    demo,
+    evaluation,
+    trainer,
+)
 from hf_intervene.data import quad
+from hf_intervene.evaluation import setup as evaluation_setup
+from hf_intervene.evaluation.content import measure_counterfactuals
 from hf_intervene.metrics import bits_per_pixel, sliced_wasserstein
 from hf_intervene.metrics.detector import train_context_detector
-from hf_intervene.training import ablation, evaluate, evaluate_setup, train
-from hf_intervene.training.arguments import SETTINGS_VERSION
-from hf_intervene.training.evaluate_content import measure_counterfactuals
-from hf_intervene.training.simulated import SIMULATED, held_out_on_demand
+from hf_intervene.trainer.earlier import SETTINGS_VERSION
+from hf_intervene.trainer.simulated import SIMULATED, held_out_on_demand
+from hf_intervene.training.studies import ablation
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +53,7 @@ def saved(model, tmp_path):
 def test_evaluate_measures_what_it_says(model):
     contexts = ("obs", "quad1", "quad1+quad2")
     real, other = (quad.images_by_context(contexts, 24, 16, seed=seed) for seed in (1, 2))
-    metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=30)
+    metrics = evaluation.evaluate(model, real, other, ("independent",), num_projections=30)
     assert [row["kind"] for row in metrics["contexts"].values()] == [
         "concept",
         "concept",
@@ -66,9 +76,9 @@ def test_evaluate_measures_what_it_says(model):
     )
     assert (
         f"make {mean['mean_shift']:.3f} (concept; floor {mean['mean_shift_floor']:.3f}), "
-        in evaluate.table(metrics)
+        in evaluation.table(metrics)
     )
-    assert evaluate.evaluate(model, real, other, ("independent",), num_projections=30) == metrics
+    assert evaluation.evaluate(model, real, other, ("independent",), num_projections=30) == metrics
 
 
 def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypatch):
@@ -77,7 +87,7 @@ def test_real_images_in_place_of_generated_ones_score_the_floor(model, monkeypat
     )
     tensor = torch.from_numpy(third["quad1"]).permute(0, 3, 1, 2).float() / 255
     monkeypatch.setattr(model, "sample", lambda *args, **kwargs: tensor)
-    row = evaluate.evaluate(model, real, other, num_projections=100)["contexts"]["quad1"]
+    row = evaluation.evaluate(model, real, other, num_projections=100)["contexts"]["quad1"]
     assert row["independent"]["ratio"] == pytest.approx(1, abs=0.4)
 
 
@@ -99,7 +109,7 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
 
     monkeypatch.setattr(model, "abduct", remembered)
     monkeypatch.setattr(model, "predict", perfect)
-    metrics = evaluate.evaluate(model, real, other, ("independent",), num_projections=50)
+    metrics = evaluation.evaluate(model, real, other, ("independent",), num_projections=50)
     for (x, targets, mean), (name, row) in zip(seen, metrics["contexts"].items(), strict=True):
         assert (
             torch.equal(x, model.preprocess(other[name]))
@@ -110,7 +120,7 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
             row["independent"]["floor"], rel=1e-5
         )
     mean = metrics["means"]["concept"]["reconstruction"]["distance"]
-    assert f"at {mean:.3f} (concept), " in evaluate.table(metrics)
+    assert f"at {mean:.3f} (concept), " in evaluation.table(metrics)
 
 
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
@@ -128,9 +138,9 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     ]
     argv += ["--detector-images", "110", "--twins", "6"]
     monkeypatch.setattr(
-        evaluate_setup, "train_context_detector", partial(train_context_detector, steps=10)
+        evaluation_setup, "train_context_detector", partial(train_context_detector, steps=10)
     )
-    assert evaluate.main(argv) == 0
+    assert evaluation.main(argv) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
     assert metrics["settings"]["images"] == 70
@@ -159,7 +169,7 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
 
 def test_twins_of_data_that_have_none():
     with pytest.raises(ValueError, match="ident3d has no twins.*leave --twins out"):
-        evaluate.content_options(
+        evaluation_setup.content_options(
             "ident3d", ("a",), 16, 3, "dependent", "bundled", None, {}, 0, 0, 4
         )
     with pytest.raises(ValueError, match="obs among them"):
@@ -204,7 +214,7 @@ def test_presence_beside_its_floor_and_the_alternatives(model, monkeypatch):
         for name, rates in made.items()
     }
     monkeypatch.setattr(model, "sample", lambda name, **options: samples[name])
-    metrics = evaluate.evaluate(model, real, other, ("independent",), 10, detector=Seen())
+    metrics = evaluation.evaluate(model, real, other, ("independent",), 10, detector=Seen())
     assert (
         metrics["verdicts"]["quad1"] == "partly (50 % of 100 %)"
         and metrics["verdicts"]["quad2"] == "partly (80 % of 100 %)"
@@ -222,7 +232,7 @@ def test_presence_beside_its_floor_and_the_alternatives(model, monkeypatch):
     alone = metrics["contexts"]["quad2"]["presence"]
     assert alone["real"]["unwanted"]["value"] == 0.5 and alone["generated"]["exact"]["value"] == 0.8
     assert metrics["means"]["composition"]["presence"]["generated"] == 0.2
-    text = evaluate.table(metrics)
+    text = evaluation.table(metrics)
     assert text.index("## Presence") < text.index("## Sliced")
     assert "- quad1: partly (50 % of 100 %)" in text and "| quad1+quad2 | 0.200 [0.1" in text
 
@@ -248,7 +258,9 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
         "--twins",
         "8",
     ]
-    assert evaluate.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
+    assert (
+        evaluation.main(["--model", str(saved), "--output", str(tmp_path / "one"), *options]) == 0
+    )
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -308,12 +320,12 @@ def test_own_images(saved, model, tmp_path, capsys):
         "--dataset",
         str(tmp_path / "images"),
     ]
-    assert evaluate.main([*argv, "--all"]) == 0
+    assert evaluation.main([*argv, "--all"]) == 0
     assert "6 held-out images of obs a side" in capsys.readouterr().err
     rows = json.loads((tmp_path / "m" / "metrics.json").read_text())["contexts"]
     assert {row["images"] for row in rows.values()} == {6} and len(rows) == 7
     (saved / "training_arguments.yaml").write_text("settings_version: 2\n")
-    assert evaluate.main(argv) == 1  # the tenth that training held out by position is one image
+    assert evaluation.main(argv) == 1  # the tenth that training held out by position is one image
     assert "two held-out images of obs" in capsys.readouterr().err
     # What is measured is what the trainer held out.
     settings = {
@@ -326,10 +338,10 @@ def test_own_images(saved, model, tmp_path, capsys):
     (saved / "training_arguments.yaml").write_text(
         yaml.safe_dump({"settings_version": SETTINGS_VERSION} | settings)
     )
-    assert evaluate.main(argv) == 0
-    _, validation = train.load_data(train.TrainArguments(output_dir="unused", **settings))
-    split = evaluate.training_split(saved)
-    halves = evaluate.held_out_images(
+    assert evaluation.main(argv) == 0
+    _, validation = trainer.load_data(trainer.TrainArguments(output_dir="unused", **settings))
+    split = evaluation.training_split(saved)
+    halves = evaluation.held_out_images(
         str(tmp_path / "images"), model.concepts, 99, 0, 16, 3, "dependent", split
     )
     for name, expected in validation.by_context().items():
@@ -343,7 +355,9 @@ def test_own_images(saved, model, tmp_path, capsys):
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no context names the concept 'size'"):
-        evaluate.held_out_images(str(tmp_path / "images"), model.concepts, 5, 0, 16, 3, "dependent")
+        evaluation.held_out_images(
+            str(tmp_path / "images"), model.concepts, 5, 0, 16, 3, "dependent"
+        )
 
 
 @pytest.mark.parametrize(
@@ -358,7 +372,7 @@ def test_bad_input_is_one_sentence(saved, tmp_path, capsys, monkeypatch, change,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     options = {"--model": str(saved), "--output": "out"} | change
-    assert evaluate.main([word for pair in options.items() for word in pair]) == 1
+    assert evaluation.main([word for pair in options.items() for word in pair]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
 
@@ -435,10 +449,10 @@ def test_the_demo_knows_the_data_sets_of_its_option():
     for name, shown in demo.DEMONSTRATIONS.items():
         data = SIMULATED[name]
         for settings in (shown.light, shown.pretrained):
-            assert train.TrainArguments(**settings).dataset == name
+            assert trainer.TrainArguments(**settings).data.dataset == name
         assert shown.edits[0] == "obs" and shown.pair in data.held_out
         assert set(shown.edits) <= {*data.contexts, *data.held_out}
-        assert Path(train.__file__).with_name("configs").joinpath(shown.better[0]).exists()
+        assert (ROOT / "training" / "configs" / shown.better[0]).exists()
 
 
 @pytest.mark.parametrize("dataset", cli_parser.DEMO_DATASETS)
@@ -467,11 +481,11 @@ def test_an_interrupted_demo_goes_on(quick_demo, tmp_path, monkeypatch, capsys):
     argv = ["demo", "--output", str(tmp_path)]
 
     def interrupted(arguments, **options):
-        Path(arguments.output_dir).mkdir()
-        return train.TrainResult(None, 1, float("inf"), "bits per pixel", interrupted=True)
+        Path(arguments.run.output_dir).mkdir()
+        return trainer.TrainResult(None, 1, float("inf"), "bits per pixel", interrupted=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", interrupted)
+        patch.setattr(trainer, "train", interrupted)
         assert cli.main(argv) == 130
     assert "goes on from there" in capsys.readouterr().out and not (tmp_path / "pipeline").exists()
     assert cli.main(argv) == 0
@@ -524,7 +538,7 @@ def test_ablation_table(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", ["--num-inference-steps", "--num_inference_steps"])
 def test_options_are_spelled_as_those_of_training_may_be(option):
     assert (
-        evaluate.make_parser()
+        evaluation.make_parser()
         .parse_args(["--model", "m", "--output", "o", option, "7"])
         .num_inference_steps
         == 7

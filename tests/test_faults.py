@@ -16,13 +16,12 @@ import torch
 from conftest import TINY
 from diffusion_models import save_pipeline
 from PIL import Image
-from test_kills import arguments_of
-from test_train import assert_same, error_of, last_state, options, run
+from runs import arguments_of, assert_same, error_of, last_state, options, run
 
-from hf_intervene import InterventionModel
+from hf_intervene import InterventionModel, trainer
 from hf_intervene.data import ContextImages, load_contexts, load_quad, quad
-from hf_intervene.training import checkpoints, feeding, train
-from hf_intervene.training.prepared import DiffusionBase
+from hf_intervene.trainer import checkpoints, feeding, loop
+from hf_intervene.trainer.prepared import DiffusionBase
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +113,7 @@ def test_an_image_whose_loss_is_not_finite_is_named(tiny, tmp_path, monkeypatch,
     monkeypatch.setattr(feeding.Feed, "_inputs", inputs)
     error = error_of(capsys, options(settings))
     first = [bool(step) for step in steps].index(True)
-    data = train.load_data(train.TrainArguments(**settings))[0]
+    data = trainer.load_data(trainer.TrainArguments(**settings))[0]
     row = int((data.pixels[:, 0, 0, 0] == 65).nonzero()[0, 0])
     assert (
         f"the loss of step {first} is not finite for 1 of its 4 images (training images {row}"
@@ -175,7 +174,7 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
     other = settings | {"output_dir": str(tmp_path / "other")}
     calls = iter(range(100))
     monkeypatch.setattr(
-        train.Stop,
+        loop.Stop,
         "asked",
         property(lambda self: next(calls) >= 4, lambda self, value: None),
         raising=False,
@@ -299,7 +298,7 @@ import sys, torch
 from hf_intervene import InterventionModel, InterventionPipeline, bundled
 from hf_intervene.cli import main
 from hf_intervene.data import load_contexts, load_quad
-from hf_intervene.training import train
+from hf_intervene import trainer
 
 out, images = sys.argv[1:]
 pipe = InterventionPipeline.from_pretrained(bundled("quad"))
@@ -308,7 +307,7 @@ assert len(pipe("quad1", num_images=2).images) == 2
 assert main(["sample", out + "/pipeline", "--num-images", "1", "--output", out + "/a.png"]) == 0
 assert main(["card", out + "/pipeline"]) == 0
 settings = {settings!r} | dict(output_dir=out + "/run", dataset=images, max_steps=2, eval_every=1, tracker="tensorboard")
-InterventionModel.from_pretrained(train.train(train.TrainArguments(**settings)).model_dir).sample("hat", 1)
+InterventionModel.from_pretrained(trainer.train(trainer.TrainArguments(**settings)).model_dir).sample("hat", 1)
 assert len(list(load_quad(images_per_context=8, resolution=8, streaming=True))) == 56
 for load, say in (
     (lambda: load_quad(images_per_context=8, resolution=8), "give another cache_dir"),

@@ -19,6 +19,7 @@ from hf_intervene import (
     InterventionModel,
     InterventionPipeline,
     LightVAE,
+    trainer,
     wrap_base,
 )
 from hf_intervene.bases.autoencoder import AutoencoderBase
@@ -26,9 +27,8 @@ from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
 from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
-from hf_intervene.training import benchmark_bases as benchmark
-from hf_intervene.training import train
-from hf_intervene.training.arguments import fast_bf16
+from hf_intervene.trainer.sections import fast_bf16
+from hf_intervene.training.benchmarks import bases as benchmark
 
 
 CONFIG = {
@@ -507,7 +507,7 @@ def test_the_family_of_the_guide(tiny, tmp_path, monkeypatch):
             "regime": regime,
             "output_dir": str(tmp_path / regime),
         }
-        result = train.train(train.TrainArguments(**tiny | options))
+        result = trainer.train(trainer.TrainArguments(**tiny | options))
         model = InterventionModel.from_pretrained(result.model_dir)
         assert type(model.base) is module.PatchCoderBase
         assert (result.model_dir / "base").exists() == (regime == "end-to-end")

@@ -34,6 +34,7 @@ from hf_intervene import (
     InterventionPipeline,
     Quantile,
     load_base,
+    trainer,
 )
 from hf_intervene.cards import write_card
 from hf_intervene.contexts import (
@@ -43,8 +44,9 @@ from hf_intervene.contexts import (
     parse_values,
     validate_concepts,
 )
-from hf_intervene.training import checkpoints, train
-from hf_intervene.training.arguments import TrainArguments, read_config
+from hf_intervene.trainer import checkpoints
+from hf_intervene.trainer.parsing import read_config
+from hf_intervene.trainer.settings import KIND_OF, SECTION_OF, SECTIONS, TrainArguments
 
 
 CONCEPTS = ("quad1", "quad2", "size")
@@ -113,7 +115,7 @@ def check_contexts(example):
 
 # Settings
 
-fields = st.sampled_from(sorted(TrainArguments.__dataclass_fields__))
+fields = st.sampled_from(sorted([*SECTIONS, *SECTION_OF]))
 lines = st.one_of(
     st.tuples(fields, values).map(lambda pair: yaml.safe_dump({pair[0]: pair[1]})),
     st.tuples(fields | words, words).map(": ".join),
@@ -173,7 +175,6 @@ _HARMLESS = (
     "base",
     "resume",
     "tracker",
-    "compile",
     "mnist_digits",
     "image_encoder",
     "base_subfolder",
@@ -192,7 +193,6 @@ _BY_TYPE = {
             "batch",
             "layer",
             "single",
-            "adaptive",
             "obs",
             "quad1",
         ]
@@ -200,19 +200,11 @@ _BY_TYPE = {
     "bool": st.booleans(),
 }
 _TYPED = {}
-for _name, _field in TrainArguments.__dataclass_fields__.items():
-    _kind = (
-        str(getattr(_field.type, "__name__", _field.type))
-        if not str(_field.type).startswith("list")
-        else str(_field.type)
-    )
-    _inner = next((key for key in _BY_TYPE if key in str(_field.type)), None)
+for _name, _kind in KIND_OF.items():
+    _inner = next((key for key in _BY_TYPE if key in str(_kind)), None)
     if _name not in _HARMLESS and _inner is not None:
-        _TYPED[_name] = (
-            st.lists(_BY_TYPE[_inner], max_size=3)
-            if "list" in str(_field.type)
-            else _BY_TYPE[_inner]
-        )
+        _values = _BY_TYPE[_inner]
+        _TYPED[_name] = st.lists(_values, max_size=3) if "list" in str(_kind) else _values
 some_settings = st.lists(
     st.sampled_from(sorted(_TYPED)), min_size=1, max_size=3, unique=True
 ).flatmap(lambda chosen: st.fixed_dictionaries({name: _TYPED[name] for name in chosen}))
@@ -241,7 +233,7 @@ def run_trainer(config, *options):
     """Run the trainer as a command, whose errors must be one line."""
     errors = io.StringIO()
     with bounds(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        status = train.main(["--config", str(config), *options])
+        status = trainer.main(["--config", str(config), *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     said = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
     assert (status, len(said)) in ((0, 0), (1, 1)), errors.getvalue()
@@ -286,9 +278,9 @@ def saved(tmp_path_factory):
         "max_steps": 2,
         "eval_every": 2,
         "ema_decay": 0.9,
-        "schedule": "adaptive",
+        "schedule": "single",
     }
-    train.train(TrainArguments(**run, output_dir=str(folder / "run")))
+    trainer.train(TrainArguments(**run, output_dir=str(folder / "run")))
     return folder
 
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from ray_marcher import first_hit, inside, slow_colour
 from scipy.stats import norm
 
+from hf_intervene import trainer
 from hf_intervene.data import ident3d, load_ident3d, raycast
-from hf_intervene.training import pretrain, simulated, train
+from hf_intervene.trainer import simulated
+from hf_intervene.training import pretrain
 
 
 ALL = ident3d.TRAIN_CONTEXTS + ident3d.HELD_OUT
@@ -335,7 +337,7 @@ def test_any_latents_are_drawn_or_refused_with_one_sentence(latents):
 
 
 def test_training_and_pretraining_draw_it(tiny):
-    data, validation = train.load_data(train.TrainArguments(**tiny | {"dataset": "ident3d"}))
+    data, validation = trainer.load_data(trainer.TrainArguments(**tiny | {"dataset": "ident3d"}))
     assert data.contexts == list(ident3d.TRAIN_CONTEXTS) and data.pixels.shape == (
         4 * 32,
         3,

@@ -18,7 +18,7 @@ from hf_intervene.metrics.recovery import (
     score,
     simulate_and_recover,
 )
-from hf_intervene.training import identifiability as study
+from hf_intervene.training.studies import identifiability as study
 
 
 # Before training

@@ -10,11 +10,11 @@ import yaml
 from conftest import TINY
 from PIL import Image
 
+from hf_intervene import evaluation, trainer
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.data.identity import changes, fingerprints, load_images, places
-from hf_intervene.training import evaluate, train
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.checkpoints import checkpoints, load_checkpoint
+from hf_intervene.trainer.checkpoints import checkpoints, load_checkpoint
+from hf_intervene.trainer.settings import TrainArguments
 
 
 def fill(folder, count, seed):
@@ -129,7 +129,7 @@ def settings(data, tmp_path):
 
 
 def go_on(settings, **changed):
-    return train.train(TrainArguments(**settings | {"resume": "auto", "max_steps": 4} | changed))
+    return trainer.train(TrainArguments(**settings | {"resume": "auto", "max_steps": 4} | changed))
 
 
 def rename(data):
@@ -158,7 +158,7 @@ def remove(data):
     ],
 )
 def test_other_images_are_noticed_when_a_run_goes_on(settings, data, change, message):
-    train.train(TrainArguments(**settings))
+    trainer.train(TrainArguments(**settings))
     change(data)
     with pytest.raises(ValueError, match=f"was trained on other images: .*{message}") as error:
         go_on(settings)
@@ -166,14 +166,14 @@ def test_other_images_are_noticed_when_a_run_goes_on(settings, data, change, mes
 
 
 def test_data_that_were_moved_are_recognised(settings, data, tmp_path):
-    train.train(TrainArguments(**settings))
+    trainer.train(TrainArguments(**settings))
     data.rename(tmp_path / "elsewhere")
     assert go_on(settings, dataset=str(tmp_path / "elsewhere")).step == 4
 
 
 def test_an_older_checkpoint_keeps_the_older_split(settings, tmp_path):
     settings |= {"context_prediction": 0.0}
-    train.train(TrainArguments(**settings | {"split_by": "position"}))
+    trainer.train(TrainArguments(**settings | {"split_by": "position"}))
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     state = json.loads((path / "state.json").read_text())
     del state["settings"]["split_by"], state["precision"], state["settings"]["context_prediction"]
@@ -189,9 +189,9 @@ def test_an_older_checkpoint_keeps_the_older_split(settings, tmp_path):
 
 def test_a_resumed_run_keeps_the_precision_of_auto(settings, tmp_path, monkeypatch, capsys):
     settings |= {"mixed_precision": "auto"}
-    monkeypatch.setattr("hf_intervene.training.arguments.fast_bf16", lambda: False)
-    train.train(TrainArguments(**settings))
-    monkeypatch.setattr("hf_intervene.training.arguments.fast_bf16", lambda: True)
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: False)
+    trainer.train(TrainArguments(**settings))
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: True)
     assert go_on(settings).step == 4
     assert "going on in the precision no" in capsys.readouterr().err
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
@@ -199,7 +199,7 @@ def test_a_resumed_run_keeps_the_precision_of_auto(settings, tmp_path, monkeypat
 
 
 def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
-    train.train(TrainArguments(**settings | {"checkpoint_every": 2, "keep_checkpoints": 9}))
+    trainer.train(TrainArguments(**settings | {"checkpoint_every": 2, "keep_checkpoints": 9}))
     folder = tmp_path / "run" / "checkpoints"
     state = json.loads((folder / "step-00000002" / "state.json").read_text())
     assert state["step"] == 2
@@ -217,18 +217,18 @@ def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
 
 
 def test_images_that_were_trained_on_are_not_measured_on(settings, data, tmp_path, capsys):
-    train.train(TrainArguments(**settings))
+    trainer.train(TrainArguments(**settings))
     model, trained = tmp_path / "run" / "model", load_images(tmp_path / "run" / "model")
-    split, _ = train.load_data(TrainArguments(**settings))
+    split, _ = trainer.load_data(TrainArguments(**settings))
     assert changes(trained, split.fingerprints_by_context()) is None
     assert changes(trained, load_images(tmp_path / "run" / "best")) is None
     arguments = (str(data), ("apple", "hat"), 99, 0, 16, 3, "dependent")
     for split_then, said in (
-        (evaluate.training_split(model), False),
+        (evaluation.training_split(model), False),
         ((0.4, 1, "image"), True),
         (None, True),
     ):
-        halves = evaluate.held_out_images(*arguments, split_then, trained=trained)
+        halves = evaluation.held_out_images(*arguments, split_then, trained=trained)
         seen = {image.tobytes() for images in split.by_context().values() for image in images}
         measured = {
             image.tobytes() for half in halves for images in half.values() for image in images

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from hf_intervene.training import jobs as recipe
-from hf_intervene.training.jobs import Job, Processes, run_jobs
+from hf_intervene.training.studies import jobs as recipe
+from hf_intervene.training.studies.jobs import Job, Processes, run_jobs
 
 
 SCRIPT = """
@@ -29,7 +29,7 @@ if fail == "fail":
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
-    monkeypatch.setattr(recipe, "HERE", tmp_path)
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path)
 
     def make(name, value="1", fail="", after=()):
         folder = tmp_path / name
@@ -88,7 +88,7 @@ def test_sigterm_stops_the_processes_with_it(tmp_path, monkeypatch):
     (tmp_path / "sleep.py").write_text(
         "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(600)\n"
     )
-    monkeypatch.setattr(recipe, "HERE", tmp_path)
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path)
     begun = tmp_path / "begun"
     job = Job(tmp_path / "a", lambda: [("sleep.py", str(begun))])
 

@@ -22,21 +22,14 @@ import torch
 import yaml
 from conftest import TINY
 from PIL import Image
+from runs import arguments_of, error_of, last_state
 from safetensors.torch import load_file
-from test_train import error_of, last_state
 
 from hf_intervene import InterventionModel
-from hf_intervene.training import checkpoints, run_folder, train
+from hf_intervene.trainer import checkpoints, loop, run_folder
 
 
 ROOT = Path(__file__).parents[1]
-
-
-def arguments_of(settings):
-    """Options of the script for settings; a file, so that lists and `None` need no care."""
-    config = Path(settings["output_dir"]).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings))
-    return ["--config", str(config), "--resume", "auto"]
 
 
 def hidden(folder):
@@ -159,12 +152,12 @@ def test_kills_at_random_moments_change_nothing(tmp_path, kills, steps, seed):
     settings = (
         TINY
         | every
-        | {"max_steps": steps, "patience": 1000, "ema_decay": 0.9, "schedule": "adaptive"}
+        | {"max_steps": steps, "patience": 1000, "ema_decay": 0.9, "schedule": "single"}
     )
     whole, killed = (
         {**settings, "output_dir": str(tmp_path / name)} for name in ("whole", "killed")
     )
-    assert harm.run(harm.trainer, arguments_of(whole)) == 0
+    assert harm.run(harm.training, arguments_of(whole)) == 0
     out, before, draw, died = (
         tmp_path / "killed",
         {"step": 0, "best": False},
@@ -172,7 +165,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, kills, steps, seed):
         0,
     )
     while died < kills:
-        process = harm.start(harm.trainer, arguments_of(killed))
+        process = harm.start(harm.training, arguments_of(killed))
         rows = draw.choice((0, 1, 1, 2, 2, 3, 4))
         status = kill_after(
             process, out / "history.jsonl", rows, draw.random() * (0.15 if rows else 0.6)
@@ -180,7 +173,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, kills, steps, seed):
         assert status == -signal.SIGKILL, f"ended with status {status} after {died} kills"
         died += 1
         check_what_a_kill_left(out, before)
-    assert harm.run(harm.trainer, arguments_of(killed)) == 0
+    assert harm.run(harm.training, arguments_of(killed)) == 0
     assert_the_same_run(whole, killed)
 
 
@@ -210,10 +203,10 @@ def test_the_script_itself_is_killed_and_resumed(tmp_path):
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_the_way(
     tiny, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(train, "PATIENCE", 1)
+    monkeypatch.setattr(loop, "PATIENCE", 1)
     settings = tiny | {"max_steps": 100_000, "log_every": 1, "checkpoint_every": 2}
     argv, history = arguments_of(settings), tmp_path / "run" / "history.jsonl"
-    first = harm.start(harm.trainer, argv)
+    first = harm.start(harm.training, argv)
     while not (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
         assert first.is_alive()
         time.sleep(0.01)
@@ -222,7 +215,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_
     assert len(history.read_text().splitlines()) >= rows and first.is_alive()
     first.kill()
     first.join(60)
-    resumed = harm.start(harm.trainer, argv)
+    resumed = harm.start(harm.training, argv)
     assert kill_after(resumed, history, 1, 0) == -signal.SIGKILL
     assert json.loads(history.read_text().splitlines()[-1])["step"] > 2
 
@@ -231,7 +224,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_
 def test_files_that_cannot_grow_leave_the_last_checkpoint(tiny, tmp_path, free, status):
     """Nothing can be written any more, or the model can and checkpoints cannot."""
     argv = arguments_of(tiny | {"max_steps": 4})
-    assert harm.run(harm.trainer, argv) == 0
+    assert harm.run(harm.training, argv) == 0
     argv = arguments_of(tiny | {"max_steps": 8})
     state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
     state.write_text(state.read_text().replace('"max_steps": 4', '"max_steps": 8'))
@@ -245,7 +238,7 @@ def test_files_that_cannot_grow_leave_the_last_checkpoint(tiny, tmp_path, free, 
         tmp_path / "run"
     )
     InterventionModel.from_pretrained(tmp_path / "run" / "best")
-    assert harm.run(harm.trainer, argv) == 0  # the disk has been cleared
+    assert harm.run(harm.training, argv) == 0  # the disk has been cleared
 
 
 @pytest.mark.parametrize(

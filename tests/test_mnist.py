@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_intervene import evaluation, trainer
 from hf_intervene.data import load_digits, load_mnist, mnist
 from hf_intervene.data.digits import read_idx
-from hf_intervene.training import evaluate, pretrain, simulated, train
-from hf_intervene.training.arguments import shared_settings
+from hf_intervene.trainer import simulated
+from hf_intervene.trainer.parsing import shared_settings
+from hf_intervene.training import pretrain
 
 
 ALL = mnist.TRAIN_CONTEXTS + mnist.HELD_OUT
@@ -266,10 +268,10 @@ def used(monkeypatch):
 
 
 def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
-    data, validation = train.load_data(train.TrainArguments(**tiny | SETTINGS))
+    data, validation = trainer.load_data(trainer.TrainArguments(**tiny | SETTINGS))
     assert data.pixels.shape == (7 * 32, 1, 28, 28) and len(validation) == 7 * 16
     assert data.contexts == list(mnist.TRAIN_CONTEXTS)
-    real, other = evaluate.held_out_images("mnist", mnist.CONCEPTS, 12, 0, 28, 1, "dependent")
+    real, other = evaluation.held_out_images("mnist", mnist.CONCEPTS, 12, 0, 28, 1, "dependent")
     training, validating, held_out = used
     assert (len(training), len(validating), len(held_out)) == (360, 40, 400)
     assert not training & validating and not (training | validating) & held_out
@@ -283,7 +285,7 @@ def test_training_validation_and_held_out_digits_are_never_mixed(tiny, used):
 def test_of_few_digits_there_are_few_held_out_images(monkeypatch):
     monkeypatch.setattr(simulated.Mnist, "contexts", ("obs",))
     monkeypatch.setattr(simulated.Mnist, "held_out", ("scale+thin",))
-    real, other = evaluate.held_out_images("mnist", mnist.CONCEPTS, 1280, 0, 28, 3, "dependent")
+    real, other = evaluation.held_out_images("mnist", mnist.CONCEPTS, 1280, 0, 28, 3, "dependent")
     assert {x.shape for x in (*real.values(), *other.values())} == {(200, 28, 28, 3)}
     other_seed = simulated.Mnist(28, 1).held_out_images(200, 1)[0]
     assert not np.array_equal(other_seed["obs"], real["obs"][..., :1])
@@ -306,17 +308,17 @@ def test_held_out_images_are_drawn_once(monkeypatch):
 def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):
     folder = write_idx(tmp_path / "digits", gzipped=True)
     settings = tiny | SETTINGS | {"mnist_digits": str(folder)}
-    result = train.train(train.TrainArguments(**settings))
+    result = trainer.train(trainer.TrainArguments(**settings))
     grids = sorted((tmp_path / "run" / "samples").glob("*.png"))
     width, height = Image.open(grids[-1]).size
     assert width > 8 * 28 and height == len(ALL) * 28  # names, and held-out pairs
     argv = ["--model", str(result.model_dir), "--output", str(tmp_path / "m"), "--dataset", "mnist"]
     argv += ["--images", "20", "--projections", "10", "--detector-images", "0", "--mnist-digits"]
-    assert evaluate.main([*argv, str(folder), "--edits"]) == 0
+    assert evaluation.main([*argv, str(folder), "--edits"]) == 0
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == set(ALL) and metrics["means"]["composition"]["contexts"] == 9
     assert "factor_effects" not in metrics  # those of quad
-    assert evaluate.main([*argv, str(tmp_path / "nowhere")]) == 1
+    assert evaluation.main([*argv, str(tmp_path / "nowhere")]) == 1
     assert f"error: there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
@@ -332,13 +334,13 @@ def test_training_and_evaluation_end_to_end(tiny, tmp_path, capsys):
 )
 def test_bad_settings(tiny, change, message):
     with pytest.raises((ValueError, OSError), match=message):
-        train.load_data(train.TrainArguments(**tiny | SETTINGS | change))
+        trainer.load_data(trainer.TrainArguments(**tiny | SETTINGS | change))
 
 
 def test_what_is_published_names_no_folder_of_this_machine(tiny, tmp_path):
     (tmp_path / "digits").mkdir()
     text = shared_settings(
-        train.TrainArguments(**tiny | SETTINGS | {"mnist_digits": str(tmp_path / "digits")})
+        trainer.TrainArguments(**tiny | SETTINGS | {"mnist_digits": str(tmp_path / "digits")})
     )
     assert "mnist_digits: digits" in text and str(tmp_path) not in text
 

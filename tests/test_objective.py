@@ -19,7 +19,8 @@ from hf_intervene.terms import (
     term_names,
 )
 from hf_intervene.terms.edit_consistency import LARGEST, edited
-from hf_intervene.training.train import TrainArguments, build_objective
+from hf_intervene.trainer.building import build_objective
+from hf_intervene.trainer.sections import ObjectiveSettings
 
 
 CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
@@ -187,15 +188,16 @@ class DarkImages(Term):
 
 
 @dataclass
-class Settings(TrainArguments):
+class Weights(ObjectiveSettings):
     dark_images: float = 0.0
 
 
-def test_a_new_term_is_one_class_and_one_setting(model, batch, tiny):
+def test_a_new_term_is_one_class_and_one_setting(model, batch):
     """Nothing else has to know of it: training builds its objective by the names in the
     settings."""
-    settings = Settings(**tiny | {"context_prediction": 0.0, "dark_images": 3.0})
-    settings.edit_consistency = settings.free_invariance = 0.0
+    weights = Weights(context_prediction=0.0, edit_consistency=0.0, free_invariance=0.0)
+    weights.dark_images = 3.0
+    settings = SimpleNamespace(objective=weights)
     data = SimpleNamespace(targets=lambda free_blocks: CONTEXTS)
     objective = build_objective(settings, model, data)
     assert set(objective.terms) == {"dark_images"}

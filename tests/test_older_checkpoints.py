@@ -6,7 +6,6 @@ there)."""
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,13 @@ from hf_intervene import (
     InterventionHead,
     InterventionModel,
     InterventionPipeline,
+    trainer,
 )
 from hf_intervene.bases.loading import check_reference
 from hf_intervene.configuration_intervention import FORMAT_VERSION
-from hf_intervene.training import train
-from hf_intervene.training.arguments import (
-    SETTINGS_VERSION,
-    TrainArguments,
-    earlier_defaults,
-    of_today,
-    read_config,
-    shared_settings,
-)
+from hf_intervene.trainer.earlier import SETTINGS_VERSION, earlier_defaults, of_today
+from hf_intervene.trainer.parsing import read_config, shared_settings
+from hf_intervene.trainer.settings import TrainArguments
 
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -126,9 +120,9 @@ def test_defaults_change_with_the_version_alone():
     assert {name: config[name] for name in listed["configuration"]} == listed["configuration"]
     for version in (1, 3):
         then = json.loads((FIXTURES / f"defaults-{version}.json").read_text())["settings"]
-        settings = json.loads(json.dumps(asdict(TrainArguments()))) | earlier_defaults(
-            version, "settings"
-        )
+        settings = TrainArguments().flat() | earlier_defaults(version, "settings")
+        for gone in ("compile", "compile_mode", "channels_last"):  # what they were changed nothing
+            then.pop(gone, None)
         assert {name: settings[name] for name in then} == then
 
 
@@ -137,29 +131,23 @@ def read(path):
 
 
 def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
-    settings = read(
-        FIXTURES / "plain-51a1a79" / "training_arguments.yaml"
-    )  # names everything that was a setting
-    assert (
-        settings["mechanism"] == "mlp"
-        and settings["likelihood"] == "bernoulli"
-        and settings["beta"] == 4.0
-    )
-    assert (
-        settings["context_prediction"] == settings["edit_consistency"] == 0.0
-        and settings["max_steps"] == 8
-    )
-    assert "moment_matching" not in settings
-    TrainArguments(**settings)
     without = {"moment_matching": 0.0, "seed": 3}  # names what differed from the defaults
     settings = of_today(without, 0, "settings")
-    assert (
-        settings["initial_posterior_std"] == 1.0
-        and settings["posterior"] == "centered"
-        and settings["seed"] == 3
-    )
+    assert settings["initial_posterior_std"] == 1.0 and settings["posterior"] == "centered"
+    assert settings["mechanism"] == "mlp" and settings["likelihood"] == "bernoulli"
+    assert settings["beta"] == 4.0 and settings["context_prediction"] == 0.0
+    assert "moment_matching" not in settings and settings["seed"] == 3
     (tmp_path / "mine.yaml").write_text("epochs: 6\n")  # written by hand, for today
     assert read(tmp_path / "mine.yaml") == {"epochs": 6.0}
+
+
+def test_settings_that_there_are_no_more_are_dropped_from_what_runs_saved(tmp_path):
+    settings = read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")  # names every setting
+    assert settings["max_steps"] == 8 and not {"compile", "channels_last"} & set(settings)
+    assert set(TrainArguments(**settings).flat()) == set(settings)
+    (tmp_path / "mine.yaml").write_text("compile: true\n")
+    with pytest.raises(ValueError, match="unknown setting 'compile': versions before 0.2 had it"):
+        read(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +172,7 @@ def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
             | {"context_prediction": 0.1},
             "context_prediction 0.1, which",
         ),
+        ({"settings_version": 5, "schedule": "adaptive"}, "the schedule adaptive, which"),
     ],
 )
 def test_settings_with_terms_that_there_are_no_more(saved, words, tmp_path):
@@ -205,17 +194,17 @@ def test_settings_of_today_and_of_later_ones(tmp_path):
             read(tmp_path / "s.yaml")
 
 
-def resumed(run, tmp_path, **options):
-    shutil.copytree(FIXTURES / run, tmp_path / "run")
-    settings = read(FIXTURES / "plain-51a1a79" / "training_arguments.yaml")
+def resumed(tmp_path, **options):
+    """The run of the fixture, which goes on where it was stopped."""
+    shutil.copytree(FIXTURES / "run-a2902fc", tmp_path / "run")
+    settings = read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")
     settings |= {"output_dir": str(tmp_path / "run"), "resume": "auto"}
-    return train.train(TrainArguments(**settings | options))
+    return trainer.train(TrainArguments(**settings | options))
 
 
 def test_an_older_run_goes_on(tmp_path, capsys):
-    result = resumed(
-        "plain-51a1a79", tmp_path, initial_posterior_std=0.5
-    )  # of a start it does not matter any more
+    # of a start it does not matter any more
+    result = resumed(tmp_path, initial_posterior_std=0.5)
     assert result.step == 8 and "step 4" in capsys.readouterr().out
     history = [
         json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
@@ -232,9 +221,9 @@ def test_an_older_run_goes_on(tmp_path, capsys):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_an_older_run_does_not_go_on_with_the_defaults_of_today(tmp_path):
-    with pytest.raises(ValueError, match="beta was 4.0, is 1.0"):
-        resumed("plain-51a1a79", tmp_path, beta=1.0)
+def test_an_older_run_does_not_go_on_with_other_settings(tmp_path):
+    with pytest.raises(ValueError, match="beta was 1.0, is 4.0"):
+        resumed(tmp_path, beta=4.0)
 
 
 def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
@@ -255,23 +244,11 @@ def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
     }
     with pytest.raises(
         ValueError,
-        match="a run with moment_matching 100.0, which .* start anew in another output_dir",
+        match="moment_matching 100.0, the schedule adaptive, which .* start anew in another",
     ):
-        train.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
+        trainer.train(TrainArguments(**small, output_dir=str(tmp_path / "run")))
     best = InterventionModel.from_pretrained(tmp_path / "run" / "best")  # its model is of use
     assert best.sample([["quad1"]]).isfinite().all()
-
-
-def test_a_run_of_the_first_day_says_that_it_cannot_go_on(tmp_path, capsys):
-    with pytest.raises(OSError, match="no checkpoint in .* can be read"):
-        resumed("run-e76ea4f", tmp_path)
-    assert "is of a version before 0.1, which cannot be resumed" in capsys.readouterr().err
-    assert (
-        InterventionModel.from_pretrained(tmp_path / "run" / "best")
-        .sample([["quad1"]])
-        .isfinite()
-        .all()
-    )  # its model is of use
 
 
 def test_a_run_of_a_later_version(tmp_path):
@@ -280,4 +257,4 @@ def test_a_run_of_a_later_version(tmp_path):
     later = json.loads(state.read_text()) | {"settings_version": SETTINGS_VERSION + 1}
     (tmp_path / "later/checkpoints/step-00000004/state.json").write_text(json.dumps(later))
     with pytest.raises(ValueError, match="written by a later version of hf-intervene"):
-        resumed("run-874628a", tmp_path, resume=str(tmp_path / "later/checkpoints/step-00000004"))
+        resumed(tmp_path, resume=str(tmp_path / "later/checkpoints/step-00000004"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_intervene.training.optimizer import MOMENTUM, SIZE, MuonAdamW, orthogonal
+from hf_intervene.trainer.optimizer import MOMENTUM, SIZE, MuonAdamW, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (20, 20)])

@@ -10,17 +10,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
-from test_train import assert_same, launch, run, weights
-from torch._dynamo.testing import CompileCounter
+from runs import assert_same, launch, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
 from hf_intervene.objective import Objective
-from hf_intervene.training import train
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.feeding import DELAY, Feed
-from hf_intervene.training.performance import use_channels_last
+from hf_intervene.trainer.feeding import Feed
+from hf_intervene.trainer.settings import TrainArguments
 
 
 # Operators whose result the host must have before it goes on.
@@ -50,8 +47,7 @@ class Waiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
-def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
+def test_no_step_waits_for_the_device(tiny, monkeypatch):
     """From the moment a batch is on the device to the next batch, for steps without a log."""
     if torch.cuda.is_available():
         monkeypatch.setattr(
@@ -97,7 +93,6 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
         tiny,
         **settings
         | {
-            "schedule": schedule,
             "max_steps": 9,
             "mixed_precision": "bf16",
             "beta_warmup": 0.5,
@@ -107,37 +102,6 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, schedule):
     with waiting:
         _ = torch.ones(1).item()
     assert "_local_scalar_dense" in waiting.seen  # it would have been seen
-
-
-def compiled_by_step(settings, monkeypatch, **changes):
-    """How often something has been compiled before each of ten steps."""
-    counter, compiled = CompileCounter(), []
-    monkeypatch.setattr(
-        torch, "compile", lambda model, mode, real=torch.compile: real(model, backend=counter)
-    )
-    original = Feed.batch
-    monkeypatch.setattr(
-        Feed,
-        "batch",
-        lambda self, step: (compiled.append(counter.frame_count), original(self, step))[1],
-    )
-    run(settings, compile=True, max_steps=10, eval_every=1000, **changes)
-    return compiled
-
-
-@pytest.mark.parametrize("schedule", ["balanced", "single"])
-def test_nothing_is_compiled_again_across_steps_and_contexts(tiny, monkeypatch, schedule):
-    compiled = compiled_by_step(
-        tiny, monkeypatch, schedule=schedule, beta_warmup=1.0, edit_consistency=0.0
-    )
-    assert compiled[0] == 0 and compiled[1] > 0 and set(compiled[1:]) == {compiled[1]}
-
-
-def test_a_term_that_begins_is_compiled_once(tiny, monkeypatch):
-    """Edit consistency has a weight from the second of these ten steps on, which rises."""
-    torch.compiler.reset()  # of what other tests compiled
-    compiled = compiled_by_step(tiny, monkeypatch)
-    assert 0 < compiled[1] < compiled[2] and set(compiled[2:]) == {compiled[2]}
 
 
 def drawn(mapped=None):
@@ -159,7 +123,7 @@ def feed(data, schedule="balanced", accumulation=1):
         Objective(model),
         data,
         None,
-        ContextSchedule(data.context_ids, schedule, 8, a.seed),
+        ContextSchedule(data.context_ids, schedule, 8, a.optimization.seed),
         a,
         PartialState(cpu=True),
     )
@@ -187,22 +151,6 @@ def test_batches_are_the_same_out_of_memory_and_ahead_out_of_a_file(tmp_path):
     assert torch.equal(resumed.batch(12).ids, feeds[1].batch(12).ids)
     for f in (*feeds, resumed):
         f.close()
-
-
-def test_an_adaptive_schedule_hears_of_losses_later_and_after_a_resume_too():
-    data = drawn()
-    one = feed(data, "adaptive")
-    told = []
-    one.schedule.update = lambda ids, losses: told.append(losses[0].item())
-    for step in range(5):
-        one.batch(step)
-        one.learn(torch.full((8,), float(step)))
-    assert told == [0.0, 1.0, 2.0] and len(one.state_dict()["losses"]) == DELAY
-    two = feed(data, "adaptive")
-    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    two.schedule.update = lambda ids, losses: told.append(losses[0].item())
-    two.batch(5)
-    assert told[-1] == 3.0
 
 
 @pytest.fixture
@@ -293,22 +241,3 @@ def test_two_processes_train_out_of_a_cache(tiny, folder, tmp_path):
         rtol=1e-2,
         atol=2e-4,
     )
-
-
-def test_channels_last_changes_nothing_but_rounding(tiny):
-    torch.manual_seed(0)
-    model = InterventionModel.build(
-        LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16), quad.CONCEPTS, noise_width=4
-    )
-    x, targets, noise = (
-        torch.rand(4, 3, 16, 16),
-        model.targets("quad1", 4),
-        torch.randn(4, *model.noise_shape),
-    )
-    before = model(x, targets, noise=noise)
-    use_channels_last(model.base)
-    after = model(x, targets, noise=noise)
-    torch.testing.assert_close(after.loss, before.loss)
-    images = model.decode(noise, targets)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert train.train(TrainArguments(**tiny | {"channels_last": True, "max_steps": 2})).step == 2

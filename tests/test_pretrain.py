@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
-from hf_intervene import InterventionModel
-from hf_intervene.training import pretrain, train
-from hf_intervene.training.train import TrainArguments
+from hf_intervene import InterventionModel, trainer
+from hf_intervene.trainer import TrainArguments
+from hf_intervene.training import pretrain
 
 
 OPTIONS = ["--images", "64", "--resolution", "16", "--batch-size", "16"]
@@ -29,7 +29,7 @@ def test_pretrain_then_add_a_head(tiny, autoencoder):
         error = (vae.decode(latents).sample - x).square().mean()
     assert error < 0.6 * (x - x.mean(0)).square().mean()
     assert 0.8 < vae.config.scaling_factor * latents.std() < 1.25
-    result = train.train(
+    result = trainer.train(
         TrainArguments(
             **tiny | {"base": str(autoencoder), "regime": "frozen", "mixed_precision": "auto"}
         )
@@ -64,7 +64,7 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
         ).sample
     assert (v + x).square().mean() < 0.95 * x.square().mean()
     arguments = tiny | {"base": str(tmp_path / "dit"), "regime": "frozen", "mixed_precision": "no"}
-    result = train.train(TrainArguments(**arguments))
+    result = trainer.train(TrainArguments(**arguments))
     assert InterventionModel.from_pretrained(result.model_dir).sample(
         "quad1", 2, num_inference_steps=2
     ).shape == (2, 3, 16, 16)

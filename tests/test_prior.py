@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_intervene.data import ContextImages
-from hf_intervene.training.prior import causal_order, fit_prior, order_concepts
+from hf_intervene.trainer.prior import causal_order, fit_prior, order_concepts
 
 
 class Codes(torch.nn.Module):

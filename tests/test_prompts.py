@@ -13,7 +13,7 @@ from test_recording import generator, unheard, with_head
 
 from hf_intervene.bases import PipelineBase
 from hf_intervene.data import ContextImages, load_contexts
-from hf_intervene.training.train import TrainArguments, build_model, load_data, train
+from hf_intervene.trainer import TrainArguments, build_model, load_data, train
 
 
 PROMPTS = ["abc", "abcdef", "", "xyz"]

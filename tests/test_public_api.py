@@ -75,7 +75,9 @@ def attribute(statement):
         name, shown = statement.target.id, f": {ast.unparse(statement.annotation)}"
     if shown is None or name.startswith("_"):
         return None
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "setting":
+        value = value.args[0]  # its default, without help and checks
+    elif isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         value.keywords = [
             keyword for keyword in value.keywords if keyword.arg in ("default", "default_factory")
         ]

@@ -8,10 +8,10 @@ from conftest import TINY
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from hf_intervene import cli
+from hf_intervene import cli, evaluation, trainer
 from hf_intervene.data import load_contexts
-from hf_intervene.training import evaluate, pretrain, train
-from hf_intervene.training.arguments import TrainArguments
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training import pretrain
 
 
 OPTIONS = ["--image_column", "picture", "--context_column", "group"]
@@ -43,14 +43,14 @@ def trained(saved, tmp_path_factory):
         "validation_fraction": 0.3,
     }
     small = {"max_steps": 2, "eval_every": 2, "output_dir": str(out)}
-    train.train(TrainArguments(**TINY | own | small))
+    trainer.train(TrainArguments(**TINY | own | small))
     return out / "model"
 
 
 def measured(trained, saved, out, *options):
     quick = ["--images", "99", "--projections", "5", "--no-tests", "--output", str(out)]
     assert (
-        evaluate.main(
+        evaluation.main(
             [
                 "--model",
                 str(trained),
@@ -115,7 +115,7 @@ def test_drawn_data_have_neither_columns_nor_splits(tiny, tmp_path, capsys, trai
     with pytest.raises(
         ValueError, match=f"quad is drawn, and has no {name} to choose: leave {name} out"
     ):
-        train.train(TrainArguments(**tiny | {name: "other"}))
+        trainer.train(TrainArguments(**tiny | {name: "other"}))
     option = [f"--{name.replace('_', '-')}", "other"]
     for argv in (
         ["check", "quad"],
@@ -139,6 +139,6 @@ def test_a_run_goes_on_with_columns_of_other_names(saved, tmp_path):
         "resume": "auto",
     }
     own = {"dataset": str(saved), "image_column": "picture", "context_column": "group"}
-    train.train(TrainArguments(**small | own))
+    trainer.train(TrainArguments(**small | own))
     load_contexts(saved, "train", "picture", "group").save_to_disk(tmp_path / "renamed")
-    assert train.train(TrainArguments(**small | {"dataset": str(tmp_path / "renamed")})).step == 2
+    assert trainer.train(TrainArguments(**small | {"dataset": str(tmp_path / "renamed")})).step == 2

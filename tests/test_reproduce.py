@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from hf_intervene.training import reproduce
-from hf_intervene.training.baselines import GRID
 from hf_intervene.training.reproduce import HEADED, SCALES, TABLES
+from hf_intervene.training.studies import reproduced
+from hf_intervene.training.studies.baselines import GRID
 
 
 def metrics(concept, composition=None, bits=1.0):
@@ -45,7 +46,7 @@ def results():
         "frozen": [(0.10, 0.40, 1.0), (0.11, 0.40, 1.0)],
     }
     return {
-        row: [reproduce.measures(metrics(*seed)) for seed in seeds] for row, seeds in rows.items()
+        row: [reproduced.measures(metrics(*seed)) for seed in seeds] for row, seeds in rows.items()
     }
 
 
@@ -79,7 +80,7 @@ def test_rows_that_need_the_base_bring_it(tmp_path):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
-    from hf_intervene.training.arguments import parse_arguments
+    from hf_intervene.trainer.parsing import parse_arguments
 
     chosen = TABLES[table]
     for (row, _), job in reproduce.plan(
@@ -89,7 +90,7 @@ def test_every_run_of_every_table_has_valid_settings(table, scale, tmp_path):
         settings = parse_arguments(words)
         assert (
             script == "train.py"
-            and settings.dataset == chosen.dataset
+            and settings.data.dataset == chosen.dataset
             and settings.variant == chosen.variant
         )
         assert {name: getattr(settings, name) for name in chosen.rows[row] if name != "base"} == {
@@ -117,7 +118,7 @@ def test_baselines_take_their_best_setting(tmp_path):
 
 def test_figures_in_every_form(results, tmp_path):
     published = {HEADED: (0.116, 0.127, 0.828), "base pooled": (0.167, None, 0.746)}
-    text = reproduce.write("t", results, published, ["a note."], tmp_path)
+    text = reproduced.write("t", results, published, ["a note."], tmp_path)
     assert text == (tmp_path / "t.md").read_text() and "- a note." in text
     # Two values 0.01 apart: the t-interval's half width is 12.706 * 0.00707 / sqrt(2).
     assert "| end-to-end | 0.100 ± 0.000 | 5.0 | 0.115 ± 0.064 | 5.8 | 1.030 ± 0.127 |" in text
@@ -140,15 +141,15 @@ def test_figures_in_every_form(results, tmp_path):
 
 
 def test_what_the_figures_say(results):
-    concept, composition, pairs, bits = reproduce.reading(results)
+    concept, composition, pairs, bits = reproduced.reading(results)
     assert "lower than base pooled; not told apart from frozen; higher than none" in concept
     assert "lower than base pooled, frozen;" in composition
     assert "1.15 ± " in pairs and "1.030 ± 0.127" in bits
-    assert reproduce.reading({HEADED: results[HEADED][:1]}) == []  # one seed has no interval
+    assert reproduced.reading({HEADED: results[HEADED][:1]}) == []  # one seed has no interval
 
 
 def test_a_table_without_pairs_or_with_a_single_seed(tmp_path):
-    text = reproduce.write("t", {HEADED: [reproduce.measures(metrics(0.1))]}, {}, [], tmp_path)
+    text = reproduced.write("t", {HEADED: [reproduced.measures(metrics(0.1))]}, {}, [], tmp_path)
     assert (
         "| end-to-end | 0.100 | 5.0 |" in text
         and np.isnan(pd.read_csv(tmp_path / "t.csv")["low"]).all()

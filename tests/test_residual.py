@@ -9,11 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from hf_intervene import InterventionModel, InterventionPipeline, wrap_base
+from hf_intervene import InterventionModel, InterventionPipeline, evaluation, trainer, wrap_base
 from hf_intervene.bases.residual import ResidualPrior
 from hf_intervene.metrics import context_leakage
-from hf_intervene.training import evaluate, train
-from hf_intervene.training.train import TrainArguments
+from hf_intervene.trainer import TrainArguments
 
 
 def autoencoder(kind="kl"):
@@ -171,8 +170,8 @@ def test_train_save_load_and_measure(tiny, tmp_path):
         "context_prediction": 1.0,
         "free_invariance": 1.0,
     }  # more makes differences of rounding larger, with which Adam goes on
-    whole = train.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
-    train.train(
+    whole = trainer.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
+    trainer.train(
         TrainArguments(
             **settings | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "parts")}
         )
@@ -189,7 +188,7 @@ def test_train_save_load_and_measure(tiny, tmp_path):
         {name: rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8) for name in names}
         for _ in range(2)
     )
-    metrics = evaluate.evaluate(model, real, other, ("independent",), 20, edits=True)
+    metrics = evaluation.evaluate(model, real, other, ("independent",), 20, edits=True)
     assert metrics["leakage"]["chance"] == pytest.approx(1 / 3)
     returned = model.reconstruct(real["obs"], output_type="np")
     assert metrics["reconstruction_psnr"] == pytest.approx(
@@ -200,7 +199,7 @@ def test_train_save_load_and_measure(tiny, tmp_path):
         and metrics["means"]["composition"]["edit"]["distance"] > 0
     )
     assert 0 < metrics["contexts"]["size"]["routes"]["change"] < 1
-    table = evaluate.table(metrics)
+    table = evaluation.table(metrics)
     assert "Leakage: the context is told" in table and "| quad1+size |" in table
     pipe = InterventionPipeline.from_model(model)
     pipe.save_pretrained(tmp_path / "pipeline")

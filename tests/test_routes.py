@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hf_intervene import InterventionModel, LightVAE
+from hf_intervene.evaluation.content import measure_routes
 from hf_intervene.metrics.routes import compare_routes
-from hf_intervene.training.evaluate_content import measure_routes
 
 
 @pytest.fixture

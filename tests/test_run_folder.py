@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from hf_intervene import cli
 from hf_intervene.cards import MARKER
-from hf_intervene.training import run_folder
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.checkpoints import atomic_folder, check_writable
-from hf_intervene.training.train import train
+from hf_intervene.trainer import run_folder
+from hf_intervene.trainer.checkpoints import atomic_folder, check_writable
+from hf_intervene.trainer.loop import train
+from hf_intervene.trainer.settings import TrainArguments
 
 
 def write(file, text="mine"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_intervene.training import seeds_table
+from hf_intervene.training.studies import seeds_table
 
 
 def run(value, extra=None):

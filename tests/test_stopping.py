@@ -21,14 +21,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import TINY
 from PIL import Image
 
+from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
-from hf_intervene.training import arguments, evaluate, pretrain, run_folder, stopping, train
-from hf_intervene.training.arguments import TrainArguments
-from hf_intervene.training.checkpoints import checkpoints, newest_checkpoint
-from hf_intervene.training.stopping import Stop
+from hf_intervene.trainer import loop, run_folder, state, stopping
+from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
+from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.trainer.stopping import Stop
+from hf_intervene.training import pretrain
 
 
 ROOT = Path(__file__).parents[1]
@@ -138,12 +141,12 @@ def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
         return 2 if threading.get_ident() == ours and next(calls) >= 3 else getppid()
 
     monkeypatch.setattr(stopping.os, "getppid", parent)
-    result = train.train(TrainArguments(**tiny))
+    result = trainer.train(TrainArguments(**tiny))
     assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
     monkeypatch.delenv(
         "ACCELERATE_DYNAMO_BACKEND"
     )  # without a launcher, as under nohup, parents come and go
-    assert not train.train(TrainArguments(**tiny | {"resume": "auto"})).interrupted
+    assert not trainer.train(TrainArguments(**tiny | {"resume": "auto"})).interrupted
 
 
 @pytest.mark.parametrize(
@@ -177,8 +180,8 @@ def test_a_checkpoint_comes_before_a_validation_that_may_take_long(tiny, tmp_pat
         found.append(newest_step(tmp_path))
         return 1.0
 
-    monkeypatch.setattr(train, "validation_loss", validation)
-    result = train.train(TrainArguments(**tiny | {"eval_every": 1, "checkpoint_every": 100}))
+    monkeypatch.setattr(loop, "validation_loss", validation)
+    result = trainer.train(TrainArguments(**tiny | {"eval_every": 1, "checkpoint_every": 100}))
     assert result.interrupted and found == [1]
 
 
@@ -218,7 +221,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
 
 
 def test_what_the_launcher_was_told_about_precision(monkeypatch):
-    monkeypatch.setattr(arguments, "fast_bf16", lambda: False)
+    monkeypatch.setattr("hf_intervene.trainer.sections.fast_bf16", lambda: False)
     for launched_with, setting, expected in (
         ("bf16", "auto", "bf16"),
         ("fp16", "auto", "fp16"),
@@ -226,12 +229,12 @@ def test_what_the_launcher_was_told_about_precision(monkeypatch):
         ("bf16", "no", "no"),
     ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-        assert TrainArguments(mixed_precision=setting).precision == expected
+        assert TrainArguments(mixed_precision=setting).run.precision == expected
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(200, True), (3, False)])
 def test_a_run_that_is_shorter_than_its_warm_up_is_warned_of(tiny, capsys, warmup, warned):
-    train.train(TrainArguments(**tiny | {"warmup_steps": warmup, "max_steps": 4}))
+    trainer.train(TrainArguments(**tiny | {"warmup_steps": warmup, "max_steps": 4}))
     assert ("the run has 4 steps, fewer than its warm-up" in capsys.readouterr().err) == warned
 
 
@@ -239,8 +242,8 @@ def test_a_tracker_that_fails_does_not_end_a_run(tiny, capsys, monkeypatch):
     def no_login(*_, **__):
         raise RuntimeError("api_key not configured (no-tty).\n call wandb.login")
 
-    monkeypatch.setattr(train.Accelerator, "init_trackers", no_login)
-    assert train.train(TrainArguments(**tiny | {"tracker": "tensorboard"})).step == 8
+    monkeypatch.setattr(Accelerator, "init_trackers", no_login)
+    assert trainer.train(TrainArguments(**tiny | {"tracker": "tensorboard"})).step == 8
     error = capsys.readouterr().err
     assert (
         "the tracker cannot write (api_key not configured (no-tty). call wandb.login) and is"
@@ -253,7 +256,7 @@ def test_history_of_a_stopped_run_is_json(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Stop, "asked", property(lambda self: next(calls) >= 3, lambda self, value: None)
     )
-    assert train.train(TrainArguments(**tiny | {"log_every": 1})).interrupted
+    assert trainer.train(TrainArguments(**tiny | {"log_every": 1})).interrupted
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
@@ -290,21 +293,21 @@ def test_a_run_that_prepares_data_ends_at_once_and_goes_on(
         "ctrl-c": lambda: os.kill(os.getpid(), signal.SIGINT),
         "launcher": ended.set,
     }
-    interrupted_while(monkeypatch, train, "load_data", happens[how])
+    interrupted_while(monkeypatch, state, "load_data", happens[how])
     argv = script(tmp_path, max_steps=2)[1:]
     began = time.monotonic()
-    assert train.main(argv) == 130
+    assert trainer.main(argv) == 130
     assert time.monotonic() - began < 6
     assert "stopped: the same command goes on from here" in capsys.readouterr().err
     ended.clear()
-    assert train.main(argv) == 0  # the lock is free, and nothing half done stands in its way
+    assert trainer.main(argv) == 0  # the lock is free, and nothing half done stands in its way
 
 
 @pytest.mark.parametrize("command", ["evaluate", "pretrain"])
 def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(
     tmp_path, monkeypatch, capsys, command
 ):
-    module = {"evaluate": evaluate, "pretrain": pretrain}[command]
+    module = {"evaluate": evaluation.command, "pretrain": pretrain}[command]
     name = {"evaluate": "load_model", "pretrain": "observational_images"}[command]
     interrupted_while(monkeypatch, module, name, lambda: os.kill(os.getpid(), signal.SIGTERM))
     argv = ["--output", str(tmp_path / "out")] + (
@@ -333,9 +336,9 @@ def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatc
         "max_steps": 2,
     }
     argv = script(tmp_path, **own)[1:]
-    assert train.main(argv) == 130
+    assert trainer.main(argv) == 130
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
-    assert train.main(argv) == 0
+    assert trainer.main(argv) == 0
 
 
 def test_what_an_orphan_is(monkeypatch):
@@ -381,14 +384,14 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_and_locked_again(tiny, tmp_
             locked.append(out)
 
     remove = removing(out, 6)
-    assert train.train(TrainArguments(**settings), look).step == 12
+    assert trainer.train(TrainArguments(**settings), look).step == 12
     assert (
         f"{out} was removed while a run was writing in it: it is made again"
         in capsys.readouterr().err
     )
     assert locked and (out / "model" / "model.safetensors").exists() and newest_step(tmp_path) == 12
     run_folder.check_own(out)  # it is a run's, which goes on
-    assert train.train(TrainArguments(**settings | {"resume": "auto"})).step == 12
+    assert trainer.train(TrainArguments(**settings | {"resume": "auto"})).step == 12
 
 
 def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tiny, tmp_path):
@@ -403,5 +406,5 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tiny, tmp_p
             (out / "theirs").write_text("")
 
     with hold, pytest.raises(OSError, match="another run is writing in"):
-        train.train(TrainArguments(**tiny | {"max_steps": 12, "log_every": 1}), take)
+        trainer.train(TrainArguments(**tiny | {"max_steps": 12, "log_every": 1}), take)
     assert (out / "theirs").exists() and not (out / "model").exists()

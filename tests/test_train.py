@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +14,14 @@ import torch
 import yaml
 from diffusion_models import save_pipeline, save_vision
 from PIL import Image
-from safetensors.torch import load_file
+from runs import ROOT, assert_same, error_of, last_state, launch, options, run, weights
 
-from hf_intervene import InterventionModel, logging
-from hf_intervene.training import checkpoints, train
-from hf_intervene.training.arguments import SETTINGS_VERSION
-from hf_intervene.training.resuming import check_same
-from hf_intervene.training.train import TrainArguments, main, parse_arguments
-
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(settings, **overrides):
-    return train.train(TrainArguments(**settings | overrides))
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors") | {
-        f"base.{k}": v
-        for k, v in load_file(Path(folder) / "base" / "diffusion_pytorch_model.safetensors").items()
-    }
+from hf_intervene import InterventionConfig, InterventionModel, trainer
+from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
+from hf_intervene.trainer.earlier import SETTINGS_VERSION
+from hf_intervene.trainer.parsing import make_parser
+from hf_intervene.trainer.resuming import check_same
+from hf_intervene.trainer.settings import SECTIONS
 
 
 # train.py, which fails where DDP is still there when the group of processes is ended.
@@ -42,7 +29,7 @@ ENDS_IN_ORDER = """
 import gc, sys
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from hf_intervene.training.train import main
+from hf_intervene.trainer.command import main
 
 def end_training(self, end=Accelerator.end_training):
     assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "DDP outlives the group"
@@ -53,41 +40,7 @@ sys.exit(main())
 """  # noqa: E501
 
 
-def launch(launcher, settings, script="training/train.py", name=None):
-    """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings
-    of this name; what they print.
-    """
-    config = Path(settings["output_dir"]).with_name(
-        f"{name or Path(settings['output_dir']).name}.yaml"
-    )
-    config.write_text(yaml.safe_dump(settings))
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(script), "--config", str(config)],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done.stdout
-
-
-def last_state(settings):
-    folder = checkpoints.checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
-    return checkpoints.load_checkpoint(folder)
-
-
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for key in a:
-        if tolerance:
-            torch.testing.assert_close(a[key], b[key], msg=key, **tolerance)
-        else:
-            assert torch.equal(a[key], b[key]), key
-
-
-@pytest.mark.parametrize("schedule", ["balanced", "adaptive"])
+@pytest.mark.parametrize("schedule", ["balanced", "single"])
 def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatch):
     settings = tiny | {"ema_decay": 0.9, "schedule": schedule}
     run(settings)
@@ -99,7 +52,7 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
 
     stop_at_five.calls = 0
     monkeypatch.setattr(
-        train.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
+        loop.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
     )
     result = run(stopped)
     assert result.interrupted and result.step == 5
@@ -133,7 +86,7 @@ def test_accumulation_does_not_change_the_result(tiny, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "regime"), [("balanced", "fine-tune"), ("adaptive", "end-to-end")]
+    ("schedule", "regime"), [("balanced", "fine-tune"), ("proportional", "end-to-end")]
 )
 def test_two_processes_give_the_result_of_one(tiny, tmp_path, schedule, regime):
     settings = tiny | {
@@ -174,12 +127,44 @@ def test_script_options_override_the_configuration(tmp_path):
     arguments = parse_arguments(
         ["--config", str(config), "--batch_size", "8", "--block_out_channels", "4", "6"]
     )
-    assert (arguments.learning_rate, arguments.batch_size, arguments.concepts) == (
-        1e-4,
-        8,
-        ["a", "b"],
-    )
-    assert arguments.block_out_channels == [4, 6] and arguments.ema_decay is None
+    optimization = arguments.optimization
+    assert (optimization.learning_rate, optimization.batch_size) == (1e-4, 8)
+    assert arguments.data.concepts == ["a", "b"] and optimization.ema_decay is None
+    assert arguments.base.block_out_channels == [4, 6]
+
+
+def test_settings_in_sections_are_the_same_as_by_their_names_alone(tmp_path):
+    sections = {
+        "data": {"dataset": "mnist"},
+        "base": {"base": "a/b", "regime": "lora"},
+        "head": {"free_blocks": 2},
+        "optimization": {"learning_rate": "1e-4", "epochs": 3},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(sections | {"seed": 4}))
+    alone = {name: value for inside in sections.values() for name, value in inside.items()}
+    expected = TrainArguments(**alone, seed=4)
+    assert parse_arguments(["--config", str(tmp_path / "c.yaml")]) == expected
+    assert TrainArguments(**sections, seed=4) == expected and expected.data.dataset == "mnist"
+    assert replace(expected, seed=5).flat() == expected.flat() | {"seed": 5}
+    assert TrainArguments(**expected.flat()) == expected
+
+
+def test_the_section_of_the_head_is_its_configuration():
+    section = TrainArguments(free_blocks=2, ablation="head-pooled").head
+    config = InterventionConfig(**section.configuration())
+    assert set(section.configuration()) <= {field.name for field in fields(InterventionConfig)}
+    assert (config.free_blocks, config.mechanism, config.ablation) == (2, "flow", "head-pooled")
+    with pytest.raises(ValueError, match="flow_depth must be at least 0, not -1"):
+        TrainArguments(flow_depth=-1)  # which the configuration checks
+
+
+def test_the_help_shows_options_by_sections_each_with_a_word_about_it():
+    parser = make_parser()
+    shown = {group.title: group._group_actions for group in parser._action_groups}
+    for section in SECTIONS.values():
+        options = {action.dest: action for action in shown[section.title]}
+        assert set(options) == {field.name for field in fields(section)}
+        assert all(action.help for action in options.values())
 
 
 @pytest.mark.parametrize(
@@ -192,13 +177,13 @@ def test_shipped_configurations_are_read(path):
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune"])
 def test_regimes_train_what_they_should(tiny, tmp_path, regime):
     torch.manual_seed(3)
-    base = train.build_model(
-        TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+    base = trainer.build_model(
+        TrainArguments(**tiny), trainer.load_data(TrainArguments(**tiny))[0]
     ).base.model
     base.save_pretrained(tmp_path / "base")
     before = base.state_dict()
     seen = []
-    original = train.InterventionModel.forward
+    original = loop.InterventionModel.forward
 
     def forward(self, *args, **kwargs):
         if self.training:
@@ -207,11 +192,11 @@ def test_regimes_train_what_they_should(tiny, tmp_path, regime):
             )
         return original(self, *args, **kwargs)
 
-    train.InterventionModel.forward = forward
+    loop.InterventionModel.forward = forward
     try:
         run(tiny, base=str(tmp_path / "base"), regime=regime, max_steps=10)
     finally:
-        train.InterventionModel.forward = original
+        loop.InterventionModel.forward = original
     # fine-tune: steps 0 and 1 of 10 are frozen, so the base first differs in step 3.
     assert seen == ([True] * 10 if regime == "frozen" else [True] * 3 + [False] * 7)
 
@@ -221,8 +206,8 @@ def test_the_base_has_a_learning_rate_of_its_own(tiny):
     rates = {"learning_rate": 1e-2, "base_learning_rate": 1e-4, "warmup_steps": 1}
     torch.manual_seed(tiny.get("seed", 0))
     before = dict(
-        train.build_model(
-            TrainArguments(**tiny), train.load_data(TrainArguments(**tiny))[0]
+        trainer.build_model(
+            TrainArguments(**tiny), trainer.load_data(TrainArguments(**tiny))[0]
         ).named_parameters()
     )
     after = InterventionModel.from_pretrained(
@@ -267,12 +252,12 @@ def test_options_train(tiny, tmp_path, options):
 
 def test_validation_is_the_same_however_many_images_at_once(tiny):
     settings = TrainArguments(**tiny)
-    _, data = train.load_data(settings)
+    _, data = trainer.load_data(settings)
     model, accelerator = (
-        train.build_model(settings, data),
-        train.new_accelerator(mixed_precision="no"),
+        trainer.build_model(settings, data),
+        loop.new_accelerator(mixed_precision="no"),
     )
-    found = [train.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
+    found = [loop.validation_loss(model, data, None, 3, accelerator, size) for size in (256, 5, 1)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
@@ -293,21 +278,15 @@ def test_a_silent_z_is_said(tiny, capsys):
     }
     run(tiny, **settings, max_steps=60)
     assert "warning: z carries" in capsys.readouterr().err
-    logging.set_verbosity_error()
-    try:
-        run(tiny, output_dir=f"{tiny['output_dir']}-quiet", **settings, max_steps=60)
-    finally:
-        logging.set_verbosity_warning()
-    assert "z carries" not in capsys.readouterr().err
 
 
 def test_early_stopping_keeps_the_best(tiny, tmp_path, monkeypatch):
     scores = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
-    monkeypatch.setattr(train, "validation_loss", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: next(scores))
     saved = []
-    original = train.save_model
+    original = loop.save_model
     monkeypatch.setattr(
-        train,
+        loop,
         "save_model",
         lambda model, folder, data: (saved.append(model), original(model, folder, data)),
     )
@@ -355,20 +334,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_pat
     assert state["step"] > 5 and path.name == f"step-{state['step']:08d}"
 
 
-def error_of(capsys, argv):
-    assert main(argv) == 1
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(err) == 1
-    return err[0]
-
-
-def options(settings):
-    words = []
-    for key, value in settings.items():
-        words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -389,10 +354,7 @@ def options(settings):
         ({"posterior": "whitened"}, "posterior whitened is no longer trained with"),
         ({"moment_matching": 1.0}, "unknown option --moment_matching: versions before 0.2 had it"),
         ({"intervention_rank": 2}, 'choose mechanism="mlp"'),
-        (
-            {"compile": True, "compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2},
-            "replays CUDA graphs",
-        ),
+        ({"compile": True}, "unknown option --compile: versions before 0.2 had it"),
     ],
 )
 def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
@@ -410,6 +372,9 @@ def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
         ("block_out_channels: [32, wide]", "block_out_channels must be of type list[int]"),
         ("concepts: smile", "concepts must be of type"),
         ("sample_matching: 0.4", "unknown setting 'sample_matching': versions before 0.2 had it"),
+        ("head: {beta: 2}", "beta is a setting of the section objective, not of head"),
+        ("head: {beta_: 2}", "unknown setting 'beta_': did you mean beta"),
+        ("head: 2", "head is a section, and must hold settings"),
         ("- a", "must hold"),
         ("a: [", "not valid YAML"),
     ],
@@ -435,19 +400,13 @@ def test_a_folder_with_another_run(tiny, capsys):
 
 
 def test_a_checkpoint_from_before_there_was_a_setting_had_its_default():
-    now = asdict(TrainArguments())
+    now = TrainArguments().flat()
     before = {name: value for name, value in now.items() if name != "mnist_digits"}
     state = {"settings": before, "settings_version": SETTINGS_VERSION}
-    check_same(TrainArguments(resume="auto"), now, state, None, {}, Path("step-1"))
+    check_same(TrainArguments(resume="auto"), state, None, {}, Path("step-1"))
     with pytest.raises(ValueError, match="mnist_digits was 'bundled', is 'elsewhere'"):
-        check_same(
-            TrainArguments(resume="auto"),
-            now | {"mnist_digits": "elsewhere"},
-            state,
-            None,
-            {},
-            Path("step-1"),
-        )
+        changed = TrainArguments(resume="auto", mnist_digits="elsewhere")
+        check_same(changed, state, None, {}, Path("step-1"))
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
@@ -486,7 +445,7 @@ def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypa
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
     calls = iter(range(100))
     monkeypatch.setattr(
-        train.Stop,
+        loop.Stop,
         "asked",
         property(lambda self: next(calls) >= 4, lambda self, value: None),
         raising=False,

@@ -18,7 +18,7 @@ import hf_intervene
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, Quantile, cli
 from hf_intervene.data import quad
 from hf_intervene.plots import traversal
-from hf_intervene.training.effects import chosen_values, corner_colours
+from hf_intervene.training.studies.effects import chosen_values, corner_colours
 from hf_intervene.values import influence, learnt_range, quantile_value
 
 
@@ -321,7 +321,7 @@ def test_what_is_measured_of_chosen_values(taken):
 
     model = SimpleNamespace(edit=edit, head=None, base=SimpleNamespace(image_shape=(3, 32, 32)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_intervene.training.effects.influence", lambda head, name: 0.5)
+        patch.setattr("hf_intervene.training.studies.effects.influence", lambda head, name: 0.5)
         found = chosen_values(model, "independent", images=64, seed=0)
     assert found["reconstructed"] == 0
     for name in ("quad2", "quad3", "quad4"):

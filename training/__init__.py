@@ -1,0 +1,1 @@
+"""Recipes: train, evaluate, pretrain, reproduce. The package imports nothing of them."""

@@ -12,9 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-SCHEDULES = ("balanced", "single", "proportional", "adaptive")
-_FLOOR = 0.5  # adaptive: share of the probability that stays uniform, so that no context starves
-_DECAY = 0.95  # adaptive: decay of the running loss, per step in which the context occurs
+SCHEDULES = ("balanced", "single", "proportional")
 
 
 class ContextSchedule(Sampler[list[int]]):
@@ -27,11 +25,6 @@ class ContextSchedule(Sampler[list[int]]):
       most 1.
     - `"single"`: one context a batch, every context once in each random round (the paper's).
     - `"proportional"`: all samples pooled, each once per pass.
-    - `"adaptive"`: mixed, with a probability that rises with a context's running loss *excess* x_k:
-      its running loss minus the lowest it has had, in units of its step-to-step noise. p_k = 1/2
-      uniform + 1/2 (1 + x_k) / sum (1 + x). Contexts differ in the loss that cannot be avoided, so
-      the loss itself would not say where there is something to regain; and in its noise, which
-      would otherwise pass for an excess. No probability falls below half of uniform.
 
     Iterating yields one epoch of index lists, and the next iteration continues there. So it can be
     the `batch_sampler` of a `DataLoader`. A `DataLoader` with workers draws ahead; to save
@@ -89,10 +82,6 @@ class ContextSchedule(Sampler[list[int]]):
         self._drawn = np.zeros(
             len(self._members), dtype=np.int64
         )  # samples drawn so far, of each context
-        # Adaptive, per context: running loss, its lowest so far (inf before the first), running
-        # square of its steps' deviations.
-        self._running, self._noise = np.zeros(pools), np.zeros(pools)
-        self._lowest = np.full(pools, np.inf)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -114,50 +103,6 @@ class ContextSchedule(Sampler[list[int]]):
         # Shuffled, so that the slice of every process mixes the contexts.
         return torch.from_numpy(rng.permutation(indices))
 
-    def update(self, context_ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Tell the adaptive schedule the losses of a global batch (the same ones in every process);
-        others ignore it.
-
-        Args:
-            context_ids: context of each sample, (batch,).
-            losses: loss of each sample, (batch,).
-        """
-        if self.kind != "adaptive":
-            return
-        ids, values = (
-            np.asarray(context_ids.cpu()),
-            np.asarray(losses.detach().float().cpu(), dtype=np.float64),
-        )
-        ids, values = (
-            ids[np.isfinite(values)],
-            values[np.isfinite(values)],
-        )  # the trainer stops on others; until then: no news
-        counts = np.bincount(ids, minlength=len(self._running))
-        means = np.bincount(ids, weights=values, minlength=len(self._running)) / np.maximum(
-            counts, 1
-        )
-        seen = (counts > 0) & np.isfinite(means)  # one overflowing step must not end the statistics
-        first, later = seen & np.isinf(self._lowest), seen & np.isfinite(self._lowest)
-        deviation = means[later] - self._running[later]
-        self._running[first] = means[first]
-        self._running[later] += (1 - _DECAY) * deviation
-        self._noise[later] = _DECAY * self._noise[later] + (1 - _DECAY) * deviation**2
-        self._lowest[seen] = np.minimum(self._lowest, self._running)[seen]
-
-    def probabilities(self) -> np.ndarray:
-        """Probability of each context in the next batch, (contexts,); uniform unless adaptive."""
-        contexts = len(self._members)
-        uniform = np.full(contexts, 1 / contexts)
-        if self.kind != "adaptive" or np.isinf(self._lowest).any():
-            return uniform
-        noise = np.sqrt(
-            self._noise
-        )  # 0 only where the loss never changed, and then there is no excess
-        weight = 1 + np.divide(
-            self._running - self._lowest, noise, out=np.zeros(contexts), where=noise > 0
-        )
-        return _FLOOR * uniform + (1 - _FLOOR) * weight / weight.sum()
-
     def _counts(self, rng: np.random.Generator) -> np.ndarray:
         contexts = len(self._members)
         if self.kind == "single":
@@ -168,7 +113,7 @@ class ContextSchedule(Sampler[list[int]]):
         # Whole shares first, then one more for as many contexts as are left over, drawn by
         # systematic sampling: the expectation is exact and a count is never off its share by more
         # than 1.
-        share = self.probabilities() * self.batch_size
+        share = np.full(contexts, 1 / contexts) * self.batch_size
         counts = np.floor(share + 1e-9).astype(np.int64)
         left = self.batch_size - counts.sum()
         if left:
@@ -206,9 +151,6 @@ class ContextSchedule(Sampler[list[int]]):
             "drawn": self._drawn.tolist(),
             "sizes": self._sizes(),
         }
-        if self.kind == "adaptive":
-            state["running"], state["noise"] = self._running.tolist(), self._noise.tolist()
-            state["lowest"] = [None if np.isinf(value) else float(value) for value in self._lowest]
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -231,14 +173,6 @@ class ContextSchedule(Sampler[list[int]]):
             )
         self._steps = state["steps"]
         self._drawn = np.array(state["drawn"], dtype=np.int64)
-        if self.kind == "adaptive":
-            self._running, self._noise = (
-                np.array(state["running"], dtype=np.float64),
-                np.array(state["noise"], dtype=np.float64),
-            )
-            self._lowest = np.array(
-                [np.inf if value is None else value for value in state["lowest"]]
-            )
 
     def _sizes(self) -> list[int]:
         return [len(members) for members in self._members]

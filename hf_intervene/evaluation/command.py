@@ -1,0 +1,189 @@
+"""The command that measures a model: `hf-intervene evaluate`, and `training/evaluate.py`.
+
+Writes `metrics.json`, `metrics.md` and `floors.png`. Started as several processes (`accelerate
+launch`, `torchrun`), these share out the contexts; the result is the same."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..cards import FLOORS_FILE
+from ..data import quad
+from ..data.digits import BUNDLED
+from ..data.identity import load_images
+from ..errors import spoken
+from ..logging import bars_on_terminals_only
+from ..metrics.transport import PROTOCOLS
+from ..options import add_reading_options, seed, whole_number
+from ..plots import floor_chart, save
+from ..trainer.checkpoints import check_writable, write_whole
+from ..trainer.distributed import process_state
+from ..trainer.parsing import RecipeParser
+from ..trainer.stopping import stops_at_once
+from .content import factor_effects
+from .held_out import held_out_images, load_model, reading_of, training_split
+from .measuring import evaluate
+from .setup import DETECTOR_IMAGES, content_options
+from .tables import table
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that figures depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "diffusers", "POT")}
+
+
+def write(metrics: dict, folder: str | Path) -> None:
+    """Write `metrics.json`, `metrics.md` and, of distances and their floors, `floors.png`, each
+    whole or not at all.
+    """
+    for name, text in (
+        ("metrics.json", json.dumps(metrics, indent=1)),
+        ("metrics.md", table(metrics)),
+    ):
+        write_whole(Path(folder, name), text)
+    save(floor_chart(metrics), Path(folder, FLOORS_FILE))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    examples = """examples:
+  python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+  hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
+  hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""  # noqa: E501
+    options: dict[str, Any] = {
+        "epilog": examples,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = RecipeParser(
+        description="Evaluate a trained model on held-out real images of every context.", **options
+    )
+    parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
+    parser.add_argument(
+        "--output", required=True, help="folder for metrics.json, metrics.md and floors.png"
+    )
+    parser.add_argument(
+        "--dataset",
+        default="quad",
+        help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
+    )
+    add_reading_options(parser, "as in training")
+    parser.add_argument(
+        "--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d"
+    )
+    parser.add_argument(
+        "--mnist-digits",
+        default=BUNDLED,
+        help="mnist: bundled, a folder, or a Hub name, as in training",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="own data: use all images, where training did not see them; so with another split",
+    )
+    parser.add_argument(
+        "--images",
+        type=whole_number(1),
+        default=1280,
+        help="images a side, of each context (default 1280)",
+    )
+    parser.add_argument("--projections", type=whole_number(1), default=500)
+    parser.add_argument(
+        "--num-inference-steps",
+        type=whole_number(1, 10**6),
+        default=50,
+        help="of a denoiser (default 50)",
+    )
+    parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
+    parser.add_argument(
+        "--edits", action="store_true", help="measure edits of observational images too"
+    )
+    parser.add_argument(
+        "--detector-images",
+        type=whole_number(0),
+        default=DETECTOR_IMAGES,
+        help=(
+            "training images of each context, at most, for the detector of concepts "
+            f"(default {DETECTOR_IMAGES}); 0: no presence"
+        ),
+    )
+    parser.add_argument(
+        "--no-tests",
+        action="store_true",
+        help="train no networks to tell real from generated images",
+    )
+    parser.add_argument(
+        "--twins",
+        type=whole_number(0),
+        help="twins for the error of edits (default 256 where the data have twins); 0: none",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of held-out images, detector, noise and directions"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the metrics as JSON, for machines"
+    )
+    return parser
+
+
+@spoken
+@stops_at_once()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    process = process_state()
+    bars_on_terminals_only()
+    check_writable(arguments.output)
+    model = load_model(arguments.model).to(process.device)
+    channels, height, _ = model.base.image_shape
+    reading, other_split = reading_of(arguments)
+    split = None if arguments.all or other_split else training_split(arguments.model)
+    data = (height, channels, arguments.variant)
+    real, other_real = held_out_images(
+        arguments.dataset,
+        model.concepts,
+        arguments.images,
+        arguments.seed,
+        *data,
+        split,
+        arguments.mnist_digits,
+        load_images(Path(arguments.model)),
+        reading,
+    )
+    content = content_options(
+        arguments.dataset,
+        model.concepts,
+        *data,
+        arguments.mnist_digits,
+        split,
+        other_real,
+        arguments.seed,
+        arguments.detector_images,
+        arguments.twins,
+        reading,
+    ) | {"tests": not arguments.no_tests}
+    protocols = PROTOCOLS if arguments.protocol == "both" else (arguments.protocol,)
+    options = content | {
+        "edits": arguments.edits,
+        "num_inference_steps": arguments.num_inference_steps,
+    }
+    metrics = evaluate(
+        model, real, other_real, protocols, arguments.projections, arguments.seed, **options
+    )
+    if not process.is_main_process:
+        return 0
+    if arguments.edits and arguments.dataset == "quad":
+        options = {
+            "images": min(256, arguments.images),
+            "num_inference_steps": arguments.num_inference_steps,
+        }
+        metrics["factor_effects"] = factor_effects(
+            model, arguments.variant, height, arguments.seed, **options
+        )
+    metrics["settings"] = vars(arguments)
+    metrics["versions"] = versions()
+    # Before writing: what a full disk cannot take is at least on the screen.
+    print(json.dumps(metrics) if arguments.json else table(metrics))
+    write(metrics, arguments.output)
+    return 0

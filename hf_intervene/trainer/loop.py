@@ -1,0 +1,399 @@
+"""Training an intervention head, from top to bottom (METHOD section 3; arXiv:2507.04754).
+
+Nothing depends on the state of a global random generator after initialisation: the batch of a step
+and its noise are functions of the seed and the step. So the number of processes and of accumulation
+steps does not change the result, and a resumed run goes on as if never stopped."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from tqdm.auto import tqdm
+
+from ..cards import SETTINGS_FILE
+from ..data.identity import save_images
+from ..logging import get_logger
+from ..model import InterventionModel
+from .checkpoints import atomic_folder, check_writable, checkpoints, keep_history
+from .distributed import end_training, new_accelerator
+from .parsing import shared_settings
+from .prior import ORDERED, fit_prior, order_concepts
+from .resuming import as_resumed, trained_on
+from .run_folder import PATIENCE, check_own, model_files, sole_run
+from .schedules import beta_of, learning_rate_factor
+from .settings import TrainArguments
+from .state import TrainState, new_state, restore, save
+from .stopping import Stop, stops_at_once
+from .validation import (
+    TERMS,
+    bad_images,
+    draw_curves,
+    loss_unit,
+    loss_units,
+    quiet_writers,
+    sample_grid,
+    save_model,
+    tracking,
+    validation_loss,
+)
+
+
+logger = get_logger(__name__)
+SILENT = 1.0  # nats: less than this in z is worth a warning
+
+
+@dataclass
+class TrainResult:
+    """
+    Args:
+        model_dir: folder of the trained model, or `None` when the run was interrupted.
+        step: optimiser steps done.
+        validation: lowest validation loss: ELBO in bits per pixel, or of a denoiser see
+            `loss_units`.
+        unit: what that is counted in.
+        interrupted: whether the run was stopped before its end.
+    """
+
+    model_dir: Path | None
+    step: int
+    validation: float
+    unit: str
+    interrupted: bool = False
+
+
+def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = None) -> TrainResult:
+    """Train a model and save it under `output_dir/model`.
+
+    Args:
+        arguments: the settings.
+        on_log: called with each logged row, for progress displays.
+
+    Raises:
+        OSError, ValueError, FloatingPointError: one sentence: bad settings or data, an unwritable
+            folder or one that another run is writing in, a loss that is not finite.
+    """
+    out = Path(arguments.run.output_dir)
+    check_own(arguments.run.output_dir)
+    check_writable(out)
+    arguments = as_resumed(arguments, out)
+    run = arguments.run
+    accelerator = new_accelerator(
+        mixed_precision=run.precision,
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_dir=str(out / "logs"),
+    )
+    patience = PATIENCE if run.resume == "auto" else 0
+    with (
+        stops_at_once(),
+        sole_run(out, accelerator.is_main_process, patience) as lock,
+        quiet_writers(),
+    ):
+        accelerator.wait_for_everyone()
+        state = new_state(arguments, out, accelerator, on_log, lock)
+        restore(state)
+        begin(state)
+        result = run_steps(state)
+        del state  # what refers to the group of processes goes before the group
+        with tracking(accelerator):
+            end_training(accelerator)
+        return result
+
+
+def begin(state: TrainState) -> None:
+    """What is written and said before the first step."""
+    settings, accelerator = state.arguments, state.accelerator
+    warmup = settings.optimization.warmup_steps
+    if accelerator.is_main_process:
+        if state.total < warmup:
+            logger.warning(
+                "the run has %d steps, fewer than its warm-up (warmup_steps %d): the learning rate"
+                " stays below %.0f %% of its peak, and next to nothing is learnt; give max_steps,"
+                " more epochs or fewer warmup_steps.",
+                state.total,
+                warmup,
+                100 * state.total / warmup,
+            )
+        state.write_settings()
+        keep_history(state.out / "history.jsonl", state.step)
+    if settings.run.tracker != "none":
+        with tracking(accelerator):
+            config = {name: str(value) for name, value in settings.flat().items()}
+            accelerator.init_trackers("run", config=config)
+    if state.model.head is not None and state.model.head.is_flow:
+        levels: Any = state.model.head.intervention.levels
+        levels()  # asks the device, which no step should wait for
+
+
+def run_steps(state: TrainState) -> TrainResult:
+    """The steps of a run, and what is done between them."""
+    order_at, stopping, path = steps_to_order_at(state), False, None
+    bar = tqdm(
+        total=state.total,
+        initial=state.step,
+        disable=None if state.accelerator.is_main_process else True,
+        desc="training",
+    )
+    with Stop() as stop, bar:
+        while state.step < state.total and state.waited < state.arguments.run.patience:
+            if state.frozen is None or state.frozen and state.step >= state.frozen_steps:
+                wrap(state)
+            if state.step in order_at:
+                order_concepts(state.model, state.data, state.prepared)
+            train_step(state)
+            bar.update()
+            every = (state.arguments.run.log_every, state.eval_every, state.checkpoint_every)
+            if any(map(state.due, every)):
+                log_progress(state, bar)
+            stopping = stop.agreed(state.accelerator) and not state.finished
+            if stopping and state.step % state.eval_every == 0:
+                # what is validated now may take longer than whoever ends the run will wait
+                save(state, may_fail=False)
+            if state.due(state.eval_every):
+                validate(state)
+            if state.due(state.sample_every):
+                draw_samples(state)
+            if state.due(state.checkpoint_every):
+                save(state)
+            if stopping:
+                path = save(state, may_fail=False)
+                break
+    state.feed.close()
+    if stopping:
+        state.accelerator.print(
+            f"stopped at step {state.step}; go on with the same command and --resume auto ({path})."
+        )
+        unit = loss_unit(state.model)
+        return TrainResult(None, state.step, state.best, unit, interrupted=True)
+    return finish(state)
+
+
+def steps_to_order_at(state: TrainState) -> set[int]:
+    """The steps before which concepts are put in order, of a model whose concepts may cause each
+    other. Not with FSDP, whose parts work in a forward pass of the whole only: there the finished
+    model is ordered, by `fit_prior`.
+    """
+    head = state.model.head
+    if head is None or not state.model.config.concept_edges or state.weights.sharded:
+        return set()
+    return {round(share * state.total) for share in ORDERED}
+
+
+def wrap(state: TrainState) -> None:
+    """The objective as steps call it; again when the base thaws, since DDP learns what is trained
+    once only.
+    """
+    state.frozen = state.step < state.frozen_steps
+    if state.arguments.base.regime in ("fine-tune", "frozen"):
+        state.model.base.trainable(not state.frozen)
+    state.runner = state.weights.prepared(state.objective, state.optimizer)
+
+
+def train_step(state: TrainState) -> None:
+    """One step of the optimiser, on the next batch."""
+    a, model, accelerator = state.arguments, state.model, state.accelerator
+    model.train()
+    if state.frozen:
+        model.base.model.eval()
+    batch = state.feed.batch(state.step)
+    rate = learning_rate_factor(a, state.step, state.total)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    beta = torch.full((), beta_of(a, state.step, state.total), device=accelerator.device)
+    weights = {
+        name: torch.full_like(beta, weight)
+        for name, weight in state.objective.weights(state.step / state.total).items()
+        if weight
+    }
+    terms, means = [], []  # of the micro-batches, (b, 3) and (b, entries of the posterior's mean)
+    parts = a.optimization.gradient_accumulation_steps
+    for number, (rows, inputs) in enumerate(zip(batch.parts, batch.inputs), 1):
+        with state.weights.accumulating(state.runner, number < parts):
+            with accelerator.autocast():
+                output = state.runner(
+                    targets=batch.targets[rows],
+                    weights=weights,
+                    beta=beta,
+                    residual_weight=a.objective.residual_weight,
+                    **inputs,
+                )
+            # Outside: under autocast a backward pass would be in half precision where the forward
+            # pass was not, too.
+            accelerator.backward(output.loss / parts)
+        terms.append(torch.stack([output[term] for term in TERMS], dim=1).detach().float())
+        means.append(output.posterior_mean.flatten(1).detach().float())
+    state.weights.step(state.optimizer, state.learnt, a.optimization.max_grad_norm)
+    if state.ema is not None:
+        state.ema.step(state.parameters)
+    if model.head is not None and model.config.posterior == "centered":
+        mean = torch.cat(means)
+        mean = accelerator.gather(mean) if accelerator.num_processes > 1 else mean
+        model.head.center_posterior(mean.unflatten(1, model.noise_shape), model.seen(batch.targets))
+    remember(state, batch.indices, torch.cat(terms))
+
+
+def remember(state: TrainState, indices: torch.Tensor, terms: torch.Tensor) -> None:
+    """Keep, on the device, what is logged of a step, and count it.
+
+    Args:
+        state: the run.
+        indices: the images of the global batch, (B,).
+        terms: of the ELBO, of this process's share, (b, 3).
+    """
+    elbo = terms.sum(1)
+    state.bad_step = torch.where(
+        torch.isfinite(elbo).all(), state.bad_step, state.bad_step.clamp(max=state.step)
+    )
+    state.sums += terms.sum(0)
+    state.recent.append((state.step, indices, elbo))
+    state.unlogged += 1
+    state.step += 1
+
+
+def log_progress(state: TrainState, bar: tqdm) -> None:
+    """A row of the history: means of the terms since the last one.
+
+    Raises:
+        FloatingPointError: one sentence: a loss was not finite.
+    """
+    check_finite(state)
+    images = state.unlogged * state.arguments.optimization.batch_size
+    means = reduce(state.sums, "sum") / images
+    reconstruction, kl, residual_kl = loss_units(state.model, means).tolist()
+    row = {"reconstruction": reconstruction, "kl": kl}
+    if "residual_kl" in state.model.base.loss_terms:
+        row["residual_kl"] = residual_kl
+    state.recent.clear()
+    state.sums.zero_()
+    state.unlogged = 0
+    bar.set_postfix(loss=f"{sum(row.values()):.4f}", kl=f"{row['kl']:.4f}")
+    log(state, row | {"learning_rate": state.optimizer.param_groups[0]["lr"]})
+    silent = state.model.head is not None and means[1].item() < SILENT
+    if state.finished and silent and state.accelerator.is_main_process:
+        logger.warning(
+            "z carries %.2f nats of an image, next to nothing, and what interventions do rests on"
+            " it: train for longer, or lower beta.",
+            means[1].item(),
+        )
+
+
+def check_finite(state: TrainState) -> None:
+    """
+    Raises:
+        FloatingPointError: one sentence: the loss of a step was not finite, of which images, and
+            what to do.
+    """
+    accelerator, out = state.accelerator, state.out
+    first = accelerator.gather(state.bad_step[None]).min().item()
+    if math.isinf(first):
+        return
+    rows, losses = next((i, e) for number, i, e in state.recent if number == int(first))
+    whose = bad_images(state.data, rows, accelerator.gather(losses), out, accelerator)
+    change = "a lower learning_rate or max_grad_norm, or mixed_precision=no"
+    written = checkpoints(out / "checkpoints")
+    way_on = (
+        f"the last good state is {written[-1]}: go on from it with --resume {written[-1]} and"
+        f" {change}"
+        if written
+        else f"begin anew, in another output_dir, with {change}; no checkpoint had been written yet"
+    )
+    raise FloatingPointError(
+        f"the loss of step {int(first)} is not finite {whose}: unless the images are wrong,"
+        f" {way_on}."
+    )
+
+
+def log(state: TrainState, row: dict) -> None:
+    """Add a row to the history, and tell trackers and `on_log` of it."""
+    accelerator, path = state.accelerator, state.out / "history.jsonl"
+    if accelerator.is_main_process:
+        state.keep_folder()
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": state.step, **row}) + "\n")
+        except OSError as error:
+            logger.warning("cannot write %s: %s.", path, error.strerror)
+        if state.on_log is not None:
+            state.on_log({"step": state.step, "total": state.total, **row})
+    if state.arguments.run.tracker != "none":
+        with tracking(accelerator):
+            accelerator.log(row, step=state.step)
+
+
+def validate(state: TrainState) -> None:
+    """Measure the validation loss, and save the model in `best` where it is the lowest so far."""
+    accelerator = state.accelerator
+    with state.averaged():
+        score = validation_loss(
+            state.model,
+            state.validation,
+            state.prepared_validation,
+            state.arguments.optimization.seed + 1,
+            accelerator,
+            state.feed.micro_batch,
+        )
+        state.weights.release()
+        saved = improved = score < state.best
+        whole = state.weights.whole() if improved else None
+        if whole is not None and accelerator.is_main_process:
+            try:
+                save_best(state, whole)
+            except OSError as error:
+                saved = False
+                logger.warning("%s Training goes on.", error)
+    state.waited = 0 if improved else state.waited + 1
+    # what could not be saved is not the best there is
+    failed = torch.tensor(float(not saved), device=accelerator.device)
+    if improved and reduce(failed, "sum") == 0:
+        state.best = score
+    log(state, {"validation": score})
+
+
+def save_best(state: TrainState, model: InterventionModel) -> None:
+    best = state.out / "best"
+    with atomic_folder(best, model_files(best)) as folder:
+        save_model(model, folder, state.data)
+        save_images(folder, trained_on(state.marks))
+
+
+def draw_samples(state: TrainState) -> None:
+    with state.averaged():
+        whole = state.weights.whole()
+        if whole is not None and state.accelerator.is_main_process:
+            sample_grid(
+                whole, state.data, state.arguments, state.out, state.step, state.accelerator
+            )
+
+
+def finish(state: TrainState) -> TrainResult:
+    """Fit the prior of the best model, and save it."""
+    accelerator, out, a = state.accelerator, state.out, state.arguments
+    model_dir, last = out / "model", state.weights.whole()
+    if last is not None and accelerator.is_main_process:
+        draw_curves(out)
+        best = out / "best"
+        trained = InterventionModel.from_pretrained(best) if best.exists() else last
+        steps = a.optimization.prior_steps
+        steps = round(4 / 3 * state.total) if steps is None else steps
+        fitted = bool(steps) and trained.head is not None and trained.head.is_flow
+        if fitted:
+            trained.to(accelerator.device)
+            fit_prior(trained, state.data, state.prepared, steps, a.optimization.seed)
+            sample_grid(trained, state.data, a, out, state.step, accelerator)
+        with atomic_folder(model_dir, model_files(model_dir)) as folder:
+            if fitted:
+                # batch norm's statistics are of samples of the prior
+                save_model(trained, folder, state.data)
+            else:
+                trained.save_pretrained(folder)
+            (folder / SETTINGS_FILE).write_text(shared_settings(a))
+            save_images(folder, trained_on(state.marks))
+    accelerator.wait_for_everyone()
+    return TrainResult(model_dir, state.step, state.best, loss_unit(state.model))
+
+
+__all__ = ["TrainResult", "train"]

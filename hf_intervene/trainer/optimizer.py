@@ -1,0 +1,132 @@
+"""AdamW, and Muon for the matrices of networks that are trained from scratch.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes a step of a matrix
+orthogonal: with the momentum buffer B <- mu B + G of gradients G,
+
+    W <- W - 0.2 sqrt(max(m, n)) lr O,    O ~ U V^T for G + mu B = U S V^T,
+
+O by Newton-Schulz iterations; the factor makes its entries as large as Adam's (Liu et al.,
+arXiv:2502.16982), so that both have one learning rate. `torch.optim.Muon` takes matrices alone;
+here a convolution is the matrix (out, in x kernel)."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from .distributed import Weights
+from .settings import TrainArguments
+
+
+MOMENTUM = 0.95
+STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the iteration
+SIZE = 0.2  # root mean square of a step of Adam, in learning rates
+
+
+def build_optimizer(
+    arguments: TrainArguments,
+    weights: Weights,
+    parameters: list[torch.nn.Parameter],
+    of_base: Collection[torch.nn.Parameter],
+) -> torch.optim.Optimizer:
+    """The optimiser of a run, with a learning rate `peak` for each group.
+
+    Args:
+        arguments: the settings.
+        weights: of the model, maybe sharded.
+        parameters: what is trained.
+        of_base: those of them that are the base's.
+
+    Raises:
+        ValueError: muon for weights that processes share.
+    """
+    a = arguments
+    if a.optimization.optimizer == "muon" and weights.partitioned:
+        raise ValueError(
+            "optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP."
+        )
+    muon = a.optimization.optimizer == "muon" or (
+        a.optimization.optimizer == "auto" and a.base.is_new and not weights.partitioned
+    )
+    matrices = {p for p in parameters if muon and p in of_base and p.ndim > 1}
+    rest = [p for p in parameters if p not in matrices]
+    rate, base_rate = (
+        a.optimization.learning_rate,
+        a.optimization.base_learning_rate or a.optimization.learning_rate,
+    )
+    groups = [g | {"peak": rate} for g in weights.groups([p for p in rest if p not in of_base])]
+    groups += [g | {"peak": base_rate} for g in weights.groups([p for p in rest if p in of_base])]
+    # Fused updates skip steps that fp16 had to throw away by themselves; Muon leaves that to the
+    # gradient scaler.
+    options: dict[str, Any] = {
+        "weight_decay": a.optimization.weight_decay,
+        "fused": not matrices or weights.accelerator.scaler is None,
+    }
+    if not matrices:
+        return torch.optim.AdamW(groups, **options)
+    in_turn = [p for p in parameters if p in matrices]  # a set has no order
+    dtype = torch.bfloat16 if a.run.precision == "bf16" else torch.float32
+    return MuonAdamW(
+        [*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options
+    )
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW for groups of parameters, and Muon for those with `"muon": True`.
+
+    Args:
+        groups: of parameters; those of Muon have two dimensions or more.
+        dtype: in which steps are made orthogonal. In bfloat16 a rounding error may become one of
+            its size.
+        **options: of AdamW. Weight decay acts on both.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any
+    ):
+        self.dtype = dtype
+        super().__init__([{"muon": False} | group for group in groups], **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        every = self.param_groups
+        self.param_groups = [group for group in every if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        for group in every:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._turn(parameter, group)
+        return loss
+
+    def _turn(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW expects one when it is loaded
+            state["momentum"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
+        update = (parameter.grad + MOMENTUM * state["momentum"]).flatten(1)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        size = group["lr"] * SIZE * max(update.shape) ** 0.5
+        parameter.sub_(orthogonal(update, self.dtype).view(parameter.shape), alpha=size)
+
+
+def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in
+    this dtype.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrix.to(dtype)
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+__all__ = ["MuonAdamW", "build_optimizer", "orthogonal"]

@@ -1,0 +1,220 @@
+"""Plain models on observational images: a pretrained base to add a head to, where none can be
+downloaded.
+
+Models, losses and saved folders are diffusers'; of this package only the images. Nothing of the
+contexts is seen. The recipe is `training/pretrain.py`."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..bases.autoencoder import latents_of
+from ..contexts import OBS
+from ..data import ContextImages, load_contexts
+from ..data.digits import BUNDLED
+from .distributed import process_state
+from .sections import fast_bf16
+from .settings import check_reading
+from .simulated import SIMULATED
+
+
+def observational_images(
+    dataset: str,
+    images: int,
+    resolution: int,
+    mnist_digits: str = BUNDLED,
+    reading: Mapping[str, str] | None = None,
+) -> torch.Tensor:
+    """uint8 images of the observational context, (N, 3, resolution, resolution); `reading`:
+    arguments of `load_contexts` of own data.
+    """
+    if dataset in SIMULATED:
+        check_reading(dataset, reading or {})
+        pixels = SIMULATED[dataset](resolution, 3, mnist_digits=mnist_digits).observational(images)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return (
+        ContextImages.from_dataset(load_contexts(dataset, **reading or {}), None, resolution, 3)
+        .select([OBS])
+        .pixels
+    )
+
+
+def new_autoencoder(resolution: int) -> AutoencoderKL:
+    """The layers of the Stable Diffusion autoencoder, three levels of them and narrow: latents of
+    (4, resolution / 4, resolution / 4).
+    """
+    channels = (16, 32, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=channels,
+        norm_num_groups=8,
+        sample_size=resolution,
+    )
+
+
+def pretrain(
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    kl_weight: float = 1e-2,
+    seed: int = 0,
+) -> AutoencoderKL:
+    """Train an autoencoder on uint8 images (N, 3, S, S); its `scaling_factor` makes the latents'
+    standard deviation 1.
+    """
+    torch.manual_seed(seed)
+    device = process_state().device
+    vae = new_autoencoder(pixels.shape[-1]).to(device)
+    log_variance = torch.nn.Parameter(torch.zeros((), device=device))
+
+    def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
+        with autocast():
+            posterior = vae.encode(x).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        squares = (decoded.float() - x).square().flatten(1).sum(1)
+        nll = 0.5 * (
+            squares / log_variance.exp() + x[0].numel() * (log_variance + math.log(2 * math.pi))
+        )
+        return (nll + kl_weight * posterior.kl()).mean()
+
+    _fit(vae, [*vae.parameters(), log_variance], loss, pixels, steps, batch_size, learning_rate)
+    vae.register_to_config(
+        scaling_factor=round(vae.config.scaling_factor / latents(vae, pixels[:256]).std().item(), 4)
+    )
+    return vae
+
+
+@torch.no_grad()
+def latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (N, c, h, h), float32, of uint8 images (N, 3, S, S)."""
+    means = [latents_of(vae, _signed(x.to(vae.device)))[0].cpu() for x in pixels.split(256)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+def _signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 images in [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1
+
+
+def new_unet(resolution: int) -> UNet2DModel:
+    """The layers of the DDPM's network, four levels of them and narrow, with attention at the
+    lowest: 11 M parameters.
+    """
+    plain = ("DownBlock2D", "UpBlock2D")
+    return UNet2DModel(
+        sample_size=resolution,
+        block_out_channels=(32, 64, 128, 256),
+        layers_per_block=1,
+        down_block_types=(plain[0],) * 3 + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + (plain[1],) * 3,
+        norm_num_groups=16,
+        attention_head_dim=32,
+    )
+
+
+def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
+    """A narrow DiT of six blocks on latents (channels, size, size), four of them a token, for the
+    images of no class: 5.7 M parameters, a fifth of them rows for ImageNet's classes, which a
+    DiTPipeline counts on."""
+    return DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=6,
+        sample_size=size,
+        patch_size=2,
+    )
+
+
+def pretrain_diffusion(
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    autoencoder: AutoencoderKL | None = None,
+) -> DiffusionPipeline:
+    """Train a denoiser on uint8 images (N, 3, S, S), a UNet, or on what an autoencoder makes of
+    them, a DiT; the pipeline has the averaged weights."""
+    torch.manual_seed(seed)
+    images = pixels if autoencoder is None else latents(autoencoder, pixels)
+    denoiser = new_unet(pixels.shape[-1]) if autoencoder is None else new_dit(*images.shape[1:3])
+    denoiser.to(process_state().device)  # before its weights are copied to be averaged
+    # v rather than the noise itself: what decides a flat region's colour are the noisiest steps,
+    # where the noise says little of it. Pixels end at 1, latents do not.
+    scheduler = DDPMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=autoencoder is None
+    )
+    ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+
+    def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
+        noise = torch.randn_like(x)
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        no_class = (
+            {}
+            if autoencoder is None
+            else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
+        )
+        with autocast():
+            v = denoiser(scheduler.add_noise(x, noise, t), t, **no_class).sample
+        return (v.float() - scheduler.get_velocity(x, noise, t)).square().mean()
+
+    _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, learning_rate, ema)
+    ema.copy_to(denoiser.parameters())
+    return (
+        DDPMPipeline(denoiser, scheduler)
+        if autoencoder is None
+        else DiTPipeline(denoiser, autoencoder, scheduler)
+    )
+
+
+def _fit(
+    model: torch.nn.Module,
+    parameters: list[torch.nn.Parameter],
+    loss: Callable[[torch.Tensor, Callable], torch.Tensor],
+    images: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    ema: EMAModel | None = None,
+) -> None:
+    """Minimise the loss of batches of images, in [-1, 1] if they are uint8 and as they are
+    otherwise, over the parameters, in place.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    )
+    bar = tqdm(range(steps), desc="pretraining", disable=None)
+    for _ in bar:
+        x = images[torch.randint(len(images), (batch_size,))].to(accelerator.device)
+        value = loss(_signed(x) if x.dtype == torch.uint8 else x, accelerator.autocast)
+        accelerator.backward(value)
+        torch.nn.utils.clip_grad_norm_(parameters, 1000.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if ema is not None:
+            ema.step(parameters)
+        bar.set_postfix(loss=f"{value.item():.4f}")
+    model.eval()
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise FloatingPointError("the model's weights are not finite: lower the learning rate.")

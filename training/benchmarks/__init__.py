@@ -1,0 +1,1 @@
+"""Benchmarks: `benchmark.py` is the command."""

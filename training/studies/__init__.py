@@ -1,0 +1,1 @@
+"""Studies of the method, each a command: ablation, baselines, effects and others."""
