@@ -62,13 +62,20 @@ def summary() -> str:
         for name in found
         if name.count("+") > 1
     }
-    columns = ("all there", "real", "distance", "floor")
-    head = ("", "samples", "real images", "distance to real images", "its floor: real to real")
+    rival = read("avatars-conditional-vae")
+    columns = (
+        ("samples", found, "all there"),
+        ("conditional VAE", rival, "all there"),
+        ("real images", found, "real"),
+        ("distance to real images", found, "distance"),
+        ("conditional VAE", rival, "distance"),
+        ("real to real", found, "floor"),
+    )
     rows = [
-        [label, *(cell(over_contexts(found, column, names)) for column in columns)]
+        [label, *(cell(over_contexts(runs, column, names)) for _, runs, column in columns)]
         for label, names in groups.items()
     ]
-    return markdown(head, rows)
+    return markdown(("", *(head for head, *_ in columns)), rows)
 
 
 def seeds(name: str) -> Callable[[], str]:
@@ -106,8 +113,8 @@ def means(name: str) -> Callable[[], str]:
 
 
 def protocol() -> str:
-    """What `training/studies/protocol.py` measured: distances of sets of which a share is wrong, and how
-    often such a set is ranked as worse than the exact one of the same draw.
+    """What `training/studies/protocol.py` measured: distances of sets of which a share is wrong,
+    and how often such a set is ranked as worse than the exact one of the same draw.
     """
     found = read("protocol")
     measured = np.concatenate(list(found["distances"].values()))  # (draws, sizes, shares)

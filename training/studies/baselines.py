@@ -39,11 +39,13 @@ from hf_intervene.contexts import OBS
 from hf_intervene.data import ContextImages, ContextSchedule
 from hf_intervene.errors import spoken
 from hf_intervene.evaluation import evaluate, held_out_images, table, versions, write
+from hf_intervene.evaluation.setup import content_options
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
 from hf_intervene.trainer.building import build_model, load_data
 from hf_intervene.trainer.checkpoints import atomic_folder, check_writable
-from hf_intervene.trainer.distributed import new_accelerator
+from hf_intervene.trainer.distributed import Weights, new_accelerator
+from hf_intervene.trainer.optimizer import build_optimizer
 from hf_intervene.trainer.parsing import RecipeParser, parse_arguments
 from hf_intervene.trainer.schedules import beta_of, learning_rate_factor
 from hf_intervene.trainer.settings import TrainArguments
@@ -154,11 +156,8 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
     per_epoch = max(1, round(len(data) / a.optimization.batch_size))
     total = a.optimization.total_steps(len(data))
     eval_every = a.run.eval_every or per_epoch
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=a.optimization.learning_rate,
-        weight_decay=a.optimization.weight_decay,
-        fused=True,
+    optimizer = build_optimizer(
+        a, Weights(accelerator, model), list(model.parameters()), set(model.base.parameters())
     )
     optimizer = accelerator.prepare_optimizer(optimizer)
     best, waited, kept = math.inf, 0, None
@@ -329,7 +328,17 @@ def run(
     real, other_real = held_out_images(
         a.data.dataset, model.concepts, images, held_out_seed, *options
     )
-    metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed)
+    data = (side, channels, a.data.variant, a.data.mnist_digits)
+    content = content_options(
+        a.data.dataset,
+        model.concepts,
+        *data,
+        split,
+        other_real,
+        held_out_seed,
+        a.data.images_per_context,
+    )
+    metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed, **content)
     metrics |= {"settings": settings, "seconds": seconds}
     metrics["versions"] = versions()
     write(metrics, out / "metrics")
