@@ -389,7 +389,7 @@ def _usage(saved: _Saved, name: str, bundled: bool = False) -> str:
     imports += [f"from hf_intervene import {saved.kind}"]
     sample += "  # together" if len(concepts) > 1 else ""
     lines = [*imports, "", *load, "g = torch.Generator().manual_seed(0)", sample]
-    return "\n".join([*lines, edit + f"  # from there to {concepts[0]} at half strength"])
+    return "\n".join([*lines, f"# From there to {concepts[0]} at half strength.", edit])
 
 
 def _head_call(targets: str) -> list[str]:

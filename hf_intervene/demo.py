@@ -111,7 +111,8 @@ def run(out: Path, dataset: str) -> int:
         f" --interventions {shown.pair} --num-images 8 --output pair.png\n  hf-intervene demo"
         f" --pretrained --dataset {dataset}   (heads on a pretrained autoencoder, frozen and with"
         f" LoRA)\n  accelerate launch training/train.py --config training/configs/{shown.better[0]}"
-        f'   ({shown.better[1]}, a better model)\n  README.md, "Your own images"'
+        f"   ({shown.better[1]}, a better model)\n  docs/own-images.md   (the same with your own"
+        " images)"
     )
     return 0
 

@@ -125,6 +125,12 @@ def test_drawn_data_have_neither_columns_nor_splits(tiny, tmp_path, capsys, trai
         assert f"leave {name} out" in capsys.readouterr().err
 
 
+def test_the_grid_of_samples_shows_pairs_that_were_never_seen(trained):
+    """A row of 16 pixels for obs, hat, shoe and hat+shoe."""
+    (grid,) = (trained.parent / "samples").glob("*.png")
+    assert Image.open(grid).height == 4 * 16
+
+
 def test_evaluate_says_when_the_data_of_a_model_are_not_here(trained, tmp_path, capsys):
     argv = ["evaluate", "--model", str(trained), "--output", str(tmp_path / "m")]
     assert cli.main(argv) == 1
