@@ -15,12 +15,13 @@ from torch import nn
 from .. import hub
 
 
-MAX_SIDE = 4096  # pixels or latents
+MAX_SIDE = 4096  # pixels, latents or frames
 _MAX_WINDOW = (
     64  # of a convolution: padding, kernel, stride; and of how many pixels a latent is wide
 )
 _SIDES = {"sample_size", "image_size", "latent_size", "map_size", "size", "crop_size", "pad_size"}
 _SIDES |= {"height", "width", "shortest_edge", "longest_edge", "max_height", "max_width"}
+_SIDES |= {"num_frames"}  # of a clip, which an autoencoder takes a few at a time
 _WINDOWS = {
     "downsample_padding",
     "padding",
