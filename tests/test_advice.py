@@ -85,6 +85,7 @@ RECIPES = {"command": evaluation.main} | {
 OTHERS = {  # files of functions that several commands call
     "checkpoints": [pretrain.main],
     "jobs": [reproduce.main, ablation.main],
+    "reproduced": [reproduce.main],
     "setup": [evaluation.main],
     "held_out": [evaluation.main],
 }

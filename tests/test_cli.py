@@ -170,7 +170,7 @@ def test_a_gpu_is_used_if_there_is_one(monkeypatch, tmp_path):
 
 
 def test_parsers_of_the_recipes():
-    assert trainer.parse_arguments(["--epochs", "3"]).epochs == 3
+    assert trainer.parse_arguments(["--epochs", "3"]).optimization.epochs == 3
     assert evaluation.make_parser().parse_args(["--model", "m", "--output", "o"]).json is False
 
 

@@ -49,6 +49,7 @@ def write(metrics: dict, folder: str | Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     examples = """examples:
   python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
   hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
@@ -131,6 +132,9 @@ def make_parser() -> argparse.ArgumentParser:
 @spoken
 @stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure as the words of a command line say, `None` for those of this process; returns the
+    exit status.
+    """
     arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     process = process_state()
     bars_on_terminals_only()

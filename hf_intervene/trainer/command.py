@@ -14,6 +14,9 @@ from .parsing import parse_arguments
 
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the words of a command line say, `None` for those of this process; returns the exit
+    status.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     bars_on_terminals_only()
     result = train(parse_arguments([word for word in words if word != "--json"]))

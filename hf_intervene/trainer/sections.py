@@ -197,6 +197,10 @@ class BaseSettings:
         return self.base == LIGHT_VAE
 
     def validate_regime(self) -> None:
+        """
+        Raises:
+            ValueError: one sentence: the base and the regime do not go together.
+        """
         if self.regime == "lora" and (self.is_new or self.lora_rank < 1):
             raise ValueError(
                 "regime lora needs a pretrained base (--base) and a lora_rank of at least 1."
@@ -254,6 +258,11 @@ class HeadSettings:
         return asdict(self) | {"ablation": None if self.ablation == "none" else self.ablation}
 
     def validate_configuration(self) -> None:
+        """
+        Raises:
+            ValueError: one sentence: there is no head of this configuration, or none that can be
+                trained.
+        """
         if self.posterior == "whitened":
             raise ValueError(
                 "posterior whitened is no longer trained with: choose centered, conditional or "
