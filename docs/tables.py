@@ -154,6 +154,7 @@ def _entry(value: object, digits: int) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "avatars-conditional-vae": seeds("avatars-conditional-vae"),
     "summary": summary,
     "avatars": seeds("avatars"),
     "quad": seeds("quad-flow"),
