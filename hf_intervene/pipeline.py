@@ -259,8 +259,8 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
 
         Args:
             interventions: what to intervene on: `"quad1"`, `["quad1", "size"]`, `{"size": 0.5}`,
-                `"obs"`, or a list of those, one per image; at chosen values `{"size":
-                Quantile(0.9), "quad2": reference_image}` or `"size@0.9"`.
+                `"obs"`, or a list of those, one per image; at chosen values `"size@0.9"` or
+                `{"size": Quantile(0.9), "quad2": reference_image}`.
             num_images: number of images; `None`: one for each context given.
             generator: makes the draw reproducible.
             noise: exogenous noise to use, (num_images, D, noise_width).
