@@ -185,7 +185,7 @@ def test_pictures_are_what_they_say():
 
 def test_examples_of_a_model_of_avatars_are_held_out_faces(grey):
     page = Page("avatars")
-    assert np.array_equal(page.examples, avatars.twins(["obs"])["obs"][: len(page.examples)])
+    assert np.array_equal(page.examples, avatars.twins(["obs"], 64)["obs"][: len(page.examples)])
     assert grey.examples.shape == (6, 16, 16, 1)  # its own samples
 
 

@@ -234,13 +234,13 @@ def test_a_picture_shows_the_same_noise_with_and_without(tmp_path, capsys):
     for context, output in (("glasses+hat", picture), ("glasses+hat", folder), ("obs", plain)):
         assert cli.main([*words, context, "--output", str(output)]) == 0
     grid = np.asarray(Image.open(picture))
-    side, step = 4 * 32, 4 * 32 + grids.GAP
+    side, step = 128, 128 + grids.GAP  # images of 64 pixels, twice as large
     for row, shown in enumerate((plain, folder)):
         top, left = grids.GAP + row * step, grid.shape[1] - 2 * step
         for number in range(2):
             cell = grid[top : top + side, left + number * step :][:, :side]
             image = np.asarray(Image.open(shown / f"000{number}.png"))
-            assert np.array_equal(cell, image.repeat(4, 0).repeat(4, 1))
+            assert np.array_equal(cell, image.repeat(2, 0).repeat(2, 1))
 
 
 def test_a_terminal_shows_what_to_try_next(monkeypatch, capsys):
@@ -264,13 +264,13 @@ def test_a_grid_goes_on_below():
 
 
 def test_an_edit_shows_before_and_after(tmp_path):
-    face = avatars.twins(["obs"], 32)["obs"][0]
+    face = avatars.twins(["obs"], 64)["obs"][0]
     Image.fromarray(face).save(tmp_path / "face.png")
     words = ["edit", "avatars", str(tmp_path / "face.png"), "--interventions", "glasses"]
     assert cli.main([*words, "--output", str(tmp_path / "edited.png")]) == 0
     grid = np.asarray(Image.open(tmp_path / "edited.png"))
     first = grid[grids.GAP :][:128, -128 - grids.GAP :][:, :128]
-    assert np.array_equal(first, face.repeat(4, 0).repeat(4, 1))
+    assert np.array_equal(first, face.repeat(2, 0).repeat(2, 1))
 
 
 def test_check_says_at_once_what_is_missing_and_then_what_it_does(tmp_path, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def test_samples_of_avatars_show_what_was_asked_for():
     """A detector of the concepts, trained on real faces, finds both of a pair never seen."""
     pipe = InterventionPipeline.from_pretrained(hf_intervene.bundled("avatars"))
     assert pipe.base.dtype == pipe.head.dtype == torch.float32 and pipe.concepts == avatars.CONCEPTS
-    real = avatars.images_by_context(images_per_context=500)
+    real = avatars.images_by_context(images_per_context=500, resolution=64)
     drawn = avatars.attributes_by_context(images_per_context=500)
     labels = np.concatenate([avatars.concepts_present(drawn[name]) for name in real])
     faces = np.concatenate(list(real.values()))
@@ -48,7 +48,7 @@ def test_samples_of_avatars_show_what_was_asked_for():
         noise = torch.Generator().manual_seed(0)
         return pipe(name, num_images=200, generator=noise, output_type="np").images
 
-    assert shares(avatars.twins(["glasses+hat"])["glasses+hat"])[2] > 0.9  # it sees real ones
+    assert shares(avatars.twins(["glasses+hat"], 64)["glasses+hat"])[2] > 0.9  # it sees real ones
     assert max(shares(samples("obs"))) < 0.25
     assert shares(samples("glasses"))[0] > 0.85 and shares(samples("hat"))[1] > 0.85
     assert shares(samples("glasses+hat"))[2] > 0.85

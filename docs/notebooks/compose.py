@@ -63,7 +63,7 @@ obs = pipe("obs", noise=many, output_type="np").images
 
 def change(interventions):
     after = pipe(interventions, noise=many, output_type="np").images
-    difference = np.abs(after - obs).mean(axis=(0, 3))  # (32, 32)
+    difference = np.abs(after - obs).mean(axis=(0, 3))  # (64, 64)
     return to_uint8(np.repeat(np.clip(2 * difference, 0, 1)[None, ..., None], 3, axis=-1))
 
 
@@ -87,7 +87,7 @@ strips({f"hat={strength:g}": samples({"hat": strength}) for strength in (0.25, 0
 
 # %%
 pair = "glasses+hat"
-faces = avatars.twins([pair])[pair]
+faces = avatars.twins([pair], 64)[pair]
 real, other = faces[:700], faces[700:]
 for context in (pair, "glasses", "hat", "obs"):
     generated = pipe(
@@ -108,7 +108,7 @@ for context in (pair, "glasses", "hat", "obs"):
 # again.
 
 # %%
-images = avatars.twins(["obs"])["obs"][:6]
+images = avatars.twins(["obs"], 64)["obs"][:6]
 rows = {
     "real": images,
     "nothing changed": to_uint8(pipe.edit(images, "obs", output_type="np").images),

@@ -52,6 +52,7 @@ def grid(rows: Mapping[str, np.ndarray]) -> Image.Image:
 def draw_avatars() -> None:
     """Samples, edits, strengths, and real images beside samples, of the pipeline `avatars`."""
     pipe = hf_intervene.InterventionPipeline.from_pretrained(hf_intervene.bundled("avatars"))
+    side = pipe.model.base.image_shape[-1]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(PERSONS, *pipe.model.noise_shape, generator=generator)
 
@@ -65,7 +66,7 @@ def draw_avatars() -> None:
     strengths = {f"glasses={s:g}": samples({"glasses": s}) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
     save(grid(strengths), "strength")
 
-    faces = avatars.twins(["obs"])["obs"][:PERSONS]
+    faces = avatars.twins(["obs"], side)["obs"][:PERSONS]
     edits = {
         name: to_uint8(pipe.edit(faces, name, output_type="np").images)
         for name in ("obs", "glasses", "hat", "glasses+hat")
@@ -73,12 +74,12 @@ def draw_avatars() -> None:
     save(grid({"given": faces, "unchanged": edits.pop("obs")} | edits), "edits")
 
     names = ("obs", "glasses", "glasses+hat")
-    real = avatars.twins(names)
+    real = avatars.twins(names, side)
     rows = {}
     for name in names:
         rows |= {f"{name}, real": real[name][-PERSONS:], f"{name}, sample": samples(name)}
     save(grid(rows), "contexts")
-    twins = avatars.twins((*avatars.TRAIN_CONTEXTS, *avatars.HELD_OUT))
+    twins = avatars.twins((*avatars.TRAIN_CONTEXTS, *avatars.HELD_OUT), side)
     save(grid({name: x[:PERSONS] for name, x in twins.items()}), "avatars")
 
 
