@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from .cli_images import edit, sample, show
-from .cli_parser import DATASETS
 from .cli_parser import make_parser as _make_parser
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
@@ -204,36 +203,6 @@ def _recipe_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _is_known(dataset: str) -> bool:
-    """Whether a data set is a simulated one, a folder, or looks like a name on the Hub."""
-    return dataset in DATASETS or Path(dataset).exists() or "/" in dataset
-
-
-def _evaluate(words: list[str]) -> int:
-    """`evaluate`, which also takes the name of a pipeline that comes with the package, and knows
-    the data set that a model was trained on.
-    """
-    from .cards import read_settings
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model")
-    parser.add_argument("--dataset")
-    found, rest = parser.parse_known_args(words)
-    if found.model is not None:
-        folder = str(located(found.model))
-        settings = read_settings(folder) if Path(folder).is_dir() else {}
-        dataset = found.dataset or settings.get("dataset")
-        if not found.dataset and dataset and not _is_known(str(dataset)):
-            raise ValueError(
-                f"the model was trained on {dataset!r}, and there is no such folder here: give"
-                " --dataset."
-            )
-        words = ["--model", folder, *(["--dataset", str(dataset)] if dataset else []), *rest]
-    from .evaluation import command as evaluation
-
-    return evaluation.main(words)
-
-
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -247,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return training.main(argv[1:])
     if argv[:1] == ["evaluate"]:
-        return _evaluate(argv[1:])
+        from .evaluation import command as evaluation
+
+        return evaluation.main(argv[1:])
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:

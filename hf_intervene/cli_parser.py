@@ -17,7 +17,6 @@ PIPELINE = (
 )
 # Those of demo.py and trainer, whose imports take seconds.
 DEMO_DATASETS = ("avatars", "quad")
-DATASETS = ("avatars", "ident3d", "mnist", "quad")
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = {
     None: """

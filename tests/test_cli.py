@@ -23,7 +23,6 @@ from hf_intervene import (
 )
 from hf_intervene.data import avatars
 from hf_intervene.page import Page
-from hf_intervene.trainer.simulated import SIMULATED
 
 
 COMMANDS = [name for name in cli_parser.EXAMPLES if name is not None]
@@ -290,10 +289,6 @@ def test_check_says_at_once_what_is_missing_and_then_what_it_does(tmp_path, monk
     assert 'pip install "hf-intervene[eval]"' in capsys.readouterr().err
 
 
-def test_the_names_of_data_sets():
-    assert set(cli_parser.DATASETS) == SIMULATED.keys()
-
-
 @pytest.mark.parametrize("separator", [",", " ", ";"])
 def test_several_concepts_are_joined_with_plus(tmp_path, capsys, separator):
     words = ["--interventions", f"glasses{separator}hat", "--output", str(tmp_path / "a.png")]
@@ -301,17 +296,10 @@ def test_several_concepts_are_joined_with_plus(tmp_path, capsys, separator):
     assert "several are joined with +" in capsys.readouterr().err
 
 
-def test_commands_know_what_comes_with_the_package(capsys, monkeypatch):
+def test_a_card_of_what_comes_with_the_package(capsys):
     assert cli.main(["card", "avatars"]) == 0
     card = Path(capsys.readouterr().out.strip())
     assert card.name == "README.md" and "glasses+hat" in card.read_text()
-    seen = []
-    monkeypatch.setattr(evaluation.command, "main", lambda words: seen.append(words) or 0)
-    assert cli.main(["evaluate", "--model", "avatars", "--output", "o"]) == 0
-    folder = hf_intervene.bundled("avatars")
-    assert seen == [["--model", folder, "--dataset", "avatars", "--output", "o"]]
-    assert cli.main(["evaluate", "--model", "avatars", "--dataset", "quad", "--output", "o"]) == 0
-    assert seen[1][:4] == ["--model", folder, "--dataset", "quad"]
 
 
 LIGHT = [

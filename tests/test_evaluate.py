@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import hf_intervene
 from hf_intervene import (
     InterventionModel,
     InterventionPipeline,
@@ -543,3 +544,21 @@ def test_options_are_spelled_as_those_of_training_may_be(option):
         .num_inference_steps
         == 7
     )
+
+
+def test_evaluation_knows_the_data_of_the_training(tmp_path):
+    def asked(*words):
+        words = ["--output", "o", "--model", *words]
+        found = evaluation.command.as_trained(evaluation.command.make_parser().parse_args(words))
+        return found.model, found.dataset, found.variant
+
+    folder = hf_intervene.bundled("avatars")
+    assert asked("avatars") == (folder, "avatars", "dependent")
+    assert asked("avatars", "--dataset", "quad") == (folder, "quad", "dependent")
+    (tmp_path / "training_arguments.yaml").write_text("dataset: quad\nvariant: independent\n")
+    assert asked(str(tmp_path))[1:] == ("quad", "independent")
+    (tmp_path / "training_arguments.yaml").write_text("dataset: faces-that-moved\n")
+    with pytest.raises(ValueError, match="trained on 'faces-that-moved', .*: give --dataset"):
+        asked(str(tmp_path))
+    assert asked(str(tmp_path), "--dataset", "elsewhere")[1] == "elsewhere"
+    assert asked("no-such-folder")[1] == "quad"  # which loading the model refuses

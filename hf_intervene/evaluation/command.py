@@ -13,19 +13,20 @@ from typing import Any
 
 from ..cards import FLOORS_FILE
 from ..data import quad
-from ..data.digits import BUNDLED
 from ..data.identity import load_images
 from ..errors import spoken
 from ..logging import bars_on_terminals_only
 from ..metrics.transport import PROTOCOLS
 from ..options import add_reading_options, seed, whole_number
 from ..plots import floor_chart, save
+from ..pretrained import located
 from ..trainer.checkpoints import check_writable, write_whole
 from ..trainer.distributed import process_state
 from ..trainer.parsing import RecipeParser
+from ..trainer.simulated import SIMULATED
 from ..trainer.stopping import stops_at_once
 from .content import factor_effects
-from .held_out import held_out_images, load_model, reading_of, training_split
+from .held_out import held_out_images, load_model, reading_of, trained_with, training_split
 from .measuring import evaluate
 from .setup import DETECTOR_IMAGES, content_options
 from .tables import table
@@ -51,7 +52,7 @@ def write(metrics: dict, folder: str | Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     examples = """examples:
-  python training/evaluate.py --model outputs/quad/model --dataset quad --output outputs/quad/metrics
+  python training/evaluate.py --model outputs/quad/model --output outputs/quad/metrics
   hf-intervene evaluate --model outputs/mine/model --dataset my-images --output outputs/mine/metrics --edits
   hf-intervene evaluate --model outputs/quad/model --output outputs/quad/metrics --json | jq .means"""  # noqa: E501
     options: dict[str, Any] = {
@@ -61,23 +62,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser = RecipeParser(
         description="Evaluate a trained model on held-out real images of every context.", **options
     )
-    parser.add_argument("--model", required=True, help="folder of a trained model or pipeline")
+    parser.add_argument(
+        "--model", required=True, help="folder of a trained model or pipeline, or a name"
+    )
     parser.add_argument(
         "--output", required=True, help="folder for metrics.json, metrics.md and floors.png"
     )
     parser.add_argument(
         "--dataset",
-        default="quad",
-        help="quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name",
+        help=(
+            "quad, mnist, ident3d, avatars, an image folder, a saved data set or a Hub name"
+            " (default: the one of the training)"
+        ),
     )
     add_reading_options(parser, "as in training")
     parser.add_argument(
-        "--variant", default="dependent", choices=quad.VARIANTS, help="quad and ident3d"
+        "--variant", choices=quad.VARIANTS, help="quad and ident3d (default: as in training)"
     )
     parser.add_argument(
         "--mnist-digits",
-        default=BUNDLED,
-        help="mnist: bundled, a folder, or a Hub name, as in training",
+        help="mnist: bundled, a folder, or a Hub name (default: as in training)",
     )
     parser.add_argument(
         "--all",
@@ -129,13 +133,36 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def as_trained(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with the folder of a pipeline that comes with the package for its name, and
+    with the data of the training where none are given.
+
+    Raises:
+        ValueError: the data of the training are a folder that is not here.
+    """
+    arguments.model = str(located(arguments.model))
+    trained = trained_with(arguments.model)
+    for name in ("variant", "mnist_digits"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, trained[name])
+    if arguments.dataset is None:
+        name = str(trained["dataset"])
+        if not (name in SIMULATED or "/" in name or Path(name).exists()):
+            raise ValueError(
+                f"the model was trained on {name!r}, and there is no such folder here: give"
+                " --dataset."
+            )
+        arguments.dataset = name
+    return arguments
+
+
 @spoken
 @stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure as the words of a command line say, `None` for those of this process; returns the
     exit status.
     """
-    arguments = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = as_trained(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
     process = process_state()
     bars_on_terminals_only()
     check_writable(arguments.output)

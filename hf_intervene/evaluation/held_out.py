@@ -116,11 +116,11 @@ def training_split(folder: str) -> tuple[float, int, str]:
     """The fraction, the seed and the way by which the training of a model held images out, as
     `training_arguments.yaml` beside it says.
     """
-    saved = _trained_with(folder)
+    saved = trained_with(folder)
     return tuple(saved[name] for name in ("validation_fraction", "data_seed", "split_by"))
 
 
-def _trained_with(folder: str) -> dict:
+def trained_with(folder: str) -> dict:
     """The settings of the run that a model is of, as far as they are beside it; otherwise the
     defaults.
     """
@@ -133,7 +133,7 @@ def _trained_with(folder: str) -> dict:
 def reading_of(arguments: argparse.Namespace) -> tuple[dict[str, str], bool]:
     """How own data are to be read: as options say, and otherwise as in training; and whether they
     are another split than the training's."""
-    trained = {name: _trained_with(arguments.model)[name] for name in READING}
+    trained = {name: trained_with(arguments.model)[name] for name in READING}
     given = {
         name: getattr(arguments, name) for name in READING if getattr(arguments, name) is not None
     }
