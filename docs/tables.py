@@ -154,9 +154,9 @@ def _entry(value: object, digits: int) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "avatars-conditional-vae": seeds("avatars-conditional-vae"),
     "summary": summary,
     "avatars": seeds("avatars"),
+    "avatars-conditional-vae": seeds("avatars-conditional-vae"),
     "quad": seeds("quad-flow"),
     "quad-means": means("quad-flow"),
     "protocol": protocol,

@@ -15,7 +15,7 @@ PIPELINE = (
     "folder or Hub name of a saved pipeline or model, or `avatars` or `quad`, which come with the"
     " package"
 )
-# Those of demo.py and trainer, whose imports take seconds.
+# Those of `demo.py`, whose imports take seconds.
 DEMO_DATASETS = ("avatars", "quad")
 SHELLS = ("bash", "zsh", "tcsh")
 EXAMPLES = {

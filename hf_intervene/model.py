@@ -27,7 +27,7 @@ from .bases.base import plain
 from .bases.limits import check_finite
 from .bases.loading import base_reference, remove_weights
 from .bases.lora import has_lora, lora_rank
-from .bases.saved import PART_FOLDERS, load_base_of, save_base_of
+from .bases.saved import PART_FOLDERS, load_base_of, load_lora_of, save_base_of
 from .configuration_intervention import InterventionConfig
 from .generation import GenerationMixin
 from .logging import get_logger
@@ -435,10 +435,10 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         found = load_base_of(name, path, config, base, dtype, variant, options)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            head = InterventionHead.from_pretrained(
-                path, config=config, dtype=dtype, variant=variant, **kwargs
-            )
+            kwargs |= {"config": config, "dtype": dtype, "variant": variant}
+            head = InterventionHead.from_pretrained(path, **kwargs)
             check_finite(head, f"the head of {name}")
+        load_lora_of(name, path, config, found)
         model = cls(config, found, head).eval()
         model._loaded_from = path  # its card may have been edited
         return model

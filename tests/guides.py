@@ -146,14 +146,23 @@ def check_options(command: Command) -> None:
     if command.name == "train":
         parse_arguments(command.argv[1:] if command.main is cli.main else command.argv)
         return
-    parse = argparse.ArgumentParser.parse_args
+    parser = argparse.ArgumentParser
+    parse, parse_known = parser.parse_args, parser.parse_known_args
 
     def only_parse(self, *args, **kwargs):
+        patch.setattr(parser, "parse_known_args", parse_known)
         parse(self, *args, **kwargs)
         raise _Parsed
 
+    def only_parse_known(self, *args, **kwargs):
+        """Of a command that leaves the rest to the trainer's parser."""
+        patch.setattr(parser, "parse_known_args", parse_known)
+        parse_arguments(parse_known(self, *args, **kwargs)[1])
+        raise _Parsed
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        patch.setattr(parser, "parse_args", only_parse)
+        patch.setattr(parser, "parse_known_args", only_parse_known)
         command.main(command.argv)
 
 

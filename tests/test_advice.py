@@ -92,7 +92,8 @@ OTHERS = {  # files of functions that several commands call
 
 
 def sub_commands():
-    parser = cli.make_parser(whole=True)
+    recipes = {name: cli._recipe_parser(name) for name in ("train", "evaluate")}
+    parser = cli.make_parser(recipes)
     (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
     return set().union(*(words_of(command) for command in commands.choices.values()))
 
@@ -105,7 +106,8 @@ def known_options(path):
         )
     if path.stem in OTHERS:
         return set.intersection(*map(options_of, OTHERS[path.stem])) | {"--resume"}
-    return sub_commands() if path.stem in ("cli", "demo", "page", "space") else TRAIN
+    commands = path.stem.startswith("cli") or path.stem in ("demo", "page", "space")
+    return sub_commands() if commands else TRAIN
 
 
 def messages(path):
@@ -142,7 +144,7 @@ def test_options_that_messages_name_exist(room):
             if " " in text.strip()
             for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
         }
-        if named and path.name not in ("distributed.py", "app.py"):  # of DeepSpeed, of CSS
+        if named and path.name not in ("distributed.py", "page_style.py"):  # of DeepSpeed, of CSS
             wrong = {
                 word
                 for word in named

@@ -326,11 +326,13 @@ def test_a_table_changes_with_its_results(tmp_path, monkeypatch):
     columns = ("all there", "real", "distance", "floor")
     contexts = ("obs", "a", "b", "a+b", "a+b+c", "a+b+c+d")
     found = {name: dict.fromkeys(columns, values) for name in contexts}
-    (tmp_path / "avatars.json").write_text(json.dumps(found))
+    rival = {name: dict.fromkeys(columns, [0.5]) for name in contexts}
+    for name, figures in (("avatars", found), ("avatars-conditional-vae", rival)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(figures))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     interval = interval_by_hand(values)
     made = tables.written("<!-- table: summary -->\nold\n<!-- end of table -->\n")
-    assert "old" not in made and f"| `a` | 0.950 ± {interval:.3f} |" in made
+    assert "old" not in made and f"| `a` | 0.950 ± {interval:.3f} | 0.500 |" in made
     assert "| the 1 pairs, mean | 0.950" in made
     with pytest.raises(ValueError, match="there is no table 'none'; there is summary"):
         tables.written("<!-- table: none -->\n<!-- end of table -->")

@@ -240,9 +240,11 @@ def test_a_base_that_is_passed_stays_whole_when_loading_fails(vae, tmp_path):
     model.save_pretrained(folder)
     copy = AutoencoderKL.from_pretrained(tmp_path / "vae")
     lora = folder / "lora" / "adapter_model.safetensors"
-    lora.write_bytes(lora.read_bytes()[:100])
+    whole = lora.read_bytes()
+    lora.write_bytes(whole[:100])
     with pytest.raises(OSError, match="the LoRA of .* cannot be read: its weights are truncated"):
         InterventionModel.from_pretrained(folder, base=copy)
+    lora.write_bytes(whole)
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="the head of .* has no whole weights .*incomplete"):
         InterventionModel.from_pretrained(folder, base=copy)

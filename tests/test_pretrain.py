@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
 from hf_intervene import InterventionModel, trainer
-from hf_intervene.trainer import TrainArguments
+from hf_intervene.trainer import TrainArguments, pretraining
 from hf_intervene.training import pretrain
 
 
@@ -45,7 +45,7 @@ def test_pretrain_then_add_a_head(tiny, autoencoder):
 
 def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tmp_path):
     vae = AutoencoderKL.from_pretrained(autoencoder)
-    x = pretrain.latents(vae, pretrain.observational_images("quad", 64, 16))
+    x = pretraining.latents(vae, pretraining.observational_images("quad", 64, 16))
     assert x.shape == (64, 4, 4, 4) and 0.9 < x.std() < 1.1
     options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "40"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0

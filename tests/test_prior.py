@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
+from hf_intervene import Encoded
 from hf_intervene.data import ContextImages
 from hf_intervene.trainer.prior import causal_order, fit_prior, order_concepts
 
 
 class Codes(torch.nn.Module):
-    """A base whose images are codes: `encode` returns their pixels."""
+    """A base whose images are codes: their features are their pixels."""
 
     def encode(self, pixel_values):
-        return pixel_values.flatten(1)
+        return Encoded(pixel_values.flatten(1), {})
 
 
 def model_of_codes(head_of_codes):

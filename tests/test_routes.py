@@ -33,14 +33,14 @@ def test_without_edges_the_edge_route_has_no_effect(model):
     with torch.no_grad():  # A_int starts as A_obs
         model.head.exogenous.slices.bias += torch.randn_like(model.head.exogenous.slices.bias)
     noise = torch.randn(20, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    found = measure_routes(model, "a", noise, None, None)
+    found = measure_routes(model, "a", noise, {}, None)
     assert found["own"] == pytest.approx(1) and found["edges"] == 0 and found["change"] > 0
     assert found["rates"] is None and found["outside"] is None
 
 
 def test_a_new_head_acts_only_through_its_edges(model):
     noise = torch.randn(20, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    found = measure_routes(model, "a", noise, None, None)
+    found = measure_routes(model, "a", noise, {}, None)
     assert found["edges"] == pytest.approx(1) and found["own"] == pytest.approx(0, abs=1e-5)
 
 

@@ -91,7 +91,7 @@ def load_base_of(
     variant: str | None,
     options: dict,
 ) -> Base:
-    """The base of a saved model with its adapter, its LoRA and what it needs beside it.
+    """The base of a saved model with its adapter and what it needs beside it, without its LoRA.
 
     Args:
         name: of the model, for messages.
@@ -132,11 +132,18 @@ def load_base_of(
         base = family(model, **{"adapter": adapter, **parts})
     elif not isinstance(base, Base):
         base = family(model)
-    if config.lora_rank and not has_base:
-        # Last: it changes the base that was passed.
-        load_lora(model, path / LORA_FOLDER, f"the LoRA of {name}")
-        check_finite(model, f"the base of {name} with its LoRA")
     return base
+
+
+def load_lora_of(
+    name: str | os.PathLike, path: Path, config: InterventionConfig, base: Base
+) -> None:
+    """Put the LoRA of a saved model, if it has one, on its base. This comes last: it changes a
+    base that was passed. Arguments and errors as of `load_base_of`.
+    """
+    if config.lora_rank and not (path / BASE_FOLDER / "config.json").exists():
+        load_lora(base.model, path / LORA_FOLDER, f"the LoRA of {name}")
+        check_finite(base.model, f"the base of {name} with its LoRA")
 
 
 def _load_model(
@@ -286,4 +293,4 @@ def _load_companions(
     return found
 
 
-__all__ = ["load_base_of", "save_base_of"]
+__all__ = ["load_base_of", "load_lora_of", "save_base_of"]

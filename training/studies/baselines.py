@@ -329,6 +329,9 @@ def run(
         a.data.dataset, model.concepts, images, held_out_seed, *options
     )
     data = (side, channels, a.data.variant, a.data.mnist_digits)
+    # Presence by a detector of true attributes, where the data set knows them.
+    simulated = SIMULATED.get(a.data.dataset)
+    known = simulated is not None and simulated(*data).labelled(1) is not None
     content = content_options(
         a.data.dataset,
         model.concepts,
@@ -336,7 +339,7 @@ def run(
         split,
         other_real,
         held_out_seed,
-        a.data.images_per_context,
+        a.data.images_per_context if known else 0,
     )
     metrics = evaluate(model, real, other_real, PROTOCOLS, seed=held_out_seed, **content)
     metrics |= {"settings": settings, "seconds": seconds}
