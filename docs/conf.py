@@ -54,9 +54,8 @@ def markdown_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         text,
         flags=re.DOTALL | re.MULTILINE,
     )
-    text = re.sub(
-        r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text
-    )  # diagrams and formulas, set off by indentation
+    # diagrams and formulas, set off by indentation
+    text = re.sub(r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text)
     text = re.sub(r"(?<![`:])`([^`\n]+)`(?!`)", r"``\1``", text)
     parts = re.split(r"(``[^`]+``)", text)
     parts[::2] = [

@@ -112,9 +112,8 @@ class PipelineCall:
             if count == images or images == 1:
                 return tiled
             x = torch.stack(list(sample)) if not isinstance(sample, torch.Tensor) else sample
-            if (
-                self._latents is not None and x.ndim == self._latents.ndim
-            ):  # without what was concatenated to them
+            # without what was concatenated to them
+            if self._latents is not None and x.ndim == self._latents.ndim:
                 x = x[(slice(None), *(slice(0, size) for size in self._latents.shape[1:]))]
             if torch.equal(x, x[tiled]):
                 return tiled
@@ -135,9 +134,8 @@ class PipelineCall:
         if self._checked or self.images is None:
             return
         self._checked = True
-        doubled = (
-            self._latents is None and "class_labels" in self.arguments
-        )  # DiT steps with both halves of its guidance
+        # DiT steps with both halves of its guidance
+        doubled = self._latents is None and "class_labels" in self.arguments
         if len(sample) not in (self.images, *([2 * self.images] if doubled else [])):
             raise ValueError(
                 f"this {type(self.pipe).__name__} seemed to make {self.images} images, but its "
@@ -221,9 +219,8 @@ class _Step:
         return type(self.scheduler).step(self.scheduler, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> "_Step":
-        return _Step(
-            memo.get(id(self.scheduler), self.scheduler)
-        )  # a copied scheduler steps itself
+        # a copied scheduler steps itself
+        return _Step(memo.get(id(self.scheduler), self.scheduler))
 
 
 def watch_steps(scheduler: Any) -> None:

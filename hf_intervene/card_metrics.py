@@ -10,10 +10,11 @@ from huggingface_hub import EvalResult
 
 
 TASK = "unconditional-image-generation"
+# in metrics, and what it is called
 LOSSES = {
     "bits_per_pixel": "bits per pixel",
     "denoising_loss": "denoising loss per entry",
-}  # in metrics, and what it is called
+}
 
 
 def code(text: str) -> str:
@@ -36,11 +37,12 @@ def read_metrics(source: str | os.PathLike | None) -> dict | None:
     path = path / "metrics.json" if path.is_dir() else path
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
+        # they have all that is shown of them
         (
             table_of(metrics),
             presence_of(metrics),
             results_of(metrics),
-        )  # they have all that is shown of them
+        )
     except (
         OSError,
         ValueError,

@@ -36,11 +36,12 @@ MARKER = (
     " overwritten. -->"
 )
 PIPELINE, MODEL, HEAD = "InterventionPipeline", "InterventionModel", "InterventionHead"
+# whose way of loading the Hub shows
 LIBRARIES = {
     PIPELINE: "diffusers",
     MODEL: "hf-intervene",
     HEAD: "transformers",
-}  # whose way of loading the Hub shows
+}
 
 
 def is_generated(path: str | os.PathLike) -> bool:
@@ -117,9 +118,8 @@ def read_yaml(path: str | os.PathLike) -> dict:
     """
     try:
         text, depth = Path(path).read_text(encoding="utf-8"), 0
-        for event in yaml.parse(
-            text, Loader=yaml.SafeLoader
-        ):  # as far as it is, before anything is made of it
+        # as far as it is, before anything is made of it
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent
             )
@@ -220,9 +220,10 @@ class _Saved:
 
     @classmethod
     def read(cls, folder: Path, head_only: bool) -> "_Saved":
+        # here, or whoever shows a card would wait for transformers
         from .configuration_intervention import (
             InterventionConfig,
-        )  # here, or whoever shows a card would wait for transformers
+        )
 
         check_links(folder, ["*.json", SETTINGS_FILE])  # parts of them are copied to the card
         kind = PIPELINE if (folder / "model_index.json").exists() else HEAD if head_only else MODEL

@@ -86,9 +86,8 @@ def run(out: Path, dataset: str) -> int:
     exit code."""
     start = time.perf_counter()
     shown, data = DEMONSTRATIONS[dataset], SIMULATED[dataset]
-    if (
-        not (out / "run").is_dir() or (out / "pipeline").exists()
-    ):  # or it was interrupted, and goes on
+    # or it was interrupted, and goes on
+    if not (out / "run").is_dir() or (out / "pipeline").exists():
         check_empty(out)
     print(
         f"Training on {shown.data}: {shown.light['images_per_context']} images in each of "

@@ -207,9 +207,8 @@ class InterventionHead(PreTrainedModel):
             h = self._ordered(torch.stack(c, dim=1), edges[:, level].transpose(0, 1), level)
             made = self.flow(z[:, level].transpose(0, 1), s[:, level].transpose(0, 1), h, level)
             for j, of_block in zip(level, made):
-                if (
-                    values is not None and chosen is not None
-                ):  # a chosen value depends on nothing: do(c_j = v)
+                # a chosen value depends on nothing: do(c_j = v)
+                if values is not None and chosen is not None:
                     of_block = torch.where(chosen[:, j], values[:, j].to(of_block.dtype), of_block)
                 c[j] = of_block
         return torch.stack(c, dim=1)
@@ -451,9 +450,8 @@ class InterventionHead(PreTrainedModel):
             config = InterventionConfig.from_pretrained(path / subfolder)
         check_fit(lambda: cls(config), files, what)
         kwargs |= {"subfolder": subfolder, "use_safetensors": True}
-        load: Callable[..., Any] = (
-            super().from_pretrained
-        )  # by its hints a model, with output_loading_info too
+        # by its hints a model, with output_loading_info too
+        load: Callable[..., Any] = super().from_pretrained
         if kwargs.pop("output_loading_info", False):
             return load(path, *args, output_loading_info=True, **kwargs)
         return check_loaded(lambda: load(path, *args, output_loading_info=True, **kwargs), what)

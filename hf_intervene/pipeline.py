@@ -352,9 +352,8 @@ def load_model(name: str | os.PathLike, **options: Any) -> InterventionModel:
 
 def load_for_use(name: str | os.PathLike) -> InterventionModel:
     """`load_model`, onto a GPU if there is one: for programs, whose users cannot say `.to("cuda")`."""  # noqa: E501
-    model: Any = load_model(
-        name
-    )  # transformers' hints of `cuda` are of a function, not of a method
+    # transformers' hints of `cuda` are of a function, not of a method
+    model: Any = load_model(name)
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -389,9 +388,8 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
     if part in ("base", "vae", "base_2"):
         check_part(model_class_named(name), folder, what, variant)
         return
-    found: Any = getattr(
-        sys.modules.get(str(library)), str(name), None
-    )  # nothing is imported for it
+    # nothing is imported for it
+    found: Any = getattr(sys.modules.get(str(library)), str(name), None)
     if not isinstance(found, type) or not issubclass(found, _KINDS[part]):
         raise ValueError(
             f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do"

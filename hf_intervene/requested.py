@@ -10,9 +10,8 @@ from .sampling_arguments import check_composition, check_generator, check_noise,
 from .values import Values, each_alone, head_values
 
 
-_Pass = tuple[
-    torch.Tensor, Values | None
-]  # targets (images, D) and chosen values of one call of the denoiser
+# targets (images, D) and chosen values of one call of the denoiser
+_Pass = tuple[torch.Tensor, Values | None]
 
 
 class Requested:

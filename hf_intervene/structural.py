@@ -194,16 +194,16 @@ class LowRankInterventionLayer(InterventionLayer):
 
     def add_weights(self, blocks: int, width: int) -> None:
         self.effects = nn.Parameter(torch.empty(blocks, width, self.rank))  # U
-        self.causes = nn.Parameter(
-            torch.empty(self.slices, blocks, width, self.rank)
-        )  # V_obs and V_int, or V
+        # V_obs and V_int, or V
+        self.causes = nn.Parameter(torch.empty(self.slices, blocks, width, self.rank))
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.bias)
+        # the entries of U V^T have the standard deviation std
         for factor in (
             self.effects,
             self.causes,
-        ):  # the entries of U V^T have the standard deviation std
+        ):
             nn.init.normal_(factor, std=(std / math.sqrt(self.rank)) ** 0.5)
         with torch.no_grad():
             self.causes.copy_(self.causes[:1].expand_as(self.causes))  # W_int starts as W_obs
@@ -232,9 +232,8 @@ class LowRankInterventionLayer(InterventionLayer):
             self.effects.flatten(0, 1),
             self.causes.flatten(0, 2),
         )  # (D w, r), (2 D w, r) or (D w, r)
-        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(
-            2
-        )  # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
+        # -U_i V_i^T, (D, w, 2 w) or (D, w, w)
+        itself = -self.effects @ self.causes.permute(1, 3, 0, 2).flatten(2)
 
         def hear(sent: torch.Tensor) -> torch.Tensor:
             heard = (effects @ (causes.T @ sent.flatten(0, 2))).unflatten(0, self.bias.shape)

@@ -74,9 +74,10 @@ def learnt_range(
     z = torch.randn(draws, head.config.num_blocks, head.config.noise_width, generator=generator).to(
         head.device
     )
+    # embeddings may be large
     parts = [
         head(part, head.targets(concept, len(part))).concepts[:, block] for part in z.split(256)
-    ]  # embeddings may be large
+    ]
     c = torch.cat(parts).float()  # (draws, w)
     centred = (c - c.mean(0)).double().cpu()
     component = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]  # (w,)

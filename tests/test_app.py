@@ -76,9 +76,8 @@ def test_samples_share_their_noise(quad):
     assert before.shape == after.shape == (4, 64, 64, 3) and before.dtype == np.uint8
     assert np.array_equal(before, again) and not np.array_equal(before, quad.sample({}, 4, 4)[0])
     change = abs(after.astype(int) - before).mean((0, 3))  # (64, 64)
-    assert (
-        change[56:, :8].mean() > 3 * change[56:, 56:].mean()
-    )  # the first quadrant, and not the second
+    # the first quadrant, and not the second
+    assert change[56:, :8].mean() > 3 * change[56:, 56:].mean()
     assert 0 < abs(half.astype(int) - before).mean() < change.mean()
     before, after, difference, name = quad.sample({"quad1": 0.0}, 4, 3)
     assert np.array_equal(before, after) and (difference == 255).all() and name == "obs"
@@ -94,9 +93,8 @@ def test_an_edit_of_any_image(quad):
     example = quad.examples[0]
     given, unchanged, edited, *_ = quad.edit(Image.fromarray(example), [], {})
     assert np.array_equal(given, example) and np.array_equal(unchanged, edited)
-    assert not np.array_equal(
-        unchanged, quad.edit(Image.fromarray(example), ["quad3"], {})[1]
-    )  # it depends on where it came from
+    # it depends on where it came from
+    assert not np.array_equal(unchanged, quad.edit(Image.fromarray(example), ["quad3"], {})[1])
 
 
 def test_all_pairs(quad):
@@ -388,9 +386,8 @@ def test_who_waits_is_known():
     clients._left_at["s"] = now  # only now: a browser may come back
     assert not clients.left(Request(now - 60))
     clients._left_at["s"] = now - 30
-    assert clients.left(Request(now - 60)) and not clients.left(
-        Request(now - 1)
-    )  # asked for after that
+    # asked for after that
+    assert clients.left(Request(now - 60)) and not clients.left(Request(now - 1))
 
 
 def test_nothing_is_fetched_from_elsewhere(client):
@@ -547,9 +544,10 @@ def test_no_path_of_this_machine_is_saved_or_exported(tmp_path):
     InterventionPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "pipe again")
     for folder in ("pipe", "pipe again"):
         index = tmp_path / folder / "base" / "config.json"
+        # an older version's
         index.write_text(
             json.dumps(json.loads(index.read_text()) | {"_name_or_path": f"{tmp_path}/x"})
-        )  # an older version's
+        )
         export(str(tmp_path / folder), tmp_path / "space" / folder)
         index.write_text(
             json.dumps(

@@ -217,9 +217,8 @@ def test_a_replaced_denoiser_is_noticed():
     expected.unet = pipelines.make("sd", seed=3).unet
     attach(expected, *pipelines.head_for(expected))
     assert torch.equal(under(pipe, "a"), under(expected, "a"))
-    assert not any(
-        module._forward_hooks for module in before.modules()
-    )  # the one before is left alone
+    # the one before is left alone
+    assert not any(module._forward_hooks for module in before.modules())
     pipe.unet = before
     assert torch.equal(under(pipe, "a"), a) and torch.equal(generate(pipe), plain)
     pipe.unet = diffusers.UNet2DConditionModel.from_config(before.config, cross_attention_dim=20)

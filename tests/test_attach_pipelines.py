@@ -230,9 +230,8 @@ class Predictions:
 def first_predictions(kind, pipe, interventions, num_images=2, **options):
     """Of the first step: all that the denoiser returns before the scheduler steps."""
     with intervene(pipe, interventions, **options):
-        generate(
-            kind, pipe, num_images, num_inference_steps=2
-        )  # the head has been seen to work: no further calls
+        # the head has been seen to work: no further calls
+        generate(kind, pipe, num_images, num_inference_steps=2)
         with Predictions(pipe) as found:
             generate(kind, pipe, num_images, num_inference_steps=2)
     return found[0]

@@ -74,9 +74,8 @@ def test_decomposed_kl_is_minibatch_weighted_sampling():
     assert got.item() == pytest.approx(
         0.5 * (information + dimensions) + 3.0 * correlation, rel=1e-4
     )
-    plain = baseline_losses.decomposed_kl(
-        mean, logvar, z, 1.0, 1.0, images
-    )  # all weights equal: the KL, at these draws
+    # all weights equal: the KL, at these draws
+    plain = baseline_losses.decomposed_kl(mean, logvar, z, 1.0, 1.0, images)
     assert plain.item() == pytest.approx(information + correlation + dimensions, rel=1e-4)
 
 

@@ -44,16 +44,16 @@ def report(values, kind="ratio", **machine_changes):
 
 
 def test_ratios_are_of_the_same_round():
-    found = summary(
-        [2.0, 4.0, 9.0], [1.0, 2.0, 3.0]
-    )  # ratios 2, 2, 3, whatever the rounds have in common
+    # ratios 2, 2, 3, whatever the rounds have in common
+    found = summary([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     assert found == {"ratio": 2.0, "quartiles": [2.0, 2.5], "rounds": 3}
     calls = []
     seconds = alternate([lambda: calls.append("a"), lambda: calls.append("b")], 2)
+    # the first round warms up
     assert calls == ["a", "b"] * 3 and [len(s) for s in seconds] == [
         2,
         2,
-    ]  # the first round warms up
+    ]
 
 
 def take_turns(turns: Turns, file, name, seconds, megabytes):
@@ -208,9 +208,8 @@ def test_operations_are_counted():
     """
     a = TrainArguments(dataset="quad", resolution=16)
     convolutions = [(3, 32, 8), (32, 64, 4), (64, 128, 2), (128, 256, 1)]
-    forward = sum(
-        2 * 16 * before * after * side**2 for before, after, side in convolutions
-    )  # multiplied and added, by 4 x 4 weights
+    # multiplied and added, by 4 x 4 weights
+    forward = sum(2 * 16 * before * after * side**2 for before, after, side in convolutions)
     found = benchmark_textbook._operations(a)
     least = 3 * 2 * forward - 2 * 16 * 3 * 32 * 8**2  # encoder and decoder
     assert least < found < 1.6 * least  # and linear layers, the head among them

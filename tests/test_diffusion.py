@@ -176,9 +176,8 @@ def test_entries_add_up_and_are_weighted():
     entries = with_head("conditional").base.adapter.projections(randn(2, 4, 12))
     doubled = entries.weighted(2.0)
     assert all(torch.equal(2 * a, b) for a, b in zip(entries.values, doubled.values))
-    assert all(
-        torch.equal(a, b) for a, b in zip(entries.keys, doubled.keys)
-    )  # the softmax is not a weight
+    # the softmax is not a weight
+    assert all(torch.equal(a, b) for a, b in zip(entries.keys, doubled.keys))
     assert torch.equal(
         entries.rows(torch.tensor([1, 1, 0])).values[0], entries.values[0][[1, 1, 0]]
     )
@@ -297,9 +296,8 @@ def test_targets_of_a_flow():
         noisy, (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * noise
     )
     assert torch.equal(target, noise - x0) and torch.equal(weight, torch.ones(3))
-    assert (
-        sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01
-    )  # 3 u / (1 + 2 u), u = 1/2
+    # 3 u / (1 + 2 u), u = 1/2
+    assert sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01
     with pytest.raises(ValueError, match="a flow has no such weights"):
         denoising.noised(scheduler, x0, noise, time, 5.0)
     # A solver of other kinds too, whose sigmas are not the flow's before it samples.
@@ -359,9 +357,8 @@ def test_the_path_is_that_of_the_scheduler(scheduler):
         return torch.tanh(x + t / 1000)
 
     noise = randn(2, 3, 4, 4)
-    found = denoising.follow(
-        predict, scheduler, noise, 10
-    )  # DDIM's own grid is even only where it divides its 1,000 steps
+    # DDIM's own grid is even only where it divides its 1,000 steps
+    found = denoising.follow(predict, scheduler, noise, 10)
     torch.testing.assert_close(
         found, denoising.generate(predict, scheduler, noise, 10), rtol=1e-3, atol=1e-3
     )
@@ -509,9 +506,8 @@ def test_features_of_a_vision_model(tmp_path):
     )
     with torch.no_grad():
         expected = ViTModel.from_pretrained(tmp_path / "vit").eval()(**expected).pooler_output
-    torch.testing.assert_close(
-        base.train().encode(images.float() / 255).features, expected
-    )  # dropout stays off
+    # dropout stays off
+    torch.testing.assert_close(base.train().encode(images.float() / 255).features, expected)
     assert base.feature_width == 16 and not hasattr(base.adapter, "encoder")
     # One that was saved as part of a classifier has no pooler, and none is drawn.
     ViTForImageClassification(ViTConfig.from_pretrained(tmp_path / "vit")).save_pretrained(
@@ -525,9 +521,8 @@ def test_features_of_a_vision_model(tmp_path):
     ]
     assert features[0].shape == (3, 16) and torch.equal(*features)
     model = InterventionModel.build(base, ["a"], posterior="unconditional")
-    assert isinstance(
-        model.head.encoder_readout, torch.nn.Linear
-    )  # the linear readout of the paper
+    # the linear readout of the paper
+    assert isinstance(model.head.encoder_readout, torch.nn.Linear)
 
 
 # Bad input

@@ -140,9 +140,8 @@ def test_slow_loops(table):
     assert mig(codes, factors) == pytest.approx(np.mean(gaps), abs=1e-9)
     assert sap(codes, factors) == pytest.approx(np.mean(separations), abs=1e-9)
     for kind, rows in matrix.items():
-        rows = [
-            row + [0.0] * (len(rows) - size) for row in rows
-        ]  # a factor without a code counts as correlation 0
+        # a factor without a code counts as correlation 0
+        rows = [row + [0.0] * (len(rows) - size) for row in rows]
         best = max(
             sum(row[p[k]] for k, row in enumerate(rows)) for p in permutations(range(len(rows[0])))
         )

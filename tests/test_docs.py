@@ -175,9 +175,10 @@ def readme_blocks() -> Iterator[Block]:
     """Blocks of the README, with what they need."""
     yield Block("setup", PREPARED, 1)
     for block in blocks(README):
+        # a thousand by default
         block.text = block.text.replace(
             "pipe(batch_size=4)", "pipe(batch_size=4, num_inference_steps=2)"
-        )  # a thousand by default
+        )
         yield block
 
 

@@ -355,9 +355,8 @@ def test_plot(tmp_path, shared):
 
 def test_recipe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(disentanglement, "_FLOORS", 1)
-    monkeypatch.setattr(
-        "sklearn.linear_model.LassoCV", partial(LassoCV, alphas=[0.1, 0.01])
-    )  # as many as it takes by default take long
+    # as many as it takes by default take long
+    monkeypatch.setattr("sklearn.linear_model.LassoCV", partial(LassoCV, alphas=[0.1, 0.01]))
     a_model().save_pretrained(tmp_path / "model")
     argv = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--images", "60"]
     argv += ["--resamples", "2"]

@@ -145,9 +145,8 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert set(metrics["contexts"]) == {*quad.TRAIN_CONTEXTS, *quad.HELD_OUT}
     assert metrics["settings"]["images"] == 70
-    assert torch.__version__.startswith(
-        metrics["versions"]["torch"]
-    )  # a package may leave out "+cu130"
+    # a package may leave out "+cu130"
+    assert torch.__version__.startswith(metrics["versions"]["torch"])
     text = (tmp_path / "m" / "metrics.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert (
@@ -287,9 +286,8 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert (
-        done.stdout.count("mean composition") == 2
-    )  # one table of distances for each protocol, of one process
+    # one table of distances for each protocol, of one process
+    assert done.stdout.count("mean composition") == 2
     one, two = (
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
     )
@@ -350,9 +348,8 @@ def test_own_images(saved, model, tmp_path, capsys):
             {x.tobytes() for half in halves for x in half[name]},
             {x.tobytes() for x in expected},
         )
-        assert (
-            measured <= held_out and len(measured) == len(held_out) // 2 * 2
-        )  # in two halves of one size
+        # in two halves of one size
+        assert measured <= held_out and len(measured) == len(held_out) // 2 * 2
     for path in (tmp_path / "images" / "size").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no context names the concept 'size'"):
@@ -513,9 +510,8 @@ def test_pretrained_demo(quick_demo, tmp_path, capsys):
         cli.main(["card", str(out / "frozen" / "pipeline"), "--metrics", str(out / "frozen")]) == 0
     )
     settings = (out / "frozen" / "pipeline" / "training_arguments.yaml").read_text()
-    assert (
-        "output_dir" not in settings and str(tmp_path) not in settings
-    )  # what is published names no folder of this machine
+    # what is published names no folder of this machine
+    assert "output_dir" not in settings and str(tmp_path) not in settings
     assert "regime: frozen" in (out / "frozen" / "pipeline" / "README.md").read_text()
 
 

@@ -24,11 +24,12 @@ from hf_intervene.metrics.networks import blurred
 
 
 SHAPE, ORIENTATION, COLOR = (quad.LATENTS.index(name) for name in ("shape", "orientation", "color"))
+# rotations within a full turn that look the same
 TURNS = {
     "square": 4,
     "triangle": 3,
     "ellipse": 2,
-}  # rotations within a full turn that look the same
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,8 @@ def latents():
 @pytest.mark.parametrize(("resolution", "shape", "size"), [(32, 0.03, 0.015), (64, 0.005, 0.008)])
 def test_factors_are_read_from_real_images(resolution, shape, size):
     error = read_error(resolution, 300)
-    assert (
-        max(error[name] for name in ("quad1", "quad2", "quad3", "quad4", "color")) < 5e-4
-    )  # of 1275 colours
+    # of 1275 colours
+    assert max(error[name] for name in ("quad1", "quad2", "quad3", "quad4", "color")) < 5e-4
     assert error["shape"] <= shape and error["size"] < size and error["orientation"] < 0.025
 
 

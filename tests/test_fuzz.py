@@ -340,9 +340,8 @@ def check_card(example, saved, folder):
         pass
     card = only_ours(lambda: write_card(target, "user/name", folder / "harmed-metrics"))
     if card is not None:
-        text = re.sub(
-            r"^```.*?^```", "", ModelCard.load(card).text, flags=re.M | re.S
-        )  # code is shown as it is
+        # code is shown as it is
+        text = re.sub(r"^```.*?^```", "", ModelCard.load(card).text, flags=re.M | re.S)
         assert "<script>" not in text.replace("`<script>`", "") and "\n| 49" not in text
 
 

@@ -199,9 +199,10 @@ def test_a_chosen_value_is_the_value_and_depends_on_nothing(intervention, steps)
         out.embedding,
         head(z, targets, values.masked_fill(~chosen[..., None], torch.nan), chosen).embedding,
     )
+    # s_j counts as 1
     assert torch.equal(
         out.embedding, head(z, torch.where(chosen, 0.5, targets), values, chosen).embedding
-    )  # s_j counts as 1
+    )
     replaced = torch.where(chosen[..., None], torch.randn_like(z), z)
     assert torch.equal(out.embedding, head(replaced, targets, values, chosen).embedding)
 
@@ -211,12 +212,13 @@ def test_a_chosen_value_is_the_value_and_depends_on_nothing(intervention, steps)
     others = torch.autograd.functional.jacobian(
         lambda v: head(z, targets, v, chosen).concepts[1], values
     )[:, :, 1]
+    # a and c by their values, b by its target
     hard = [
         True,
         intervention == "perfect",
         True,
         False,
-    ]  # a and c by their values, b by its target
+    ]
     for i in range(4):
         for j in range(4):
             noise_reaches = not chosen[1, j] and (i == j or not hard[i])
@@ -347,9 +349,8 @@ def test_compiles_whole(intervention, steps, do):
 
 @pytest.mark.parametrize(("steps", "rank"), [(1, None), (3, 2)])
 def test_one_compilation_serves_all_contexts(steps, rank):
-    concepts = [
-        f"c{j}" for j in range(40)
-    ]  # with many contexts: reading the targets would find few that differ
+    # with many contexts: reading the targets would find few that differ
+    concepts = [f"c{j}" for j in range(40)]
     head = InterventionHead(
         InterventionConfig(concepts=concepts, propagation_steps=steps, intervention_rank=rank)
     )

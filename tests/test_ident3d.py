@@ -210,9 +210,8 @@ def test_hues_can_be_read_from_the_image(level):
         )
 
     row = latents_with(background=level)
-    assert (
-        off(hue(ident3d.render(row[None], 64)[0, 1, 1]), "background", row) < 6
-    )  # a corner outside the light
+    # a corner outside the light
+    assert off(hue(ident3d.render(row[None], 64)[0, 1, 1]), "background", row) < 6
     row = latents_with(object=level)
     scene = ident3d.scene(ident3d.scenes(row[None])[0])
     image, empty = raycast.cast(scene, 64), raycast.cast(moved_away(scene), 64)

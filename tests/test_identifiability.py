@@ -202,9 +202,8 @@ def test_structure_of_concepts_known_up_to_a_linear_map(width):
     ]
     mixing = np.random.default_rng(0).normal(size=(total, total))
     unmix = _structure([x @ mixing for x in z], Structure(3, width, range(3)))
-    blocks = (
-        np.abs(mixing @ unmix.T).reshape(3, width, 3, width).sum((1, 3))
-    )  # from each concept to each recovered one
+    # from each concept to each recovered one
+    blocks = np.abs(mixing @ unmix.T).reshape(3, width, 3, width).sum((1, 3))
     assert (np.diag(blocks) > 10 * (blocks - np.diag(np.diag(blocks))).max(0)).all()
 
 

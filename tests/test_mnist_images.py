@@ -256,9 +256,8 @@ def test_contexts_differ_from_obs_in_their_concepts(measured, context):
 
 
 def test_the_drawing_does_not_reveal_the_context(contexts):
-    obs, *others = (
-        contexts[name] for name in ("obs", "shear", "shift")
-    )  # for strokes of the same thickness
+    # for strokes of the same thickness
+    obs, *others = (contexts[name] for name in ("obs", "shear", "shift"))
     assert len(np.unique(obs)) > 150
 
     def grey_share(images):

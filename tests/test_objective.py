@@ -56,12 +56,13 @@ def whole(model):
 
 def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
     objective = Objective(model, whole(model))
+    # without l2
     assert set(objective.terms) == {
         "context_prediction",
         "edit_consistency",
         "free_invariance",
         "group_lasso",
-    }  # without l2
+    }
     draws = objective.draws(6, torch.Generator().manual_seed(0))
     weights = {name: torch.tensor(w) for name, w in objective.weights(1.0).items()}
     output = objective(**batch, weights=weights, **draws)

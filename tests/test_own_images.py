@@ -327,9 +327,8 @@ def test_links_to_folders_and_pipes_are_not_followed(source, caplog, tmp_path):
     text, found = said(caplog, source)
     assert "left out (2 link to a folder, 1 pipe or device)" in text and found["hat"] == 10
     shutil.rmtree(source / "obs")
-    (source / "obs").symlink_to(
-        fill(tmp_path / "other", 9, seed=6)
-    )  # the folder of a context may be a link
+    # the folder of a context may be a link
+    (source / "obs").symlink_to(fill(tmp_path / "other", 9, seed=6))
     assert said(caplog, source)[1] == {"obs": 9, "hat": 10}
 
 
@@ -405,9 +404,8 @@ def test_frames_after_the_first(source, caplog):
 
 def test_copies_in_several_contexts(source, caplog):
     shutil.copy(source / "obs" / "0.png", source / "hat" / "copy.png")
-    shutil.copy(
-        source / "obs" / "1.png", source / "obs" / "copy.png"
-    )  # copies within one context are allowed
+    # copies within one context are allowed
+    shutil.copy(source / "obs" / "1.png", source / "obs" / "copy.png")
     assert "1 images are the same in several contexts (obs, hat)" in said(caplog, source)[0]
 
 

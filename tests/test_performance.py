@@ -190,9 +190,8 @@ def test_images_are_decoded_into_a_cache_once(folder, tmp_path, monkeypatch):
         patched.setattr(decoding, "decode_image", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(cached().pixels, expected.pixels)
     assert cached(resolution=4).pixels.shape == (20, 3, 4, 4)
-    Image.new("RGB", (9, 12), (255, 0, 0)).save(
-        folder / "hat" / "0.png"
-    )  # another image in the same file
+    # another image in the same file
+    Image.new("RGB", (9, 12), (255, 0, 0)).save(folder / "hat" / "0.png")
     assert not torch.equal(cached().pixels, expected.pixels)
     saved = Dataset.from_dict(
         {
@@ -212,9 +211,10 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(folder, tmp_path):
     (folder / "hat" / "3.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="3.png.* cannot be read"):
         ContextImages.from_dataset(load_contexts(folder), None, 8, cache_dir=tmp_path / "cache")
+    # nothing half written
     assert not list((tmp_path / "cache").glob("*.npy")) and not list(
         (tmp_path / "cache").glob("*.part")
-    )  # nothing half written
+    )
 
 
 def test_training_out_of_a_cache(tiny, folder, tmp_path):

@@ -121,9 +121,8 @@ def test_calls_leave_no_hooks_behind():
     for _ in range(3):
         sample(pipe)
     assert hooks() == before
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(
-        pipe.scheduler.config
-    )  # a model of other parts
+    # a model of other parts
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     sample(pipe)
     assert hooks() == before
 

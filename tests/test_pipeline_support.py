@@ -21,9 +21,8 @@ def test_support_says_what_was_recorded():
     }
     assert found.prediction == "the output, in another order, negated"
     assert found.latents == "the sample, in another order, scaled by 3, shifted by 0.5, 4 x 8 x 8"
-    assert (
-        found.kept_bytes == 3 * 4 + 3 * 256 * 4
-    )  # three numbers, and three permutations of 4 x 8 x 8
+    # three numbers, and three permutations of 4 x 8 x 8
+    assert found.kept_bytes == 3 * 4 + 3 * 256 * 4
     assert "1 - t / 1000" in str(found)
 
 

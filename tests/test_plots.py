@@ -151,10 +151,11 @@ def test_total_effects():
 
 def test_the_history_of_a_resumed_run(tmp_path):
     rows = [{"step": step, "reconstruction": 2.0 - step / 100, "kl": 0.5} for step in (10, 20, 30)]
+    # step 20 done again
     rows += [
         {"step": 20, "validation": 1.9},
         {"step": 20, "reconstruction": 1.0, "kl": 0.25},
-    ]  # step 20 done again
+    ]
     text = "\n".join(map(json.dumps, rows)) + '\n{"step": 40, "recon'
     (tmp_path / "history.jsonl").write_text(text)
     history = plots.read_history(tmp_path / "history.jsonl")

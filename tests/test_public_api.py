@@ -54,9 +54,8 @@ def plain_function(member):
     It is `None` if the function was not written in this package.
     """
     function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
-    written = inspect.isfunction(function) and not function.__code__.co_filename.startswith(
-        "<"
-    )  # not by `dataclass`
+    # not by `dataclass`
+    written = inspect.isfunction(function) and not function.__code__.co_filename.startswith("<")
     return function if written and function.__module__.startswith("hf_intervene") else None
 
 

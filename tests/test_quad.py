@@ -122,9 +122,8 @@ def test_rendering_against_a_per_pixel_reference(resolution):
                 }[kind]
                 if inside:
                     expected[y, x] = shapes.palette(row[5])
-        assert (image != expected).any(-1).sum() <= 2, (
-            kind
-        )  # up to rounding, a pixel may lie on the edge
+        # up to rounding, a pixel may lie on the edge
+        assert (image != expected).any(-1).sum() <= 2, kind
 
 
 def test_all_four_shapes_are_drawn_with_their_areas():

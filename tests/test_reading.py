@@ -70,11 +70,12 @@ def measured(trained, saved, out, *options):
 
 def test_evaluate_reads_the_data_as_training_did(trained, saved, tmp_path, capsys):
     found = measured(trained, saved, tmp_path, "--detector-images", "8")
+    # of 60 images what was held out, in halves
     assert sum(found.values()) < 30 and set(found) == {
         "obs",
         "hat",
         "shoe",
-    }  # of 60 images what was held out, in halves
+    }
     assert "were trained on" not in capsys.readouterr().err
 
 

@@ -25,12 +25,13 @@ from hf_intervene.bases.observing import without_draws
 from hf_intervene.bases.replay import Placement, probe_rows, probes_of
 
 
+# of the kinds of call: a map and dictionaries, tokens, lists, channels last
 FEW = (
     "sdxl",
     "flux",
     "z-image",
     "kandinsky",
-)  # of the kinds of call: a map and dictionaries, tokens, lists, channels last
+)
 OPTIONS = {"noise_width": 4, "initializer_range": 0.5}
 
 
@@ -65,9 +66,8 @@ def test_a_placement_is_found_from_probes(entries):
     x = torch.randn(3, entries, generator=generator(3))
     assert torch.allclose(found(x), apply(x), atol=1e-5)
     assert found.is_invertible() and torch.allclose(found.inverse(apply(x)), x, atol=1e-4)
-    constant = torch.cat(
-        [apply(probes_of(entries, rows)), torch.full((rows, 2), 7.0)], 1
-    )  # as the mask of inpainting
+    # as the mask of inpainting
+    constant = torch.cat([apply(probes_of(entries, rows)), torch.full((rows, 2), 7.0)], 1)
     found = Placement.fit(constant, entries)
     assert not found.is_invertible() and torch.equal(found(x)[:, entries:], torch.full((3, 2), 7.0))
 
@@ -142,16 +142,14 @@ def test_the_replay_denoises_as_the_pipeline(kind, bases, monkeypatch):
     step = pipe.scheduler.step
 
     def watched(prediction, t, sample, *args, **kwargs):
-        scaled = (
-            pipe.scheduler.scale_model_input(sample, t) if kind == "sdxl-text" else sample
-        )  # as the denoiser got it
+        # as the denoiser got it
+        scaled = pipe.scheduler.scale_model_input(sample, t) if kind == "sdxl-text" else sample
         run.append((prediction.clone(), t, scaled.clone()))
         return step(prediction, t, sample, *args, **kwargs)
 
     monkeypatch.setattr(pipe.scheduler, "step", watched)
-    monkeypatch.setattr(
-        pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode)
-    )  # of an image to be painted in
+    # of an image to be painted in
+    monkeypatch.setattr(pipe.vae, "encode", without_draws(pipe.vae, pipe.vae.encode))
     text = {} if "prompt_embeds" in call or "prompt_embeds_qwen" in call else {"prompt": "a b"}
     pipe(
         **{
@@ -310,9 +308,8 @@ class UnheardPipeline(diffusers.DiffusionPipeline):
         x = torch.randn(num_images_per_prompt, 4, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            words = [torch.full((max(1, len(prompt)),), float(len(prompt)))] * len(
-                x
-            )  # longer for longer prompts
+            # longer for longer prompts
+            words = [torch.full((max(1, len(prompt)),), float(len(prompt)))] * len(x)
             shown = x.flip(-1) * 1.0
             found = self.denoise({"latent": shown}, 1 - (t / 1000).expand(len(x)), words=words)[0]
             x = self.scheduler.step(-found.flip(-1), t, x).prev_sample

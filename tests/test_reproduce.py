@@ -218,9 +218,8 @@ def test_a_small_table_end_to_end_and_again(rows, tmp_path, capsys):
     assert reproduce.main([*argv, "--rows", *rows]) == 0
     assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
     assert reproduce.main([*argv, "--rows", HEADED]) == 0
-    assert (
-        json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
-    )  # a row that is not asked for stays
+    # a row that is not asked for stays
+    assert json.loads((tmp_path / "mnist-smoke.json").read_text()) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} == written
     (tmp_path / "mnist-smoke.json").write_text('{"rows": 1}')
     assert reproduce.main([*argv, "--rows", HEADED]) == 1

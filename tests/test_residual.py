@@ -57,9 +57,8 @@ def test_prior_is_invertible_and_its_density_is_that_of_the_map(channels):
     r = prior(rho, m)
     found, log_density = prior.inverse(r, m)
     torch.testing.assert_close(found, rho, rtol=0, atol=1e-4)
-    for k in range(
-        2
-    ):  # log N(rho; 0, I) - log |det dr/drho|, the determinant from the whole Jacobian
+    # log N(rho; 0, I) - log |det dr/drho|, the determinant from the whole Jacobian
+    for k in range(2):
         one = partial(prior, m=m[k : k + 1])
         jacobian = torch.autograd.functional.jacobian(one, rho[k : k + 1]).flatten(4).flatten(0, 3)
         expected = (
@@ -166,10 +165,11 @@ def test_train_save_load_and_measure(tiny, tmp_path):
         "residual_layers": 2,
         "residual_weight": 0.5,
     }
+    # more makes differences of rounding larger, with which Adam goes on
     settings |= {
         "context_prediction": 1.0,
         "free_invariance": 1.0,
-    }  # more makes differences of rounding larger, with which Adam goes on
+    }
     whole = trainer.train(TrainArguments(**settings | {"output_dir": str(tmp_path / "whole")}))
     trainer.train(
         TrainArguments(

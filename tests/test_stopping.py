@@ -143,9 +143,8 @@ def test_a_launcher_that_has_ended_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping.os, "getppid", parent)
     result = trainer.train(TrainArguments(**tiny))
     assert result.interrupted and result.step == 4 and newest_step(tmp_path) == 4
-    monkeypatch.delenv(
-        "ACCELERATE_DYNAMO_BACKEND"
-    )  # without a launcher, as under nohup, parents come and go
+    # without a launcher, as under nohup, parents come and go
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     assert not trainer.train(TrainArguments(**tiny | {"resume": "auto"})).interrupted
 
 
@@ -313,9 +312,8 @@ def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(
     argv = ["--output", str(tmp_path / "out")] + (
         ["--model", "nowhere"] if command == "evaluate" else []
     )
-    before = signal.getsignal(
-        signal.SIGTERM
-    )  # a test of a page in this process may have left another than the default
+    # a test of a page in this process may have left another than the default
+    before = signal.getsignal(signal.SIGTERM)
     assert module.main(argv) == 130 and not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -346,9 +344,8 @@ def test_what_an_orphan_is(monkeypatch):
     assert not stopping.orphaned()
     monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
     assert stopping.orphaned()
-    monkeypatch.setattr(
-        stopping, "_PARENT", 1
-    )  # from the beginning: the launcher ended before, or is process 1 of a container
+    # from the beginning: the launcher ended before, or is process 1 of a container
+    monkeypatch.setattr(stopping, "_PARENT", 1)
     for launcher in (True, False):
         monkeypatch.setattr(stopping, "_is_launcher", lambda process, launcher=launcher: launcher)
         assert stopping.orphaned() != launcher

@@ -244,9 +244,8 @@ def test_options_train(tiny, tmp_path, options):
     ]
     assert result.validation == min(row["validation"] for row in history if "validation" in row)
     grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000008.png"))
-    assert (
-        grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16
-    )  # seven contexts and nine pairs, by name
+    # seven contexts and nine pairs, by name
+    assert grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16
     assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(16, -1))
 
 
@@ -460,9 +459,8 @@ def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypa
     (a, _), (b, _) = last_state(settings), last_state(stopped)
     for name in ("model", "ema", "optimizer"):
         assert_same(a[name], b[name])
-    assert not any(
-        ".vae." in name or ".image_encoder." in name for name in a["model"]
-    )  # frozen, and elsewhere already
+    # frozen, and elsewhere already
+    assert not any(".vae." in name or ".image_encoder." in name for name in a["model"])
     assert (
         not (tmp_path / "run" / "model" / "base").exists()
         and not (tmp_path / "run" / "model" / "vae").exists()

@@ -71,9 +71,8 @@ def test_edit_with_a_reference_is_the_head_at_its_value(intervention):
 @torch.no_grad()
 def test_the_images_own_value_leaves_the_concept_as_it_is():
     model, x = tiny_model(), images(4)
-    model.head.intervention.weight.data *= torch.ones(3, 3).tril(-1)[
-        :, None, None, :, None
-    ]  # no path longer than 2
+    # no path longer than 2
+    model.head.intervention.weight.data *= torch.ones(3, 3).tril(-1)[:, None, None, :, None]
     c = concepts(model, x)
     for j in range(2):
         chosen = (torch.arange(3) == j).expand(4, -1)

@@ -286,9 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides |= {images_a_side(metrics) for metrics in done if metrics is not None}
     results = {row: results[row] for row in known if row in results}
     published = PUBLISHED.get(arguments.table, {})
-    counts = " or ".join(
-        map(str, sorted({len(found) for found in results.values()}))
-    )  # rows that were kept may have others
+    # rows that were kept may have others
+    counts = " or ".join(map(str, sorted({len(found) for found in results.values()})))
     images = " or ".join(map(str, sorted(sides or {scale.images})))
     notes = [
         "Sliced 2-Wasserstein distances and bits per pixel, mean ± half the 95 % t-interval over "

@@ -36,9 +36,8 @@ def executed(source: Path) -> nbformat.NotebookNode:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
-        if (
-            cell.cell_type == "code"
-        ):  # progress bars and warnings of libraries are not what a cell says
+        # progress bars and warnings of libraries are not what a cell says
+        if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata = {
         "kernelspec": notebook.metadata["kernelspec"],

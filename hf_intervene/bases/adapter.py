@@ -83,10 +83,11 @@ def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
     """Raise a ValueError unless an adapter's projections are for these sites, of a denoiser called
     `name`.
     """
+    # first what says most
     for key in (
         *_SITE_NAMES,
         *(key for key in vars(sites) if key not in _SITE_NAMES),
-    ):  # first what says most
+    ):
         expected, found = (
             plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites))
         )

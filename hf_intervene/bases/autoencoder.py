@@ -73,9 +73,8 @@ class LatentAdapter(ModelMixin, ConfigMixin):
         self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
         if residual_layers:
             self.residual_prior = ResidualPrior(in_channels, residual_layers)
-            self.residual_log_variance = nn.Parameter(
-                torch.tensor(2 * math.log(0.1))
-            )  # of a pixel given the residual too
+            # of a pixel given the residual too
+            self.residual_log_variance = nn.Parameter(torch.tensor(2 * math.log(0.1)))
 
 
 class AutoencoderBase(Base):
@@ -253,9 +252,8 @@ class AutoencoderBase(Base):
     def freeze_unused(self) -> None:
         self.adapter.network.quant.requires_grad_(False)
         if isinstance(self.model, VQModel):
-            self.model.quantize.requires_grad_(
-                False
-            )  # the straight-through estimator passes the codebook by
+            # the straight-through estimator passes the codebook by
+            self.model.quantize.requires_grad_(False)
         if isinstance(self.model, AsymmetricAutoencoderKL):
             self.model.decoder.condition_encoder.requires_grad_(False)  # for inpainting only
         if has_unit_pixels(self.model):

@@ -311,9 +311,8 @@ def weight_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.digest()
 
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # hashlib lets go of the GIL; the order is that of the names, whoever is done first
+    # hashlib lets go of the GIL; the order is that of the names, whoever is done first
+    with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights)))).hexdigest()
 
 

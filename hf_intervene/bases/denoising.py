@@ -217,9 +217,8 @@ def path(
         return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
     alphas = training_scheduler(scheduler).alphas_cumprod.double()
     last = len(alphas)
-    timesteps = [
-        round(last * (steps - k) / steps) - 1 for k in range(steps)
-    ]  # trailing: the first is the noisiest there is
+    # trailing: the first is the noisiest there is
+    timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]
     return [
         (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt()))
         for t in timesteps

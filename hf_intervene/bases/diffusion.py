@@ -263,9 +263,8 @@ class DiffusionBase(Base):
         model, batch = self.model, len(x)
         timesteps = timesteps.expand(batch)
         if isinstance(model, DiTTransformer2DModel):
-            nobody = torch.full(
-                (batch,), model.config.num_embeds_ada_norm, device=x.device
-            )  # the class of no class
+            # the class of no class
+            nobody = torch.full((batch,), model.config.num_embeds_ada_norm, device=x.device)
             return model(x, timestep=timesteps, class_labels=nobody).sample
         if isinstance(model, UNet2DModel):
             label = self.adapter.config.class_label

@@ -151,9 +151,8 @@ class Injection:
         copied.denoiser, copied.sites = copy.deepcopy(self.denoiser, memo), self.sites
         copied.lora = self.lora
         copied._reset()
-        copied._handles = copy.deepcopy(
-            self._handles, memo
-        )  # of the copied hooks, which `install` takes away
+        # of the copied hooks, which `install` takes away
+        copied._handles = copy.deepcopy(self._handles, memo)
         return copied
 
     def install(self) -> bool:
@@ -253,10 +252,11 @@ class _CrossAttention:
     tokens of the embedding; what they find is added before the layer's output projection."""
 
     def __init__(self, injection: Injection, number: int):
+        # of the layer among those of the injection's sites
         self.injection, self.number = (
             injection,
             number,
-        )  # of the layer among those of the injection's sites
+        )
         self.attention: Attention | None = None
         self._query = _Query()
 

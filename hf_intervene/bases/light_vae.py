@@ -81,9 +81,8 @@ class LightVAE(ModelMixin, ConfigMixin):
         self.quant = nn.Linear(hidden_width, 2 * latent_width)
 
         if likelihood == "gaussian":
-            self.log_variance = nn.Parameter(
-                torch.tensor(2 * math.log(0.2))
-            )  # of a pixel in [0, 1]
+            # of a pixel in [0, 1]
+            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))
 
         up: list[nn.Module] = []
         for level in range(len(block_out_channels), 0, -1):

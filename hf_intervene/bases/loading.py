@@ -14,9 +14,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel
+
+# from `transformers`, older ones want torchvision
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
-)  # from `transformers`, older ones want torchvision
+)
 
 from .. import hub
 from ..checks import check_fit, check_loaded
@@ -262,9 +264,8 @@ def load_part(
         "output_loading_info": True,
         "variant": variant,
     }
-    options["low_cpu_mem_usage"] = bool(
-        getattr(model_class, "_keep_in_fp32_modules", None)
-    )  # which diffusers wants it for
+    # which diffusers wants it for
+    options["low_cpu_mem_usage"] = bool(getattr(model_class, "_keep_in_fp32_modules", None))
     model = check_loaded(lambda: model_class.from_pretrained(path, **options, **kwargs), what)
     check_finite(model, what)
     return model
@@ -281,9 +282,8 @@ def check_part(
     if config.get("quantization_config") is not None:
         raise ValueError(f"{what} is quantised: load the weights that it was made of.")
     side = config.get("pos_embed_max_size") or config.get("sample_size")
-    if (
-        "patch_size" in config and isinstance(side, int) and side > _MAX_SIDE
-    ):  # a table of its square is made
+    # a table of its square is made
+    if "patch_size" in config and isinstance(side, int) and side > _MAX_SIDE:
         raise ValueError(
             f"the configuration of {what} cannot be used: a side of {side} is more than"
             f" {_MAX_SIDE}."

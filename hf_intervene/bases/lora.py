@@ -117,9 +117,8 @@ def read_lora(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tens
     """Configuration and weights of saved LoRA layers. Errors as of `load_lora`."""
     check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
     try:
-        saved = load_peft_weights(
-            str(folder), device="cpu"
-        )  # PEFT reads them after it has changed the model
+        # PEFT reads them after it has changed the model
+        saved = load_peft_weights(str(folder), device="cpu")
     except SafetensorError as error:
         raise OSError(
             f"{what} cannot be read: its weights are truncated or corrupt; fetch it again."

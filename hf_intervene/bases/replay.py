@@ -149,9 +149,8 @@ class Placement(nn.Module):
         if len(values) == 1:
             return values[0]
         key = name, like.device, like.dtype
-        if (
-            key not in self._columns
-        ):  # once: a table on the host would be copied to the device in each step
+        # once: a table on the host would be copied to the device in each step
+        if key not in self._columns:
             table = torch.tensor(values, dtype=like.dtype, device=like.device)
             self._columns[key] = table[getattr(self, f"{name}_number").to(like.device, torch.int64)]
         return self._columns[key]

@@ -128,9 +128,8 @@ def _time_embedding(denoiser: nn.Module) -> tuple[str, int]:
             f"a {type(denoiser).__name__} has no site that a head can enter by: no time embedding "
             "was found that all its blocks read."
         )
-    name, module = min(
-        found, key=lambda item: item[0].count(".")
-    )  # of several that are equally deep, the first
+    # of several that are equally deep, the first
+    name, module = min(found, key=lambda item: item[0].count("."))
     return name, _plain(module.linear_2).out_features
 
 
@@ -193,9 +192,8 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
     def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output + spread(vector, output)
 
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # compiled code does not notice hooks that come and go
+    # compiled code does not notice hooks that come and go
+    with torch.compiler.set_stance("force_eager"):
         before = call()
         handles = [
             denoiser.get_submodule(name).register_forward_hook(add) for name in sites.vectors

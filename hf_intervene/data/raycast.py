@@ -79,10 +79,11 @@ def rays(resolution: int) -> np.ndarray:
     forward = (LOOKS_AT - CAMERA) / np.sqrt(dot(LOOKS_AT - CAMERA, LOOKS_AT - CAMERA))
     right = np.array([1.0, 0.0, 0.0])  # the camera is level and looks along y
     up = np.array([0.0, -forward[2], forward[1]])
+    # each (S, resolution)
     x, y = (
         ((np.arange(resolution) + np.array(offsets)[:, None]) / resolution * 2 - 1) * ZOOM
         for offsets in zip(*_OFFSETS)
-    )  # each (S, resolution)
+    )
     x, y = np.broadcast_arrays(x[:, None, :], y[:, :, None])
     directions = np.stack([forward[i] + right[i] * x - up[i] * y for i in range(3)])
     return (directions / np.sqrt(dot(directions, directions))).reshape(3, len(_OFFSETS), -1)

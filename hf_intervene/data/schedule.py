@@ -79,9 +79,8 @@ class ContextSchedule(Sampler[list[int]]):
             else [np.arange(len(ids))]
         )
         self._steps = 0
-        self._drawn = np.zeros(
-            len(self._members), dtype=np.int64
-        )  # samples drawn so far, of each context
+        # samples drawn so far, of each context
+        self._drawn = np.zeros(len(self._members), dtype=np.int64)
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:

@@ -96,9 +96,8 @@ def circular_w1(a: np.ndarray, b: np.ndarray) -> float:
     difference = np.cumsum(
         np.concatenate([np.full(len(a), 1 / len(a)), np.full(len(b), -1 / len(b))])[order]
     )
-    gaps = np.diff(
-        np.append(points[order], points[order[0]] + 1)
-    )  # the length on which the difference holds, round the circle
+    # the length on which the difference holds, round the circle
+    gaps = np.diff(np.append(points[order], points[order[0]] + 1))
     ranked = np.argsort(difference)
     median = difference[ranked][np.searchsorted(np.cumsum(gaps[ranked]), 0.5)]
     return float((np.abs(difference - median) * gaps).sum())

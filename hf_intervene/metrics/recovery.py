@@ -355,10 +355,11 @@ def score(
     angles = [
         np.degrees(subspace_angles(a.T, b.T).max()) for a, b in zip(directions, simulation.concepts)
     ]
+    # no matching: a concept's context determines its block
     own = [
         np.mean([block_mcc(found[:, [j]], truth[:, j, [i]]) for i in range(width)])
         for j in range(d)
-    ]  # no matching: a concept's context determines its block
+    ]
     return {
         "mcc": float(np.mean([block_mcc(found, truth[:, :, i]) for i in range(width)])),
         "floor": float(np.mean([block_mcc(rotated, truth[:, :, i]) for i in range(width)])),

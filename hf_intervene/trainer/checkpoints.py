@@ -22,6 +22,7 @@ from .run_folder import keep_foreign, named_folder, remove
 
 logger = get_logger(__name__)
 STATE_FILE = "state.json"
+# a checkpoint may hold, each a file of tensors
 FILES = (
     "model",
     "terms",
@@ -29,7 +30,7 @@ FILES = (
     "optimizer",
     "moments",  # of versions before 0.2
     "images",
-)  # a checkpoint may hold, each a file of tensors
+)
 
 
 @contextmanager
@@ -79,9 +80,8 @@ def atomic_folder(path: str | os.PathLike, own: Sequence[str] = ("*",)) -> Itera
 
 def _sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk: a machine that loses power keeps it."""
-    with (
-        suppress(OSError) if path.is_dir() else nullcontext()
-    ):  # not every file system can do it for folders
+    # not every file system can do it for folders
+    with suppress(OSError) if path.is_dir() else nullcontext():
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -273,9 +273,8 @@ def restore_optimizer(
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         parameter = parameters[int(index)]
-        if (
-            value.ndim and value.shape != parameter.shape
-        ):  # it would fail in the middle of a step, or not at all
+        # it would fail in the middle of a step, or not at all
+        if value.ndim and value.shape != parameter.shape:
             raise RuntimeError(
                 f"the optimiser's {key} of parameter {index} has the shape {tuple(value.shape)}"
             )

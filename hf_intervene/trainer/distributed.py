@@ -36,9 +36,8 @@ from ..model import InterventionModel
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
-PATIENCE = timedelta(
-    hours=6
-)  # of processes that wait while one decodes or encodes all images; NCCL's own is ten minutes
+# of processes that wait while one decodes or encodes all images; NCCL's own is ten minutes
+PATIENCE = timedelta(hours=6)
 ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
 
@@ -268,19 +267,19 @@ class Weights:
 def _check_deepspeed(accelerator: Accelerator) -> None:
     if not is_deepspeed_available():
         raise ValueError("DeepSpeed is not installed: pip install 'hf-intervene[deepspeed]'.")
-    plugin = DeepSpeedPlugin(
-        hf_ds_config="none"
-    )  # what the launcher was told, a file of DeepSpeed's own aside
+    # what the launcher was told, a file of DeepSpeed's own aside
+    plugin = DeepSpeedPlugin(hf_ds_config="none")
     asked = (
         plugin.zero_stage,
         plugin.offload_optimizer_device,
         plugin.offload_param_device,
         plugin.gradient_clipping,
     )
+    # this and clipping are settings of the trainer
     accumulates = plugin.gradient_accumulation_steps not in (
         "auto",
         1,
-    )  # this and clipping are settings of the trainer
+    )
     if (
         asked != (2, "none", "none", "auto")
         or accumulates
@@ -322,9 +321,8 @@ def _shard(accelerator: Accelerator, model: InterventionModel) -> None:
         or ()
     )
     blocks = [module for module in model.base.model.modules() if type(module).__name__ in names]
-    scalars = {
-        p for p in model.parameters() if p.ndim == 0
-    }  # cannot be cut: whole in every process, as under DDP
+    # cannot be cut: whole in every process, as under DDP
+    scalars = {p for p in model.parameters() if p.ndim == 0}
     frozen = {
         p for companion in model.base.companion_models().values() for p in companion.parameters()
     }

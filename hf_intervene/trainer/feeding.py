@@ -160,9 +160,8 @@ class Feed:
                     shard(torch.rand(self.batch_size, generator=generator), self.rank, self.world)
                     >= self.prompt_dropout
                 )
-                prepared["prompts"] = prepared["prompts"].where(
-                    kept, -1
-                )  # the one that the pipeline was recorded with
+                # the one that the pipeline was recorded with
+                prepared["prompts"] = prepared["prompts"].where(kept, -1)
             host |= {f"prepared.{name}": value for name, value in prepared.items()}
         elif self.at_hand:
             host["rows"] = rows

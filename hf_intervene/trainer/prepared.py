@@ -45,9 +45,8 @@ class PreparedImages:
         batch_size: int = 64,
     ):
         digest = hashlib.sha256()
-        for rows in torch.arange(len(images)).split(
-            1024
-        ):  # not all at once: they may be more than memory holds
+        # not all at once: they may be more than memory holds
+        for rows in torch.arange(len(images)).split(1024):
             digest.update(images.images(rows).numpy().tobytes())
         key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}

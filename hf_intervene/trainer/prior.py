@@ -117,9 +117,8 @@ def _moved(there: torch.Tensor, obs: torch.Tensor, directions: torch.Tensor) -> 
     Args:
         directions: of length 1, (w, projections).
     """
-    pairs = zip(
-        there.transpose(0, 1) @ directions, obs.transpose(0, 1) @ directions
-    )  # each (n, projections)
+    # each (n, projections)
+    pairs = zip(there.transpose(0, 1) @ directions, obs.transpose(0, 1) @ directions)
     distance = torch.tensor([sliced_w2(a.numpy(), b.numpy()) for a, b in pairs])
     return distance / obs.var(0).mean(1).sqrt().clamp(min=1e-12)
 

@@ -216,9 +216,8 @@ def autoencoder_sampling(kind: str, batch_size: int, config: dict | int) -> Call
 
     @torch.no_grad()
     def sample() -> None:
-        VaeImageProcessor.denormalize(
-            vae.decode(latents).sample
-        )  # pixels in [0, 1], as a pipeline's
+        # pixels in [0, 1], as a pipeline's
+        VaeImageProcessor.denormalize(vae.decode(latents).sample)
 
     return sample
 

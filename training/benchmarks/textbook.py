@@ -251,9 +251,8 @@ def utilisation(rounds: int, steps: int = 3, side: int | None = None, **settings
     found = contest(contestants, rounds)
     images, gflop_an_image = steps * a.optimization.batch_size, _operations(a) / 1e9
     work = {"trainer": images * gflop_an_image, "product": 2 * side**3 / 1e9}
-    each = {
-        name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()
-    }  # seconds of a gigaflop
+    # seconds of a gigaflop
+    each = {name: [s / work[name] for s in outcome.seconds] for name, outcome in found.items()}
     return {
         "trainer": rate(images, found["trainer"].seconds) | {"peak_gib": found["trainer"].peak_gib},
         "gflop_an_image": gflop_an_image,

@@ -63,9 +63,8 @@ def decomposed_kl(
     terms = beta_tcvae()
     terms.alpha = terms.gamma = beta
     terms.beta = weight
-    nothing = torch.zeros(
-        len(z), 1, device=z.device
-    )  # an image without error: what is left is the sum of the three terms
+    # an image without error: what is left is the sum of the three terms
+    nothing = torch.zeros(len(z), 1, device=z.device)
     return terms.loss_function(nothing, nothing, mean, logvar, z, images)[0]
 
 

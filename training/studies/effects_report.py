@@ -223,9 +223,8 @@ def pictures(measured: dict, free_blocks: int) -> dict:
     readings |= {name: causal["learnt"][name] for name in shown}
     matrices = {name: padded(matrix) for name, matrix in readings.items()}
     for matrix in matrices.values():
-        np.fill_diagonal(
-            matrix, np.nan
-        )  # what everything does to itself would be all there is to see
+        # what everything does to itself would be all there is to see
+        np.fill_diagonal(matrix, np.nan)
     scales = {name: np.array(scores["blocks"]) for name, scores in measured["codes"].items()}
     return {
         "effects.png": plot_matrices(

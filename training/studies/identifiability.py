@@ -38,13 +38,14 @@ ROWS |= {
     "dependent rows": {"broken": "dependent-rows"},
     "a decoder that is not injective": {"broken": "folded"},
 }
+# with their decimals
 MEASURES = {
     "mcc": 3,
     "floor": 3,
     "angle": 1,
     "worst_angle": 1,
     "affected": 3,
-}  # with their decimals
+}
 
 
 def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:

@@ -155,9 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     check_writable(arguments.output)
     for context in arguments.contexts:
-        quad.render(
-            quad.sample_latents(context, 1), arguments.resolution
-        )  # complains before anything is drawn
+        # complains before anything is drawn
+        quad.render(quad.sample_latents(context, 1), arguments.resolution)
     axes = directions(3 * arguments.resolution**2, arguments.projections)
     results = {}
     for context in tqdm(arguments.contexts, desc="contexts", disable=None):

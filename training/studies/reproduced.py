@@ -90,9 +90,8 @@ def measures(metrics: dict) -> dict[str, float]:
     for kind, mean in metrics["means"].items():
         for protocol in ("independent", "paper"):
             for key in ("distance", "floor", "ratio", "mean_shift", "mean_shift_floor"):
-                if (
-                    mean[protocol].get(key) is not None
-                ):  # older jobs have no shifts, few images no ratio
+                # older jobs have no shifts, few images no ratio
+                if mean[protocol].get(key) is not None:
                     found[f"{kind} {key.replace('_', ' ')}, {protocol}"] = mean[protocol][key]
         found[f"{kind} bits per pixel"] = mean["bits_per_pixel"]
     return found
@@ -186,9 +185,8 @@ def reading(results: Mapping[str, Sequence[dict]]) -> list[str]:
         for found in ours
     ]
     lines.append(f"Composition distance over concept distance of {HEADED}: {mean_cell(pairs, 2)}.")
-    if pooled := results.get(
-        "base pooled"
-    ):  # rows may have other numbers of seeds: those that both have
+    # rows may have other numbers of seeds: those that both have
+    if pooled := results.get("base pooled"):
         ratios = [
             a["concept bits per pixel"] / b["concept bits per pixel"] for a, b in zip(ours, pooled)
         ]
