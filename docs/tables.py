@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+from hf_intervene.training.studies import seeds_table
+from hf_intervene.training.studies.seeds import seeds_cell
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,18 +29,6 @@ PAIRS = re.compile(r"[^+]+\+[^+]+")
 
 def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def cell(values: Sequence[float] | None) -> str:
-    """Mean ± half a 95 % t-interval over the seeds; the interval is left out if it rounds to 0."""
-    if values is None or len(values) == 0:
-        return ""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if half >= 0.0005 else "")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,7 +62,7 @@ def summary() -> str:
         ("real to real", found, "floor"),
     )
     rows = [
-        [label, *(cell(over_contexts(runs, column, names)) for _, runs, column in columns)]
+        [label, *(seeds_cell(over_contexts(runs, column, names)) for _, runs, column in columns)]
         for label, names in groups.items()
     ]
     return markdown(("", *(head for head, *_ in columns)), rows)
@@ -80,17 +70,7 @@ def summary() -> str:
 
 def seeds(name: str) -> Callable[[], str]:
     """A table of `seeds_table.py`: every context, every column."""
-
-    def table() -> str:
-        found = read(name)
-        columns = list(dict.fromkeys(column for row in found.values() for column in row))
-        rows = [
-            [f"`{context}`", *(cell(row.get(column)) for column in columns)]
-            for context, row in found.items()
-        ]
-        return markdown(["context", *columns], rows)
-
-    return table
+    return lambda: seeds_table.table(read(name))
 
 
 def means(name: str) -> Callable[[], str]:
@@ -100,14 +80,12 @@ def means(name: str) -> Callable[[], str]:
         found = read(name)
         single = [context for context in found if "+" not in context]
         pairs = [context for context in found if PAIRS.fullmatch(context)]
+        columns = ("distance", "floor")
         rows = [
-            [
-                label,
-                *(cell(over_contexts(found, column, names)) for column in ("distance", "floor")),
-            ]
+            [label, *(seeds_cell(over_contexts(found, column, names)) for column in columns)]
             for label, names in (("single contexts and `obs`", single), ("pairs", pairs))
         ]
-        return markdown(("mean over", "distance", "floor"), rows)
+        return markdown(("mean over", *columns), rows)
 
     return table
 

@@ -17,7 +17,7 @@ from .pretrained import bundled
 
 
 # The command `hf-intervene` checks names and words before it imports torch, which takes seconds.
-if TYPE_CHECKING or Path(sys.argv[0]).stem != "hf-intervene":
+if TYPE_CHECKING or [Path(word).stem for word in sys.argv[:1]] != ["hf-intervene"]:
     from .attaching import attach, detach, intervene
     from .bases import (
         Base,

@@ -25,9 +25,9 @@ def sample(arguments: argparse.Namespace) -> int:
     same noise above, or a folder of plain images.
     """
     _make_place(arguments)
-    _interventions(arguments)
+    named = _interventions(arguments)
     model = _load(arguments.pipeline)
-    interventions = _values(arguments, model)
+    interventions = _values(named, arguments, model)
 
     def draw(context: Any) -> Any:
         import torch
@@ -49,10 +49,11 @@ def edit(arguments: argparse.Namespace) -> int:
     from .image_files import open_image
 
     _make_place(arguments)
-    _interventions(arguments)
-    open_image(arguments.image)
+    named = _interventions(arguments)
+    image = open_image(arguments.image)
     model = _load(arguments.pipeline)
-    image, interventions = _open_image(arguments.image, arguments, model), _values(arguments, model)
+    image = _fitted(image, arguments.image, arguments, model)
+    interventions = _values(named, arguments, model)
     options = _options(arguments)
     edited: Any = model.edit(image, interventions, arguments.context, "pil", **options)
     _save_images(edited, {"given": [image], _label(arguments): edited}, arguments)
@@ -90,22 +91,28 @@ def _interventions(arguments: argparse.Namespace) -> "dict[str, Value]":
     return values
 
 
-def _values(arguments: argparse.Namespace, model: "InterventionModel") -> "dict[str, Value]":
-    """What `--interventions` and `--reference` say together."""
-    values = _interventions(arguments)
-    for reference in arguments.reference:
-        name, _, path = reference.partition("=")
-        values[name] = _open_image(path, arguments, model)
-    return values
-
-
-def _open_image(
-    path: str, arguments: argparse.Namespace, model: "InterventionModel"
-) -> "Image.Image":
+def _values(
+    named: "dict[str, Value]", arguments: argparse.Namespace, model: "InterventionModel"
+) -> "dict[str, Value]":
+    """What `--interventions` named, and what `--reference` says."""
     from .image_files import open_image
+
+    references = (reference.partition("=") for reference in arguments.reference)
+    return named | {
+        name: _fitted(open_image(path), path, arguments, model) for name, _, path in references
+    }
+
+
+def _fitted(
+    image: "Image.Image", path: str, arguments: argparse.Namespace, model: "InterventionModel"
+) -> "Image.Image":
+    """The image of a file, of the size that the model takes.
+
+    Raises:
+        ValueError: one sentence: it has another size, and `--resize` was not given.
+    """
     from .pipeline import fit_image
 
-    image = open_image(path)
     if arguments.resize:
         return fit_image(image, model)
     _, height, width = model.base.image_shape

@@ -147,8 +147,9 @@ class GenerationMixin:
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "generator": generator,
+            "compose": compose,
         }
-        options |= {"generator": generator, "compose": compose}
         return self._images(noise, targets, values, output_type, batch_size, draws, **options)
 
     @torch.no_grad()
@@ -202,8 +203,9 @@ class GenerationMixin:
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "along_path": True,
+            "compose": compose,
         }
-        options |= {"along_path": True, "compose": compose}
         return self._images(noise, *after, output_type, batch_size, draws, **options)
 
     @torch.no_grad()
@@ -230,8 +232,9 @@ class GenerationMixin:
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "along_path": True,
+            "compose": compose,
         }
-        options |= {"along_path": True, "compose": compose}
         return self._images(noise, *after, output_type, batch_size, draws or {}, **options)
 
     def _check_guidance(self, guidance_scale: float, targets: torch.Tensor, compose: str) -> None:

@@ -28,6 +28,15 @@ def weights(folder):
     }
 
 
+def start_words(processes):
+    """The words before a script that start it in so many processes, as users do."""
+    if processes == 1:
+        words = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        return [sys.executable, "-m", *words, "--num_machines", "1"]
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-m", *words]
+
+
 def launch(launcher, settings, script="training/train.py", name=None):
     """Train in processes of a launcher (words after `python -m`), on CPUs, with a file of settings
     of this name; what they print.

@@ -14,21 +14,14 @@ import torch
 import yaml
 from conftest import TINY
 from PIL import Image
+from recipes import RECIPES
 
 from hf_intervene import bundled, cli, evaluation, trainer
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.trainer import feeding, loop, run_folder
 from hf_intervene.trainer.parsing import make_parser as train_parser
 from hf_intervene.training import pretrain, reproduce
-from hf_intervene.training.benchmarks import benchmark
-from hf_intervene.training.studies import (
-    ablation,
-    baselines,
-    effects,
-    identifiability,
-    protocol,
-    seeds_table,
-)
+from hf_intervene.training.studies import ablation
 
 
 ROOT = Path(__file__).parents[1]
@@ -68,20 +61,7 @@ def words_of(parser):
 
 
 TRAIN = words_of(train_parser()) | {"--config", "--json"}
-RECIPES = {"command": evaluation.main} | {
-    module.__name__.rpartition(".")[2]: module.main
-    for module in (
-        ablation,
-        baselines,
-        benchmark,
-        effects,
-        identifiability,
-        pretrain,
-        protocol,
-        reproduce,
-        seeds_table,
-    )
-}
+MAINS = RECIPES | {"command": evaluation.main}
 OTHERS = {  # files of functions that several commands call
     "checkpoints": [pretrain.main],
     "jobs": [reproduce.main, ablation.main],
@@ -100,8 +80,8 @@ def sub_commands():
 
 def known_options(path):
     """What options a file may speak of."""
-    if path.stem in RECIPES:
-        return options_of(RECIPES[path.stem]) | (
+    if path.stem in MAINS:
+        return options_of(MAINS[path.stem]) | (
             TRAIN if path.stem in ("baselines", "effects") else set()
         )
     if path.stem in OTHERS:

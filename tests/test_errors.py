@@ -6,21 +6,12 @@ import pytest
 import torch
 import yaml
 from datasets.exceptions import DatasetsError
+from recipes import RECIPES
 from safetensors import SafetensorError
 
 from hf_intervene import cli, evaluation, trainer
 from hf_intervene.errors import EXPECTED, is_out_of_memory, sentence
 from hf_intervene.trainer.checkpoints import restore_optimizer
-from hf_intervene.training import pretrain, reproduce
-from hf_intervene.training.benchmarks import benchmark
-from hf_intervene.training.studies import (
-    ablation,
-    baselines,
-    effects,
-    identifiability,
-    protocol,
-    seeds_table,
-)
 
 
 ROOT = Path(__file__).parents[1]
@@ -74,18 +65,7 @@ MEMORY = [
     RuntimeError("can't start new thread"),
     MemoryError(),
 ]
-RECIPES = [
-    ablation,
-    baselines,
-    benchmark,
-    effects,
-    identifiability,
-    pretrain,
-    protocol,
-    reproduce,
-    seeds_table,
-]
-MAINS = {module.__name__.rpartition(".")[2]: module.main for module in RECIPES} | {
+MAINS = RECIPES | {
     "hf-intervene": cli.main,
     "train": trainer.main,
     "evaluate": evaluation.main,

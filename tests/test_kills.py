@@ -22,7 +22,7 @@ import torch
 import yaml
 from conftest import TINY
 from PIL import Image
-from runs import arguments_of, error_of, last_state
+from runs import arguments_of, error_of, last_state, start_words
 from safetensors.torch import load_file
 
 from hf_intervene import InterventionModel
@@ -332,17 +332,7 @@ def test_twenty_preemptions_in_turns_each_go_on_by_themselves(tmp_path):
         "patience": 10**6,
     }
     script = ["training/train.py", *arguments_of(TINY | own | often | {"max_steps": 10**6})]
-    one = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, two = start_words(1), start_words(2)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",

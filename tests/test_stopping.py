@@ -24,6 +24,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import TINY
 from PIL import Image
+from runs import start_words
 
 from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
@@ -85,26 +86,7 @@ def rows(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("to", ["launcher", "group", "one"])
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, processes, to):
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    if processes > 1:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-    command, step = launcher + script(tmp_path), 0
+    command, step = start_words(processes) + script(tmp_path), 0
     for _ in range(2):
         process, before = launched(command), rows(tmp_path)
         wait_for(

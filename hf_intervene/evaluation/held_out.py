@@ -133,7 +133,8 @@ def trained_with(folder: str) -> dict:
 def reading_of(arguments: argparse.Namespace) -> tuple[dict[str, str], bool]:
     """How own data are to be read: as options say, and otherwise as in training; and whether they
     are another split than the training's."""
-    trained = {name: trained_with(arguments.model)[name] for name in READING}
+    saved = trained_with(arguments.model)
+    trained = {name: saved[name] for name in READING}
     given = {
         name: getattr(arguments, name) for name in READING if getattr(arguments, name) is not None
     }

@@ -324,18 +324,18 @@ def run(
     with atomic_folder(out / "model", ("*.json", "*.safetensors")) as folder:
         model.save(folder)
     channels, side, _ = model.base.image_shape
-    options = (side, channels, a.data.variant, split, a.data.mnist_digits)
+    data, digits = (side, channels, a.data.variant), a.data.mnist_digits
     real, other_real = held_out_images(
-        a.data.dataset, model.concepts, images, held_out_seed, *options
+        a.data.dataset, model.concepts, images, held_out_seed, *data, split, digits
     )
-    data = (side, channels, a.data.variant, a.data.mnist_digits)
     # Presence by a detector of true attributes, where the data set knows them.
     simulated = SIMULATED.get(a.data.dataset)
-    known = simulated is not None and simulated(*data).labelled(1) is not None
+    known = simulated is not None and simulated(*data, digits).labelled(1) is not None
     content = content_options(
         a.data.dataset,
         model.concepts,
         *data,
+        digits,
         split,
         other_real,
         held_out_seed,

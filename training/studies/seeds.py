@@ -24,6 +24,14 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(width)
 
 
+def seeds_cell(values: Sequence[float] | None) -> str:
+    """`seed_interval` as text, without a width that rounds to 0; empty without values."""
+    if not values:
+        return ""
+    mean, width = seed_interval(values)
+    return f"{mean:.3f}" + (f" ± {width:.3f}" if width >= 0.0005 else "")
+
+
 def mean_cell(values: Sequence[float], decimals: int = 3) -> str:
     """`seed_interval` as text: mean +- half width, or the mean alone of a single seed."""
     mean, width = seed_interval(values)

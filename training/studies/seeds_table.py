@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_intervene.errors import spoken
 from hf_intervene.trainer.parsing import RecipeParser
-from hf_intervene.training.studies.seeds import seed_interval
+from hf_intervene.training.studies.seeds import seeds_cell
 
 
 # Columns: title, and where it is in a context's entry.
@@ -72,11 +72,7 @@ def table(combined: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     titles = [title for title in COLUMNS if any(title in row for row in combined.values())]
     lines = ["| context | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for context, row in combined.items():
-        cells = []
-        for title in titles:
-            mean, half = seed_interval(row[title]) if title in row else (None, 0.0)
-            cell = "" if mean is None else f"{mean:.3f}"
-            cells.append(cell + (f" ± {half:.3f}" if half >= 0.0005 else ""))
+        cells = [seeds_cell(row.get(title)) for title in titles]
         lines.append(f"| `{context}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

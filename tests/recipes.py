@@ -1,0 +1,28 @@
+"""The commands in `training/`, but for the trainer's and the one that measures."""
+
+from hf_intervene.training import pretrain, reproduce
+from hf_intervene.training.benchmarks import benchmark
+from hf_intervene.training.studies import (
+    ablation,
+    baselines,
+    effects,
+    identifiability,
+    protocol,
+    seeds_table,
+)
+
+
+RECIPES = {
+    module.__name__.rpartition(".")[2]: module.main
+    for module in (
+        ablation,
+        baselines,
+        benchmark,
+        effects,
+        identifiability,
+        pretrain,
+        protocol,
+        reproduce,
+        seeds_table,
+    )
+}
