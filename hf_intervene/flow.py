@@ -39,13 +39,28 @@ from .blocks import BlockLinear, SmallBlockLinear
 SHARE = 0.05  # pi_j before training
 
 
+class Part(NamedTuple):
+    """What one map of each of n blocks says of concepts c, (n, B, w)."""
+
+    noise: torch.Tensor  # F^{-1}(c), (n, B, w)
+    density: torch.Tensor  # log f(c), (n, B), in nats
+
+
+class States(NamedTuple):
+    """What all maps say of concepts c. KL, context prediction and edits of a step share one."""
+
+    obs: Part  # without an intervention, of all blocks
+    there: Part  # with one, of the concepts
+    own: Part  # at the strengths of the batch, of all blocks; where these are 0 or 1 it is `obs`
+
+
 class _Maps(NamedTuple):
-    """The numbers of the maps of some blocks, concepts first."""
+    """The numbers of the maps of n blocks, k of them concepts, which come first."""
 
     obs: slice | list[int]  # those without an intervention
-    intervened: slice | list[int]  # those of the concepts with one
+    both: slice | list[int]  # the same, then those of the concepts with one, n + k
     concepts: slice | list[int]  # the concepts, by their number among all
-    number: int  # of concepts
+    number: int  # k
 
 
 class ConceptFlow(nn.Module):
@@ -109,100 +124,118 @@ class ConceptFlow(nn.Module):
         s = torch.cat([torch.where(there, 1.0, s[: maps.number]), s[maps.number :]])
         for layer in range(len(self.hidden)):
             read, moved = self._halves(x, layer)
-            shift, log_scale = self._coupling(layer, read, s, h, maps)
+            shift, log_scale = self._coupling(layer, read, h, s, maps)
             x = self._whole(read, moved * log_scale.exp() + shift, layer)
-        mean, log_scale = self._affine(s, h, maps)
+        mean, log_scale = self._affine(h, s, maps)
         return x * log_scale.exp() + mean
 
-    def inverse(self, c: torch.Tensor, s: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """z with F(z; s, h) = c, of the more likely part of the mixture; its last entry in the
-        middle of that part.
-        """
-        z, density = self._component(c, s, h)
-        d = self.concepts
-        there, density_there = self._component(c[:d], 1.0, None)
-        without, within = (
-            x[:, None] for x in (logsigmoid(-self.share_logit), logsigmoid(self.share_logit))
-        )
-        second = (density_there + within > density[:d] + without)[..., None] & (
-            s[:d] < 1
-        )  # (d, B, 1)
-        share = self.shares.float()[:, None, None]
-        middle = torch.where(second, 1 - share / 2, torch.where(s[:d] < 1, (1 - share) / 2, 0.5))
-        which = math.sqrt(2) * torch.erfinv(2 * middle - 1)
-        which = torch.cat([which, torch.zeros_like(z[d:, :, :1])]).to(z.dtype)
-        return torch.cat([torch.cat([torch.where(second, there, z[:d]), z[d:]]), which], dim=-1)
-
-    def log_densities(
-        self, c: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p(c_j | s_j, h_j) of each block, (D, B), and log f_j(c_j; 1, 0) of each concept, (d,
-        B), in nats.
+    def states(self, c: torch.Tensor, s: torch.Tensor, h: torch.Tensor, whole: bool) -> States:
+        """What all maps say of c.
 
         Args:
             c: (D, B, w).
-            s: (D, B, 1), or 0.0 for all.
-            h: (D, B, m).
+            s: (D, B, 1).
+            h: of s = 0, (D, B, m).
+            whole: whether all s are 0 or 1; others need maps of their own.
         """
-        density, d = self._component(c, s, h)[1], self.concepts
-        there = self._component(c[:d], 1.0, None)[1]
+        noise, density = self._part(torch.cat([c, c[: self.concepts]]), h, None)
+        obs = Part(noise[: self.blocks], density[: self.blocks])
+        there = Part(noise[self.blocks :], density[self.blocks :])
+        return States(obs, there, obs if whole else self._part(c, (1 - s) * h, s))
+
+    def inverse(self, states: States, s: torch.Tensor) -> torch.Tensor:
+        """z with F(z; s, h) = c, (D, B, w + 1), of the more likely part of the mixture; its last
+        entry in the middle of that part.
+
+        Args:
+            states: of c.
+            s: (D, B, 1).
+        """
+        (z, density), there, d = states.own, states.there, self.concepts
+        s = s[:d]  # of the concepts, the only ones that have a mixture
+        without, within = (
+            x[:, None] for x in (logsigmoid(-self.share_logit), logsigmoid(self.share_logit))
+        )
+        likelier = there.density + within > density[:d] + without  # (d, B)
+        second = likelier[..., None] & (s < 1)  # (d, B, 1)
+        share = self.shares.float()[:, None, None]
+        middle = torch.where(second, 1 - share / 2, torch.where(s < 1, (1 - share) / 2, 0.5))
+        which = math.sqrt(2) * torch.erfinv(2 * middle - 1)
+        which = torch.cat([which, torch.zeros_like(z[d:, :, :1])]).to(z.dtype)
+        x = torch.cat([torch.where(second | (s == 1), there.noise, z[:d]), z[d:]])
+        return torch.cat([x, which], dim=-1)
+
+    def log_densities(self, states: States, s: torch.Tensor) -> torch.Tensor:
+        """log p(c_j | s_j, h_j) of each block, (D, B), in nats; arguments as of `inverse`."""
+        # Under a whole intervention the mixture is one of equal parts.
+        d, there = self.concepts, states.there.density
+        densities = self._mixture(states.own.density, there)
+        return torch.cat([torch.where(s[:d, :, 0] == 1, there, densities[:d]), densities[d:]])
+
+    def state_densities(self, states: States) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p(c_j | 0, h_j) of each block, (D, B), and log p(c_j | 1) of each concept, (d, B), in
+        nats.
+        """
+        return self._mixture(states.obs.density, states.there.density), states.there.density
+
+    def _mixture(self, density: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """Log-densities of mixtures, (D, B), of those of both parts, (D, B) and (d, B)."""
+        d = self.concepts
         mixture = torch.logaddexp(
             density[:d] + logsigmoid(-self.share_logit)[:, None],
             there + logsigmoid(self.share_logit)[:, None],
         )
-        return torch.cat([mixture, density[d:]]), there
+        return torch.cat([mixture, density[d:]])
 
-    def _component(
-        self, c: torch.Tensor, s: torch.Tensor | float, h: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """F^{-1}(c; s, h), (n, B, w), and log f(c; s, h), (n, B), without the mixture. s = 1.0 is
-        of the concepts alone.
+    def _part(self, c: torch.Tensor, h: torch.Tensor, s: torch.Tensor | None) -> Part:
+        """The inverse of the maps of all blocks at strengths s; `None`: of all maps, each with a c
+        of its own.
         """
         maps = self._maps(None)
-        mean, log_scale = self._affine(s, h, maps)
+        mean, log_scale = self._affine(h, s, maps)
         x = (c - mean) * (-log_scale).exp()
         log_det = -log_scale.sum(-1).expand(x.shape[:2])
         for layer in reversed(range(len(self.hidden))):
             read, moved = self._halves(x, layer)
-            shift, log_scale = self._coupling(layer, read, s, h, maps)
+            shift, log_scale = self._coupling(layer, read, h, s, maps)
             x = self._whole(read, (moved - shift) * (-log_scale).exp(), layer)
             log_det = log_det - log_scale.sum(-1)
-        return x, log_det - 0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
+        return Part(x, log_det - 0.5 * (x.square() + math.log(2 * math.pi)).sum(-1))
 
     def _maps(self, blocks: Sequence[int] | None) -> _Maps:
         d, all_blocks = self.concepts, self.blocks
         if blocks is None:
-            return _Maps(slice(all_blocks), slice(all_blocks, None), slice(d), d)
+            return _Maps(slice(all_blocks), slice(None), slice(d), d)
         concepts = [j for j in blocks if j < d]
-        return _Maps(list(blocks), [all_blocks + j for j in concepts], concepts, len(concepts))
+        both = [*blocks, *(all_blocks + j for j in concepts)]
+        return _Maps(list(blocks), both, concepts, len(concepts))
 
     def _coupling(
         self,
         layer: int,
         read: torch.Tensor,
-        s: torch.Tensor | float,
-        h: torch.Tensor | None,
+        h: torch.Tensor,
+        s: torch.Tensor | None,
         maps: _Maps,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, message, move = self.hidden[layer], self.message[layer], self.move[layer]
-        out = intervened = None
-        if h is not None:
-            out = move(gelu(hidden(read, maps.obs) + message(h, maps.obs)), maps.obs)
-        if not isinstance(s, float) or s == 1:
-            intervened = move(gelu(hidden(read[: maps.number], maps.intervened)), maps.intervened)
-        shift, log_scale = _mixed(out, intervened, s).chunk(2, dim=-1)
+        """Shift and log-scale of a layer, at strengths s; `None`: of all maps, which read each
+        their own.
+        """
+        if s is not None:
+            read = torch.cat([read, read[: maps.number]])
+        x = _heard(self.hidden[layer](read, maps.both), self.message[layer](h, maps.obs))
+        x = self.move[layer](gelu(x), maps.both)
+        shift, log_scale = (x if s is None else _mixed(x, s)).chunk(2, dim=-1)
         return shift, 2 * torch.tanh(log_scale / 2)  # a scale between exp(-2) and exp(2)
 
     def _affine(
-        self, s: torch.Tensor | float, h: torch.Tensor | None, maps: _Maps
+        self, h: torch.Tensor, s: torch.Tensor | None, maps: _Maps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-scale of the last layer."""
-        mean = None if h is None else self.mean[maps.obs] + self.shift(h, maps.obs)
-        log_scale = self.log_scale[maps.obs]
-        return (
-            _mixed(mean, self.mean[maps.intervened], s),
-            _mixed(log_scale, self.log_scale[maps.intervened], s),
-        )
+        """Mean and log-scale of the last layer, likewise."""
+        heard = self.shift(h, maps.obs)
+        mean = self.mean[maps.both].expand(-1, heard.shape[1], -1)
+        mean, log_scale = _heard(mean, heard), self.log_scale[maps.both]
+        return (mean, log_scale) if s is None else (_mixed(mean, s), _mixed(log_scale, s))
 
     def _threshold(self) -> torch.Tensor:
         """The quantile 1 - pi of N(0, 1), (d, 1, 1)."""
@@ -216,20 +249,21 @@ class ConceptFlow(nn.Module):
         return torch.cat((read, moved) if layer % 2 == 0 else (moved, read), dim=-1)
 
 
-def _mixed(
-    obs: torch.Tensor | None, intervened: torch.Tensor | None, s: torch.Tensor | float
-) -> torch.Tensor:
-    """What is computed without an intervention, (n, ...), and with one, (concepts, ...), as s asks
-    for: (n, ...).
+def _heard(x: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
+    """x of both kinds of maps, (n + k, B, m), with the message to those without an intervention,
+    (n, B, m), added.
     """
-    if isinstance(s, float):
-        found = intervened if s == 1 else obs
-        assert found is not None
-        return found
-    assert obs is not None and intervened is not None
-    count = len(intervened)
-    mixed = torch.lerp(obs[:count], intervened, s[:count].to(obs.dtype))
-    return torch.cat([mixed, obs[count:].expand(-1, *mixed.shape[1:])])
+    n = len(message)
+    return torch.cat([x[:n] + message, x[n:]])
 
 
-__all__ = ["ConceptFlow"]
+def _mixed(both: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """What both kinds of maps say, (n + k, ...), at strengths s, (n, B, 1): (n, ...)."""
+    n = len(s)
+    obs, intervened = both[:n], both[n:]
+    k = len(intervened)
+    mixed = torch.lerp(obs[:k], intervened, s[:k].to(obs.dtype))
+    return torch.cat([mixed, obs[k:].expand(-1, *mixed.shape[1:])])
+
+
+__all__ = ["ConceptFlow", "Part", "States"]

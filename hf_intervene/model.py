@@ -29,6 +29,7 @@ from .bases.loading import base_reference, remove_weights
 from .bases.lora import has_lora, lora_rank
 from .bases.saved import PART_FOLDERS, load_base_of, load_lora_of, save_base_of
 from .configuration_intervention import InterventionConfig
+from .flow import States
 from .generation import GenerationMixin
 from .logging import get_logger
 from .modeling_intervention import InterventionHead
@@ -62,6 +63,8 @@ class InterventionModelOutput(ModelOutput):
         posterior_logvar: log-variance, likewise.
         draw: that of it which was decoded, likewise; for a head with flows the concepts c, (B, D,
             concept_width).
+        states: for a head with flows, what `InterventionHead.states` says of the draw: terms of the
+            objective share it.
     """
 
     loss: torch.Tensor | None = None
@@ -72,6 +75,7 @@ class InterventionModelOutput(ModelOutput):
     posterior_mean: torch.Tensor | None = None
     posterior_logvar: torch.Tensor | None = None
     draw: torch.Tensor | None = None
+    states: States | None = None
 
 
 class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # type: ignore[misc]
@@ -269,6 +273,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         noise: torch.Tensor | None = None,
         residual_weight: float | torch.Tensor = 1.0,
         prepared: dict[str, torch.Tensor] | None = None,
+        whole: bool | None = None,
         return_dict: bool | None = None,
         **draws: torch.Tensor,
     ) -> InterventionModelOutput | tuple:
@@ -288,6 +293,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             prepared: what the base's `prepare` made of the images; of a recorded pipeline
                 (`PipelineBase`) also `prompts`, the number of each image's prompt, (B,) int64, if
                 they have their own.
+            whole: whether all targets are 0 or 1; `None`: look (see `InterventionHead.states`).
             **draws: all random numbers of the base's `loss`, by name (see `Base.training_draws`);
                 without them they are drawn.
         """
@@ -303,11 +309,13 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         noise = torch.randn_like(mean) if noise is None else noise
         draws = self._all_draws(draws, targets)
         y, s = mean + (0.5 * logvar).exp() * noise, self.seen(targets)  # (B, *draw_shape)
+        states = None
         if self.head is None:
             embedding, kl = self.embed(y, targets), gaussian_kl(mean, logvar)
         else:
             embedding = self.head.embed_draw(y, s)  # (B, *embedding_shape)
-            kl = self.head.kl(mean, logvar, s, y)  # (B,)
+            states = self.head.states(y, s, whole) if self.head.is_flow else None
+            kl = self.head.kl(mean, logvar, s, y, states)  # (B,)
         terms = self.base.loss(embedding, encoded, draws)  # each (B,)
         loss = beta * kl
         for name, term in terms.items():
@@ -318,6 +326,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             posterior_mean=mean,
             posterior_logvar=logvar,
             draw=y,
+            states=states,
             **{"residual_kl": torch.zeros_like(kl)} | terms,
         )
         return output if return_dict is not False else output.to_tuple()

@@ -14,7 +14,7 @@ There are two kinds of heads (`InterventionConfig.mechanism`):
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from .checks import check_fit, check_loaded
 from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
-from .flow import ConceptFlow
+from .flow import ConceptFlow, States
 from .hub import check_weights, folder, pop_options
 from .mechanisms import ExogenousLayer, ExpressiveLayers, places
 from .posterior import PosteriorLinear, Whitening, gaussian_kl, has_row, mixture, row_of
@@ -204,14 +204,43 @@ class InterventionHead(PreTrainedModel):
         """
         c: list[torch.Tensor] = [z.new_zeros(len(z), self.config.concept_width)] * z.shape[1]
         for level in self._ordered.levels():
-            h = self._ordered(torch.stack(c, dim=1), edges[:, level].transpose(0, 1), level)
-            made = self.flow(z[:, level].transpose(0, 1), s[:, level].transpose(0, 1), h, level)
-            for j, of_block in zip(level, made):
+            for j, of_block in zip(level, self._made(z, s, edges, c, level)):
                 # a chosen value depends on nothing: do(c_j = v)
                 if values is not None and chosen is not None:
                     of_block = torch.where(chosen[:, j], values[:, j].to(of_block.dtype), of_block)
                 c[j] = of_block
         return torch.stack(c, dim=1)
+
+    def remade(self, c: torch.Tensor, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Concepts of noise z under targets, (B, D, w), where free blocks are those of c: of a head
+        with flows. Free blocks come first, so nothing that they depend on changes.
+
+        Args:
+            c: (B, D, w).
+            z: (B, D, noise_width).
+            targets: (B, D).
+        """
+        s, d = targets.to(self.dtype)[..., None], len(self.config.concepts)
+        found = list(c.to(self.dtype).unbind(1))
+        for level in self._ordered.levels():
+            concepts = [j for j in level if j < d]
+            for j, of_block in zip(concepts, self._made(z, s, s, found, concepts)):
+                found[j] = of_block
+        return torch.stack(found, dim=1)
+
+    def _made(
+        self,
+        z: torch.Tensor,
+        s: torch.Tensor,
+        edges: torch.Tensor,
+        c: list[torch.Tensor],
+        blocks: list[int],
+    ) -> Sequence[torch.Tensor]:
+        """c of these blocks, each (B, w), from noise, strengths and the c of their causes."""
+        if not blocks:
+            return ()
+        h = self._ordered(torch.stack(c, dim=1), edges[:, blocks].transpose(0, 1), blocks)
+        return self.flow(z[:, blocks].transpose(0, 1), s[:, blocks].transpose(0, 1), h, blocks)
 
     def represent(self, c: torch.Tensor) -> torch.Tensor:
         """The embedding e, (B, *embedding_shape), of concepts c, (B, D, w)."""
@@ -232,26 +261,41 @@ class InterventionHead(PreTrainedModel):
         """Width of a block of what the posterior is of: w for c, n for z."""
         return self.config.concept_width if self.is_flow else self.config.noise_width
 
-    def log_density(self, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def states(self, c: torch.Tensor, targets: torch.Tensor, whole: bool | None = None) -> States:
+        """What all maps of a head with flows say of c: once for all that a training step asks.
+
+        Args:
+            c: (B, D, w).
+            targets: (B, D).
+            whole: whether all targets are 0 or 1, which saves a third of the work; `None`: look,
+                for which a device has to be waited for.
+        """
+        with torch.autocast(c.device.type, enabled=False):
+            c, s = c.to(self.dtype), targets.to(self.dtype).T[..., None]  # (D, B, 1)
+            if whole is None:  # a graph cannot depend on values
+                whole = not torch.compiler.is_compiling() and bool(((s == 0) | (s == 1)).all())
+            h = self._ordered(c, torch.zeros_like(s))
+            return self.flow.states(c.transpose(0, 1), s, h, whole)
+
+    def log_density(
+        self, c: torch.Tensor, targets: torch.Tensor, states: States | None = None
+    ) -> torch.Tensor:
         """log p(c | s) = sum_j log p(c_j | s_j, h_j) of a head with flows, in nats, (B,), float32
         (see `flow.py`).
 
         Args:
             c: (B, D, w).
             targets: (B, D).
+            states: of c, if they are known.
         """
+        states = self.states(c, targets) if states is None else states
         with torch.autocast(c.device.type, enabled=False):
-            c, s = c.to(self.dtype), targets.to(self.dtype).T[..., None]  # (D, B, 1)
-            densities, there = self.flow.log_densities(c.transpose(0, 1), s, self._ordered(c, s))
-            d = len(there)
-            # Under a whole intervention the mixture is one of equal parts, and equal to them but
-            # for rounding.
-            densities = torch.cat(
-                [torch.where(s[:d, :, 0] == 1, there, densities[:d]), densities[d:]]
-            )
-            return densities.sum(0).float()
+            s = targets.to(self.dtype).T[..., None]
+            return self.flow.log_densities(states, s).sum(0).float()
 
-    def context_log_densities(self, c: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    def context_log_densities(
+        self, c: torch.Tensor, contexts: torch.Tensor, states: States | None = None
+    ) -> torch.Tensor:
         """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
 
         Contexts differ in what was intervened on only, so each block is computed once for each of
@@ -260,13 +304,15 @@ class InterventionHead(PreTrainedModel):
         Args:
             c: (B, D, w).
             contexts: their targets, (contexts, D), 0 or 1.
+            states: of c, if they are known.
         """
+        if states is None:
+            states = self.states(c, c.new_zeros(c.shape[:2]), whole=True)
         with torch.autocast(c.device.type, enabled=False):
-            c, s = c.to(self.dtype), contexts.to(self.dtype)
-            nothing = c.new_zeros(c.shape[1], len(c), 1)
-            obs, there = self.flow.log_densities(c.transpose(0, 1), 0.0, self._ordered(c, nothing))
+            obs, there = self.flow.state_densities(states)
             change = there - obs[: len(there)]  # (d, B)
-            return (obs.sum(0)[:, None] + change.T @ s[:, : len(there)].T).float()
+            contexts = contexts.to(self.dtype)[:, : len(there)]
+            return (obs.sum(0)[:, None] + change.T @ contexts.T).float()
 
     def posterior(
         self, features: torch.Tensor, targets: torch.Tensor
@@ -302,13 +348,16 @@ class InterventionHead(PreTrainedModel):
                 )
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' bounds for a diagonal Gaussian
 
-    def whiten(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def whiten(
+        self, y: torch.Tensor, targets: torch.Tensor, states: States | None = None
+    ) -> torch.Tensor:
         """Exogenous noise z, (B, D, noise_width), of a draw y from what `posterior` returned, (B,
-        D, draw_width).
+        D, draw_width); `states` of y, if they are known.
         """
         if self.is_flow:
-            c, s = y.to(self.dtype), targets.to(self.dtype).T[..., None]
-            return self.flow.inverse(c.transpose(0, 1), s, self._ordered(c, s)).transpose(0, 1)
+            states = self.states(y, targets) if states is None else states
+            s = targets.to(self.dtype).T[..., None]
+            return self.flow.inverse(states, s).transpose(0, 1)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -325,15 +374,17 @@ class InterventionHead(PreTrainedModel):
         logvar: torch.Tensor,
         targets: torch.Tensor,
         y: torch.Tensor | None = None,
+        states: States | None = None,
     ) -> torch.Tensor:
         """KL of what `posterior` returned to the prior, of each sample in nats, (B,).
 
-        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, draw_width); its
-        entropy is exact. Otherwise KL(q(z | x, s) || N(0, I)); an upper bound of it where a
-        whitened posterior is asked for a context that is not of the training data."""
+        With flows KL(q(c | x) || p(c | s)), estimated by the draw y, (B, D, draw_width), whose
+        `states` may be known; its entropy is exact. Otherwise KL(q(z | x, s) || N(0, I)); an upper
+        bound of it where a whitened posterior is asked for a context that is not of the training
+        data."""
         if self.is_flow:
             entropy = 0.5 * (logvar + 1 + math.log(2 * math.pi)).flatten(1).sum(1)
-            return -entropy - self.log_density(mean if y is None else y, targets)
+            return -entropy - self.log_density(mean if y is None else y, targets, states)
         return (
             gaussian_kl(mean, logvar)
             if self.whitening is None

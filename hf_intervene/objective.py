@@ -35,11 +35,15 @@ class Objective(nn.Module):
     Args:
         model: the model.
         terms: those beside the ELBO; of strength 0 they are left out.
+        whole: whether no context has an intervention of a strength between 0 and 1; `None`: each
+            batch is looked at.
     """
 
-    def __init__(self, model: InterventionModel, terms: Sequence[Term] = ()):
+    def __init__(
+        self, model: InterventionModel, terms: Sequence[Term] = (), whole: bool | None = None
+    ):
         super().__init__()
-        self.model = model
+        self.model, self.whole = model, whole
         self.terms = nn.ModuleDict({term.name: term for term in terms if term.strength})
 
     @classmethod
@@ -71,7 +75,8 @@ class Objective(nn.Module):
                 " and ".join(left_out),
             )
             terms = [term for term in terms if term.sharded]
-        return cls(model, terms).to(model.device)
+        whole = bool(((each == 0) | (each == 1)).all())
+        return cls(model, terms, whole).to(model.device)
 
     def _named_terms(self) -> Mapping[str, Term]:
         return cast(Mapping[str, Term], self.terms)  # whose values are modules to a type checker
@@ -100,7 +105,7 @@ class Objective(nn.Module):
             **inputs: `draws`, and further arguments of the model's `forward`.
         """
         own = {name: inputs.pop(name) for name in list(inputs) if "." in name}
-        output = self.model(targets=targets, **inputs)
+        output = self.model(targets=targets, whole=self.whole, **inputs)
         loss, found = output.loss, {}
         for name, weight in weights.items():
             draws = {

@@ -79,9 +79,9 @@ def test_the_mixture_is_a_density_and_draws_follow_it():
         flow.log_scale[1] = -1.0
     grid = torch.linspace(-12, 18, 60001)
     nothing = torch.zeros(1, 200_000, 32)  # it has a message
-    density = (
-        flow.log_densities(grid[None, :, None], 0.0, nothing[:, : len(grid)])[0][0].exp().detach()
-    )
+    s, h = nothing[:, : len(grid), :1], nothing[:, : len(grid)]
+    states = flow.states(grid[None, :, None], s, h, whole=True)
+    density = flow.log_densities(states, s)[0].exp().detach()
     step = grid[1] - grid[0]
     assert (density.sum() * step).item() == pytest.approx(1, abs=1e-3)
     drawn = flow(torch.randn(1, 200_000, 2), nothing[..., :1], nothing)[0, :, 0]
@@ -97,6 +97,47 @@ def test_every_context_at_once_is_every_context_by_itself():
     asked = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.float64)
     one_by_one = torch.stack([h.log_density(c, row.expand(6, -1)) for row in asked], dim=1)
     torch.testing.assert_close(h.context_log_densities(c, asked), one_by_one)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_states_serve_whole_targets_as_maps_of_their_own_do(edges):
+    """Densities, noise and gradients: shared states, and maps interpolated for each strength."""
+    h = head(concepts=("a", "b", "c"), free=2, concept_edges=edges)
+    s = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 0]]).double().repeat(4, 1)
+    found = []
+    for whole in (True, False, None):
+        c = torch.randn(12, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        c.requires_grad_()
+        states = h.states(c, s, whole)
+        values = h.log_density(c, s, states), h.whiten(c, s, states)
+        h.zero_grad()
+        (values[0].sum() + values[1].square().sum()).backward()
+        gradients = [p.grad for p in h.flow.parameters()] + [h.intervention.weight.grad, c.grad]
+        found.append([*values, *(g.clone() for g in gradients)])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=0)
+
+
+def test_strengths_between_have_densities_of_their_own():
+    h, s = head(), contexts()
+    c = torch.randn(40, 3, 4, dtype=torch.float64)
+    states = h.states(c, s)
+    torch.testing.assert_close(h.log_density(c, s, states), h.log_density(c, s))
+    as_if_whole = h.log_density(c, s, h.states(c, s, whole=True))
+    differs = (h.log_density(c, s) - as_if_whole).abs() > 1e-3
+    assert differs[20:30].all() and not differs[:20].any() and not differs[30:].any()
+
+
+def test_concepts_are_remade_above_free_blocks_as_they_are():
+    h, s = head(concepts=("a", "b"), free=2, concept_edges=True), contexts(blocks=4)
+    z = torch.randn(40, 4, 5, dtype=torch.float64)
+    c = h(z, s).concepts
+    torch.testing.assert_close(h.remade(c, z, s), c)
+    z[:, 1] = torch.randn(40, 5, dtype=torch.float64)  # the last concept: nothing depends on it
+    remade = h.remade(c, z, s)
+    torch.testing.assert_close(remade, h(z, s).concepts)
+    torch.testing.assert_close(remade[:, [0, 2, 3]], c[:, [0, 2, 3]])
+    assert not torch.allclose(remade[:, 1], c[:, 1])
 
 
 def test_blocks_depend_on_earlier_causes_unless_they_are_intervened_on():

@@ -44,7 +44,7 @@ def batch():
     return {"pixel_values": torch.rand(6, 3, 16, 16, generator=g), "targets": CONTEXTS.repeat(2, 1)}
 
 
-def whole(model):
+def all_terms(model):
     return [
         ContextPrediction(2.0, CONTEXTS),
         EditConsistency(0.5, model.noise_shape),
@@ -55,7 +55,7 @@ def whole(model):
 
 
 def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
-    objective = Objective(model, whole(model))
+    objective = Objective(model, all_terms(model))
     # without l2
     assert set(objective.terms) == {
         "context_prediction",
@@ -70,6 +70,28 @@ def test_the_loss_is_the_elbo_and_the_weighted_terms(model, batch):
     added = sum(weights[name] * value for name, value in output.terms.items())
     torch.testing.assert_close(output.loss, elbo + added)
     assert all(value > 0 for value in output.terms.values())
+
+
+def test_a_step_is_the_same_with_densities_that_terms_share_and_without(model, batch):
+    """Losses and gradients; without, KL and edits have maps of their own for each strength."""
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(2)
+        objective = Objective(model, all_terms(model), whole)
+        draws = objective.draws(6, torch.Generator().manual_seed(0))
+        weights = {name: torch.tensor(w) for name, w in objective.weights(1.0).items()}
+        model.zero_grad()
+        output = objective(**batch, weights=weights, **draws)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss.detach(), output.kl.detach(), output.terms, gradients))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_objective_knows_whether_its_contexts_are_whole(model):
+    for strength, whole in ((1.0, True), (0.5, False)):
+        contexts = CONTEXTS * torch.tensor([strength, 1.0, 1.0])
+        assert Objective.build(model, contexts, {"context_prediction": 1.0}).whole is whole
 
 
 def test_terms_rise_when_they_say(model):
@@ -113,7 +135,8 @@ def test_an_edit_keeps_what_is_not_intervened_on_anew(model):
     targets = CONTEXTS.repeat(2, 1)
     for kind, strength in ((0.1, 1.0), (0.9, 0.0)):
         kinds = torch.tensor([[kind, 0.5, kind]]).expand(6, -1)  # the free block stays all the same
-        after, new = edited(head, c, targets, torch.randn(6, 3, 5), kinds)
+        z = head.whiten(c, targets)
+        after, new = edited(head, c, z, targets, torch.randn(6, 3, 5), kinds)
         torch.testing.assert_close(after[:, 1:], c[:, 1:])
         assert bool((after[:, 0] != c[:, 0]).all())
         assert new.tolist() == [[strength, *row[1:]] for row in targets.tolist()]
@@ -145,6 +168,7 @@ def test_edit_consistency_by_a_loop(model, batch):
             after, new = edited(
                 model.head,
                 output.draw[row],
+                model.head.whiten(output.draw[row], batch["targets"][row]),
                 batch["targets"][row],
                 draws["noise"][row],
                 draws["kind"][row],

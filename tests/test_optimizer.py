@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_intervene.trainer.optimizer import MOMENTUM, SIZE, MuonAdamW, orthogonal
+from hf_intervene.trainer.optimizer import (
+    COEFFICIENTS,
+    MOMENTUM,
+    SIZE,
+    STEPS,
+    MuonAdamW,
+    orthogonal,
+)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (20, 20)])
@@ -16,6 +23,19 @@ def test_orthogonal_keeps_directions_and_evens_out_singular_values(shape):
     assert 0.6 < values.min() and values.max() < 1.3
     inner = u.T @ found @ v.T  # diagonal, since the singular vectors stay
     assert (inner - inner.diagonal().diag()).abs().max() < 0.05
+
+
+def test_orthogonal_is_the_iteration_of_the_whole_matrix():
+    torch.manual_seed(0)
+    # singular values over six orders of magnitude, as gradients have
+    u, _, v = torch.linalg.svd(torch.randn(16, 48), full_matrices=False)
+    matrix = (u * torch.logspace(0, -6, 16)) @ v
+    a, b, c = COEFFICIENTS
+    expected = matrix.double() / matrix.norm()
+    for _ in range(STEPS):
+        gram = expected @ expected.T
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonal(matrix).double(), expected, rtol=0, atol=1e-3)
 
 
 def test_a_convolution_takes_the_step_of_its_matrix_and_the_rest_that_of_adamw():

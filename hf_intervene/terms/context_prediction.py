@@ -34,7 +34,8 @@ class ContextPrediction(Term):
         return cls(strength, contexts) if model.head.is_flow and len(contexts) > 1 else None
 
     def loss(self, model, output, targets, draws):
-        logits = model.head.context_log_densities(output.draw, self.contexts)  # (B, contexts)
+        # (B, contexts)
+        logits = model.head.context_log_densities(output.draw, self.contexts, output.states)
         same = (targets[:, None] == self.contexts).all(2)  # (B, contexts)
         known = same.any(1)
         losses = cross_entropy(logits, same.float().argmax(1), reduction="none")

@@ -59,21 +59,21 @@ class EditConsistency(Term):
     def loss(self, model, output, targets, draws):
         head, rows = model.head, slice(None, None, self.every)
         with torch.no_grad():
-            made, new = edited(
-                head, output.draw[rows], targets[rows], draws["noise"][rows], draws["kind"][rows]
-            )
+            z = head.whiten(output.draw, targets, output.states)[rows]
+            edit = targets[rows], draws["noise"][rows], draws["kind"][rows]
+            made, new = edited(head, output.draw[rows], z, *edit)
         images = model.base.generate(head.represent(made), {})
         mean, logvar = functional_call(_Reader(model), held(model), (images, new))
         squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
         return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
 
 
-def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Tensor]:
+def edited(head, concepts, z, targets, noise, kind) -> tuple[torch.Tensor, torch.Tensor]:
     """Concepts c' (B, D, w) of edited images, and their targets (B, D).
 
     Args:
         head: an `InterventionHead` with flows.
-        concepts, targets: before, (B, D, w) and (B, D).
+        concepts, z, targets: before, (B, D, w), (B, D, w + 1) and (B, D).
         noise: for concepts that are drawn anew, (B, D, w + 1).
         kind: in [0, 1), (B, D): below `INTERVENED` a concept is drawn anew with an intervention, at
             the other end without. Free blocks stay.
@@ -81,9 +81,8 @@ def edited(head, concepts, targets, noise, kind) -> tuple[torch.Tensor, torch.Te
     concept = torch.arange(targets.shape[1], device=targets.device) < len(head.config.concepts)
     intervened, observed = (kind < INTERVENED) & concept, (kind >= 1 - OBSERVED) & concept
     after = torch.where(intervened, 1.0, torch.where(observed, 0.0, targets)).to(head.dtype)
-    z = head.whiten(concepts, targets)
     z = torch.where((intervened | observed)[..., None], noise.to(z.dtype), z)
-    return head(z, after).concepts, after
+    return head.remade(concepts, z, after), after
 
 
 class _Reader(torch.nn.Module):

@@ -10,6 +10,7 @@ arXiv:2502.16982), so that both have one learning rate. `torch.optim.Muon` takes
 here a convolution is the matrix (out, in x kernel)."""
 
 from collections.abc import Collection
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,10 +66,8 @@ def build_optimizer(
     if not matrices:
         return torch.optim.AdamW(groups, **options)
     in_turn = [p for p in parameters if p in matrices]  # a set has no order
-    dtype = torch.bfloat16 if a.run.precision == "bf16" else torch.float32
-    return MuonAdamW(
-        [*groups, {"params": in_turn, "peak": base_rate, "muon": True}], dtype, **options
-    )
+    muon_group = {"params": in_turn, "peak": base_rate, "muon": True}
+    return MuonAdamW([*groups, muon_group], **options)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -76,15 +75,10 @@ class MuonAdamW(torch.optim.AdamW):
 
     Args:
         groups: of parameters; those of Muon have two dimensions or more.
-        dtype: in which steps are made orthogonal. In bfloat16 a rounding error may become one of
-            its size.
         **options: of AdamW. Weight decay acts on both.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **options: Any
-    ):
-        self.dtype = dtype
+    def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__([{"muon": False} | group for group in groups], **options)
 
     @torch.no_grad()
@@ -109,23 +103,30 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter)
         state["step"] += 1
         state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
-        update = (parameter.grad + MOMENTUM * state["momentum"]).flatten(1)
+        update = state["momentum"].mul(MOMENTUM).add_(parameter.grad).flatten(1)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         size = group["lr"] * SIZE * max(update.shape) ** 0.5
-        parameter.sub_(orthogonal(update, self.dtype).view(parameter.shape), alpha=size)
+        parameter.sub_(orthogonal(update).view(parameter.shape), alpha=size)
 
 
-def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2]; computed in
-    this dtype.
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T, (m, n), singular values in about [0.7, 1.2].
+
+    An iteration is X <- P X, P = a I + b G + c G^2, G = X X^T. All P and G commute, so that next
+    G = P^2 G: only the first G and the last product are of the size of the matrix.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(dtype)
+    x = matrix.float()
     x = x.T if len(x) > x.shape[1] else x
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    polynomials: list[torch.Tensor] = []
     for _ in range(STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        if polynomials:
+            gram = polynomials[-1] @ gram @ polynomials[-1]
+        polynomials.append(torch.addmm(gram, gram, gram, beta=b, alpha=c))
+        polynomials[-1].diagonal().add_(a)
+    x = reduce(torch.mm, polynomials) @ x
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
