@@ -6,6 +6,7 @@ import json
 import time
 from multiprocessing import Pipe
 
+import numpy as np
 import pytest
 import torch
 from benchmark_steps import STEPS
@@ -14,6 +15,7 @@ from hf_intervene.data import quad
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.training.benchmarks import benchmark
 from hf_intervene.training.benchmarks import data as benchmark_data
+from hf_intervene.training.benchmarks import presence as benchmark_presence
 from hf_intervene.training.benchmarks import textbook as benchmark_textbook
 from hf_intervene.training.benchmarks import tools as benchmark_tools
 from hf_intervene.training.benchmarks.tools import (
@@ -145,7 +147,7 @@ def test_errors_are_one_sentence(capsys, argv, message):
 
 def test_every_benchmark_can_be_found():
     assert benchmark.main(["--list"]) == 0
-    for name in ("bases", "data", "head", "textbook"):
+    for name in ("bases", "data", "head", "presence", "textbook"):
         module = benchmark.import_module(f"hf_intervene.training.benchmarks.{name}")
         for entry in benchmark.BENCHMARKS.values():
             if entry.where.startswith(f"{name}:"):
@@ -202,6 +204,43 @@ def test_the_quality_benchmark():
     assert 0 < shown["quality, trainer, half of the images, time over the loop's"]
 
 
+class Bright:
+    """In place of a detector: a concept is there where one of four parts of the image is bright."""
+
+    def __init__(self, concepts):
+        self.concepts, self.usable = tuple(concepts), np.ones(len(concepts), bool)
+
+    def present(self, images):
+        parts = [x.mean((1, 2, 3)) for x in np.array_split(images, len(self.concepts), axis=1)]
+        return np.stack(parts, axis=1) > 0.5
+
+
+def test_the_presence_benchmark():
+    settings = TINY | {"images_per_context": 40, "validation_images": 8, "prior_steps": 3}
+    detector = Bright(["glasses", "beard", "hat", "smile"])
+    found = benchmark_presence.presence(1, 2, 8, detector, **settings, max_steps=4)
+    (seed,) = found["seeds"]
+    head, rival = (seed["moments"][name] for name in ("head", "conditional VAE"))
+    assert [m["step"] for m in head] == [2, 4, 4] and [m["step"] for m in rival] == [2, 4]
+    for moments in (head, rival):
+        assert 0 < moments[0]["seconds"] < moments[-1]["seconds"]
+        assert all(0 <= m["present"] <= 1 for m in moments)
+    assert seed["presence to reach"] == max(m["present"] for m in rival)
+
+
+def test_the_first_time_that_reaches_the_most_of_the_other_counts():
+    def curve(*points):
+        return [benchmark_presence.Moment(0, *point) for point in points]
+
+    rival = curve((10.0, 0.2), (20.0, 0.5), (30.0, 0.4))
+    found = benchmark_presence.compared(
+        {"head": curve((1.0, 0.1), (5.0, 0.5), (9.0, 0.9)), "conditional VAE": rival}
+    )
+    assert found["ratio"] == 0.25 and found["presence to reach"] == 0.5
+    never = {"head": curve((1.0, 0.4)), "conditional VAE": rival}
+    assert benchmark_presence.compared(never)["ratio"] is None
+
+
 def test_operations_are_counted():
     """Twice those of the forward pass again for the backward pass, but for what meets the images,
     which need no gradient.
@@ -216,9 +255,10 @@ def test_operations_are_counted():
 
 
 @pytest.mark.slow
-def test_the_benchmarks_of_the_trainer(tmp_path):
+def test_the_benchmarks_of_the_trainer():
     found = benchmark_textbook.textbook(1, 2, **TINY)
-    assert found["gain"]["speedup"] > 0 and found["trainer"]["peak_gib"] > 0.1
+    assert found["gain"]["speedup"] > 0 and found["gain, defaults"]["speedup"] > 0
+    assert found["trainer"]["peak_gib"] > 0.1
     found = benchmark_textbook.utilisation(1, 2, 64, **TINY)
     assert 0 < found["share"]["utilisation"] and found["trainer"]["images_per_second"] > 0
     found = benchmark_data.processes(1, 2, **TINY | {"resolution": 16})

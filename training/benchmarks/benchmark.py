@@ -69,8 +69,9 @@ BENCHMARKS = {
     ),
     "textbook": Benchmark(
         "textbook:textbook",
-        "train.py against a plain float32 loop: per-sample data set, one context a batch, dense"
-        " masked head, Adam; light VAE, 64x64, batch 64",
+        "train.py, with the paper's method and with its defaults, against a plain float32 loop of"
+        " the paper's method: per-sample data set, one context a batch, dense masked head, Adam;"
+        " light VAE, 64x64, batch 64",
     ),
     "utilisation": Benchmark(
         "textbook:utilisation",
@@ -81,6 +82,12 @@ BENCHMARKS = {
         "textbook:quality",
         "that loop and train.py after equally many images, and after half of them, 32x32:"
         " likelihood, distances, time",
+        long=True,
+    ),
+    "presence": Benchmark(
+        "presence:presence",
+        "avatars, 32x32: processor time until pairs are as present as a conditional VAE ever has"
+        " them, the head over the conditional VAE; rounds are seeds",
         long=True,
     ),
     "data": Benchmark(

@@ -27,7 +27,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,7 @@ from hf_intervene.trainer.schedules import beta_of, learning_rate_factor
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.simulated import SIMULATED
 from hf_intervene.trainer.validation import model_inputs, step_noise, validation_loss
-from hf_intervene.training.studies.baseline_losses import (
-    beta_tcvae,
-)
+from hf_intervene.training.studies.baseline_losses import beta_tcvae
 from hf_intervene.training.studies.baseline_model import BASELINES, WEIGHTS, Baseline
 
 
@@ -116,13 +114,19 @@ def new_baseline(a: TrainArguments, baseline: str, data: ContextImages) -> Basel
     return Baseline(build_model(a, data).base.model.requires_grad_(True), data.concepts, baseline)
 
 
-def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
+def train_baseline(
+    a: TrainArguments,
+    baseline: str,
+    weight: float,
+    on_validation: Callable[[int, Baseline], None] | None = None,
+) -> Baseline:
     """Train a baseline.
 
     Args:
         a: the settings.
         baseline: one of `BASELINES`.
         weight: of the total correlation (beta-tcvae) or the triplets (tvae), nats.
+        on_validation: called after each validation with the steps done and the model.
 
     Raises:
         ValueError, FloatingPointError: one sentence: settings or data that do not fit, a loss that
@@ -185,6 +189,8 @@ def train_baseline(a: TrainArguments, baseline: str, weight: float) -> Baseline:
                     f"the loss at step {step + 1} is not finite: lower the learning rate or the"
                     " weights."
                 )
+            if on_validation is not None:
+                on_validation(step + 1, model)
             waited += 1
             if score < best:
                 best, waited, kept = score, 0, copy.deepcopy(model.state_dict())
