@@ -4,6 +4,7 @@ formulas are those of `hf_intervene.metrics`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def measure_presence(
             detector.present(images), asked, detector.concepts, detector.usable
         ).to_dict()
 
-    found = {"generated": of(generated), "real": of(real[context])}
+    found: dict[str, Any] = {"generated": of(generated), "real": of(real[context])}
     if asked and OBS in real:
         found["nothing"] = of(real[OBS])
     singles = {name: of(real[name]) for name in asked if name in real} if len(asked) > 1 else {}
@@ -231,20 +232,20 @@ def measure_counterfactuals(
             "twins are the same individuals in every context, obs among them: give as many images "
             "of each."
         )
-    steps = {"num_inference_steps": num_inference_steps}
+    steps: dict[str, Any] = {"num_inference_steps": num_inference_steps}
 
-    def abducted(context: str) -> tuple:
+    def abducted(context: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = model.preprocess(twins[context])
         return model.abduct(x, model.targets(context, len(x)), **steps)
 
     noise = abducted(OBS)
-    returned = model.predict(*noise, OBS, "np", **steps)
+    returned: Any = model.predict(*noise, OBS, "np", **steps)
     errors = {}
     for name, truth in twins.items():
         if name == OBS:
             continue
-        edited = model.predict(*noise, name, "np", **steps)
-        best = model.predict(*abducted(name), name, "np", **steps)
+        edited: Any = model.predict(*noise, name, "np", **steps)
+        best: Any = model.predict(*abducted(name), name, "np", **steps)
         errors[name] = counterfactual_error(
             twins[OBS], truth, edited, returned, best, seed
         ).to_dict()
@@ -286,7 +287,8 @@ def measure_routes(
             draws = {key: value[rows].to(model.device) for key, value in residual.items()}
             parts.append(model.base.generate(embedding, draws))
         images[name] = torch.cat(parts).permute(0, 2, 3, 1).float().cpu().numpy().clip(0, 1)
-    return compare_routes(**images, concept=context, detector=detector).to_dict()
+    options: dict[str, Any] = {**images, "concept": context, "detector": detector}
+    return compare_routes(**options).to_dict()
 
 
 def measure_factors(
@@ -338,9 +340,9 @@ def factor_effects(
     """
     latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
     real = quad.render(latents, resolution)
-    options = {"num_inference_steps": num_inference_steps}
+    options: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     abducted = model.abduct(model.preprocess(real), model.targets(OBS, len(real)), **options)
-    returned = model.predict(*abducted, OBS, "np", **options)
+    returned: Any = model.predict(*abducted, OBS, "np", **options)
     kinds = true_factors(latents).kinds.argmax(1)
     lost = dict(
         zip(
@@ -351,7 +353,7 @@ def factor_effects(
     contexts = {}
     for name in tqdm(quad.CONCEPTS + quad.HELD_OUT, "reading edits", disable=None, delay=2):
         counterfactual = quad.counterfactual_latents(latents, name, variant)
-        edited = model.predict(*abducted, name, "np", **options)
+        edited: Any = model.predict(*abducted, name, "np", **options)
         contexts[name] = intervention_effects(
             returned, edited, latents, counterfactual, name, visible
         )

@@ -85,10 +85,11 @@ def held_out_images(
             side,
             smallest,
         )
-    return tuple(
+    half, other = (
         {name: a[k::2][: min(images, len(a) // 2)] for name, a in by_context.items()}
         for k in (0, 1)
     )
+    return half, other
 
 
 def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> ContextImages:

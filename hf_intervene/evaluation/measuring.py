@@ -7,6 +7,7 @@ sliced 2-Wasserstein distance, with floor, ratio and interval, and the negative 
 pixel."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,9 +103,10 @@ def evaluate(
     leaks = bool(model.base.noise_shapes) and (edits or model.base.passes == 1)
     if leaks:
         check_installed()  # now, not after all the rest
-    steps = {"num_inference_steps": num_inference_steps}
+    steps: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     contexts: dict[str, dict] = {}
-    residuals, abducted = {}, None  # the last: of the observational images
+    residuals: dict[str, np.ndarray] = {}
+    abducted: tuple[Any, Any] = (None, None)  # of the observational images
     if edits:
         x = model.preprocess(real[OBS])
         abducted = model.abduct(x, model.targets(OBS, len(x)), None, batch_size, **steps)
@@ -116,15 +118,15 @@ def evaluate(
         # Of each context its own, so that it does not matter which contexts are measured before.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + list(real).index(name))
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
-        generated = model.sample(
+        samples: Any = model.sample(
             name, noise=noise, generator=generator, batch_size=batch_size, **steps
         )
-        generated = generated.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
+        generated = samples.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
         axes = directions(generated[0].size, num_projections, seed)
         others = other_real[name]
-        projected = [project(x, axes) for x in (images, others, generated)]
-        loss = _negative_elbo(model, images, name, generator, batch_size)
-        loss, interval = mean_interval(loss_units(model, loss), seed=seed)
+        projected = project(images, axes), project(others, axes), project(generated, axes)
+        nats = _negative_elbo(model, images, name, generator, batch_size)
+        loss, interval = mean_interval(loss_units(model, nats), seed=seed)
         contexts[name] = {
             "kind": "composition" if len(wanted(name, model.concepts)) > 1 else "concept",
             "images": len(images),
@@ -152,7 +154,7 @@ def evaluate(
             seed,
         )
         if edits and name != OBS:
-            images_edited = model.predict(*abducted, name, "np", batch_size, **steps)
+            images_edited: Any = model.predict(*abducted, name, "np", batch_size, **steps)
             edit = {
                 "distance": sliced_w2(projected[0], project(images_edited, axes)),
                 "unedited": contexts[name]["alternatives"]["nothing"],
@@ -164,22 +166,18 @@ def evaluate(
             contexts[name]["edit"] = edit
         if leaks and contexts[name]["kind"] == "concept":
             x = model.preprocess(images)
-            residuals[name] = (
-                model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[1]
-                .cpu()
-                .numpy()
-            )
+            own: Any = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)[
+                1
+            ]
+            residuals[name] = own.cpu().numpy()
         if model.base.passes == 1 or edits:
-            others = model.preprocess(others[: len(images)])
-            noise, residual = model.abduct(
-                others, model.targets(name, len(others)), generator, batch_size, **steps
-            )
-            returned = project(
-                model.predict(noise, residual, name, "np", batch_size, **steps), axes
-            )
-            contexts[name]["reconstruction"] = {"distance": sliced_w2(projected[0], returned)}
+            x = model.preprocess(others[: len(images)])
+            coded = model.abduct(x, model.targets(name, len(x)), generator, batch_size, **steps)
+            decoded: Any = model.predict(*coded, name, "np", batch_size, **steps)
+            distance = sliced_w2(projected[0], project(decoded, axes))
+            contexts[name]["reconstruction"] = {"distance": distance}
     contexts, residuals = (_of_all_processes(own, real) for own in (contexts, residuals))
-    metrics = {}
+    metrics: dict[str, Any] = {}
     if twins is not None and (edits or model.base.passes == 1):
         for name, error in measure_counterfactuals(model, twins, seed, num_inference_steps).items():
             if name in contexts:
@@ -192,7 +190,7 @@ def evaluate(
         }
     metrics |= {"contexts": contexts, "means": _means(contexts, protocols)}
     if edits:
-        returned = model.predict(*abducted, OBS, "np", batch_size, **steps)
+        returned: Any = model.predict(*abducted, OBS, "np", batch_size, **steps)
         metrics["reconstruction_psnr"] = float(
             -10 * np.log10(np.square(returned - real[OBS] / 255).mean())
         )
@@ -214,15 +212,15 @@ def _alternatives(
     """Distances of what one could pass off as a context: observational images, or the nearest
     single context.
     """
-    found = {"nothing": sliced_w2(projected, project(real[OBS], axes))}
+    found: dict[str, Any] = {"nothing": sliced_w2(projected, project(real[OBS], axes))}
     singles = {
         one: sliced_w2(projected, project(real[one], axes))
         for one in wanted(name, concepts)
         if one in real and one != name
     }
     if singles:
-        found["single_context"] = min(singles, key=singles.__getitem__)
-        found["single"] = singles[found["single_context"]]
+        nearest = min(singles, key=singles.__getitem__)
+        found |= {"single_context": nearest, "single": singles[nearest]}
     return found
 
 
@@ -237,7 +235,7 @@ def _loss_name(model: InterventionModel) -> str:
 
 
 def _negative_elbo(
-    model, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None
+    model: Any, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None
 ) -> np.ndarray:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
     nats = []
@@ -271,7 +269,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
-    means = {}
+    means: dict[str, dict[str, Any]] = {}
     for kind in ("concept", "composition"):
         rows = [row for row in contexts.values() if row["kind"] == kind]
         if not rows:

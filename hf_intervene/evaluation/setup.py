@@ -63,11 +63,10 @@ def content_options(
                 f"{dataset} has no twins, the same individuals in several contexts, so edits have "
                 "no true answer: leave --twins out."
             )
-    detector = None
+    detector, images = None, other_real
     if detector_images:
         labelled = None if simulated is None else simulated.labelled(detector_images)
-        if labelled is not None:
-            images, labels = labelled
+        if simulated is not None and labelled is not None:
             unknown = [name for name in concepts if name not in simulated.concepts]
             if unknown:
                 raise ValueError(
@@ -75,15 +74,14 @@ def content_options(
                     f" {', '.join(simulated.concepts)}."
                 )
             columns = [simulated.concepts.index(name) for name in concepts]  # in the model's order
-            detector = train_detector(images, labels[:, columns], concepts, seed)
+            pixels, labels = labelled
+            detector = train_detector(pixels, labels[:, columns], concepts, seed)
         else:
             if simulated is not None:
                 images = simulated.training(
                     detector_images, 1, DataSettings.validation_fraction, 0
                 )[0]
-            elif split is None:
-                images = other_real
-            else:
+            elif split is not None:
                 data = ContextImages.from_dataset(
                     load_contexts(dataset, **reading or {}), concepts, resolution, channels
                 )

@@ -30,7 +30,7 @@ def load_data(
     several = accelerator is not None and accelerator.num_processes > 1
     if a.data.dataset in SIMULATED:
         simulated = SIMULATED[a.data.dataset](
-            a.data.resolution, a.data.channels, a.data.variant, a.data.mnist_digits
+            a.data.resolution or 0, a.data.channels, a.data.variant, a.data.mnist_digits
         )
         check_reading(a.data.dataset, a.data.reading)
         if a.data.concepts is not None and a.data.concepts != list(simulated.concepts):

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -41,7 +42,7 @@ PATIENCE = timedelta(hours=6)
 ZERO_BUCKET = 2**25  # gradients that ZeRO sums at once: 128 MiB of memory
 
 
-def new_accelerator(**options) -> Accelerator:
+def new_accelerator(**options: Any) -> Accelerator:
     """An `Accelerator` that takes ZeRO for plain data parallelism and leaves DeepSpeed to
     `Weights`.
     """
@@ -91,9 +92,9 @@ class Weights:
         self._zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and several
         self.partitioned = self.sharded or self._zero
         self._ddp = several and not self.partitioned
-        self._engine = self._groups = (
-            None  # of ZeRO: DeepSpeed's engine, and all groups of the optimiser
-        )
+        # of ZeRO: DeepSpeed's engine, and all groups of the optimiser
+        self._engine: Any = None
+        self._groups: list[dict[str, Any]] = []
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             _check_deepspeed(accelerator)
         if self.sharded:
@@ -131,7 +132,7 @@ class Weights:
 
     def optimizer_state(
         self, optimizer: torch.optim.Optimizer, everywhere: bool = False
-    ) -> Mapping[torch.nn.Parameter, dict[str, torch.Tensor]]:
+    ) -> Mapping[Any, dict[str, torch.Tensor]]:
         """Adam's state by parameter; that of ZeRO is gathered whole onto the CPU of the main
         process, or of every one.
         """
@@ -178,9 +179,10 @@ class Weights:
         found = {}
         for name, value in tensors.items():
             if isinstance(value, DTensor):
-                value = value.detach().full_tensor()
-                value = value.cpu() if self.accelerator.is_main_process else None
-            if value is not None:
+                whole = cast(DTensor, value.detach()).full_tensor()
+                if self.accelerator.is_main_process:
+                    found[name] = whole.cpu()
+            else:
                 found[name] = value
         return found
 
@@ -246,14 +248,14 @@ class Weights:
         for p in self.model.parameters():
             if p.ndim == 0:
                 # not to be sent to the others, which have the same: DeepSpeed cannot send scalars
-                p.ds_optim_param = True
+                cast(Any, p).ds_optim_param = True
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         # they take times, and would keep an engine that was replaced
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         zero = engine.optimizer
-        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
-            steps = next((state[p]["step"] for p in parameters if p in state), torch.zeros(()))
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
+            steps = next((state[p]["step"] for p in group if p in state), torch.zeros(()))
             optimizer.state[flat] = {"step": steps.to(flat.device)} | {
                 name: torch.zeros_like(flat) for name in MOMENTS
             }

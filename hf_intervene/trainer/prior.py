@@ -14,6 +14,8 @@ over the flows and W alone. While encoder and decoder learn, codes move, and p(c
 them; and with the images encoded once a step needs neither of them. Nothing that a reconstruction
 or its code depends on is changed."""  # noqa: E501
 
+from typing import Any
+
 import torch
 from tqdm.auto import tqdm
 
@@ -53,9 +55,10 @@ def fit_prior(
     """
     if model.config.concept_edges:
         order_concepts(model, data, prepared)
+    head: Any = model.head
     generator = torch.Generator().manual_seed(seed)
     mean, std, targets = _codes(model, data, prepared, MOST, generator)
-    parameters = [*model.head.flow.parameters(), *model.head.intervention.parameters()]
+    parameters = [*head.flow.parameters(), *head.intervention.parameters()]
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     found = torch.zeros((), device=model.device)
@@ -63,7 +66,7 @@ def fit_prior(
         rows = torch.randint(len(mean), (BATCH,), generator=generator)
         noise = torch.randn(BATCH, *mean.shape[1:], generator=generator)
         c = (mean[rows] + std[rows] * noise).to(model.device)
-        density = model.head.log_density(c, targets[rows].to(model.device)).mean()
+        density = head.log_density(c, targets[rows].to(model.device)).mean()
         if step >= steps - max(1, steps // 10):
             found += density.detach() / max(1, steps // 10)
         optimizer.zero_grad()
@@ -96,7 +99,8 @@ def order_concepts(
     moved = torch.stack(
         [_moved(single[k], obs, directions) if k in single else torch.zeros(d) for k in range(d)]
     )
-    model.head.intervention.order.copy_(torch.tensor(causal_order(moved)))
+    head: Any = model.head
+    head.intervention.order.copy_(torch.tensor(causal_order(moved)))
 
 
 def causal_order(moved: torch.Tensor) -> list[int]:
@@ -135,6 +139,7 @@ def _codes(
     contexts in equal parts.
     """
     model.eval()
+    head: Any = model.head
     of_contexts = model.seen(data.targets(model.config.free_blocks))  # (contexts, D)
     each = min(most // len(data.contexts), int(data.context_ids.bincount().max()))
     rows = []
@@ -153,7 +158,7 @@ def _codes(
             if prepared is None
             else base.encode_prepared(inputs["prepared"]).features
         )
-        mean, logvar = model.head.posterior(features, targets.to(model.device))
+        mean, logvar = head.posterior(features, targets.to(model.device))
         found.append((mean.cpu(), (0.5 * logvar).exp().cpu(), targets))
     return (
         torch.cat([f[0] for f in found]),

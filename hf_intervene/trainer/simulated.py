@@ -48,7 +48,9 @@ class Simulated:
     variant: str = DataSettings.variant
     mnist_digits: str = DataSettings.mnist_digits
 
-    concepts = contexts = held_out = ()
+    concepts: ClassVar[tuple[str, ...]] = ()
+    contexts: ClassVar[tuple[str, ...]] = ()
+    held_out: ClassVar[tuple[str, ...]] = ()
 
     def training(
         self,
@@ -86,11 +88,10 @@ class Simulated:
         return None
 
 
-@dataclass(frozen=True)
 class Drawn(Simulated):
     """Fresh draws, with seeds of their own; always in colour."""
 
-    source: ClassVar[ModuleType]  # of `hf_intervene.data`
+    source: ModuleType  # of `hf_intervene.data`
 
     def _draw(self, contexts: Sequence[Context], images: int, seed: int) -> Images:
         return self.source.images_by_context(contexts, images, self.resolution, self.variant, seed)
@@ -110,7 +111,8 @@ class Drawn(Simulated):
 
 
 class Quad(Drawn):
-    source, concepts, contexts, held_out = quad, quad.CONCEPTS, quad.TRAIN_CONTEXTS, quad.HELD_OUT
+    source = quad
+    concepts, contexts, held_out = quad.CONCEPTS, quad.TRAIN_CONTEXTS, quad.HELD_OUT
 
     def twins(self, images, seed):
         return quad.twins(
@@ -123,12 +125,8 @@ class Quad(Drawn):
 
 
 class Ident3d(Drawn):
-    source, concepts, contexts, held_out = (
-        ident3d,
-        ident3d.CONCEPTS,
-        ident3d.TRAIN_CONTEXTS,
-        ident3d.HELD_OUT,
-    )
+    source = ident3d
+    concepts, contexts, held_out = ident3d.CONCEPTS, ident3d.TRAIN_CONTEXTS, ident3d.HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -255,21 +253,19 @@ def draw_together(
         OSError: the files cannot be written.
     """
     own = simulated.contexts[accelerator.process_index :: accelerator.num_processes]
-    parts = simulated.training(*sizes, contexts=own) if own else ({}, {})
-    return tuple(
-        _joined(images, folder / f"{name}.bin", simulated, accelerator)
-        for name, images in zip(("train", "validation"), parts)
+    train, validation = simulated.training(*sizes, contexts=own) if own else ({}, {})
+    return (
+        _joined(train, folder / "train.bin", simulated, accelerator),
+        _joined(validation, folder / "validation.bin", simulated, accelerator),
     )
 
 
 def _joined(
     own: Images, path: Path, simulated: Simulated, accelerator: Accelerator
 ) -> ContextImages:
-    shapes = dict(
-        item
-        for drawn in gather_object([{name: x.shape for name, x in own.items()}])
-        for item in drawn.items()
-    )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for drawn in gather_object([{name: x.shape for name, x in own.items()}]):
+        shapes |= drawn
     counts = [shapes[name][0] for name in simulated.contexts]
     height, width, channels = shapes[simulated.contexts[0]][1:]
     if accelerator.is_main_process:
@@ -279,15 +275,15 @@ def _joined(
     with open(path, "r+b") as file:  # and not a memory map: a full disk would kill the process
         for name, images in own.items():
             file.seek(sum(counts[: simulated.contexts.index(name)]) * height * width * channels)
-            file.write(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+            file.write(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).data)
     accelerator.wait_for_everyone()
     stored = torch.from_numpy(
         np.memmap(path, np.uint8, "c", shape=(sum(counts), channels, height, width))
     )
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    file = MappedFile(path, "do not change the folder of a run; go on with --resume auto")
+    mapped = MappedFile(path, "do not change the folder of a run; go on with --resume auto")
     return ContextImages(
-        stored, ids, list(simulated.contexts), simulated.concepts, mapped=True, file=file
+        stored, ids, list(simulated.contexts), simulated.concepts, mapped=True, file=mapped
     ).checked()
 
 
@@ -314,7 +310,8 @@ def held_out_on_demand(simulated: Simulated, images: int, seed: int) -> tuple[On
 
     @cache
     def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(half[name] for half in simulated.held_out_images(images, seed, (name,)))
+        half, other = simulated.held_out_images(images, seed, (name,))
+        return half[name], other[name]
 
     names = simulated.contexts + simulated.held_out
-    return tuple(OnDemand(names, lambda name, k=k: draw(name)[k]) for k in (0, 1))
+    return OnDemand(names, lambda name: draw(name)[0]), OnDemand(names, lambda name: draw(name)[1])
