@@ -20,7 +20,7 @@ from runs import arguments_of, assert_same, error_of, last_state, options, run
 
 from hf_intervene import InterventionModel, trainer
 from hf_intervene.data import ContextImages, load_contexts, load_quad, quad
-from hf_intervene.trainer import checkpoints, feeding, loop
+from hf_intervene.trainer import checkpoints, feeding, stopping
 from hf_intervene.trainer.prepared import DiffusionBase
 
 
@@ -174,9 +174,9 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
     other = settings | {"output_dir": str(tmp_path / "other")}
     calls = iter(range(100))
     monkeypatch.setattr(
-        loop.Stop,
+        stopping.Stop,
         "asked",
-        property(lambda self: next(calls) >= 4, lambda self, value: None),
+        property(lambda self: next(calls) >= 5, lambda self, value: None),
         raising=False,
     )
     assert run(other).step == 5

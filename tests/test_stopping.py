@@ -153,17 +153,73 @@ def test_processes_agree_after_a_second_or_a_step(monkeypatch, seconds, expected
     assert any(stop.agreed(accelerator) for _ in range(10))
 
 
-def test_a_checkpoint_comes_before_a_validation_that_may_take_long(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(Stop, "asked", property(lambda self: True, lambda self, value: None))
-    found = []
+def stop_at(monkeypatch, number):
+    """Ask runs to stop when they look for that for the so manieth time, in every command."""
+    looked = count(1)
+    monkeypatch.setattr(
+        Stop, "asked", property(lambda self: next(looked) == number, lambda self, value: None)
+    )
+    return looked
 
-    def validation(*_):
-        found.append(newest_step(tmp_path))
-        return 1.0
 
-    monkeypatch.setattr(loop, "validation_loss", validation)
-    result = trainer.train(TrainArguments(**tiny | {"eval_every": 1, "checkpoint_every": 100}))
-    assert result.interrupted and found == [1]
+def left_by(folder):
+    """All that a run says and makes, as far as it does not depend on the clock."""
+    saved = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in ("model/*.safetensors", "best/*.safetensors", "samples/*", "*.jsonl")
+        for path in folder.glob(pattern)
+    }
+    tensors, state = newest_checkpoint(folder / "checkpoints")[1:]
+    kept = {name: state[name] for name in ("step", "best", "waited", "owed", "schedule")}
+    weights = {f"{file} {name}": t for file in tensors for name, t in tensors[file].items()}
+    return saved, kept, weights
+
+
+def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tiny, tmp_path, monkeypatch):
+    """In steps, batches of a validation, rows of a grid of samples, batches of codes that concepts
+    are ordered by, steps of the fit of the prior: wherever a run looks whether it is to stop."""
+    more = {
+        "validation_images": 8,  # of each context: several batches
+        "batch_size": 8,
+        "concept_edges": True,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "prior_steps": 20,
+        "eval_every": 4,
+        "sample_every": 4,
+        "checkpoint_every": 8,
+    }
+    settings, kinds, check = tiny | more, [], Stop.check
+
+    def told(self, accelerator, kind="step"):
+        kinds.append(kind)
+        return check(self, accelerator, kind)
+
+    monkeypatch.setattr(Stop, "check", told)
+    looked = stop_at(monkeypatch, None)
+    assert trainer.train(TrainArguments(**settings)).step == 8
+    whole, looks = left_by(tmp_path / "run"), next(looked) - 1
+    assert {"step", "validation", "codes"} == set(kinds) and looks > len(kinds) + 30
+    # Before step 2 is ordered; in a validation; in a grid; in the fit, twice; in the last grid.
+    again, left = settings | {"output_dir": str(tmp_path / "again"), "resume": "auto"}, []
+    for number in (3, 8, 12, 50, 9, 20, None):
+        stop_at(monkeypatch, number)
+        result = trainer.train(TrainArguments(**again))
+        if result.interrupted:
+            fit = newest_checkpoint(tmp_path / "again" / "checkpoints" / "prior")
+            owed = newest_checkpoint(tmp_path / "again" / "checkpoints")[2]["owed"]
+            left.append((result.step, owed, fit and fit[2]["step"]))
+    both = ["validate", "draw samples"]
+    assert left[:3] == [(2, [], None), (4, both, None), (4, both[1:], None)]
+    assert [step for step, *_ in left[3:]] == [8, 8, 8] and not any(owed for _, owed, _ in left[3:])
+    assert 0 < left[3][2] < left[4][2] < left[5][2] == 20
+    found = left_by(tmp_path / "again")
+    assert found[1] == whole[1] and found[0].keys() == whole[0].keys()
+    for name in whole[2]:
+        assert torch.equal(found[2][name], whole[2][name]), name
+    for name in whole[0]:
+        assert found[0][name] == whole[0][name], name
+    assert not (tmp_path / "again" / "checkpoints" / "prior").exists()
 
 
 def test_a_requeued_run_waits_for_the_end_of_the_one_before(tmp_path):

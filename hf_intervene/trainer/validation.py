@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
@@ -80,9 +80,10 @@ def validation_loss(
     seed: int,
     accelerator: Accelerator,
     batch_size: int = 256,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """Loss (see `loss_units`) of validation images, with noise fixed by the seed; all processes
-    together, each so many images at once.
+    together, each so many images at once, and after each batch they call `check`.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     model.eval()
@@ -101,6 +102,7 @@ def validation_loss(
                 output = model(targets=targets[data.context_ids[rows[picks]].to(device)], **inputs)
             sums[0] += sum(output[term] for term in TERMS)[:own].double().sum()
             sums[1] += own
+            check()
     sums = reduce(sums, "sum")
     return loss_units(model, sums[0] / sums[1]).item()
 
@@ -156,9 +158,10 @@ def sample_grid(
     out: Path,
     step: int,
     accelerator: Accelerator,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """A row of samples for each context, its name before it, and for pairs that were never seen;
-    always of the same noise.
+    always of the same noise. `check` is called after each row.
     """
     model.eval()
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
@@ -171,9 +174,11 @@ def sample_grid(
 
     def samples(context: str) -> Any:
         generator = torch.Generator().manual_seed(a.optimization.seed)
-        return model.sample(
+        found = model.sample(
             context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20
         )
+        check()
+        return found
 
     try:
         with accelerator.autocast():
