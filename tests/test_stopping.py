@@ -23,13 +23,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import TINY
+from diffusion_models import save_pipeline
 from PIL import Image
 from runs import start_words
 
 from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
-from hf_intervene.trainer import loop, run_folder, state, stopping
+from hf_intervene.trainer import run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
+from hf_intervene.trainer.prepared import DiffusionBase
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.stopping import Stop
 from hf_intervene.training import pretrain
@@ -108,6 +110,35 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, proc
         step = newest_step(tmp_path)
         if to != "launcher":
             process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_in_a_long_validation_leaves_a_checkpoint(tmp_path, processes):
+    """And the next command validates, and goes on with the best model as if nothing had been."""
+    long = {
+        "images_per_context": 8,
+        "validation_images": 6000,
+        "validation_fraction": 0.99,
+        "batch_size": 2 * processes,
+        "eval_every": 2,
+        "max_steps": 2,
+    }
+    (tmp_path / "whole").mkdir()
+    assert launched(start_words(processes) + script(tmp_path / "whole", **long)).wait(600) == 0
+    process = launched(start_words(processes) + script(tmp_path, **long))
+    wait_for(lambda: rows(tmp_path) == 2 or process.poll() is not None)
+    time.sleep(2)
+    assert rows(tmp_path) == 2 and process.poll() is None  # it validates
+    told = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    wait_for(lambda: newest_step(tmp_path) == 2, 10)
+    process.wait(30)
+    assert time.monotonic() - told < 30 and rows(tmp_path) == 2
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[2]["owed"][0] == "validate"
+    assert launched(start_words(processes) + script(tmp_path, **long)).wait(600) == 0
+    found, whole = left_by(tmp_path / "run"), left_by(tmp_path / "whole" / "run")
+    assert found[:2] == whole[:2]
 
 
 def newest_step(tmp_path):
@@ -354,6 +385,41 @@ def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(
     before = signal.getsignal(signal.SIGTERM)
     assert module.main(argv) == 130 and not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("damage", ["nothing", "cut", "gone"])
+def test_images_that_are_half_prepared_are_gone_on_from(tiny, tmp_path, monkeypatch, damage):
+    """What a frozen autoencoder made of images until SIGTERM is not made again, unless it was
+    damaged meanwhile."""
+    own = {"base": str(save_pipeline("dit", tmp_path / "dit")), "regime": "frozen", "max_steps": 1}
+    prepare, done = DiffusionBase.prepare, []
+
+    def counted(self, x):
+        done.append(len(x))
+        if stopping_at == len(done):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, x)
+
+    def arrays(name):
+        return {file.name: np.load(file) for file in tmp_path.glob(f"{name}/prepared/*/*.npy")}
+
+    monkeypatch.setattr(DiffusionBase, "prepare", counted)
+    stopping_at = 2
+    argv = script(tmp_path, **own)[1:]
+    assert trainer.main(argv) == 130 and done == [64, 64]
+    partial = tmp_path / "run" / "prepared" / "train.partial"
+    if damage == "cut":
+        (partial / "x0.npy").write_bytes((partial / "x0.npy").read_bytes()[:-1])
+    elif damage == "gone":
+        (partial / "x0.npy").unlink()
+    stopping_at = None
+    done.clear()
+    assert trainer.main(argv) == 0
+    assert sum(done) == 7 * (32 + 8) - (64 if damage == "nothing" else 0)
+    assert not partial.exists()
+    trainer.main(script(tmp_path, **own, output_dir=str(tmp_path / "whole"))[1:])
+    whole, found = arrays("whole"), arrays("run")
+    assert whole and all(np.array_equal(found[name], whole[name]) for name in whole)
 
 
 def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatch):

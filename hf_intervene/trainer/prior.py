@@ -142,7 +142,8 @@ class _Fit:
         _, tensors, state = found
         self.step = state["step"]
         self.found += state["found"]
-        self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
+        draws = list(bytes.fromhex(state["generator"]))
+        self.generator.set_state(torch.tensor(draws, dtype=torch.uint8))
         with torch.no_grad():
             for n, p in enumerate(self.parameters):
                 p.copy_(tensors["model"][str(n)])

@@ -3,8 +3,8 @@ launcher that started it has ended.
 
 `kill -TERM` on `accelerate launch` ends the launcher and not what it launched; schedulers of
 clusters do that when a job's time is up. While data are prepared the run ends at once, and what is
-prepared so far is kept (`stops_at_once`). Afterwards it ends after the step or batch at hand, with a
-checkpoint (`Stop`), be it in training, validation, a grid of samples or the fit of the prior."""
+prepared so far is kept (`stops_at_once`). Afterwards it ends after the step or batch at hand, with
+a checkpoint (`Stop`), be it in training, validation, a grid of samples or the fit of the prior."""
 
 import math
 import os
