@@ -132,7 +132,8 @@ def bad_images(
     names = [f"{row} ({data.contexts[data.context_ids[row]]!r})" for row in shown.tolist()]
     names += [f"{len(bad) - len(shown)} more"] * (len(bad) > len(shown))
     if accelerator.is_main_process:
-        images = numpy_to_pil(data.images(shown).cpu().permute(0, 2, 3, 1).numpy() / 255)
+        images = _stills(data.images(shown).cpu().movedim(1, -1).numpy())
+        images = numpy_to_pil(np.stack(images) / 255)
         with suppress(OSError):
             make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(
                 picture
@@ -182,7 +183,7 @@ def sample_grid(
 
     try:
         with accelerator.autocast():
-            images = [image for name in contexts for image in samples(name)]
+            images = [image for name in contexts for image in _stills(samples(name))]
     except ValueError as error:
         logger.warning("no samples of step %d are drawn: %s", step, error)
         return
@@ -201,6 +202,12 @@ def sample_grid(
                 tracker.log_images(
                     {"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC"
                 )
+
+
+def _stills(images: Sequence[Any]) -> list[Any]:
+    """Images as they are; of clips, whose frames come first, the middle frames."""
+    clips = isinstance(images[0], list) or getattr(images[0], "ndim", 3) == 4
+    return [image[len(image) // 2] if clips else image for image in images]
 
 
 def _with_names(grid: Image.Image, names: Sequence[str]) -> Image.Image:
