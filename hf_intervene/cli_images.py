@@ -13,6 +13,9 @@ from .logging import disable_progress_bars
 from .pretrained import concepts_of, located
 
 
+MOVING = (".png", ".gif", ".webp")  # kinds of files that can hold a clip
+
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -43,8 +46,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def edit(arguments: argparse.Namespace) -> int:
-    """Edit an image with a saved pipeline or model: a grid of the image before and after, or a
-    folder with the edited image.
+    """Edit an image, or a clip, with a saved pipeline or model: a grid of it before and after, or a
+    folder with the edited one.
     """
     from .image_files import open_image
 
@@ -52,11 +55,11 @@ def edit(arguments: argparse.Namespace) -> int:
     named = _interventions(arguments)
     image = open_image(arguments.image)
     model = _load(arguments.pipeline)
-    image = _fitted(image, arguments.image, arguments, model)
+    given: Any = _given(image, arguments, model)
     interventions = _values(named, arguments, model)
     options = _options(arguments)
-    edited: Any = model.edit(image, interventions, arguments.context, "pil", **options)
-    _save_images(edited, {"given": [image], _label(arguments): edited}, arguments)
+    edited: Any = model.edit([given], interventions, arguments.context, "pil", **options)
+    _save_images(edited, {"given": [given], _label(arguments): edited}, arguments)
     return _print_images(arguments, len(edited), _other_command(arguments, "sample"))
 
 
@@ -115,13 +118,26 @@ def _fitted(
 
     if arguments.resize:
         return fit_image(image, model)
-    _, height, width = model.base.image_shape
+    *_, height, width = model.base.image_shape
     if image.size != (width, height):
         raise ValueError(
             f"{path} is {image.width}x{image.height}, and the model's images are {width}x{height}:"
             " --resize crops and resizes it."
         )
     return image
+
+
+def _given(
+    image: "Image.Image", arguments: argparse.Namespace, model: "InterventionModel"
+) -> "Image.Image | list[Image.Image]":
+    """What is edited: the image, or the frames of its file, if the model makes clips."""
+    from .image_files import decode_frames
+
+    if len(model.base.image_shape) == 3:
+        return _fitted(image, arguments.image, arguments, model)
+    content = Path(arguments.image).read_bytes()
+    frames = decode_frames([content], model.base.image_shape[1], arguments.image)
+    return [_fitted(frame, arguments.image, arguments, model) for frame in frames]
 
 
 def _options(arguments: argparse.Namespace) -> dict:
@@ -174,18 +190,39 @@ def _files(arguments: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _save_images(
-    images: "list[Image.Image]",
-    rows: "dict[str, list[Image.Image]]",
+    images: list[Any],
+    rows: dict[str, list[Any]],
     arguments: argparse.Namespace,
 ) -> None:
-    """Write the images as files of a folder, or the rows as one picture."""
-    files = _files(arguments, len(images))
-    if Path(arguments.output).suffix:
-        from .grids import labelled_grid
+    """Write the images or clips as files of a folder, or the rows as one picture.
 
-        images = [labelled_grid(rows)]
-    for file, image in zip(files, images):
-        image.save(file)
+    Args:
+        images: PIL images, or of clips lists of them.
+        rows: likewise, by the label before them.
+        arguments: of the command.
+
+    Raises:
+        ValueError: one sentence: the file that is asked for cannot hold a clip.
+    """
+    from .grids import labelled_grid
+
+    files = _files(arguments, len(images))
+    clips = [image if isinstance(image, list) else [image] for image in images]
+    if Path(arguments.output).suffix:
+        moments = range(len(clips[0]))
+        if len(moments) > 1:
+            rows_at = [{k: [clip[t] for clip in v] for k, v in rows.items()} for t in moments]
+        else:
+            rows_at = [rows]
+        clips = [[labelled_grid(at) for at in rows_at]]
+    for file, (first, *others) in zip(files, clips):
+        if others and file.suffix.lower() not in MOVING:
+            raise ValueError(
+                f"{file} cannot hold a clip: give --output a name in {', '.join(MOVING)}, or a"
+                " folder."
+            )
+        moving = {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
+        first.save(file, **(moving if others else {}))
 
 
 def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:

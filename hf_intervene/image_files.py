@@ -6,7 +6,7 @@ All errors of decoders become a ValueError. Sizes are checked before anything is
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -85,6 +85,48 @@ def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = N
     image = upright(image, what)
     image.info[FRAMES] = frames
     return image
+
+
+def decode_frames(
+    sources: Sequence[bytes], frames: int, what: str, max_pixels: int | None = None
+) -> list[Image.Image]:
+    """Decode the frames of a clip, evenly spaced from its first to its last.
+
+    Args:
+        sources: the contents of one file with several frames (GIF, WebP, APNG, TIFF), or of one
+            file for each frame, in order.
+        frames: how many are wanted.
+        what: how a message names the clip.
+        max_pixels: of all frames that are wanted together; see `open_image`.
+
+    Raises:
+        ValueError: there are fewer frames, or see `decode_image`.
+    """
+    if len(sources) == 1:
+        clip: Image.Image = _decoded(lambda: Image.open(BytesIO(sources[0]), formats=FORMATS), what)
+        count = _decoded(lambda: getattr(clip, "n_frames", 1), what)
+    else:
+        count = len(sources)
+    if count < frames:
+        raise ValueError(
+            f"{what} has {count} frames, and {frames} are wanted: lower frames, or remove it."
+        )
+    picks = [round(n * (count - 1) / max(frames - 1, 1)) for n in range(frames)]
+    if len(sources) > 1:
+        found = [decode_image(sources[n], what, max_pixels) for n in picks]
+        if any(image.info[FRAMES] > 1 for image in found):
+            raise ValueError(
+                f"{what} is a folder of files with several frames each: give each of them as a clip"
+                " of its own, outside of such a folder."
+            )
+        return found
+    check_size(clip, what, max_pixels)
+
+    def frame(number: int) -> Image.Image:
+        clip.seek(number)
+        return clip.copy()
+
+    return [_decoded(lambda number=number: frame(number), what) for number in picks]
 
 
 def upright(image: Image.Image, what: str = "the image") -> Image.Image:

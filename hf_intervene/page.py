@@ -60,7 +60,10 @@ class Page:
     def model(self) -> "InterventionModel":
         from . import pipeline
 
-        return pipeline.load_for_use(self.folder)
+        model = pipeline.load_for_use(self.folder)
+        if len(model.base.image_shape) != 3:
+            raise ValueError(f"{self.title} makes clips, and the page shows images: use sample.")
+        return model
 
     def load(self) -> None:
         """Load the model now.

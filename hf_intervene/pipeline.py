@@ -364,7 +364,7 @@ def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
     Raises:
         ValueError: one sentence: it is damaged, or has more than 8 bits a channel.
     """
-    channels, height, width = model.base.image_shape
+    channels, *_, height, width = model.base.image_shape
     return ImageOps.fit(
         flat_image(upright(image), channels), (width, height), Image.Resampling.LANCZOS
     )

@@ -461,6 +461,38 @@ def _wan(two=False):
     return parts | ({"transformer_2": _wan_transformer(), "boundary_ratio": 0.7} if two else {})
 
 
+def _cogvideox():
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=12,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    return {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": scheduler}
+
+
 # Kind -> class of the pipeline, what makes its parts, names of the text's arguments with their
 # shapes behind the batch, and what else a call needs. Text under "negative_" names is made too,
 # where `negative` is true.
@@ -613,6 +645,13 @@ _KINDS = {
         {"prompt_embeds": (5, 12)},
         True,
         {"num_frames": 1, "height": 32, "width": 32},
+    ),
+    "cogvideox": (
+        "CogVideoXPipeline",
+        _cogvideox,
+        {"prompt_embeds": (5, 12)},
+        True,
+        {"num_frames": 9},
     ),
 }
 KINDS = tuple(_KINDS)

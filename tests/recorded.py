@@ -8,7 +8,7 @@ import pipelines
 import torch
 from diffusion_models import conditional, text_parts
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, UMT5Config, UMT5EncoderModel
 
 from hf_intervene.bases import PipelineBase
 
@@ -90,6 +90,20 @@ def sdxl_with_text():
     return pipe, {}
 
 
+def wan_with_text(folder):
+    """With an autoencoder that says by how much it really downsamples, and a text encoder, so that
+    it is called with a prompt."""
+    sizes = {"vocab_size": 8, "d_model": 12, "d_kv": 6, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    pipe, _ = _wan_video()
+    pipe.register_modules(
+        tokenizer=text_parts(folder)["tokenizer"],
+        text_encoder=UMT5EncoderModel(UMT5Config(**sizes)),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _kontext():
     text = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = diffusers.FluxKontextPipeline(**pipelines._flux(), **text)
@@ -119,35 +133,7 @@ def _cogview3():
 
 
 def _cogvideox():
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=12,
-        num_layers=1,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=9,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=5,
-        use_rotary_positional_embeddings=True,
-    )
-    vae = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    scheduler = diffusers.CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", timestep_spacing="trailing"
-    )
-    parts = {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": scheduler}
+    parts = pipelines._cogvideox()
     pipe = diffusers.CogVideoXPipeline(text_encoder=None, tokenizer=None, **parts)
     return pipe, dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(1, 5, 12))
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from hf_intervene import trainer
 from hf_intervene.trainer import TrainArguments, checkpoints
 from hf_intervene.trainer.command import main
+from hf_intervene.trainer.stopping import Stop
 
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,16 @@ ROOT = Path(__file__).parents[1]
 
 def run(settings, **overrides):
     return trainer.train(TrainArguments(**settings | overrides))
+
+
+def stop_in_step(monkeypatch, number):
+    """Have runs told to stop in the so manieth step of theirs."""
+    steps = count(1)
+    monkeypatch.setattr(
+        Stop,
+        "agreed",
+        lambda self, accelerator, kind="step": kind == "step" and next(steps) >= number,
+    )
 
 
 def weights(folder):

@@ -18,7 +18,7 @@ from recipes import RECIPES
 
 from hf_intervene import bundled, cli, evaluation, trainer
 from hf_intervene.data import ContextImages, load_contexts
-from hf_intervene.trainer import feeding, loop, run_folder
+from hf_intervene.trainer import feeding, run_folder, stopping
 from hf_intervene.trainer.parsing import make_parser as train_parser
 from hf_intervene.training import pretrain, reproduce
 from hf_intervene.training.studies import ablation
@@ -326,7 +326,7 @@ def test_a_cache_that_is_cut_while_a_run_reads_it(work):
 
 def test_a_run_that_was_stopped(work):
     work.monkeypatch.setattr(
-        loop.Stop, "asked", property(lambda self: True, lambda self, value: None)
+        stopping.Stop, "asked", property(lambda self: True, lambda self, value: None)
     )
     assert trainer.main([*arguments(work)]) == 130
     assert "go on with the same command and --resume auto" in work.capsys.readouterr().out

@@ -3,15 +3,31 @@ sampled, edited, saved and loaded.
 """
 
 import diffusers
+import numpy as np
 import pipelines
 import pytest
 import recorded
 import torch
+import yaml
+from diffusion_models import stable_diffusion
+from diffusion_models import with_head as diffusion_head
+from PIL import Image
+from runs import error_of, options
 from test_recording import generator, with_head
 
-from hf_intervene import InterventionModel, InterventionPipeline, attach, detach, intervene
+from hf_intervene import (
+    InterventionModel,
+    InterventionPipeline,
+    attach,
+    cli,
+    detach,
+    evaluation,
+    intervene,
+    trainer,
+)
 from hf_intervene.bases import PipelineBase
 from hf_intervene.bases.autoencoder import latents_of
+from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.objective import Objective
 from hf_intervene.terms import GroupLasso
 
@@ -77,6 +93,121 @@ def test_a_head_is_trained_on_clips(kind, tmp_path):
     pipe = InterventionPipeline.from_pretrained(tmp_path / "pipe")
     again = pipe("a", 2, generator(), output_type="pt", **STEPS).images
     torch.testing.assert_close(again, sampled)
+
+
+# Folders of clips
+
+
+def write_clips(folder, contexts=("obs", "a"), number=8, frames=6, size=16):
+    """Clips of `frames` frames in the form of GIFs, WebPs and folders of frames, in turns; what
+    they are, uint8 (T, H, W, C), by context."""
+    rng, written = np.random.default_rng(0), {}
+    for context in contexts:
+        written[context] = []
+        (folder / context).mkdir(parents=True)
+        for n in range(number):
+            # Few colours, which a GIF keeps.
+            array = 85 * rng.integers(0, 4, (frames, size, size, 3), dtype=np.uint8)
+            images = [Image.fromarray(frame) for frame in array]
+            target = folder / context / f"{n}"
+            if n % 3 == 2:
+                target.mkdir()
+                for t, image in enumerate(images):
+                    image.save(target / f"frame{t + 8}.png")  # frame8, frame9, frame10, ...
+            else:
+                more = {"save_all": True, "append_images": images[1:]}
+                kind = ({"format": "GIF"}, {"format": "WEBP", "lossless": True})[n % 3]
+                images[0].save(target.with_suffix((".gif", ".webp")[n % 3]), **kind, **more)
+            written[context].append(array)
+    return written
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_folders_of_clips_are_read(tmp_path, cached):
+    written = write_clips(tmp_path / "clips")
+    data = load_contexts(tmp_path / "clips", frames=3)
+    cache = {"cache_dir": tmp_path / "cache"} if cached else {}
+    found = ContextImages.from_dataset(data, None, frames=3, **cache)
+    assert found.image_shape == (3, 3, 16, 16) and len(found) == 16
+    for context, clips in found.by_context().items():
+        for clip, array in zip(clips, written[context]):
+            np.testing.assert_array_equal(clip, array[[0, 2, 5]])  # the first to the last
+    # Each is known by its file, or by all of its frames.
+    assert len(set(found.fingerprints().tolist())) == 16
+    train, validation = found.split(0.25)
+    assert validation.images(torch.arange(2)).shape == (2, 3, 3, 16, 16)
+    assert len(train) + len(validation) == 16
+    if cached:  # and not taken for clips of other lengths
+        again = ContextImages.from_dataset(data, None, frames=6, **cache)
+        assert again.image_shape == (3, 6, 16, 16)
+    # Without frames they are images, as before.
+    assert len(load_contexts(tmp_path / "clips")) == 2 * (6 + 2 * 6)
+
+
+def test_clips_that_cannot_be_read(tmp_path):
+    write_clips(tmp_path / "clips")
+    data = load_contexts(tmp_path / "clips", frames=7)
+    with pytest.raises(ValueError, match="clip 0 .*0.gif.* of context 'a' has 6 frames, and 7 are"):
+        ContextImages.from_dataset(data, None, frames=7)
+    with pytest.raises(ValueError, match="holds lists of images: give frames"):
+        ContextImages.from_dataset(data, None)
+    (tmp_path / "clips" / "a" / "2" / "more.gif").write_bytes(
+        (tmp_path / "clips" / "a" / "0.gif").read_bytes()
+    )
+    data = load_contexts(tmp_path / "clips", frames=7)
+    only = data.select([row for row, item in enumerate(data.with_format(None)["context"])])
+    with pytest.raises(ValueError, match="files with several frames each|has 6 frames"):
+        ContextImages.from_dataset(only, None, frames=7)
+    for wrong in (0, -1, "x"):
+        with pytest.raises((ValueError, TypeError), match="frames must be"):
+            ContextImages.from_dataset(data, None, frames=wrong)
+
+
+def test_a_head_is_trained_on_a_folder_of_clips(tiny, tmp_path, capsys, monkeypatch):
+    """From the folder to clips that the model makes, by commands alone."""
+    write_clips(tmp_path / "clips", number=10)
+    recorded.wan_with_text(tmp_path / "text").save_pretrained(tmp_path / "pipe")
+    wanted = {"dataset": str(tmp_path / "clips"), "base": str(tmp_path / "pipe")}
+    wanted |= {"frames": 5, "regime": "frozen", "max_steps": 2, "eval_every": 2, "sample_every": 2}
+    config = tmp_path / "clips.yaml"
+    config.write_text(yaml.safe_dump(tiny | wanted))
+    assert trainer.main(["--config", str(config)]) == 0
+    model = tmp_path / "run" / "model"
+    assert InterventionModel.from_pretrained(model).base.image_shape == (3, 5, 16, 16)
+    assert list((tmp_path / "run" / "samples").iterdir())
+    few = ["--num-inference-steps", "2"]
+    sample = ["sample", str(model), "--interventions", "a", "--num-images", "2", *few]
+    edit = ["edit", str(model), str(tmp_path / "clips" / "obs" / "0.gif"), "--interventions", "a"]
+    for words, output in ((sample, "a.gif"), (edit + few, "b.webp"), (sample, "several")):
+        assert cli.main([*words, "--output", str(tmp_path / output)]) == 0
+    for made in ("a.gif", "b.webp", "several/0000.png", "several/0001.png"):
+        assert Image.open(tmp_path / made).n_frames == 5
+    capsys.readouterr()
+    assert cli.main([*sample, "--output", str(tmp_path / "a.jpg")]) == 1
+    assert "cannot hold a clip" in capsys.readouterr().err
+    measure = ["--model", str(model), "--output", str(tmp_path / "metrics")]
+    measure += ["--dataset", str(tmp_path / "clips")]
+    assert evaluation.command.main(measure) == 1
+    assert "makes clips, and images are measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": "light-vae"}, "a light VAE takes images"),
+        ({"base": "sd"}, "makes images and no clips: leave frames out"),
+        ({"dataset": "quad"}, "quad has images and no clips: leave frames out"),
+    ],
+)
+def test_frames_where_there_are_no_clips(tiny, tmp_path, capsys, changes, words):
+    write_clips(tmp_path / "clips")
+    settings = tiny | {"dataset": str(tmp_path / "clips"), "frames": 5, "regime": "frozen"}
+    if changes.get("base") == "sd":
+        stable_diffusion(diffusion_head("conditional"), tmp_path).save_pretrained(tmp_path / "sd")
+        changes = {"base": str(tmp_path / "sd")}
+    if changes.get("base") != str(tmp_path / "sd"):
+        changes = changes | {"regime": "end-to-end"}
+    assert words in error_of(capsys, options(settings | changes))
 
 
 def test_clips_that_do_not_fit():

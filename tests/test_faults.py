@@ -16,11 +16,11 @@ import torch
 from conftest import TINY
 from diffusion_models import save_pipeline
 from PIL import Image
-from runs import arguments_of, assert_same, error_of, last_state, options, run
+from runs import arguments_of, assert_same, error_of, last_state, options, run, stop_in_step
 
 from hf_intervene import InterventionModel, trainer
 from hf_intervene.data import ContextImages, load_contexts, load_quad, quad
-from hf_intervene.trainer import checkpoints, feeding, loop
+from hf_intervene.trainer import checkpoints, feeding
 from hf_intervene.trainer.prepared import DiffusionBase
 
 
@@ -172,13 +172,7 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
     settings = tiny | {"checkpoint_every": 2, "keep_checkpoints": 9, "ema_decay": 0.9}
     run(settings)
     other = settings | {"output_dir": str(tmp_path / "other")}
-    calls = iter(range(100))
-    monkeypatch.setattr(
-        loop.Stop,
-        "asked",
-        property(lambda self: next(calls) >= 4, lambda self, value: None),
-        raising=False,
-    )
+    stop_in_step(monkeypatch, 5)
     assert run(other).step == 5
     monkeypatch.undo()
     for path in (tmp_path / "other").rglob("*"):  # later steps have older times

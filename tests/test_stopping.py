@@ -23,13 +23,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import TINY
+from diffusion_models import save_pipeline
 from PIL import Image
 from runs import start_words
 
 from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
-from hf_intervene.trainer import loop, run_folder, state, stopping
+from hf_intervene.trainer import run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
+from hf_intervene.trainer.prepared import DiffusionBase
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.stopping import Stop
 from hf_intervene.training import pretrain
@@ -110,6 +112,35 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, proc
             process.wait(60)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_in_a_long_validation_leaves_a_checkpoint(tmp_path, processes):
+    """And the next command validates, and goes on with the best model as if nothing had been."""
+    long = {
+        "images_per_context": 8,
+        "validation_images": 6000,
+        "validation_fraction": 0.99,
+        "batch_size": 2 * processes,
+        "eval_every": 2,
+        "max_steps": 2,
+    }
+    (tmp_path / "whole").mkdir()
+    assert launched(start_words(processes) + script(tmp_path / "whole", **long)).wait(600) == 0
+    process = launched(start_words(processes) + script(tmp_path, **long))
+    wait_for(lambda: rows(tmp_path) == 2 or process.poll() is not None)
+    time.sleep(2)
+    assert rows(tmp_path) == 2 and process.poll() is None  # it validates
+    told = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    wait_for(lambda: newest_step(tmp_path) == 2, 10)
+    process.wait(30)
+    assert time.monotonic() - told < 30 and rows(tmp_path) == 2
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[2]["owed"][0] == "validate"
+    assert launched(start_words(processes) + script(tmp_path, **long)).wait(600) == 0
+    found, whole = left_by(tmp_path / "run"), left_by(tmp_path / "whole" / "run")
+    assert found[:2] == whole[:2]
+
+
 def newest_step(tmp_path):
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
     return found[2]["step"] if found else 0
@@ -153,17 +184,73 @@ def test_processes_agree_after_a_second_or_a_step(monkeypatch, seconds, expected
     assert any(stop.agreed(accelerator) for _ in range(10))
 
 
-def test_a_checkpoint_comes_before_a_validation_that_may_take_long(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(Stop, "asked", property(lambda self: True, lambda self, value: None))
-    found = []
+def stop_at(monkeypatch, number):
+    """Ask runs to stop when they look for that for the so manieth time, in every command."""
+    looked = count(1)
+    monkeypatch.setattr(
+        Stop, "asked", property(lambda self: next(looked) == number, lambda self, value: None)
+    )
+    return looked
 
-    def validation(*_):
-        found.append(newest_step(tmp_path))
-        return 1.0
 
-    monkeypatch.setattr(loop, "validation_loss", validation)
-    result = trainer.train(TrainArguments(**tiny | {"eval_every": 1, "checkpoint_every": 100}))
-    assert result.interrupted and found == [1]
+def left_by(folder):
+    """All that a run says and makes, as far as it does not depend on the clock."""
+    saved = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in ("model/*.safetensors", "best/*.safetensors", "samples/*", "*.jsonl")
+        for path in folder.glob(pattern)
+    }
+    tensors, state = newest_checkpoint(folder / "checkpoints")[1:]
+    kept = {name: state[name] for name in ("step", "best", "waited", "owed", "schedule")}
+    weights = {f"{file} {name}": t for file in tensors for name, t in tensors[file].items()}
+    return saved, kept, weights
+
+
+def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tiny, tmp_path, monkeypatch):
+    """In steps, batches of a validation, rows of a grid of samples, batches of codes that concepts
+    are ordered by, steps of the fit of the prior: wherever a run looks whether it is to stop."""
+    more = {
+        "validation_images": 8,  # of each context: several batches
+        "batch_size": 8,
+        "concept_edges": True,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "prior_steps": 20,
+        "eval_every": 4,
+        "sample_every": 4,
+        "checkpoint_every": 8,
+    }
+    settings, kinds, check = tiny | more, [], Stop.check
+
+    def told(self, accelerator, kind="step"):
+        kinds.append(kind)
+        return check(self, accelerator, kind)
+
+    monkeypatch.setattr(Stop, "check", told)
+    looked = stop_at(monkeypatch, None)
+    assert trainer.train(TrainArguments(**settings)).step == 8
+    whole, looks = left_by(tmp_path / "run"), next(looked) - 1
+    assert {"step", "validation", "codes"} == set(kinds) and looks > len(kinds) + 30
+    # Before step 2 is ordered; in a validation; in a grid; in the fit, twice; in the last grid.
+    again, left = settings | {"output_dir": str(tmp_path / "again"), "resume": "auto"}, []
+    for number in (3, 8, 12, 50, 9, 20, None):
+        stop_at(monkeypatch, number)
+        result = trainer.train(TrainArguments(**again))
+        if result.interrupted:
+            fit = newest_checkpoint(tmp_path / "again" / "checkpoints" / "prior")
+            owed = newest_checkpoint(tmp_path / "again" / "checkpoints")[2]["owed"]
+            left.append((result.step, owed, fit and fit[2]["step"]))
+    both = ["validate", "draw samples"]
+    assert left[:3] == [(2, [], None), (4, both, None), (4, both[1:], None)]
+    assert [step for step, *_ in left[3:]] == [8, 8, 8] and not any(owed for _, owed, _ in left[3:])
+    assert 0 < left[3][2] < left[4][2] < left[5][2] == 20
+    found = left_by(tmp_path / "again")
+    assert found[1] == whole[1] and found[0].keys() == whole[0].keys()
+    for name in whole[2]:
+        assert torch.equal(found[2][name], whole[2][name]), name
+    for name in whole[0]:
+        assert found[0][name] == whole[0][name], name
+    assert not (tmp_path / "again" / "checkpoints" / "prior").exists()
 
 
 def test_a_requeued_run_waits_for_the_end_of_the_one_before(tmp_path):
@@ -298,6 +385,41 @@ def test_a_signal_ends_measuring_and_pretraining_with_nothing_half_written(
     before = signal.getsignal(signal.SIGTERM)
     assert module.main(argv) == 130 and not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("damage", ["nothing", "cut", "gone"])
+def test_images_that_are_half_prepared_are_gone_on_from(tiny, tmp_path, monkeypatch, damage):
+    """What a frozen autoencoder made of images until SIGTERM is not made again, unless it was
+    damaged meanwhile."""
+    own = {"base": str(save_pipeline("dit", tmp_path / "dit")), "regime": "frozen", "max_steps": 1}
+    prepare, done = DiffusionBase.prepare, []
+
+    def counted(self, x):
+        done.append(len(x))
+        if stopping_at == len(done):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(self, x)
+
+    def arrays(name):
+        return {file.name: np.load(file) for file in tmp_path.glob(f"{name}/prepared/*/*.npy")}
+
+    monkeypatch.setattr(DiffusionBase, "prepare", counted)
+    stopping_at = 2
+    argv = script(tmp_path, **own)[1:]
+    assert trainer.main(argv) == 130 and done == [64, 64]
+    partial = tmp_path / "run" / "prepared" / "train.partial"
+    if damage == "cut":
+        (partial / "x0.npy").write_bytes((partial / "x0.npy").read_bytes()[:-1])
+    elif damage == "gone":
+        (partial / "x0.npy").unlink()
+    stopping_at = None
+    done.clear()
+    assert trainer.main(argv) == 0
+    assert sum(done) == 7 * (32 + 8) - (64 if damage == "nothing" else 0)
+    assert not partial.exists()
+    trainer.main(script(tmp_path, **own, output_dir=str(tmp_path / "whole"))[1:])
+    whole, found = arrays("whole"), arrays("run")
+    assert whole and all(np.array_equal(found[name], whole[name]) for name in whole)
 
 
 def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatch):

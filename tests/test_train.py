@@ -14,7 +14,17 @@ import torch
 import yaml
 from diffusion_models import save_pipeline, save_vision
 from PIL import Image
-from runs import ROOT, assert_same, error_of, last_state, launch, options, run, weights
+from runs import (
+    ROOT,
+    assert_same,
+    error_of,
+    last_state,
+    launch,
+    options,
+    run,
+    stop_in_step,
+    weights,
+)
 
 from hf_intervene import InterventionConfig, InterventionModel, trainer
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
@@ -46,14 +56,7 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
     run(settings)
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
 
-    def stop_at_five(self):  # as if Ctrl-C came in the fifth step
-        stop_at_five.calls += 1
-        return stop_at_five.calls >= 5
-
-    stop_at_five.calls = 0
-    monkeypatch.setattr(
-        loop.Stop, "asked", property(stop_at_five, lambda self, value: None), raising=False
-    )
+    stop_in_step(monkeypatch, 5)  # as if Ctrl-C came in it
     result = run(stopped)
     assert result.interrupted and result.step == 5
     monkeypatch.undo()
@@ -442,13 +445,7 @@ def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypa
         "key.json",
     }
     stopped = settings | {"output_dir": str(tmp_path / "stopped")}
-    calls = iter(range(100))
-    monkeypatch.setattr(
-        loop.Stop,
-        "asked",
-        property(lambda self: next(calls) >= 4, lambda self, value: None),
-        raising=False,
-    )
+    stop_in_step(monkeypatch, 5)
     assert run(stopped).step == 5
     monkeypatch.undo()
     written = (tmp_path / "stopped" / "prepared" / "train" / "x0.npy").stat().st_mtime_ns

@@ -8,6 +8,7 @@ The denoiser, the autoencoder and the scheduler are the pipeline's own. Its text
 for the recording alone. A noisy sample has the shape that the pipeline's scheduler steps on, such
 as packed tokens (S, c)."""
 
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,13 @@ class PipelineBase(DiffusionBase):
                 site, a scheduler of another kind, or what of the pipeline's run the recording does
                 not equal.
         """
-        call = dict(call or {}) | ({} if num_frames is None else {"num_frames": num_frames})
+        if num_frames is not None:
+            if "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
+                raise NotRecordable(
+                    f"a {type(pipe).__name__} makes images and no clips: leave frames out."
+                )
+            call = {"num_frames": num_frames} | dict(call or {})
+        call = dict(call or {})
         recorder = Recorder(pipe, prompt, sample_size, call)
         model = recorder.denoiser
         sites = find_sites(model)

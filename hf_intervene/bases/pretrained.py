@@ -48,6 +48,7 @@ def load_base(
     prompt: str = "",
     prompts: Sequence[str] | None = None,
     prompt_folder: str | os.PathLike | None = None,
+    num_frames: int | None = None,
     **options: Any,
 ) -> Base:
     """Load a pretrained model of any registered class, from a folder or the Hub, and wrap it for
@@ -66,6 +67,7 @@ def load_base(
             its denoiser.
         prompts, prompt_folder: prompts of images, likewise, and where what is made of them is kept;
             see `PipelineBase`. Where there is no text encoder they are not used.
+        num_frames: of clips, for a pipeline that makes them; `None`: a base of images.
         **options: further ones of `DiffusionBase`, for a denoiser.
 
     Raises:
@@ -106,6 +108,8 @@ def load_base(
         told: dict[str, Any] = (
             {"prompts": prompts, "prompt_folder": prompt_folder} if prompts and has_text else {}
         )
+        if num_frames is not None:
+            told["num_frames"] = num_frames
         if prompt or told or not _has_family(load_model_config(path / denoiser) or {}):
             if residual_layers:
                 raise ValueError(
@@ -122,6 +126,8 @@ def load_base(
         path = path / denoiser
     elif prompt:
         raise ValueError(f"the base {what} is no pipeline with a text: leave prompt out.")
+    elif num_frames is not None:
+        raise ValueError(f"the base {what} is no pipeline that makes clips: leave frames out.")
     config = load_model_config(path)
     if config is None:
         raise FileNotFoundError(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 from datasets import Image as ImageFeature
 
 from ..contexts import OBS, context_name, named_concepts, parse_context, validate_concepts
@@ -85,12 +85,21 @@ def in_order(names: Iterable[str], concepts: Sequence[str]) -> list[str]:
     return sorted(set(names), key=key)
 
 
-def undecoded(dataset: Dataset) -> Dataset:
-    """Return the data set with an image column that holds bytes and paths, not decoded images.
+def undecoded(dataset: Dataset, clips: bool = False) -> Dataset:
+    """Return the data set with an image column that holds bytes and paths, not decoded images; with
+    `clips`, lists of those where a clip has several files.
 
     Raises:
-        ValueError: the image column holds neither images nor paths.
+        ValueError: the image column holds neither images nor paths, or lists where no clips are
+            wanted.
     """
+    if isinstance(getattr(dataset.features["image"], "feature", None), ImageFeature):
+        if not clips:
+            raise ValueError(
+                "the image column holds lists of images: give frames, the number of frames of a"
+                " clip."
+            )
+        return dataset.cast_column("image", List(ImageFeature(decode=False)))
     if not isinstance(dataset.features["image"], ImageFeature):
         try:
             dataset = dataset.cast_column("image", ImageFeature())

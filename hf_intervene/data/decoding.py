@@ -18,7 +18,15 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..errors import NO_LOCKS
-from ..image_files import FRAMES, decode_image, flat_image, open_regular, printable, upright
+from ..image_files import (
+    FRAMES,
+    decode_frames,
+    decode_image,
+    flat_image,
+    open_regular,
+    printable,
+    upright,
+)
 from .identity import fingerprint
 from .mapped import MappedFile, open_array
 
@@ -32,18 +40,21 @@ def decode(
     resolution: int | None,
     channels: int,
     files: str,
+    frames: int | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode images one by one.
+    """Decode images or clips one by one.
 
     Args:
-        column: cells of the image column, each with `bytes` or a `path`.
+        column: cells of the image column, each with `bytes` or a `path`; of a clip, also lists of
+            such.
         contexts: context of each image, for messages.
         resolution: crop and resize images to this many pixels a side; `None` keeps them.
         channels: 1 (grey) or 3 (RGB).
         files: names of the files of the data set, for messages about images without a path.
+        frames: of each clip, T; `None`: they are images.
 
     Yields:
-        The image, uint8 (C, H, W), all of one shape, and its fingerprint.
+        The image, uint8 (C, H, W), or the clip (C, T, H, W), all of one shape, and its fingerprint.
 
     Raises:
         ValueError: an image cannot be read, or has another size than the others.
@@ -54,30 +65,51 @@ def decode(
     for row, (item, context) in enumerate(
         zip(tqdm(column, "reading images", disable=None, delay=2), contexts)
     ):
-        file = (item or {}).get("path") or files
-        where = f"image {row}{f' ({printable(file)})' if file else ''} of context {context!r}"
-        image, mark = _opened(item, where)
-        moving += image.info.get(FRAMES, 1) > 1
-        image = flat_image(image, channels, where)
-        if resolution is not None:
-            if image.size != (resolution, resolution):
-                image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-        elif image.width != image.height or (first is not None and image.size != first):
-            expected = "square" if first is None else f"{first[0]}x{first[1]} like the others"
-            raise ValueError(
-                f"{where} is {image.width}x{image.height}, not {expected}: give a resolution to"
-                " crop and resize all images to."
-            )
-        first = image.size
-        yield (
-            np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1),
-            mark,
-        )
+        cells = item if isinstance(item, list) else [item]
+        file = next(iter(cells), None) or {}
+        file = file.get("path") or files
+        what = "image" if frames is None else "clip"
+        where = f"{what} {row}{f' ({printable(file)})' if file else ''} of context {context!r}"
+        if frames is None:
+            image, mark = _opened(item, where)
+            moving += image.info.get(FRAMES, 1) > 1
+            images = [image]
+        else:
+            contents = [_content(cell, where) for cell in cells]
+            images, mark = decode_frames(contents, frames, where), fingerprint(b"".join(contents))
+        arrays = []
+        for image in images:
+            image = _sized(flat_image(image, channels, where), resolution, first, where)
+            first = image.size
+            array = np.asarray(image).reshape(image.height, image.width, channels)
+            arrays.append(array.transpose(2, 0, 1))
+        yield arrays[0] if frames is None else np.stack(arrays, 1), mark
     if moving:
         logger.warning(
             "%d images have several frames: the first of each is used, the others are left out.",
             moving,
         )
+
+
+def _sized(
+    image: Image.Image, resolution: int | None, first: tuple[int, int] | None, where: str
+) -> Image.Image:
+    """Crop and resize an image; without a resolution, check that it has the size of the first.
+
+    Raises:
+        ValueError: it has another size.
+    """
+    if resolution is not None:
+        if image.size == (resolution, resolution):
+            return image
+        return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    if image.width != image.height or (first is not None and image.size != first):
+        expected = "square" if first is None else f"{first[0]}x{first[1]} like the others"
+        raise ValueError(
+            f"{where} is {image.width}x{image.height}, not {expected}: give a resolution to crop"
+            " and resize all images to."
+        )
+    return image
 
 
 def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
@@ -94,27 +126,37 @@ def _opened(item: dict | None, where: str) -> tuple[Image.Image, int]:
         ValueError: the cell is empty, or the image cannot be read.
     """
     item = item or {}
-    content, path = item.get("bytes"), item.get("path")
-    if content is None:
-        if not path:
-            raise ValueError(f"{where} is not there: the cell is empty.")
-        if not is_local_path(path):  # `datasets` fetches it
-            try:
-                image = ImageFeature().decode_example(item)
-            except Exception as error:  # from the connection or the decoder
-                raise ValueError(
-                    f"{where} cannot be fetched or read: replace or remove it."
-                ) from error
-            image = upright(image, where)
-            return image, fingerprint(image.tobytes())
+    path = item.get("path")
+    if item.get("bytes") is None and path and not is_local_path(path):  # `datasets` fetches it
         try:
-            with open_regular(path) as file:
-                content = file.read()
-        except OSError as error:
-            raise ValueError(
-                f"{where} cannot be read ({error.strerror}): replace or remove it."
-            ) from error
+            image = ImageFeature().decode_example(item)
+        except Exception as error:  # from the connection or the decoder
+            raise ValueError(f"{where} cannot be fetched or read: replace or remove it.") from error
+        image = upright(image, where)
+        return image, fingerprint(image.tobytes())
+    content = _content(item, where)
     return decode_image(content, where), fingerprint(content)
+
+
+def _content(item: dict | None, where: str) -> bytes:
+    """Read the file of a cell.
+
+    Raises:
+        ValueError: the cell is empty, or the file cannot be read.
+    """
+    item = item or {}
+    content, path = item.get("bytes"), item.get("path")
+    if content is not None:
+        return content
+    if not path:
+        raise ValueError(f"{where} is not there: the cell is empty.")
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(
+            f"{where} cannot be read ({error.strerror}): replace or remove it."
+        ) from error
 
 
 def in_memory(
@@ -135,29 +177,33 @@ def on_disk(
     resolution: int | None,
     channels: int,
     cache_dir: str | os.PathLike,
+    frames: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, MappedFile]:
-    """Keep decoded images in a file in `cache_dir`, and read it by memory map.
+    """Keep decoded images or clips in a file in `cache_dir`, and read it by memory map.
 
     The file is written if it is not there: completely or not at all.
 
     Returns:
-        The images, uint8 (N, C, H, W), their fingerprints, int64 (N,), and the file.
+        The images, uint8 (N, C, H, W), or clips, (N, C, T, H, W), their fingerprints, int64 (N,),
+        and the file.
 
     Raises:
         OSError: the folder cannot be written.
         ValueError: an image cannot be used.
     """
-    path = Path(cache_dir, f"{_fingerprint(dataset, resolution, channels)}.npy")
+    settings = f"{resolution} {channels}" + ("" if frames is None else f" {frames}")
+    path = Path(cache_dir, f"{_fingerprint(dataset, settings)}.npy")
+    shape = (len(dataset), channels) + (() if frames is None else (frames,))
     try:
-        cached = _cached(path, len(dataset), channels)
+        cached = _cached(path, shape)
         if cached is None:  # the file is missing or damaged
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path):
                 # Another process may have written it since.
-                cached = _cached(path, len(dataset), channels)
+                cached = _cached(path, shape)
                 if cached is None:
                     _write(decoded, path, len(dataset))
-                    cached = _cached(path, len(dataset), channels)
+                    cached = _cached(path, shape)
         if cached is None:
             raise OSError(f"{path.name} was changed right after it was written")
         return torch.from_numpy(cached[0]), torch.from_numpy(cached[1]), cached[2]
@@ -219,13 +265,11 @@ def _marks_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.marks")
 
 
-def _cached(
-    path: Path, count: int, channels: int
-) -> tuple[np.ndarray, np.ndarray, MappedFile] | None:
+def _cached(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, MappedFile] | None:
     """Open a file of the cache by memory map.
 
     Returns:
-        The images, uint8 (count, channels, H, W), their fingerprints, int64 (count,), and the file;
+        The images, uint8 (*shape, H, W), their fingerprints, int64 (shape[0],), and the file;
         `None` if the file is missing or damaged.
     """
     try:
@@ -237,19 +281,22 @@ def _cached(
     # The file is truncated, or its header is not valid.
     except (OSError, ValueError, EOFError, MemoryError, OverflowError):
         return None
-    whole = found.ndim == 4 and found.shape[:2] == (count, channels) and found.dtype == np.uint8
-    whole = whole and marks.shape == (count,) and marks.dtype == np.int64
+    whole = found.shape[:-2] == shape and found.dtype == np.uint8
+    whole = whole and marks.shape == shape[:1] and marks.dtype == np.int64
     return (found, marks, mapped) if whole else None
 
 
-def _fingerprint(dataset: Dataset, resolution: int | None, channels: int) -> str:
-    """Return the cache key of the images of a data set, whose image column is not decoded.
+def _fingerprint(dataset: Dataset, settings: str) -> str:
+    """Return the cache key of the images of a data set, whose image column is not decoded, as they
+    are decoded with some settings.
 
     It changes when a file of an image changes.
     """
-    digest = hashlib.sha256(f"{dataset._fingerprint} {resolution} {channels}".encode())
-    for item in dataset["image"]:
-        if item and item.get("bytes") is None and item.get("path") and os.path.exists(item["path"]):
-            found = os.stat(item["path"])
-            digest.update(f"{item['path']} {found.st_size} {found.st_mtime_ns}".encode())
+    digest = hashlib.sha256(f"{dataset._fingerprint} {settings}".encode())
+    for row in dataset["image"]:
+        for item in row if isinstance(row, list) else [row]:
+            path = item.get("path") if item and item.get("bytes") is None else None
+            if path and os.path.exists(path):
+                found = os.stat(path)
+                digest.update(f"{path} {found.st_size} {found.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

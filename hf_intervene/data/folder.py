@@ -6,11 +6,13 @@ The source is a folder, a data set that `datasets` saved, or a data set on the H
 import errno
 import logging
 import os
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import Dataset, Image, load_dataset, load_from_disk
+from datasets import Dataset, Image, List, load_dataset, load_from_disk
 
 from ..contexts import OBS
 from ..image_files import READABLE, printable
@@ -28,8 +30,9 @@ def load_contexts(
     split: str = "train",
     image_column: str = "image",
     context_column: str = "context",
+    frames: int | None = None,
 ) -> Dataset:
-    """Load images and the context of each.
+    """Load images, or short clips, and the context of each.
 
     `source` is one of these, tried in this order:
 
@@ -51,10 +54,14 @@ def load_contexts(
         split: the split to load. A folder or data set without splits counts as `"train"`.
         image_column: name of the image column.
         context_column: name of the context column.
+        frames: frames of a clip; `None`: the data are images. With it, in a folder of kind 3 each
+            file of a context is a clip (GIF, animated WebP or PNG), and so is each folder inside,
+            whose images are its frames, in the order of their names.
 
     Returns:
         A data set with the columns `image` and `context`, and `prompt` if the source has a column
-        `prompt` or `text`. `ContextImages.from_dataset` checks and decodes it.
+        `prompt` or `text`. `ContextImages.from_dataset` checks and decodes it. Of clips in a folder
+        of kind 3 the column `image` holds lists of images.
 
     Raises:
         OSError: there is no such folder (FileNotFoundError), or it cannot be read.
@@ -81,7 +88,7 @@ def load_contexts(
         folder = _of_split(path, split)
         _warn_of_others(path, folder, split)
         if not _has_metadata(folder):
-            return _folder_of_contexts(folder)
+            return _folder_of_contexts(folder, frames is not None)
         _refuse_pipes(folder)
         dataset = _folder_with_metadata(folder)
         images = sum(_is_image(file) for file in folder.rglob("*"))
@@ -261,8 +268,22 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
-def _folder_of_contexts(path: Path) -> Dataset:
-    images: list[str] = []
+def _clips(folder: Path, files: list[Path]) -> list[list[str]]:
+    """Group the files of a context: each file in the folder itself, and those of a folder inside,
+    `img2` before `img10`."""
+    found: dict[Path, list[Path]] = {}
+    for file in files:
+        found.setdefault(file if file.parent == folder else file.parent, []).append(file)
+    return [list(map(str, sorted(group, key=_by_number))) for group in found.values()]
+
+
+def _by_number(file: Path) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", file.name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def _folder_of_contexts(path: Path, clips: bool = False) -> Dataset:
+    images: list[Any] = []
     contexts: list[str] = []
     for folder in _subfolders(path):
         files, others = [], Counter[str]()
@@ -297,11 +318,13 @@ def _folder_of_contexts(path: Path) -> Dataset:
                 printable(folder),
                 left_out,
             )
-        images += map(str, files)
-        contexts += [folder.name] * len(files)
+        found = _clips(folder, files) if clips else list(map(str, files))
+        images += found
+        contexts += [folder.name] * len(found)
     if not images:
         raise ValueError(
             f"{path} holds no images in sub-folders: make one sub-folder for each context (obs/,"
             " size/, ...), or add a metadata.csv with the columns file_name and context."
         )
-    return Dataset.from_dict({"image": images, "context": contexts}).cast_column("image", Image())
+    kind = List(Image()) if clips else Image()
+    return Dataset.from_dict({"image": images, "context": contexts}).cast_column("image", kind)

@@ -37,7 +37,8 @@ class ContextImages:
     """Images and the context of each.
 
     Args:
-        stored: images, uint8, (M, C, H, W). Parts of a set share one such tensor.
+        stored: images, uint8, (M, C, H, W), or clips, (M, C, T, H, W). Parts of a set share one
+            such tensor.
         context_ids: context of each image, int64, (N,).
         contexts: canonical names of the contexts. Image n has context `contexts[context_ids[n]]`.
         concepts: names of the concepts.
@@ -67,14 +68,14 @@ class ContextImages:
         return len(self.context_ids)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.stored.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W), of clips (C, T, H, W)."""
+        return tuple(self.stored.shape[1:])
 
     @property
     def pixels(self) -> torch.Tensor:
-        """All images, uint8, (N, C, H, W). It is a copy if `stored` holds other images too."""
+        """All images, uint8, (N, C, H, W), or clips, (N, C, T, H, W): a copy if `stored` holds
+        other images too."""
         if self.file is not None:
             return self.images(torch.arange(len(self)))
         return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
@@ -211,14 +212,13 @@ class ContextImages:
         return training, validation
 
     def by_context(self) -> dict[str, np.ndarray]:
-        """Return the uint8 images (n, H, W, C) of each context."""
+        """Return the uint8 images (n, H, W, C), or clips (n, T, H, W, C), of each context."""
         rows = {
             name: torch.nonzero(self.context_ids == number)[:, 0]
             for number, name in enumerate(self.contexts)
         }
         return {
-            name: self.images(index).permute(0, 2, 3, 1).cpu().numpy()
-            for name, index in rows.items()
+            name: self.images(index).movedim(1, -1).cpu().numpy() for name, index in rows.items()
         }
 
     @classmethod
@@ -276,11 +276,13 @@ class ContextImages:
         channels: int = 3,
         complete: bool = True,
         cache_dir: str | os.PathLike | None = None,
+        frames: int | None = None,
     ) -> "ContextImages":
         """Decode and check a data set with the columns `image` and `context`.
 
         Args:
-            dataset: `image` holds images (PIL, a path, or an `Image` feature). `context` holds
+            dataset: `image` holds images (PIL, a path, or an `Image` feature), or clips: files with
+                several frames, or lists of images. `context` holds
                 names (`"obs"`, `"quad1"`, `"quad1+size"`), lists of concept names, or class labels.
                 A column `prompt` is optional and holds the text of each image.
             concepts: the concepts. Images whose context names other concepts are left out. `None`
@@ -292,6 +294,8 @@ class ContextImages:
             cache_dir: folder for the decoded images. They are decoded once, and the file is read by
                 memory map, so that the set may be larger than memory. `None`: they are decoded into
                 memory.
+            frames: frames of each clip, which are taken evenly spaced from the first to the last;
+                `None`: they are images.
 
         Raises:
             OSError: the cache cannot be written.
@@ -300,15 +304,17 @@ class ContextImages:
         """
         if resolution is not None and whole_numbers(resolution=resolution)["resolution"] < 1:
             raise ValueError(f"resolution must be at least 1 pixel, not {resolution}.")
+        if frames is not None and whole_numbers(frames=frames)["frames"] < 1:
+            raise ValueError(f"frames must be at least 1, not {frames}.")
         dataset, names, concepts = read_contexts(dataset, concepts)
-        dataset = undecoded(dataset)
+        dataset = undecoded(dataset, frames is not None)
         files = ", ".join(file["filename"] for file in dataset.cache_files)
-        decoded = decode(dataset["image"], names, resolution, channels, files)
+        decoded = decode(dataset["image"], names, resolution, channels, files, frames)
         file = None
         if cache_dir is None:
             pixels, marks = in_memory(decoded, len(names))
         else:
-            pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir)
+            pixels, marks, file = on_disk(decoded, dataset, resolution, channels, cache_dir, frames)
         contexts = in_order(names, concepts)
         ids = torch.tensor([contexts.index(name) for name in names])
         prompts, prompt_ids = read_prompts(dataset)

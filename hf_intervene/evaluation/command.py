@@ -167,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bars_on_terminals_only()
     check_writable(arguments.output)
     model = load_model(arguments.model).to(process.device)
+    if len(model.base.image_shape) != 3:
+        raise ValueError(
+            "the model makes clips, and images are measured: look at samples, or train a head on"
+            " single frames."
+        )
     channels, height, _ = model.base.image_shape
     reading, other_split = reading_of(arguments)
     split = None if arguments.all or other_split else training_split(arguments.model)

@@ -33,6 +33,8 @@ def load_data(
             a.data.resolution or 0, a.data.channels, a.data.variant, a.data.mnist_digits
         )
         check_reading(a.data.dataset, a.data.reading)
+        if a.data.frames is not None:
+            raise ValueError(f"{a.data.dataset} has images and no clips: leave frames out.")
         if a.data.concepts is not None and a.data.concepts != list(simulated.concepts):
             raise ValueError(
                 f"{a.data.dataset} has the concepts {', '.join(simulated.concepts)}, all of them:"
@@ -60,13 +62,14 @@ def load_data(
             if accelerator is not None and several and a.data.image_cache:
                 turns.enter_context(accelerator.main_process_first())
                 turns.enter_context(accelerator.local_main_process_first())
-            data = load_contexts(a.data.dataset, **a.data.reading)
+            data = load_contexts(a.data.dataset, **a.data.reading, frames=a.data.frames)
             data = ContextImages.from_dataset(
                 data,
                 a.data.concepts,
                 a.data.resolution,
                 a.data.channels,
                 cache_dir=a.data.image_cache,
+                frames=a.data.frames,
             )
         train, validation = data.split(
             a.data.validation_fraction, a.data.data_seed, a.data.split_by
@@ -80,6 +83,8 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
     """A new head on a new or a saved base."""
     a = arguments
     if a.base.is_new:
+        if a.data.frames is not None:
+            raise ValueError("a light VAE takes images: give a pipeline that makes clips as base.")
         base = LightVAE(
             in_channels=data.image_shape[0],
             sample_size=data.image_shape[-1],
@@ -100,6 +105,7 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
             "prompt": a.base.prompt,
             "prompts": data.prompts,
             "prompt_folder": Path(a.run.output_dir, "prepared", "prompts"),
+            "num_frames": a.data.frames,
         }
         base = load_base(
             a.base.base,

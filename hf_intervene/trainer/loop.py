@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,22 @@ import torch
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
-from ..cards import SETTINGS_FILE
 from ..data.identity import save_images
 from ..logging import get_logger
 from ..model import InterventionModel
 from .checkpoints import atomic_folder, check_writable, checkpoints, keep_history
 from .distributed import end_training, new_accelerator
-from .parsing import shared_settings
-from .prior import ORDERED, fit_prior, order_concepts
+from .finishing import save_trained
+from .prior import ORDERED, order_concepts
 from .resuming import as_resumed, trained_on
 from .run_folder import PATIENCE, check_own, model_files, sole_run
 from .schedules import beta_of, learning_rate_factor
 from .settings import TrainArguments
 from .state import TrainState, new_state, restore, save
-from .stopping import Stop, stops_at_once
+from .stopping import Interrupted, stops_at_once
 from .validation import (
     TERMS,
     bad_images,
-    draw_curves,
     loss_unit,
     loss_units,
     quiet_writers,
@@ -130,46 +129,65 @@ def begin(state: TrainState) -> None:
 
 
 def run_steps(state: TrainState) -> TrainResult:
-    """The steps of a run, and what is done between them."""
-    order_at, stopping, path = steps_to_order_at(state), False, None
+    """The steps of a run, and what is done between and after them."""
+    order_at = steps_to_order_at(state)
     bar = tqdm(
         total=state.total,
         initial=state.step,
         disable=None if state.accelerator.is_main_process else True,
         desc="training",
     )
-    with Stop() as stop, bar:
-        while state.step < state.total and state.waited < state.arguments.run.patience:
-            if state.frozen is None or state.frozen and state.step >= state.frozen_steps:
-                wrap(state)
-            if state.step in order_at:
-                order_concepts(state.model, state.data, state.prepared)
-            train_step(state)
-            bar.update()
-            every = (state.arguments.run.log_every, state.eval_every, state.checkpoint_every)
-            if any(map(state.due, every)):
-                log_progress(state, bar)
-            stopping = stop.agreed(state.accelerator) and not state.finished
-            if stopping and state.step % state.eval_every == 0:
-                # what is validated now may take longer than whoever ends the run will wait
-                save(state, may_fail=False)
-            if state.due(state.eval_every):
-                validate(state)
-            if state.due(state.sample_every):
-                draw_samples(state)
-            if state.due(state.checkpoint_every):
-                save(state)
-            if stopping:
-                path = save(state, may_fail=False)
-                break
-    state.feed.close()
-    if stopping:
-        state.accelerator.print(
-            f"stopped at step {state.step}; go on with the same command and --resume auto ({path})."
-        )
-        unit = loss_unit(state.model)
-        return TrainResult(None, state.step, state.best, unit, interrupted=True)
-    return finish(state)
+    with state.stop:
+        try:
+            with bar:
+                do_owed(state)
+                while state.step < state.total and state.waited < state.arguments.run.patience:
+                    one_step(state, order_at, bar)
+                    do_owed(state)
+            return finish(state)
+        except Interrupted:
+            path = save(state, may_fail=False)
+        finally:
+            state.feed.close()
+    state.accelerator.print(
+        f"stopped at step {state.step}; go on with the same command and --resume auto ({path})."
+    )
+    unit = loss_unit(state.model)
+    return TrainResult(None, state.step, state.best, unit, interrupted=True)
+
+
+def one_step(state: TrainState, order_at: set[int], bar: tqdm) -> None:
+    """A step, and what comes before it.
+
+    Raises:
+        Interrupted: the run is asked to stop.
+    """
+    if state.frozen is None or state.frozen and state.step >= state.frozen_steps:
+        wrap(state)
+    if state.step in order_at:
+        check = partial(state.stop.check, state.accelerator, "codes")
+        order_concepts(state.model, state.data, state.prepared, check)
+    train_step(state)
+    bar.update()
+    every = (state.arguments.run.log_every, state.eval_every, state.checkpoint_every)
+    if any(map(state.due, every)):
+        log_progress(state, bar)
+    due = ("validate", state.eval_every), ("draw samples", state.sample_every)
+    due += (("checkpoint", state.checkpoint_every),)
+    state.owed = [name for name, every in due if state.due(every)]
+    state.stop.check(state.accelerator)
+
+
+def do_owed(state: TrainState) -> None:
+    """What is due after the step at hand, or was when the run was stopped after it.
+
+    Raises:
+        Interrupted: the run is asked to stop; what is not done is still owed.
+    """
+    acts = {"validate": validate, "draw samples": draw_samples, "checkpoint": save}
+    while state.owed:
+        acts[state.owed[0]](state)
+        del state.owed[0]
 
 
 def steps_to_order_at(state: TrainState) -> set[int]:
@@ -328,15 +346,18 @@ def validate(state: TrainState) -> None:
     """Measure the validation loss, and save the model in `best` where it is the lowest so far."""
     accelerator = state.accelerator
     with state.averaged():
-        score = validation_loss(
-            state.model,
-            state.validation,
-            state.prepared_validation,
-            state.arguments.optimization.seed + 1,
-            accelerator,
-            state.feed.micro_batch,
-        )
-        state.weights.release()
+        try:
+            score = validation_loss(
+                state.model,
+                state.validation,
+                state.prepared_validation,
+                state.arguments.optimization.seed + 1,
+                accelerator,
+                state.feed.micro_batch,
+                partial(state.stop.check, accelerator, "validation"),
+            )
+        finally:
+            state.weights.release()
         saved = improved = score < state.best
         whole = state.weights.whole() if improved else None
         if whole is not None and accelerator.is_main_process:
@@ -363,36 +384,22 @@ def save_best(state: TrainState, model: InterventionModel) -> None:
 def draw_samples(state: TrainState) -> None:
     with state.averaged():
         whole = state.weights.whole()
-        if whole is not None and state.accelerator.is_main_process:
-            sample_grid(
-                whole, state.data, state.arguments, state.out, state.step, state.accelerator
-            )
+        rest = (state.data, state.arguments, state.out, state.step, state.accelerator)
+        state.stop.by_main_process(
+            state.accelerator, lambda check: sample_grid(whole, *rest, check)
+        )
 
 
 def finish(state: TrainState) -> TrainResult:
-    """Fit the prior of the best model, and save it."""
-    accelerator, out, a = state.accelerator, state.out, state.arguments
-    model_dir, last = out / "model", state.weights.whole()
-    if last is not None and accelerator.is_main_process:
-        draw_curves(out)
-        best = out / "best"
-        trained = InterventionModel.from_pretrained(best) if best.exists() else last
-        steps = a.optimization.prior_steps
-        steps = round(4 / 3 * state.total) if steps is None else steps
-        fitted = bool(steps) and trained.head is not None and trained.head.is_flow
-        if fitted:
-            trained.to(accelerator.device)
-            fit_prior(trained, state.data, state.prepared, steps, a.optimization.seed)
-            sample_grid(trained, state.data, a, out, state.step, accelerator)
-        with atomic_folder(model_dir, model_files(model_dir)) as folder:
-            if fitted:
-                # batch norm's statistics are of samples of the prior
-                save_model(trained, folder, state.data)
-            else:
-                trained.save_pretrained(folder)
-            (folder / SETTINGS_FILE).write_text(shared_settings(a))
-            save_images(folder, trained_on(state.marks))
-    accelerator.wait_for_everyone()
+    """Fit the prior of the best model, and save it.
+
+    Raises:
+        Interrupted: the run is asked to stop; how far the fit has come is kept.
+    """
+    model_dir, last = state.out / "model", state.weights.whole()
+    state.stop.by_main_process(
+        state.accelerator, lambda check: save_trained(state, last, model_dir, check)
+    )
     return TrainResult(model_dir, state.step, state.best, loss_unit(state.model))
 
 

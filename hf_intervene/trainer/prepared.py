@@ -6,6 +6,8 @@ They are the same at every step, so they are computed once, in float32, and read
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,13 @@ from ..bases import DiffusionBase
 from ..bases.base import weight_hash
 from ..data import ContextImages
 from ..data.mapped import open_array
-from .checkpoints import atomic_folder
+from .checkpoints import atomic_folder, remove_whole, write_whole
+from .run_folder import remove
+from .stopping import by_main_process
+
+
+KEY = "key.json"  # what the files of a folder were made of
+KEPT_EVERY = 10.0  # seconds between two notes of how many images are prepared
 
 
 class PreparedImages:
@@ -29,7 +37,7 @@ class PreparedImages:
         base: the base; on its device the images are prepared.
         images: the images.
         accelerator: the main process writes, the others wait.
-        batch_size: images at once.
+        batch_size: images at once. What is done when a run is stopped is kept, and gone on from.
 
     Raises:
         OSError, ValueError: one sentence: the folder cannot be written, or what is made of an image
@@ -50,36 +58,64 @@ class PreparedImages:
             digest.update(images.images(rows).numpy().tobytes())
         key = {"images": digest.hexdigest()}
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
-        if accelerator.is_main_process and _read_key(folder) != key:
-            with atomic_folder(folder) as temporary:
-                self._write(temporary, base, images, batch_size)
-                (temporary / "key.json").write_text(json.dumps(key))
-        accelerator.wait_for_everyone()
+
+        def write(check: Callable[[], None]) -> None:
+            if _read_key(folder) != key:
+                partial = folder.with_name(f"{folder.name}.partial")
+                self._write(partial, key, base, images, batch_size, check)
+                with atomic_folder(folder) as temporary:
+                    for file in partial.iterdir():
+                        file.rename(temporary / file.name)
+                    (temporary / KEY).write_text(json.dumps(key))
+                remove_whole(partial)
+
+        by_main_process(accelerator, write)
         remedy = "do not change the folder of a run; go on with --resume auto"
         self._arrays = {file.stem: open_array(file, remedy) for file in folder.glob("*.npy")}
         self._prompt_ids = images.prompt_ids if getattr(base, "prompts", None) is not None else None
 
     @staticmethod
-    def _write(folder: Path, base: DiffusionBase, images: ContextImages, batch_size: int) -> None:
-        arrays: dict[str, np.memmap] = {}
-        batches = torch.arange(len(images)).split(batch_size)
-        for rows in tqdm(batches, "preparing images", disable=None, delay=2):
-            x = images.images(rows).to(base.model.device).float() / 255
-            for name, value in base.prepare(x).items():
-                for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():
-                    context = images.contexts[images.context_ids[row]]
-                    raise ValueError(
-                        f"the {name} of image {row} ({context!r}) are not finite: look at it, or"
-                        " use another base."
-                    )
-                if name not in arrays:
-                    shape = (len(images), *value.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(
-                        folder / f"{name}.npy", "w+", np.float32, shape
-                    )
-                arrays[name][rows.numpy()] = value.cpu().numpy()
-        for array in arrays.values():
-            array.flush()
+    def _write(
+        folder: Path,
+        key: dict,
+        base: DiffusionBase,
+        images: ContextImages,
+        batch_size: int,
+        check: Callable[[], None],
+    ) -> None:
+        """Prepare the images in a folder, from where an earlier run with this key was stopped."""
+        (done, arrays), since = _begun(folder, key, len(images)), time.monotonic()
+
+        def keep() -> None:
+            for array in arrays.values():
+                array.flush()
+            state = {"key": key, "rows": done, "files": sorted(arrays)}
+            write_whole(folder / KEY, json.dumps(state))
+
+        batches = torch.arange(done, len(images)).split(batch_size)
+        try:
+            for rows in tqdm(batches, "preparing images", disable=None, delay=2):
+                x = images.images(rows).to(base.model.device).float() / 255
+                for name, value in base.prepare(x).items():
+                    for row in rows[~torch.isfinite(value).flatten(1).all(1).cpu()].tolist():
+                        context = images.contexts[images.context_ids[row]]
+                        raise ValueError(
+                            f"the {name} of image {row} ({context!r}) are not finite: look at it,"
+                            " or use another base."
+                        )
+                    if name not in arrays:
+                        shape = (len(images), *value.shape[1:])
+                        arrays[name] = np.lib.format.open_memmap(
+                            folder / f"{name}.npy", "w+", np.float32, shape
+                        )
+                    arrays[name][rows.numpy()] = value.cpu().numpy()
+                done = int(rows[-1]) + 1
+                if time.monotonic() - since > KEPT_EVERY:
+                    keep()
+                    since = time.monotonic()
+                check()
+        finally:
+            keep()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs,
@@ -97,6 +133,25 @@ class PreparedImages:
 
 def _read_key(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / "key.json").read_text())
+        return json.loads((folder / KEY).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _begun(folder: Path, key: dict, count: int) -> tuple[int, dict[str, np.memmap]]:
+    """How many images were prepared in a folder, and what was made of them; the folder is emptied
+    where that cannot be used."""
+    found = _read_key(folder)
+    try:
+        if isinstance(found, dict) and found["key"] == key and 0 < found["rows"] <= count:
+            arrays = {
+                name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
+                for name in found["files"]
+            }
+            if arrays and all(len(array) == count for array in arrays.values()):
+                return found["rows"], arrays
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # it is damaged
+    remove(folder)
+    folder.mkdir(parents=True)
+    return 0, {}

@@ -14,18 +14,30 @@ over the flows and W alone. While encoder and decoder learn, codes move, and p(c
 them; and with the images encoded once a step needs neither of them. Nothing that a reconstruction
 or its code depends on is changed."""  # noqa: E501
 
-from typing import Any
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
+from ..bases.base import weight_hash
 from ..data import ContextImages
+from ..logging import get_logger
 from ..metrics.transport import sliced_w2
 from ..model import InterventionModel
+from .checkpoints import (
+    flatten_optimizer,
+    newest_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
 from .prepared import PreparedImages
 from .validation import model_inputs
 
 
+logger = get_logger(__name__)
 BATCH = 512  # codes
 LEARNING_RATE = 3e-3
 MOST = 65_536  # images that are encoded
@@ -40,6 +52,8 @@ def fit_prior(
     prepared: PreparedImages | None,
     steps: int,
     seed: int,
+    check: Callable[[], None] = lambda: None,
+    kept: Path | None = None,
 ) -> float:
     """Fit the prior of a model whose head has flows, in place.
 
@@ -49,43 +63,114 @@ def fit_prior(
         prepared: what a denoiser's frozen parts made of them, if there is one.
         steps: of Adam, with one cycle of its learning rate.
         seed: of the draws.
+        check: called after each batch that is encoded and each step. An exception that it raises
+            goes on, after the state of the fit was written to `kept`.
+        kept: folder of that state. A fit of the same model goes on from there.
 
     Returns:
         The mean of log p(c | s) over the last tenth of the steps, in nats.
     """
+    key = {"model": weight_hash(model), "steps": steps, "seed": seed}
     if model.config.concept_edges:
-        order_concepts(model, data, prepared)
-    head: Any = model.head
-    generator = torch.Generator().manual_seed(seed)
-    mean, std, targets = _codes(model, data, prepared, MOST, generator)
-    parameters = [*head.flow.parameters(), *head.intervention.parameters()]
-    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    found = torch.zeros((), device=model.device)
-    for step in tqdm(range(steps), disable=None, desc="prior"):
-        rows = torch.randint(len(mean), (BATCH,), generator=generator)
-        noise = torch.randn(BATCH, *mean.shape[1:], generator=generator)
-        c = (mean[rows] + std[rows] * noise).to(model.device)
-        density = head.log_density(c, targets[rows].to(model.device)).mean()
-        if step >= steps - max(1, steps // 10):
-            found += density.detach() / max(1, steps // 10)
-        optimizer.zero_grad()
+        order_concepts(model, data, prepared, check)
+    fit, head = _Fit(model, steps, seed), cast(Any, model.head)
+    mean, std, targets = _codes(model, data, prepared, MOST, fit.generator, check)
+    if kept is not None:
+        fit.load(kept, key)
+    try:
+        for _ in tqdm(range(fit.step, steps), disable=None, desc="prior"):
+            rows = torch.randint(len(mean), (BATCH,), generator=fit.generator)
+            noise = torch.randn(BATCH, *mean.shape[1:], generator=fit.generator)
+            c = (mean[rows] + std[rows] * noise).to(model.device)
+            fit.take(head.log_density(c, targets[rows].to(model.device)).mean())
+            check()
+    finally:
+        if kept is not None:
+            fit.save(kept, key)
+    return fit.found.item()
+
+
+class _Fit:
+    """How far the fit of a prior has come.
+
+    Args:
+        model: see `fit_prior`, as are the others.
+        steps: of the whole fit.
+        seed: of the draws.
+    """
+
+    def __init__(self, model: InterventionModel, steps: int, seed: int):
+        head: Any = model.head
+        self.parameters = [*head.flow.parameters(), *head.intervention.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, LEARNING_RATE, total_steps=steps
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step, self.steps = 0, steps
+        self.found = torch.zeros((), device=model.device)
+
+    def take(self, density: torch.Tensor) -> None:
+        """One step, of the mean log density of a batch."""
+        last = max(1, self.steps // 10)
+        if self.step >= self.steps - last:
+            self.found += density.detach() / last
+        self.optimizer.zero_grad()
         (-density).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, LARGEST)
-        optimizer.step()
-        schedule.step()
-    return found.item()
+        torch.nn.utils.clip_grad_norm_(self.parameters, LARGEST)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+
+    def save(self, folder: Path, key: dict) -> None:
+        tensors = {
+            "model": {str(n): p for n, p in enumerate(self.parameters)},
+            "optimizer": flatten_optimizer(self.optimizer.state, self.parameters),
+        }
+        draws = bytes(self.generator.get_state().tolist()).hex()
+        state = {"key": key, "found": self.found.item(), "generator": draws}
+        try:
+            save_checkpoint(folder, self.step, tensors, state, keep=1)
+        except OSError as error:
+            logger.warning("%s The fit of the prior begins anew when it is stopped.", error)
+
+    def load(self, folder: Path, key: dict) -> None:
+        """Go on from what is in the folder, if it is of this key."""
+        found = newest_checkpoint(folder)
+        if found is None or found[2].get("key") != key:
+            return
+        _, tensors, state = found
+        self.step = state["step"]
+        self.found += state["found"]
+        draws = list(bytes.fromhex(state["generator"]))
+        self.generator.set_state(torch.tensor(draws, dtype=torch.uint8))
+        with torch.no_grad():
+            for n, p in enumerate(self.parameters):
+                p.copy_(tensors["model"][str(n)])
+        device = self.found.device
+
+        def placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+            return value.to(device) if value.ndim else value  # Adam counts steps on the CPU
+
+        restore_optimizer(self.optimizer, self.parameters, tensors["optimizer"], placed)
+        with warnings.catch_warnings():  # that no step of the optimiser came before
+            warnings.simplefilter("ignore")
+            for _ in range(self.step):
+                self.schedule.step()
 
 
 @torch.no_grad()
 def order_concepts(
-    model: InterventionModel, data: ContextImages, prepared: PreparedImages | None
+    model: InterventionModel,
+    data: ContextImages,
+    prepared: PreparedImages | None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Put the concepts in the order that their codes suggest, for `OrderedInterventionLayer`;
-    processes all find the same.
+    processes all find the same, and call `check` after each batch that is encoded.
     """
     generator = torch.Generator().manual_seed(0)
-    mean, _, targets = _codes(model, data, prepared, SOME * len(data.contexts), generator)
+    mean, _, targets = _codes(model, data, prepared, SOME * len(data.contexts), generator, check)
     d = len(model.concepts)
     single = {
         int(t.argmax()): mean[(targets == t).all(1), :d]
@@ -134,6 +219,7 @@ def _codes(
     prepared: PreparedImages | None,
     most: int,
     generator: torch.Generator,
+    check: Callable[[], None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of q(c | x), each (N, D, w), and targets (N, D), on the CPU,
     contexts in equal parts.
@@ -160,6 +246,7 @@ def _codes(
         )
         mean, logvar = head.posterior(features, targets.to(model.device))
         found.append((mean.cpu(), (0.5 * logvar).exp().cpu(), targets))
+        check()
     return (
         torch.cat([f[0] for f in found]),
         torch.cat([f[1] for f in found]),

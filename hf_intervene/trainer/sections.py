@@ -119,6 +119,11 @@ class DataSettings:
     )
     resolution: int | None = setting(64, "Side of the images in pixels.", between(1, 2**14))
     channels: int = setting(3, "3 (RGB) or 1 (grey).")
+    frames: int | None = setting(
+        None,
+        "Own data: frames of a clip, for a pipeline that makes clips; default: images.",
+        between(1, 2**12),
+    )
     concepts: list[str] | None = setting(None, "Own data: the concepts; default: all.")
     image_cache: str | None = setting(
         None,

@@ -35,6 +35,7 @@ from .prepared import PreparedImages
 from .resuming import check_same, image_marks, leave_line, resumed
 from .run_folder import Lock
 from .settings import TrainArguments
+from .stopping import Stop
 from .validation import TERMS
 
 
@@ -42,6 +43,8 @@ logger = get_logger(__name__)
 FROZEN_SHARE = 0.2  # fine-tune: the base is frozen for this share of the steps
 # of an image in a batch, in the mean: more is a slip of the keyboard, and takes minutes a step
 MOST_REPEATS = 100
+# What is done after some steps and was not, where a checkpoint was written in the middle of it.
+OWED = ("validate", "draw samples")
 
 
 @dataclass
@@ -76,6 +79,8 @@ class TrainState:
         recent: of these steps the number, the images of the global batch and the losses of this
             process's share.
         bad_step: the first step whose loss was not finite, on the device; inf: none.
+        owed: what is still to be done before the next step, in order: `OWED`, or a checkpoint.
+        stop: whether the run is asked to stop.
     """
 
     arguments: TrainArguments
@@ -110,6 +115,8 @@ class TrainState:
     unlogged: int = 0
     recent: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))
+    owed: list[str] = field(default_factory=list)
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def finished(self) -> bool:
@@ -279,6 +286,7 @@ def save(state: TrainState, may_fail: bool = True) -> Path | None:
     found = {
         "best": None if math.isinf(state.best) else state.best,
         "waited": state.waited,
+        "owed": [name for name in state.owed if name in OWED],
         **state.feed.state_dict(),
         "processes": accelerator.num_processes,
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -328,6 +336,7 @@ def _take(state: TrainState, tensors: dict[str, dict[str, torch.Tensor]], saved:
     weights, scaler = state.weights, state.accelerator.scaler
     state.step = saved["step"]
     state.best, state.waited = float(saved["best"] or math.inf), int(saved["waited"])
+    state.owed = [name for name in OWED if name in saved.get("owed", ())]
     weights.load(tensors["model"] | _companion_state(state.model))
     state.objective.terms.load_state_dict(tensors.get("terms", {}))
     restore_optimizer(state.optimizer, state.learnt, tensors["optimizer"], weights.placed)

@@ -2,16 +2,16 @@
 launcher that started it has ended.
 
 `kill -TERM` on `accelerate launch` ends the launcher and not what it launched; schedulers of
-clusters do that when a job's time is up. While data are prepared there is nothing to save and the
-run ends at once (`stops_at_once`); while it trains it ends after the step at hand, with a
-checkpoint (`Stop`)."""
+clusters do that when a job's time is up. While data are prepared the run ends at once, and what is
+prepared so far is kept (`stops_at_once`). Afterwards it ends after the step or batch at hand, with
+a checkpoint (`Stop`), be it in training, validation, a grid of samples or the fit of the prior."""
 
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,13 +74,60 @@ def stops_at_once() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+class Interrupted(Exception):
+    """All processes have agreed to stop. What was being done between two steps is begun anew later,
+    unless it says otherwise."""
+
+
+def by_main_process(
+    accelerator: Accelerator,
+    work: Callable[[Callable[[], None]], None],
+    asked: Callable[[], bool] = lambda: False,
+) -> None:
+    """Do a work of the main process alone. The others wait, and all of them hear signals meanwhile:
+    a barrier would hear none before its end.
+
+    Args:
+        accelerator: its processes call this together.
+        work: called in the main process with a function, which it calls after every piece.
+        asked: whether this process is to stop.
+
+    Raises:
+        Interrupted: one of the processes is to stop, and the work was not done.
+    """
+    several, since = accelerator.num_processes > 1, time.monotonic()
+
+    def goes_on(more: bool) -> bool:
+        """Tell the others; whether the work goes on."""
+        told = [float(asked()), float(more)]
+        told = reduce(torch.tensor(told, device=accelerator.device), "sum").tolist()
+        if told[0] and told[1]:
+            raise Interrupted
+        return told[1] > 0
+
+    def check() -> None:
+        nonlocal since
+        if not several and asked():
+            raise Interrupted
+        if several and (asked() or time.monotonic() - since >= AGREE_EVERY):
+            goes_on(True)
+            since = time.monotonic()
+
+    if accelerator.is_main_process:
+        work(check)
+    if several:
+        while goes_on(False):
+            pass
+
+
 class Stop:
-    """Inside, Ctrl-C and SIGTERM are heard and not obeyed: the run ends after the step at hand,
-    with a checkpoint.
+    """Inside, Ctrl-C and SIGTERM are heard and not obeyed: the run ends after the step or batch at
+    hand, with a checkpoint.
     """
 
     def __init__(self) -> None:
         self._told = False
+        self._kind = ""
         self._since = time.monotonic()  # the last agreement
         self._steps = self._wait = (
             1  # from there to the next one, and what of them is still to come
@@ -112,10 +159,31 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any of the processes is to stop; called once after each step, by all of them."""
+    def check(self, accelerator: Accelerator, kind: str = "step") -> None:
+        """Called after each step, or after each batch of another work, by all processes.
+
+        Args:
+            accelerator: the processes.
+            kind: of the work: how long a step takes says nothing of another work's batches.
+
+        Raises:
+            Interrupted: one of them is to stop.
+        """
+        if self.agreed(accelerator, kind):
+            raise Interrupted
+
+    def by_main_process(
+        self, accelerator: Accelerator, work: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """`by_main_process` with this process's own signals."""
+        by_main_process(accelerator, work, lambda: self.asked)
+
+    def agreed(self, accelerator: Accelerator, kind: str = "step") -> bool:
+        """Whether any of the processes is to stop; see `check`."""
         if accelerator.num_processes == 1:
             return self.asked
+        if kind != self._kind:
+            self._kind, self._steps, self._wait = kind, 1, 1
         self._wait -= 1
         if self._wait > 0:
             return False

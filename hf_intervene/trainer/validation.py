@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
@@ -80,9 +80,10 @@ def validation_loss(
     seed: int,
     accelerator: Accelerator,
     batch_size: int = 256,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """Loss (see `loss_units`) of validation images, with noise fixed by the seed; all processes
-    together, each so many images at once.
+    together, each so many images at once, and after each batch they call `check`.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     model.eval()
@@ -101,6 +102,7 @@ def validation_loss(
                 output = model(targets=targets[data.context_ids[rows[picks]].to(device)], **inputs)
             sums[0] += sum(output[term] for term in TERMS)[:own].double().sum()
             sums[1] += own
+            check()
     sums = reduce(sums, "sum")
     return loss_units(model, sums[0] / sums[1]).item()
 
@@ -130,7 +132,8 @@ def bad_images(
     names = [f"{row} ({data.contexts[data.context_ids[row]]!r})" for row in shown.tolist()]
     names += [f"{len(bad) - len(shown)} more"] * (len(bad) > len(shown))
     if accelerator.is_main_process:
-        images = numpy_to_pil(data.images(shown).cpu().permute(0, 2, 3, 1).numpy() / 255)
+        images = _stills(data.images(shown).cpu().movedim(1, -1).numpy())
+        images = numpy_to_pil(np.stack(images) / 255)
         with suppress(OSError):
             make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(
                 picture
@@ -156,9 +159,10 @@ def sample_grid(
     out: Path,
     step: int,
     accelerator: Accelerator,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """A row of samples for each context, its name before it, and for pairs that were never seen;
-    always of the same noise.
+    always of the same noise. `check` is called after each row.
     """
     model.eval()
     pairs = ["+".join(pair) for pair in combinations(model.concepts, 2)]
@@ -171,13 +175,15 @@ def sample_grid(
 
     def samples(context: str) -> Any:
         generator = torch.Generator().manual_seed(a.optimization.seed)
-        return model.sample(
+        found = model.sample(
             context, noise=noise, generator=generator, output_type="pil", num_inference_steps=20
         )
+        check()
+        return found
 
     try:
         with accelerator.autocast():
-            images = [image for name in contexts for image in samples(name)]
+            images = [image for name in contexts for image in _stills(samples(name))]
     except ValueError as error:
         logger.warning("no samples of step %d are drawn: %s", step, error)
         return
@@ -196,6 +202,12 @@ def sample_grid(
                 tracker.log_images(
                     {"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC"
                 )
+
+
+def _stills(images: Sequence[Any]) -> list[Any]:
+    """Images as they are; of clips, whose frames come first, the middle frames."""
+    clips = isinstance(images[0], list) or getattr(images[0], "ndim", 3) == 4
+    return [image[len(image) // 2] if clips else image for image in images]
 
 
 def _with_names(grid: Image.Image, names: Sequence[str]) -> Image.Image:
