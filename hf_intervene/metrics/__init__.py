@@ -1,12 +1,12 @@
 """Measures of images, codes and effects: functions of arrays."""
 
+from .block_scores import block_correlations, block_mcc, block_predictions, measure_blocks
 from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
 from .counterfactual import CounterfactualError, counterfactual_error
 from .detector import Detector, DetectorError, Share, train_context_detector, train_detector
 from .disentanglement import (
     DCI,
     Score,
-    block_mcc,
     dci,
     mcc,
     measure,
@@ -59,7 +59,9 @@ __all__ = [
     "agreement",
     "bits_per_pixel",
     "block_effects",
+    "block_correlations",
     "block_mcc",
+    "block_predictions",
     "check",
     "compare",
     "compare_effects",
@@ -77,6 +79,7 @@ __all__ = [
     "mcc",
     "mean_interval",
     "measure",
+    "measure_blocks",
     "mig",
     "presence_shares",
     "read_error",
