@@ -87,7 +87,11 @@ def table_of(metrics: dict) -> dict:
     images = int(next(iter(metrics["contexts"].values()))["images"])
     loss = loss_in(rows[0][1])
     meaning = {
-        "bits_per_pixel": "Bits per pixel: the negative ELBO.",
+        "bits_per_pixel": (
+            "Bits per pixel: the negative ELBO of images of bytes, a code length."
+            if metrics.get("code_length")
+            else "Bits per pixel: the negative ELBO."
+        ),
         "denoising_loss": "Denoising loss: squared error and KL, per entry of what is denoised.",
     }
     return {

@@ -270,6 +270,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         residual_weight: float | torch.Tensor = 1.0,
         prepared: dict[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
+        code_length: bool = False,
         **draws: torch.Tensor,
     ) -> InterventionModelOutput | tuple:
         """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD
@@ -288,6 +289,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             prepared: what the base's `prepare` made of the images; of a recorded pipeline
                 (`PipelineBase`) also `prompts`, the number of each image's prompt, (B,) int64, if
                 they have their own.
+            code_length: whether images are bytes and have probabilities, as bits per pixel want
+                them, without a gradient (see `Base.code_length`).
             **draws: all random numbers of the base's `loss`, by name (see `Base.training_draws`);
                 without them they are drawn.
         """
@@ -308,7 +311,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         else:
             embedding = self.head.embed_draw(y, s)  # (B, *embedding_shape)
             kl = self.head.kl(mean, logvar, s, y)  # (B,)
-        terms = self.base.loss(embedding, encoded, draws)  # each (B,)
+        of_base = self.base.code_length if code_length else self.base.loss
+        terms = of_base(embedding, encoded, draws)  # each (B,)
         loss = beta * kl
         for name, term in terms.items():
             loss = loss + (residual_weight * term if name == "residual_kl" else term)

@@ -291,6 +291,20 @@ def distance_table(metrics: Mapping) -> list[str]:
         if shifts:
             lines += ["", f"Of it, the mean images alone make {', '.join(shifts)}; squares add up."]
         lines.append("")
+    bernoulli = [
+        f"{mean['bernoulli_bits_per_pixel']:.3f} bits per pixel, of them"
+        f" {mean['bits_above_entropy']:.3f} above the entropy of the images ({kind})"
+        for kind, mean in metrics["means"].items()
+        if "bernoulli_bits_per_pixel" in mean
+    ]
+    if bernoulli:
+        lines += [
+            (
+                "By the paper's Bernoulli likelihood, which is not normalised and no code length:"
+                f" {'; '.join(bernoulli)}."
+            ),
+            "",
+        ]
     returned = [
         f"{mean['reconstruction']['distance']:.3f} ({kind})"
         for kind, mean in metrics["means"].items()

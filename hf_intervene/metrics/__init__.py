@@ -20,7 +20,7 @@ from .factors import Factors, intervention_effects, read_error, read_factors
 from .identifiability import CheckResult, Finding, check
 from .leakage import LeakageResult, context_leakage
 from .presence import CompositionRatio, Presence, composition_ratio, presence_shares, verdict
-from .reconstruction import bits_per_pixel, mean_interval
+from .reconstruction import bits_per_pixel, entropy_bits, mean_interval
 from .results import Result
 from .routes import Routes, compare_routes
 from .transport import TransportResult, compare, sliced_wasserstein
@@ -71,6 +71,7 @@ __all__ = [
     "counterfactual_error",
     "dci",
     "effect_matrix",
+    "entropy_bits",
     "image_two_sample_test",
     "intervention_effects",
     "intervention_moves",
