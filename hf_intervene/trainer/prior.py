@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data import ContextImages
 from ..metrics.transport import sliced_w2
 from ..model import InterventionModel
+from ..modeling_intervention import InterventionHead
 from .prepared import PreparedImages
 from .validation import model_inputs
 
@@ -83,7 +84,22 @@ def order_concepts(
     """
     generator = torch.Generator().manual_seed(0)
     mean, _, targets = _codes(model, data, prepared, SOME * len(data.contexts), generator)
-    d = len(model.concepts)
+    order_by_codes(model.head, mean, targets, generator)
+
+
+@torch.no_grad()
+def order_by_codes(
+    head: InterventionHead, mean: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+) -> None:
+    """`order_concepts` of codes (N, D, w) under these targets (N, D).
+
+    Args:
+        head: the head, which gets the order.
+        mean: posterior means of c.
+        targets: of the contexts that they come from; `obs` and single concepts count.
+        generator: of the directions of the distances.
+    """
+    d = len(head.config.concepts)
     single = {
         int(t.argmax()): mean[(targets == t).all(1), :d]
         for t in targets.unique(dim=0)
@@ -96,7 +112,7 @@ def order_concepts(
     moved = torch.stack(
         [_moved(single[k], obs, directions) if k in single else torch.zeros(d) for k in range(d)]
     )
-    model.head.intervention.order.copy_(torch.tensor(causal_order(moved)))
+    head.intervention.order.copy_(torch.tensor(causal_order(moved)))
 
 
 def causal_order(moved: torch.Tensor) -> list[int]:
