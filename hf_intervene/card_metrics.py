@@ -41,6 +41,7 @@ def read_metrics(source: str | os.PathLike | None) -> dict | None:
         (
             table_of(metrics),
             presence_of(metrics),
+            codes_of(metrics),
             results_of(metrics),
         )
     except (
@@ -86,7 +87,11 @@ def table_of(metrics: dict) -> dict:
     images = int(next(iter(metrics["contexts"].values()))["images"])
     loss = loss_in(rows[0][1])
     meaning = {
-        "bits_per_pixel": "Bits per pixel: the negative ELBO.",
+        "bits_per_pixel": (
+            "Bits per pixel: the negative ELBO of images of bytes, a code length."
+            if metrics.get("code_length")
+            else "Bits per pixel: the negative ELBO."
+        ),
         "denoising_loss": "Denoising loss: squared error and KL, per entry of what is denoised.",
     }
     return {
@@ -139,6 +144,24 @@ def presence_of(metrics: dict) -> dict | None:
         ),
     }
     return {"verdicts": verdicts, "rows": shown, "trained": trained[kind]} if verdicts else None
+
+
+def codes_of(metrics: dict) -> list[dict]:
+    """What a card says of the codes: each shown score, an untrained model's, and its floor; empty
+    if they were not measured.
+    """
+    scores = metrics.get("codes", {}).get("c", {})
+    shown = {
+        "own_block": "a concept's true value and its prediction from its own block, correlation",
+        "other_block": "the same from the best other block",
+        "mcc": "mean correlation of blocks and true factors, matched one to one",
+    }
+    return [
+        {"name": name}
+        | {part: float(scores[measure][part]) for part in ("value", "untrained", "floor")}
+        for measure, name in shown.items()
+        if measure in scores
+    ]
 
 
 def results_of(metrics: dict) -> list[EvalResult]:

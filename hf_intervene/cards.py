@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .card_metrics import LOSSES as LOSSES  # also read from here, as by the tables of evaluation
-from .card_metrics import TASK, code, presence_of, results_of, table_of
+from .card_metrics import TASK, code, codes_of, presence_of, results_of, table_of
 from .card_metrics import loss_in as loss_in
 from .card_metrics import read_metrics as read_metrics
 from .card_metrics import shown_protocol as shown_protocol
@@ -202,6 +202,7 @@ def write_card(
             fence="`" * max(3, 1 + max(map(len, re.findall("`+", saved.settings_text)), default=0)),
             metrics=table_of(measured) if measured else None,
             presence=presence_of(measured) if measured else None,
+            codes=codes_of(measured) if measured else [],
             floors=FLOORS_FILE if measured and (saved.folder / FLOORS_FILE).exists() else None,
             limits=_limits(saved),
         )

@@ -275,6 +275,7 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
         prepared: dict[str, torch.Tensor] | None = None,
         whole: bool | None = None,
         return_dict: bool | None = None,
+        code_length: bool = False,
         **draws: torch.Tensor,
     ) -> InterventionModelOutput | tuple:
         """The negative ELBO, E_q[-log p(x | z, s)] + beta KL(q(z | x, s) || N(0, I)) (METHOD
@@ -294,6 +295,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
                 (`PipelineBase`) also `prompts`, the number of each image's prompt, (B,) int64, if
                 they have their own.
             whole: whether all targets are 0 or 1; `None`: look (see `InterventionHead.states`).
+            code_length: whether images are bytes and have probabilities, as bits per pixel want
+                them, without a gradient (see `Base.code_length`).
             **draws: all random numbers of the base's `loss`, by name (see `Base.training_draws`);
                 without them they are drawn.
         """
@@ -316,7 +319,8 @@ class InterventionModel(GenerationMixin, CardPushMixin, PreTrainedModel):  # typ
             embedding = self.head.embed_draw(y, s)  # (B, *embedding_shape)
             states = self.head.states(y, s, whole) if self.head.is_flow else None
             kl = self.head.kl(mean, logvar, s, y, states)  # (B,)
-        terms = self.base.loss(embedding, encoded, draws)  # each (B,)
+        of_base = self.base.code_length if code_length else self.base.loss
+        terms = of_base(embedding, encoded, draws)  # each (B,)
         loss = beta * kl
         for name, term in terms.items():
             loss = loss + (residual_weight * term if name == "residual_kl" else term)

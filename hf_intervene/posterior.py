@@ -79,7 +79,7 @@ class Whitening(nn.Module):
                 ' posterior="centered".'
             )
         self.register_buffer("matrix", torch.eye(width).repeat(contexts, 1, 1))
-        self.register_buffer("log_det", torch.zeros(contexts))
+        self.register_buffer("log_det", torch.zeros(contexts))  # in checkpoints, and not used
 
     def forward(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return z = T(s) y, with T(s) = sum_k weights_k T_k.
@@ -122,7 +122,10 @@ class Whitening(nn.Module):
             columns = weights.float() @ self.matrix.float().square().sum(1)  # (B, D n): |T e_i|^2
             logvar = logvar.flatten(1).float()
             terms = self(mean, weights).flatten(1).square() + columns * logvar.exp() - 1 - logvar
-            return 0.5 * terms.sum(1) - weights.float() @ self.log_det.float()
+            # Of the matrices as they are: after a save in half precision a stored sum of
+            # logarithms would be off by its rounding, which is more than that of its terms.
+            log_det = torch.linalg.slogdet(self.matrix.float())[1]
+            return 0.5 * terms.sum(1) - weights.float() @ log_det
 
 
 def _mixed_product(y: torch.Tensor, weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -267,6 +267,7 @@ def test_presence_comes_before_distances(tmp_path):
     metrics["contexts"]["obs"]["presence"] = {"generated": {"all_wanted": None}}
     metrics["means"]["concept"]["presence"] = {"generated": 0.49, "real": 0.96}
     metrics["verdicts"], metrics["detector"] = {"a": "partly (49 % of 96 %)"}, {"kind": "contexts"}
+    metrics["codes"] = {"c": {"own_block": {"value": 0.9, "untrained": 0.7, "floor": 0.01}}}
     for row in (metrics["contexts"]["a+b"], metrics["means"]["composition"]):
         row["independent"] |= {"ratio": None}
     path.write_text(json.dumps(metrics))
@@ -280,6 +281,8 @@ def test_presence_comes_before_distances(tmp_path):
         and "so concepts that those have count as errors" in text
     )
     assert "| `a+b` | 0.079 [0.075, 0.083] | 0.026 |  | 0.869 |" in text
+    own = "a concept's true value and its prediction from its own block, correlation"
+    assert f"| {own} | 0.90 | 0.70 | 0.01 |" in text
     found = {(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results}
     assert (
         "presence",

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
-from hf_intervene.metrics import block_mcc, dci, mcc, measure, mig, sap, scored, two_sample_test
+from hf_intervene.metrics import (
+    block_mcc,
+    block_predictions,
+    dci,
+    mcc,
+    measure,
+    measure_blocks,
+    mig,
+    sap,
+    scored,
+    two_sample_test,
+)
 from hf_intervene.metrics.disentanglement import MIN_SAMPLES, concentration
 
 
@@ -92,6 +103,66 @@ def test_blocks_are_read_whole():
         mcc(CODES["rotated"], FACTORS), abs=0.02
     )
     assert block_mcc(np.zeros((2000, 3, 2)), FACTORS) == 0
+
+
+def curved_blocks(samples=600):
+    """Blocks 0 and 1 hold the factors of these numbers on curves, block 2 holds noise."""
+    rng = np.random.default_rng(4)
+    factors = rng.uniform(-1.5, 1.5, size=(samples, 2))
+    curves = np.stack([np.cos(2 * factors), np.sin(2 * factors), factors**2], axis=2)
+    return np.concatenate([curves, rng.normal(size=(samples, 1, 3))], axis=1), factors
+
+
+def test_a_kernel_follows_curves():
+    blocks, factors = curved_blocks()
+    own, other = (block_mcc(blocks[:, order], factors, "kernel") for order in ([0, 1], [2]))
+    assert own > 0.97 and other < 0.1
+    assert block_mcc(blocks, factors) < 0.9
+
+
+def test_predictions_are_of_samples_that_were_held_out():
+    """Noise of as many entries as samples predicts its training samples and no others."""
+    rng = np.random.default_rng(0)
+    blocks, factors = rng.normal(size=(100, 1, 60)), rng.normal(size=(100, 1))
+    for predictor in ("linear", "kernel"):
+        predicted = block_predictions(blocks, factors, predictor)[:, 0, 0]
+        assert abs(np.corrcoef(predicted, factors[:, 0])[0, 1]) < 0.35
+
+
+def test_scores_of_blocks():
+    """Known codes: apart and clean, the same in both blocks, each block with the other's factor."""
+    blocks, factors = curved_blocks()
+    clean = measure_blocks(blocks, factors, (0, 1), resamples=10)
+    for name in ("mcc", "own_block", "disentanglement", "completeness"):
+        assert clean[name].value > 0.95, name
+    assert 0.8 < clean["informativeness"].value < 1
+    assert clean["mcc"].floor < 0.15 and clean["mig"].floor < 0.1
+    assert clean["other_block"].value < 0.15 and clean["sap"].value > 0.9
+    assert clean["mcc_linear"].value < 0.9
+    assert clean["mcc"].interval[0] < clean["mcc"].value < clean["mcc"].interval[1]
+    both = np.concatenate([blocks[:, 0], blocks[:, 1]], axis=1)
+    shared = measure_blocks(np.stack([both, both], axis=1), factors, (0, 1), resamples=2)
+    assert shared["own_block"].value == pytest.approx(shared["other_block"].value)
+    assert abs(shared["mig"].value) < 1e-9 and shared["disentanglement"].value < 0.05
+    swapped = measure_blocks(blocks[:, [1, 0, 2]], factors, (0, 1), resamples=2)
+    assert swapped["own_block"].value < 0.15 and swapped["other_block"].value > 0.97
+    assert swapped["mcc"].value == pytest.approx(clean["mcc"].value)
+
+
+def test_an_untrained_model_is_scored_beside():
+    """Its codes have the score that they have alone; an order of rows that is another is not
+    passed over."""
+    blocks, factors = curved_blocks(300)
+    other = np.concatenate([blocks[:, :1], blocks[:, 2:], blocks[:, 2:]], axis=1)
+    found = measure_blocks(blocks, factors, (0, 1), 2, untrained=other)
+    alone = measure_blocks(other, factors, (0, 1), 2)
+    assert all(score.untrained == alone[name].value for name, score in found.items())
+    assert all(score.untrained is None for score in alone.values())
+    codes = {name: CODES[name][:100] for name in ("perfect", "random")}
+    score = scored(mcc, codes["perfect"], FACTORS[:100], 2, untrained=codes["random"])
+    assert score.untrained == mcc(codes["random"], FACTORS[:100]) < score.value
+    with pytest.raises(ValueError, match=r"must have the shape \(100, 3\)"):
+        scored(mcc, codes["perfect"], FACTORS[:100], untrained=codes["random"][:50])
 
 
 @st.composite
@@ -264,6 +335,11 @@ def test_bad_options(monkeypatch):
         dci(FACTORS, FACTORS, "forest")
     with pytest.raises(ValueError, match=r"\(samples, blocks, width\), not \(2000, 3\)"):
         block_mcc(FACTORS, FACTORS)
+    with pytest.raises(ValueError, match="choose one of linear, kernel"):
+        block_mcc(FACTORS[..., None], FACTORS, "forest")
+    for own in ((0, 3), (0, 1, 2, 0)):
+        with pytest.raises(ValueError, match="a column of 3 factors for each of at most 3 blocks"):
+            measure_blocks(FACTORS[..., None], FACTORS, own)
     with pytest.raises(ValueError, match="cannot be compared"):
         two_sample_test(FACTORS, FACTORS[:, :2])
     with pytest.raises(ValueError, match="at least 20 samples in each set, not 7"):
@@ -271,6 +347,6 @@ def test_bad_options(monkeypatch):
     with pytest.raises(ValueError, match="must be finite"):
         two_sample_test(FACTORS, np.where(FACTORS > 2, np.nan, FACTORS))
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    for function in (dci, two_sample_test):
+    for function in (dci, two_sample_test, measure_blocks):
         with pytest.raises(ImportError, match="hf-intervene\\[eval\\]"):
             function(FACTORS, FACTORS)

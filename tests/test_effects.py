@@ -5,7 +5,6 @@ protocol can tell apart.
 import json
 import math
 import sys
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
-from sklearn.linear_model import LassoCV
 
 from hf_intervene import InterventionModel, LightVAE
 from hf_intervene.data import quad
+from hf_intervene.evaluation.codes import code_scores, untrained_model
 from hf_intervene.metrics import (
     agreement,
     block_effects,
@@ -353,10 +352,48 @@ def test_plot(tmp_path, shared):
 # The recipes
 
 
+def test_an_untrained_model_has_the_configuration_and_none_of_the_training():
+    """New weights everywhere that are those of no training: another model of the same
+    configuration has the same ones.
+    """
+    models = [a_model(mechanism="flow"), a_model(mechanism="flow")]
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.add_(1.0)
+    first, second = (untrained_model(model, seed=3) for model in models)
+    states = [model.state_dict() for model in (first, second, models[0])]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        if value.is_floating_point() and value.numel() > 1:
+            assert not torch.equal(value, states[2][name]), name
+    assert first.config.to_dict() == models[0].config.to_dict()
+    assert not torch.equal(
+        untrained_model(models[0], 4).head.unpool.weight, first.head.unpool.weight
+    )
+
+
+def test_codes_that_hold_their_concepts_are_told_from_untrained_ones(monkeypatch):
+    """An encoder that knows the true latents: each concept in its own block."""
+    model = a_model()
+
+    def known(self, pixel_values, targets, *_):
+        if self is not model:
+            return abduct(self, pixel_values, targets)
+        latents = quad.sample_latents("obs", len(targets), "independent", 1_000_000)
+        z = torch.zeros(len(targets), *self.noise_shape)
+        z[:, :6, 0] = torch.from_numpy(latents[:, [0, 1, 2, 3, 4, 7]])
+        return z, None
+
+    abduct = InterventionModel.abduct
+    monkeypatch.setattr(InterventionModel, "abduct", known)
+    found = code_scores(model, "independent", 200, 0, 2, ("z",))["z"]
+    assert found["own_block"]["value"] > 0.97 and found["other_block"]["value"] < 0.25
+    assert found["own_block"]["untrained"] < 0.9
+    assert np.array(found["blocks"])[range(6), [0, 1, 2, 3, 4, 7]].min() > 0.95
+
+
 def test_recipe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(disentanglement, "_FLOORS", 1)
-    # as many as it takes by default take long
-    monkeypatch.setattr("sklearn.linear_model.LassoCV", partial(LassoCV, alphas=[0.1, 0.01]))
     a_model().save_pretrained(tmp_path / "model")
     argv = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--images", "60"]
     argv += ["--resamples", "2"]
@@ -364,6 +401,7 @@ def test_recipe(tmp_path, capsys, monkeypatch):
     measured = json.loads((tmp_path / "out" / "effects.json").read_text())
     assert np.array(measured["effects"]["generated"]["values"]).shape == (15, 8)
     assert np.array(measured["codes"]["z"]["blocks"]).shape == (7, 8)
+    assert {0 <= x["own_block"]["untrained"] <= 1 for x in measured["codes"].values()} == {True}
     assert {np.array(x).shape for x in measured["causal"]["learnt"].values()} == {
         (7, 7),
         (7, 6),

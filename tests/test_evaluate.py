@@ -164,6 +164,8 @@ def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
         quad.CONCEPTS
     )
     assert list(metrics["verdicts"]) == list(quad.CONCEPTS)
+    assert {"value", "floor", "untrained"} <= set(metrics["codes"]["c"]["own_block"])
+    assert "| c | " in text and "score of an untrained model" in text
     assert "No ratio to the floor below 200 distinct images a side" in text
 
 

@@ -28,7 +28,6 @@ def whitened_by(head, covariance):
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues = eigenvalues.clamp(min=1e-3)
     head.whitening.matrix.copy_((vectors * eigenvalues.rsqrt()[:, None]) @ vectors.mT)
-    head.whitening.log_det.copy_(-0.5 * eigenvalues.log().sum(1))
 
 
 def make_head(**options):

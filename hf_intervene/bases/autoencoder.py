@@ -18,7 +18,7 @@ With `residual_layers` the embedding decides the prior of the latents, not the l
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -32,7 +32,8 @@ from torch import nn
 
 from .base import Base, Encoded, register_base
 from .frozen import LeanConvolutions
-from .light_vae import LightVAE, gaussian_loss
+from .light_vae import LightVAE
+from .likelihoods import gaussian_code_length, gaussian_loss
 from .residual import ResidualPrior
 
 
@@ -156,8 +157,23 @@ class AutoencoderBase(Base):
         self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """-log p(x | e); with residual latents r ~ q(r | x) the terms of `residual.py`."""
+        return self._terms(gaussian_loss, embedding, encoded, draws)
+
+    def code_length(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return self._terms(gaussian_code_length, embedding, encoded, draws)
+
+    def _terms(
+        self,
+        pixels_loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        embedding: torch.Tensor,
+        encoded: Encoded,
+        draws: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """`loss`, with one of the functions of `likelihoods.py`."""
         pixel_values, asked = encoded.kept["pixel_values"], self._asked_for(embedding)
-        alone = self._pixels_loss(asked, pixel_values, self.adapter.log_variance)  # (B,)
+        alone = pixels_loss(self._pixels(asked), pixel_values, self.adapter.log_variance)  # (B,)
         if not self.noise_shapes:
             return {"reconstruction_loss": alone}
         noise, std = draws["residual_noise"], encoded.kept["std"]
@@ -171,7 +187,7 @@ class AutoencoderBase(Base):
         variance = self.adapter.residual_log_variance
         return {
             "bottleneck_loss": alone,
-            "reconstruction_loss": self._pixels_loss(r, pixel_values, variance),
+            "reconstruction_loss": pixels_loss(self._pixels(r), pixel_values, variance),
             "residual_kl": log_q - log_p,
         }
 
@@ -210,12 +226,6 @@ class AutoencoderBase(Base):
         latents = (latents / scale + shift).to(self.model.dtype)
         with self._lean():
             return images_of(self.model, latents).float() / 2 + 0.5
-
-    def _pixels_loss(
-        self, latents: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor
-    ) -> torch.Tensor:
-        """-log p(x | latents), (B,)."""
-        return gaussian_loss(self._pixels(latents), pixel_values, log_variance)
 
     def _latent_posterior(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of q(r | x), scaled, each (B, c, h, h), in the adapter's

@@ -60,6 +60,8 @@ class Base(nn.Module):
     loss_terms: tuple[str, ...] = ("reconstruction_loss",)  # names of what `loss` returns
     loss_name = "bits_per_pixel"  # what `per_unit` counts in, as a name
     loss_unit = "bits per pixel"  # in words
+    # Name of the likelihood that `loss` is of, if that is not normalised.
+    unnormalised: str | None = None
     passes = 1  # of the model, for one image, unless the user asks for another number
     resident: tuple[str, ...] = ("base",)  # parts that offloading must leave on the device
     # A network of the family's own between head and model, trained and saved with the head.
@@ -111,6 +113,15 @@ class Base(nn.Module):
             draws: of `training_draws`.
         """
         raise NotImplementedError
+
+    def code_length(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As `loss`, with the probabilities of images of bytes, b / 255, in place of what training
+        minimises (see `likelihoods.py`), without a gradient. A family without a likelihood returns
+        `loss`.
+        """
+        return self.loss(embedding, encoded, draws)
 
     def generate(
         self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor], **options: Any

@@ -3,12 +3,9 @@
     pixels (B, C, S, S) --strided convolutions--> (B, 256, S/16, S/16) --linear--> features (B, hidden_width)
     latent (B, latent_width, 1, 1) --linear, GELU, linear--> (B, 256, S/16, S/16) --transposed convolutions--> logits (B, C, S, S)
 
-The reconstruction term, in nats, is that of pixels x in [0, 1] with the mean m, the sigmoid of the
-logits:
-
-    Bernoulli (the paper's):   -x log m - (1 - x) log(1 - m), the binary cross-entropy;
-    Gaussian:                  (x - m)^2 / (2 v) + log(2 pi v) / 2, one variance v for all pixels, learnt (Rybkin et al.,
-                               arXiv:2006.13202). A small v gives small and faint concepts their weight.
+The mean of a pixel is the sigmoid of its logit. The likelihood is the paper's Bernoulli, or a
+Gaussian with one variance for all pixels, learnt (Rybkin et al., arXiv:2006.13202); see
+`likelihoods.py`. A small variance gives small and faint concepts their weight.
 """  # noqa: E501
 
 import math
@@ -23,6 +20,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .base import Base, Encoded, register_base
+from .likelihoods import (
+    bernoulli_code_length,
+    bernoulli_loss,
+    gaussian_code_length,
+    gaussian_loss,
+)
 
 
 LIKELIHOODS = ("bernoulli", "gaussian")
@@ -153,15 +156,6 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of group, batch, none, not {kind!r}.")
 
 
-def gaussian_loss(
-    mean: torch.Tensor, pixel_values: torch.Tensor, log_variance: torch.Tensor
-) -> torch.Tensor:
-    """-log N(x; mean, v) of images x, both (B, C, H, W), with one variance v: (B,), nats."""
-    log_variance = log_variance.float()
-    squares = (mean.float() - pixel_values.float()).square().flatten(1)
-    return 0.5 * (squares / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(1)
-
-
 @register_base(LightVAE)
 class LightVAEBase(Base):
     """A `LightVAE` under a head: the head's embedding takes the place of its latent."""
@@ -172,6 +166,7 @@ class LightVAEBase(Base):
         self.feature_width = config.hidden_width
         self.embedding_shape = (config.latent_width, 1, 1)
         self.image_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.unnormalised = "Bernoulli" if config.likelihood == "bernoulli" else None
 
     def encode(self, pixel_values: torch.Tensor) -> Encoded:
         features = self.model.encoder(pixel_values.to(self.model.dtype))
@@ -187,15 +182,20 @@ class LightVAEBase(Base):
         pixel_values, logits = encoded.kept["pixel_values"], self._logits(embedding)
         # In float32: at bf16 the rounding of each pixel's term is of the size of the differences
         # that matter.
-        if self.model.config.likelihood == "gaussian":
-            mean = logits.float().sigmoid()
-            loss = gaussian_loss(mean, pixel_values, self.model.log_variance)  # (B,)
+        if self.unnormalised is None:
+            loss = gaussian_loss(logits.float().sigmoid(), pixel_values, self.model.log_variance)
         else:
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                logits.float(), pixel_values.float(), reduction="none"
-            )  # (B, C, S, S)
-            loss = loss.flatten(1).sum(1)  # (B,)
+            loss = bernoulli_loss(logits, pixel_values)
         return {"reconstruction_loss": loss}
+
+    def code_length(
+        self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        pixel_values, logits = encoded.kept["pixel_values"], self._logits(embedding).float()
+        if self.unnormalised is None:
+            mean, log_variance = logits.sigmoid(), self.model.log_variance
+            return {"reconstruction_loss": gaussian_code_length(mean, pixel_values, log_variance)}
+        return {"reconstruction_loss": bernoulli_code_length(logits, pixel_values)}
 
     def generate(
         self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor], **options: Any

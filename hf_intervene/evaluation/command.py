@@ -16,7 +16,9 @@ from ..data import quad
 from ..data.identity import load_images
 from ..errors import spoken
 from ..logging import bars_on_terminals_only
+from ..metrics.disentanglement import MIN_SAMPLES
 from ..metrics.transport import PROTOCOLS
+from ..model import InterventionModel
 from ..options import add_reading_options, seed, whole_number
 from ..plots import floor_chart, save
 from ..pretrained import located
@@ -25,6 +27,7 @@ from ..trainer.distributed import process_state
 from ..trainer.parsing import RecipeParser
 from ..trainer.simulated import SIMULATED
 from ..trainer.stopping import stops_at_once
+from .codes import CODE_IMAGES, code_scores
 from .content import factor_effects
 from .held_out import held_out_images, load_model, reading_of, trained_with, training_split
 from .measuring import evaluate
@@ -156,6 +159,19 @@ def as_trained(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
+def _has_codes_of_quad(arguments: argparse.Namespace, model: InterventionModel) -> bool:
+    """Whether there are concepts whose true values are known, and enough images for their scores.
+    A denoiser takes long to encode; its codes are measured together with its edits.
+    """
+    return (
+        arguments.dataset == "quad"
+        and model.head is not None
+        and model.concepts == quad.CONCEPTS
+        and arguments.images >= 2 * MIN_SAMPLES
+        and (model.base.passes == 1 or arguments.edits)
+    )
+
+
 @spoken
 @stops_at_once()
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,6 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         metrics["factor_effects"] = factor_effects(
             model, arguments.variant, height, arguments.seed, **options
+        )
+    if _has_codes_of_quad(arguments, model):
+        metrics["codes"] = code_scores(
+            model, arguments.variant, min(CODE_IMAGES, arguments.images), arguments.seed, 20, ("c",)
         )
     metrics["settings"] = vars(arguments)
     metrics["versions"] = versions()

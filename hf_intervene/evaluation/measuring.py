@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..cards import loss_in
 from ..contexts import OBS
-from ..metrics import context_leakage, mean_interval
+from ..metrics import context_leakage, entropy_bits, mean_interval
 from ..metrics.detector import Detector
 from ..metrics.leakage import FOLDS, check_installed
 from ..metrics.transport import (
@@ -82,8 +82,11 @@ def evaluate(
         `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector
         only. `contexts`, for each context:
             `kind`: `"concept"` or `"composition"`; `images`: how many. `bits_per_pixel` with its
-            interval; of a denoiser, which has no likelihood, `denoising_loss`: squared error and KL
-            per entry of what it denoises. For each protocol a `TransportResult`.
+            interval: the negative ELBO of images of bytes, a code length. Of a light VAE with the
+            paper's Bernoulli likelihood, which is not normalised, also its
+            `bernoulli_bits_per_pixel`, and how far they are above the entropy of the images,
+            `bits_above_entropy`. Of a denoiser, which has no likelihood, `denoising_loss`: squared
+            error and KL per entry of what it denoises. For each protocol a `TransportResult`.
             `alternatives`: the distances of observational images (`nothing`) and, of a composition,
             of the nearest single context (`single`).
             `presence`, `correlations`, `two_sample`, `kernel_distance`, `factors`, `routes`: see
@@ -125,14 +128,25 @@ def evaluate(
         axes = directions(generated[0].size, num_projections, seed)
         others = other_real[name]
         projected = project(images, axes), project(others, axes), project(generated, axes)
-        nats = _negative_elbo(model, images, name, generator, batch_size)
+        draws = [
+            model.posterior_draws(len(x), generator) for x in _batches(images, batch_size, model)
+        ]
+        nats = _negative_elbo(model, images, name, draws, batch_size, code_length=True)
         loss, interval = mean_interval(loss_units(model, nats), seed=seed)
         contexts[name] = {
             "kind": "composition" if len(wanted(name, model.concepts)) > 1 else "concept",
             "images": len(images),
             _loss_name(model): loss,
             f"{_loss_name(model)}_interval": interval,
-        } | {
+        }
+        if model.base.unnormalised is not None:
+            found = _negative_elbo(model, images, name, draws, batch_size, code_length=False)
+            bits = float(loss_units(model, found).mean())
+            contexts[name] |= {
+                "bernoulli_bits_per_pixel": bits,
+                "bits_above_entropy": bits - entropy_bits(images),
+            }
+        contexts[name] |= {
             protocol: compare_projected(*projected, protocol, seed=seed).to_dict()
             for protocol in protocols
         }
@@ -189,6 +203,8 @@ def evaluate(
             "verdicts": concept_verdicts(contexts, model.concepts, detector),
         }
     metrics |= {"contexts": contexts, "means": _means(contexts, protocols)}
+    if model.base.loss_name == "bits_per_pixel":
+        metrics["code_length"] = True  # older files have a density, or a Bernoulli that is none
     if edits:
         returned: Any = model.predict(*abducted, OBS, "np", batch_size, **steps)
         metrics["reconstruction_psnr"] = float(
@@ -234,18 +250,27 @@ def _loss_name(model: InterventionModel) -> str:
     return model.base.loss_name
 
 
-def _negative_elbo(
-    model: Any, images: np.ndarray, context: str, generator: torch.Generator, batch_size: int | None
-) -> np.ndarray:
+def _batches(
+    images: np.ndarray, batch_size: int | None, model: InterventionModel
+) -> tuple[torch.Tensor, ...]:
     pixel_values = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return pixel_values.split(batch_size or model.images_at_once)
+
+
+def _negative_elbo(
+    model: InterventionModel,
+    images: np.ndarray,
+    context: str,
+    draws: Sequence[Mapping[str, torch.Tensor]],
+    batch_size: int | None,
+    code_length: bool,
+) -> np.ndarray:
+    """Of each image, in nats, (n,), by these draws of each batch."""
     nats = []
-    for batch in pixel_values.split(batch_size or model.images_at_once):
-        noise = {
-            key: value.to(model.device)
-            for key, value in model.posterior_draws(len(batch), generator).items()
-        }
-        x = batch.to(model.device).float() / 255
-        output = model(x, model.targets(context, len(batch)), **noise)
+    for batch, noise in zip(_batches(images, batch_size, model), draws):
+        drawn = {key: value.to(model.device) for key, value in noise.items()}
+        x, targets = batch.to(model.device).float() / 255, model.targets(context, len(batch))
+        output = model(x, targets, code_length=code_length, **drawn)
         nats.append((output.reconstruction_loss + output.kl + output.residual_kl).double().cpu())
     return torch.cat(nats).numpy()
 
@@ -260,6 +285,7 @@ _MEANS = {
     "counterfactual": ("edited", "unedited", "reconstructed"),
     "routes": ("own", "edges", "outside"),
 }
+OF_BERNOULLI = ("bernoulli_bits_per_pixel", "bits_above_entropy")
 _SIDES = ("generated", "real", "nothing", "single")  # of presence
 
 
@@ -275,7 +301,10 @@ def _means(contexts: Mapping[str, dict], protocols: Sequence[str]) -> dict:
         if not rows:
             continue
         loss = loss_in(rows[0])
-        means[kind] = {"contexts": len(rows), loss: float(np.mean([row[loss] for row in rows]))}
+        losses = (loss, *(name for name in OF_BERNOULLI if name in rows[0]))
+        means[kind] = {"contexts": len(rows)} | {
+            name: float(np.mean([row[name] for row in rows])) for name in losses
+        }
         for protocol in protocols:
             mean = {
                 key: float(np.mean([row[protocol][key] for row in rows]))

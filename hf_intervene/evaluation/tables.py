@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 
 from ..cards import LOSSES, loss_in
-from ..data import quad
-from ..metrics.factor_match import DEFECTS
 from ..metrics.transport import MIN_IMAGES, PROTOCOLS
 from .cells import interval_cell, number_cell, share_cell
+from .factor_tables import code_table, factor_match_table, factor_table
 
 
 def table(metrics: Mapping) -> str:
@@ -23,6 +22,9 @@ def table(metrics: Mapping) -> str:
     lines = [line for part in parts for line in part(metrics)]
     if "factor_effects" in metrics:
         lines += factor_table(metrics["factor_effects"])
+    if "codes" in metrics:
+        lines += ["## Codes and true latents, observational images", ""]
+        lines += code_table(metrics["codes"])
     if "leakage" in metrics:
         leakage = metrics["leakage"]
         lines += [
@@ -243,44 +245,6 @@ def route_table(metrics: Mapping) -> list[str]:
     ]
 
 
-def factor_match_table(metrics: Mapping) -> list[str]:
-    """Lines on the factors of quad in samples; none of other data."""
-    rows = [(name, row["factors"]) for name, row in metrics["contexts"].items() if "factors" in row]
-    if not rows:
-        return []
-    sides = ("generated", "floor", *DEFECTS)
-    lines = [
-        "## Factors",
-        "",
-        "Of generated images / of other real ones / of real images with one defect each: "
-        + ", ".join(DEFECTS)
-        + ".",
-    ]
-    lines += [
-        "",
-        "| context | slope of correlations | shapes | size | told apart | triangles (real) |",
-        "| --- " * 6 + "|",
-    ]
-    for name, found in rows:
-        cells = [
-            " / ".join(number_cell(found[side][key], digits) or "-" for side in sides)
-            for key, digits in (("slope", 2), ("shape_distance", 2), ("size_distance", 3))
-        ]
-        cells.append(" / ".join(f"{found[side]['two_sample']['accuracy']:.2f}" for side in sides))
-        cells.append(f"{found['generated']['triangles']:.3f} ({found['floor']['triangles']:.3f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [
-        *lines,
-        "",
-        (
-            "slope: of the correlations of factors on those in real images, 1 is right; shapes:"
-            " total variation distance of their shares; size: Wasserstein-1 distance of u; told"
-            " apart: accuracy of boosted trees on the factors. Intervals are in metrics.json."
-        ),
-        "",
-    ]
-
-
 def distance_table(metrics: Mapping) -> list[str]:
     """Lines on distances of pixels, a table for each protocol."""
     lines = []
@@ -327,6 +291,20 @@ def distance_table(metrics: Mapping) -> list[str]:
         if shifts:
             lines += ["", f"Of it, the mean images alone make {', '.join(shifts)}; squares add up."]
         lines.append("")
+    bernoulli = [
+        f"{mean['bernoulli_bits_per_pixel']:.3f} bits per pixel, of them"
+        f" {mean['bits_above_entropy']:.3f} above the entropy of the images ({kind})"
+        for kind, mean in metrics["means"].items()
+        if "bernoulli_bits_per_pixel" in mean
+    ]
+    if bernoulli:
+        lines += [
+            (
+                "By the paper's Bernoulli likelihood, which is not normalised and no code length:"
+                f" {'; '.join(bernoulli)}."
+            ),
+            "",
+        ]
     returned = [
         f"{mean['reconstruction']['distance']:.3f} ({kind})"
         for kind, mean in metrics["means"].items()
@@ -362,38 +340,6 @@ def edit_table(metrics: Mapping) -> list[str]:
         (
             f"Observational images come back with a PSNR of {metrics['reconstruction_psnr']:.1f} dB"
             " when nothing is changed."
-        ),
-        "",
-    ]
-
-
-def factor_table(effects: Mapping) -> list[str]:
-    """Lines of the Markdown table of what `factor_effects` returns."""
-    lines = ["## Edits and the true factors: mean change by the edit / in truth", ""]
-    lines += [
-        f"| context | {' | '.join(quad.LATENTS)} | moved | leak (floor) |",
-        "| --- " * 11 + "|",
-    ]
-    for name, row in effects["contexts"].items():
-        cells = [f"{x['change']:.2f} / {x['true_change']:.2f}" for x in row["factors"].values()]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {row['moved']:.2f} | {row['leak']:.3f} "
-            f"({row['leak_floor']:.3f}) |"
-        )
-    for label, values in (("lost", effects["lost"]), ("read error", effects["read_error"])):
-        lines.append(
-            f"| *{label}* | {' | '.join(f'{values[name]:.2f}' for name in quad.LATENTS)} | | |"
-        )
-    return [
-        *lines,
-        "",
-        (
-            "Changes are between an image as the model returns it and the same edited. moved:"
-            " change over true change of the intervened factors (1 is right); leak: mean change of"
-            " the factors that truth leaves as they are (floor: the reader's own error). lost: how"
-            " far returned images are from real ones; read error: of what is read off real images."
-            " Counted are the factors that the model returns:"
-            f" {', '.join(effects['visible']) or 'none'}."
         ),
         "",
     ]

@@ -1,12 +1,12 @@
 """Measures of images, codes and effects: functions of arrays."""
 
+from .block_scores import block_correlations, block_mcc, block_predictions, measure_blocks
 from .causal import Agreement, agreement, block_effects, intervention_moves, total_effect_operator
 from .counterfactual import CounterfactualError, counterfactual_error
 from .detector import Detector, DetectorError, Share, train_context_detector, train_detector
 from .disentanglement import (
     DCI,
     Score,
-    block_mcc,
     dci,
     mcc,
     measure,
@@ -20,7 +20,7 @@ from .factors import Factors, intervention_effects, read_error, read_factors
 from .identifiability import CheckResult, Finding, check
 from .leakage import LeakageResult, context_leakage
 from .presence import CompositionRatio, Presence, composition_ratio, presence_shares, verdict
-from .reconstruction import bits_per_pixel, mean_interval
+from .reconstruction import bits_per_pixel, entropy_bits, mean_interval
 from .results import Result
 from .routes import Routes, compare_routes
 from .transport import TransportResult, compare, sliced_wasserstein
@@ -59,7 +59,9 @@ __all__ = [
     "agreement",
     "bits_per_pixel",
     "block_effects",
+    "block_correlations",
     "block_mcc",
+    "block_predictions",
     "check",
     "compare",
     "compare_effects",
@@ -69,6 +71,7 @@ __all__ = [
     "counterfactual_error",
     "dci",
     "effect_matrix",
+    "entropy_bits",
     "image_two_sample_test",
     "intervention_effects",
     "intervention_moves",
@@ -77,6 +80,7 @@ __all__ = [
     "mcc",
     "mean_interval",
     "measure",
+    "measure_blocks",
     "mig",
     "presence_shares",
     "read_error",

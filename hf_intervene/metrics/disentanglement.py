@@ -4,12 +4,14 @@
             the quantitative evaluation of disentangled representations", ICLR 2018
     MIG     mutual information gap: Chen, Li, Grosse and Duvenaud, arXiv:1802.04942
     SAP     separated attribute predictability: Kumar, Sattigeri and Balakrishnan, arXiv:1711.00848
-    MCC     mean correlation with the true factors, codes and factors matched one to one; for single
-            codes or for whole blocks
+    MCC     mean correlation with the true factors, codes and factors matched one to one
+
+Whole blocks of codes have the same scores in `block_scores.py`.
 
 Codes that are independent of the factors do not score 0, because there are many codes and finitely
-many samples. Their score is the *floor*. It is measured on permuted rows of the codes. A high score
-means little without the floor.
+many samples. Their score is the *floor*. It is measured on permuted rows of the codes. An untrained
+model scores more than that: a random map of an image says much about it. A high score means little
+without both.
 
 The intervals describe the draw of the samples. Resampling n of n rows with replacement would put
 equal rows on both sides of a split, and increase a mutual information. Instead, random halves are
@@ -33,7 +35,7 @@ CORRELATIONS = ("linear", "spearman")
 PREDICTORS = ("boosting", "lasso")
 _BINS = 20
 _FLOORS = 3  # a floor is the mean over so many permutations
-_FOLDS = 5
+FOLDS = 5
 
 
 @dataclass
@@ -44,11 +46,13 @@ class Score(Result):
         value: the measure; 1 is best.
         interval: 95 % interval.
         floor: the measure for codes that are independent of the factors.
+        untrained: the measure for the codes of an untrained model, if they were given.
     """
 
     value: float
     interval: tuple[float, float]
     floor: float
+    untrained: float | None = None
 
 
 @dataclass
@@ -70,9 +74,16 @@ class DCI:
 
 
 def measure(
-    codes: np.ndarray, factors: np.ndarray, resamples: int = 50, seed: int = 0
+    codes: np.ndarray,
+    factors: np.ndarray,
+    resamples: int = 50,
+    seed: int = 0,
+    untrained: np.ndarray | None = None,
 ) -> dict[str, Score]:
     """Compute MIG, SAP, both MCC and DCI (by lasso) of codes (n, D), given factors (n, K).
+
+    Args:
+        codes, factors, resamples, seed, untrained: see `scored`.
 
     Returns:
         `Score` by name: `mig`, `sap`, `mcc_linear`, `mcc_spearman`, `disentanglement`,
@@ -92,7 +103,7 @@ def measure(
             | {name: getattr(found, name) for name in by_lasso}
         )
 
-    return cast(dict[str, Score], scored(everything, codes, factors, resamples, seed))
+    return cast(dict[str, Score], scored(everything, codes, factors, resamples, seed, untrained))
 
 
 def scored(
@@ -101,8 +112,10 @@ def scored(
     factors: np.ndarray,
     resamples: int = 50,
     seed: int = 0,
+    untrained: np.ndarray | None = None,
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Score] | Score:
-    """Compute a measure with its floor and interval (see the module docstring).
+    """Compute a measure with its floors and interval (see the module docstring).
 
     Args:
         function: function of codes and factors, such as `mig`. It returns a number, or a dict of
@@ -111,6 +124,9 @@ def scored(
         factors: (n, K).
         resamples: number of random halves for the interval.
         seed: seed of halves and permutations.
+        untrained: codes of the same samples by an untrained model, of the shape of `codes`.
+        prepare: what is done once to all rows of codes before `function` sees them or a half of
+            them, such as a fit; `None`: nothing.
 
     Returns:
         A `Score`, or a dict of them.
@@ -119,18 +135,29 @@ def scored(
         ValueError: a shape is wrong, there are too few samples, a value is NaN or infinite, or a
             factor is constant.
     """
-    codes, factors = _checked(codes, factors, 2 * MIN_SAMPLES)
+    codes, factors = checked(codes, factors, 2 * MIN_SAMPLES)
+    if untrained is not None and np.shape(untrained) != codes.shape:
+        raise ValueError(
+            f"the codes of the untrained model must have the shape {codes.shape} of the others, not"
+            f" {np.shape(untrained)}."
+        )
+    ready = prepare if prepare is not None else np.asarray
     rng = np.random.default_rng(seed)
-    value = function(codes, factors)
-    floors = [function(rng.permutation(codes), factors) for _ in range(_FLOORS)]
+    prepared = ready(codes)
+    value = function(prepared, factors)
+    floors = [function(ready(rng.permutation(codes)), factors) for _ in range(_FLOORS)]
     rows = [rng.permutation(len(codes))[: len(codes) // 2] for _ in range(resamples)]
-    halves = [function(codes[half], factors[half]) for half in rows]
+    halves = [function(prepared[half], factors[half]) for half in rows]
+    beside = None if untrained is None else function(ready(checked(untrained, factors)[0]), factors)
 
     def score(pick: Callable) -> Score:
         margin = 1.96 * float(np.std([pick(half) for half in halves], ddof=1))
         middle = float(pick(value))
         return Score(
-            middle, (middle - margin, middle + margin), float(np.mean([pick(x) for x in floors]))
+            middle,
+            (middle - margin, middle + margin),
+            float(np.mean([pick(x) for x in floors])),
+            None if beside is None else float(pick(beside)),
         )
 
     if isinstance(value, dict):
@@ -165,19 +192,19 @@ def dci(codes: np.ndarray, factors: np.ndarray, predictor: str = "boosting", see
 
     if predictor not in PREDICTORS:
         raise ValueError(f"unknown predictor {predictor!r}; choose one of {', '.join(PREDICTORS)}.")
-    codes, factors = _checked(codes, factors)
-    codes = _standardised(codes)
+    codes, factors = checked(codes, factors)
+    codes = standardised(codes)
     rows = np.random.default_rng(seed).permutation(len(codes))
     train, test = np.split(rows, [3 * len(rows) // 4])
     importance, r2 = np.zeros((codes.shape[1], factors.shape[1])), []
-    for k, factor in enumerate(_standardised(factors).T):
+    for k, factor in enumerate(standardised(factors).T):
         if predictor == "boosting":
             model = GradientBoostingRegressor(subsample=0.5, random_state=seed).fit(
                 codes[train], factor[train]
             )
             importance[:, k] = model.feature_importances_
         else:
-            model = LassoCV(cv=_FOLDS, max_iter=5000).fit(codes[train], factor[train])
+            model = LassoCV(cv=FOLDS, max_iter=5000).fit(codes[train], factor[train])
             importance[:, k] = np.abs(model.coef_)
         r2.append(max(0.0, model.score(codes[test], factor[test])))
     disentanglement, completeness = (
@@ -215,13 +242,13 @@ def mig(codes: np.ndarray, factors: np.ndarray) -> float:
     Raises:
         ValueError: see `scored`.
     """
-    codes, factors = _checked(codes, factors)
-    columns, targets = ([_binned(column) for column in x.T] for x in (codes, factors))
+    codes, factors = checked(codes, factors)
+    columns, targets = ([binned(column) for column in x.T] for x in (codes, factors))
     gaps = []
     for factor in targets:
-        information = sorted(_mutual_information(code, factor) for code in columns)
+        information = sorted(mutual_information(code, factor) for code in columns)
         second = information[-2] if len(information) > 1 else 0.0
-        gaps.append((information[-1] - second) / _mutual_information(factor, factor))
+        gaps.append((information[-1] - second) / mutual_information(factor, factor))
     return float(np.mean(gaps))
 
 
@@ -238,7 +265,7 @@ def sap(codes: np.ndarray, factors: np.ndarray) -> float:
     Raises:
         ValueError: see `scored`.
     """
-    codes, factors = _checked(codes, factors)
+    codes, factors = checked(codes, factors)
     r2 = np.sort(
         np.vstack([np.zeros(factors.shape[1]), correlations(codes, factors) ** 2]), axis=0
     )  # (1 + D, K)
@@ -260,67 +287,15 @@ def mcc(codes: np.ndarray, factors: np.ndarray, correlation: str = "linear") -> 
         raise ValueError(
             f"unknown correlation {correlation!r}; choose one of {', '.join(CORRELATIONS)}."
         )
-    codes, factors = _checked(codes, factors)
+    codes, factors = checked(codes, factors)
     if correlation == "spearman":
         codes, factors = rankdata(codes, axis=0), rankdata(factors, axis=0)
-    return _matched(np.abs(correlations(codes, factors)))
-
-
-def block_mcc(blocks: np.ndarray, factors: np.ndarray) -> float:
-    """Compute `mcc` for blocks of codes.
-
-    The correlation of a factor with a block is that with its linear prediction from the whole
-    block, on held-out samples (five folds). It is at least 0.
-
-    Args:
-        blocks: (n, D, width).
-        factors: (n, K).
-
-    Raises:
-        ValueError: blocks of another shape, or see `scored`.
-    """
-    return _matched(np.maximum(block_correlations(blocks, factors), 0))
-
-
-def block_correlations(blocks: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Return the correlations that `block_mcc` matches, (D, K).
-
-    They are those of each factor with its linear prediction from each block, on held-out samples.
-    For a block that is independent of the factor they are about 0, with either sign.
-
-    Args:
-        blocks: (n, D, width).
-        factors: (n, K).
-
-    Raises:
-        ValueError: see `block_mcc`.
-    """
-    blocks = np.asarray(blocks)
-    if blocks.ndim != 3:
-        raise ValueError(
-            f"blocks of codes must have the shape (samples, blocks, width), not {blocks.shape}."
-        )
-    flat, factors = _checked(blocks.reshape(len(blocks), -1), factors)
-    blocks = flat.reshape(*blocks.shape)
-    folds = np.arange(len(blocks)) % _FOLDS
-    found = np.zeros((blocks.shape[1], factors.shape[1]))
-    for j in range(blocks.shape[1]):
-        design = np.column_stack([_standardised(blocks[:, j]), np.ones(len(blocks))])
-        predicted = np.empty_like(factors)
-        for fold in range(_FOLDS):
-            train, test = folds != fold, folds == fold
-            predicted[test] = (
-                design[test] @ np.linalg.lstsq(design[train], factors[train], rcond=None)[0]
-            )
-        found[j] = [
-            correlations(predicted[:, [k]], factors[:, [k]])[0, 0] for k in range(factors.shape[1])
-        ]
-    return found
+    return matched(np.abs(correlations(codes, factors)))
 
 
 def correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Return the correlations of codes (n, D) and factors (n, K), (D, K); 0 for constant ones."""
-    return _standardised(codes).T @ _standardised(factors) / len(codes)
+    return standardised(codes).T @ standardised(factors) / len(codes)
 
 
 def principal_components(samples: np.ndarray, components: int, seed: int = 0) -> np.ndarray:
@@ -345,7 +320,7 @@ def principal_components(samples: np.ndarray, components: int, seed: int = 0) ->
     ).fit_transform(samples)
 
 
-def _checked(
+def checked(
     codes: np.ndarray, factors: np.ndarray, least: int = MIN_SAMPLES
 ) -> tuple[np.ndarray, np.ndarray]:
     codes, factors = (np.asarray(x, dtype=np.float64) for x in (codes, factors))
@@ -372,11 +347,11 @@ def _checked(
     return codes, factors
 
 
-def _matched(found: np.ndarray) -> float:
+def matched(found: np.ndarray) -> float:
     return float(found[linear_sum_assignment(found, maximize=True)].sum() / found.shape[1])
 
 
-def _standardised(x: np.ndarray) -> np.ndarray:
+def standardised(x: np.ndarray) -> np.ndarray:
     # By rounding, a constant column may have a standard deviation above 0.
     return (x - x.mean(0)) / _nonzero(x.std(0) * (x.min(0) < x.max(0)))
 
@@ -385,14 +360,14 @@ def _nonzero(x: np.ndarray) -> np.ndarray:
     return np.where(x == 0, 1, x)
 
 
-def _binned(column: np.ndarray) -> np.ndarray:
+def binned(column: np.ndarray) -> np.ndarray:
     values, index = np.unique(column, return_inverse=True)
     if len(values) <= _BINS:
         return index
     return np.searchsorted(np.quantile(column, np.arange(1, _BINS) / _BINS), column, side="right")
 
 
-def _mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1 / len(a))
     independent = joint.sum(1, keepdims=True) * joint.sum(0)

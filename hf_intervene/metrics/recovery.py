@@ -41,7 +41,7 @@ from scipy.linalg import subspace_angles
 from torch import nn
 from torch.nn import functional as F
 
-from .disentanglement import block_mcc
+from .block_scores import block_mcc
 from .recovery_data import Simulation, orthogonal, simulate
 
 

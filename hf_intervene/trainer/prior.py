@@ -27,6 +27,7 @@ from ..data import ContextImages
 from ..logging import get_logger
 from ..metrics.transport import sliced_w2
 from ..model import InterventionModel
+from ..modeling_intervention import InterventionHead
 from .checkpoints import (
     flatten_optimizer,
     newest_checkpoint,
@@ -171,7 +172,23 @@ def order_concepts(
     """
     generator = torch.Generator().manual_seed(0)
     mean, _, targets = _codes(model, data, prepared, SOME * len(data.contexts), generator, check)
-    d = len(model.concepts)
+    assert model.head is not None
+    order_by_codes(model.head, mean, targets, generator)
+
+
+@torch.no_grad()
+def order_by_codes(
+    head: InterventionHead, mean: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+) -> None:
+    """`order_concepts` of codes (N, D, w) under these targets (N, D).
+
+    Args:
+        head: the head, which gets the order.
+        mean: posterior means of c.
+        targets: of the contexts that they come from; `obs` and single concepts count.
+        generator: of the directions of the distances.
+    """
+    d = len(head.config.concepts)
     single = {
         int(t.argmax()): mean[(targets == t).all(1), :d]
         for t in targets.unique(dim=0)
@@ -184,7 +201,6 @@ def order_concepts(
     moved = torch.stack(
         [_moved(single[k], obs, directions) if k in single else torch.zeros(d) for k in range(d)]
     )
-    head: Any = model.head
     head.intervention.order.copy_(torch.tensor(causal_order(moved)))
 
 

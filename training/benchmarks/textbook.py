@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_intervene import LightVAE
-from hf_intervene.bases.light_vae import gaussian_loss
+from hf_intervene.bases.likelihoods import gaussian_loss
 from hf_intervene.contexts import parse_context
 from hf_intervene.data import quad
 from hf_intervene.evaluation import load_model

@@ -25,7 +25,8 @@ from hf_intervene.contexts import OBS, Interventions
 from hf_intervene.data import quad
 from hf_intervene.errors import spoken
 from hf_intervene.evaluation import load_model
-from hf_intervene.metrics import disentanglement, effects, read_error, read_factors
+from hf_intervene.evaluation.codes import CONCEPTS, code_scores
+from hf_intervene.metrics import effects, read_error, read_factors
 from hf_intervene.metrics.causal import (
     agreement,
     block_effects,
@@ -35,6 +36,7 @@ from hf_intervene.metrics.causal import (
     single_interventions_operator,
     total_effect_operator,
 )
+from hf_intervene.metrics.disentanglement import MIN_SAMPLES
 from hf_intervene.metrics.leakage import check_installed
 from hf_intervene.model import InterventionModel
 from hf_intervene.pixels import to_uint8
@@ -53,7 +55,6 @@ from hf_intervene.training.studies.effects_report import (
 from hf_intervene.values import influence
 
 
-_CONCEPTS = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
 _DRAWS = 4096  # of the concepts under the prior
 _EDITED = 256  # images at most that take a value
 
@@ -159,46 +160,6 @@ def sampled_effects(
     return result
 
 
-@torch.no_grad()
-def code_scores(
-    model: InterventionModel, variant: str, images: int, seed: int, resamples: int = 20
-) -> dict:
-    """What the posterior means z and the concepts c of held-out observational images say of their
-    true latents.
-
-    Observational images only: in other contexts the encoder is told of the intervention, and c is a
-    function of it. A block's code for the measures of single codes is its first principal
-    component; `block_mcc` and the correlations take whole blocks.
-
-    Returns:
-        For `z` and `c` with the latents, and for `z, noise` with the exogenous noise behind them,
-        which z should be: each `Score` as a dict, by measure, and `blocks`, the correlation of each
-        factor with its linear prediction from each block, (D, 8).
-    """
-    latents = quad.sample_latents(OBS, images, variant, HELD_OUT_SEED + 2 * seed)
-    noise = quad.exogenous_noise(latents, variant)
-    targets = model.targets(OBS, images)
-    z, _ = model.abduct(model.preprocess(quad.render(latents, model.base.image_shape[1])), targets)
-    c = model.head(z, targets).concepts
-    scores = {}
-    parts = (("z", z, latents), ("z, noise", z, noise), ("c", c, latents))
-    for name, blocks, factors in tqdm(parts, "scoring codes", disable=None, delay=2):
-        blocks = blocks.double().cpu().numpy()  # (n, D, width)
-        codes = np.column_stack(
-            [
-                disentanglement.principal_components(block, 1, seed)
-                for block in blocks.transpose(1, 0, 2)
-            ]
-        )
-        measured = disentanglement.measure(codes, factors, resamples, seed)
-        measured["block_mcc"] = disentanglement.scored(
-            disentanglement.block_mcc, blocks, factors, resamples, seed
-        )
-        scores[name] = {key: score.to_dict() for key, score in measured.items()}
-        scores[name]["blocks"] = disentanglement.block_correlations(blocks, factors).tolist()
-    return scores
-
-
 def corner_colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
     """Mean colours, (n, 3), in the corner of each quadrant of images of quad, (n, H, W, 3), in [0,
     1].
@@ -284,9 +245,9 @@ def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: 
         or (D, 6) by reading; `agreement` with the truth, by reading.
     """
     head = model.head
-    total = quad.total_effects(variant)[np.ix_(_CONCEPTS, _CONCEPTS)]
+    total = quad.total_effects(variant)[np.ix_(CONCEPTS, CONCEPTS)]
     shifts = np.column_stack(
-        [np.abs(quad.moments(name, variant)[0])[_CONCEPTS] for name in quad.CONCEPTS]
+        [np.abs(quad.moments(name, variant)[0])[CONCEPTS] for name in quad.CONCEPTS]
     )
     eps, c = head_draws(head, [OBS, *quad.CONCEPTS], _DRAWS, seed)
     readout = head_readout(head)
@@ -301,7 +262,7 @@ def causal_reading(model: InterventionModel, variant: str, sampled: dict, seed: 
     true = dict.fromkeys(learnt, shifts) | {name: total for name in READINGS[:3] if name in learnt}
     for label, name in (("sampled images", "generated"), ("real images", "real")):
         learnt[label] = np.nan_to_num(
-            np.array(sampled[name]["values"])[: len(quad.CONCEPTS), _CONCEPTS].T
+            np.array(sampled[name]["values"])[: len(quad.CONCEPTS), CONCEPTS].T
         )
         true[label] = shifts
     d = len(quad.CONCEPTS)
@@ -353,10 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     variant, images, seed = arguments.variant, arguments.images, arguments.seed
     quad.weights(variant)  # complains of another variant
     check_installed()  # now, not after all the rest
-    if images < 2 * disentanglement.MIN_SAMPLES:
+    if images < 2 * MIN_SAMPLES:
         raise ValueError(
-            f"at least {2 * disentanglement.MIN_SAMPLES} images of every context are needed, not"
-            f" {images}."
+            f"at least {2 * MIN_SAMPLES} images of every context are needed, not {images}."
         )
     if arguments.resamples < 2:
         raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_intervene.data import quad
+from hf_intervene.evaluation.factor_tables import code_table
 from hf_intervene.metrics.factors import LEVELS
 from hf_intervene.plots import plot_matrices
 
@@ -96,26 +97,8 @@ def table(measured: dict) -> str:
         "## Codes and true latents, observational images",
         "",
     ]
-    measures = [key for key in measured["codes"]["z"] if key != "blocks"]
-    lines += [f"| | {' | '.join(measures)} |", "| --- " * (1 + len(measures)) + "|"]
-    for name, scores in measured["codes"].items():
-        cells = [
-            f"{scores[m]['value']:.2f} ± {scores[m]['interval'][1] - scores[m]['value']:.2f}"
-            f" ({scores[m]['floor']:.2f})"
-            for m in measures
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += code_table(measured["codes"])
     lines += [
-        "",
-        (
-            "In brackets the floor, of codes in another order. A block's code is its first"
-            " principal component; block_mcc takes whole blocks. z beside the latents and beside"
-            " the exogenous noise behind them; c beside the latents. Latents of the dependent"
-            " variant are correlated, so that a block which knows one tells something of others."
-            " The lasso gives unrelated codes few weights, or none: disentanglement and"
-            " completeness have high floors, and mean little by themselves."
-        ),
-        "",
         "## Chosen values: a quadrant's colour taken from another image",
         "",
         (
