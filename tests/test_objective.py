@@ -18,7 +18,7 @@ from hf_intervene.terms import (
     Term,
     term_names,
 )
-from hf_intervene.terms.edit_consistency import LARGEST, edited
+from hf_intervene.terms.edit_consistency import KNEE, edited
 from hf_intervene.trainer.building import build_objective
 from hf_intervene.trainer.sections import ObjectiveSettings
 
@@ -47,7 +47,7 @@ def batch():
 def all_terms(model):
     return [
         ContextPrediction(2.0, CONTEXTS),
-        EditConsistency(0.5, model.noise_shape),
+        EditConsistency(0.5, model.noise_shape, model.base.image_shape),
         FreeInvariance(3.0, CONTEXTS, 2, 4),
         GroupLasso(0.1),
         L2(0.0),
@@ -95,7 +95,7 @@ def test_an_objective_knows_whether_its_contexts_are_whole(model):
 
 
 def test_terms_rise_when_they_say(model):
-    term = EditConsistency(0.5, model.noise_shape)
+    term = EditConsistency(0.5, model.noise_shape, model.base.image_shape)
     assert [round(term.weight(p), 3) for p in (0.0, 0.05, 0.15, 0.25, 1.0)] == [
         0,
         0,
@@ -142,23 +142,25 @@ def test_an_edit_keeps_what_is_not_intervened_on_anew(model):
         assert new.tolist() == [[strength, *row[1:]] for row in targets.tolist()]
 
 
-def test_the_gradient_of_edit_consistency_goes_to_the_decoder_alone(model, batch):
-    term = EditConsistency(1.0, model.noise_shape, every=1)
+def edit_term(model, every):
+    return EditConsistency(1.0, model.noise_shape, model.base.image_shape, every=every)
+
+
+def test_the_gradient_of_edit_consistency_goes_to_decoder_and_encoder_alone(model, batch):
+    term = edit_term(model, 1)
     draws = term.draw(6, torch.Generator().manual_seed(0))
     output = model(**batch)
     term.loss(model, output, batch["targets"], draws).backward()
     moved = {
         name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())
     }
-    assert (
-        any(name.startswith("base.model.decoder") for name in moved)
-        and "head.unpool.weight" in moved
-    )
-    assert not any("encoder" in name or "flow" in name or "intervention" in name for name in moved)
+    for part in ("base.model.decoder", "base.model.encoder", "head.unpool", "head.encoder_readout"):
+        assert any(name.startswith(part) for name in moved), part
+    assert not any("flow" in name or "intervention" in name for name in moved)
 
 
 def test_edit_consistency_by_a_loop(model, batch):
-    term = EditConsistency(1.0, model.noise_shape, every=2)
+    term = edit_term(model, 2)
     draws = term.draw(6, torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = model(**batch)
@@ -174,15 +176,30 @@ def test_edit_consistency_by_a_loop(model, batch):
                 draws["kind"][row],
             )
             image = model.base.generate(model.head.represent(after), {})
-            mean, logvar = model.head.posterior(model.base.encode(image).features, new)
-            expected.append((0.5 * (after - mean) ** 2 / logvar.exp()).clamp(max=LARGEST).sum())
+            noisy = image + draws["spread"][row] * draws["blur"][row]
+            mean, logvar = model.head.posterior(model.base.encode(noisy).features, new)
+            off = ((after - mean) / (0.5 * logvar).exp()).abs().flatten().tolist()
+            assert min(off) < KNEE
+            expected.append(sum(0.5 * x**2 if x < KNEE else KNEE * (x - KNEE / 2) for x in off))
         found = term.loss(model, output, batch["targets"], draws)
-    torch.testing.assert_close(found, torch.stack(expected).mean())
+    torch.testing.assert_close(found, torch.tensor(expected).mean())
+
+
+def test_edits_that_change_nothing_have_a_gradient(model, batch):
+    """However sure the encoder is: the gradient does not end where a reading is far off."""
+    term = edit_term(model, 1)
+    draws = term.draw(6, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bias = model.head.encoder_readout.bias
+        bias[len(bias) // 2 :] = -20.0
+    output = model(**batch)
+    term.loss(model, output, batch["targets"], draws).backward()
+    assert bool(model.head.unpool.weight.grad.any())
 
 
 def test_the_decoder_learns_to_be_read_back(model, batch):
     """Only the decoder is trained, by this term only: edits are read back better."""
-    term = EditConsistency(1.0, model.noise_shape, every=1)
+    term = edit_term(model, 1)
     optimizer = torch.optim.Adam(
         [*model.base.model.decoder.parameters(), *model.head.unpool.parameters()], lr=3e-3
     )
@@ -246,6 +263,7 @@ def test_terms_that_a_model_has_no_use_for_are_left_out(model):
     }
     assert set(Objective.build(model, CONTEXTS, strengths, sharded=True).terms) == {
         "context_prediction",
+        "edit_consistency",
         "group_lasso",
         "l2",
     }

@@ -50,19 +50,16 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "40"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
     pipe = DiTPipeline.from_pretrained(tmp_path / "dit")
-    assert not pipe.scheduler.config.clip_sample  # at 1, where pixels end
+    assert pipe.scheduler.config.prediction_type == "flow_prediction"
     assert pipe([1000], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, vae.state_dict()[name]), name
-    t = torch.full(
-        (64,), 999
-    )  # where next to all is noise, v is -x: what is nearest to it without looking is the mean image's  # noqa: E501
+    # Of noise alone the velocity is the noise less the mean image, as far as can be known.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    t, nobody = torch.full((64,), 1000), torch.full((64,), 1000)
     with torch.no_grad():
-        v = pipe.transformer(
-            pipe.scheduler.add_noise(x, noise, t), t, class_labels=torch.full((64,), 1000)
-        ).sample
-    assert (v + x).square().mean() < 0.95 * x.square().mean()
+        velocity = pipe.transformer(noise, t, class_labels=nobody).sample
+    assert (velocity - noise + x).square().mean() < 0.95 * (noise - x).square().mean()
     arguments = tiny | {"base": str(tmp_path / "dit"), "regime": "frozen", "mixed_precision": "no"}
     result = trainer.train(TrainArguments(**arguments))
     assert InterventionModel.from_pretrained(result.model_dir).sample(

@@ -154,6 +154,27 @@ class Base(nn.Module):
         """
         return {}
 
+    # One pass, as training wants it (see `terms/edit_consistency.py`)
+
+    @property
+    def estimates(self) -> tuple[int, ...] | None:
+        """Shape of what `estimate` returns of one image; `None`: this family has no estimate."""
+        return self.image_shape
+
+    def estimate(self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What embeddings (B, *embedding_shape) look like, in one pass and with a gradient: images
+        in [0, 1], or of a denoiser what it denoises, (B, *estimates).
+
+        Args:
+            draws: `residual_noise`, that a denoiser starts from; other families make images of the
+                mean.
+        """
+        return self.generate(embedding, draws)
+
+    def encode_estimate(self, estimate: torch.Tensor) -> Encoded:
+        """`encode` of what `estimate` returned."""
+        return self.encode(estimate)
+
     # What the verbs are made of in some families
 
     def prepare(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:

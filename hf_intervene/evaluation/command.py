@@ -104,6 +104,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=50,
         help="of a denoiser (default 50)",
     )
+    parser.add_argument(
+        "--compose",
+        default="head",
+        choices=["head", "scores"],
+        help="of a denoiser: how several concepts are put together, see InterventionModel.sample"
+        " (default head)",
+    )
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument(
         "--edits", action="store_true", help="measure edits of observational images too"
@@ -219,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = content | {
         "edits": arguments.edits,
         "num_inference_steps": arguments.num_inference_steps,
+        "compose": arguments.compose,
     }
     metrics = evaluate(
         model, real, other_real, protocols, arguments.projections, arguments.seed, **options

@@ -51,6 +51,7 @@ def evaluate(
     batch_size: int | None = None,
     edits: bool = False,
     num_inference_steps: int = 50,
+    compose: str = "head",
     detector: Detector | None = None,
     tests: bool = False,
     twins: Mapping[str, np.ndarray] | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         edits: whether to measure edits too: the real observational images, edited to each other
             context.
         num_inference_steps: of a denoiser.
+        compose: of `InterventionModel.sample`, of the samples.
         detector: of the concepts, for their presence; `None`: no presence.
         tests: whether to ask a network to tell real from generated images (about 15 seconds a
             context).
@@ -122,7 +124,12 @@ def evaluate(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + list(real).index(name))
         noise = torch.randn(len(images), *model.noise_shape, generator=generator)
         samples: Any = model.sample(
-            name, noise=noise, generator=generator, batch_size=batch_size, **steps
+            name,
+            noise=noise,
+            generator=generator,
+            batch_size=batch_size,
+            compose=compose,
+            **steps,
         )
         generated = samples.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)
         axes = directions(generated[0].size, num_projections, seed)

@@ -6,22 +6,28 @@ intervention or without,
 
     z'_k ~ N(0, I) for k in T,    z'_j = z_j otherwise,    c'_j = F_j(z'_j; s'_j, h'_j) for all j (see `flow.py`).
 
-c' is decoded to an image x', and the encoder has to read c' in it:
+c' is decoded to an image x' (by a denoiser: to its estimate from noise, in one pass), pixel noise
+is added to it, and the encoder has to read c' in it:
 
-    loss = E 1/2 sum (c' - m(x'))^2 / var(x'),
+    loss = E sum_i huber((c'_i - m_i(x' + u n)) / sigma_i(x' + u n)),    n ~ N(0, I),    u ~ U(0, `NOISE`),
 
-m and var being the mean and the variance of q(c | x'). The gradient goes to the decoder only, by
-way of x': the encoder, c' and the variances are held, so that nothing but a better image makes it
-smaller. (On decoders that have to be read back under unseen combinations see Wiedemer et al.,
-arXiv:2310.05327.)"""  # noqa: E501
+m and sigma being the mean and the standard deviation of q(c | x'). c' and sigma are held: decoder
+and encoder learn to agree on what an edit shows. So a value that is read from a free block is
+missed in edits of its concept, and moves to the concept's own block. The noise keeps the two from
+agreeing on marks that nobody sees. Beyond `KNEE` the loss is linear: an edit that changes nothing
+yet is many standard deviations off, and has to have a gradient. (On models that have to be read
+back under unseen combinations see Wiedemer et al., arXiv:2310.05327.)"""  # noqa: E501
 
 import torch
-from torch.func import functional_call
+from torch.nn.functional import huber_loss
 
+from ..logging import get_logger
 from .base import Term
 
 
-LARGEST = 50.0  # nats of an entry: early, an encoder is far too sure of what it reads
+logger = get_logger(__name__)
+KNEE = 3.0  # standard deviations
+NOISE = 0.2  # of pixels in [0, 1], or of latents, whose standard deviation is 1
 FIRST, RISING = 0.05, 0.2  # shares of the training: when it starts, and over which it rises
 # Shares of the concepts that are drawn anew with an intervention, and without.
 INTERVENED, OBSERVED = 0.4, 0.3
@@ -31,41 +37,69 @@ class EditConsistency(Term):
     """
     Args:
         strength: its weight, once it has risen.
+        noise_shape: of z, (D, w + 1).
+        shape: of what is read of an image, see `Base.estimates`.
+        start: shape of the noise that a denoiser starts from; `None`: there is none.
         every: one of so many images of a batch is edited.
     """
 
     name = "edit_consistency"
-    sharded = False  # blocks that FSDP gathers one at a time take no second pass with held weights
 
-    def __init__(self, strength: float, noise_shape: tuple[int, int], every: int = 2):
+    def __init__(
+        self,
+        strength: float,
+        noise_shape: tuple[int, int],
+        shape: tuple[int, ...],
+        start: tuple[int, ...] | None = None,
+        every: int = 2,
+    ):
         super().__init__(strength)
-        self.noise_shape, self.every = noise_shape, every
+        self.noise_shape, self.shape, self.start, self.every = noise_shape, shape, start, every
 
     @classmethod
     def build(cls, strength, model, contexts):
-        several = model.head.is_flow and len(contexts) > 1
-        return cls(strength, model.noise_shape) if several and model.base.passes == 1 else None
+        base = model.base
+        if not model.head.is_flow or len(contexts) < 2:
+            return None
+        if base.estimates is None:
+            logger.warning(
+                "edit consistency is left out: it needs a denoiser that predicts v or a flow,"
+                " without gradient checkpointing, and a convolutional encoder; combinations of"
+                " concepts will be worse."
+            )
+            return None
+        start = base.noise_shapes.get("residual_noise") if base.passes > 1 else None
+        return cls(strength, model.noise_shape, base.estimates, start)
 
     def weight(self, progress):
         return self.strength * min(1.0, max(0.0, progress - FIRST) / RISING)
 
     def draw(self, rows, generator):
         blocks = self.noise_shape[0]
-        return {
+        found = {
             "noise": torch.randn(rows, *self.noise_shape, generator=generator),
             "kind": torch.rand(rows, blocks, generator=generator),
+            "spread": NOISE * torch.rand(rows, *[1] * len(self.shape), generator=generator),
+            "blur": torch.randn(rows, *self.shape, generator=generator),
         }
+        if self.start is not None:
+            found["start"] = torch.randn(rows, *self.start, generator=generator)
+        return found
 
     def loss(self, model, output, targets, draws):
-        head, rows = model.head, slice(None, None, self.every)
+        head, base = model.head, model.base
         with torch.no_grad():
-            z = head.whiten(output.draw, targets, output.states)[rows]
-            edit = targets[rows], draws["noise"][rows], draws["kind"][rows]
-            made, new = edited(head, output.draw[rows], z, *edit)
-        images = model.base.generate(head.represent(made), {})
-        mean, logvar = functional_call(_Reader(model), held(model), (images, new))
-        squares = 0.5 * (made.float() - mean).square() * (-logvar.detach()).exp()
-        return squares.clamp(max=LARGEST).flatten(1).sum(1).mean()
+            z = head.whiten(output.draw, targets, output.states)[:: self.every]
+        draws = {name: x[:: self.every] for name, x in draws.items()}
+        concepts, targets = output.draw.detach()[:: self.every], targets[:: self.every]
+        with torch.no_grad():
+            made, new = edited(head, concepts, z, targets, draws["noise"], draws["kind"])
+        start = {} if self.start is None else {"residual_noise": draws["start"]}
+        seen = base.estimate(head.represent(made), start) + draws["spread"] * draws["blur"]
+        mean, logvar = head.posterior(base.encode_estimate(seen).features, new)
+        off = (made.float() - mean) * (-0.5 * logvar.detach()).exp()
+        losses = huber_loss(off, torch.zeros_like(off), reduction="none", delta=KNEE)
+        return losses.flatten(1).sum(1).mean()
 
 
 def edited(head, concepts, z, targets, noise, kind) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,24 +117,6 @@ def edited(head, concepts, z, targets, noise, kind) -> tuple[torch.Tensor, torch
     after = torch.where(intervened, 1.0, torch.where(observed, 0.0, targets)).to(head.dtype)
     z = torch.where((intervened | observed)[..., None], noise.to(z.dtype), z)
     return head.remade(concepts, z, after), after
-
-
-class _Reader(torch.nn.Module):
-    """The way from images to the posterior, as a module whose weights `functional_call` can
-    replace.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images, targets):
-        return self.model.head.posterior(self.model.base.encode(images).features, targets)
-
-
-def held(model) -> dict[str, torch.Tensor]:
-    """The weights of the model, out of reach of gradients."""
-    return {f"model.{name}": value.detach() for name, value in model.named_parameters()}
 
 
 __all__ = ["EditConsistency", "edited"]
