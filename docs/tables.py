@@ -140,6 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "protocol": protocol,
     "identifiability": columns_of("identifiability"),
     "full-size": columns_of("full-size"),
+    "textbook": columns_of("textbook"),
 }
 
 

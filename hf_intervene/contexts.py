@@ -413,17 +413,6 @@ def _check_targets(targets: torch.Tensor, width: int, blocks: int) -> torch.Tens
     return targets
 
 
-def context_names(targets: torch.Tensor, concepts: Sequence[str]) -> list[str]:
-    """Return the canonical context name of every row of targets, shape (batch, >= d).
-
-    It is the inverse of `parse_interventions`.
-    """
-    return [
-        context_name({name: float(value) for name, value in zip(concepts, row)}, concepts)
-        for row in targets.tolist()
-    ]
-
-
 __all__ = [
     "OBS",
     "Context",
@@ -431,7 +420,6 @@ __all__ = [
     "Quantile",
     "Value",
     "context_name",
-    "context_names",
     "parse_choices",
     "parse_context",
     "parse_interventions",

@@ -14,9 +14,9 @@ There are two kinds of heads (`InterventionConfig.mechanism`):
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from .checks import check_fit, check_loaded
 from .configuration_intervention import CENTERED, InterventionConfig
 from .contexts import Interventions, parse_interventions
 from .flow import ConceptFlow, States
+from .flow_head import FlowMixin
 from .hub import check_weights, folder, pop_options
 from .mechanisms import ExogenousLayer, ExpressiveLayers, places
 from .posterior import PosteriorLinear, Whitening, gaussian_kl, has_row, mixture, row_of
@@ -45,7 +46,7 @@ class InterventionHeadOutput(ModelOutput):
     concepts: torch.Tensor | None = None
 
 
-class InterventionHead(PreTrainedModel):
+class InterventionHead(FlowMixin, PreTrainedModel):
     r"""Intervention head (METHOD section 2): exogenous noise and targets in, the decoder's
     embedding out; and, on the encoder's side, the posterior over the noise.
 
@@ -72,10 +73,8 @@ class InterventionHead(PreTrainedModel):
             self.flow = ConceptFlow(
                 len(config.concepts), blocks, width, config.flow_depth, config.flow_width
             )
-            self.intervention: InterventionLayer | OrderedInterventionLayer = (
-                OrderedInterventionLayer(
-                    len(config.concepts), blocks, width, config.flow_width, config.concept_edges
-                )
+            self.intervention = OrderedInterventionLayer(
+                len(config.concepts), blocks, width, config.flow_width, config.concept_edges
             )
         else:
             self.exogenous = ExogenousLayer(blocks, noise_width)
@@ -191,57 +190,6 @@ class InterventionHead(PreTrainedModel):
             eps = self.expressive(self.exogenous(z, s))
         return eps.transpose(0, 1)
 
-    def _follow(
-        self,
-        z: torch.Tensor,
-        s: torch.Tensor,
-        edges: torch.Tensor,
-        values: torch.Tensor | None,
-        chosen: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """c of a head with flows, causes before effects. Shapes as in `forward`, s and edges (B, D,
-        1).
-        """
-        c: list[torch.Tensor] = [z.new_zeros(len(z), self.config.concept_width)] * z.shape[1]
-        for level in self._ordered.levels():
-            for j, of_block in zip(level, self._made(z, s, edges, c, level)):
-                # a chosen value depends on nothing: do(c_j = v)
-                if values is not None and chosen is not None:
-                    of_block = torch.where(chosen[:, j], values[:, j].to(of_block.dtype), of_block)
-                c[j] = of_block
-        return torch.stack(c, dim=1)
-
-    def remade(self, c: torch.Tensor, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Concepts of noise z under targets, (B, D, w), where free blocks are those of c: of a head
-        with flows. Free blocks come first, so nothing that they depend on changes.
-
-        Args:
-            c: (B, D, w).
-            z: (B, D, noise_width).
-            targets: (B, D).
-        """
-        s, d = targets.to(self.dtype)[..., None], len(self.config.concepts)
-        found = list(c.to(self.dtype).unbind(1))
-        for level in self._ordered.levels():
-            concepts = [j for j in level if j < d]
-            for j, of_block in zip(concepts, self._made(z, s, s, found, concepts)):
-                found[j] = of_block
-        return torch.stack(found, dim=1)
-
-    def _made(
-        self,
-        z: torch.Tensor,
-        s: torch.Tensor,
-        edges: torch.Tensor,
-        c: list[torch.Tensor],
-        blocks: list[int],
-    ) -> Sequence[torch.Tensor]:
-        """c of these blocks, each (B, w), from noise, strengths and the c of their causes."""
-        if not blocks:
-            return ()
-        h = self._ordered(torch.stack(c, dim=1), edges[:, blocks].transpose(0, 1), blocks)
-        return self.flow(z[:, blocks].transpose(0, 1), s[:, blocks].transpose(0, 1), h, blocks)
-
     def represent(self, c: torch.Tensor) -> torch.Tensor:
         """The embedding e, (B, *embedding_shape), of concepts c, (B, D, w)."""
         return self.unpool(c.flatten(1)).unflatten(1, self.config.embedding_shape)
@@ -252,67 +200,9 @@ class InterventionHead(PreTrainedModel):
         return self.config.mechanism == "flow"
 
     @property
-    def _ordered(self) -> OrderedInterventionLayer:
-        """The intervention layer of a head with flows."""
-        return cast(OrderedInterventionLayer, self.intervention)
-
-    @property
     def draw_width(self) -> int:
         """Width of a block of what the posterior is of: w for c, n for z."""
         return self.config.concept_width if self.is_flow else self.config.noise_width
-
-    def states(self, c: torch.Tensor, targets: torch.Tensor, whole: bool | None = None) -> States:
-        """What all maps of a head with flows say of c: once for all that a training step asks.
-
-        Args:
-            c: (B, D, w).
-            targets: (B, D).
-            whole: whether all targets are 0 or 1, which saves a third of the work; `None`: look,
-                for which a device has to be waited for.
-        """
-        with torch.autocast(c.device.type, enabled=False):
-            c, s = c.to(self.dtype), targets.to(self.dtype).T[..., None]  # (D, B, 1)
-            if whole is None:  # a graph cannot depend on values
-                whole = not torch.compiler.is_compiling() and bool(((s == 0) | (s == 1)).all())
-            h = self._ordered(c, torch.zeros_like(s))
-            return self.flow.states(c.transpose(0, 1), s, h, whole)
-
-    def log_density(
-        self, c: torch.Tensor, targets: torch.Tensor, states: States | None = None
-    ) -> torch.Tensor:
-        """log p(c | s) = sum_j log p(c_j | s_j, h_j) of a head with flows, in nats, (B,), float32
-        (see `flow.py`).
-
-        Args:
-            c: (B, D, w).
-            targets: (B, D).
-            states: of c, if they are known.
-        """
-        states = self.states(c, targets) if states is None else states
-        with torch.autocast(c.device.type, enabled=False):
-            s = targets.to(self.dtype).T[..., None]
-            return self.flow.log_densities(states, s).sum(0).float()
-
-    def context_log_densities(
-        self, c: torch.Tensor, contexts: torch.Tensor, states: States | None = None
-    ) -> torch.Tensor:
-        """log p(c | s_k) of every context, in nats, (B, contexts), float32, of a head with flows.
-
-        Contexts differ in what was intervened on only, so each block is computed once for each of
-        its states and not once for each context.
-
-        Args:
-            c: (B, D, w).
-            contexts: their targets, (contexts, D), 0 or 1.
-            states: of c, if they are known.
-        """
-        if states is None:
-            states = self.states(c, c.new_zeros(c.shape[:2]), whole=True)
-        with torch.autocast(c.device.type, enabled=False):
-            obs, there = self.flow.state_densities(states)
-            change = there - obs[: len(there)]  # (d, B)
-            contexts = contexts.to(self.dtype)[:, : len(there)]
-            return (obs.sum(0)[:, None] + change.T @ contexts.T).float()
 
     def posterior(
         self, features: torch.Tensor, targets: torch.Tensor
@@ -355,9 +245,7 @@ class InterventionHead(PreTrainedModel):
         D, draw_width); `states` of y, if they are known.
         """
         if self.is_flow:
-            states = self.states(y, targets) if states is None else states
-            s = targets.to(self.dtype).T[..., None]
-            return self.flow.inverse(states, s).transpose(0, 1)
+            return self._noise(y, targets, states)
         return y if self.whitening is None else self.whitening(y, self._mixture(targets))
 
     def embed_draw(self, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -405,21 +293,6 @@ class InterventionHead(PreTrainedModel):
             return mean, logvar
         weights = self._mixture(targets)
         return self.whitening(mean, weights), self.whitening.variance(logvar.exp(), weights).log()
-
-    def _noise_marginals(
-        self, mean: torch.Tensor, logvar: torch.Tensor, targets: torch.Tensor, draws: int = 16
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of z with flows: z of the mean of c, and the variance of z around it over draws with a
-        fixed seed.
-        """
-        z = self.whiten(mean, targets)
-        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(
-            mean.device
-        )
-        std, squares = (0.5 * logvar).exp(), torch.zeros_like(z)
-        for n in noise:
-            squares = squares + (self.whiten(mean + std * n, targets) - z).square()
-        return z, (squares / draws).clamp(min=1e-12).log()
 
     def _mixture(self, targets: torch.Tensor) -> torch.Tensor:
         return mixture(targets[:, : len(self.config.concepts)])

@@ -1,5 +1,5 @@
-"""Pictures: contexts real above generated, edits and what they changed, traversals, pairs, effects,
-training curves, distances and floors.
+"""Pictures: contexts real above generated, edits and what they changed, traversals, training
+curves, distances and floors.
 
 Every function returns a Matplotlib figure; `save` writes it as PNG or SVG. Colours are safe for the
 colour-blind (those of Okabe and Ito, 2008; the maps cividis and PuOr), and no
@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from .card_metrics import shown_protocol
-from .contexts import OBS, Interventions, Quantile, context_name
+from .contexts import Interventions, Quantile
 from .generation import GenerationMixin
 from .pixels import difference, to_uint8
 from .sampling_arguments import ImageInput
@@ -168,132 +168,18 @@ def traversal(
         quantiles: of the range, from left to right.
         **options: of `InterventionModel.predict`, such as `num_inference_steps` of a denoiser.
     """
-    return _traverse(model, image, context, {f"{q:g}": Quantile(q) for q in quantiles}, options)
-
-
-def strength_traversal(
-    model: GenerationMixin,
-    image: ImageInput,
-    context: Interventions = None,
-    strengths: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-    **options: Any,
-) -> Figure:
-    """Edits of one image by each concept at growing strength, a strip for each concept, and the
-    image above. See `traversal`.
-
-    Args:
-        strengths: in [0, 1], from left to right; 0 changes nothing.
-    """
-    return _traverse(
-        model, image, context, {f"{strength:g}": float(strength) for strength in strengths}, options
-    )
-
-
-def _traverse(
-    model: GenerationMixin,
-    image: ImageInput,
-    context: Interventions,
-    values: Mapping[str, Quantile | float],
-    options: dict[str, Any],
-) -> Figure:
-    """Edits of an image by each concept at each value, the values' labels above them."""
     x = model.preprocess(image)[:1]
     steps = {key: value for key, value in options.items() if key == "num_inference_steps"}
     noise, residual = model.abduct(x, model.targets(context, 1), **steps)
-    noise = noise.expand(len(values), *noise.shape[1:])
+    noise = noise.expand(len(quantiles), *noise.shape[1:])
     if residual is not None:
-        residual = residual.expand(len(values), *residual.shape[1:])
+        residual = residual.expand(len(quantiles), *residual.shape[1:])
     rows = {"image": to_uint8(x.movedim(1, -1).cpu().numpy())}
     for name in model.concepts:
-        edits = model.predict(
-            noise,
-            residual,
-            [{name: value} for value in values.values()],
-            output_type="np",
-            **options,
-        )
+        chosen = [{name: Quantile(q)} for q in quantiles]
+        edits = model.predict(noise, residual, chosen, output_type="np", **options)
         rows[name] = to_uint8(np.asarray(edits))
-    return strips(rows, list(values))
-
-
-def pairs_grid(images: Mapping[str, np.ndarray], concepts: Sequence[str]) -> Figure:
-    """Every pair of concepts of one draw of noise: below the diagonal the image under the
-    interventions of its row and column, above it how that differs from the observational image in
-    the corner.
-
-    Args:
-        images: uint8 (H, W, C) of `obs`, of every concept and of every pair, by canonical name.
-        concepts: names of the concepts.
-    """
-    heads = [OBS, *concepts]
-    height, width = images[OBS].shape[:2]
-    rows = []
-    for row, head in enumerate(heads):
-        cells = np.stack(
-            [
-                (
-                    images[context_name(sorted({head, other} - {OBS}), concepts)]
-                    if other != head
-                    else images[OBS]
-                )
-                for other in heads
-            ]
-        )
-        cells[row + 1 :] = difference(
-            np.broadcast_to(images[OBS], cells[row + 1 :].shape), cells[row + 1 :]
-        )
-        if row:
-            cells[row] = 255
-        rows.append(_strip(cells))
-    figure = Figure(figsize=(0.8 * len(heads) + 0.9, 0.8 * len(heads) + 0.6), layout="constrained")
-    axis = figure.subplots()
-    _show(axis, np.concatenate(rows)[None])
-    centres = np.arange(len(heads))
-    axis.set_xticks(
-        centres * (width + 1) + width / 2, heads, fontsize=8, rotation=90 if len(heads) > 9 else 0
-    )
-    axis.set_yticks(centres * (height + 1) + height / 2, heads, fontsize=8)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    return figure
-
-
-def total_effects(model: GenerationMixin, draws: int = 1000, seed: int = 0) -> Figure:
-    """Heat map of what the intervention layer makes of each block's noise: the share of each
-    concept's representation that comes from the noise of each block, along all paths (see
-    `metrics/causal.py`). A mechanism that works, not a causal graph.
-
-    Args:
-        model: an `InterventionModel` with a head.
-        draws: of the noise.
-        seed: of the draws.
-
-    Raises:
-        ValueError: it has no head.
-    """
-    if model.head is None:
-        raise ValueError(
-            f"a model with ablation={model.config.ablation!r} has no head whose effects could be"
-            " shown."
-        )
-    from .metrics.causal import (
-        block_effects,
-        head_draws,
-        head_readout,
-        single_interventions_operator,
-    )
-
-    eps, _ = head_draws(model.head, [OBS], draws, seed)
-    effects = block_effects(
-        single_interventions_operator(model.head), eps[1], head_readout(model.head)
-    )
-    free = model.num_blocks - len(model.concepts)
-    blocks = [
-        *model.concepts,
-        *(["free"] if free == 1 else [f"free{number + 1}" for number in range(free)]),
-    ]
-    return plot_matrices(
-        {"effect of the column on the row": effects}, blocks, blocks, "share (standard deviation)"
-    )
+    return strips(rows, [f"{q:g}" for q in quantiles])
 
 
 def read_history(path: str | os.PathLike) -> list[dict]:

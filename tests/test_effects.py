@@ -200,7 +200,7 @@ def test_no_orientation_without_a_kind_that_has_one():
     assert math.isnan(effects.factor_moves(circles, circles)[ORIENTATION])
 
 
-def test_shifts_of_true_factors_give_the_total_effects():
+def test_shifts_of_true_factors_are_those_of_the_causal_model():
     read = {
         name: true_factors(quad.sample_latents(name, 40_000, seed=9))
         for name in quad.TRAIN_CONTEXTS
@@ -208,10 +208,6 @@ def test_shifts_of_true_factors_give_the_total_effects():
     obs = read.pop("obs")
     shifts, errors = effects.mean_shifts(obs, read)
     assert (np.abs(shifts - effects.true_mean_shifts(quad.CONCEPTS)) < 5 * errors).all()
-    found = effects.total_effects_from_shifts(shifts, quad.CONCEPTS)
-    rows = [quad.LATENTS.index(name) for name in LEVELS]
-    columns = [quad.LATENTS.index(name) for name in quad.CONCEPTS]
-    np.testing.assert_allclose(found, quad.total_effects()[np.ix_(rows, columns)], atol=0.12)
 
 
 def test_too_few_images():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from shared_models import build
 
 from hf_intervene import plots
 
@@ -67,12 +66,6 @@ def test_layouts(count):
     check_texts(plots.contexts_grid(strips, strips, unseen=names[::2]))
     check_texts(plots.strips(strips, columns=[str(n) for n in range(8)]))
     check_texts(plots.floor_chart(measured(names)))
-    if count > 1:
-        few = names[: min(count, 12)]
-        together = {"obs": images(1)[0]} | {
-            "+".join(sorted({a, b})): images(1)[0] for a in "abcdefghijkl" for b in "abcdefghijkl"
-        }
-        check_texts(plots.pairs_grid(together, list("abcdefghijkl")[: len(few)]))
 
 
 def test_a_picture_is_written_as_its_suffix_says(tmp_path):
@@ -113,40 +106,6 @@ def test_differences():
         "a",
         "change: a",
     ]
-
-
-def test_a_strength_grows_from_nothing():
-    model = build()
-    image = images(1, 16)
-    figure = plots.strength_traversal(model, image, strengths=(0.0, 0.5, 1.0))
-    rows = {axis.get_ylabel(): shown(axis) for axis in figure.axes}
-    unchanged = plots.to_uint8(model.edit(image, "obs", output_type="np"))[0]
-    edited = plots.to_uint8(model.edit(image, "b", output_type="np"))[0]
-    assert list(rows) == ["image", "a", "b"]
-    assert np.array_equal(rows["a"][:16, :16], unchanged) and np.array_equal(
-        rows["b"][:16, 34:50], edited
-    )
-    assert [text.get_text() for text in figure.axes[1].texts] == ["0", "0.5", "1"]
-
-
-def test_pairs():
-    together = dict(zip(("obs", "a", "b", "a+b"), images(4)))
-    grid = shown(plots.pairs_grid(together, ["a", "b"]).axes[0])
-    cell = lambda row, column: grid[9 * row : 9 * row + 8, 9 * column : 9 * column + 8]  # noqa: E731
-    assert np.array_equal(cell(0, 0), together["obs"]) and np.array_equal(cell(2, 0), together["b"])
-    assert np.array_equal(cell(2, 1), together["a+b"]) and (cell(1, 1) == 255).all()
-    change = plots.difference(together["obs"][None], together["a+b"][None])[0]
-    assert np.array_equal(cell(1, 2), np.broadcast_to(change, (8, 8, 3)))
-
-
-def test_total_effects():
-    model = build()
-    axis = plots.total_effects(model, draws=200).axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "free"]
-    assert np.allclose(np.square(shown(axis)).sum(1), 1)  # shares of each concept
-    model.head = None
-    with pytest.raises(ValueError, match="no head"):
-        plots.total_effects(model)
 
 
 def test_the_history_of_a_resumed_run(tmp_path):

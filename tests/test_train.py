@@ -26,8 +26,9 @@ from runs import (
     weights,
 )
 
-from hf_intervene import InterventionConfig, InterventionModel, trainer
+from hf_intervene import InterventionConfig, InterventionModel, LightVAE, trainer
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
+from hf_intervene.trainer.building import lay_out
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import make_parser
 from hf_intervene.trainer.resuming import check_same
@@ -66,6 +67,22 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path, schedule, monkeypatc
         assert_same(a[name], b[name])
     assert state_a["schedule"] == state_b["schedule"] and state_a["best"] == state_b["best"]
     assert_same(weights(tmp_path / "run" / "model"), weights(tmp_path / "stopped" / "model"))
+
+
+def test_the_layout_in_memory_changes_rounding_alone(tmp_path):
+    x, z = torch.rand(4, 3, 32, 32), torch.randn(4, 8, 1, 1)
+    found, cpu = [], torch.device("cpu")
+    for precision in ("bf16", "no"):
+        torch.manual_seed(0)
+        vae = LightVAE(3, 32, (8, 16), hidden_width=16, latent_width=8)
+        lay_out(vae, cpu, precision)
+        innermost = vae.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert innermost is (precision == "no")
+        (vae.encoder(x).sum() + vae.decode(z).sample.square().mean()).backward()
+        found.append({name: p.grad for name, p in vae.named_parameters() if p.grad is not None})
+    assert_same(*found, rtol=1e-4, atol=1e-5)
+    vae.save_pretrained(tmp_path)
+    assert_same(LightVAE.from_pretrained(tmp_path).state_dict(), vae.state_dict())
 
 
 @pytest.mark.parametrize(

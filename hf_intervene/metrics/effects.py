@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr
 
 from ..data import quad
 from ..data.quad import LATENTS
@@ -224,23 +224,6 @@ def true_mean_shifts(contexts: Sequence[str], variant: str = "dependent") -> np.
         ..., columns
     ]  # (contexts, 2, 6)
     return ndtr(moments[:, 0] / np.sqrt(1 + moments[:, 1] ** 2)) - 0.5
-
-
-def total_effects_from_shifts(
-    shifts: np.ndarray, contexts: Sequence[str], variant: str = "dependent"
-) -> np.ndarray:
-    """Total effects of single interventions on `LEVELS`, estimated from `mean_shifts` (contexts,
-    6): [i, j], the effect of intervention j on factor i in standard deviations, is the shift of the
-    latent's mean over the shift of the intervened latent itself, which the causal model gives (that
-    of orientation cannot be read off images).
-
-    The mean of the latent follows from that of u with the spread that the causal model gives it.
-    Entries compare with `quad.total_effects` one by one."""
-    columns = [LATENTS.index(name) for name in LEVELS]
-    spreads = np.stack([quad.moments(name, variant)[1] for name in contexts])[:, columns]
-    means = ndtri(np.clip(0.5 + shifts, 1e-3, 1 - 1e-3)) * np.sqrt(1 + spreads**2)
-    own = np.array([quad.moments(name, variant)[0][LATENTS.index(name)] for name in contexts])
-    return (means / own[:, None]).T
 
 
 def _w1(a: np.ndarray, b: np.ndarray) -> np.ndarray:

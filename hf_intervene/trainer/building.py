@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ..bases import LightVAE, load_base
@@ -147,6 +148,14 @@ def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionM
                 f"a {type(model.base.model).__name__} has no gradient_checkpointing: leave it out."
             ) from error
     return model
+
+
+def lay_out(model: Any, device: torch.device, precision: str) -> None:
+    """Put the weights of a light VAE into memory so that its convolutions are fastest: on a CPU in
+    float32 with channels innermost, otherwise as they are.
+    """
+    if device.type == "cpu" and precision == "no":
+        model.to(memory_format=torch.channels_last)
 
 
 def build_objective(

@@ -17,7 +17,7 @@ from ..data import ContextImages, ContextSchedule
 from ..logging import get_logger
 from ..model import InterventionModel
 from ..objective import Objective
-from .building import build_model, build_objective, load_data
+from .building import build_model, build_objective, lay_out, load_data
 from .checkpoints import (
     broken,
     checkpoints,
@@ -187,6 +187,8 @@ def new_state(
     model = build_model(a, data)
     model.to(accelerator.device)
     weights = Weights(accelerator, model)
+    if a.base.is_new and not weights.partitioned:
+        lay_out(model.base.model, accelerator.device, a.run.precision)
     prepared = prepared_validation = None
     base: Any = model.base
     if base.companion_models():  # frozen: what they make of the images is computed once

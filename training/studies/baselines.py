@@ -42,7 +42,7 @@ from hf_intervene.evaluation import evaluate, held_out_images, table, versions, 
 from hf_intervene.evaluation.setup import content_options
 from hf_intervene.metrics.reconstruction import bits_per_pixel
 from hf_intervene.metrics.transport import PROTOCOLS, directions, project, sliced_w2
-from hf_intervene.trainer.building import build_model, load_data
+from hf_intervene.trainer.building import build_model, lay_out, load_data
 from hf_intervene.trainer.checkpoints import atomic_folder, check_writable
 from hf_intervene.trainer.distributed import Weights, new_accelerator
 from hf_intervene.trainer.optimizer import build_optimizer
@@ -149,6 +149,7 @@ def train_baseline(
     accelerator = new_accelerator(mixed_precision=a.run.precision)
     torch.manual_seed(a.optimization.seed)
     model = new_baseline(a, baseline, data).to(accelerator.device)
+    lay_out(model.base.model, accelerator.device, a.run.precision)
     targets = data.targets().to(accelerator.device)  # (contexts, d)
     pairs = baseline == "ada-gvae"
     schedule = (Pairs if pairs else ContextSchedule)(
