@@ -221,6 +221,7 @@ def check_settings(changes, folder):
         settings["max_steps"] not in (1, 2)
         or settings["images_per_context"] > 100
         or settings["validation_images"] > 100
+        or (settings["prior_steps"] or 0) > 100
     ):
         only_ours(lambda: TrainArguments(**settings))  # more would only take time
         return
