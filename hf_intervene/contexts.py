@@ -325,8 +325,8 @@ def parse_choices(
             num_images = index(num_images)
         except TypeError:
             raise TypeError(
-                f"the number of samples must be a whole number, not {num_images!r} (several"
-                " concepts are one list, or joined with +)."
+                f"the number of samples must be a whole number, not {shown(num_images)}"
+                " (several concepts are one list, or joined with +)."
             ) from None
     if num_images is not None and num_images < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_images}.")
