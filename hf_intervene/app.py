@@ -254,13 +254,14 @@ def _concept_controls(page: Page) -> list:
     return switches + strengths
 
 
-def _uploaded(file: dict[str, Any]) -> str:
+def _uploaded(file: Any) -> str:
     """The path of an image that Gradio has received or made, and of no other file of this machine.
 
     Raises:
         ValueError: one sentence, the same whether there is such a file or not.
     """
-    path, folder = str(file.get("path")), os.path.realpath(get_upload_folder())
+    path = str(file.get("path")) if isinstance(file, dict) else ""
+    folder = os.path.realpath(get_upload_folder())
     try:
         received = os.path.realpath(path).startswith(folder + os.sep) and os.path.isfile(path)
     except (OSError, ValueError):  # no path of this system

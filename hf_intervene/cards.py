@@ -381,7 +381,7 @@ def _usage(saved: _Saved, name: str, bundled: bool = False) -> str:
         if saved.base_is_elsewhere:
             load = [f'base = {base_class}.from_pretrained("path/to/the/base")']
             load += [f"model = {MODEL}.from_pretrained({json.dumps(name)}, base=base)"]
-        sample = f'images = model.sample({together}, num_samples=8, generator=g, output_type="pil")'
+        sample = f'images = model.sample({together}, num_images=8, generator=g, output_type="pil")'
         edit = (
             f'edited = model.edit(images[0], {{{one}: 0.5}}, context={together}, output_type="pil")'
         )

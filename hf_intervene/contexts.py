@@ -276,7 +276,7 @@ def is_per_sample(interventions: Interventions) -> bool:
 def parse_interventions(
     interventions: Interventions,
     concepts: Sequence[str],
-    num_samples: int | None = None,
+    num_images: int | None = None,
     free_blocks: int = 0,
 ) -> torch.Tensor:
     """Turn any form of interventions into targets `s` (METHOD section 2).
@@ -285,20 +285,20 @@ def parse_interventions(
         interventions: see the module docstring. A tensor has shape (d,), (D,), (batch, d) or
             (batch, D) and entries in [0, 1].
         concepts: the `d` known concept names, in block order.
-        num_samples: the number of rows. One context is repeated. A list of contexts, or a tensor
+        num_images: the number of rows. One context is repeated. A list of contexts, or a tensor
             with several rows, must have this many entries. `None` gives one row for one context,
             else one row per entry.
         free_blocks: `f`, the number of blocks that are never intervened on. Their columns are 0.
 
     Returns:
-        float32 tensor of shape (num_samples, D), D = d + f, on the CPU. A tensor of targets stays
+        float32 tensor of shape (num_images, D), D = d + f, on the CPU. A tensor of targets stays
         on its device.
 
     Raises:
         ValueError, TypeError: the interventions cannot be read, or have another number of rows, or
             choose values (see `parse_choices`). The message says what was expected.
     """
-    targets, choices = parse_choices(interventions, concepts, num_samples, free_blocks)
+    targets, choices = parse_choices(interventions, concepts, num_images, free_blocks)
     _refuse_values(sorted({name for row in choices for name in row}))
     return targets
 
@@ -306,7 +306,7 @@ def parse_interventions(
 def parse_choices(
     interventions: Interventions,
     concepts: Sequence[str],
-    num_samples: int | None = None,
+    num_images: int | None = None,
     free_blocks: int = 0,
 ) -> tuple[torch.Tensor, list[dict[str, Value]]]:
     """Parse interventions that may choose values of concepts.
@@ -314,22 +314,22 @@ def parse_choices(
     Args and errors are those of `parse_interventions`.
 
     Returns:
-        targets: (num_samples, D). The entry of a concept with a chosen value is 1.
+        targets: (num_images, D). The entry of a concept with a chosen value is 1.
         choices: for each sample a dict from concept to its `Quantile` or its one reference image.
             The list has a single entry if all samples share one context, and is empty if no value
             is chosen.
     """
     width, blocks = len(concepts), len(concepts) + free_blocks
-    if num_samples is not None:
+    if num_images is not None:
         try:
-            num_samples = index(num_samples)
+            num_images = index(num_images)
         except TypeError:
             raise TypeError(
-                f"the number of samples must be a whole number, not {num_samples!r} (several"
-                " concepts are one list, or joined with +)."
+                f"the number of samples must be a whole number, not {shown(num_images)}"
+                " (several concepts are one list, or joined with +)."
             ) from None
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"the number of samples must be at least 1, not {num_samples}.")
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"the number of samples must be at least 1, not {num_images}.")
     import torch
 
     if isinstance(interventions, torch.Tensor):
@@ -339,7 +339,7 @@ def parse_choices(
             Sequence[Context], interventions if is_per_sample(interventions) else [interventions]
         )
         rows = [parse_values(context, concepts) for context in contexts]
-        rows = _one_reference_each(rows, num_samples)
+        rows = _one_reference_each(rows, num_images)
         choices = [
             {name: value for name, value in row.items() if not isinstance(value, float)}
             for row in rows
@@ -350,20 +350,18 @@ def parse_choices(
         )
         choices = choices if any(choices) else []
     targets = torch.nn.functional.pad(targets, (0, blocks - targets.shape[1]))
-    if num_samples is None or targets.shape[0] == num_samples:
+    if num_images is None or targets.shape[0] == num_images:
         return targets, choices
     if targets.shape[0] != 1:
         raise ValueError(
-            f"{targets.shape[0]} contexts were given for {num_samples} samples: give one context"
+            f"{targets.shape[0]} contexts were given for {num_images} samples: give one context"
             " for all, or one per sample."
         )
     # Repeated, not expanded: torch.compile makes another graph for other strides.
-    return targets.repeat(num_samples, 1), choices
+    return targets.repeat(num_images, 1), choices
 
 
-def _one_reference_each(
-    rows: list[dict[str, Any]], num_samples: int | None
-) -> list[dict[str, Any]]:
+def _one_reference_each(rows: list[dict[str, Any]], num_images: int | None) -> list[dict[str, Any]]:
     """Give each row one reference image.
 
     A single context that holds several images, one per sample, becomes that many rows.
@@ -374,9 +372,7 @@ def _one_reference_each(
         for name, value in row.items()
         if _is_several(value) and len(value) != 1
     ]
-    wanted = (
-        1 if len(rows) > 1 else num_samples or max((length for _, length in lengths), default=1)
-    )
+    wanted = 1 if len(rows) > 1 else num_images or max((length for _, length in lengths), default=1)
     for name, length in lengths:
         if length != wanted:
             raise ValueError(

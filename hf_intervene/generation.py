@@ -27,6 +27,7 @@ from .sampling_arguments import (
     check_noise,
     check_options,
     check_pixels,
+    renamed,
 )
 from .values import Values, head_values
 
@@ -72,11 +73,12 @@ class GenerationMixin:
         """
         return max(1, min(256, 256 * 64**2 // math.prod(self.base.image_shape[1:])))
 
+    @renamed(num_samples="num_images")
     @torch.no_grad()
     def sample(
         self,
         interventions: Interventions = None,
-        num_samples: int | None = None,
+        num_images: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         output_type: str = "pt",
@@ -94,9 +96,9 @@ class GenerationMixin:
             interventions: what to intervene on, in any form of `hf_intervene.contexts`; several
                 concepts at once compose. With chosen values (see `values.py`) from p(x | do(c_j =
                 v)).
-            num_samples: number of images; `None`: one for each context given.
+            num_images: number of images; `None`: one for each context given.
             generator: makes the draw reproducible.
-            noise: exogenous noise to use, (num_samples, *noise_shape), to compare interventions
+            noise: exogenous noise to use, (num_images, *noise_shape), to compare interventions
                 under the same noise.
             output_type: `"pt"` (float tensor (N, C, H, W) in [0, 1]), `"np"` (N, H, W, C) or
                 `"pil"`; of clips (N, C, T, H, W), (N, T, H, W, C), or a list of frames each.
@@ -123,9 +125,9 @@ class GenerationMixin:
         """
         if noise is not None:
             noise = check_noise("noise", noise, self.noise_shape)
-            num_samples = noise.shape[0] if num_samples is None else num_samples
+            num_images = noise.shape[0] if num_images is None else num_images
         check_batch_size(batch_size)  # references are encoded with it
-        targets, values = self._chosen(interventions, num_samples, reference_context, batch_size)
+        targets, values = self._chosen(interventions, num_images, reference_context, batch_size)
         numbers = {"guidance_scale": guidance_scale, "residual_scale": residual_scale}
         check_options(generator, len(targets), batch_size, output_type, **numbers)
         if noise is None:
@@ -152,23 +154,25 @@ class GenerationMixin:
         }
         return self._images(noise, targets, values, output_type, batch_size, draws, **options)
 
+    @renamed(images="image")
     @torch.no_grad()
     def reconstruct(
         self,
-        images: ImageInput,
+        image: ImageInput,
         context: Interventions = None,
         output_type: str = "pt",
         batch_size: int | None = None,
     ) -> Images:
         """Encode images under the context they came from and decode the posterior mean. See `edit`."""  # noqa: E501
         return self.edit(
-            images, context, context=context, output_type=output_type, batch_size=batch_size
+            image, context, context=context, output_type=output_type, batch_size=batch_size
         )
 
+    @renamed(images="image")
     @torch.no_grad()
     def edit(
         self,
-        images: ImageInput,
+        image: ImageInput,
         interventions: Interventions,
         context: Interventions = None,
         output_type: str = "pt",
@@ -183,9 +187,9 @@ class GenerationMixin:
         the image), the targets are replaced.
 
         Args:
-            images: PIL image(s), uint8 array (N, H, W, C) or float tensor (N, C, H, W) in [0, 1],
-                of the base's own size; clips as lists of PIL images, arrays (N, T, H, W, C) or
-                tensors (N, C, T, H, W).
+            image: PIL image(s) or name(s) of image files, uint8 array (N, H, W, C) or float tensor
+                (N, C, H, W) in [0, 1], of the base's own size; clips as lists of PIL images, files,
+                arrays (N, T, H, W, C) or tensors (N, C, T, H, W).
             interventions: the interventions to apply, in any form of `hf_intervene.contexts`,
                 chosen values among them.
             context: the context that the images came from: observational unless said otherwise.
@@ -195,7 +199,7 @@ class GenerationMixin:
             guidance_scale, reference_context, compose: see `sample`.
         """
         check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
-        pixel_values = self.preprocess(images)
+        pixel_values = self.preprocess(image)
         before = self.targets(context, len(pixel_values))
         after = self._chosen(interventions, len(pixel_values), reference_context, batch_size)
         self._check_guidance(guidance_scale, after[0], compose)  # before the long part
@@ -310,22 +314,22 @@ class GenerationMixin:
         together = {name: torch.cat([part[name] for part in inverted]) for name in inverted[0]}
         return torch.cat(noise), together
 
-    def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
-        """Targets (num_samples, D) on the model's device of any form of `hf_intervene.contexts`."""
+    def targets(self, interventions: Interventions, num_images: int | None = None) -> torch.Tensor:
+        """Targets (num_images, D) on the model's device of any form of `hf_intervene.contexts`."""
         return parse_interventions(
-            interventions, self.concepts, num_samples, self.config.free_blocks
+            interventions, self.concepts, num_images, self.config.free_blocks
         ).to(self.device)
 
     def _chosen(
         self,
         interventions: Interventions,
-        num_samples: int | None,
+        num_images: int | None,
         reference_context: Interventions,
         batch_size: int | None,
     ) -> tuple[torch.Tensor, Values | None]:
-        """Targets (num_samples, D) and the chosen values of interventions."""
+        """Targets (num_images, D) and the chosen values of interventions."""
         targets, choices = parse_choices(
-            interventions, self.concepts, num_samples, self.config.free_blocks
+            interventions, self.concepts, num_images, self.config.free_blocks
         )
         return targets.to(self.device), self._values(
             choices, len(targets), reference_context, batch_size
@@ -334,7 +338,7 @@ class GenerationMixin:
     def _values(
         self,
         choices: Sequence[dict[str, Value]],
-        num_samples: int,
+        num_images: int,
         reference_context: Interventions,
         batch_size: int | None,
     ) -> Values | None:
@@ -364,8 +368,8 @@ class GenerationMixin:
         if len(contexts) == 1:
             contexts = contexts.expand(len(choices), -1)
         else:
-            contexts = self.targets(contexts, num_samples)
-            choices = [*choices] * num_samples if len(choices) == 1 else choices
+            contexts = self.targets(contexts, num_images)
+            choices = [*choices] * num_images if len(choices) == 1 else choices
 
         def encode(rows: list[int], names: list[str], images: list[Any]) -> torch.Tensor:
             x = torch.cat([self._reference(name, image) for name, image in zip(names, images)])
@@ -376,7 +380,7 @@ class GenerationMixin:
                 concepts.append(head(self._noise_of(mean, s), s).concepts.float())
             return torch.cat(concepts)
 
-        return head_values(head, choices, num_samples, encode)
+        return head_values(head, choices, num_images, encode)
 
     def _reference(self, name: str, image: Any) -> torch.Tensor:
         """A reference image as (1, C, H, W)."""

@@ -7,6 +7,7 @@ All errors of decoders become a ValueError. Sizes are checked before anything is
 import os
 import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -126,7 +127,7 @@ def decode_frames(
         clip.seek(number)
         return clip.copy()
 
-    return [_decoded(lambda number=number: frame(number), what) for number in picks]
+    return [_decoded(partial(frame, number), what) for number in picks]
 
 
 def upright(image: Image.Image, what: str = "the image") -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.video_processor import VideoProcessor
 from torch import nn
 from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ class InterventionModel(SavingMixin, GenerationMixin, CardPushMixin, PreTrainedM
     ```python
     model = InterventionModel.build(LightVAE(sample_size=64), concepts=["quad1", "size"])
     loss = model(pixel_values, targets).loss
-    images = model.sample(["quad1", "size"], num_samples=8, generator=torch.Generator().manual_seed(0))
+    images = model.sample(["quad1", "size"], num_images=8, generator=torch.Generator().manual_seed(0))
     ```
     """  # noqa: E501
 
@@ -135,20 +136,30 @@ class InterventionModel(SavingMixin, GenerationMixin, CardPushMixin, PreTrainedM
         base_subfolder: str | None = None,
         base_revision: str | None = None,
         base_variant: str | None = None,
+        scheduler: SchedulerMixin | None = None,
+        vae: ModelMixin | None = None,
         **head_options: Any,
     ) -> "InterventionModel":
         """Add a new head to a base.
 
         Args:
-            base: a diffusers model of a registered class.
+            base: a diffusers model of a registered class, or a `Base`.
             concepts: names of the concepts.
             ablation: see `InterventionConfig`.
             base_subfolder, base_revision, base_variant: where the base was loaded from within its
                 repository; diffusers does not keep them.
+            scheduler: of a denoiser: that of its pipeline.
+            vae: of a denoiser of latents: the autoencoder of its pipeline.
             **head_options: other fields of `InterventionConfig`; `feature_width` and
                 `embedding_shape` come from the base.
+
+        Raises:
+            TypeError, ValueError: one sentence: the base is of a class that is not registered, or
+                needs other parts.
         """
-        base = wrap_base(base)
+        parts = {"scheduler": scheduler, "vae": vae}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        base = wrap_base(base, **parts)
         references = {name: base_reference(part) for name, part in base.companion_models().items()}
         config = InterventionConfig(
             concepts=list(concepts),

@@ -334,11 +334,11 @@ class InterventionHead(FlowMixin, PreTrainedModel):
         """
         return self.intervention.penalty(group_lasso, l2)
 
-    def targets(self, interventions: Interventions, num_samples: int | None = None) -> torch.Tensor:
-        """Targets (num_samples, D) of any form of `contexts.py`, on the head's device."""
+    def targets(self, interventions: Interventions, num_images: int | None = None) -> torch.Tensor:
+        """Targets (num_images, D) of any form of `contexts.py`, on the head's device."""
         config = self.config
         return parse_interventions(
-            interventions, config.concepts, num_samples, config.free_blocks
+            interventions, config.concepts, num_images, config.free_blocks
         ).to(self.device)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]

@@ -34,7 +34,7 @@ from .model import InterventionModel
 from .modeling_intervention import InterventionHead
 from .pretrained import not_bundled
 from .push import CardPushMixin
-from .sampling_arguments import ImageInput
+from .sampling_arguments import ImageInput, renamed
 
 
 logger = get_logger(__name__)
@@ -302,10 +302,11 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @renamed(images="image")
     @torch.no_grad()
     def edit(
         self,
-        images: ImageInput | Sequence,
+        image: ImageInput | Sequence,
         interventions: Interventions,
         context: Interventions = None,
         output_type: str = "pil",
@@ -320,7 +321,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         them; see `InterventionModel.edit`.
         """
         edited = self.model.edit(
-            images,
+            image,
             interventions,
             context,
             output_type,

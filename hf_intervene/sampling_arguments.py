@@ -5,8 +5,10 @@ Every error is one sentence.
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
+from warnings import warn
 
 import numpy as np
 import torch
@@ -14,10 +16,13 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from .contexts import shown
-from .image_files import flat_image
+from .image_files import decode_frames, flat_image, open_image, open_regular
 
 
-ImageInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+ImageInput = (
+    Image.Image | str | os.PathLike | np.ndarray | torch.Tensor | Sequence[Image.Image | str]
+)
 OUTPUT_TYPES = ("pt", "np", "pil")
 COMPOSITIONS = ("head", "scores")  # how several concepts are composed
 
@@ -104,7 +109,7 @@ def check_noise(
             " one from an array."
         )
     if tuple(noise.shape[1:]) != tuple(shape) or not noise.ndim:
-        wanted = f"(num_samples, {', '.join(map(str, shape))})"
+        wanted = f"(num_images, {', '.join(map(str, shape))})"
         raise ValueError(f"{name} must have shape {wanted}, not {tuple(noise.shape)}.")
     if rows is not None and len(noise) != rows:
         raise ValueError(
@@ -128,13 +133,10 @@ def check_pixels(
         device: of the tensor.
 
     Raises:
-        TypeError, ValueError: one sentence.
+        OSError, TypeError, ValueError: one sentence.
     """
     if isinstance(images, (str, os.PathLike)):
-        raise TypeError(
-            f"an image was expected, not the name of a file: PIL.Image.open({str(images)!r})"
-            " opens it."
-        )
+        images = [images]
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
     channels, is_clip = image_shape[0], len(image_shape) == 4
@@ -142,11 +144,12 @@ def check_pixels(
         images = [images]
     if not isinstance(images, (np.ndarray, torch.Tensor, list, tuple)):
         raise TypeError(
-            f"images must be PIL images, an array or a tensor, not a {type(images).__name__}."
+            "images must be PIL images, names of files, an array or a tensor, not a"
+            f" {type(images).__name__}."
         )
     if not len(images):
         raise ValueError("there are no images: give one at least.")
-    images = _flat(images, channels)
+    images = _flat(images, channels, image_shape[1] if is_clip else None)
     try:
         if is_clip and isinstance(images, torch.Tensor):
             # diffusers has the frames in front of the channels.
@@ -173,11 +176,41 @@ def check_pixels(
     return pixel_values
 
 
-def _flat(images: Any, channels: int) -> Any:
-    """PIL images, and lists of them, with so many channels; all else as it is."""
+def _flat(images: Any, channels: int, frames: int | None) -> Any:
+    """PIL images and files, and lists of them, as PIL images with so many channels; all else as it
+    is. `frames`: of the clip that a file is read as."""
     if isinstance(images, (list, tuple)):
-        return [_flat(image, channels) for image in images]
+        return [_flat(image, channels, frames) for image in images]
+    if isinstance(images, (str, os.PathLike)):
+        if frames is None:
+            images = open_image(images)
+        else:
+            with open_regular(images) as file:
+                clip = decode_frames([file.read()], frames, str(images))
+            return _flat(clip, channels, None)
     return flat_image(images, channels) if isinstance(images, Image.Image) else images
+
+
+def renamed(**names: str) -> Callable[[_Method], _Method]:
+    """Decorate a method whose arguments had other names before: those still work, with a
+    FutureWarning.
+
+    Args:
+        **names: the name of today, by the former one.
+    """
+
+    def decorate(method: _Method) -> _Method:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for before, now in names.items():
+                if before in kwargs and now not in kwargs:
+                    warn(f"{before} is called {now} now.", FutureWarning, stacklevel=2)
+                    kwargs[now] = kwargs.pop(before)
+            return method(*args, **kwargs)
+
+        return cast(_Method, call)
+
+    return decorate
 
 
 def check_images(images: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def quantile_value(ordered: torch.Tensor, q: float, nearest: int = NEAREST) -> t
 def head_values(
     head: InterventionHead,
     choices: Sequence[dict[str, Value]],
-    num_samples: int,
+    num_images: int,
     encode: Callable[[list[int], list[str], list[Any]], torch.Tensor],
 ) -> Values | None:
     """The chosen values of samples; `None` where nothing is chosen.
@@ -123,7 +123,7 @@ def head_values(
     Args:
         head: whose concepts they are.
         choices: those of each sample, or of all, as `parse_choices` returns them.
-        num_samples: B.
+        num_images: B.
         encode: c (R, D, concept_width) of R reference images: their positions in `choices`, the
             concepts they are for, the images.
     """
@@ -154,7 +154,7 @@ def head_values(
         for row, name, c in zip(rows, names, encode(rows, names, images)):
             block = config.concepts.index(name)
             values[row, block] = c[block]
-    return Values(values.expand(num_samples, -1, -1), chosen.expand(num_samples, -1))
+    return Values(values.expand(num_images, -1, -1), chosen.expand(num_images, -1))
 
 
 __all__ = ["each_alone", "influence", "learnt_range", "quantile_value"]

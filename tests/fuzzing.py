@@ -1,12 +1,17 @@
 """Changes of files and values for `test_fuzz.py`, and bounds of memory and time."""
 
+import contextlib
+import io
 import json
+import re
 import resource
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
@@ -69,6 +74,37 @@ def fuzz(strategy, check, examples, seed):
         check(example)
 
     run()
+
+
+def fuzz_for(strategy, check, seconds, first_seed, examples):
+    """Run rounds of examples until the time is up. Return their number."""
+    start, tried, seed = time.monotonic(), 0, first_seed
+
+    def checked(example):
+        nonlocal tried
+        tried += 1
+        check(example)
+
+    while tried == 0 or time.monotonic() - start < seconds:
+        fuzz(strategy, checked, examples, seed)
+        seed += 1
+    return tried
+
+
+def spoken(command, *arguments, statuses=(0, 1)):
+    """Run a command, whose errors must be one line; its exit status."""
+    errors = io.StringIO()
+    with bounds(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = command(list(arguments))
+        except SystemExit as ended:  # argparse
+            status = ended.code
+    AcceleratorState._reset_state(reset_partial_state=True)
+    text = errors.getvalue()
+    said = [line for line in text.splitlines() if re.match(r"([\w. -]+: )?error: ", line)]
+    assert status in statuses and len(said) == (status != 0), (arguments, status, text)
+    assert status == 0 or text.rstrip().endswith(said[0].rstrip()), (arguments, text)
+    return status
 
 
 # Values

@@ -129,7 +129,7 @@ def build(model, size=16, **head):
 
 
 def sample(model):
-    return model.sample(["a", "b"], num_samples=2, generator=torch.Generator().manual_seed(0))
+    return model.sample(["a", "b"], num_images=2, generator=torch.Generator().manual_seed(0))
 
 
 def train_a_little(model):
@@ -312,7 +312,7 @@ def test_regimes_from_the_trainer(tiny, tmp_path, family, regime):
     folder = Path(result.model_dir)
     assert (folder / "base").exists() == (regime in ("fine-tune", "end-to-end"))
     assert (folder / "lora").exists() == (regime == "lora")
-    images = InterventionModel.from_pretrained(folder).sample(["quad1", "size"], num_samples=2)
+    images = InterventionModel.from_pretrained(folder).sample(["quad1", "size"], num_images=2)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
 

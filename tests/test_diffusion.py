@@ -482,7 +482,7 @@ def test_only_what_was_trained_is_saved(regime, tmp_path):
     own = {"frozen": set(), "lora": {"lora"}, "end-to-end": {"base"}}[regime]
     assert folders == {"adapter", "scheduler", "image_processor"} | own
     loaded = InterventionModel.from_pretrained(tmp_path / "model")
-    call = {"num_samples": 2, "num_inference_steps": 3}
+    call = {"num_images": 2, "num_inference_steps": 3}
     assert torch.equal(
         loaded.sample("a", generator=generator(), **call),
         model.sample("a", generator=generator(), **call),

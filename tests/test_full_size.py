@@ -56,7 +56,7 @@ def build(base, **options):
 
 
 def sample(model):
-    return model.sample(["a", "b"], num_samples=2, generator=torch.Generator().manual_seed(0))
+    return model.sample(["a", "b"], num_images=2, generator=torch.Generator().manual_seed(0))
 
 
 def files(folder):

@@ -97,10 +97,10 @@ def test_pooled_head_ignores_the_context():
 
 def test_sampling_is_reproducible_and_composes_per_sample():
     model = tiny_model().eval()
-    first = model.sample(["a", "b"], num_samples=4, generator=generator())
+    first = model.sample(["a", "b"], num_images=4, generator=generator())
     assert first.shape == (4, 3, 16, 16) and first.min() >= 0 and first.max() <= 1
-    assert torch.equal(first, model.sample(["b", "a"], num_samples=4, generator=generator()))
-    assert not torch.equal(first, model.sample("a", num_samples=4, generator=generator()))
+    assert torch.equal(first, model.sample(["b", "a"], num_images=4, generator=generator()))
+    assert not torch.equal(first, model.sample("a", num_images=4, generator=generator()))
     noise = torch.randn(3, *model.noise_shape)
     mixed = model.sample([["a"], None, ["a", "b"]], noise=noise)
     for row, context in enumerate(["a", "obs", "a+b"]):
@@ -168,7 +168,7 @@ def test_bad_noise_and_batches():
     with pytest.raises(ValueError, match="noise must have shape"):
         model.sample("a", noise=torch.randn(2, 3, 3))
     with pytest.raises(ValueError, match="one row per sample"):
-        model.sample([["a"], None], num_samples=2, noise=torch.randn(3, *model.noise_shape))
+        model.sample([["a"], None], num_images=2, noise=torch.randn(3, *model.noise_shape))
     with pytest.raises(ValueError, match="pixel_values must have shape"):
         model(torch.rand(2, 3, 8, 8), model.targets("a", 2))
 
@@ -182,7 +182,7 @@ def test_save_and_load_is_bit_equal(tmp_path, ablation):
     state = model.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    sample = {"interventions": ["a", "b"], "num_samples": 3}
+    sample = {"interventions": ["a", "b"], "num_images": 3}
     assert torch.equal(
         model.sample(generator=generator(), **sample),
         loaded.sample(generator=generator(), **sample),
@@ -282,7 +282,7 @@ def test_an_unsupported_base_and_how_to_register_it(tmp_path):
     model = InterventionModel.build(Toy(), CONCEPTS).eval()
     model.save_pretrained(tmp_path)
     loaded = InterventionModel.from_pretrained(tmp_path)
-    args = {"interventions": "a", "num_samples": 2}
+    args = {"interventions": "a", "num_images": 2}
     assert torch.equal(
         model.sample(generator=generator(), **args), loaded.sample(generator=generator(), **args)
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusion_models import with_head
 
-from hf_intervene import InterventionModel, InterventionPipeline, LightVAE
+from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, wrap_base
 from hf_intervene.bases.denoising import follow
 
 
@@ -195,3 +195,42 @@ def test_one_sentence_for_a_composition_that_is_not_there():
         ValueError, match="compose='scores' is for denoisers; a LightVAE has no scores"
     ):
         sample(made("light"), compose="scores")
+
+
+def test_images_to_edit_are_named_as_in_diffusers(tmp_path):
+    """`image=`: PIL images, names of files, lists of either; the former names still work."""
+    pipe = made("light")
+    model = pipe.model
+    pictures = pipe("obs", 2, torch.Generator().manual_seed(0)).images
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, picture in zip(files, pictures):
+        picture.save(file)
+    expected = pipe.edit(pictures, "a", output_type="pt").images
+    for given in (pictures, files, list(map(str, files)), (pictures[0], files[1])):
+        assert torch.equal(
+            pipe.edit(image=given, interventions="a", output_type="pt").images, expected
+        )
+    one = pipe.edit(image=str(files[0]), interventions="a", output_type="pt").images
+    torch.testing.assert_close(one, expected[:1])
+    torch.testing.assert_close(model.reconstruct(files[0]), model.reconstruct(pictures[0]))
+    with pytest.warns(FutureWarning, match="images is called image now"):
+        former = pipe.edit(images=pictures, interventions="a", output_type="pt").images
+    assert torch.equal(former, expected)
+    with pytest.warns(FutureWarning, match="num_samples is called num_images now"):
+        assert len(model.sample("a", num_samples=3)) == 3
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        pipe.edit(tmp_path / "none.png", "a")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
+        pipe.edit(picture=pictures, interventions="a")
+
+
+def test_a_denoiser_is_built_with_its_scheduler():
+    unet = with_head("unet").base.model
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    model = InterventionModel.build(unet, concepts=["a"], scheduler=scheduler)
+    assert model.base.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    with pytest.raises(ValueError, match="pass scheduler="):
+        InterventionModel.build(with_head("unet").base.model, concepts=["a"])
+    for base in (made("light").base, wrap_base(made("light").base)):
+        with pytest.raises(ValueError, match="takes no scheduler: leave it out"):
+            InterventionModel.build(base, concepts=["a"], scheduler=scheduler)

@@ -208,7 +208,7 @@ def test_a_head_is_trained_on_it(kind, bases):
     assert losses[2] < losses[1] < losses[0]
     for parameter in base.adapter.projections.parameters():
         parameter.data.normal_(std=0.3)
-    options = {"num_samples": 2, "num_inference_steps": 2}
+    options = {"num_images": 2, "num_inference_steps": 2}
     plain, moved = (model.sample(s, generator=generator(), **options) for s in ([], ["a"]))
     assert plain.shape == (2, *base.image_shape) and not torch.equal(plain, moved)
     assert model.edit(images[:2], ["a"], num_inference_steps=2).shape == plain.shape
@@ -220,7 +220,7 @@ from hf_intervene import InterventionModel
 for folder in sys.argv[1:]:
     model = InterventionModel.from_pretrained(folder)
     g = torch.Generator().manual_seed(0)
-    images = model.sample(["a"], num_samples=1, num_inference_steps=2, generator=g)
+    images = model.sample(["a"], num_images=1, num_inference_steps=2, generator=g)
     print(json.dumps([type(model.base).__name__, images.flatten().tolist()]))
 """
 
@@ -235,7 +235,7 @@ def same_in_a_new_process(models, tmp_path):
             if file.suffix in (".bin", ".pt", ".pkl")
         ]
         wanted.append(
-            model.sample(["a"], num_samples=1, num_inference_steps=2, generator=generator())
+            model.sample(["a"], num_images=1, num_inference_steps=2, generator=generator())
         )
     folders = [str(tmp_path / str(number)) for number in range(len(models))]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *folders], capture_output=True, text=True)
@@ -352,7 +352,7 @@ def test_a_denoiser_that_nobody_has_heard_of(tmp_path):
     model = with_head(base)
     model.save_pretrained(tmp_path)
     loaded = InterventionModel.from_pretrained(tmp_path)
-    options = {"num_samples": 1, "num_inference_steps": 2}
+    options = {"num_images": 1, "num_inference_steps": 2}
     both = [m.sample(["a"], generator=generator(), **options) for m in (model, loaded)]
     assert torch.allclose(*both, atol=1e-5)
 

@@ -52,7 +52,7 @@ def build_and_save() -> None:
     assert_type(InterventionHead.from_pretrained("folder", subfolder="head"), InterventionHead)
     assert_type(InterventionConfig(concepts=["a"], free_blocks=2).num_blocks, int)
     InterventionConfig(concept=["a"])  # type: ignore[call-arg]
-    model.sample("quad1", num_samples="8")  # type: ignore[arg-type]
+    model.sample("quad1", num_images="8")  # type: ignore[arg-type]
 
 
 def measure() -> None:

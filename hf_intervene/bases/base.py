@@ -15,6 +15,7 @@ An embedding is (B, *embedding_shape). A third party adds a family without touch
 """
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -286,8 +287,13 @@ def wrap_base(model: ModelMixin | Base, **options: Any) -> Base:
 
     Raises:
         TypeError: no family is registered for the class; the message names the registered ones.
+        ValueError: an option that the family does not have.
     """
-    return model if isinstance(model, Base) else base_family(model)(model, **options)
+    family = type(model) if isinstance(model, Base) else base_family(model)
+    known = () if isinstance(model, Base) else inspect.signature(family).parameters
+    if wrong := [name for name in options if name not in known]:
+        raise ValueError(f"a {type(model).__name__} takes no {wrong[0]}: leave it out.")
+    return model if isinstance(model, Base) else family(model, **options)
 
 
 def base_family(model: ModelMixin, adapter: Mapping[str, Any] | None = None) -> type[Base]:

@@ -153,7 +153,7 @@ def read_saved(path: Path, split: str) -> Dataset:
     _refuse_pipes(path)
     try:
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # readers of JSON and Arrow raise errors of many types
         raise OSError(
             f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again."
         ) from error

@@ -172,9 +172,9 @@ def one_step(state: TrainState, order_at: set[int], bar: tqdm) -> None:
     every = (state.arguments.run.log_every, state.eval_every, state.checkpoint_every)
     if any(map(state.due, every)):
         log_progress(state, bar)
-    due = ("validate", state.eval_every), ("draw samples", state.sample_every)
-    due += (("checkpoint", state.checkpoint_every),)
-    state.owed = [name for name, every in due if state.due(every)]
+    due = {"validate": state.eval_every, "draw samples": state.sample_every}
+    due |= {"checkpoint": state.checkpoint_every}
+    state.owed = [name for name, every in due.items() if state.due(every)]
     state.stop.check(state.accelerator)
 
 
@@ -184,7 +184,11 @@ def do_owed(state: TrainState) -> None:
     Raises:
         Interrupted: the run is asked to stop; what is not done is still owed.
     """
-    acts = {"validate": validate, "draw samples": draw_samples, "checkpoint": save}
+    acts: dict[str, Callable] = {
+        "validate": validate,
+        "draw samples": draw_samples,
+        "checkpoint": save,
+    }
     while state.owed:
         acts[state.owed[0]](state)
         del state.owed[0]
@@ -383,7 +387,7 @@ def save_best(state: TrainState, model: InterventionModel) -> None:
 
 def draw_samples(state: TrainState) -> None:
     with state.averaged():
-        whole = state.weights.whole()
+        whole: Any = state.weights.whole()  # in the main process
         rest = (state.data, state.arguments, state.out, state.step, state.accelerator)
         state.stop.by_main_process(
             state.accelerator, lambda check: sample_grid(whole, *rest, check)
@@ -396,7 +400,8 @@ def finish(state: TrainState) -> TrainResult:
     Raises:
         Interrupted: the run is asked to stop; how far the fit has come is kept.
     """
-    model_dir, last = state.out / "model", state.weights.whole()
+    model_dir = state.out / "model"
+    last: Any = state.weights.whole()  # in the main process
     state.stop.by_main_process(
         state.accelerator, lambda check: save_trained(state, last, model_dir, check)
     )

@@ -6,6 +6,7 @@ contexts is seen. The recipe is `training/pretrain.py`."""
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,7 @@ def observational_images(
     images: int,
     resolution: int,
     mnist_digits: str = BUNDLED,
-    reading: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """uint8 images of the observational context, (N, 3, resolution, resolution); `reading`:
     arguments of `load_contexts` of own data.

@@ -339,6 +339,7 @@ def _take(state: TrainState, tensors: dict[str, dict[str, torch.Tensor]], saved:
     state.step = saved["step"]
     state.best, state.waited = float(saved["best"] or math.inf), int(saved["waited"])
     state.owed = [name for name in OWED if name in saved.get("owed", ())]
+    state.owed += ["checkpoint"] * bool(state.owed)  # in which nothing is owed
     weights.load(tensors["model"] | _companion_state(state.model))
     state.objective.terms.load_state_dict(tensors.get("terms", {}))
     restore_optimizer(state.optimizer, state.learnt, tensors["optimizer"], weights.placed)

@@ -204,7 +204,7 @@ def sample_grid(
                 )
 
 
-def _stills(images: Sequence[Any]) -> list[Any]:
+def _stills(images: Any) -> list[Any]:
     """Images as they are; of clips, whose frames come first, the middle frames."""
     clips = isinstance(images[0], list) or getattr(images[0], "ndim", 3) == 4
     return [image[len(image) // 2] if clips else image for image in images]

@@ -140,10 +140,10 @@ class Baseline(InterventionModel):
             z[chosen] = (mean + noise[chosen].flatten(1) @ root)[..., None, None]
         return z
 
-    def sample(self, interventions=None, num_samples=None, generator=None, noise=None, **options):
+    def sample(self, interventions=None, num_images=None, generator=None, noise=None, **options):
         """As `InterventionModel.sample`; the contexts as in the docstring of `baselines.py`."""
         targets = self.targets(
-            interventions, len(noise) if num_samples is None and noise is not None else num_samples
+            interventions, len(noise) if num_images is None and noise is not None else num_images
         )
         if noise is None:
             noise = randn_tensor(
