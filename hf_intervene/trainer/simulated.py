@@ -309,12 +309,13 @@ class OnDemand(Mapping):
         return len(self._names)
 
 
-def held_out_on_demand(simulated: Simulated, images: int, seed: int) -> tuple[OnDemand, OnDemand]:
-    """`held_out_images`, of which a process draws only the contexts that it reads."""
+def held_out_on_demand(
+    simulated: Simulated, images: int, seed: int, names: Sequence[str]
+) -> tuple[OnDemand, OnDemand]:
+    """`held_out_images` of these contexts; a process draws only those that it reads."""
 
     @cache
     def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
         return tuple(half[name] for half in simulated.held_out_images(images, seed, (name,)))
 
-    names = simulated.contexts + simulated.held_out
     return tuple(OnDemand(names, lambda name, k=k: draw(name)[k]) for k in (0, 1))
