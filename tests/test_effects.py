@@ -395,7 +395,7 @@ def test_recipe(tmp_path, capsys, monkeypatch):
     argv += ["--resamples", "2"]
     assert recipe.main(argv) == 0
     measured = json.loads((tmp_path / "out" / "effects.json").read_text())
-    assert np.array(measured["effects"]["generated"]["values"]).shape == (15, 8)
+    assert np.array(measured["effects"]["generated"]["values"]).shape == (21, 8)
     assert np.array(measured["codes"]["z"]["blocks"]).shape == (7, 8)
     assert {0 <= x["own_block"]["untrained"] <= 1 for x in measured["codes"].values()} == {True}
     assert {np.array(x).shape for x in measured["causal"]["learnt"].values()} == {

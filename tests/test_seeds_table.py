@@ -32,6 +32,23 @@ def test_runs_of_other_contexts_are_refused():
         seeds_table.combine([run(0.8)])
 
 
+def test_runs_of_different_recipes_are_refused():
+    """Places and seeds may differ; nothing else, of training or measuring."""
+    told = [
+        {"settings": {"model": name, "output": name, "seed": seed, "images": 700}}
+        | {"recipe": {"max_steps": 3000}}
+        for seed, name in enumerate(("a", "b"))
+    ]
+    runs = [run(value) | settings for value, settings in zip((0.8, 0.9), told)]
+    assert seeds_table.combine(runs)["hat"]["all there"] == [0.8, 0.9]
+    with pytest.raises(
+        ValueError, match="run 2 is of another recipe.*max_steps is 100 and not 3000"
+    ):
+        seeds_table.combine([runs[0], runs[1] | {"recipe": {"max_steps": 100}}])
+    with pytest.raises(ValueError, match="images is 70 and not 700"):
+        seeds_table.combine([runs[0], runs[1] | {"settings": {"images": 70, "seed": 1}}])
+
+
 def test_files(tmp_path, capsys):
     for name, value in (("a", 0.8), ("b", 0.9)):
         (tmp_path / name).mkdir()

@@ -3,27 +3,28 @@ published figures.
 
     python training/reproduce.py --table quad-dependent --scale cpu --output outputs/reproduce
 
-Every row is trained and measured with several seeds, each with training and held-out images of its
-own, in jobs of their own; the same command goes on where it was interrupted. Baselines are tuned
-first, over the grid of `studies/baselines.py`, with a seed that the table does not use. Writes
-`TABLE-SCALE.md`, `.csv`, `.tex` and `.json`."""
+The protocol is fixed in `docs/protocol.md`. Every row is tuned first, over its trials of
+`studies/tuning.py`, with a seed that no table reports and by single concepts alone. Then it is
+trained and measured with ten seeds, each with training and held-out images of its own, in jobs of
+their own; the same command goes on where it was interrupted. Writes `TABLE-SCALE.md`, `.csv`,
+`.tex` and, with the figures of every context and seed, `.json`."""
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from hf_intervene.data import load_digits
+from hf_intervene.data import load_digits, quad
 from hf_intervene.errors import spoken
 from hf_intervene.metrics.transport import directions
 from hf_intervene.trainer.checkpoints import check_writable
 from hf_intervene.trainer.parsing import RecipeParser
 from hf_intervene.training.studies.baseline_losses import beta_tcvae
-from hf_intervene.training.studies.baselines import BASELINES, GRID
+from hf_intervene.training.studies.baselines import BASELINES
 from hf_intervene.training.studies.jobs import (
     RECIPES,
     Command,
@@ -37,14 +38,13 @@ from hf_intervene.training.studies.reproduced import (
     HEADED,
     PUBLISHED,
     earlier_table,
-    images_a_side,
-    measures,
+    missing,
+    run_of,
     write,
 )
 from hf_intervene.training.studies.seeds import run_name
+from hf_intervene.training.studies.tuning import GRID, TRIALS, TUNING_SEED, best_trial
 
-
-TUNING_SEED = 1000
 
 # What has no head has no blocks that could fall silent early: the KL has its full weight from the
 # start.
@@ -77,21 +77,27 @@ class Table:
         dataset, variant: settings of train.py.
         rows: the settings that each row changes.
         baselines: those that it has too.
+        tuned: whether the rows are methods to be tuned.
+        paper_pairs: the compositions that the paper reports, if they are not all.
+        detector: whether true attributes are known, for a detector of concepts.
     """
 
     dataset: str
     variant: str = "dependent"
     rows: Mapping[str, dict] = field(default_factory=lambda: REGIMES)
     baselines: tuple[str, ...] = tuple(BASELINES)
+    tuned: bool = True
+    paper_pairs: tuple[str, ...] = ()
+    detector: bool = False
 
 
 TABLES = {
-    "quad-dependent": Table("quad"),
-    "quad-independent": Table("quad", "independent"),
+    "quad-dependent": Table("quad", paper_pairs=quad.PAPER_PAIRS),
+    "quad-independent": Table("quad", "independent", paper_pairs=quad.PAPER_PAIRS),
     "mnist": Table("mnist"),
     "ident3d": Table("ident3d"),
-    "avatars": Table("avatars"),
-    "sweeps": Table("quad", rows=SWEEPS, baselines=()),
+    "avatars": Table("avatars", detector=True),
+    "sweeps": Table("quad", rows=SWEEPS, baselines=(), tuned=False, paper_pairs=quad.PAPER_PAIRS),
 }
 
 
@@ -104,7 +110,7 @@ class Scale:
         images: a side of every distance.
         projections: directions of it.
         seeds: how many.
-        settings: how many of each baseline's grid are tried.
+        trials: of each row's settings; the same number for all.
     """
 
     config: dict[str, str]
@@ -112,7 +118,7 @@ class Scale:
     images: int
     projections: int
     seeds: int
-    settings: int | None = None
+    trials: int = TRIALS
 
 
 SMALL = {name: f"reproduce/{name}.yaml" for name in ("quad", "mnist", "ident3d", "avatars")}
@@ -123,9 +129,9 @@ SCALES = {
         64,
         20,
         seeds=2,
-        settings=1,
+        trials=1,
     ),
-    "cpu": Scale(SMALL, {}, 1280, 500, seeds=3),
+    "cpu": Scale(SMALL, {}, 1280, 500, seeds=10),
     # Of MNIST's 60,000 digits 42,000 are for training, and as few images are drawn. Of the 4,000
     # faces of each context of avatars 2,800 are.
     "full": Scale(
@@ -140,79 +146,98 @@ SCALES = {
         },
         1280,
         500,
-        seeds=5,
+        seeds=10,
     ),
 }
 
 
-def plan(
-    table: Table, rows: Sequence[str], scale: Scale, seeds: int, folder: Path, mnist_digits: str
-) -> dict[tuple[str, int], Job]:
-    """The jobs of a table by row and seed, those that others wait for first."""
-    config = str(RECIPES / "configs" / scale.config[table.dataset])
-    data = {"dataset": table.dataset, "variant": table.variant, "mnist_digits": mnist_digits}
-    measured = {"images": scale.images, "projections": scale.projections, "protocol": "both"}
+class Plan:
+    """The jobs of a table.
 
-    def seeded(seed: int) -> tuple[list[str], list[str]]:
-        """Options of the training and of the measuring."""
-        train = [
-            "--config",
-            config,
-            *options(data | scale.train | {"seed": seed, "data_seed": seed}),
-        ]
-        found = {name.replace("_", "-"): value for name, value in data.items()}
-        return train, options(found | measured | {"seed": seed})
+    Args:
+        table, scale: which, and how large.
+        folder: of the runs.
+        mnist_digits: the setting of train.py.
+    """
 
-    def trained(path: Path, seed: int, settings: dict, base: Job | None) -> list[Command]:
-        train, measure = seeded(seed)
-        found = {
-            key: str(base.folder / "model" / "base") if value == "{base}" else value
-            for key, value in settings.items()
+    def __init__(self, table: Table, scale: Scale, folder: Path, mnist_digits: str):
+        self.table, self.scale, self.folder = table, scale, folder
+        self.data = {
+            "dataset": table.dataset,
+            "variant": table.variant,
+            "mnist_digits": mnist_digits,
         }
-        return training_commands(path, train + options(found), measure)
+        self.config = str(RECIPES / "configs" / scale.config[table.dataset])
 
-    def baseline(path: Path, seed: int, name: str, settings: dict) -> list[Command]:
-        told = {"baseline": name, "output_dir": path, "images": scale.images, "held_out_seed": seed}
-        return [
-            ("studies/baselines.py", *options(told), *seeded(seed)[0], *options(PLAIN | settings))
-        ]
+    def jobs(self, rows: Sequence[str], seeds: int) -> dict[tuple[str, int], Job]:
+        """All jobs by row and seed, or `tuning ROW` and the number of the trial; those that others
+        wait for stand first.
+        """
+        jobs: dict[tuple[str, int], Job] = {}
+        known = [*self.table.rows, *self.table.baselines]
+        first = ["base"] if any(self._needs_base(row) for row in rows) else []
+        for row in dict.fromkeys([*first, *(row for row in known if row in rows)]):
+            of_base = tuple(job for (name, _), job in jobs.items() if name == "tuning base")
+            tried: list[Job] = []
+            for number in range(len(self.trials(row))):
+                path = self.folder / "tuning" / f"{row.replace(' ', '-')}-{number}"
+                after = of_base if self._needs_base(row) else ()
+                told = partial(self._trial, path, row, number, of_base)
+                tried.append(Job(path, told, after))
+                jobs[f"tuning {row}", number] = tried[-1]
+            for seed in range(seeds):
+                path = self.folder / run_name(row, seed)
+                base = jobs["base", seed] if self._needs_base(row) else None
+                told = partial(self._run, path, row, seed, tried, base)
+                jobs[row, seed] = Job(path, told, (*tried, *([] if base is None else [base])))
+        return jobs
 
-    def tuned(path: Path, seed: int, name: str, tried: Sequence[Job]) -> list[Command]:
-        return baseline(path, seed, name, GRID[name][best_setting(tried)])
+    def trials(self, row: str) -> list[dict]:
+        """The settings that are tried of a row; none where there is nothing to tune."""
+        return GRID[row][: self.scale.trials] if self.table.tuned else []
 
-    jobs: dict[tuple[str, int], Job] = {}
-    needs_base = [row for row in table.rows if "{base}" in table.rows[row].values()]
-    first = ["base"] if set(needs_base) & set(rows) else []
-    for row in dict.fromkeys([*first, *(row for row in table.rows if row in rows)]):
-        for seed in range(seeds):
-            path = folder / run_name(row, seed)
-            base = jobs["base", seed] if row in needs_base else None
-            commands = partial(trained, path, seed, table.rows[row], base)
-            jobs[row, seed] = Job(path, commands, () if base is None else (base,))
-    chosen = [name for name in table.baselines if name in rows]
-    grid = {
-        name: tuple(
-            Job(path, partial(baseline, path, TUNING_SEED, name, settings))
-            for number, settings in enumerate(GRID[name][: scale.settings])
-            for path in [folder / "tuning" / f"{name}-{number}"]
-        )
-        for name in chosen
-    }
-    jobs |= {
-        (f"tuning {name}", number): job for name in chosen for number, job in enumerate(grid[name])
-    }
-    for name in chosen:
-        for seed in range(seeds):
-            path = folder / run_name(name, seed)
-            jobs[name, seed] = Job(path, partial(tuned, path, seed, name, grid[name]), grid[name])
-    return jobs
+    def chosen(self, row: str, tried: Sequence[Job]) -> dict:
+        """The settings that won, once the trials are done."""
+        return self.trials(row)[best_trial([job.metrics() for job in tried])] if tried else {}
 
+    def _needs_base(self, row: str) -> bool:
+        return "{base}" in self.table.rows.get(row, {}).values()
 
-def best_setting(tried: Sequence[Job]) -> int:
-    """The number of the setting with the lowest concept distance."""
-    return int(
-        np.argmin([job.metrics()["means"]["concept"]["independent"]["distance"] for job in tried])
-    )
+    def _trial(self, path: Path, row: str, number: int, of_base: Sequence[Job]) -> list[Command]:
+        base = None
+        if self._needs_base(row):
+            base = of_base[best_trial([job.metrics() for job in of_base])].folder
+        return self._commands(path, row, TUNING_SEED, self.trials(row)[number], base, True)
+
+    def _run(
+        self, path: Path, row: str, seed: int, tried: Sequence[Job], base: Job | None
+    ) -> list[Command]:
+        folder = None if base is None else base.folder
+        return self._commands(path, row, seed, self.chosen(row, tried), folder, False)
+
+    def _commands(
+        self, path: Path, row: str, seed: int, settings: dict, base: Path | None, singles: bool
+    ) -> list[Command]:
+        """The training and the measuring of one run, `singles`: by single concepts alone."""
+        given = self.data | self.scale.train | {"seed": seed, "data_seed": seed}
+        train = ["--config", self.config, *options(given)]
+        only = ["--singles"] if singles else []
+        if row in self.table.baselines:
+            told = {"baseline": row, "output_dir": path, "images": self.scale.images}
+            told |= {"held_out_seed": seed}
+            words = [*options(told), *only, *train, *options(PLAIN | settings)]
+            return [("studies/baselines.py", *words)]
+        own = {
+            key: str(base / "model" / "base") if value == "{base}" else value
+            for key, value in self.table.rows[row].items()
+        }
+        measure = {name.replace("_", "-"): value for name, value in self.data.items()}
+        measure |= {"images": self.scale.images, "projections": self.scale.projections}
+        measure |= {"protocol": "both", "seed": seed}
+        measure |= {} if self.table.detector else {"detector-images": 0}
+        measure |= {"twins": 0} if singles or not self.table.detector else {}
+        words = [*options(measure), "--no-tests", *only]
+        return training_commands(path, train + options(own | settings), words)
 
 
 def check_requirements(table: Table, rows: Sequence[str], mnist_digits: str) -> None:
@@ -251,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="ROW",
         help="only these rows (default all); others stay as they are",
     )
-    parser.add_argument("--seeds", type=int, help="default: 2, 3 and 5, by scale")
+    parser.add_argument("--seeds", type=int, help="default: 2 at smoke scale, else 10")
     parser.add_argument(
         "--jobs", type=int, help="runs side by side (default: one for each GPU, or else core)"
     )
@@ -273,44 +298,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--seeds and --jobs must be at least 1.")
     check_writable(out)
     check_requirements(table, rows, arguments.mnist_digits)
-    kept = earlier_table(out / f"{name}.json", [row for row in known if row not in rows])
-    jobs = plan(table, rows, scale, seeds, out / name, arguments.mnist_digits)
+    plan = Plan(table, scale, out / name, arguments.mnist_digits)
+    recipe = recipe_of(plan, arguments.table)
+    kept = earlier_table(out / f"{name}.json", [row for row in known if row not in rows], recipe)
+    jobs = plan.jobs(rows, seeds)
     workers = arguments.jobs or default_workers()
     with tqdm(total=len(jobs), desc=name, disable=None) as bar:
         failed = run_jobs(list(jobs.values()), workers, lambda job, metrics: bar.update())
-    results, sides = dict(kept["results"]), set()
+    results = dict(kept["results"])
     for row in rows:
-        done = [jobs[row, seed].metrics() for seed in range(seeds)]
-        if any(done):
-            results[row] = [measures(metrics) for metrics in done if metrics is not None]
-            sides |= {images_a_side(metrics) for metrics in done if metrics is not None}
+        done = {seed: jobs[row, seed].metrics() for seed in range(seeds)}
+        found = {
+            str(seed): run_of(metrics, table.paper_pairs)
+            for seed, metrics in done.items()
+            if metrics is not None
+        }
+        if found:
+            results[row] = found
     results = {row: results[row] for row in known if row in results}
-    published = PUBLISHED.get(arguments.table, {})
-    # rows that were kept may have others
-    counts = " or ".join(map(str, sorted({len(found) for found in results.values()})))
-    images = " or ".join(map(str, sorted(sides or {scale.images})))
-    notes = [
-        "Sliced 2-Wasserstein distances and bits per pixel, mean ± half the 95 % t-interval over "
-        f"{counts} seeds; {images} images a side; independent protocol where "
-        "nothing else is said."
-    ]
-    if published:
-        notes[0] += (
-            " Published: concept / composition / bits per pixel, paper's protocol and scale."
-        )
-    notes += kept["notes"]
-    for row in (row for row in table.baselines if row in rows and row in results):
-        settings = GRID[row][best_setting(jobs[row, 0].after)]
-        notes.append(
-            f"{row}: tuned to {', '.join(f'{key} {value}' for key, value in settings.items())}, of"
-            f" {len(jobs[row, 0].after)} settings."
-        )
+    notes = kept["notes"]
+    for row in (row for row in rows if row in results and plan.trials(row)):
+        tried = [jobs[f"tuning {row}", number] for number in range(len(plan.trials(row)))]
+        settings = plan.chosen(row, tried)
+        words = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the recipe"
+        notes.append(f"{row}: tuned to {words}, of {len(tried)} settings.")
     notes += [f"{job.folder.name} failed: {reason}" for job, reason in failed.items()]
     if results:
-        print(write(name, results, published, notes, out))
+        caption = missing(results, known, seeds)
+        published = PUBLISHED.get(arguments.table, {})
+        print(write(name, results, published, notes, out, recipe, caption))
     for job, reason in failed.items():
         print(f"error: {job.folder}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def recipe_of(plan: Plan, table: str) -> dict:
+    """What all results of a table have in common; see `earlier_table`."""
+    text = Path(plan.config).read_bytes()
+    scale = plan.scale
+    return {
+        "table": table,
+        "config": Path(plan.config).relative_to(RECIPES).as_posix(),
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "data": {key: str(value) for key, value in plan.data.items()},
+        "train": scale.train,
+        "images": scale.images,
+        "projections": scale.projections,
+        "trials": scale.trials,
+        "grid": {row: plan.trials(row) for row in (*plan.table.rows, *plan.table.baselines)},
+    }
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def untrained_model(model: InterventionModel, seed: int = 0) -> InterventionMode
         if base.adapter is not None:
             base.adapter.apply(reset)
         untrained = InterventionModel(copy.deepcopy(model.config), base)
-    untrained.to(device=model.device)  # type: ignore[arg-type]  # transformers wraps the method
+    nn.Module.to(untrained, model.device)  # transformers wraps its own in a way without a type
     return untrained.eval()
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cards import FLOORS_FILE
+from ..cards import FLOORS_FILE, read_settings
 from ..data import quad
 from ..data.identity import load_images
 from ..errors import spoken
@@ -33,6 +33,10 @@ from .held_out import held_out_images, load_model, reading_of, trained_with, tra
 from .measuring import evaluate
 from .setup import DETECTOR_IMAGES, content_options
 from .tables import table
+
+
+# Settings in which runs of one recipe differ.
+_OF_A_RUN = ("seed", "data_seed", "output_dir", "base", "resume", "tracker", "image_cache")
 
 
 def versions() -> dict[str, str]:
@@ -113,6 +117,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument(
+        "--singles",
+        action="store_true",
+        help="obs and single concepts only, so that a choice of settings sees no combination",
+    )
+    parser.add_argument(
         "--edits", action="store_true", help="measure edits of observational images too"
     )
     parser.add_argument(
@@ -166,6 +175,14 @@ def as_trained(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
+def recipe_of(folder: str) -> dict:
+    """The settings of the run that a model is of, without its seeds and its places: what runs of
+    one table must have in common. Empty if they are not beside the model.
+    """
+    saved = read_settings(folder)
+    return {name: value for name, value in saved.items() if name not in _OF_A_RUN}
+
+
 def _has_codes_of_quad(arguments: argparse.Namespace, model: InterventionModel) -> bool:
     """Whether there are concepts whose true values are known, and enough images for their scores.
     A denoiser takes long to encode; its codes are measured together with its edits.
@@ -209,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.mnist_digits,
         load_images(Path(arguments.model)),
         reading,
+        arguments.singles,
     )
     content = content_options(
         arguments.dataset,
@@ -246,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, arguments.variant, min(CODE_IMAGES, arguments.images), arguments.seed, 20, ("c",)
         )
     metrics["settings"] = vars(arguments)
+    metrics["recipe"] = recipe_of(arguments.model)
     metrics["versions"] = versions()
     # Before writing: what a full disk cannot take is at least on the screen.
     print(json.dumps(metrics) if arguments.json else table(metrics))

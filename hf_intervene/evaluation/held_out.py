@@ -41,6 +41,7 @@ def held_out_images(
     mnist_digits: str = BUNDLED,
     trained: Mapping[str, torch.Tensor] | None = None,
     reading: Mapping[str, str] | None = None,
+    singles: bool = False,
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.
 
@@ -53,23 +54,25 @@ def held_out_images(
 
     Warns of own data with few images of a context, and of images that are left out: those trained
     on, and those of concepts that the model does not have. `reading`: how own data are read,
-    arguments of `load_contexts`.
+    arguments of `load_contexts`. `singles`: only `obs` and single concepts, so that a choice of
+    settings sees no combination.
 
     Raises:
         ValueError: own data that lack a concept, or a context with fewer than two images.
     """
     if dataset in SIMULATED:
         simulated = SIMULATED[dataset](resolution, channels, variant, mnist_digits)
+        names = simulated.contexts if singles else simulated.contexts + simulated.held_out
         if process_state().num_processes > 1:
-            return held_out_on_demand(simulated, images, seed)
-        return simulated.held_out_images(images, seed)
+            return held_out_on_demand(simulated, images, seed, names)
+        return simulated.held_out_images(images, seed, names)
     # The model's concepts, as in training: the split depends on the order of the contexts, and it
     # may know but some of the data's.
     data = ContextImages.from_dataset(
         load_contexts(dataset, **reading or {}), concepts, resolution, channels
     )
     data = _unseen(data if split is None else data.split(*split)[1], trained or {})
-    by_context = data.by_context()
+    by_context = {name: x for name, x in data.by_context().items() if not (singles and "+" in name)}
     few = [name for name, a in by_context.items() if len(a) < 2]
     if few:
         raise ValueError(

@@ -305,13 +305,14 @@ class OnDemand(Mapping):
         return len(self._names)
 
 
-def held_out_on_demand(simulated: Simulated, images: int, seed: int) -> tuple[OnDemand, OnDemand]:
-    """`held_out_images`, of which a process draws only the contexts that it reads."""
+def held_out_on_demand(
+    simulated: Simulated, images: int, seed: int, names: Sequence[str]
+) -> tuple[OnDemand, OnDemand]:
+    """`held_out_images` of these contexts; a process draws only those that it reads."""
 
     @cache
     def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
         half, other = simulated.held_out_images(images, seed, (name,))
         return half[name], other[name]
 
-    names = simulated.contexts + simulated.held_out
     return OnDemand(names, lambda name: draw(name)[0]), OnDemand(names, lambda name: draw(name)[1])

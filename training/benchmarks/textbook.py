@@ -384,5 +384,5 @@ def _distances(
     found = {name: sliced_wasserstein(x, sample(name, len(x))) for name, x in real.items()}
     return tuple(
         float(np.mean([found[name] for name in names]))
-        for names in (quad.TRAIN_CONTEXTS, quad.HELD_OUT)
+        for names in (quad.TRAIN_CONTEXTS, quad.PAPER_PAIRS)
     )

@@ -55,24 +55,6 @@ from hf_intervene.training.studies.baseline_losses import beta_tcvae
 from hf_intervene.training.studies.baseline_model import BASELINES, WEIGHTS, Baseline
 
 
-# Settings to tune each baseline over: for a seed that is not reported, by the concept distance on
-# held-out images that are not either.
-GRID: dict[str, list[dict[str, float]]] = {
-    "conditional-vae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
-    "beta-tcvae": [
-        {"beta": 0.5, "weight": 2.0},
-        {"beta": 1.0, "weight": 4.0},
-        {"beta": 2.0, "weight": 8.0},
-    ],
-    "ada-gvae": [{"beta": 0.5}, {"beta": 2.0}, {"beta": 8.0}, {"beta": 32.0}],
-    "tvae": [
-        {"beta": 0.5, "weight": 10.0},
-        {"beta": 2.0, "weight": 10.0},
-        {"beta": 2.0, "weight": 100.0},
-        {"beta": 0.25, "weight": 10.0},
-    ],
-}
-
 # Settings of train.py that a baseline has no use for: any other value than the default is an error.
 FIXED = (
     "base",
@@ -291,9 +273,15 @@ def bernoulli_bits(images: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def run(
-    a: TrainArguments, baseline: str, weight: float | None, images: int, held_out_seed: int
+    a: TrainArguments,
+    baseline: str,
+    weight: float | None,
+    images: int,
+    held_out_seed: int,
+    singles: bool = False,
 ) -> dict:
-    """Train and measure; the metrics, those on the disk if the job is finished.
+    """Train and measure; the metrics, those on the disk if the job is finished. `singles`: on
+    `obs` and single concepts only.
 
     Raises:
         OSError, ValueError, FloatingPointError, ImportError: one sentence.
@@ -309,6 +297,7 @@ def run(
         "weight": weight,
         "images": images,
         "held_out_seed": held_out_seed,
+        "singles": singles,
     }
     settings |= {key: value for key, value in a.flat().items() if key != "output_dir"}
     finished = out / "metrics" / "metrics.json"
@@ -333,7 +322,14 @@ def run(
     channels, side, _ = model.base.image_shape
     data, digits = (side, channels, a.data.variant), a.data.mnist_digits
     real, other_real = held_out_images(
-        a.data.dataset, model.concepts, images, held_out_seed, *data, split, digits
+        a.data.dataset,
+        model.concepts,
+        images,
+        held_out_seed,
+        *data,
+        split,
+        digits,
+        singles=singles,
     )
     # Presence by a detector of true attributes, where the data set knows them.
     simulated = SIMULATED.get(a.data.dataset)
@@ -378,13 +374,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--held_out_seed", type=int, default=0, help="of held-out images, noise and directions"
     )
+    parser.add_argument(
+        "--singles", action="store_true", help="measure obs and single concepts only, for tuning"
+    )
     own, rest = parser.parse_known_args(argv)
     if own.explain:
         print(references(parse_arguments([*rest, "--dataset", own.explain]), own.images))
     else:
         print(
             table(
-                run(parse_arguments(rest), own.baseline, own.weight, own.images, own.held_out_seed)
+                run(
+                    parse_arguments(rest),
+                    own.baseline,
+                    own.weight,
+                    own.images,
+                    own.held_out_seed,
+                    own.singles,
+                )
             )
         )
     return 0

@@ -53,7 +53,7 @@ ROWS: dict[str, dict] = {
     "a decoder that is not injective": {"broken": "folded"},
 }
 MEASURES = ("mcc", "untrained_mcc", "floor", "own_block", "other_block", "untrained_own_block")
-SCORED = 2000  # samples of the scores of blocks
+SCORED = 800  # samples of the scores of blocks
 
 
 @dataclass(frozen=True)

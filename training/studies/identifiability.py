@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hf_intervene.errors import spoken
-from hf_intervene.metrics.recovery import simulate_and_recover
+from hf_intervene.metrics.recovery import ConceptEncoder, Recovery, score, simulate_and_recover
+from hf_intervene.metrics.recovery_data import simulate
 from hf_intervene.trainer.checkpoints import write_whole
 from hf_intervene.training.studies.seeds import mean_cell, run_name
 
@@ -41,6 +43,7 @@ ROWS |= {
 # with their decimals
 MEASURES = {
     "mcc": 3,
+    "untrained": 3,
     "floor": 3,
     "angle": 1,
     "worst_angle": 1,
@@ -51,13 +54,14 @@ MEASURES = {
 def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
     """One row with one seed; see `recovery.score`."""
     path = folder / "jobs" / f"{run_name(name, seed)}-steps{steps}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if path.exists() and "untrained" in (known := json.loads(path.read_text())):
+        return known
     torch.set_num_threads(1)
     start = time.process_time()
     problem = {"samples": SAMPLES, **ROWS[name]}
     result = simulate_and_recover(steps=steps, seed=seed, **problem)
     result["affected"] = result["correlations"][result["affected"]]
+    result["untrained"] = untrained_mcc(seed, problem)
     result |= {"processor_seconds": time.process_time() - start, "problem": problem, "seed": seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1))
@@ -65,11 +69,23 @@ def run_job(name: str, seed: int, folder: Path, steps: int) -> dict:
     return result
 
 
+def untrained_mcc(seed: int, problem: dict) -> float:
+    """The MCC of an encoder that was never trained, on the same data."""
+    simulation = simulate(seed=seed, **{k: v for k, v in problem.items() if k != "samples"})
+    d, width = simulation.shift.shape[1:]
+    x = simulation.sample(0, 2000, seed)[0]
+    torch.manual_seed(seed)
+    encoder = ConceptEncoder(x.shape[1], d * width).requires_grad_(False)
+    untrained = Recovery(encoder, np.eye(d * width), x.mean(0), x.std(0), width, float("nan"))
+    return score(simulation, untrained)["mcc"]
+
+
 def table(results: dict[str, list[dict]]) -> str:
     """Mean over seeds +- the half width of its 95 % t-interval, by row."""
     lines = [
-        "| | MCC | floor | principal angle, mean | largest | correlation of the last concept |",
-        "| --- |" + " --- |" * 5,
+        "| | MCC | untrained | floor | principal angle, mean | largest | correlation of the last"
+        " concept |",
+        "| --- |" + " --- |" * len(MEASURES),
     ]
     for name, rows in results.items():
         cells = [

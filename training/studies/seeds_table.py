@@ -47,14 +47,34 @@ def figures(metrics: Mapping) -> dict[str, dict[str, float]]:
     return found
 
 
+# Settings of a measurement, or of a baseline, in which runs of one table differ.
+OF_A_RUN = ("model", "output", "seed", "data_seed", "held_out_seed", "output_dir", "json")
+
+
+def recipe(metrics: Mapping) -> dict:
+    """How a run was trained and measured, without its seeds and places, as far as it says so."""
+    settings = metrics.get("settings", {}) | metrics.get("recipe", {})
+    return {name: value for name, value in settings.items() if name not in OF_A_RUN}
+
+
 def combine(runs: Sequence[Mapping]) -> dict[str, dict[str, list[float]]]:
     """Every figure of every run, by context and column, in the order of the runs.
 
     Raises:
-        ValueError: fewer than two runs, or runs of other contexts or measures than the first.
+        ValueError: fewer than two runs, or runs of another recipe, measured in another way, or of
+            other contexts or measures than the first.
     """
     if len(runs) < 2:
         raise ValueError(f"a table over seeds needs at least two runs, not {len(runs)}.")
+    recipes = [recipe(run) for run in runs]
+    for number, other in enumerate(recipes[1:], 2):
+        names = recipes[0].keys() | other.keys()
+        if changed := sorted(key for key in names if recipes[0].get(key) != other.get(key)):
+            raise ValueError(
+                f"run {number} is of another recipe than the first: {changed[0]} is"
+                f" {other.get(changed[0])!r} and not {recipes[0].get(changed[0])!r}; a table has"
+                " runs that differ in their seeds alone."
+            )
     first, *others = [figures(run) for run in runs]
     for number, other in enumerate(others, 2):
         if {c: set(row) for c, row in other.items()} != {c: set(row) for c, row in first.items()}:
