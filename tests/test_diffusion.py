@@ -37,9 +37,11 @@ from hf_intervene import (
     wrap_base,
 )
 from hf_intervene.bases import denoising
+from hf_intervene.bases.diffusion import PRECISION
 from hf_intervene.bases.injection import Entries, Injection, find_sites
 from hf_intervene.bases.loading import load_scheduler
 from hf_intervene.bases.lora import add_lora, merged
+from hf_intervene.terms import EditConsistency
 
 
 def generator(seed=0):
@@ -328,11 +330,60 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
         draws["residual_noise"],
         draws["time"],
     )
-    expected = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
+    errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
+    expected = PRECISION * errors
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(output.loss, (expected + 2 * output.kl).mean())
     prepared = model(None, s, beta=2.0, prepared=model.base.prepare(x), **draws)
     assert torch.equal(prepared.loss, output.loss)
+
+
+@pytest.mark.parametrize("kind", ["unet", "sd3"])
+def test_the_estimate_of_an_exact_denoiser_is_the_image(kind, monkeypatch):
+    """One that knows x_0, at the noisiest time of a schedule of v and of a flow."""
+    base = with_head(kind).base
+    x0, noise = torch.randn(2, 2, *base.sample_shape)
+    scheduler = base._training_scheduler
+    if kind == "sd3":
+        x, answer = noise, noise - x0  # sigma is 1
+    else:
+        last = torch.full((2,), scheduler.config.num_train_timesteps - 1)
+        x, answer = scheduler.add_noise(x0, noise, last), scheduler.get_velocity(x0, noise, last)
+    times = []
+    monkeypatch.setattr(base, "denoise", lambda x, t, e: times.append(float(t)) or answer)
+    embedding = torch.zeros(2, *base.embedding_shape)
+    found = base.estimate(embedding, {"residual_noise": x})
+    torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
+    assert times == [float(scheduler.timesteps.max())]
+    assert base.estimates == base.sample_shape
+
+
+def with_flows(kind):
+    base = with_head(kind).base
+    return InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "sd3"])
+def test_edits_of_a_denoiser_are_read_back(kind):
+    model = with_flows(kind).train()
+    contexts = torch.eye(model.num_blocks)[:2]
+    term = EditConsistency.build(1.0, model, contexts)
+    draws = term.draw(4, torch.Generator().manual_seed(0))
+    targets = contexts.repeat(2, 1)
+    output = model(torch.rand(4, *model.base.image_shape), targets)
+    term.loss(model, output, targets, draws).backward()
+    parts = {name: p.grad for name, p in model.base.adapter.named_parameters()}
+    assert any(g is not None and g.any() for name, g in parts.items() if "projections" in name)
+    assert any(g is not None and g.any() for name, g in parts.items() if "encoder" in name)
+
+
+def test_edits_are_not_read_back_where_there_is_no_estimate(capsys):
+    noise = with_flows("dit")  # predicts the noise
+    again = with_flows("unet")
+    again.base.model.enable_gradient_checkpointing()
+    for model in (noise, again):
+        assert EditConsistency.build(1.0, model, torch.eye(model.num_blocks)[:2]) is None
+        assert "edit consistency is left out" in capsys.readouterr().err
 
 
 def test_times_of_a_batch_are_spread_over_the_schedule():

@@ -293,7 +293,7 @@ class ObjectiveSettings:
     )
     edit_consistency: float = setting(
         0.3,
-        "That of hf_intervene/terms/edit_consistency.py, mechanism `flow`; not for denoisers.",
+        "That of hf_intervene/terms/edit_consistency.py, mechanism `flow`.",
         weight,
     )
     free_invariance: float = setting(
