@@ -7,8 +7,8 @@ Diffusion 3's; on pixels or on latents.
 
 z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
 diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
-first term of the objective is the denoising loss (METHOD section 2), summed over
-the entries of x: not a likelihood, so there are no bits per pixel.
+first term of the objective is the denoising loss (METHOD section 2), summed over the entries of x:
+not a likelihood, so there are no bits per pixel.
 """  # noqa: E501
 
 import math
@@ -385,12 +385,9 @@ class DiffusionBase(Base):
 
     def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
-        parts = (
-            self.vae,
-            self.scheduler,
-            *((None, None) if vision is None else (vision.model, vision.image_processor)),
-        )
-        return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
+        seeing = (None, None) if vision is None else (vision.model, vision.image_processor)
+        parts = zip(self.companion_names, (self.vae, self.scheduler, *seeing))
+        return {name: part for name, part in parts if part is not None}
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return self.modules()  # one pass does not make an image: batch norms are left as they are
