@@ -73,6 +73,7 @@ def run_button(page: Page, label: str) -> gr.Button:
 
 
 def draw_number() -> gr.Number:
+    """Which images are drawn."""
     return gr.Number(
         0,
         label="Draw number",
@@ -85,21 +86,29 @@ def draw_number() -> gr.Number:
 
 
 def next_number(number: int | None) -> int:
+    """The draw number after this one."""
     return (int(number or 0) + 1) % (MAX_SEED + 1)
 
 
 def checked_number(number: int | None) -> int:
+    """A draw number as it was given.
+
+    Raises:
+        ValueError: one sentence: none was given.
+    """
     if number is None:
         raise ValueError("give a draw number: a whole number, 0 or larger.")
     return int(number)
 
 
 def steps_slider(page: Page) -> list[gr.Slider]:
+    """Of a denoiser how many steps it takes; otherwise nothing."""
     label = "Denoising steps (more take longer and give finer images)"
     return [gr.Slider(1, 100, STEPS, step=1, label=label, buttons=[])] if page.denoises else []
 
 
 def guidance_slider(page: Page) -> list[gr.Slider]:
+    """Of a denoiser how strongly concepts act; otherwise nothing."""
     label = "Effect of the concepts (1 is as trained)"
     return [gr.Slider(1, 10, 1, step=0.1, label=label, buttons=[])] if page.denoises else []
 

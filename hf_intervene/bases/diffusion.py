@@ -198,10 +198,9 @@ class DiffusionBase(Base):
             if self.vae is not None:
                 scale, shift = scale_and_shift(self.vae)
                 x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
-            seen = (
-                {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
-            )
-            return {"x0": x0} | seen
+            if self.image_encoder is None:
+                return {"x0": x0}
+            return {"x0": x0, "features": self.image_encoder(pixel_values)}
 
     def encode(self, pixel_values: torch.Tensor) -> Encoded:
         return self.encode_prepared(self.prepare(pixel_values))
@@ -215,8 +214,6 @@ class DiffusionBase(Base):
         if self.image_encoder is not None:
             return prepared["features"]
         return self.adapter.encoder(prepared["x0"].to(self.adapter.dtype))
-
-    # Denoising
 
     def denoise(
         self,
