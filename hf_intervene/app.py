@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import is_expected, sentence
 from .logging import disable_progress_bars
-from .page import MAX_COMPOSED, NO_GRADIO, STEPS, STRANGE, Page
+from .page import MAX_COMPOSED, NO_GRADIO, STRANGE, Page
 from .page_clients import Clients
 from .page_pictures import catalogue, note, people, side_by_side, words
 
@@ -27,19 +27,28 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 
 try:
     import gradio as gr
-    from gradio.utils import get_upload_folder
     from starlette.middleware import Middleware
 except ImportError as error:
     raise ImportError(NO_GRADIO) from error
 
+from .page_controls import (  # noqa: E402
+    NO_IMAGE,
+    checked_number,
+    chosen_strengths,
+    concept_controls,
+    draw_number,
+    guidance_slider,
+    next_number,
+    run_button,
+    steps_slider,
+    uploaded,
+)
 from .page_style import CSP, CSS, THEME  # noqa: E402
 
 
 CLIENTS = Clients()
-MAX_IMAGES, MAX_SEED = 16, 9999
+MAX_IMAGES = 16
 MAX_WAITING = 16  # requests: who comes later is refused at once
-NO_IMAGE = "give an image first: upload one, or pick one of those below"
-SHOWN = {"avatars": ("glasses", "hat")}  # concepts that are switched on at first; else the first
 ABOUT = {
     "avatars": "Faces in pixel art. The model saw faces with glasses, with a beard, with a hat and"
     " with a smile, but never two of these together.",
@@ -81,23 +90,25 @@ def build(page: Page) -> gr.Blocks:
 def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            controls = _concept_controls(page)
+            controls = concept_controls(page)
             with gr.Row():
                 other = gr.Button("Other images", size="md", min_width=120)
-                button = _run_button(page, "Generate")
+                button = run_button(page, "Generate")
             changed = gr.Checkbox(False, label="Show what changed")
             with gr.Accordion("More", open=page.denoises):
                 num_images = gr.Slider(
                     1, MAX_IMAGES, page.few, step=1, label="How many images", buttons=[]
                 )
-                draw = _draw_number()
-                denoising = [*_steps(page), *_guidance(page)]
+                draw = draw_number()
+                denoising = [*steps_slider(page), *guidance_slider(page)]
         with gr.Column(scale=3, min_width=280):
             result = gr.HTML(elem_id="samples")
 
     def sample(*values: Any) -> str:
-        strengths, (n, number, shown, *options) = _strengths(page, values)
-        before, after, change, name = page.sample(strengths, int(n), _checked(number), *options)
+        strengths, (n, number, shown, *options) = chosen_strengths(page, values)
+        before, after, change, name = page.sample(
+            strengths, int(n), checked_number(number), *options
+        )
         rows = {"as it is": before}
         if name != "obs":
             rows[f"with {words(name)}"] = after
@@ -111,16 +122,16 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
         else [blocks.load, *(part.change for part in (*controls, num_images, draw, changed))]
     )
     _on([button.click, *at_once], sample, inputs, result, "sample")
-    other.click(_next, draw, draw, api_visibility="private")
+    other.click(next_number, draw, draw, api_visibility="private")
 
 
 def _edit_tab(page: Page, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            controls = _concept_controls(page)
+            controls = concept_controls(page)
             changed = gr.Checkbox(False, label="Show what changed")
-            denoising = [*_steps(page), *_guidance(page)]
-            button = _run_button(page, "Edit")
+            denoising = [*steps_slider(page), *guidance_slider(page)]
+            button = run_button(page, "Edit")
             came_from = gr.Dropdown(
                 list(page.concepts),
                 multiselect=True,
@@ -158,9 +169,9 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
     ) -> str:
         if file is None:
             raise ValueError(f"{NO_IMAGE}.")
-        strengths, options = _strengths(page, values)
+        strengths, options = chosen_strengths(page, values)
         given, unchanged, edited, change, name = page.edit(
-            _uploaded(file), context or [], strengths, *options
+            uploaded(file), context or [], strengths, *options
         )
         shown_images = {"before": given, f"after: {words(name)}": edited}
         if shown:
@@ -197,19 +208,19 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         label=f"Concepts (two to {MAX_COMPOSED})",
     )
     with gr.Row():
-        draw = _draw_number()
-        steps = _steps(page)
+        draw = draw_number()
+        steps = steps_slider(page)
         other = gr.Button("Another image", size="md", min_width=120)
-        button = _run_button(page, "Compose")
+        button = run_button(page, "Compose")
     result = gr.HTML(elem_id="pairs")
 
     def compose(names: list[str], number: int | None, *options: int) -> str:
-        images = page.compose(names, _checked(number), *options)
+        images = page.compose(names, checked_number(number), *options)
         return catalogue({words(name): image for name, image in images.items()})
 
     at_once = [] if page.denoises else [tab.select, draw.change, chosen.change]
     _on([button.click, *at_once], compose, [chosen, draw, *steps], result, "compose")
-    other.click(_next, draw, draw, api_visibility="private")
+    other.click(next_number, draw, draw, api_visibility="private")
 
 
 def _shown(images: np.ndarray) -> list[np.ndarray]:
@@ -226,97 +237,6 @@ def _warning(given: np.ndarray, unchanged: np.ndarray) -> str:
         "The model cannot draw this image: it only knows images like those that it was trained on."
         " What you see is the nearest that it can do."
     )
-
-
-def _concept_controls(page: Page) -> list:
-    """A switch for each concept, then a strength for each; moving a strength turns its switch on."""  # noqa: E501
-    switches, strengths = [], []
-    gr.Markdown("**Concepts**, and how strong (1 is all of it)")
-    for name in page.concepts:
-        with gr.Row(elem_classes="concept"):
-            on = name in SHOWN.get(page.title, page.concepts[:1])  # or nothing would be seen
-            switches.append(gr.Checkbox(on, label=name, container=False, min_width=120, scale=1))
-            strengths.append(
-                gr.Slider(
-                    0,
-                    1,
-                    1,
-                    step=0.05,
-                    label=f"how strong: {name}",
-                    show_label=False,
-                    container=False,
-                    min_width=140,
-                    scale=2,
-                    buttons=[],
-                )
-            )
-        strengths[-1].input(None, None, switches[-1], js="() => true", api_visibility="private")
-    return switches + strengths
-
-
-def _uploaded(file: Any) -> str:
-    """The path of an image that Gradio has received or made, and of no other file of this machine.
-
-    Raises:
-        ValueError: one sentence, the same whether there is such a file or not.
-    """
-    path = str(file.get("path")) if isinstance(file, dict) else ""
-    folder = os.path.realpath(get_upload_folder())
-    try:
-        received = os.path.realpath(path).startswith(folder + os.sep) and os.path.isfile(path)
-    except (OSError, ValueError):  # no path of this system
-        received = False
-    if not received:
-        raise ValueError(f"this image was not uploaded here: {NO_IMAGE}.")
-    return path
-
-
-def _strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple]:
-    """What the concepts' controls say, and the values after them."""
-    d = len(page.concepts)
-    chosen = {
-        name: strength
-        for name, on, strength in zip(page.concepts, values[:d], values[d : 2 * d])
-        if on
-    }
-    return chosen, values[2 * d :]
-
-
-def _run_button(page: Page, label: str) -> gr.Button:
-    """What draws, for a denoiser, which takes a while; others draw when anything changes."""
-    return gr.Button(label, variant="primary", size="md", min_width=120, visible=page.denoises)
-
-
-def _draw_number() -> gr.Number:
-    return gr.Number(
-        0,
-        label="Draw number",
-        info="Another number draws other images.",
-        precision=0,
-        minimum=0,
-        maximum=MAX_SEED,
-        min_width=120,
-    )
-
-
-def _next(number: int | None) -> int:
-    return (int(number or 0) + 1) % (MAX_SEED + 1)
-
-
-def _checked(number: int | None) -> int:
-    if number is None:
-        raise ValueError("give a draw number: a whole number, 0 or larger.")
-    return int(number)
-
-
-def _steps(page: Page) -> list[gr.Slider]:
-    label = "Denoising steps (more take longer and give finer images)"
-    return [gr.Slider(1, 100, STEPS, step=1, label=label, buttons=[])] if page.denoises else []
-
-
-def _guidance(page: Page) -> list[gr.Slider]:
-    label = "Effect of the concepts (1 is as trained)"
-    return [gr.Slider(1, 10, 1, step=0.1, label=label, buttons=[])] if page.denoises else []
 
 
 def _on(

@@ -7,8 +7,8 @@ Diffusion 3's; on pixels or on latents.
 
 z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
 diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
-first term of the objective is the denoising loss (METHOD section 2), summed over
-the entries of x: not a likelihood, so there are no bits per pixel.
+first term of the objective is the denoising loss (METHOD section 2), summed over the entries of x:
+not a likelihood, so there are no bits per pixel.
 """  # noqa: E501
 
 import math
@@ -204,10 +204,9 @@ class DiffusionBase(Base):
             if self.vae is not None:
                 scale, shift = scale_and_shift(self.vae)
                 x0 = (latents_of(self.vae, x0.to(self.vae.dtype))[0].float() - shift) * scale
-            seen = (
-                {} if self.image_encoder is None else {"features": self.image_encoder(pixel_values)}
-            )
-            return {"x0": x0} | seen
+            if self.image_encoder is None:
+                return {"x0": x0}
+            return {"x0": x0, "features": self.image_encoder(pixel_values)}
 
     def encode(self, pixel_values: torch.Tensor) -> Encoded:
         return self.encode_prepared(self.prepare(pixel_values))
@@ -221,8 +220,6 @@ class DiffusionBase(Base):
         if self.image_encoder is not None:
             return prepared["features"]
         return self.adapter.encoder(prepared["x0"].to(self.adapter.dtype))
-
-    # Denoising
 
     def denoise(
         self,
@@ -412,12 +409,9 @@ class DiffusionBase(Base):
 
     def companions(self) -> dict[str, Any]:
         vision = self.image_encoder
-        parts = (
-            self.vae,
-            self.scheduler,
-            *((None, None) if vision is None else (vision.model, vision.image_processor)),
-        )
-        return {name: part for name, part in zip(self.companion_names, parts) if part is not None}
+        seeing = (None, None) if vision is None else (vision.model, vision.image_processor)
+        parts = zip(self.companion_names, (self.vae, self.scheduler, *seeing))
+        return {name: part for name, part in parts if part is not None}
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return self.modules()  # one pass does not make an image: batch norms are left as they are
