@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import sha_fileobj
 
+from .files import read_text
+
 
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Files of a saved model or pipeline. Pickle files are not even fetched.
@@ -179,9 +181,7 @@ def read_json(path: Path) -> dict:
             or names a key twice.
     """
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError("too large")
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        found = json.loads(read_text(path, _MAX_JSON), object_pairs_hook=_object)
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:

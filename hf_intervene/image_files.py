@@ -5,7 +5,6 @@ All errors of decoders become a ValueError. Sizes are checked before anything is
 """
 
 import os
-import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -15,11 +14,12 @@ from typing import BinaryIO, TypeVar
 from PIL import Image, ImageOps
 
 from . import errors
+from .files import open_regular
 
 
 _Result = TypeVar("_Result")
 MEGA = 10**6
-FRAMES = "hf_intervene_frames"
+MOVING = "hf_intervene_moving"
 # These are not opened. Pillow would start Ghostscript, a programming language, for EPS, and reads
 # only the header of the others.
 _NEVER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
@@ -50,26 +50,11 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
         raise type(error)(f"{path} is a folder, or may not be read.") from error
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a regular file for reading. A read from a pipe or a device may never end.
-
-    Raises:
-        OSError: see `open`.
-        ValueError: it is a pipe or a device.
-    """
-    no_waiting = getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_waiting))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path} is a pipe or a device, not a file: give an image file.")
-    return file
-
-
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
     """Decode the contents of an image file, and rotate the image as its camera says.
 
-    The image is the first frame. Its `info[FRAMES]` is the number of frames. A second photo that a
-    camera stores in a JPEG is not a frame.
+    The image is the first frame. Its `info[MOVING]` says whether there are more: to count them
+    takes seconds for some files. A second photo that a camera stores in a JPEG is not a frame.
 
     Args:
         source: the contents.
@@ -82,9 +67,10 @@ def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = N
     file = BytesIO(source) if isinstance(source, bytes) else source
     image: Image.Image = _decoded(lambda: Image.open(file, formats=FORMATS), what)
     check_size(image, what, max_pixels)
-    frames = 1 if image.format == "MPO" else _decoded(lambda: getattr(image, "n_frames", 1), what)
+    moving = image.format != "MPO"
+    moving = moving and _decoded(lambda: getattr(image, "is_animated", False), what)
     image = upright(image, what)
-    image.info[FRAMES] = frames
+    image.info[MOVING] = moving
     return image
 
 
@@ -115,7 +101,7 @@ def decode_frames(
     picks = [round(n * (count - 1) / max(frames - 1, 1)) for n in range(frames)]
     if len(sources) > 1:
         found = [decode_image(sources[n], what, max_pixels) for n in picks]
-        if any(image.info[FRAMES] > 1 for image in found):
+        if any(image.info[MOVING] for image in found):
             raise ValueError(
                 f"{what} is a folder of files with several frames each: give each of them as a clip"
                 " of its own, outside of such a folder."

@@ -16,7 +16,8 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from .contexts import shown
-from .image_files import decode_frames, flat_image, open_image, open_regular
+from .files import open_regular
+from .image_files import decode_frames, flat_image, open_image
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

@@ -174,6 +174,7 @@ arguments = st.tuples(
 
 def check_arguments(example, models):
     kind, method, asked, image, options = example
+    kind = "pipeline" if method == "reconstruct" else kind  # of a denoiser it takes all its steps
     count = options.get("num_images")
     if isinstance(count, (int, float)) and abs(count) > 16:
         options = options | {"num_images": 2}
@@ -182,7 +183,8 @@ def check_arguments(example, models):
         options = options | {"num_inference_steps": 2}
     own = {"sample": (*SAMPLING, *SHARED), "edit": SHARED, "predict": SHARED}.get(method, ())
     given = {name: options[name] for name in own if name in options}
-    given |= {"num_inference_steps": 1} if "num_inference_steps" in own and not given else {}
+    if "num_inference_steps" in own:
+        given.setdefault("num_inference_steps", 1)
     first = {"sample": (asked,), "targets": (asked,), "predict": (image, image, asked)}
     only_ours(lambda: getattr(models[kind], method)(*first.get(method, (image, asked)), **given))
 

@@ -4,9 +4,11 @@ None of their code runs, and no memory is allocated for the sizes that they clai
 """
 
 import json
+import os
 import pickle
 import shutil
 import struct
+import time
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from safetensors.torch import load_file
 from hf_intervene import (
     InterventionHead,
     InterventionModel,
+    cards,
+    hub,
+    image_files,
     load_base,
 )
 from hf_intervene.bases import DiffusionBase
@@ -364,3 +369,28 @@ def test_parts_of_a_pretrained_pipeline_that_ask_for_too_much(tmp_path):
     change(tmp_path / "sd" / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     with bounds():
         assert isinstance(load_base(tmp_path / "sd", 16), DiffusionBase)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["config.json", "training_arguments.yaml"])
+def test_settings_that_never_end_are_refused(tmp_path, kind, name):
+    """They would be waited for, or read until the memory is full."""
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    read = hub.read_json if name.endswith("json") else cards.read_yaml
+    with bounds(memory=1 << 28, seconds=10), pytest.raises((OSError, ValueError)) as error:
+        read(path)
+    assert "not a valid JSON object" in str(error.value) or "a pipe or a device" in str(error.value)
+
+
+def test_frames_are_not_counted():
+    """A GIF of a few megabytes can have so many that this takes seconds."""
+    block = bytes.fromhex("21f904000100 0000 2c0000000001000100 00 0202440100".replace(" ", ""))
+    start = b"GIF89a" + bytes.fromhex("01000100800000000000ffffff")
+    for count in (1, 2, 200_000):
+        content = start + block * count + b";"
+        with bounds(seconds=20):
+            began = time.process_time()
+            image = image_files.decode_image(content, "x")
+            assert time.process_time() - began < 0.5
+        assert image.info[image_files.MOVING] == (count > 1)

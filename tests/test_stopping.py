@@ -29,7 +29,7 @@ from runs import start_words
 
 from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
-from hf_intervene.trainer import run_folder, state, stopping
+from hf_intervene.trainer import prepared, run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
 from hf_intervene.trainer.prepared import DiffusionBase
 from hf_intervene.trainer.settings import TrainArguments
@@ -420,6 +420,20 @@ def test_images_that_are_half_prepared_are_gone_on_from(tiny, tmp_path, monkeypa
     trainer.main(script(tmp_path, **own, output_dir=str(tmp_path / "whole"))[1:])
     whole, found = arrays("whole"), arrays("run")
     assert whole and all(np.array_equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_disk_that_is_full_while_images_are_prepared(tiny, tmp_path, monkeypatch, capsys):
+    own = {"base": str(save_pipeline("dit", tmp_path / "dit")), "regime": "frozen", "max_steps": 1}
+    argv = script(tmp_path, **own)[1:]
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.os, "fsync", full)
+        assert trainer.main(argv) == 1
+    assert "train.partial: No space left on device; what is prepared" in capsys.readouterr().err
+    assert trainer.main(argv) == 0
 
 
 def test_images_half_decoded_into_a_cache_are_removed(tiny, tmp_path, monkeypatch):

@@ -18,12 +18,12 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..errors import NO_LOCKS
+from ..files import open_regular
 from ..image_files import (
-    FRAMES,
+    MOVING,
     decode_frames,
     decode_image,
     flat_image,
-    open_regular,
     printable,
     upright,
 )
@@ -72,7 +72,7 @@ def decode(
         where = f"{what} {row}{f' ({printable(file)})' if file else ''} of context {context!r}"
         if frames is None:
             image, mark = _opened(item, where)
-            moving += image.info.get(FRAMES, 1) > 1
+            moving += image.info.get(MOVING, False)
             images = [image]
         else:
             contents = [_content(cell, where) for cell in cells]

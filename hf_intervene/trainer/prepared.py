@@ -6,9 +6,13 @@ They are the same at every step, so they are computed once, in float32, and read
 
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -84,12 +88,13 @@ class PreparedImages:
         check: Callable[[], None],
     ) -> None:
         """Prepare the images in a folder, from where an earlier run with this key was stopped."""
-        (done, arrays), since = _begun(folder, key, len(images)), time.monotonic()
+        (done, files), since = _begun(folder, key, len(images)), time.monotonic()
 
         def keep() -> None:
-            for array in arrays.values():
-                array.flush()
-            state = {"key": key, "rows": done, "files": sorted(arrays)}
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            state = {"key": key, "rows": done, "files": sorted(files)}
             write_whole(folder / KEY, json.dumps(state))
 
         batches = torch.arange(done, len(images)).split(batch_size)
@@ -103,19 +108,31 @@ class PreparedImages:
                             f"the {name} of image {row} ({context!r}) are not finite: look at it,"
                             " or use another base."
                         )
-                    if name not in arrays:
+                    if name not in files:
+                        # Not a memory map: there a full disk would kill the process.
+                        files[name] = open(folder / f"{name}.npy", "w+b")
                         shape = (len(images), *value.shape[1:])
-                        arrays[name] = np.lib.format.open_memmap(
-                            folder / f"{name}.npy", "w+", np.float32, shape
-                        )
-                    arrays[name][rows.numpy()] = value.cpu().numpy()
+                        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(files[name], header)
+                    files[name].write(value.cpu().numpy().astype("<f4").tobytes())
                 done = int(rows[-1]) + 1
                 if time.monotonic() - since > KEPT_EVERY:
                     keep()
                     since = time.monotonic()
                 check()
-        finally:
             keep()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {folder}: {error.strerror or error}; what is prepared so far is"
+                " kept."
+            ) from error
+        except BaseException:
+            keep()
+            raise
+        finally:
+            for file in files.values():
+                with suppress(OSError):
+                    file.close()
 
     def __getitem__(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The prepared images of an index (n,), on the CPU; with `prompts`, the numbers of theirs,
@@ -138,20 +155,36 @@ def _read_key(folder: Path) -> dict | None:
         return None
 
 
-def _begun(folder: Path, key: dict, count: int) -> tuple[int, dict[str, np.memmap]]:
-    """How many images were prepared in a folder, and what was made of them; the folder is emptied
-    where that cannot be used."""
+def _begun(folder: Path, key: dict, count: int) -> tuple[int, dict[str, BinaryIO]]:
+    """How many images were prepared in a folder, and the files of what was made of them, where the
+    next one is to be written; the folder is emptied where that cannot be used."""
     found = _read_key(folder)
     try:
         if isinstance(found, dict) and found["key"] == key and 0 < found["rows"] <= count:
-            arrays = {
-                name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+")
-                for name in found["files"]
-            }
-            if arrays and all(len(array) == count for array in arrays.values()):
-                return found["rows"], arrays
+            names = found["files"]
+            files = {name: _continued(folder / f"{name}.npy", found["rows"]) for name in names}
+            if files:
+                return found["rows"], files
     except (OSError, ValueError, LookupError, TypeError):
         pass  # it is damaged
     remove(folder)
     folder.mkdir(parents=True)
     return 0, {}
+
+
+def _continued(path: Path, rows: int) -> BinaryIO:
+    """The file of an array whose first rows are written, behind them.
+
+    Raises:
+        OSError, ValueError: it is not such a file, or is shorter.
+    """
+    file = open(path, "r+b")
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    end = file.tell() + rows * math.prod(shape[1:]) * dtype.itemsize
+    if os.fstat(file.fileno()).st_size < end:
+        raise ValueError("it was cut")
+    file.truncate(end)
+    file.seek(end)
+    return file
