@@ -139,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quad-means": means("quad-flow"),
     "protocol": protocol,
     "identifiability": columns_of("identifiability"),
+    "head-identifiability": columns_of("head-identifiability"),
     "full-size": columns_of("full-size"),
     "textbook": columns_of("textbook"),
 }

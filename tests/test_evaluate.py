@@ -66,7 +66,8 @@ def test_evaluate_measures_what_it_says(model):
         )
         x = torch.from_numpy(real[name]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            output = model(x, model.targets(name, 24), noise=torch.zeros(24, *model.noise_shape))
+            noise = torch.zeros(24, *model.noise_shape)
+            output = model(x, model.targets(name, 24), noise=noise, code_length=True)
         near = bits_per_pixel((output.reconstruction_loss + output.kl).mean().item(), 16, 16)
         assert row["bits_per_pixel"] == pytest.approx(near, rel=0.05)
     distances = [metrics["contexts"][name]["independent"]["distance"] for name in ("obs", "quad1")]
@@ -300,7 +301,10 @@ def test_two_processes_share_out_the_contexts(saved, tmp_path):
 
 def test_what_is_drawn_on_demand_is_what_is_drawn_at_once():
     for simulated in (SIMULATED["quad"](16, 3), SIMULATED["mnist"](28, 1)):
-        at_once, on_demand = simulated.held_out_images(6, 1), held_out_on_demand(simulated, 6, 1)
+        at_once, on_demand = (
+            simulated.held_out_images(6, 1),
+            held_out_on_demand(simulated, 6, 1, simulated.contexts + simulated.held_out),
+        )
         for a, b in zip(at_once, on_demand):
             assert list(a) == list(b) and len(b) == len(a)
             assert all(np.array_equal(a[name], b[name]) for name in a)
