@@ -5,6 +5,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def held_out_images(
     split: tuple[float, int, str] | None = None,
     mnist_digits: str = BUNDLED,
     trained: Mapping[str, torch.Tensor] | None = None,
-    reading: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
     singles: bool = False,
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
     """Held-out real images of each context, and as many further ones for the floor.

@@ -3,6 +3,7 @@ twins.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def content_options(
     seed: int,
     detector_images: int = DETECTOR_IMAGES,
     twin_images: int | None = None,
-    reading: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict:
     """The arguments of `evaluate` for the content of images: a detector, trained here, twins, and
     the variant of quad.

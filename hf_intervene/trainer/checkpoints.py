@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -248,7 +249,7 @@ def newest_checkpoint(
 
 
 def flatten_optimizer(
-    state: Mapping[torch.nn.Parameter, dict[str, torch.Tensor]],
+    state: Mapping[Any, dict[str, torch.Tensor]],
     parameters: list[torch.nn.Parameter],
 ) -> dict[str, torch.Tensor]:
     """The tensors of an optimiser's state, by `number of the parameter.entry`, whatever groups the
