@@ -92,7 +92,10 @@ def table_of(metrics: dict) -> dict:
             if metrics.get("code_length")
             else "Bits per pixel: the negative ELBO."
         ),
-        "denoising_loss": "Denoising loss: squared error and KL, per entry of what is denoised.",
+        "denoising_loss": (
+            "Denoising loss: ten times the squared error, and the KL, per entry of what is"
+            " denoised."
+        ),
     }
     return {
         "loss": LOSSES[loss],

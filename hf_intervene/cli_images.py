@@ -30,6 +30,7 @@ def sample(arguments: argparse.Namespace) -> int:
     _make_place(arguments)
     named = _interventions(arguments)
     model = _load(arguments.pipeline)
+    _check_clip(arguments, model)
     interventions = _values(named, arguments, model)
 
     def draw(context: Any) -> Any:
@@ -55,12 +56,23 @@ def edit(arguments: argparse.Namespace) -> int:
     named = _interventions(arguments)
     image = open_image(arguments.image)
     model = _load(arguments.pipeline)
+    _check_clip(arguments, model)
     given: Any = _given(image, arguments, model)
     interventions = _values(named, arguments, model)
     options = _options(arguments)
     edited: Any = model.edit([given], interventions, arguments.context, "pil", **options)
     _save_images(edited, {"given": [given], _label(arguments): edited}, arguments)
     return _print_images(arguments, len(edited), _other_command(arguments, "sample"))
+
+
+def _check_clip(arguments: argparse.Namespace, model: "InterventionModel") -> None:
+    """Refuse a file that cannot hold what the model makes, before anything is made."""
+    ending = Path(arguments.output).suffix.lower()
+    if len(model.base.image_shape) == 4 and ending and ending not in MOVING:
+        raise ValueError(
+            f"{arguments.output} cannot hold a clip: give --output a name in {', '.join(MOVING)},"
+            " or a folder."
+        )
 
 
 def _load(name: str) -> "InterventionModel":
@@ -131,11 +143,13 @@ def _given(
     image: "Image.Image", arguments: argparse.Namespace, model: "InterventionModel"
 ) -> "Image.Image | list[Image.Image]":
     """What is edited: the image, or the frames of its file, if the model makes clips."""
+    from .files import open_regular
     from .image_files import decode_frames
 
     if len(model.base.image_shape) == 3:
         return _fitted(image, arguments.image, arguments, model)
-    content = Path(arguments.image).read_bytes()
+    with open_regular(arguments.image) as file:
+        content = file.read()
     frames = decode_frames([content], model.base.image_shape[1], arguments.image)
     return [_fitted(frame, arguments.image, arguments, model) for frame in frames]
 
@@ -200,9 +214,6 @@ def _save_images(
         images: PIL images, or of clips lists of them.
         rows: likewise, by the label before them.
         arguments: of the command.
-
-    Raises:
-        ValueError: one sentence: the file that is asked for cannot hold a clip.
     """
     from .grids import labelled_grid
 
@@ -216,11 +227,6 @@ def _save_images(
             rows_at = [rows]
         clips = [[labelled_grid(at) for at in rows_at]]
     for file, (first, *others) in zip(files, clips):
-        if others and file.suffix.lower() not in MOVING:
-            raise ValueError(
-                f"{file} cannot hold a clip: give --output a name in {', '.join(MOVING)}, or a"
-                " folder."
-            )
         moving = {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
         first.save(file, **(moving if others else {}))
 

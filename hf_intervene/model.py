@@ -41,8 +41,8 @@ class InterventionModelOutput(ModelOutput):
             base with residual latents, of reconstruction_loss + bottleneck_loss + beta * kl +
             residual_weight * residual_kl.
         reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a
-            base with residual latents; for a denoiser its squared error at one time, summed over
-            the entries of x.
+            base with residual latents; for a denoiser ten times its squared error at one time,
+            summed over the entries of x.
         kl: KL(q(z | x, s) || N(0, I)) of each image, nats, shape (B,). The three terms together are
             the negative ELBO.
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base

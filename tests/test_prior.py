@@ -9,6 +9,7 @@ import torch
 
 from hf_intervene import Encoded
 from hf_intervene.data import ContextImages
+from hf_intervene.trainer.checkpoints import newest_checkpoint
 from hf_intervene.trainer.prior import causal_order, fit_prior, order_concepts
 
 
@@ -85,6 +86,26 @@ def test_few_steps_are_steps(steps):
     before = [p.detach().clone() for p in model.head.flow.parameters()]
     assert math.isfinite(fit_prior(model, chain(40)[1], None, steps, seed=0))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.head.flow.parameters()))
+
+
+def test_what_is_kept_of_another_fit_does_not_outlive_the_newer_one(tmp_path):
+    """The newer one has taken fewer steps when it is stopped."""
+    data = chain(40)[1]
+
+    def stopped(seed, calls):
+        left = iter(range(calls))
+
+        def check():
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit_prior(model_of_codes({}), data, None, 100, seed, check, tmp_path)
+        _, _, state = newest_checkpoint(tmp_path)
+        return state["key"]["seed"], state["step"]
+
+    first, then = stopped(0, 30), stopped(1, 15)
+    assert first[0] == 0 and then[0] == 1 and 0 < then[1] < first[1]
 
 
 def test_the_fitted_prior_is_the_distribution_of_the_codes():

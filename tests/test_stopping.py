@@ -31,7 +31,7 @@ from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
 from hf_intervene.trainer import prepared, run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
-from hf_intervene.trainer.prepared import DiffusionBase
+from hf_intervene.trainer.prepared import DiffusionBase, PreparedImages
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.stopping import Stop
 from hf_intervene.training import pretrain
@@ -420,6 +420,34 @@ def test_images_that_are_half_prepared_are_gone_on_from(tiny, tmp_path, monkeypa
     trainer.main(script(tmp_path, **own, output_dir=str(tmp_path / "whole"))[1:])
     whole, found = arrays("whole"), arrays("run")
     assert whole and all(np.array_equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_signal_after_the_last_image_was_prepared(tmp_path):
+    """Nothing is left to prepare, and the run goes on."""
+    made = []
+
+    class Three(SimpleNamespace):
+        contexts, context_ids = ["obs"], torch.zeros(3).long()
+
+        def __len__(self):
+            return 3
+
+        def images(self, rows):
+            return torch.ones(len(rows), 3, 4, 4, dtype=torch.uint8)
+
+    images = Three()
+    base = SimpleNamespace(
+        model=SimpleNamespace(device="cpu"), prepare=lambda x: made.append(len(x)) or {"x0": x}
+    )
+
+    def stop():
+        raise KeyboardInterrupt
+
+    write = PreparedImages._write
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "partial", {"of": "these"}, base, images, 3, stop)
+    write(tmp_path / "partial", {"of": "these"}, base, images, 3, lambda: None)
+    assert made == [3] and np.load(tmp_path / "partial" / "x0.npy").shape == (3, 3, 4, 4)
 
 
 def test_a_disk_that_is_full_while_images_are_prepared(tiny, tmp_path, monkeypatch, capsys):

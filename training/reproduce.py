@@ -10,6 +10,7 @@ their own; the same command goes on where it was interrupted. Writes `TABLE-SCAL
 `.tex` and, with the figures of every context and seed, `.json`."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tried = [jobs[f"tuning {row}", number] for number in range(len(plan.trials(row)))]
         settings = plan.chosen(row, tried)
         words = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the recipe"
-        notes.append(f"{row}: tuned to {words}, of {len(tried)} settings.")
+        notes.append(f"{row}: tuned to {words}; settings tried: {len(tried)}.")
     notes += [f"{job.folder.name} failed: {reason}" for job, reason in failed.items()]
     if results:
         caption = missing(results, known, seeds)
@@ -345,6 +346,7 @@ def recipe_of(plan: Plan, table: str) -> dict:
         "images": scale.images,
         "projections": scale.projections,
         "trials": scale.trials,
+        "rows": json.loads(json.dumps(dict(plan.table.rows), default=str)),
         "grid": {row: plan.trials(row) for row in (*plan.table.rows, *plan.table.baselines)},
     }
 

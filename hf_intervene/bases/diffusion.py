@@ -53,8 +53,8 @@ from .injection import Injection
 from .sites import find_sites
 
 
-# Of the squared error, in nats. The noisy image says most of what is to be denoised, so that with
-# 1 the concepts changed the error by less than they cost, and nothing of them was learnt.
+# Factor of the squared error. With 1 nothing of the concepts was learnt: the noisy image shows most
+# of the clean one, so the concepts lowered the error by less than their KL.
 PRECISION = 10.0
 
 
@@ -357,8 +357,8 @@ class DiffusionBase(Base):
 
     @property
     def estimates(self) -> tuple[int, ...] | None:
-        # At the noisiest time the noise says nothing of x_0; and blocks that are computed again in
-        # the backward pass know the embedding of the last pass only.
+        # At the noisiest time a prediction of the noise says nothing of x_0. With gradient
+        # checkpointing, blocks are computed again with the embedding of the last pass.
         known = self._predicts != "epsilon" and self.image_encoder is None
         checkpointing = getattr(self.model, "is_gradient_checkpointing", False)
         return self.sample_shape if known and not checkpointing else None

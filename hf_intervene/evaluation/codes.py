@@ -37,7 +37,8 @@ def untrained_model(model: InterventionModel, seed: int = 0) -> InterventionMode
             again()
 
     base = copy.deepcopy(model.base)
-    with torch.random.fork_rng(devices=[]):
+    on_gpu = model.device.type == "cuda"
+    with torch.random.fork_rng(devices=[model.device] if on_gpu else []):
         torch.manual_seed(seed)
         base.model.apply(reset)
         if base.adapter is not None:

@@ -11,12 +11,13 @@ is added to it, and the encoder has to read c' in it:
 
     loss = E sum_i huber((c'_i - m_i(x' + u n)) / sigma_i(x' + u n)),    n ~ N(0, I),    u ~ U(0, `NOISE`),
 
-m and sigma being the mean and the standard deviation of q(c | x'). c' and sigma are held: decoder
-and encoder learn to agree on what an edit shows. So a value that is read from a free block is
-missed in edits of its concept, and moves to the concept's own block. The noise keeps the two from
-agreeing on marks that nobody sees. Beyond `KNEE` the loss is linear: an edit that changes nothing
-yet is many standard deviations off, and has to have a gradient. (On models that have to be read
-back under unseen combinations see Wiedemer et al., arXiv:2310.05327.)"""  # noqa: E501
+m and sigma being the mean and the standard deviation of q(c | x'). c' and sigma have no gradient:
+decoder and encoder learn to agree on what an edit shows. If a value is read from a free block, an
+edit of its concept does not change it, and the loss is high. So the value moves to the concept's
+own block. The noise keeps the two from agreeing on marks that nobody sees. Beyond `KNEE` the loss
+is linear and has no bound: at first edits change nothing and are far off, and they need a gradient
+too. (On models that have to be read back under unseen combinations see Wiedemer et al.,
+arXiv:2310.05327.)"""  # noqa: E501
 
 import torch
 from torch.nn.functional import huber_loss
@@ -40,7 +41,7 @@ class EditConsistency(Term):
         noise_shape: of z, (D, w + 1).
         shape: of what is read of an image, see `Base.estimates`.
         start: shape of the noise that a denoiser starts from; `None`: there is none.
-        every: one of so many images of a batch is edited.
+        every: one image in so many is edited.
     """
 
     name = "edit_consistency"
@@ -63,9 +64,9 @@ class EditConsistency(Term):
             return None
         if base.estimates is None:
             logger.warning(
-                "edit consistency is left out: it needs a denoiser that predicts v or a flow,"
-                " without gradient checkpointing, and a convolutional encoder; combinations of"
-                " concepts will be worse."
+                "edit consistency is left out: of a denoiser it needs a prediction of v or a flow,"
+                " no gradient checkpointing and no image_encoder; combinations of concepts will"
+                " be worse."
             )
             return None
         start = base.noise_shapes.get("residual_noise") if base.passes > 1 else None

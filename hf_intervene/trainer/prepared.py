@@ -23,7 +23,7 @@ from ..bases import DiffusionBase
 from ..bases.base import weight_hash
 from ..data import ContextImages
 from ..data.mapped import open_array
-from .checkpoints import atomic_folder, remove_whole, write_whole
+from .checkpoints import remove_whole, write_whole
 from .run_folder import remove
 from .stopping import by_main_process
 
@@ -64,14 +64,12 @@ class PreparedImages:
         key |= {name: weight_hash(model) for name, model in base.companion_models().items()}
 
         def write(check: Callable[[], None]) -> None:
-            if _read_key(folder) != key:
+            found = _read_key(folder)
+            if not isinstance(found, dict) or found.get("key") != key:
                 partial = folder.with_name(f"{folder.name}.partial")
                 self._write(partial, key, base, images, batch_size, check)
-                with atomic_folder(folder) as temporary:
-                    for file in partial.iterdir():
-                        file.rename(temporary / file.name)
-                    (temporary / KEY).write_text(json.dumps(key))
-                remove_whole(partial)
+                remove_whole(folder)
+                partial.rename(folder)
 
         by_main_process(accelerator, write)
         remedy = "do not change the folder of a run; go on with --resume auto"
@@ -97,7 +95,8 @@ class PreparedImages:
             state = {"key": key, "rows": done, "files": sorted(files)}
             write_whole(folder / KEY, json.dumps(state))
 
-        batches = torch.arange(done, len(images)).split(batch_size)
+        left = torch.arange(done, len(images))
+        batches = left.split(batch_size) if len(left) else ()  # or one that is empty
         try:
             for rows in tqdm(batches, "preparing images", disable=None, delay=2):
                 x = images.images(rows).to(base.model.device).float() / 255
@@ -122,6 +121,9 @@ class PreparedImages:
                 check()
             keep()
         except OSError as error:
+            if error.errno is None:  # of the images that are read, in a sentence of its own
+                keep()
+                raise
             raise OSError(
                 f"cannot write {folder}: {error.strerror or error}; what is prepared so far is"
                 " kept."

@@ -179,7 +179,7 @@ def pretrain_diffusion(
         no_class = (
             {}
             if autoencoder is None
-            else {"class_labels": torch.full((len(x),), 1000, device=x.device)}
+            else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
         )
         with autocast():
             found = denoiser(noisy, t, **no_class).sample

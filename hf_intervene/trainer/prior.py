@@ -31,6 +31,7 @@ from ..modeling_intervention import InterventionHead
 from .checkpoints import (
     flatten_optimizer,
     newest_checkpoint,
+    remove_whole,
     restore_optimizer,
     save_checkpoint,
 )
@@ -133,12 +134,15 @@ class _Fit:
         try:
             save_checkpoint(folder, self.step, tensors, state, keep=1)
         except OSError as error:
-            logger.warning("%s The fit of the prior begins anew when it is stopped.", error)
+            logger.warning("%s The fit of the prior would begin anew if it is stopped.", error)
 
     def load(self, folder: Path, key: dict) -> None:
         """Go on from what is in the folder, if it is of this key."""
         found = newest_checkpoint(folder)
-        if found is None or found[2].get("key") != key:
+        if found is None:
+            return
+        if found[2].get("key") != key:  # of another model; its later steps would outlive ours
+            remove_whole(folder)
             return
         _, tensors, state = found
         self.step = state["step"]

@@ -36,7 +36,7 @@ from .resuming import check_same, image_marks, leave_line, resumed
 from .run_folder import Lock
 from .settings import TrainArguments
 from .stopping import Stop
-from .validation import TERMS
+from .validation import TERMS, loss_unit
 
 
 logger = get_logger(__name__)
@@ -288,6 +288,7 @@ def save(state: TrainState, may_fail: bool = True) -> Path | None:
     found = {
         "best": None if math.isinf(state.best) else state.best,
         "waited": state.waited,
+        "loss_unit": loss_unit(state.model),
         "owed": [name for name in state.owed if name in OWED],
         **state.feed.state_dict(),
         "processes": accelerator.num_processes,
@@ -337,7 +338,9 @@ def _take(state: TrainState, tensors: dict[str, dict[str, torch.Tensor]], saved:
     """Bring a run to where a checkpoint was written."""
     weights, scaler = state.weights, state.accelerator.scaler
     state.step = saved["step"]
-    state.best, state.waited = float(saved["best"] or math.inf), int(saved["waited"])
+    # A best loss in another unit, of an earlier version, is none. Likelihoods kept theirs.
+    if saved.get("loss_unit", "bits per pixel") == loss_unit(state.model):
+        state.best, state.waited = float(saved["best"] or math.inf), int(saved["waited"])
     state.owed = [name for name in OWED if name in saved.get("owed", ())]
     state.owed += ["checkpoint"] * bool(state.owed)  # in which nothing is owed
     weights.load(tensors["model"] | _companion_state(state.model))

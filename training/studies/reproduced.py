@@ -323,7 +323,7 @@ def earlier_table(path: Path, rows: Sequence[str], recipe: Mapping) -> dict:
         table = json.loads(path.read_text())
         results = {row: table["results"][row] for row in rows if row in table["results"]}
         notes = [note for note in table["notes"] if note.partition(":")[0] in results]
-        then = table["recipe"]
+        then = dict(table["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no table that this command wrote: move it away, or choose another --output."

@@ -17,7 +17,7 @@ _RATES = [{"learning_rate": 0.001}, {"learning_rate": 0.004}]
 _HEAD = [{}, *_RATES, {"beta": 0.5}, {"beta": 2.0}]
 _TERMS = [{"context_prediction": 100.0}, {"edit_consistency": 1.0}, {"free_invariance": 30.0}]
 _PLAIN = [{}, *_RATES, {"beta": 0.25}, {"beta": 0.5}, {"beta": 2.0}, {"beta": 4.0}, {"beta": 8.0}]
-_WIDE = [{"beta": beta} for beta in (0.5, 2.0, 8.0, 32.0)] + [
+_WIDE = [{"beta": beta} for beta in (1.0, 2.0, 8.0, 32.0)] + [
     {"beta": beta, **rate} for beta in (8.0, 32.0) for rate in _RATES
 ]
 # By row of a table: settings of train.py; `weight` is that of a baseline's own term. Without blocks
@@ -41,10 +41,10 @@ GRID: dict[str, list[dict[str, float]]] = {
         *({"beta": 1.0, "weight": 4.0, **rate} for rate in _RATES),
     ],
     "tvae": [
+        {"beta": 1.0, "weight": 10.0},
         {"beta": 2.0, "weight": 10.0},
         {"beta": 0.5, "weight": 10.0},
         {"beta": 2.0, "weight": 100.0},
-        {"beta": 0.25, "weight": 10.0},
         {"beta": 8.0, "weight": 10.0},
         {"beta": 2.0, "weight": 1.0},
         *({"beta": 2.0, "weight": 10.0, **rate} for rate in _RATES),
