@@ -143,14 +143,11 @@ def _given(
     image: "Image.Image", arguments: argparse.Namespace, model: "InterventionModel"
 ) -> "Image.Image | list[Image.Image]":
     """What is edited: the image, or the frames of its file, if the model makes clips."""
-    from .files import open_regular
-    from .image_files import decode_frames
+    from .image_files import open_frames
 
     if len(model.base.image_shape) == 3:
         return _fitted(image, arguments.image, arguments, model)
-    with open_regular(arguments.image) as file:
-        content = file.read()
-    frames = decode_frames([content], model.base.image_shape[1], arguments.image)
+    frames = open_frames(arguments.image, model.base.image_shape[1])
     return [_fitted(frame, arguments.image, arguments, model) for frame in frames]
 
 

@@ -50,6 +50,19 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
         raise type(error)(f"{path} is a folder, or may not be read.") from error
 
 
+def open_frames(path: str | os.PathLike, frames: int) -> list[Image.Image]:
+    """So many frames of a clip's file, evenly spaced; errors as of `open_image` and
+    `decode_frames`."""
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}.") from None
+    except OSError as error:
+        raise type(error)(f"{path} is a folder, or may not be read.") from error
+    return decode_frames([content], frames, str(path))
+
+
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:
     """Decode the contents of an image file, and rotate the image as its camera says.
 

@@ -45,7 +45,14 @@ MODEL_FILES += [
     "modeling_intervention.py",
     "posterior.py",
 ]
-MODEL_FILES += ["blocks.py", "flow.py", "flow_head.py", "mechanisms.py", "structural.py"]
+MODEL_FILES += [
+    "blocks.py",
+    "files.py",
+    "flow.py",
+    "flow_head.py",
+    "mechanisms.py",
+    "structural.py",
+]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
 CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
 

@@ -16,8 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from .contexts import shown
-from .files import open_regular
-from .image_files import decode_frames, flat_image, open_image
+from .image_files import flat_image, open_frames, open_image
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -186,9 +185,7 @@ def _flat(images: Any, channels: int, frames: int | None) -> Any:
         if frames is None:
             images = open_image(images)
         else:
-            with open_regular(images) as file:
-                clip = decode_frames([file.read()], frames, str(images))
-            return _flat(clip, channels, None)
+            return _flat(open_frames(images, frames), channels, None)
     return flat_image(images, channels) if isinstance(images, Image.Image) else images
 
 

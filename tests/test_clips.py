@@ -215,7 +215,7 @@ def test_clips_that_do_not_fit():
     model = with_head(made)
     with pytest.raises(ValueError, match="clips of 3x5x16x16 .* were expected, not 3x4x16x16"):
         model.preprocess(torch.rand(1, 3, 4, 16, 16))
-    with pytest.raises(ValueError, match="clips must be lists of PIL images"):
+    with pytest.raises(FileNotFoundError, match="there is no file a"):
         model.preprocess(["a"])
     with pytest.raises(ValueError, match=r"shape \(batch, 3, 5, 16, 16\)"):
         model(torch.rand(1, 3, 16, 16), model.targets("a"))

@@ -62,7 +62,7 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     if name != "ddp":
         settings["optimizer"] = "adamw"  # muon wants whole matrices
     if name == "fsdp":
-        settings["free_invariance"] = 0.0  # it is left out there
+        settings |= {"edit_consistency": 0.0, "free_invariance": 0.0}  # they are left out there
     run(settings)
     two = settings | {"output_dir": str(tmp_path / "two")}
     launch_with(name, two)
@@ -91,7 +91,7 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
 
 
 def test_concepts_are_ordered_after_a_sharded_run(tiny, tmp_path):
-    settings = tiny | {"concept_edges": True, "free_invariance": 0.0}
+    settings = tiny | {"concept_edges": True, "edit_consistency": 0.0, "free_invariance": 0.0}
     launch_with("fsdp", settings)
     model = InterventionModel.from_pretrained(tmp_path / "run" / "model")
     assert sorted(model.head.intervention.order.tolist()) == list(range(len(model.concepts)))

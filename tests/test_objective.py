@@ -263,7 +263,6 @@ def test_terms_that_a_model_has_no_use_for_are_left_out(model):
     }
     assert set(Objective.build(model, CONTEXTS, strengths, sharded=True).terms) == {
         "context_prediction",
-        "edit_consistency",
         "group_lasso",
         "l2",
     }

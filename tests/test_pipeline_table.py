@@ -13,5 +13,5 @@ def test_the_table_is_what_the_script_writes():
     written = text[text.index(make.BEGIN) : text.index(make.END)].splitlines()
     lines = make.table().splitlines()[:-1]
     assert written[3:] == lines[3:]  # without the version of diffusers
-    # SDXL is there once
-    assert sum("| yes | " in line for line in lines) == len(make.recorded.TRAINED) - 1
+    # SDXL and CogVideoX are there once
+    assert sum("| yes | " in line for line in lines) == len(make.recorded.TRAINED) - 2

@@ -191,7 +191,8 @@ def test_the_help_shows_options_by_sections_each_with_a_word_about_it():
     "path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_shipped_configurations_are_read(path):
-    parse_arguments(["--config", str(path)])
+    frozen = "regime: frozen" in path.read_text()  # of a base that the command names
+    parse_arguments(["--config", str(path), *(["--base", "a/base"] if frozen else [])])
 
 
 @pytest.mark.parametrize("regime", ["frozen", "fine-tune"])
@@ -264,9 +265,9 @@ def test_options_train(tiny, tmp_path, options):
     ]
     assert result.validation == min(row["validation"] for row in history if "validation" in row)
     grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000008.png"))
-    # seven contexts and nine pairs, by name
-    assert grid.shape[0] == 16 * 16 and grid.shape[1] > 8 * 16
-    assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(16, -1))
+    # seven contexts and fifteen pairs, by name
+    assert grid.shape[0] == 22 * 16 and grid.shape[1] > 8 * 16
+    assert all((names < 128).any() for names in grid[:, : -8 * 16].reshape(22, -1))
 
 
 def test_validation_is_the_same_however_many_images_at_once(tiny):

@@ -323,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = plan.chosen(row, tried)
         words = ", ".join(f"{key} {value}" for key, value in settings.items()) or "the recipe"
         notes.append(f"{row}: tuned to {words}; settings tried: {len(tried)}.")
+    notes.sort(key=lambda note: list(known).index(note.partition(":")[0]))
     notes += [f"{job.folder.name} failed: {reason}" for job, reason in failed.items()]
     if results:
         caption = missing(results, known, seeds)

@@ -45,6 +45,7 @@ class EditConsistency(Term):
     """
 
     name = "edit_consistency"
+    sharded = False  # two processes do not give the result of one there
 
     def __init__(
         self,
