@@ -78,7 +78,9 @@ def assert_same(a, b, **tolerance):
     assert a.keys() == b.keys()
     for key in a:
         if tolerance:
-            torch.testing.assert_close(a[key], b[key], msg=key, **tolerance)
+            torch.testing.assert_close(
+                a[key], b[key], msg=lambda m, key=key: f"{key}: {m}", **tolerance
+            )
         else:
             assert torch.equal(a[key], b[key]), key
 

@@ -85,8 +85,11 @@ def test_two_processes_give_the_result_of_one_and_resume(tiny, tmp_path, name):
     assert_same_run(settings, resumed, rtol=1e-3, atol=1e-5)
     alone = settings | {"output_dir": str(tmp_path / "alone"), "resume": two_first}
     run(alone)
+    # Sharded weights are not laid out as whole ones are, and Adam makes whole steps, of 1e-4 here,
+    # of gradients that are rounding.
+    atol = 3e-4 if name == "fsdp" else 1e-5
     assert_same(
-        last_state(alone)[0]["model"], last_state(settings)[0]["model"], rtol=1e-3, atol=1e-5
+        last_state(alone)[0]["model"], last_state(settings)[0]["model"], rtol=1e-3, atol=atol
     )
 
 

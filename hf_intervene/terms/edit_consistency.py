@@ -45,7 +45,7 @@ class EditConsistency(Term):
     """
 
     name = "edit_consistency"
-    sharded = False  # two processes do not give the result of one there
+    sharded = False  # a second pass through sharded blocks is not tested
 
     def __init__(
         self,
