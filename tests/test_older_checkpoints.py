@@ -218,7 +218,7 @@ def test_an_older_run_goes_on(tmp_path, capsys):
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # as the commit went on itself
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_an_older_run_does_not_go_on_with_other_settings(tmp_path):

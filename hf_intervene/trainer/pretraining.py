@@ -130,6 +130,9 @@ def new_unet(resolution: int) -> UNet2DModel:
     )
 
 
+NOBODY = 1000  # the number of no class among those of ImageNet
+
+
 def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
     """A narrow DiT of six blocks on latents (channels, size, size), four of them a token, for the
     images of no class: 3.8 M parameters, a quarter of them rows for ImageNet's classes, which a
@@ -179,7 +182,7 @@ def pretrain_diffusion(
         no_class = (
             {}
             if autoencoder is None
-            else {"class_labels": torch.full_like(t, denoiser.config.num_embeds_ada_norm)}
+            else {"class_labels": torch.full_like(t, NOBODY, dtype=torch.long)}
         )
         with autocast():
             found = denoiser(noisy, t, **no_class).sample
