@@ -5,7 +5,8 @@ All errors of decoders become a ValueError. Sizes are checked before anything is
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -41,26 +42,28 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
         OSError: there is no such file, it is a folder, or it may not be read.
         ValueError: it is not a regular file or not an image, is damaged, or is too large.
     """
-    try:
-        with open_regular(path) as file:
-            return decode_image(file, Path(path).name, max_pixels)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}.") from None
-    except OSError as error:
-        raise type(error)(f"{path} is a folder, or may not be read.") from error
+    with _opened(path) as file:
+        return decode_image(file, Path(path).name, max_pixels)
 
 
 def open_frames(path: str | os.PathLike, frames: int) -> list[Image.Image]:
     """So many frames of a clip's file, evenly spaced; errors as of `open_image` and
     `decode_frames`."""
+    with _opened(path) as file:
+        content = file.read()
+    return decode_frames([content], frames, str(path))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A regular file, with errors of `open_image`."""
     try:
         with open_regular(path) as file:
-            content = file.read()
+            yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}.") from None
     except OSError as error:
         raise type(error)(f"{path} is a folder, or may not be read.") from error
-    return decode_frames([content], frames, str(path))
 
 
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:

@@ -19,6 +19,7 @@ from hf_intervene.metrics.recovery import (
     simulate_and_recover,
 )
 from hf_intervene.training.studies import identifiability as study
+from hf_intervene.training.studies import rows
 
 
 # Before training
@@ -291,7 +292,7 @@ def test_the_study(tmp_path, monkeypatch, capsys):
         "ROWS",
         {"two": {"d": 2, "samples": 50}, "missing": {"d": 2, "samples": 50, "broken": "missing"}},
     )
-    monkeypatch.setattr(study, "ProcessPoolExecutor", study_in_this_process)
+    monkeypatch.setattr(rows, "ProcessPoolExecutor", study_in_this_process)
     assert study.main(["--output", str(tmp_path), "--steps", "20", "--seeds", "2"]) == 0
     assert (tmp_path / "identifiability.md").read_text() in capsys.readouterr().out
     assert [

@@ -173,7 +173,6 @@ class DiffusionBase(Base):
             )
         self.scheduler, self.min_snr_gamma = deterministic(scheduler), min_snr_gamma
         self._training_scheduler = training_scheduler(scheduler)
-        self._predicts = prediction_type(scheduler)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.image_encoder = None
         if image_encoder is not None:
@@ -359,7 +358,7 @@ class DiffusionBase(Base):
     def estimates(self) -> tuple[int, ...] | None:
         # At the noisiest time a prediction of the noise says nothing of x_0. With gradient
         # checkpointing, blocks are computed again with the embedding of the last pass.
-        known = self._predicts != "epsilon" and self.image_encoder is None
+        known = self.adapter.config.prediction_type != "epsilon" and self.image_encoder is None
         checkpointing = getattr(self.model, "is_gradient_checkpointing", False)
         return self.sample_shape if known and not checkpointing else None
 
@@ -368,7 +367,7 @@ class DiffusionBase(Base):
         noise, scheduler = draws["residual_noise"], self._training_scheduler
         last = scheduler.timesteps.max().to(noise.device)
         prediction = self.denoise(noise, last, embedding)
-        if self._predicts == "flow":
+        if self.adapter.config.prediction_type == "flow":
             return noise - prediction
         signal = scheduler.alphas_cumprod[-1].sqrt()
         return signal * noise - (1 - signal**2).sqrt() * prediction

@@ -90,12 +90,11 @@ class EditConsistency(Term):
 
     def loss(self, model, output, targets, draws):
         head, base = model.head, model.base
-        with torch.no_grad():
-            z = head.whiten(output.draw, targets, output.states)[:: self.every]
         draws = {name: x[:: self.every] for name, x in draws.items()}
-        concepts, targets = output.draw.detach()[:: self.every], targets[:: self.every]
         with torch.no_grad():
-            made, new = edited(head, concepts, z, targets, draws["noise"], draws["kind"])
+            z = head.whiten(output.draw, targets, output.states)
+            before = (x[:: self.every] for x in (output.draw, z, targets))
+            made, new = edited(head, *before, draws["noise"], draws["kind"])
         start = {} if self.start is None else {"residual_noise": draws["start"]}
         seen = base.estimate(head.represent(made), start) + draws["spread"] * draws["blur"]
         mean, logvar = head.posterior(base.encode_estimate(seen).features, new)

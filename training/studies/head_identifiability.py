@@ -9,12 +9,10 @@ ELBO, terms, order of the concepts. Concepts are given in a random order. Every 
 several seeds; an untrained model stands beside it. A finished job is not run again. Writes
 `head-identifiability.json` and `head-identifiability.md`."""  # noqa: E501
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from hf_intervene.metrics.recovery_data import Simulation, simulate
 from hf_intervene.objective import Objective
 from hf_intervene.trainer.checkpoints import write_whole
 from hf_intervene.trainer.prior import ORDERED, order_by_codes
+from hf_intervene.training.studies.rows import run_rows
 from hf_intervene.training.studies.seeds import mean_cell, run_name
 
 
@@ -290,33 +289,14 @@ def table(results: Mapping[str, Sequence[Mapping]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_steps(name: str, seed: int, folder: Path, steps: int) -> dict:
+    """`run_job` of the recipe with so many steps."""
+    return run_job(name, seed, folder, replace(Recipe(), steps=steps))
+
+
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--jobs", type=int, default=1, help="problems side by side, one core each")
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all"
-    )
-    arguments = parser.parse_args(argv)
-    out, recipe = Path(arguments.output), replace(Recipe(), steps=arguments.steps)
-    out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        jobs = {
-            (name, seed): pool.submit(run_job, name, seed, out, recipe)
-            for seed in range(arguments.seeds)
-            for name in arguments.rows
-        }
-        results = {
-            name: [jobs[name, seed].result() for seed in range(arguments.seeds)]
-            for name in arguments.rows
-        }
-    write_whole(out / "head-identifiability.json", json.dumps(results, indent=1))
-    write_whole(out / "head-identifiability.md", table(results))
-    print(table(results))
-    return 0
+    return run_rows(argv, __doc__, "head-identifiability", ROWS, Recipe.steps, run_steps, table)
 
 
 if __name__ == "__main__":

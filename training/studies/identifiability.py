@@ -7,12 +7,10 @@ Every row is a problem of `hf_intervene.metrics.recovery`, solved with several s
 another graph, decoder and data. A job is a minute on one core; a finished one is not run again.
 Writes `identifiability.json` and `identifiability.md`."""
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from hf_intervene.errors import spoken
 from hf_intervene.metrics.recovery import ConceptEncoder, Recovery, score, simulate_and_recover
 from hf_intervene.metrics.recovery_data import simulate
 from hf_intervene.trainer.checkpoints import write_whole
+from hf_intervene.training.studies.rows import run_rows
 from hf_intervene.training.studies.seeds import mean_cell, run_name
 
 
@@ -98,36 +97,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6000, help="of the contrast (default 6000)")
-    parser.add_argument("--jobs", type=int, default=1, help="problems side by side, one core each")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=ROWS,
-        default=list(ROWS),
-        metavar="ROW",
-        help=f"of {', '.join(ROWS)}",
-    )
-    arguments = parser.parse_args(argv)
-    out = Path(arguments.output)
-    out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        jobs = {
-            (name, seed): pool.submit(run_job, name, seed, out, arguments.steps)
-            for seed in range(arguments.seeds)
-            for name in arguments.rows
-        }
-        results = {
-            name: [jobs[name, seed].result() for seed in range(arguments.seeds)]
-            for name in arguments.rows
-        }
-    (out / "identifiability.json").write_text(json.dumps(results, indent=1))
-    (out / "identifiability.md").write_text(table(results))
-    print(table(results))
-    return 0
+    return run_rows(argv, __doc__, "identifiability", ROWS, 6000, run_job, table)
 
 
 if __name__ == "__main__":
