@@ -148,7 +148,7 @@ class Run:
     def _entries(self, z: torch.Tensor, targets: torch.Tensor, values: Values | None) -> Entries:
         adapter = self.attached.adapter
         embedding = self.attached.head(z, targets, *(values or ())).embedding.to(adapter.dtype)
-        return adapter.projections(embedding).weighted(self.attached.weight)
+        return adapter.entries(embedding).weighted(self.attached.weight)
 
     def entries(self, rows: torch.Tensor) -> tuple[Entries, list[tuple[Entries, float]]]:
         """What enters in a batch whose rows are of these images, and what in the further calls of

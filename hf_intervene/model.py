@@ -39,7 +39,7 @@ class InterventionModelOutput(ModelOutput):
     Args:
         loss: scalar, the objective: mean over the batch of reconstruction_loss + beta * kl; for a
             base with residual latents, of reconstruction_loss + bottleneck_loss + beta * kl +
-            residual_weight * residual_kl.
+            residual_weight * residual_kl; for a denoiser the bottleneck_loss is added too.
         reconstruction_loss: -log p(x | z, s) of each image, nats, shape (B,); -log p(x | r) for a
             base with residual latents; for a denoiser ten times its squared error at one time,
             summed over the entries of x.
@@ -48,7 +48,8 @@ class InterventionModelOutput(ModelOutput):
         residual_kl: log q(r | x) - log p(r | c) of each image, nats, shape (B,); 0 for a base
             without residual latents.
         bottleneck_loss: for a base with residual latents, -log p(x | c) of each image, by the
-            concepts alone, nats, shape (B,).
+            concepts alone, nats, shape (B,); for a denoiser -log p(x_0 | c), by the decoder beside
+            the head.
         posterior_mean: mean of what `InterventionHead.posterior` is of: c for a head with flows,
             otherwise z, shape (B, *draw_shape).
         posterior_logvar: log-variance, likewise.

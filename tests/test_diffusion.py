@@ -127,8 +127,9 @@ def test_every_sample_has_its_own_embedding(kind):
 )
 def test_a_vector_is_added_to_the_time_embedding(kind, layer):
     base = with_head(kind).base
+    del base.adapter.projections.input  # the vector alone
     if kind == "unet":
-        del base.adapter.projections.map  # the vector alone
+        del base.adapter.projections.map
     x, t, e = (
         randn(1, *base.sample_shape),
         torch.tensor([300]),
@@ -138,6 +139,51 @@ def test_a_vector_is_added_to_the_time_embedding(kind, layer):
         entered = base.denoise(x, t, e)
         base.model.get_submodule(layer).bias += base.adapter.projections.vector(e)[0]
         torch.testing.assert_close(entered, base._call(x, t), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("unet", "conv_in"), ("conditional", "conv_in"), ("dit", "pos_embed.proj")],
+)
+def test_what_is_decoded_is_added_to_the_features_of_the_sample(kind, layer, monkeypatch):
+    base = with_head(kind).base
+    projections = base.adapter.projections
+    for name in ("vector", "map"):
+        if hasattr(projections, name):
+            delattr(projections, name)
+    for values in projections.values:
+        values.weight.data.zero_()
+    x, t, e = (
+        randn(2, *base.sample_shape),
+        torch.tensor([300, 20]),
+        randn(2, *base.embedding_shape, seed=1),
+    )
+    with torch.no_grad():
+        entered = base.denoise(x, t, e)
+        features = projections.input(base.adapter.decoder(e))
+        module = base.model.get_submodule(layer)
+        plain = module.forward
+        monkeypatch.setattr(module, "forward", lambda x: plain(x) + features)
+        expected = base._call(x, t)[:, : x.shape[1]]
+    torch.testing.assert_close(entered, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_what_is_decoded_are_resized_with_the_sample():
+    base = with_head("dit").base
+    e = randn(1, *base.embedding_shape)
+    with torch.no_grad():
+        base.injection.set(base.adapter.entries(e))
+        for side in (8, 12):
+            x = randn(1, 4, side, side)
+            plain = torch.nn.functional.conv2d(
+                x, base.model.pos_embed.proj.weight, base.model.pos_embed.proj.bias, stride=2
+            )
+            found = base.model.pos_embed.proj(x) - plain
+            features = base.adapter.entries(e).input
+            size = (side // 2,) * 2
+            expected = torch.nn.functional.interpolate(features, size, mode="bilinear")
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    base.injection.clear()
 
 
 def test_tokens_are_attended_to_beside_the_text():
@@ -175,7 +221,7 @@ def test_tokens_are_attended_to_beside_the_text():
 
 
 def test_entries_add_up_and_are_weighted():
-    entries = with_head("conditional").base.adapter.projections(randn(2, 4, 12))
+    entries = with_head("conditional").base.adapter.entries(randn(2, 4, 12))
     doubled = entries.weighted(2.0)
     assert all(torch.equal(2 * a, b) for a, b in zip(entries.values, doubled.values))
     # the softmax is not a weight
@@ -191,7 +237,7 @@ def test_a_copy_of_a_denoiser_does_not_keep_what_entered():
     with torch.no_grad():
         plain = model.base._call(x, t)
         entered = model.base.denoise(x, t, e)
-        model.base.injection.set(model.base.adapter.projections(e))
+        model.base.injection.set(model.base.adapter.entries(e))
         copied = copy.deepcopy(model)
         assert torch.equal(copied.base.model(x, t).sample, plain)
         assert torch.equal(copied.base.denoise(x, t, e), entered)
@@ -333,29 +379,14 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     expected = PRECISION * errors
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(output.loss, (expected + 2 * output.kl).mean())
+    model.base.adapter.log_variance.data.fill_(math.log(0.3))
+    output = model(x, s, beta=2.0, **draws)
+    likelihood = torch.distributions.Normal(model.base.adapter.decode(e), math.sqrt(0.3))
+    alone = -likelihood.log_prob(model.base.prepare(x)["x0"]).sum((1, 2, 3))
+    torch.testing.assert_close(output.bottleneck_loss, alone, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(output.loss, (alone + expected + 2 * output.kl).mean())
     prepared = model(None, s, beta=2.0, prepared=model.base.prepare(x), **draws)
     assert torch.equal(prepared.loss, output.loss)
-
-
-@pytest.mark.parametrize("kind", ["unet", "sd3"])
-def test_the_estimate_of_an_exact_denoiser_is_the_image(kind, monkeypatch):
-    """One that knows x_0, at the noisiest time of a schedule of v and of a flow."""
-    base = with_head(kind).base
-    x0, noise = torch.randn(2, 2, *base.sample_shape)
-    scheduler = base._training_scheduler
-    if kind == "sd3":
-        x, answer = noise, noise - x0  # sigma is 1
-    else:
-        last = torch.full((2,), scheduler.config.num_train_timesteps - 1)
-        x, answer = scheduler.add_noise(x0, noise, last), scheduler.get_velocity(x0, noise, last)
-    times = []
-    monkeypatch.setattr(base, "denoise", lambda x, t, e: times.append(float(t)) or answer)
-    embedding = torch.zeros(2, *base.embedding_shape)
-    found = base.estimate(embedding, {"residual_noise": x})
-    torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
-    assert times == [float(scheduler.timesteps.max())]
-    assert base.estimates == base.sample_shape
 
 
 def with_flows(kind):
@@ -373,17 +404,43 @@ def test_edits_of_a_denoiser_are_read_back(kind):
     output = model(torch.rand(4, *model.base.image_shape), targets)
     term.loss(model, output, targets, draws).backward()
     parts = {name: p.grad for name, p in model.base.adapter.named_parameters()}
-    assert any(g is not None and g.any() for name, g in parts.items() if "projections" in name)
+    assert all(g is not None and g.any() for name, g in parts.items() if "decoder" in name)
     assert any(g is not None and g.any() for name, g in parts.items() if "encoder" in name)
 
 
-def test_edits_are_not_read_back_where_there_is_no_estimate(capsys):
-    noise = with_flows("dit")  # predicts the noise
-    again = with_flows("unet")
-    again.base.model.enable_gradient_checkpointing()
-    for model in (noise, again):
+def test_edits_are_not_read_back_by_a_vision_model_or_without_a_decoder(tmp_path, capsys):
+    source = save_pipeline("unet", tmp_path / "ddpm")
+    vision = load_base(source, 16, image_encoder=save_vision(tmp_path / "vit"))
+    older = wrap_base(older_adapter("dit"))
+    for base in (vision, older):
+        model = InterventionModel.build(base, ["a", "b"], mechanism="flow", concept_width=4)
         assert EditConsistency.build(1.0, model, torch.eye(model.num_blocks)[:2]) is None
         assert "edit consistency is left out" in capsys.readouterr().err
+
+
+def older_adapter(kind):
+    """A base with an adapter as it was before there were decoders."""
+    base = with_head(kind).base
+    config = {k: v for k, v in base.adapter.config.items() if k[0] != "_" and k != "decoded_shape"}
+    config["sites"] = {k: v for k, v in config["sites"].items() if not k.startswith("input")}
+    parts = {name: getattr(base, name) for name in ("scheduler", "vae")}
+    return type(base)(base.model, **parts, adapter=type(base.adapter)(**config).eval())
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_an_older_adapter_works_as_it_did(kind):
+    base = older_adapter(kind)
+    x, t, e = (
+        randn(2, *base.sample_shape),
+        torch.tensor([300, 20]),
+        randn(2, *base.embedding_shape, seed=1),
+    )
+    base.adapter.projections.vector[-1].weight.data.normal_()
+    assert not hasattr(base.adapter, "decoder") and base.loss_terms == ("reconstruction_loss",)
+    encoded = base.encode(torch.rand(2, *base.image_shape))
+    assert list(base.loss(e, encoded, base.training_draws(2))) == ["reconstruction_loss"]
+    with torch.no_grad():
+        assert not torch.equal(base.denoise(x, t, e), base.denoise(x, t, 0 * e))
 
 
 def test_times_of_a_batch_are_spread_over_the_schedule():

@@ -1,5 +1,6 @@
 """What is trained beside the head on a denoiser, and which denoisers it fits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,17 +8,22 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from .base import plain
-from .injection import Projections
-from .light_vae import convolutional_encoder
+from .injection import Entries, Projections
+from .light_vae import LightVAE, convolutional_encoder
 from .replay import Recording
 from .sites import Sites, find_sites
 
 
 class DiffusionAdapter(ModelMixin, ConfigMixin):
-    """What is trained beside the head on a denoiser: the projections of the embedding, and the
-    small convolutional encoder, if it is one.
+    """What is trained beside the head on a denoiser: a light VAE's encoder and decoder of what is
+    denoised, and the projections of the embedding and of what is decoded of it.
+
+    The decoder gives z a likelihood: a denoising loss alone gives what is small in an image next to
+    no weight, since the noisy image shows most of it. It also says where in the image things are
+    (as in DiffuseVAE, Pandey et al., arXiv:2201.00308).
 
     Args:
         sample_size: side S of the images in pixels.
@@ -26,6 +32,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         map_size: side of the map that enters the middle block.
         encoder_shape: (C, S, S) of what the convolutional encoder reads, pixels or latents; `None`:
             a vision model is the encoder.
+        decoded_shape: (C, S, S) of what is decoded of an embedding; `None`: an older head, without
+            a decoder.
         feature_width: width of the features.
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is
             given; they are kept with the weights.
@@ -54,10 +62,20 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         class_label: int | None = None,
         num_frames: int | None = None,
         boundary: float | None = None,
+        decoded_shape: tuple[int, ...] | None = None,
     ):
         super().__init__()
-        self.projections = Projections(Sites(**sites), embedding_shape, map_size)
-        if encoder_shape is not None:
+        decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
+        self.projections = Projections(
+            Sites(**sites), embedding_shape, map_size, decoded_channels
+        )
+        if decoded_shape is not None:
+            network = light_vae(decoded_shape, feature_width, math.prod(embedding_shape))
+            self.decoder = network.decoder
+            self.log_variance = nn.Parameter(torch.zeros(()))  # of an entry of what is decoded
+            if encoder_shape is not None:
+                self.encoder = network.encoder
+        elif encoder_shape is not None:
             channels, size = [encoder_shape[0]], encoder_shape[-1]
             while size > 4:  # halved down to 4 x 4 or 3 x 3 and less
                 channels.append(min(256, 32 * 2 ** (len(channels) - 1)))
@@ -70,12 +88,31 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         if recording is not None:
             self.recorded = Recording(recording)  # `recording` is the entry of the configuration
 
+    def decode(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The mean of what is denoised, (B, *decoded_shape), given embeddings
+        (B, *embedding_shape)."""
+        return self.decoder(embedding.to(self.dtype))
+
+    def entries(self, embedding: torch.Tensor) -> Entries:
+        """What enters the denoiser of embeddings (B, *embedding_shape)."""
+        embedding = embedding.to(self.dtype)
+        decoded = None if self.config.decoded_shape is None else self.decode(embedding)
+        return self.projections(embedding, decoded)
+
+
+def light_vae(shape: Sequence[int], hidden_width: int, latent_width: int) -> LightVAE:
+    """A light VAE of (c, h, h), halved down to about 2 x 2, with 256 channels there."""
+    levels = max(1, round(math.log2(shape[-1] / 2)))
+    channels = tuple(max(32, 256 >> level) for level in reversed(range(levels)))
+    return LightVAE(shape[0], shape[-1], channels, hidden_width, latent_width)
+
 
 _SITE_NAMES = {
     "cross_width": "cross-attention width",
     "token_widths": "inner widths of cross-attention",
     "vector_width": "width of the time embedding",
     "map_channels": "width of the middle block",
+    "input_channels": "width of the features of the sample",
 }
 
 
@@ -88,6 +125,8 @@ def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
         *_SITE_NAMES,
         *(key for key in vars(sites) if key not in _SITE_NAMES),
     ):
+        if key.startswith("input") and adapter.config.sites.get("input") is None:
+            continue  # an older head does not enter there
         expected, found = (
             plain(getattr(here, key)) for here in (sites, Sites(**adapter.config.sites))
         )
@@ -144,6 +183,7 @@ def new_adapter(
         embedding_shape=shape,
         map_size=sample_shape[-1] >> (len(config.block_out_channels) - 1) if sites.map else 0,
         encoder_shape=None if vision_width is not None else sample_shape,
+        decoded_shape=sample_shape,
         feature_width=128 if vision_width is None else vision_width,
         text_shape=None if text is None else tuple(text.shape[1:]),
         pooled_width=None if pooled_text is None else pooled_text.shape[-1],

@@ -162,7 +162,7 @@ class Base(nn.Module):
         """Shape of what `estimate` returns of one image; `None`: this family has no estimate."""
         return self.image_shape
 
-    def estimate(self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def estimate(self, embedding: torch.Tensor) -> torch.Tensor:
         """What embeddings (B, *embedding_shape) look like, in one pass and with a gradient: images
         in [0, 1], or of a denoiser what it denoises, (B, *estimates).
 
@@ -170,7 +170,7 @@ class Base(nn.Module):
             draws: `residual_noise`, that a denoiser starts from; other families make images of the
                 mean.
         """
-        return self.generate(embedding, draws)
+        return self.generate(embedding, {})
 
     def encode_estimate(self, estimate: torch.Tensor) -> Encoded:
         """`encode` of what `estimate` returned."""

@@ -2,13 +2,15 @@
 Diffusion 3's; on pixels or on latents.
 
     pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
-    embedding (B, *embedding_shape) --projections--> hooks of the denoiser (injection.py)
+    embedding (B, *embedding_shape) --decoder--> mean of x_0 (B, c, h, h), with a Gaussian likelihood
+    embedding and that mean --projections--> hooks of the denoiser (injection.py)
     noise x_T (B, c, h, h) --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
 
 z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
 diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
-first term of the objective is the denoising loss (METHOD section 2), summed over the entries of x:
-not a likelihood, so there are no bits per pixel.
+first terms of the objective are -log p(x_0 | z) by the decoder, and the denoising loss (METHOD
+section 2), both summed over the entries of x. They are no likelihood of pixels, so there are no bits
+per pixel.
 """  # noqa: E501
 
 import math
@@ -50,6 +52,7 @@ from .denoising import (
 )
 from .encoders import VisionEncoder
 from .injection import Injection
+from .likelihoods import gaussian_loss
 from .sites import find_sites
 
 
@@ -184,6 +187,9 @@ class DiffusionBase(Base):
         check_prediction(self.scheduler, adapter.config.prediction_type, "this head")
         self.adapter = adapter
         self.feature_width = adapter.config.feature_width
+        if adapter.config.decoded_shape is not None:
+            self.loss_terms = ("bottleneck_loss", "reconstruction_loss")
+            self.loss_unit = "per entry, the decoder's nats, squared error times 10, and KL"
         self.embedding_shape = tuple(adapter.config.embedding_shape)
         self.injection = Injection(self.model)
         self.injection.install()
@@ -218,7 +224,7 @@ class DiffusionBase(Base):
     def _features(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.image_encoder is not None:
             return prepared["features"]
-        return self.adapter.encoder(prepared["x0"].to(self.adapter.dtype))
+        return self.adapter.encoder(self._arranged(prepared["x0"]).to(self.adapter.dtype))
 
     def denoise(
         self,
@@ -243,7 +249,7 @@ class DiffusionBase(Base):
         """The prediction of one denoiser, with what the family gives it of a text. `injection`: of
         a denoiser other than the model."""
         injection = injection or self.injection
-        entries = self.adapter.projections(embedding.to(self.adapter.dtype))
+        entries = self.adapter.entries(embedding)
         if not torch.compiler.is_compiling():
             injection.install()
         injection.set(entries)
@@ -294,8 +300,9 @@ class DiffusionBase(Base):
     def loss(
         self, embedding: torch.Tensor, encoded: Encoded, draws: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Squared error of the prediction, summed over the entries of x and weighted, times
-        `PRECISION`. See `denoising.noised` for noise and time."""
+        """`reconstruction_loss`: squared error of the prediction, summed over the entries of x and
+        weighted, times `PRECISION`; see `denoising.noised` for noise and time. `bottleneck_loss`:
+        -log p(x_0 | embedding) of the decoder."""
         noisy, timesteps, target, weight = noised(
             self._training_scheduler,
             encoded.kept["x0"],
@@ -306,7 +313,11 @@ class DiffusionBase(Base):
         prompts = encoded.kept.get("prompts")
         prediction = self.denoise(noisy, timesteps, embedding, prompts)  # (B, *sample_shape)
         errors = PRECISION * weight * (prediction - target).square().flatten(1).sum(1)  # (B,)
-        return {"reconstruction_loss": errors}
+        if self.adapter.config.decoded_shape is None:
+            return {"reconstruction_loss": errors}
+        x0 = self._arranged(encoded.kept["x0"])
+        alone = gaussian_loss(self.adapter.decode(embedding), x0, self.adapter.log_variance)
+        return {"bottleneck_loss": alone, "reconstruction_loss": errors}
 
     def generate(
         self,
@@ -356,24 +367,20 @@ class DiffusionBase(Base):
 
     @property
     def estimates(self) -> tuple[int, ...] | None:
-        # At the noisiest time a prediction of the noise says nothing of x_0. With gradient
-        # checkpointing, blocks are computed again with the embedding of the last pass.
-        known = self.adapter.config.prediction_type != "epsilon" and self.image_encoder is None
-        checkpointing = getattr(self.model, "is_gradient_checkpointing", False)
-        return self.sample_shape if known and not checkpointing else None
+        # A vision model reads images, not what is decoded.
+        return self.adapter.config.decoded_shape if self.image_encoder is None else None
 
-    def estimate(self, embedding: torch.Tensor, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """E[x_0 | embedding], (B, *sample_shape), by one pass at the noisiest time."""
-        noise, scheduler = draws["residual_noise"], self._training_scheduler
-        last = scheduler.timesteps.max().to(noise.device)
-        prediction = self.denoise(noise, last, embedding)
-        if self.adapter.config.prediction_type == "flow":
-            return noise - prediction
-        signal = scheduler.alphas_cumprod[-1].sqrt()
-        return signal * noise - (1 - signal**2).sqrt() * prediction
+    def estimate(self, embedding: torch.Tensor) -> torch.Tensor:
+        """E[x_0 | embedding], (B, *estimates), by the decoder."""
+        return self.adapter.decode(embedding)
 
     def encode_estimate(self, estimate: torch.Tensor) -> Encoded:
-        return self.encode_prepared({"x0": estimate})
+        return Encoded(self.adapter.encoder(estimate.to(self.adapter.dtype)), {})
+
+    def _arranged(self, x0: torch.Tensor) -> torch.Tensor:
+        """What is denoised, (B, *sample_shape), as encoder and decoder have it: (B, c, h, h), of
+        standard deviation about 1."""
+        return x0
 
     def invert(
         self,

@@ -6,6 +6,8 @@ pretrained denoiser is used unchanged.
 - a vector, added to the time embedding that all its blocks read (`sites.py` finds it in almost any
   denoiser);
 - a map, added to the output of the middle block: UNet2DModel;
+- features of what the adapter decodes of the embedding, added to those of the noisy sample: every
+  denoiser that reads its sample by a convolution. Where in the image something is, is given there;
 - tokens, which every cross-attention layer attends to beside its own, with keys and values of their
   own: UNet2DConditionModel (a branch of its own as in IP-Adapter, Ye et al., arXiv:2308.06721, but
   by hooks: whatever attention processor, LoRA or adapter the layer has stays in place).
@@ -17,6 +19,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,21 +30,25 @@ from .lora_layers import LoraLayers
 from .sites import Sites, find_sites, spread
 
 
+_MAPS = ("vector", "map", "input")
+
+
 @dataclass(frozen=True)
 class Entries:
-    """What enters at the sites: `vector` (B, vector_width), `map` (B, C, h, w), and of each
-    cross-attention layer `keys` and `values` (B, tokens, inner width). All of it adds, so entries
+    """What enters at the sites: `vector` (B, vector_width), `map` and `input` (B, C, h, w), and of
+    each cross-attention layer `keys` and `values` (B, tokens, inner width). All of it adds, so entries
     can be weighted."""
 
     vector: torch.Tensor | None = None
     map: torch.Tensor | None = None
+    input: torch.Tensor | None = None
     keys: tuple[torch.Tensor, ...] = ()
     values: tuple[torch.Tensor, ...] = ()
 
     def weighted(self, weight: float) -> "Entries":
         scaled: dict[str, Any] = {
             name: None if (x := getattr(self, name)) is None else weight * x
-            for name in ("vector", "map")
+            for name in _MAPS
         }
         return replace(self, values=tuple(weight * v for v in self.values), **scaled)
 
@@ -49,7 +56,7 @@ class Entries:
         """The entries of some rows, an index (n,)."""
         picked: dict[str, Any] = {
             name: None if (x := getattr(self, name)) is None else x[index]
-            for name in ("vector", "map")
+            for name in _MAPS
         }
         return Entries(
             keys=tuple(k[index] for k in self.keys),
@@ -58,18 +65,28 @@ class Entries:
         )
 
 
+_WIDTH = 128  # channels between what is decoded and the sample's features
+
+
 class Projections(nn.Module):
-    """From an embedding to what enters at each site: (B, *embedding_shape) -> `Entries`; all zero
-    at first.
+    """From an embedding to what enters at each site: (B, *embedding_shape), and what is decoded
+    of it, (B, c, h, h), to `Entries`; all zero at first.
 
     Args:
         sites: of the denoiser.
         embedding_shape: (width,) for vectors, (tokens, width) for cross-attention.
         map_size: side of the map at the base's own image size; it is resized where another one
             comes by.
+        decoded_channels: c of what the adapter decodes of an embedding; 0: it has no decoder.
     """
 
-    def __init__(self, sites: Sites, embedding_shape: Sequence[int], map_size: int = 0):
+    def __init__(
+        self,
+        sites: Sites,
+        embedding_shape: Sequence[int],
+        map_size: int = 0,
+        decoded_channels: int = 0,
+    ):
         super().__init__()
         width = embedding_shape[-1]
         if sites.vector_width:
@@ -82,6 +99,13 @@ class Projections(nn.Module):
             self.map = nn.Sequential(
                 _zero(last), nn.Unflatten(1, (sites.map_channels, map_size, map_size))
             )
+        if sites.input_channels and decoded_channels:
+            stride = sites.input_stride
+            self.input = nn.Sequential(
+                nn.Conv2d(decoded_channels, _WIDTH, 3, padding=1),
+                nn.SiLU(),
+                _zero(nn.Conv2d(_WIDTH, sites.input_channels, stride, stride)),
+            )
         self.keys = nn.ModuleList(
             nn.Linear(width, inner, bias=False) for inner in sites.token_widths
         )
@@ -89,16 +113,17 @@ class Projections(nn.Module):
             _zero(nn.Linear(width, inner, bias=False)) for inner in sites.token_widths
         )
 
-    def forward(self, embedding: torch.Tensor) -> Entries:
+    def forward(self, embedding: torch.Tensor, decoded: torch.Tensor | None = None) -> Entries:
         return Entries(
             vector=self.vector(embedding) if hasattr(self, "vector") else None,
             map=self.map(embedding) if hasattr(self, "map") else None,
+            input=self.input(decoded) if hasattr(self, "input") else None,
             keys=tuple(layer(embedding) for layer in self.keys),
             values=tuple(layer(embedding) for layer in self.values),
         )
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def _zero(layer: Any) -> Any:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -161,13 +186,18 @@ class Injection:
 
         Loading or unloading LoRA exchanges modules, hence the look at each time.
         """
+        # Bound methods, not closures: a copy of the denoiser then has hooks of a copied injection.
         plan: list[tuple[str, str, Callable]] = []
         if self.lora is not None:  # first: the other hooks see what LoRA makes of a layer's output
-            hooks = {name: self._lora_hook(name, self.lora) for name in self.lora.names}
-            plan += [(name, "register_forward_hook", hook) for name, hook in hooks.items()]
+            plan += [
+                (name, "register_forward_hook", partial(self._add_lora, name))
+                for name in self.lora.names
+            ]
         plan += [(name, "register_forward_hook", self._add_vector) for name in self.sites.vectors]
         if self.sites.map is not None:
-            plan += [(self.sites.map, "register_forward_hook", self._add_map)]
+            plan += [(self.sites.map, "register_forward_hook", partial(self._add_map, "map"))]
+        if self.sites.input is not None:
+            plan += [(self.sites.input, "register_forward_hook", partial(self._add_map, "input"))]
         for name, layer in zip(self.sites.tokens, self.layers):
             layer.attention = self.denoiser.get_submodule(name)
             plan += [(f"{name}.to_q", "register_forward_hook", layer.keep_query)]
@@ -217,11 +247,12 @@ class Injection:
             self._left = self._call.entries
         self._call.entries = None
 
-    def _lora_hook(self, name: str, lora: LoraLayers) -> Callable:
-        def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            return output if self.entries is None else lora.add(name, module, args[0], output)
-
-        return add
+    def _add_lora(
+        self, name: str, module: nn.Module, args: tuple, output: torch.Tensor
+    ) -> torch.Tensor:
+        if self.entries is None or self.lora is None:
+            return output
+        return self.lora.add(name, module, args[0], output)
 
     def _add_vector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         entries = self.entries
@@ -229,11 +260,13 @@ class Injection:
             return output
         return output + spread(entries.vector, output)
 
-    def _add_map(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def _add_map(
+        self, which: str, module: nn.Module, args: tuple, output: torch.Tensor
+    ) -> torch.Tensor:
         entries = self.entries
-        if entries is None or entries.map is None:
+        if entries is None or (entered := getattr(entries, which)) is None:
             return output
-        entered = entries.map.to(output)
+        entered = entered.to(output)
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered

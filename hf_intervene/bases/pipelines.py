@@ -177,14 +177,14 @@ class PipelineBase(DiffusionBase):
                 f"a {type(model).__name__} is not recorded: build the model of it and its"
                 " scheduler."
             )
+        # The frames of a clip's latents are channels to the small encoder and decoder.
+        decoded_shape = (math.prod(channels), height, width)
         adapter = DiffusionAdapter(
             sample_size=size,
             sites=vars(sites),
             embedding_shape=shape,
-            # The frames of a clip's latents are channels to the small encoder.
-            encoder_shape=(
-                None if image_encoder is not None else (math.prod(channels), height, width)
-            ),
+            encoder_shape=None if image_encoder is not None else decoded_shape,
+            decoded_shape=decoded_shape,
             feature_width=128 if image_encoder is None else image_encoder.config.hidden_size,
             prediction_type=prediction_type(scheduler),
             recording=recording.config,
@@ -209,14 +209,11 @@ class PipelineBase(DiffusionBase):
                 return {"x0": x0}
             return {"x0": x0, "features": self.image_encoder(pixel_values)}
 
-    def _features(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if self.image_encoder is not None:
-            return prepared["features"]
-        # Unscaled: about of variance 1.
-        latents = self.adapter.recorded.tail.arranged(prepared["x0"])  # (B, *latent_shape)
+    def _arranged(self, x0: torch.Tensor) -> torch.Tensor:
+        # Unscaled: about of variance 1. The frames of a clip are channels.
+        latents = self.adapter.recorded.tail.arranged(x0)  # (B, *latent_shape)
         *_, height, width = latents.shape
-        latents = latents.reshape(len(latents), -1, height, width)
-        return self.adapter.encoder(latents.to(self.adapter.dtype))
+        return latents.reshape(len(latents), -1, height, width)
 
     def denoise(
         self,

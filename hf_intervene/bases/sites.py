@@ -4,6 +4,7 @@
 - All other denoisers take a vector. It is added to the output of the time embedding, which all
   their blocks read.
 - `UNet2DModel` takes a map in its middle block too.
+- Denoisers that read their sample by a convolution take features of the decoded embedding there.
 
 The module of the time embedding is found by a rule, so a new class needs no code here: the
 shallowest `TimestepEmbedding` that is not part of a numbered block and does not embed something
@@ -11,7 +12,7 @@ else. `_EXCEPTIONS` names the module of those classes whose time embedding is of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class Sites:
         tokens: names of the cross-attention layers that attend to its tokens.
         token_widths: inner width of each of them.
         cross_width: width of the tokens that they attend to already, such as a text's.
+        input: name of the module that makes features of the noisy sample, if that is a convolution:
+            its output, (B, C, h, w) or (B, h w, C), is added to.
+        input_channels, input_stride: C, and how many entries of the sample a side of one feature is.
     """
 
     vectors: tuple[str, ...] = ()
@@ -43,6 +47,9 @@ class Sites:
     tokens: tuple[str, ...] = ()
     token_widths: tuple[int, ...] = ()
     cross_width: int = 0
+    input: str | None = None
+    input_channels: int = 0
+    input_stride: int = 1
 
 
 # Class name -> the module, and the linear map in it whose `out_features` is the width of its
@@ -86,6 +93,11 @@ def find_sites(denoiser: nn.Module) -> Sites:
     Raises:
         TypeError: one sentence: it has no site.
     """
+    return replace(_conditioned(denoiser), **_input(denoiser))
+
+
+def _conditioned(denoiser: nn.Module) -> Sites:
+    """The sites but for that of the sample."""
     if isinstance(denoiser, UNet2DConditionModel):
         layers = {
             name: m
@@ -106,6 +118,18 @@ def find_sites(denoiser: nn.Module) -> Sites:
     if isinstance(denoiser, UNet2DModel) and denoiser.mid_block is not None:
         return Sites((name,), width, "mid_block", denoiser.config.block_out_channels[-1])
     return Sites((name,), width)
+
+
+def _input(denoiser: nn.Module) -> dict[str, Any]:
+    """Name, channels and stride of the convolution that reads the sample, if there is one."""
+    channels = denoiser.config.get("in_channels")
+    for name, module in denoiser.named_modules():
+        layer = _plain(module)
+        numbered = any(part.isdigit() for part in name.split("."))
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == channels and not numbered:
+            stride = layer.stride[0]
+            return {"input": name, "input_channels": layer.out_channels, "input_stride": stride}
+    return {}
 
 
 def _time_embedding(denoiser: nn.Module) -> tuple[str, int]:

@@ -6,8 +6,8 @@ intervention or without,
 
     z'_k ~ N(0, I) for k in T,    z'_j = z_j otherwise,    c'_j = F_j(z'_j; s'_j, h'_j) for all j (see `flow.py`).
 
-c' is decoded to an image x' (by a denoiser: to its estimate from noise, in one pass), pixel noise
-is added to it, and the encoder has to read c' in it:
+c' is decoded to an image x' (of a denoiser: by its adapter's decoder, to the mean of what is
+denoised), pixel noise is added to it, and the encoder has to read c' in it:
 
     loss = E sum_i huber((c'_i - m_i(x' + u n)) / sigma_i(x' + u n)),    n ~ N(0, I),    u ~ U(0, `NOISE`),
 
@@ -40,7 +40,6 @@ class EditConsistency(Term):
         strength: its weight, once it has risen.
         noise_shape: of z, (D, w + 1).
         shape: of what is read of an image, see `Base.estimates`.
-        start: shape of the noise that a denoiser starts from; `None`: there is none.
         every: one image in so many is edited.
     """
 
@@ -52,11 +51,10 @@ class EditConsistency(Term):
         strength: float,
         noise_shape: tuple[int, int],
         shape: tuple[int, ...],
-        start: tuple[int, ...] | None = None,
         every: int = 2,
     ):
         super().__init__(strength)
-        self.noise_shape, self.shape, self.start, self.every = noise_shape, shape, start, every
+        self.noise_shape, self.shape, self.every = noise_shape, shape, every
 
     @classmethod
     def build(cls, strength, model, contexts):
@@ -65,28 +63,24 @@ class EditConsistency(Term):
             return None
         if base.estimates is None:
             logger.warning(
-                "edit consistency is left out: of a denoiser it needs a prediction of v or a flow,"
-                " no gradient checkpointing and no image_encoder; combinations of concepts will"
-                " be worse."
+                "edit consistency is left out: of a denoiser it needs no image_encoder, and an"
+                " adapter with a decoder, which older ones lack; combinations of concepts will be"
+                " worse."
             )
             return None
-        start = base.noise_shapes.get("residual_noise") if base.passes > 1 else None
-        return cls(strength, model.noise_shape, base.estimates, start)
+        return cls(strength, model.noise_shape, base.estimates)
 
     def weight(self, progress):
         return self.strength * min(1.0, max(0.0, progress - FIRST) / RISING)
 
     def draw(self, rows, generator):
         blocks = self.noise_shape[0]
-        found = {
+        return {
             "noise": torch.randn(rows, *self.noise_shape, generator=generator),
             "kind": torch.rand(rows, blocks, generator=generator),
             "spread": NOISE * torch.rand(rows, *[1] * len(self.shape), generator=generator),
             "blur": torch.randn(rows, *self.shape, generator=generator),
         }
-        if self.start is not None:
-            found["start"] = torch.randn(rows, *self.start, generator=generator)
-        return found
 
     def loss(self, model, output, targets, draws):
         head, base = model.head, model.base
@@ -95,8 +89,7 @@ class EditConsistency(Term):
             z = head.whiten(output.draw, targets, output.states)
             before = (x[:: self.every] for x in (output.draw, z, targets))
             made, new = edited(head, *before, draws["noise"], draws["kind"])
-        start = {} if self.start is None else {"residual_noise": draws["start"]}
-        seen = base.estimate(head.represent(made), start) + draws["spread"] * draws["blur"]
+        seen = base.estimate(head.represent(made)) + draws["spread"] * draws["blur"]
         mean, logvar = head.posterior(base.encode_estimate(seen).features, new)
         off = (made.float() - mean) * (-0.5 * logvar.detach()).exp()
         losses = huber_loss(off, torch.zeros_like(off), reduction="none", delta=KNEE)
