@@ -242,9 +242,11 @@ def test_two_denoisers_are_trained_by_noise_level(two):
         for row, (time, own) in enumerate(zip(times, (True, False, True, False))):
             one = slice(row, row + 1)
             injection = made.injection if own else made.injection_2
-            alone = made._denoise(x[one], time, e[one], injection)
+            alone = made._denoise(x[one], time, made._entries(e[one]), injection)
             torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
-            other = made._denoise(x[one], time, e[one], made.injection_2 if own else made.injection)
+            other = made._denoise(
+                x[one], time, made._entries(e[one]), made.injection_2 if own else made.injection
+            )
             assert (other - alone).abs().max() > 1e-3
     two.zero_grad()
     loss = two(clips(made, 4), two.targets("a", 4), **two.posterior_draws(4, generator())).loss

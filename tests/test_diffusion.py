@@ -168,6 +168,15 @@ def test_what_is_decoded_is_added_to_the_features_of_the_sample(kind, layer, mon
     torch.testing.assert_close(entered, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sample_is_decoded_once_for_all_steps():
+    model, calls = with_head("dit"), []
+    model.base.adapter.decoder.register_forward_hook(lambda *_: calls.append(1))
+    model.sample("a", 2, num_inference_steps=4)
+    assert len(calls) == 1
+    model.sample(["a", "b"], 2, num_inference_steps=4, compose="scores")
+    assert len(calls) == 1 + 4  # a and b together, nothing, each of the two
+
+
 def test_features_of_what_is_decoded_are_resized_with_the_sample():
     base = with_head("dit").base
     e = randn(1, *base.embedding_shape)
@@ -183,6 +192,10 @@ def test_features_of_what_is_decoded_are_resized_with_the_sample():
             size = (side // 2,) * 2
             expected = torch.nn.functional.interpolate(features, size, mode="bilinear")
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        base.injection.set(base.adapter.entries(randn(2, *base.embedding_shape)))
+        frames = base.model.pos_embed.proj(torch.zeros(6, 4, 8, 8))  # three of each of two clips
+        assert all(torch.equal(frames[3 * n], frames[3 * n + 2]) for n in range(2))
+        assert not torch.equal(frames[0], frames[3])
     base.injection.clear()
 
 

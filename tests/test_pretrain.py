@@ -43,11 +43,38 @@ def test_pretrain_then_add_a_head(tiny, autoencoder):
     )
 
 
+def test_a_mosaic_has_four_pieces_of_images_of_the_batch():
+    """Each image has one colour of its own, so that a piece says whose it is."""
+    torch.manual_seed(0)
+    colours = torch.rand(64, 3, 1, 1)
+    made = pretraining.mosaic(colours.expand(64, 3, 16, 16))
+    pixels = made.permute(0, 2, 3, 1)  # (64, 16, 16, 3)
+    found = (pixels[..., None, :] == colours.view(64, 3)).all(-1)  # (64, 16, 16, 64)
+    assert (found.sum(-1) == 1).all()
+    whose = found.long().argmax(-1)
+    assert all(len(image.unique()) <= 4 for image in whose)
+    # Two cuts, each at one place of its axis.
+    for changes in (whose[:, 1:] != whose[:, :-1], whose[..., 1:] != whose[..., :-1]):
+        axis = 2 if changes.shape[1] == 15 else 1
+        assert (changes.any(axis).sum(1) <= 1).all()
+    assert sum(len(image.unique()) == 4 for image in whose) > 32
+
+
+def test_pieces_of_a_mosaic_are_mirrored_and_turned():
+    image = torch.arange(16.0).view(1, 1, 4, 4).expand(512, 1, 4, 4)
+    torch.manual_seed(0)
+    made = pretraining.mosaic(image)
+    corners = {int(x) for x in made[:, 0, 0, 0]}
+    assert corners == {0, 3, 12, 15}
+    whole = [x for x in made[:, 0] if sorted(x.flatten().tolist()) == list(range(16))]
+    assert any(torch.equal(x, image[0, 0].T) for x in whole)
+
+
 def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tmp_path):
     vae = AutoencoderKL.from_pretrained(autoencoder)
     x = pretraining.latents(vae, pretraining.observational_images("quad", 64, 16))
-    assert x.shape == (64, 4, 4, 4) and 0.9 < x.std() < 1.1
-    options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "40"]
+    assert x.shape == (64, 8, 8, 8) and 0.9 < x.std() < 1.1
+    options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "120"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
     pipe = DiTPipeline.from_pretrained(tmp_path / "dit")
     assert pipe.scheduler.config.prediction_type == "flow_prediction"
@@ -74,9 +101,14 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     assert pretrain.main(["--output", str(tmp_path)]) == 1  # what is there is not replaced
     assert "already holds something" in capsys.readouterr().err and file.exists()
-    for wrong in (["--resolution", "30"], ["--batch-size", "0"]):
+    for wrong, message in (
+        (["--resolution", "31"], "multiple of 2, not 31"),
+        (["--resolution", "66"], "multiple of 4, not 66"),
+        (["--resolution", "30", "--model", "unet"], "multiple of 8, not 30"),
+        (["--batch-size", "0"], "must be at least 1"),
+    ):
         assert pretrain.main(["--output", str(tmp_path / "vae"), *wrong]) == 1
-        assert "multiple of 4" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     for wrong in (["--model", "dit"], ["--autoencoder", str(tmp_path)]):
         assert pretrain.main(["--output", str(tmp_path / "dit"), *wrong]) == 1
         assert "--autoencoder FOLDER is for --model dit" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_a_head_is_trained_on_it(kind, bases):
     base = bases(kind)
     model = with_head(base, awake=False)
     parameters = [*model.head.parameters(), *base.adapter.parameters()]
-    optimizer = torch.optim.Adam(parameters, 1e-3)
+    optimizer = torch.optim.Adam(parameters, 2e-4)
     images, targets = (
         torch.rand(4, *base.image_shape, generator=generator()),
         model.targets([["a"], ["b"], [], ["a", "b"]]),

@@ -41,6 +41,17 @@ KNOWN = {
 }
 
 
+# The convolution that reads the sample, its channels and its stride.
+INPUTS = {
+    "HunyuanImageTransformer2DModel": ("x_embedder.proj", 3584, 1),
+    "Kandinsky3UNet": ("conv_in", 192, 1),
+    "PixArtTransformer2DModel": ("pos_embed.proj", 1152, 2),
+    "SD3Transformer2DModel": ("pos_embed.proj", 1152, 2),
+    "SanaTransformer2DModel": ("patch_embed.proj", 2240, 1),
+    "UNet3DConditionModel": ("conv_in", 320, 1),
+}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_classes(name):
     if not hasattr(diffusers, name):
@@ -52,7 +63,9 @@ def test_known_classes(name):
     )
     with torch.device("meta"):
         denoiser = getattr(diffusers, name)(**options)
-    assert find_sites(denoiser) == Sites((KNOWN[name][0],), KNOWN[name][1])
+    found = find_sites(denoiser)
+    assert (found.vectors, found.vector_width) == ((KNOWN[name][0],), KNOWN[name][1])
+    assert (found.input, found.input_channels, found.input_stride) == INPUTS.get(name, (None, 0, 1))
 
 
 class MadeUp(nn.Module):

@@ -22,7 +22,12 @@ from hf_intervene.errors import spoken
 from hf_intervene.options import READING, add_reading_options, seed, whole_number
 from hf_intervene.trainer.checkpoints import atomic_folder, check_empty
 from hf_intervene.trainer.parsing import RecipeParser
-from hf_intervene.trainer.pretraining import observational_images, pretrain, pretrain_diffusion
+from hf_intervene.trainer.pretraining import (
+    halvings,
+    observational_images,
+    pretrain,
+    pretrain_diffusion,
+)
 from hf_intervene.trainer.stopping import stops_at_once
 
 
@@ -64,13 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--autoencoder FOLDER is for --model dit, which needs it: train one with --model"
             " autoencoder."
         )
-    multiple = 4 if arguments.model == "autoencoder" else 8
-    if (
-        arguments.resolution % multiple
-        or min(arguments.resolution, arguments.batch_size, arguments.steps) < 1
-    ):
+    if min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
+        raise ValueError("resolution, batch size and steps must be at least 1.")
+    # A token of the DiT has 2 x 2 latents at least; the UNet halves three times.
+    multiple = 8
+    if arguments.model != "unet":
+        multiple = 2 ** (halvings(arguments.resolution) + (arguments.model == "dit"))
+    if arguments.resolution % multiple:
         raise ValueError(
-            f"resolution must be a multiple of {multiple}, batch size and steps at least 1."
+            f"the resolution must be a multiple of {multiple}, not {arguments.resolution}."
         )
     reading = {name: getattr(arguments, name) for name in READING}
     pixels = observational_images(

@@ -66,9 +66,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
-        self.projections = Projections(
-            Sites(**sites), embedding_shape, map_size, decoded_channels
-        )
+        self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:
             network = light_vae(decoded_shape, feature_width, math.prod(embedding_shape))
             self.decoder = network.decoder

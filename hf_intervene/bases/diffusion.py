@@ -51,7 +51,7 @@ from .denoising import (
     warn_of_clipping,
 )
 from .encoders import VisionEncoder
-from .injection import Injection
+from .injection import Entries, Injection
 from .likelihoods import gaussian_loss
 from .sites import find_sites
 
@@ -230,26 +230,29 @@ class DiffusionBase(Base):
         self,
         x: torch.Tensor,
         timesteps: torch.Tensor,
-        embedding: torch.Tensor,
+        embedding: torch.Tensor | Entries,
         prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The denoiser's prediction, (B, *sample_shape), float32, of noisy x (B, *sample_shape)
-        at timesteps (B,) or (). `prompts`: of a family whose images have their own, see
+        at timesteps (B,) or (), under embeddings (B, *embedding_shape) or what `DiffusionAdapter`
+        makes enter of them. `prompts`: of a family whose images have their own, see
         `PipelineBase.denoise`."""
-        return self._denoise(x, timesteps, embedding)
+        return self._denoise(x, timesteps, self._entries(embedding))
+
+    def _entries(self, embedding: torch.Tensor | Entries) -> Entries:
+        return embedding if isinstance(embedding, Entries) else self.adapter.entries(embedding)
 
     def _denoise(
         self,
         x: torch.Tensor,
         timesteps: torch.Tensor,
-        embedding: torch.Tensor,
+        entries: Entries,
         injection: Injection | None = None,
         **text: Any,
     ) -> torch.Tensor:
         """The prediction of one denoiser, with what the family gives it of a text. `injection`: of
         a denoiser other than the model."""
         injection = injection or self.injection
-        entries = self.adapter.entries(embedding)
         if not torch.compiler.is_compiling():
             injection.install()
         injection.set(entries)
@@ -347,15 +350,20 @@ class DiffusionBase(Base):
             **options: none.
         """
 
+        # Decoded once, not in every step.
+        entered = self._entries(embedding)
+        without = None if observational is None else self._entries(observational)
+        single = [self._entries(one) for one in alone]
+
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if observational is not None and alone:
-                plain = self.denoise(x, t, observational)
-                changes = [self.denoise(x, t, one) - plain for one in alone]
+            if without is not None and single:
+                plain = self.denoise(x, t, without)
+                changes = [self.denoise(x, t, one) - plain for one in single]
                 return plain + guidance_scale * torch.stack(changes).sum(0)
-            guided = self.denoise(x, t, embedding)
-            if observational is None or guidance_scale == 1.0:
+            guided = self.denoise(x, t, entered)
+            if without is None or guidance_scale == 1.0:
                 return guided
-            plain = self.denoise(x, t, observational)
+            plain = self.denoise(x, t, without)
             return plain + guidance_scale * (guided - plain)
 
         noise = draws["residual_noise"]
@@ -391,7 +399,8 @@ class DiffusionBase(Base):
         **options: Any,
     ) -> dict[str, torch.Tensor]:
         """The noise x_T (B, *sample_shape) that the deterministic path leads to the images from."""
-        predict: Predict = lambda x, t: self.denoise(x, t, embedding)  # noqa: E731
+        entered = self._entries(embedding)
+        predict: Predict = lambda x, t: self.denoise(x, t, entered)  # noqa: E731
         noise = invert(predict, self.scheduler, encoded.kept["x0"], num_inference_steps)
         return {"residual_noise": noise}
 

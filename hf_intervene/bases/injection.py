@@ -47,16 +47,14 @@ class Entries:
 
     def weighted(self, weight: float) -> "Entries":
         scaled: dict[str, Any] = {
-            name: None if (x := getattr(self, name)) is None else weight * x
-            for name in _MAPS
+            name: None if (x := getattr(self, name)) is None else weight * x for name in _MAPS
         }
         return replace(self, values=tuple(weight * v for v in self.values), **scaled)
 
     def rows(self, index: torch.Tensor) -> "Entries":
         """The entries of some rows, an index (n,)."""
         picked: dict[str, Any] = {
-            name: None if (x := getattr(self, name)) is None else x[index]
-            for name in _MAPS
+            name: None if (x := getattr(self, name)) is None else x[index] for name in _MAPS
         }
         return Entries(
             keys=tuple(k[index] for k in self.keys),
@@ -267,6 +265,8 @@ class Injection:
         if entries is None or (entered := getattr(entries, which)) is None:
             return output
         entered = entered.to(output)
+        if len(output) > len(entered):  # the frames of each clip, one after the other
+            entered = entered.repeat_interleave(len(output) // len(entered), 0)
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered

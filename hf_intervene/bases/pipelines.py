@@ -25,7 +25,7 @@ from .autoencoder import images_of, latent_shape, latents_of
 from .base import register_recorded
 from .denoising import prediction_type
 from .diffusion import DiffusionBase
-from .injection import Injection
+from .injection import Entries, Injection
 from .prompts import Prompts, record_prompts
 from .recording import NotRecordable, Recorder, record, training_time
 from .replay import Recording, on_device
@@ -219,7 +219,7 @@ class PipelineBase(DiffusionBase):
         self,
         x: torch.Tensor,
         timesteps: torch.Tensor,
-        embedding: torch.Tensor,
+        embedding: torch.Tensor | Entries,
         prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The prediction, as that of `DiffusionBase`.
@@ -230,7 +230,7 @@ class PipelineBase(DiffusionBase):
                 the one of the recording. `None`: all have that one. Rows whose prompts are of the
                 same length are denoised together. On the CPU, or the host waits for the device.
         """
-        rows, texts = [*range(len(x))], None
+        rows, texts, entries = [*range(len(x))], None, self._entries(embedding)
         groups = [rows]
         if prompts is not None and self.prompts is not None:
             numbers = prompts.tolist()
@@ -251,10 +251,10 @@ class PipelineBase(DiffusionBase):
             text = None if texts is None else [texts[row] for row in group]
             order += group
             if group == rows:
-                part = x, timesteps, embedding
+                part = x, timesteps, entries
             else:
                 index = on_device(torch.tensor(group), x.device)
-                part = x[index], timesteps.expand(len(x))[index], embedding[index]
+                part = x[index], timesteps.expand(len(x))[index], entries.rows(index)
             found.append(self._denoise(*part, injection, text=text))
         if len(found) == 1 and order == rows:
             return found[0]

@@ -122,7 +122,7 @@ def _conditioned(denoiser: nn.Module) -> Sites:
 
 def _input(denoiser: nn.Module) -> dict[str, Any]:
     """Name, channels and stride of the convolution that reads the sample, if there is one."""
-    channels = denoiser.config.get("in_channels")
+    channels = getattr(denoiser, "config", {}).get("in_channels")
     for name, module in denoiser.named_modules():
         layer = _plain(module)
         numbered = any(part.isdigit() for part in name.split("."))

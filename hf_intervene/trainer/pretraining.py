@@ -56,9 +56,14 @@ def observational_images(
     )
 
 
+def halvings(resolution: int) -> int:
+    """How often the autoencoder halves images of this side: down to about 16."""
+    return max(1, round(math.log2(resolution / 16)))
+
+
 def new_autoencoder(resolution: int) -> AutoencoderKL:
     """The layers of the Stable Diffusion autoencoder, narrow, with latents of about (8, 16, 16)."""
-    levels = 1 + max(1, round(math.log2(resolution / 16)))
+    levels = 1 + halvings(resolution)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -163,8 +168,8 @@ NOBODY = 1000  # the number of no class among those of ImageNet
 
 
 def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
-    """A narrow DiT of six blocks on latents (channels, size, size), 4 x 4 of them a token where that
-    fits, for the images of no class: 4 M parameters, a quarter of them rows for ImageNet's classes,
+    """A narrow DiT of six blocks on latents (channels, size, size) in 4 x 4 tokens where that fits,
+    for the images of no class: 4 M parameters, a quarter of them rows for ImageNet's classes,
     which a DiTPipeline counts on."""
     return DiTTransformer2DModel(
         num_attention_heads=5,
@@ -173,7 +178,7 @@ def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
         out_channels=channels,
         num_layers=6,
         sample_size=size,
-        patch_size=4 if size % 4 == 0 else 2,
+        patch_size=size // 4 if size % 4 == 0 else 2,
     )
 
 
