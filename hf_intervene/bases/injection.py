@@ -36,8 +36,8 @@ _MAPS = ("vector", "map", "input")
 @dataclass(frozen=True)
 class Entries:
     """What enters at the sites: `vector` (B, vector_width), `map` and `input` (B, C, h, w), and of
-    each cross-attention layer `keys` and `values` (B, tokens, inner width). All of it adds, so entries
-    can be weighted."""
+    each cross-attention layer `keys` and `values` (B, tokens, inner width). All of it adds, so
+    entries can be weighted."""
 
     vector: torch.Tensor | None = None
     map: torch.Tensor | None = None

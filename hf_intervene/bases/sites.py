@@ -35,9 +35,9 @@ class Sites:
         tokens: names of the cross-attention layers that attend to its tokens.
         token_widths: inner width of each of them.
         cross_width: width of the tokens that they attend to already, such as a text's.
-        input: name of the module that makes features of the noisy sample, if that is a convolution:
-            its output, (B, C, h, w) or (B, h w, C), is added to.
-        input_channels, input_stride: C, and how many entries of the sample a side of one feature is.
+        input: name of the convolution that reads the noisy sample, if there is one; its output is
+            (B, C, h, w).
+        input_channels, input_stride: C, and the stride of that convolution.
     """
 
     vectors: tuple[str, ...] = ()
