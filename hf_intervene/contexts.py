@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -169,6 +170,8 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
         )
     values: dict[str, Value] = {}
     for name, value in items:
+        if isinstance(name, str) and name not in concepts:
+            name = unicodedata.normalize("NFC", name)  # letters that were typed on another system
         if name in values:
             raise ValueError(f"concept {shown(name)} is named twice in one context.")
         if name == OBS and len(items) > 1:

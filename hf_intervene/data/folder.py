@@ -14,13 +14,24 @@ from typing import Any
 import datasets
 from datasets import Dataset, Image, List, load_dataset, load_from_disk
 
-from ..contexts import OBS
+from ..contexts import OBS, shown
 from ..image_files import READABLE, printable
 
 
 # Usual folder names of splits, which are not contexts.
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")
 PROMPT_COLUMNS = ("prompt", "text")  # the first that exists is used
+# Folders that systems and disk stations make in folders of images: copies in small, waste baskets.
+_OF_SYSTEMS = {
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
@@ -41,8 +52,9 @@ def load_contexts(
        `imagefolder` format of `datasets`);
     3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`,
        `quad1+size/`. The images may be in sub-folders of these. Hidden files and folders are
-       ignored. A warning reports what else is left out: files that are not images, links to
-       folders, images outside the sub-folders, and sub-folders without images;
+       ignored, and folders that systems make for themselves, such as `@eaDir` and `__MACOSX`. A
+       warning reports what else is left out: files that are not images, links to folders, images
+       outside the sub-folders, and sub-folders without images;
     4. a folder with the sub-folder `split`, which is a folder of kind 2 or 3. If there is also a
        folder `obs`, the sub-folder `split` is a context of that name;
     5. the name of a data set on the Hub.
@@ -73,7 +85,11 @@ def load_contexts(
             " saved data set or a Hub name, user/name."
         )
     path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # the name is too long, or may not be looked at
+        raise OSError(f"{shown(str(source))} cannot be read ({error.strerror}).") from error
+    if not there:
         if is_local(source):
             raise FileNotFoundError(
                 f"there is no folder {source}: give an image folder, a saved data set or a Hub"
@@ -180,7 +196,7 @@ def _of_split(path: Path, split: str) -> Path:
 
 
 def _has_metadata(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _METADATA)
+    return any((folder / name).exists() and not (folder / name).is_dir() for name in _METADATA)
 
 
 def _refuse_pipes(folder: Path) -> None:
@@ -250,14 +266,14 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
 
 
 def _subfolders(path: Path) -> list[Path]:
-    """Return the sub-folders that are not hidden, and not added to an archive by macOS."""
+    """Return the sub-folders that are not hidden, and that no system made for itself."""
     return sorted(
         child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name)
     )
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def _is_image(file: Path) -> bool:
