@@ -49,6 +49,12 @@ def support(arguments: argparse.Namespace) -> int:
     from .pipeline_support import support as found_support
 
     disable_progress_bars()
+    index = Path(located(arguments.pipeline), "model_index.json")
+    if index.is_file() and '"InterventionPipeline"' in index.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{arguments.pipeline} is an intervention pipeline, and has its head already: see"
+            f" hf-intervene concepts {arguments.pipeline}."
+        )
     pipe = load_pipeline(arguments.pipeline, f"the pipeline {arguments.pipeline!r}")
     found = found_support(pipe, arguments.prompt, arguments.size)
     return show(arguments, asdict(found), found)
@@ -64,10 +70,16 @@ def card(arguments: argparse.Namespace) -> int:
     own = Path(folder, CARD_FILE)
     shipped = folder != arguments.model
     if shipped and not arguments.push:
+        if arguments.metrics or arguments.license or arguments.dataset_id:
+            raise ValueError(
+                f"{arguments.model} comes with the package, and its card is not written anew: leave"
+                " --metrics, --license and --dataset-id out, or save it in a folder of your own"
+                " first."
+            )
         return show(arguments, {"card": str(own)}, own)
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}.")
-    from .cards import SAMPLES_FILE, card_path, is_generated, write_card
+    from .cards import SAMPLES_FILE, card_path, is_generated, new_pictures, write_card
     from .pipeline import load_model
     from .push import draw_floors, draw_samples, full_name, push_folder
 
@@ -77,6 +89,12 @@ def card(arguments: argparse.Namespace) -> int:
     edited = edited and not is_generated(own)
     path = own if edited else card_path(folder)
     name = full_name(arguments.push) if arguments.push else None
+    if edited and (arguments.metrics or arguments.license or arguments.dataset_id):
+        warnings.warn(
+            f"{own} was edited by hand and is pushed as it is: --metrics, --license and"
+            " --dataset-id are not used.",
+            stacklevel=2,
+        )
     if not edited:  # or it stays as it is, with its pictures
         measured = path.is_file() and "## Measured" in path.read_text(encoding="utf-8")
         if measured and not arguments.metrics:
@@ -84,9 +102,10 @@ def card(arguments: argparse.Namespace) -> int:
                 "the card showed measurements, and the new one has none: --metrics adds them.",
                 stacklevel=2,
             )
-        draw_samples(model, path.with_name(SAMPLES_FILE))
-        draw_floors(arguments.metrics, path.parent)
-        write_card(folder, name, arguments.metrics, arguments.license, arguments.dataset_id)
+        with new_pictures(path.parent):
+            draw_samples(model, path.with_name(SAMPLES_FILE))
+            draw_floors(arguments.metrics, path.parent)
+            write_card(folder, name, arguments.metrics, arguments.license, arguments.dataset_id)
     result = {"card": str(path)}
     if name:
         commit = push_folder(folder, name, private=arguments.private, revision=arguments.revision)

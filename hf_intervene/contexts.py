@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 OBS = "obs"
+_MOST_IMAGES = 10**9
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 # Contexts are written with these characters, or paths are: names become folder and file names.
@@ -331,6 +332,8 @@ def parse_choices(
                 f"the number of samples must be a whole number, not {shown(num_images)}"
                 " (several concepts are one list, or joined with +)."
             ) from None
+    if num_images is not None and abs(num_images) > _MOST_IMAGES:
+        raise ValueError(f"the number of samples must be at most {_MOST_IMAGES}.")
     if num_images is not None and num_images < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_images}.")
     import torch

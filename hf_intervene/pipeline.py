@@ -107,16 +107,26 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> "InterventionPipeline":
         """As in diffusers, from a folder or the Hub; from one commit, and from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository.
+            subfolder: of it, where the pipeline is.
+            **kwargs: as in diffusers.
 
         Raises:
             OSError, ValueError: one sentence: not an intervention pipeline, no such repository or
                 no access to it, missing weights.
         """
         name = pretrained_model_name_or_path
-        path = hub.folder(not_bundled(name), **hub.pop_options(kwargs))
+        path = hub.subfolder(
+            hub.folder(not_bundled(name), **hub.pop_options(kwargs)), subfolder, name
+        )
         index = path / "model_index.json"
         saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):

@@ -19,6 +19,7 @@ from ..contexts import (
     context_name,
     parse_context,
     parse_interventions,
+    shown,
     validate_concepts,
 )
 from .columns import in_order, read_contexts, read_prompts, undecoded
@@ -186,7 +187,8 @@ class ContextImages:
         is_number = isinstance(validation_fraction, (int, float))
         if not is_number or not 0 < validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction must be a number between 0 and 1, not {validation_fraction}."
+                "validation_fraction must be a number between 0 and 1, not"
+                f" {shown(validation_fraction)}."
             )
         if by not in SPLITS:
             raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")

@@ -78,7 +78,7 @@ def held_out_images(
     if few:
         raise ValueError(
             f"two held-out images of {', '.join(few)} are needed at least: hold out more"
-            " (validation_fraction), or give other images than those that were trained on (--dataset,"
+            " (validation_fraction), or give other images than those trained on (--dataset,"
             " --all)."
         )
     smallest = min(by_context, key=lambda name: len(by_context[name]))
