@@ -4,9 +4,11 @@ its measured metrics.
 Pure: it reads files and writes one, and needs no model, so that models can import it.
 """
 
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +194,24 @@ def _refuse_twice(node: yaml.Node | None) -> None:
             _refuse_twice(value)
 
 
+def head_mark(folder: str | os.PathLike) -> str | None:
+    """The hash of the weights of the head in a saved model's folder, by which measurements know
+    their model; `None` if there is no head.
+    """
+    import torch  # here, so that names and words come at once
+    from safetensors import safe_open
+
+    place = Path(folder, "head" if Path(folder, "model_index.json").exists() else "")
+    digest, found = hashlib.sha256(), False
+    for file in sorted(place.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in sorted(weights.keys()):
+                value, found = weights.get_tensor(name).contiguous(), True
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32] if found else None
+
+
 def write_card(
     folder: str | os.PathLike,
     repo_id: str | None = None,
@@ -221,6 +241,12 @@ def write_card(
     saved = _Saved.read(Path(folder).resolve(), head_only)
     name = repo_id or saved.folder.name
     measured = read_metrics(metrics)
+    if measured and measured.get("head") and measured["head"] != head_mark(folder):
+        warnings.warn(
+            f"{metrics} were measured on other weights than those of this model: measure it, or"
+            " give its own.",
+            stacklevel=2,
+        )
     data = ModelCardData(
         library_name=LIBRARIES[saved.kind],
         pipeline_tag=None if saved.kind == HEAD else TASK,

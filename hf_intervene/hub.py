@@ -31,6 +31,9 @@ from .files import read_text
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Files of a saved model or pipeline. Pickle files are not even fetched.
 SAVED_FILES = ("*.json", "*.safetensors")
+NO_PICKLES = (
+    "safe_serialization=False would write pickle files, which are never loaded: leave it out."
+)
 MAX_SIZE = 1 << 20  # the largest size that a configuration may name
 _MAX_JSON = 1 << 26  # bytes
 _Raised = TypeVar("_Raised", bound=BaseException)

@@ -158,7 +158,12 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where
         transformers looks for it in a repository.
+
+        Raises:
+            ValueError: one sentence: pickle files are wanted, which would not be loaded again.
         """
+        if kwargs.get("safe_serialization", True) is False:
+            raise ValueError(hub.NO_PICKLES)
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)

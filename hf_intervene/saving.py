@@ -60,11 +60,17 @@ class SavingMixin:
             max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA
                 layers are always one file.
             **kwargs: of the head's `save_pretrained`.
+
+        Raises:
+            OSError, ValueError: one sentence: `save_directory` is a file, or pickle files are
+                wanted, which would not be loaded again.
         """  # noqa: E501
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "save_pretrained(push_to_hub=True) would push half of the model: use push_to_hub()."
             )
+        if kwargs.pop("safe_serialization", True) is False:
+            raise ValueError(hub.NO_PICKLES)
         if os.path.isfile(save_directory):
             raise NotADirectoryError(
                 f"cannot save to {save_directory}: it is a file; give a folder."

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from shared_models import ALICE, build, frozen_on, of_kind, outcome, put_vae
 
 from hf_intervene import InterventionModel, InterventionPipeline, cli, trainer
-from hf_intervene.cards import MARKER, write_card
+from hf_intervene.cards import MARKER, head_mark, write_card
 from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import parse_arguments, shared_settings
@@ -233,6 +234,24 @@ def test_pictures_of_somebodys_stay(tmp_path, capsys):
         assert cli.main(["card", str(tmp_path / "m")]) == 0
 
 
+def test_metrics_of_another_model_are_said(tmp_path, capsys):
+    """Those of a model are right for the pipeline that was made of it."""
+    models = [build(), build(seed=1)]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{number}")
+    InterventionPipeline.from_model(models[0]).save_pretrained(tmp_path / "p")
+    file = measured(tmp_path) / "metrics.json"
+    mark = head_mark(tmp_path / "m0")
+    assert mark == head_mark(tmp_path / "p") != head_mark(tmp_path / "m1")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head": mark}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("m0", "p"):
+            write_card(tmp_path / name, metrics=tmp_path)
+    with pytest.warns(UserWarning, match="were measured on other weights than those of this model"):
+        write_card(tmp_path / "m1", metrics=tmp_path)
+
+
 def test_options_of_a_card_that_change_nothing(tmp_path, capsys, monkeypatch):
     """That of a pipeline which comes with the package is shown, an edited one pushed, as it is."""
     for option in ("--metrics", "--license", "--dataset-id"):
@@ -242,8 +261,8 @@ def test_options_of_a_card_that_change_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / "m" / "README.md").write_text("---\nlibrary_name: hf-intervene\n---\nmy own")
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     argv = ["card", str(tmp_path / "m"), "--push", "thing", "--license", "mit"]
-    assert cli.main(argv) == 0
-    assert "was edited by hand and is pushed as it is" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="was edited by hand and is pushed as it is"):
+        assert cli.main(argv) == 0
 
 
 @pytest.mark.parametrize("regime", ["frozen", "lora"])

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cards import FLOORS_FILE, read_metrics, read_settings
+from ..cards import FLOORS_FILE, head_mark, read_metrics, read_settings
 from ..data import quad
 from ..data.identity import load_images
 from ..errors import spoken
@@ -286,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, arguments.variant, min(CODE_IMAGES, arguments.images), arguments.seed, 20, ("c",)
         )
     metrics["settings"] = vars(arguments)
+    metrics["head"] = head_mark(arguments.model)
     metrics["recipe"] = recipe_of(arguments.model)
     metrics["versions"] = versions()
     # Before writing: what a full disk cannot take is at least on the screen.
