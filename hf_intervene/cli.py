@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .options import READING
 from .pretrained import concepts_of, located
+from .sources import check_source
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
@@ -45,16 +47,18 @@ def support(arguments: argparse.Namespace) -> int:
     """
     from dataclasses import asdict
 
-    from .bases.pretrained import load_pipeline
-    from .pipeline_support import support as found_support
+    from . import hub
 
-    disable_progress_bars()
-    index = Path(located(arguments.pipeline), "model_index.json")
+    index = hub.folder(located(arguments.pipeline), ["model_index.json"]) / "model_index.json"
     if index.is_file() and '"InterventionPipeline"' in index.read_text(encoding="utf-8"):
         raise ValueError(
             f"{arguments.pipeline} is an intervention pipeline, and has its head already: see"
             f" hf-intervene concepts {arguments.pipeline}."
         )
+    from .bases.pretrained import load_pipeline
+    from .pipeline_support import support as found_support
+
+    disable_progress_bars()
     pipe = load_pipeline(arguments.pipeline, f"the pipeline {arguments.pipeline!r}")
     found = found_support(pipe, arguments.prompt, arguments.size)
     return show(arguments, asdict(found), found)
@@ -118,13 +122,13 @@ def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption
     fails.
     """
-    from importlib.util import find_spec
-
     if find_spec("sklearn") is None:  # said before images are read, which may take minutes
         raise ImportError(
             "the check needs scikit-learn, which is not installed: pip install"
             ' "hf-intervene[eval]".'
         )
+    if "/" in arguments.dataset or Path(arguments.dataset).exists():
+        check_source(arguments.dataset)  # before anything large is imported
     if not arguments.json:
         print(f"reading the images of {arguments.dataset} ...", file=sys.stderr, flush=True)
     from .data import ContextImages, load_contexts
@@ -164,6 +168,8 @@ def check(arguments: argparse.Namespace) -> int:
 
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
+    if find_spec("gradio") is not None:  # which comes first if it is not there
+        concepts_of(arguments.pipeline)  # a wrong name costs no large import
     if arguments.export is None:
         from .app import launch
 

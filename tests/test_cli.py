@@ -315,6 +315,13 @@ LIGHT = [
     ["card", "avatars"],
     ["sample", "avatars", "--interventions", "monocle", "--output", "none.png"],
     ["edit", "avatars", "photo.png", "--interventions", "hat@2", "--output", "none.png"],
+    ["edit", "avatars", "none.png", "--interventions", "hat", "--output", "none.png"],
+    ["sample", "./none", "--output", "none.png"],
+    ["concepts", "./none"],
+    ["card", "./none"],
+    ["check", "./none"],
+    ["support", "./none"],
+    ["app", "./none"],
 ]
 
 

@@ -369,6 +369,11 @@ def test_images_that_cannot_be_edited(pipe, images):
     assert "\n" not in str(error.value)
 
 
+def test_a_message_shows_a_name_in_one_line(pipe):
+    with pytest.raises(FileNotFoundError, match=r"there is no file a\\nb\."):
+        pipe.edit("a\nb", "a", num_inference_steps=2)
+
+
 def test_images_that_are_not_finite_are_no_result():
     model = build()
     for parameter in model.base.parameters():

@@ -14,8 +14,9 @@ from typing import Any
 import datasets
 from datasets import Dataset, Image, List, load_dataset, load_from_disk
 
-from ..contexts import OBS, shown
+from ..contexts import OBS
 from ..image_files import READABLE, printable
+from ..sources import check_source
 
 
 # Usual folder names of splits, which are not contexts.
@@ -79,25 +80,9 @@ def load_contexts(
         OSError: there is no such folder (FileNotFoundError), or it cannot be read.
         ValueError: there are no images in it, or no such column or split.
     """
-    if not str(source).strip():
-        raise ValueError(
-            "the name of the data is empty: give an image folder ('.' is the one you are in), a"
-            " saved data set or a Hub name, user/name."
-        )
     path = Path(source).expanduser()
-    try:
-        there = path.exists()
-    except OSError as error:  # the name is too long, or may not be looked at
-        raise OSError(f"{shown(str(source))} cannot be read ({error.strerror}).") from error
-    if not there:
-        if is_local(source):
-            raise FileNotFoundError(
-                f"there is no folder {source}: give an image folder, a saved data set or a Hub"
-                " name, user/name."
-            )
+    if not check_source(source):
         dataset = from_hub(source, split)
-    elif path.is_file():
-        raise ValueError(f"{source} is a file: give the folder that holds the images.")
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         dataset = read_saved(path, split)
     else:
@@ -144,19 +129,6 @@ def from_hub(source: str | os.PathLike, split: str) -> Dataset:
             f"{source} is neither a folder here nor a data set that could be reached on the Hub"
             f" ({error})."
         ) from error
-
-
-def is_local(source: str | os.PathLike) -> bool:
-    """Whether a source is a path, which is never looked up on the Hub; see `load_contexts`."""
-    text = str(source)
-    if (
-        isinstance(source, os.PathLike)
-        or text.startswith((".", "~", os.sep))
-        or text.endswith("/")
-        or "\\" in text
-    ):
-        return True
-    return text.count("/") != 1 or Path(text).parent.is_dir()
 
 
 def read_saved(path: Path, split: str) -> Dataset:
