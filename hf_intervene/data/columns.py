@@ -169,8 +169,8 @@ def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
     # with interventions into that context.
     missing = value is None or value == -1 or not str(value).strip()
     kind = "no context" if missing else f"the context {value!r}"
-    read_so = " (in a table, so are words such as NA and null)" if value is None else ""
+    read_so = "; words such as NA and null in a table are none" if value is None else ""
     raise ValueError(
-        f"image {row} has {kind}{read_so}: give a name ({OBS!r} for observational images), a list"
-        " of names or a class label."
+        f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names"
+        f" or a class label{read_so}."
     )
