@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
 from .options import READING
 from .pretrained import concepts_of, located
+from .sources import check_source
 
 
 def demonstrate(arguments: argparse.Namespace) -> int:
@@ -45,6 +47,14 @@ def support(arguments: argparse.Namespace) -> int:
     """
     from dataclasses import asdict
 
+    from . import hub
+
+    index = hub.folder(located(arguments.pipeline), ["model_index.json"]) / "model_index.json"
+    if index.is_file() and '"InterventionPipeline"' in index.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{arguments.pipeline} is an intervention pipeline, and has its head already: see"
+            f" hf-intervene concepts {arguments.pipeline}."
+        )
     from .bases.pretrained import load_pipeline
     from .pipeline_support import support as found_support
 
@@ -64,10 +74,16 @@ def card(arguments: argparse.Namespace) -> int:
     own = Path(folder, CARD_FILE)
     shipped = folder != arguments.model
     if shipped and not arguments.push:
+        if arguments.metrics or arguments.license or arguments.dataset_id:
+            raise ValueError(
+                f"{arguments.model} comes with the package, and its card is not written anew: leave"
+                " --metrics, --license and --dataset-id out, or save it in a folder of your own"
+                " first."
+            )
         return show(arguments, {"card": str(own)}, own)
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}.")
-    from .cards import SAMPLES_FILE, card_path, is_generated, write_card
+    from .cards import SAMPLES_FILE, card_path, is_generated, new_pictures, write_card
     from .pipeline import load_model
     from .push import draw_floors, draw_samples, full_name, push_folder
 
@@ -77,6 +93,12 @@ def card(arguments: argparse.Namespace) -> int:
     edited = edited and not is_generated(own)
     path = own if edited else card_path(folder)
     name = full_name(arguments.push) if arguments.push else None
+    if edited and (arguments.metrics or arguments.license or arguments.dataset_id):
+        warnings.warn(
+            f"{own} was edited by hand and is pushed as it is: --metrics, --license and"
+            " --dataset-id are not used.",
+            stacklevel=2,
+        )
     if not edited:  # or it stays as it is, with its pictures
         measured = path.is_file() and "## Measured" in path.read_text(encoding="utf-8")
         if measured and not arguments.metrics:
@@ -84,9 +106,10 @@ def card(arguments: argparse.Namespace) -> int:
                 "the card showed measurements, and the new one has none: --metrics adds them.",
                 stacklevel=2,
             )
-        draw_samples(model, path.with_name(SAMPLES_FILE))
-        draw_floors(arguments.metrics, path.parent)
-        write_card(folder, name, arguments.metrics, arguments.license, arguments.dataset_id)
+        with new_pictures(path.parent):
+            draw_samples(model, path.with_name(SAMPLES_FILE))
+            draw_floors(arguments.metrics, path.parent)
+            write_card(folder, name, arguments.metrics, arguments.license, arguments.dataset_id)
     result = {"card": str(path)}
     if name:
         commit = push_folder(folder, name, private=arguments.private, revision=arguments.revision)
@@ -99,13 +122,13 @@ def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption
     fails.
     """
-    from importlib.util import find_spec
-
     if find_spec("sklearn") is None:  # said before images are read, which may take minutes
         raise ImportError(
             "the check needs scikit-learn, which is not installed: pip install"
             ' "hf-intervene[eval]".'
         )
+    if "/" in arguments.dataset or Path(arguments.dataset).exists():
+        check_source(arguments.dataset)  # before anything large is imported
     if not arguments.json:
         print(f"reading the images of {arguments.dataset} ...", file=sys.stderr, flush=True)
     from .data import ContextImages, load_contexts
@@ -145,6 +168,8 @@ def check(arguments: argparse.Namespace) -> int:
 
 def app(arguments: argparse.Namespace) -> int:
     """Serve the page of a pipeline, or export it."""
+    if find_spec("gradio") is not None:  # which comes first if it is not there
+        concepts_of(arguments.pipeline)  # a wrong name costs no large import
     if arguments.export is None:
         from .app import launch
 

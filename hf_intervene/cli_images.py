@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from .logging import disable_progress_bars
@@ -189,10 +190,15 @@ def _make_place(arguments: argparse.Namespace) -> None:
     folder = path.parent if path.suffix else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # without a name, where the system has such files
+            pass
     except OSError as error:
         raise OSError(
-            f"the folder {folder} cannot be made ({error.strerror}): choose another --output."
+            f"the folder {folder} cannot be made or written ({error.strerror}): choose another"
+            " --output."
         ) from error
+    if path.suffix and path.is_dir():
+        raise ValueError(f"{path} is a folder: choose another --output.")
 
 
 def _files(arguments: argparse.Namespace, count: int) -> list[Path]:
@@ -225,7 +231,26 @@ def _save_images(
         clips = [[labelled_grid(at) for at in rows_at]]
     for file, (first, *others) in zip(files, clips):
         moving = {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
-        first.save(file, **(moving if others else {}))
+        _save_whole(first, file, moving if others else {})
+
+
+def _save_whole(image: "Image.Image", file: Path, options: dict[str, Any]) -> None:
+    """Write an image whole or not at all.
+
+    Raises:
+        OSError: one sentence: it cannot be written, or the disk is full.
+    """
+    from PIL import Image
+
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        image.save(partial, Image.registered_extensions()[file.suffix.lower()], **options)
+        partial.replace(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{file} cannot be written ({reason}): choose another --output.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from .errors import printable
 from .options import add_reading_options, seed, whole_number
 
 
@@ -79,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(found[1], known, n=1)
             if near:
                 message += f". Did you mean {near[0]!r}?"
-        super().error(message)
+        super().error(printable(message))
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 
 OBS = "obs"
+_MOST_IMAGES = 10**9
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 # Contexts are written with these characters, or paths are: names become folder and file names.
@@ -169,6 +171,8 @@ def parse_values(context: Context, concepts: Sequence[str]) -> dict[str, Value]:
         )
     values: dict[str, Value] = {}
     for name, value in items:
+        if isinstance(name, str) and name not in concepts:
+            name = unicodedata.normalize("NFC", name)  # letters that were typed on another system
         if name in values:
             raise ValueError(f"concept {shown(name)} is named twice in one context.")
         if name == OBS and len(items) > 1:
@@ -328,6 +332,8 @@ def parse_choices(
                 f"the number of samples must be a whole number, not {shown(num_images)}"
                 " (several concepts are one list, or joined with +)."
             ) from None
+    if num_images is not None and abs(num_images) > _MOST_IMAGES:
+        raise ValueError(f"the number of samples must be at most {_MOST_IMAGES}.")
     if num_images is not None and num_images < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_images}.")
     import torch

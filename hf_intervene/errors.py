@@ -63,10 +63,22 @@ def sentence(error: BaseException) -> str:
             "another process of this run has ended: its own message says why; --resume auto"
             " continues the training."
         )
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = printable(" ".join(_text(error).split())) or type(error).__name__
     return (
         text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     )
+
+
+def _text(error: BaseException) -> str:
+    """Return the message of an error; of one of the system, the file and what is wrong with it."""
+    if not isinstance(error, OSError) or not error.strerror or str(error) == error.strerror:
+        return str(error)
+    if not str(error).startswith("[Errno"):
+        return str(error)  # somebody has written it
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    if not names:
+        return f"a file cannot be read or written: {error.strerror}."
+    return f"{names[-1]} cannot be read or written: {error.strerror}."
 
 
 def printable(text: str) -> str:

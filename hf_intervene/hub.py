@@ -31,6 +31,9 @@ from .files import read_text
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Files of a saved model or pipeline. Pickle files are not even fetched.
 SAVED_FILES = ("*.json", "*.safetensors")
+NO_PICKLES = (
+    "safe_serialization=False would write pickle files, which are never loaded: leave it out."
+)
 MAX_SIZE = 1 << 20  # the largest size that a configuration may name
 _MAX_JSON = 1 << 26  # bytes
 _Raised = TypeVar("_Raised", bound=BaseException)
@@ -315,12 +318,39 @@ def without_path(text: str) -> str:
     return json.dumps(found, indent=2, sort_keys=True) + "\n"
 
 
-def forget_paths(folder: str | os.PathLike, parts: Sequence[str] = ("",)) -> None:
-    """Apply `without_path` to the configurations in the sub-folders `parts` of a saved folder."""
+def without_folders(text: str) -> str:
+    """Return the JSON of a configuration as it is shared: without the path of its model, and with
+    the last part alone of the folders that its base and the models beside it were loaded from."""
+    text = without_path(text)
+    try:
+        found = json.loads(text)
+        references = [
+            found.get("base_reference"),
+            *(found.get("companion_references") or {}).values(),
+        ]
+        local = [
+            reference
+            for reference in references
+            if reference and not is_on_hub(str(reference["name_or_path"]), reference["revision"])
+        ]
+        for reference in local:
+            # Whoever loads it passes a copy as `base=`. With the dot it is no name on the Hub.
+            reference["name_or_path"] = f"./{Path(str(reference['name_or_path'])).name}"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return text
+    return json.dumps(found, indent=2, sort_keys=True) + "\n" if local else text
+
+
+def forget_paths(
+    folder: str | os.PathLike, parts: Sequence[str] = ("",), shared: bool = False
+) -> None:
+    """Apply `without_path`, or if it is `shared` `without_folders`, to the configurations in the
+    sub-folders `parts` of a saved folder."""
+    forget = without_folders if shared else without_path
     for part in parts:
         for file in Path(folder, part).glob("*config.json"):
             text = file.read_text(encoding="utf-8")
-            if (changed := without_path(text)) != text:
+            if (changed := forget(text)) != text:
                 file.write_text(changed, encoding="utf-8")
         index = Path(folder, part, "model_index.json")
         if index.exists():

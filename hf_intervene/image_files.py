@@ -43,7 +43,7 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
         ValueError: it is not a regular file or not an image, is damaged, or is too large.
     """
     with _opened(path) as file:
-        return decode_image(file, Path(path).name, max_pixels)
+        return decode_image(file, printable(Path(path).name), max_pixels)
 
 
 def open_frames(path: str | os.PathLike, frames: int) -> list[Image.Image]:
@@ -51,7 +51,7 @@ def open_frames(path: str | os.PathLike, frames: int) -> list[Image.Image]:
     `decode_frames`."""
     with _opened(path) as file:
         content = file.read()
-    return decode_frames([content], frames, str(path))
+    return decode_frames([content], frames, printable(path))
 
 
 @contextmanager
@@ -61,9 +61,9 @@ def _opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}.") from None
+        raise FileNotFoundError(f"there is no file {printable(path)}.") from None
     except OSError as error:
-        raise type(error)(f"{path} is a folder, or may not be read.") from error
+        raise type(error)(f"{printable(path)} is a folder, or may not be read.") from error
 
 
 def decode_image(source: bytes | BinaryIO, what: str, max_pixels: int | None = None) -> Image.Image:

@@ -107,16 +107,26 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> "InterventionPipeline":
         """As in diffusers, from a folder or the Hub; from one commit, and from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository.
+            subfolder: of it, where the pipeline is.
+            **kwargs: as in diffusers.
 
         Raises:
             OSError, ValueError: one sentence: not an intervention pipeline, no such repository or
                 no access to it, missing weights.
         """
         name = pretrained_model_name_or_path
-        path = hub.folder(not_bundled(name), **hub.pop_options(kwargs))
+        path = hub.subfolder(
+            hub.folder(not_bundled(name), **hub.pop_options(kwargs)), subfolder, name
+        )
         index = path / "model_index.json"
         saved = hub.read_json(index) if index.exists() else {}
         if saved.get("_class_name") not in (cls.__name__, "InterventionPipeline"):
@@ -148,7 +158,12 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in diffusers, with the head's code: beside its weights, and at the top, where
         transformers looks for it in a repository.
+
+        Raises:
+            ValueError: one sentence: pickle files are wanted, which would not be loaded again.
         """
+        if kwargs.get("safe_serialization", True) is False:
+            raise ValueError(hub.NO_PICKLES)
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)

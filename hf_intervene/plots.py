@@ -47,6 +47,8 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
             metadata = {"Date": None} if kind == "svg" else None
             figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", metadata=metadata)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}).") from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -24,7 +24,7 @@ from huggingface_hub.utils import filter_repo_objects
 from . import cards
 from .bases.pipelines import PipelineBase
 from .contexts import OBS
-from .hub import clear_errors, without_path
+from .hub import clear_errors, without_folders
 
 
 MOST_PAIRS = 6  # in the picture of samples
@@ -213,7 +213,7 @@ def _content(file: Path) -> Path | bytes:
     if file.suffix != ".json":
         return file
     text = file.read_text(encoding="utf-8")
-    changed = without_path(text)
+    changed = without_folders(text)
     return file if changed == text else changed.encode()
 
 

@@ -3,8 +3,8 @@
 Every error is one sentence.
 """
 
-import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -25,6 +25,11 @@ ImageInput = (
 )
 OUTPUT_TYPES = ("pt", "np", "pil")
 COMPOSITIONS = ("head", "scores")  # how several concepts are composed
+
+
+def is_complex(values: np.ndarray | torch.Tensor) -> bool:
+    """Return whether an array or tensor holds complex numbers."""
+    return values.is_complex() if isinstance(values, torch.Tensor) else np.iscomplexobj(values)
 
 
 def check_options(
@@ -49,7 +54,7 @@ def check_options(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {shown(output_type)}."
         )
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} must be a finite number, not {shown(value)}.")
 
 
@@ -115,6 +120,8 @@ def check_noise(
         raise ValueError(
             f"{name} has {len(noise)} rows for {rows} samples: give one row per sample."
         )
+    if noise.is_meta or noise.is_complex():
+        raise ValueError(f"{name} must hold real numbers, not be {noise.dtype} on {noise.device}.")
     noise = noise.detach().float()
     if not bool(torch.isfinite(noise).all()):
         raise ValueError(f"{name} must be finite numbers, and some are NaN or infinite.")
@@ -147,6 +154,10 @@ def check_pixels(
             "images must be PIL images, names of files, an array or a tensor, not a"
             f" {type(images).__name__}."
         )
+    if isinstance(images, np.ndarray) and not images.ndim:
+        raise ValueError("images must have three or four dimensions, and this array has none.")
+    if isinstance(images, (np.ndarray, torch.Tensor)) and is_complex(images):
+        raise ValueError("images must hold real numbers, not complex ones.")
     if not len(images):
         raise ValueError("there are no images: give one at least.")
     images = _flat(images, channels, image_shape[1] if is_clip else None)

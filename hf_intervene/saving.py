@@ -60,11 +60,17 @@ class SavingMixin:
             max_shard_size: larger weights of head, adapter and base are saved in several files. LoRA
                 layers are always one file.
             **kwargs: of the head's `save_pretrained`.
+
+        Raises:
+            OSError, ValueError: one sentence: `save_directory` is a file, or pickle files are
+                wanted, which would not be loaded again.
         """  # noqa: E501
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "save_pretrained(push_to_hub=True) would push half of the model: use push_to_hub()."
             )
+        if kwargs.pop("safe_serialization", True) is False:
+            raise ValueError(hub.NO_PICKLES)
         if os.path.isfile(save_directory):
             raise NotADirectoryError(
                 f"cannot save to {save_directory}: it is a file; give a folder."
@@ -109,7 +115,9 @@ class SavingMixin:
                 configuration names and not you; `True`: that of `hf auth login`. Your token is sent
                 there only if you say so.
             subfolder: of the folder or repository, where the model is.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as elsewhere.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as
+                elsewhere; `use_safetensors=True`, `trust_remote_code` and `low_cpu_mem_usage`
+                change nothing here. Others would reach the head alone, and are refused.
 
         Raises:
             OSError, ValueError, TypeError: one sentence: not a saved model, no such repository or
@@ -126,6 +134,17 @@ class SavingMixin:
                 "InterventionModel.from_pretrained takes no output_loading_info: what does not fit"
                 " is an error here."
             )
+        if kwargs.pop("use_safetensors", True) is False:
+            raise TypeError(
+                "InterventionModel.from_pretrained reads safetensors only: leave use_safetensors"
+                " out."
+            )
+        if others := sorted(kwargs.keys() - {"trust_remote_code", "low_cpu_mem_usage"}):
+            raise TypeError(
+                f"InterventionModel.from_pretrained takes no {others[0]}, which would reach the"
+                " head alone: leave it out."
+            )
+        kwargs = {}
         path = hub.subfolder(hub.folder(not_bundled(name), **options), subfolder, name)
         logger.info("loading the model %s from %s", name, path)
         config = InterventionConfig.from_pretrained(path)

@@ -74,6 +74,26 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         raise ValueError(
             f"{folder} already holds something: choose another folder to export to, or remove it."
         )
+    is_new = not folder.exists()
+    try:
+        _write(name, source, folder, gradio)
+    except BaseException:  # a full disk: the same command can be given again
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_new:
+            folder.mkdir()
+        raise
+    return folder
+
+
+def _write(name: str, source: Path, folder: Path, gradio: str) -> None:
+    """Write the files of a Space; see `export`.
+
+    Args:
+        name: of the pipeline.
+        source: its folder.
+        folder: of the Space, empty.
+        gradio: its version.
+    """
     title = " ".join(printable(Path(name).resolve().name).split())
     metadata = {
         "title": title,
@@ -94,7 +114,7 @@ def export(name: str, folder: str | os.PathLike) -> Path:
         ]
         target = folder / "pipelines" / title
         _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), target)
-        hub.forget_paths(target, ("", *PARTS))
+        hub.forget_paths(target, ("", *PARTS), shared=True)
     package = Path(__file__).parent
     _copy(
         package,
@@ -110,7 +130,6 @@ def export(name: str, folder: str | os.PathLike) -> Path:
     (folder / "app.py").write_text(APP.format(**text), encoding="utf-8")
     (folder / "README.md").write_text(README.format(**text), encoding="utf-8")
     (folder / "requirements.txt").write_text(_requirements())
-    return folder
 
 
 def _copy(source: Path, files: Iterable[str | Path], folder: Path) -> None:

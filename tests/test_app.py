@@ -4,6 +4,7 @@ there is a Chromium).
 
 import ast
 import base64
+import errno
 import io
 import json
 import os
@@ -491,6 +492,29 @@ def test_export_on_the_command_line(grey, tmp_path, capsys):
     assert "a Space" in capsys.readouterr().out
     assert (tmp_path / "space" / "pipelines" / "digits" / "model_index.json").exists()
     assert (tmp_path / "space" / "hf_intervene" / "app.py").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_space(grey, tmp_path, monkeypatch):
+    """So that the same command can be given again."""
+    (tmp_path / "there").mkdir()
+    copy = shutil.copyfile
+    for name in ("new", "there"):
+        left = iter(range(5))
+
+        def full(*arguments, left=left):
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return copy(*arguments)
+
+        monkeypatch.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            export(str(grey.folder), tmp_path / name)
+        monkeypatch.undo()
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+        assert not list((tmp_path / "there").iterdir())
+        export(str(grey.folder), tmp_path / name)
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "there").mkdir(exist_ok=True)
 
 
 NAMES = [

@@ -82,6 +82,46 @@ def test_a_context_entered_twice_is_left_twice():
     assert torch.equal(generate(pipe), plain)
 
 
+def test_four_contexts_of_which_the_inner_ones_end_first_and_last():
+    pipe = made()
+    plain, a = generate(pipe), under(pipe, "a")
+    contexts = [intervene(pipe, name, noise=NOISE) for name in "abab"]
+    for context in contexts:
+        context.__enter__()
+        context.acted = True  # no warning: that is another test's
+    for left in (1, 3, 0):
+        contexts[left].__exit__(None, None, None)
+        assert torch.equal(generate(pipe), a) or left == 1
+    contexts[2].__exit__(None, None, None)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_a_context_that_a_generator_holds():
+    """It acts as long as the generator is not closed, as `with` does."""
+    pipe = made()
+    plain, b = generate(pipe), under(pipe, "b")
+
+    def requests():
+        with intervene(pipe, "b", noise=NOISE):
+            yield generate(pipe)
+            yield generate(pipe)
+
+    held = requests()
+    assert torch.equal(next(held), b) and torch.equal(generate(pipe), b)
+    held.close()
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_a_context_is_used_again():
+    pipe = made()
+    plain, a = generate(pipe), under(pipe, "a")
+    context = intervene(pipe, "a", noise=NOISE)
+    for _ in range(2):
+        with context:
+            assert torch.equal(generate(pipe), a)
+        assert torch.equal(generate(pipe), plain)
+
+
 def test_overlapping_tasks():
     pipe = made()
     expected = {name: under(pipe, name) for name in "ab"}
@@ -268,6 +308,32 @@ def test_wrong_numbers_of_contexts(images, per_prompt, contexts):
         with intervene(pipe, [["a"]] * contexts):
             generate(pipe, images, num_images_per_prompt=per_prompt)
     assert torch.equal(generate(pipe, images), plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.5},
+        {"latents": torch.zeros(2, 4, 8, 8)},
+        {"seeds": (0, 1)},
+    ],
+)
+def test_images_are_counted_whatever_the_call_is_given(options):
+    pipe = made()
+
+    def make(interventions):
+        given = dict(options)
+        if "seeds" in given:
+            given["generator"] = [generator(seed) for seed in given.pop("seeds")]
+        with intervene(pipe, interventions, noise=NOISE):
+            return generate(pipe, **given)
+
+    mixed, a, b = make([["a"], ["b"]]), make("a"), make("b")
+    torch.testing.assert_close(mixed, torch.stack([a[0], b[1]]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="are for 3 images, but this call makes 2"):
+        with intervene(pipe, [["a"], ["b"], ["a"]]):
+            generate(pipe)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

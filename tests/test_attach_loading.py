@@ -10,8 +10,16 @@ from diffusers import DDIMScheduler, DiTPipeline, UNet2DConditionModel
 from diffusion_models import make, stable_diffusion, with_head
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.parametrizations import weight_norm
 
-from hf_intervene import InterventionModel, InterventionPipeline, attach, detach, intervene
+from hf_intervene import (
+    InterventionModel,
+    InterventionPipeline,
+    attach,
+    detach,
+    intervene,
+    load_base,
+)
 from hf_intervene.acting import Heads, denoisers
 from hf_intervene.attached import Attached
 from hf_intervene.bases.lora import add_lora, merged
@@ -234,6 +242,30 @@ def test_from_pretrained_takes_a_subfolder_and_refuses_what_it_cannot_do(tmp_pat
         InterventionModel.from_pretrained(tmp_path, output_loading_info=True)
     with pytest.raises(OSError, match="has no sub-folder 'y'"):
         InterventionModel.from_pretrained(tmp_path, subfolder="y")
+    for name in ("device_map", "quantization_config", "ignore_mismatched_sizes", "config", "nope"):
+        with pytest.raises(TypeError, match=f"takes no {name}, which would reach the head alone"):
+            InterventionModel.from_pretrained(tmp_path, **{name: "auto"})
+    with pytest.raises(TypeError, match="reads safetensors only"):
+        InterventionModel.from_pretrained(tmp_path, use_safetensors=False)
+    usual = {"use_safetensors": True, "trust_remote_code": True, "low_cpu_mem_usage": True}
+    InterventionModel.from_pretrained(tmp_path, **usual)
+
+
+def test_a_pipeline_is_read_from_a_subfolder_or_not_at_all(tmp_path):
+    outer, inside = with_head("dit"), with_head("dit", seed=1)
+    for model, folder in ((outer, tmp_path), (inside, tmp_path / "x")):
+        InterventionPipeline.from_model(model).save_pretrained(folder)
+    loaded = InterventionPipeline.from_pretrained(tmp_path, subfolder="x")
+    wanted = inside.head.state_dict()
+    assert all(torch.equal(v, wanted[name]) for name, v in loaded.head.state_dict().items())
+    with pytest.raises(OSError, match="has no sub-folder 'y'"):
+        InterventionPipeline.from_pretrained(tmp_path, subfolder="y")
+
+
+@pytest.mark.parametrize("name", ["revision", "variant", "torch_dtype"])
+def test_a_base_is_loaded_with_what_it_can_be_told(name):
+    with pytest.raises(TypeError, match=rf"load_base\(\) takes no {name}: leave it out"):
+        load_base("nowhere", 16, **{name: "x"})
 
 
 # Whether the denoiser is the one that the head was trained on
@@ -269,6 +301,9 @@ ADDED = {
         LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     ),
     "bfloat16": lambda pipe: pipe.unet.to(torch.bfloat16),
+    "FreeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "another layout in memory": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "a layer of somebody's": lambda pipe: setattr(pipe.unet, "mine", torch.nn.Linear(2, 2)),
     "a processor with weights": lambda pipe: pipe.unet.set_attn_processor(
         {name: _WithWeights(processor) for name, processor in pipe.unet.attn_processors.items()}
     ),
@@ -304,6 +339,10 @@ UNREADABLE = {
     "in 8 bits": lambda pipe, tmp_path: pipe.unet.enable_layerwise_casting(
         torch.float8_e4m3fn, torch.float32
     ),
+    "quantised by torch": lambda pipe, tmp_path: torch.ao.quantization.quantize_dynamic(
+        pipe.unet, {torch.nn.Linear}, inplace=True
+    ),
+    "computed from parts": lambda pipe, tmp_path: weight_norm(pipe.unet.conv_in),
     "on disk": lambda pipe, tmp_path: pipe.unet.enable_group_offload(
         torch.device("cpu"),
         torch.device("cpu"),

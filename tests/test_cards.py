@@ -3,16 +3,18 @@
 import json
 import os
 import re
+import warnings
 
 import pytest
+import torch
 import yaml
 from conftest import HUB
 from diffusers import AutoencoderTiny
 from huggingface_hub import ModelCard
-from shared_models import ALICE, build, frozen_on, of_kind, put_vae
+from shared_models import ALICE, build, frozen_on, of_kind, outcome, put_vae
 
 from hf_intervene import InterventionModel, InterventionPipeline, cli, trainer
-from hf_intervene.cards import MARKER, write_card
+from hf_intervene.cards import MARKER, head_mark, write_card
 from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import parse_arguments, shared_settings
@@ -217,6 +219,71 @@ def test_the_command_writes_and_pushes(tmp_path, capsys, monkeypatch, kind):
     assert "was not generated" in capsys.readouterr().err
     assert cli.main(["card", str(tmp_path / "m"), "--private"]) == 1
     assert "need --push" in capsys.readouterr().err
+
+
+def test_pictures_of_somebodys_stay(tmp_path, capsys):
+    build().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "samples.png").write_text("mine")
+    assert cli.main(["card", str(tmp_path / "m")]) == 1
+    assert "samples.png is not a picture of a generated card" in capsys.readouterr().err
+    assert (tmp_path / "m" / "samples.png").read_text() == "mine"
+    (tmp_path / "m" / "samples.png").unlink()
+    assert cli.main(["card", str(tmp_path / "m"), "--metrics", str(tmp_path)]) == 1
+    assert not (tmp_path / "m" / "samples.png").exists()  # or the next one would be refused
+    for _ in range(2):
+        assert cli.main(["card", str(tmp_path / "m")]) == 0
+
+
+def test_metrics_of_another_model_are_said(tmp_path, capsys):
+    """Those of a model are right for the pipeline that was made of it."""
+    models = [build(), build(seed=1)]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{number}")
+    InterventionPipeline.from_model(models[0]).save_pretrained(tmp_path / "p")
+    file = measured(tmp_path) / "metrics.json"
+    mark = head_mark(tmp_path / "m0")
+    assert mark == head_mark(tmp_path / "p") != head_mark(tmp_path / "m1")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head": mark}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("m0", "p"):
+            write_card(tmp_path / name, metrics=tmp_path)
+    with pytest.warns(UserWarning, match="were measured on other weights than those of this model"):
+        write_card(tmp_path / "m1", metrics=tmp_path)
+
+
+def test_options_of_a_card_that_change_nothing(tmp_path, capsys, monkeypatch):
+    """That of a pipeline which comes with the package is shown, an edited one pushed, as it is."""
+    for option in ("--metrics", "--license", "--dataset-id"):
+        assert cli.main(["card", "quad", option, "x"]) == 1
+        assert "comes with the package, and its card is not written" in capsys.readouterr().err
+    build().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("---\nlibrary_name: hf-intervene\n---\nmy own")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    argv = ["card", str(tmp_path / "m"), "--push", "thing", "--license", "mit"]
+    with pytest.warns(UserWarning, match="was edited by hand and is pushed as it is"):
+        assert cli.main(argv) == 0
+
+
+@pytest.mark.parametrize("regime", ["frozen", "lora"])
+def test_no_folder_of_this_machine_is_pushed(tmp_path, regime):
+    """Of a base that was loaded from a folder the last part of its name is."""
+    put_vae(tmp_path=tmp_path)
+    vae = AutoencoderTiny.from_pretrained(tmp_path / "org/vae")
+    model = frozen_on(vae, lora_rank=2 if regime == "lora" else 0)
+    model.save_pretrained(tmp_path / "m")
+    InterventionModel.from_pretrained(tmp_path / "m")  # here it is found by its folder
+    for saved, name in ((model, "m"), (InterventionPipeline.from_model(model), "p")):
+        saved.push_to_hub(f"alice/{name}", **ALICE)
+        files = HUB.files(f"alice/{name}")
+        assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    config = json.loads(HUB.files("alice/m")["config.json"])
+    assert config["base_reference"]["name_or_path"] == "./vae"
+    with pytest.raises(OSError, match=r"trained on, ./vae, cannot be loaded .*pass base="):
+        InterventionModel.from_pretrained("alice/m")
+    copy = AutoencoderTiny.from_pretrained(tmp_path / "org/vae")
+    loaded = InterventionModel.from_pretrained("alice/m", base=copy)
+    assert torch.equal(outcome(loaded), outcome(model))
 
 
 # The settings of a run

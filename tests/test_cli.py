@@ -95,12 +95,15 @@ def test_numbers_that_nothing_can_be_done_with(capsys, words, message):
     [
         ("a.xyz", "take .png, or a name without an ending"),
         ("file/x.png", "choose another --output"),
+        ("folder.png", "is a folder: choose another --output"),
+        ("/proc/x.png", "/proc cannot be made or written"),
     ],
 )
 def test_a_place_that_nothing_can_be_written_to_costs_no_images(
     tmp_path, monkeypatch, capsys, name, message
 ):
     (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(cli_images, "_load", lambda name: pytest.fail("images are computed first"))
     for words in (["sample", "quad"], ["edit", "quad", "photo.png"]):
         assert cli.main([*words, "--output", str(tmp_path / name)]) == 1
@@ -312,6 +315,13 @@ LIGHT = [
     ["card", "avatars"],
     ["sample", "avatars", "--interventions", "monocle", "--output", "none.png"],
     ["edit", "avatars", "photo.png", "--interventions", "hat@2", "--output", "none.png"],
+    ["edit", "avatars", "none.png", "--interventions", "hat", "--output", "none.png"],
+    ["sample", "./none", "--output", "none.png"],
+    ["concepts", "./none"],
+    ["card", "./none"],
+    ["check", "./none"],
+    ["support", "./none"],
+    ["app", "./none"],
 ]
 
 
@@ -352,3 +362,29 @@ def test_the_import_registers_all_classes(imports):
         assert not hasattr(hf_intervene, "nothing")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """A picture of before is still there after the disk was full."""
+    out = tmp_path / "pair.png"
+    out.write_text("of before")
+    save = Image.Image.save
+
+    def full(self, fp, *arguments, **options):
+        save(self, "/dev/full", "PNG")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert cli.main(["sample", "quad", "--num-images", "1", "--output", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"{out} cannot be written (No space left on device): choose another --output" in said
+    assert out.read_text() == "of before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_support_of_what_is_no_pipeline_of_diffusers(tmp_path, capsys):
+    for name, message in (
+        (str(tmp_path), "is no pipeline of diffusers: it has no model_index.json"),
+        ("quad", "quad is an intervention pipeline, and has its head already"),
+    ):
+        assert cli.main(["support", name]) == 1
+        assert message in capsys.readouterr().err

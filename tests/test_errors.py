@@ -1,5 +1,6 @@
 """Errors of commands: one line for every message."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,30 @@ def test_a_command_prints_the_message(monkeypatch, capsys, error):
     assert cli.main(["concepts", "quad"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 2100
+
+
+def test_an_error_of_the_system_names_the_file_and_what_is_wrong(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    for path in (tmp_path / "none", tmp_path / "file" / "x"):
+        with pytest.raises(OSError) as error:
+            path.read_text()
+        said.append(sentence(error.value).removeprefix(str(path)))
+    assert said == [
+        " cannot be read or written: No such file or directory.",
+        " cannot be read or written: Not a directory.",
+    ]
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+    assert sentence(no_space) == "a file cannot be read or written: No space left on device."
+    assert sentence(FileNotFoundError("there is no x.")) == "there is no x."
+
+
+def test_words_that_are_not_understood_are_printed_in_one_line(capsys):
+    for main in (lambda words: cli.main(["concepts", "quad", *words]), evaluation.main):
+        with pytest.raises(SystemExit):
+            main(["\r0", "\x1b]0;x\x07", "--output", "x", "--model", "y"])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert r"error: unrecognized arguments: \r0 \x1b]0;x\x07" in last
 
 
 # Every command

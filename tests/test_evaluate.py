@@ -125,6 +125,17 @@ def test_reconstructions_of_further_images_are_compared_with_the_real_ones(model
     assert f"at {mean:.3f} (concept), " in evaluation.table(metrics)
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.md", "floors.png"])
+def test_files_of_somebodys_are_not_replaced(saved, tmp_path, capsys, name):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / name).write_text("mine")
+    argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70"]
+    assert evaluation.main(argv) == 1
+    said = capsys.readouterr().err
+    assert f"{name} was not written by `hf-intervene evaluate`, and would be replaced" in said
+    assert (tmp_path / "m" / name).read_text() == "mine"
+
+
 def test_command_writes_metrics_and_table(saved, tmp_path, capsys, monkeypatch):
     argv = [
         "--model",

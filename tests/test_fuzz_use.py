@@ -134,11 +134,16 @@ commands = st.tuples(
 def check_command(example, made, folder):
     command, given = example
     names = {path.name: str(path) for path in made.iterdir()}
+    if (given or [""])[0] in ("demo", "train", "app") and not command:
+        return  # as above
     given = [names.get(word, word).replace("out.png", str(folder / "out.png")) for word in given]
     if any(word.isdecimal() and int(word) > 64 for word in given):
         return  # so many images take long
     os.chdir(folder)  # where names without a folder are written
-    spoken(cli.main, *[command] * bool(command), *given, statuses=(0, 1, 2))
+    # A check that finds something wrong with the data ends with 1 and no error.
+    spoken(
+        cli.main, *[command] * bool(command), *given, statuses=(0, 1, 2), silent=command == "check"
+    )
 
 
 # Arguments of sampling

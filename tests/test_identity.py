@@ -72,6 +72,27 @@ def test_copies_of_an_image_are_on_one_side():
     assert not marks(part) & marks(held_out)
 
 
+@pytest.mark.parametrize("copies", [2, 5, 9])
+def test_copies_are_not_parted_where_few_images_are_held_out(copies):
+    """Ten images a context, of which the same one is there several times."""
+    rng = np.random.default_rng(copies)
+    for seed in range(20):
+        arrays = {n: rng.integers(0, 255, (10, 4, 4, 3), dtype=np.uint8) for n in ("obs", "hat")}
+        arrays["hat"][:copies] = arrays["hat"][0]
+        train, held_out = ContextImages.from_arrays(arrays, ["hat"]).split(0.1, seed)
+        assert not marks(train) & marks(held_out)
+        assert all(len(part.by_context()["hat"]) for part in (train, held_out))
+
+
+def test_a_context_of_copies_of_one_image_is_warned_of(caplog):
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.integers(0, 255, (10, 4, 4, 3), dtype=np.uint8) for n in ("obs", "hat")}
+    arrays["hat"][:] = arrays["hat"][0]
+    ContextImages.from_arrays(arrays, ["hat"]).split(0.1)
+    assert "all 10 images of context 'hat' are copies of one, so that what is held" in caplog.text
+    assert "obs" not in caplog.text
+
+
 def test_every_context_has_images_on_both_sides():
     same = np.zeros((8, 4, 4, 3), np.uint8)
     part, held_out = ContextImages.from_arrays({"obs": same, "hat": same + 1}, ["hat"]).split(0.01)

@@ -192,8 +192,32 @@ def refused(load, folder, message):
         (
             "dit",
             "scheduler/scheduler_config.json",
-            {"trained_betas": [0.1, -1.0]},
+            {"trained_betas": [0.1, -1.0], "num_train_timesteps": 2},
             "trained_betas -1.0",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"trained_betas": [0.1]},
+            "has 1 entries of trained_betas, which must be 1000",
+        ),
+        (
+            "pipeline",
+            "scheduler/scheduler_config.json",
+            {"trained_betas": []},
+            "has 0 entries of trained_betas, which must be 1000",
+        ),
+        (
+            "dit",
+            "scheduler/scheduler_config.json",
+            {"steps_offset": -5},
+            "steps_offset -5, which must be a number, 0 at least",
+        ),
+        (
+            "dit",
+            "vae/config.json",
+            {"latents_mean": [0.0], "latents_std": [1.0]},
+            "has 1 entries of latents_mean, which must be 4",
         ),
     ],
 )
@@ -299,6 +323,11 @@ NOT_RIGHT = [
     ({"residual_scale": math.nan}, "residual_scale must be a finite number"),
     ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
     ({"guidance_scale": "x"}, "guidance_scale must be a finite number"),
+    ({"num_inference_steps": torch.zeros(2, 4, 4)}, "num_inference_steps must be a whole number"),
+    ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
+    ({"noise": torch.zeros(2, 3, 4, device="meta")}, "noise must hold real numbers, not be"),
+    ({"noise": torch.zeros(2, 3, 4) + 0j}, "noise must hold real numbers, not be torch.complex64"),
+    ({"num_images": 10**30}, "the number of samples must be at most 1000000000"),
     ({"batch_size": -1}, "batch_size must be a whole number, 1 at least"),
     ({"batch_size": "x"}, "batch_size must be a whole number"),
     ({"num_images": "x"}, "the number of samples must be a whole number, not 'x'"),
@@ -329,12 +358,20 @@ def test_arguments_that_nothing_can_be_sampled_with(pipe, entries, message):
         np.zeros((1, 1, 16, 16, 3), np.uint8),
         torch.zeros(0, 3, 16, 16),
         Image.new("I;16", (16, 16)),
+        torch.rand(1, 3, 16, 16) + 0j,
+        np.zeros((1, 16, 16, 3), complex),
+        np.array("x"),
     ],
 )
 def test_images_that_cannot_be_edited(pipe, images):
     with pytest.raises((TypeError, ValueError), match="image") as error:
         pipe.edit(images, "a", num_inference_steps=2)
     assert "\n" not in str(error.value)
+
+
+def test_a_message_shows_a_name_in_one_line(pipe):
+    with pytest.raises(FileNotFoundError, match=r"there is no file a\\nb\."):
+        pipe.edit("a\nb", "a", num_inference_steps=2)
 
 
 def test_images_that_are_not_finite_are_no_result():

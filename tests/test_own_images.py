@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import unicodedata
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from hf_intervene.contexts import context_name
 from hf_intervene.data import ContextImages, load_contexts
 from hf_intervene.image_files import decode_image, flat_image, open_image
 
@@ -354,11 +356,68 @@ def test_empty_and_wrong_arguments(source):
             images.split(fraction)
 
 
-def test_folders_that_macos_adds_to_archives_are_not_contexts(source, caplog):
-    fill(source / "__MACOSX", 9)
-    fill(source / "hat" / "__MACOSX", 9)
+@pytest.mark.parametrize(
+    "name",
+    ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information"],
+)
+def test_folders_that_systems_make_are_not_contexts(source, caplog, name):
+    """A disk station keeps small copies of the images in `@eaDir`."""
+    fill(source / name, 9)
+    fill(source / "hat" / name, 9)
     (source / "hat" / "._0.png").write_bytes(b"x")
     assert said(caplog, source) == ("", {"obs": 10, "hat": 10})
+
+
+def test_letters_that_another_system_writes_otherwise_are_the_same(source, caplog):
+    """On macOS the u of a name and its dots are two characters."""
+    one, two = (unicodedata.normalize(form, "m\u00fctze") for form in ("NFC", "NFD"))
+    assert one != two
+    fill(source / two, 9, seed=3)
+    fill(source / one, 4, seed=4)
+    assert said(caplog, source) == ("", {"obs": 10, "hat": 10, one: 13})
+    assert context_name(two, ["hat", one]) == context_name({two: 1}, ["hat", one]) == one
+
+
+def test_names_that_are_almost_the_same_are_said(source, caplog):
+    fill(source / "Hat", 9, seed=3)
+    text, found = said(caplog, source)
+    assert "the names of the concepts 'Hat' and 'hat' are almost the same" in text
+    assert found == {"obs": 10, "Hat": 9, "hat": 10}
+
+
+def test_words_that_a_table_reads_as_nothing(tmp_path):
+    """`datasets` takes NA for an empty cell."""
+    fill(tmp_path / "images", 20)
+    rows = [f"{n}.png,{'obs' if n < 10 else 'NA'}" for n in range(20)]
+    (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,context", *rows]))
+    with pytest.raises(
+        ValueError, match="image 10 has no context: .*words such as NA and null in a"
+    ):
+        counts(tmp_path / "images")
+
+
+def test_a_folder_called_like_a_table_is_none(source):
+    (source / "metadata.csv").mkdir()
+    assert counts(source) == {"obs": 10, "hat": 10}
+
+
+def test_a_name_that_is_too_long_for_the_system():
+    with pytest.raises(OSError, match="xxx cannot be read .File name too long"):
+        load_contexts("./" + "x" * 300)
+
+
+def test_a_cache_knows_an_image_that_was_replaced_by_one_of_the_same_size_and_time(
+    source, tmp_path
+):
+    def first():
+        return ContextImages.from_dataset(load_contexts(source), None, 16, cache_dir=tmp_path / "c")
+
+    file = source / "hat" / "0.bmp"
+    for grey in (1, 200):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(file)
+        os.utime(file, (10**9, 10**9))
+        images = first()
+        assert (images.pixels == grey).all(dim=(1, 2, 3)).sum() == 1
 
 
 def test_other_folders_than_the_split(source, tmp_path, caplog):

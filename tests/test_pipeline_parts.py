@@ -2,6 +2,7 @@
 parts, composed scores."""
 
 import copy
+import pickle
 
 import diffusers
 import pytest
@@ -234,3 +235,34 @@ def test_a_denoiser_is_built_with_its_scheduler():
     for base in (made("light").base, wrap_base(made("light").base)):
         with pytest.raises(ValueError, match="takes no scheduler: leave it out"):
             InterventionModel.build(base, concepts=["a"], scheduler=scheduler)
+
+
+@pytest.mark.parametrize("kind", ["unet", "conditional", "light"])
+def test_a_pipeline_is_pickled(kind):
+    """As for another process; what enters in calls of the original stays there."""
+    pipe = made(kind)
+    expected = sample(pipe)
+    copied = pickle.loads(pickle.dumps(pipe.model))
+    for _ in range(2):
+        found = copied.sample(["a", "b"], 2, generator(), num_inference_steps=2)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(sample(pipe), expected)
+
+
+@pytest.mark.parametrize("kind", ["unet", "light"])
+def test_pickle_files_are_not_written(kind, tmp_path):
+    """They would not be loaded again."""
+    pipe = made(kind)
+    for saved in (pipe, pipe.model):
+        with pytest.raises(ValueError, match="would write pickle files, which are never loaded"):
+            saved.save_pretrained(tmp_path / "x", safe_serialization=False)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["unet", "light"])
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "1KB"}])
+def test_pipelines_are_saved_as_in_diffusers(kind, options, tmp_path):
+    pipe = made(kind)
+    pipe.save_pretrained(tmp_path, **options)
+    loaded = InterventionPipeline.from_pretrained(tmp_path, variant=options.get("variant"))
+    assert torch.equal(sample(loaded), sample(pipe))

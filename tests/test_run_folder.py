@@ -132,6 +132,21 @@ def test_a_folder_without_a_name_is_not_the_one_we_are_in(
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "cannot be made .File name too long.: give another one"),
+        ("x\0y", "holds a character that no name may have"),
+        ("o\udce9", "has bytes that are not UTF-8"),
+    ],
+)
+def test_names_that_no_folder_can_have(tiny, tmp_path, name, message):
+    """They are refused before anything is trained."""
+    with pytest.raises((OSError, ValueError), match=message):
+        train(TrainArguments(**tiny | {"output_dir": str(tmp_path / name)}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_trying_to_write_touches_no_file(tmp_path):
     write(tmp_path / ".writable")
     check_writable(tmp_path)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from hf_intervene import evaluation, trainer
 from hf_intervene.data import decoding
 from hf_intervene.trainer import prepared, run_folder, state, stopping
 from hf_intervene.trainer.checkpoints import checkpoints, newest_checkpoint
+from hf_intervene.trainer.distributed import warn_of_launcher
 from hf_intervene.trainer.prepared import DiffusionBase, PreparedImages
 from hf_intervene.trainer.settings import TrainArguments
 from hf_intervene.trainer.stopping import Stop
@@ -298,6 +300,27 @@ def test_what_the_launcher_was_told_about_precision(monkeypatch):
     ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
         assert TrainArguments(mixed_precision=setting).run.precision == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", "told mixed_precision bf16, .* otherwise: it is no"),
+        ("MIXED_PRECISION", "fp8", "told mixed_precision fp8, .* otherwise: it is no"),
+        ("MIXED_PRECISION", "no", None),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "accumulation_steps 4, .* otherwise: it is 1"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", None),
+        ("DYNAMO_BACKEND", "INDUCTOR", "told dynamo_backend, .* otherwise: nothing is compiled"),
+        ("DYNAMO_BACKEND", "NO", None),
+    ],
+)
+def test_what_a_launcher_was_told_and_is_not_done_is_said(
+    monkeypatch, capsys, name, value, message
+):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    warn_of_launcher("no", 1)
+    said = capsys.readouterr().err
+    assert re.search(message, said) if message else not said
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(200, True), (3, False)])

@@ -397,6 +397,9 @@ def test_bad_settings_are_one_sentence(tiny, capsys, changes, message):
         ("head: 2", "head is a section, and must hold settings"),
         ("- a", "must hold"),
         ("a: [", "not valid YAML"),
+        ("max_steps: 3\nmax_steps: 4", "not valid YAML: max_steps is given twice"),
+        ("head: {depth: 1, depth: 2}", "depth is given twice"),
+        (f"max_steps: {':'.join(['59'] * 20_000)}", "it has a value of 59999 characters"),
     ],
 )
 def test_bad_configurations_are_one_sentence(tmp_path, capsys, text, message):

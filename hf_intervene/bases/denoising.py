@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
+from ..contexts import shown
 from ..logging import get_logger
 
 
@@ -230,7 +231,7 @@ def _check_steps(scheduler: SchedulerMixin, steps: int) -> None:
     if not (isinstance(steps, int) and 1 <= steps <= most):
         raise ValueError(
             f"num_inference_steps must be a whole number from 1 to {most}, those of the scheduler,"
-            f" not {steps}."
+            f" not {shown(steps)}."
         )
 
 

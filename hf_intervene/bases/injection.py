@@ -137,6 +137,9 @@ class PerThread(threading.local):
     def __deepcopy__(self, memo: dict) -> "PerThread":
         return type(self)()  # what was set for a call of the original is none of the copy's
 
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # likewise in a pickle, for another process
+
 
 class _Call(PerThread):
     def __init__(self) -> None:

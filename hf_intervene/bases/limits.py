@@ -59,13 +59,21 @@ for _names, _rule in (
         ),
         ("a positive number", _positive),
     ),
-    ("shift_factor image_mean latents_mean steps_offset shift_terminal", ("a number", _number)),
+    ("shift_factor image_mean latents_mean shift_terminal", ("a number", _number)),
+    # A negative step would be counted from the end.
+    ("steps_offset", ("a number, 0 at least", lambda value: _number(value) and value >= 0)),
     (
         "beta_start beta_end trained_betas dynamic_thresholding_ratio",
         ("a number above 0, and 1 at most", _share),
     ),
 ):
     _NUMBERS |= dict.fromkeys(_names.split(), _rule)
+# Lists that must have as many entries as another value says, by the names that it may have.
+_LENGTHS = {
+    "trained_betas": ("num_train_timesteps",),
+    "latents_mean": ("z_dim", "latent_channels"),
+    "latents_std": ("z_dim", "latent_channels"),
+}
 _BOUNDLESS = {"lambda_min_clipped"}  # -inf is a default of diffusers
 
 
@@ -77,6 +85,13 @@ def read_part(path: Path) -> dict:
         OSError, ValueError: one sentence.
     """
     found = hub.read_config(path)
+    for name, others in _LENGTHS.items():
+        wanted = next((found[other] for other in others if type(found.get(other)) is int), None)
+        if isinstance(found.get(name), list) and wanted not in (None, len(found[name])):
+            raise ValueError(
+                f"{path} has {len(found[name])} entries of {name}, which must be {wanted}: it is"
+                " corrupt, or made to do harm."
+            )
     for name, value in _entries(found):
         reason = _wrong(name, value)
         if reason:

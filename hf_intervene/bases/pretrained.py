@@ -4,6 +4,7 @@ called as the pipeline does.
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def load_base(
             registered, another image size, a class without residual latents, a pipeline that cannot
             be recorded.
     """
+    known = {
+        *signature(DiffusionBase).parameters,
+        *signature(PipelineBase.from_pipeline).parameters,
+    }
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"load_base() takes no {unknown[0]}: leave it out.")
     what = f"{str(name_or_path)!r}{f' with a sub-folder {subfolder!r}' if subfolder else ''}"
     files = model_files(subfolder)
     if subfolder is None:  # perhaps a pipeline
@@ -196,7 +203,10 @@ def load_pipeline(name_or_path: str | os.PathLike, what: str) -> DiffusionPipeli
         OSError, ValueError: one sentence: a part is missing, corrupt, or of a class that is not of
             diffusers or transformers.
     """
-    index = read_part(hub.folder(name_or_path, ["model_index.json"]) / "model_index.json")
+    file = hub.folder(name_or_path, ["model_index.json"]) / "model_index.json"
+    if not file.exists():
+        raise OSError(f"{what} is no pipeline of diffusers: it has no model_index.json.")
+    index = read_part(file)
     names = [
         name for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]
     ]

@@ -42,7 +42,24 @@ def is_base(denoiser: nn.Module, reference: dict[str, str | None]) -> bool | Non
         {name: value for name, value in weights.items() if not _ADDED.search(name)},
     ]
     candidates = candidates if len(candidates[0]) != len(candidates[1]) else candidates[:1]
-    return any(is_referenced(_as_model(candidate), reference) for candidate in candidates)
+    if any(is_referenced(_as_model(candidate), reference) for candidate in candidates):
+        return True
+    own = _own_names(denoiser)
+    if not own or not own < weights.keys():
+        return False
+    candidate = {name: value for name, value in weights.items() if name in own}
+    return is_referenced(_as_model(candidate), reference)
+
+
+def _own_names(denoiser: nn.Module) -> set[str]:
+    """The names of the weights that a new denoiser of this configuration has; empty where none can
+    be made."""
+    made: Any = type(denoiser)
+    try:
+        with torch.device("meta"):
+            return set(made.from_config(denoiser.config).state_dict())
+    except Exception:  # of a class that somebody has made
+        return set()
 
 
 def same_weights(denoiser: nn.Module, other: nn.Module) -> bool | None:
@@ -74,6 +91,10 @@ def _readable(denoiser: nn.Module) -> dict[str, torch.Tensor] | None:
     if getattr(denoiser, "hf_quantizer", None) is not None or _is_on_disk(denoiser):
         return None
     weights = base_weights(denoiser)
+    if not all(isinstance(value, torch.Tensor) for value in weights.values()) or any(
+        getattr(module, "parametrizations", None) for module in denoiser.modules()
+    ):
+        return None  # quantised by torch, or kept as parts that weights are computed from
     gone = any(
         value.is_meta or (value.is_floating_point() and value.itemsize < 2)
         for value in weights.values()

@@ -1,6 +1,7 @@
 """Read and check the columns of a data set with images, contexts and prompts."""
 
 import logging
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def read_contexts(
             " nothing can be learnt."
         )
     concepts = validate_concepts(found if concepts is None else concepts)
+    _warn_of_alike(concepts)
     if missing := [name for name in concepts if name not in found]:
         raise ValueError(
             f"no context names the concept {missing[0]!r}; the concepts of the data set are"
@@ -72,6 +74,21 @@ def read_contexts(
         if key not in known:
             known[key] = context_name(context, concepts)
     return dataset, [known[repr(context)] for context in contexts], concepts
+
+
+def _warn_of_alike(concepts: Sequence[str]) -> None:
+    """Warn of concepts whose names differ in nothing but capitals and spaces."""
+    seen: dict[str, str] = {}
+    for name in concepts:
+        key = "".join(name.casefold().split())
+        if key in seen:
+            logger.warning(
+                "the names of the concepts %r and %r are almost the same: rename a folder if one"
+                " concept is meant.",
+                seen[key],
+                name,
+            )
+        seen.setdefault(key, name)
 
 
 def in_order(names: Iterable[str], concepts: Sequence[str]) -> list[str]:
@@ -140,18 +157,20 @@ def _as_context(row: int, value: Any, feature: Any) -> str | list[str]:
     """Return a cell of the context column as a name or a list of names."""
     inner = getattr(feature, "feature", None)  # the feature of the entries of a list
     if isinstance(feature, ClassLabel) and value is not None and value >= 0:  # -1: no label
-        return feature.int2str(value)
+        value = feature.int2str(value)
     if isinstance(inner, ClassLabel) and value is not None:
-        return [inner.int2str(label) for label in value]
+        value = [inner.int2str(label) for label in value]
+    # Systems write the same letters differently: macOS has accents as characters of their own.
     if isinstance(value, str) and value.strip():
-        return value
+        return unicodedata.normalize("NFC", value)
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return value
+        return [unicodedata.normalize("NFC", name) for name in value]
     # An empty cell does not count as observational: a gap in a table would silently mix images
     # with interventions into that context.
     missing = value is None or value == -1 or not str(value).strip()
     kind = "no context" if missing else f"the context {value!r}"
+    read_so = "; words such as NA and null in a table are none" if value is None else ""
     raise ValueError(
         f"image {row} has {kind}: give a name ({OBS!r} for observational images), a list of names"
-        " or a class label."
+        f" or a class label{read_so}."
     )

@@ -298,5 +298,8 @@ def _fingerprint(dataset: Dataset, settings: str) -> str:
             path = item.get("path") if item and item.get("bytes") is None else None
             if path and os.path.exists(path):
                 found = os.stat(path)
-                digest.update(f"{path} {found.st_size} {found.st_mtime_ns}".encode())
+                # Copying programs keep the time of the last change of the contents, and some kinds
+                # of files have all the same size: the time of the last change of any kind tells.
+                changed = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+                digest.update(f"{path} {changed}".encode())
     return digest.hexdigest()[:32]

@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from .folder import from_hub, is_local, read_saved
+from ..sources import is_local
+from .folder import from_hub, read_saved
 from .requests import split_rows
 
 

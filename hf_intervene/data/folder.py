@@ -16,11 +16,23 @@ from datasets import Dataset, Image, List, load_dataset, load_from_disk
 
 from ..contexts import OBS
 from ..image_files import READABLE, printable
+from ..sources import check_source
 
 
 # Usual folder names of splits, which are not contexts.
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval", "holdout", "held_out")
 PROMPT_COLUMNS = ("prompt", "text")  # the first that exists is used
+# Folders that systems and disk stations make in folders of images: copies in small, waste baskets.
+_OF_SYSTEMS = {
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
@@ -41,8 +53,9 @@ def load_contexts(
        `imagefolder` format of `datasets`);
     3. a folder with a sub-folder for each context, named like the context: `obs/`, `size/`,
        `quad1+size/`. The images may be in sub-folders of these. Hidden files and folders are
-       ignored. A warning reports what else is left out: files that are not images, links to
-       folders, images outside the sub-folders, and sub-folders without images;
+       ignored, and folders that systems make for themselves, such as `@eaDir` and `__MACOSX`. A
+       warning reports what else is left out: files that are not images, links to folders, images
+       outside the sub-folders, and sub-folders without images;
     4. a folder with the sub-folder `split`, which is a folder of kind 2 or 3. If there is also a
        folder `obs`, the sub-folder `split` is a context of that name;
     5. the name of a data set on the Hub.
@@ -67,21 +80,9 @@ def load_contexts(
         OSError: there is no such folder (FileNotFoundError), or it cannot be read.
         ValueError: there are no images in it, or no such column or split.
     """
-    if not str(source).strip():
-        raise ValueError(
-            "the name of the data is empty: give an image folder ('.' is the one you are in), a"
-            " saved data set or a Hub name, user/name."
-        )
     path = Path(source).expanduser()
-    if not path.exists():
-        if is_local(source):
-            raise FileNotFoundError(
-                f"there is no folder {source}: give an image folder, a saved data set or a Hub"
-                " name, user/name."
-            )
+    if not check_source(source):
         dataset = from_hub(source, split)
-    elif path.is_file():
-        raise ValueError(f"{source} is a file: give the folder that holds the images.")
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         dataset = read_saved(path, split)
     else:
@@ -130,19 +131,6 @@ def from_hub(source: str | os.PathLike, split: str) -> Dataset:
         ) from error
 
 
-def is_local(source: str | os.PathLike) -> bool:
-    """Whether a source is a path, which is never looked up on the Hub; see `load_contexts`."""
-    text = str(source)
-    if (
-        isinstance(source, os.PathLike)
-        or text.startswith((".", "~", os.sep))
-        or text.endswith("/")
-        or "\\" in text
-    ):
-        return True
-    return text.count("/") != 1 or Path(text).parent.is_dir()
-
-
 def read_saved(path: Path, split: str) -> Dataset:
     """Load one split of a data set that `save_to_disk` wrote.
 
@@ -180,7 +168,7 @@ def _of_split(path: Path, split: str) -> Path:
 
 
 def _has_metadata(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _METADATA)
+    return any((folder / name).exists() and not (folder / name).is_dir() for name in _METADATA)
 
 
 def _refuse_pipes(folder: Path) -> None:
@@ -250,14 +238,14 @@ def _warn_of_others(path: Path, read: Path, split: str) -> None:
 
 
 def _subfolders(path: Path) -> list[Path]:
-    """Return the sub-folders that are not hidden, and not added to an archive by macOS."""
+    """Return the sub-folders that are not hidden, and that no system made for itself."""
     return sorted(
         child for child in path.iterdir() if child.is_dir() and not _is_hidden(child.name)
     )
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def _is_image(file: Path) -> bool:

@@ -19,6 +19,7 @@ from ..contexts import (
     context_name,
     parse_context,
     parse_interventions,
+    shown,
     validate_concepts,
 )
 from .columns import in_order, read_contexts, read_prompts, undecoded
@@ -176,8 +177,9 @@ class ContextImages:
             seed: seed of the split.
             by: `"image"`: by the fingerprint of each image. Then new images do not move a
                 validation image into training (unless fewer than two of a context would be held
-                out), and copies of one image are on the same side. `"position"`: exactly the
-                fraction, by the order of the images, as before version 3 of the settings.
+                out), and copies of one image are on the same side (unless a context has nothing
+                else, which a warning says). `"position"`: exactly the fraction, by the order of the
+                images, as before version 3 of the settings.
 
         Raises:
             ValueError: the fraction is not between 0 and 1, or `by` is unknown.
@@ -185,7 +187,8 @@ class ContextImages:
         is_number = isinstance(validation_fraction, (int, float))
         if not is_number or not 0 < validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction must be a number between 0 and 1, not {validation_fraction}."
+                "validation_fraction must be a number between 0 and 1, not"
+                f" {shown(validation_fraction)}."
             )
         if by not in SPLITS:
             raise ValueError(f"data are split by {' or '.join(SPLITS)}, not by {by!r}.")
@@ -203,6 +206,15 @@ class ContextImages:
                 held_out = min(
                     max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1
                 )
+                apart = _between_copies(order[rows], held_out)
+                if apart is None and held_out:
+                    logger.warning(
+                        "all %d images of context %r are copies of one, so that what is held out is"
+                        " trained on too: add other images.",
+                        len(rows),
+                        self.contexts[number],
+                    )
+                held_out = held_out if apart is None else apart
             parts[0].append(np.sort(rows[held_out:]))
             parts[1].append(np.sort(rows[:held_out]))
         training, validation = (
@@ -372,6 +384,20 @@ class ContextImages:
                     f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed."
                 )
         return self
+
+
+def _between_copies(order: np.ndarray, count: int) -> int | None:
+    """Return the number of images nearest to `count` after which no copies are parted.
+
+    Args:
+        order: the places of the images (see `identity.places`), sorted; copies have the same.
+        count: how many of the first are wanted.
+
+    Returns:
+        The number, at least 1 and less than all; `None` if all images are copies of one.
+    """
+    ends = np.flatnonzero(np.diff(order)) + 1
+    return int(ends[np.abs(ends - count).argmin()]) if len(ends) else None
 
 
 __all__ = ["MIN_IMAGES", "ContextImages"]

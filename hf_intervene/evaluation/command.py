@@ -5,13 +5,14 @@ launch`, `torchrun`), these share out the contexts; the result is the same."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cards import FLOORS_FILE, read_settings
+from ..cards import FLOORS_FILE, head_mark, read_metrics, read_settings
 from ..data import quad
 from ..data.identity import load_images
 from ..errors import spoken
@@ -54,6 +55,25 @@ def write(metrics: dict, folder: str | Path) -> None:
     ):
         write_whole(Path(folder, name), text)
     save(floor_chart(metrics), Path(folder, FLOORS_FILE))
+
+
+def check_own(folder: str | Path) -> None:
+    """Refuse a folder where `write` would replace what was not written by it.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    names = ("metrics.json", "metrics.md", FLOORS_FILE)
+    there = [path for name in names if os.path.lexists(path := Path(folder, name))]
+    if not there:
+        return
+    try:
+        read_metrics(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{there[0]} was not written by `hf-intervene evaluate`, and would be replaced: choose"
+            " another --output, or move it away."
+        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -206,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     process = process_state()
     bars_on_terminals_only()
     check_writable(arguments.output)
+    if process.is_main_process:
+        check_own(arguments.output)
     model = load_model(arguments.model).to(process.device)
     if len(model.base.image_shape) != 3:
         raise ValueError(
@@ -264,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, arguments.variant, min(CODE_IMAGES, arguments.images), arguments.seed, 20, ("c",)
         )
     metrics["settings"] = vars(arguments)
+    metrics["head"] = head_mark(arguments.model)
     metrics["recipe"] = recipe_of(arguments.model)
     metrics["versions"] = versions()
     # Before writing: what a full disk cannot take is at least on the screen.

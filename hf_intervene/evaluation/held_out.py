@@ -78,7 +78,8 @@ def held_out_images(
     if few:
         raise ValueError(
             f"two held-out images of {', '.join(few)} are needed at least: hold out more"
-            " (validation_fraction)."
+            " (validation_fraction), or give other images than those trained on (--dataset,"
+            " --all)."
         )
     smallest = min(by_context, key=lambda name: len(by_context[name]))
     side = min(len(by_context[smallest]) // 2, images)
@@ -109,8 +110,8 @@ def _unseen(data: ContextImages, trained: Mapping[str, torch.Tensor]) -> Context
         if bool((~unseen & (data.context_ids == number)).any())
     ]
     logger.warning(
-        "%d images of %s were trained on and are left out: the data or their split are not those of"
-        " training time.",
+        "%d images of %s were trained on and are left out: they are copies of training images, or"
+        " the data or their split are not those of training time.",
         int((~unseen).sum()),
         ", ".join(names),
     )

@@ -149,7 +149,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     except OSError as error:
         raise OSError(
             f"the output folder {folder} cannot be written ({_reason(error)}): choose another"
-            " output_dir."
+            " folder."
         ) from error
 
 

@@ -33,9 +33,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..logging import get_logger
 from ..model import InterventionModel
 
 
+logger = get_logger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every weight, beside the number of steps
 # of processes that wait while one decodes or encodes all images; NCCL's own is ten minutes
 PATIENCE = timedelta(hours=6)
@@ -56,6 +58,35 @@ def new_accelerator(**options: Any) -> Accelerator:
             ),  # one copy of the gradients, not two
         ]
         return Accelerator(kwargs_handlers=handlers, **options)
+
+
+def warn_of_launcher(precision: str, accumulation_steps: int) -> None:
+    """Warn of what a launcher was told and the trainer does not do.
+
+    Args:
+        precision: that the run has.
+        accumulation_steps: micro-batches of a step.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    wrong = {
+        f"mixed_precision {told}": (told not in ("no", precision), f"it is {precision}"),
+        f"gradient_accumulation_steps {steps}": (
+            steps not in ("auto", "1", str(accumulation_steps)),
+            f"it is {accumulation_steps}",
+        ),
+        "dynamo_backend": (
+            os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO",
+            "nothing is compiled",
+        ),
+    }
+    for option, (is_wrong, instead) in wrong.items():
+        if is_wrong:
+            logger.warning(
+                "the launcher was told %s, and settings of the run say otherwise: %s.",
+                option,
+                instead,
+            )
 
 
 def end_training(accelerator: Accelerator) -> None:

@@ -20,7 +20,7 @@ from ..data.identity import save_images
 from ..logging import get_logger
 from ..model import InterventionModel
 from .checkpoints import atomic_folder, check_writable, checkpoints, keep_history
-from .distributed import end_training, new_accelerator
+from .distributed import end_training, new_accelerator, warn_of_launcher
 from .finishing import save_trained
 from .prior import ORDERED, order_concepts
 from .resuming import as_resumed, trained_on
@@ -86,6 +86,8 @@ def train(arguments: TrainArguments, on_log: Callable[[dict], None] | None = Non
         log_with=None if run.tracker == "none" else run.tracker,
         project_dir=str(out / "logs"),
     )
+    if accelerator.is_main_process:
+        warn_of_launcher(run.precision, arguments.optimization.gradient_accumulation_steps)
     patience = PATIENCE if run.resume == "auto" else 0
     with (
         stops_at_once(),

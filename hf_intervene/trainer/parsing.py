@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser
 
 from ..cards import read_yaml
+from ..errors import printable
 from .earlier import SETTINGS_VERSION, of_today
 from .settings import KIND_OF, SECTIONS, TrainArguments, as_float, did_you_mean, type_name
 
@@ -70,6 +71,9 @@ class RecipeParser(ArgumentParser):
         long = [name[2:] for name in names if name.startswith("--")]
         other = [f"--{name.replace(*swap)}" for swap in ("-_", "_-") for name in long]
         return super().add_argument(*dict.fromkeys([*names, *other]), **options)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

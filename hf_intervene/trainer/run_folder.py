@@ -19,6 +19,7 @@ from ..cards import (
     is_generated,
     read_yaml,
 )
+from ..contexts import shown
 from ..data.identity import IMAGES_FILE
 from ..errors import NO_LOCKS
 from ..logging import get_logger
@@ -62,14 +63,36 @@ def named_folder(folder: str | os.PathLike) -> Path:
     """A folder to write in, as a path.
 
     Raises:
-        ValueError: one sentence: the name is empty, which would be the folder one is in.
+        OSError: one sentence: the system takes no such name.
+        ValueError: one sentence: the name is empty, which would be the folder one is in, or is no
+            text, which files of weights need.
     """
     if not str(folder).strip():
         raise ValueError(
             "the output folder is an empty text: give the name of a folder ('.' is the one you are"
             " in)."
         )
-    return Path(folder)
+    path = Path(folder)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name of the output folder {str(path)} has bytes that are not UTF-8: give another"
+            " one."
+        ) from error
+    if "\0" in str(path):
+        raise ValueError(
+            f"the name of the output folder {str(path)} holds a character that no name may have:"
+            " give another one."
+        )
+    try:
+        path.exists()
+    except OSError as error:  # it is too long
+        raise OSError(
+            f"the output folder {shown(str(path))} cannot be made ({error.strerror}): give another"
+            " one."
+        ) from error
+    return path
 
 
 def _is_settings(path: Path) -> bool:
