@@ -137,6 +137,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "avatars-conditional-vae": seeds("avatars-conditional-vae"),
     "quad": seeds("quad-flow"),
     "quad-means": means("quad-flow"),
+    "autoencoder": columns_of("autoencoder"),
+    "avatars-dit": seeds("avatars-dit"),
     "protocol": protocol,
     "identifiability": columns_of("identifiability"),
     "head-identifiability": columns_of("head-identifiability"),

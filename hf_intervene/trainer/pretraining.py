@@ -78,8 +78,8 @@ def mosaic(images: torch.Tensor) -> torch.Tensor:
     """Images (B, C, S, S) of four pieces each, cut at random points out of four images, some of
     them mirrored, upside down or turned.
 
-    An autoencoder of faces alone draws what it has not seen as what it knows: nine of ten smiles as
-    the sad mouths of the observational images. Of mosaics it learns to keep what is there.
+    An autoencoder of whole faces draws what it has not seen as what it knows: smiles as the sad
+    mouths of the observational images. Of mosaics it learns to keep what is there.
     """
     side, rows = images.shape[-1], len(images)
 
