@@ -1,8 +1,10 @@
 """The pictures of the documents, from the pipelines that come with the package: `python
-docs/pictures/make.py` (about half a minute). `ident3d.png` is the last grid of samples that a
-training on ident3d writes.
+docs/pictures/make.py` (about half a minute). `python docs/pictures/make.py outputs/dit-0/model` draws
+the one of that model, `denoiser.png`. `ident3d.png` is the last grid of samples that a training on
+ident3d writes.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,6 +85,20 @@ def draw_avatars() -> None:
     save(grid({name: x[:PERSONS] for name, x in twins.items()}), "avatars")
 
 
+def draw_denoiser(folder: str) -> None:
+    """Samples of a head on a denoiser, trained on avatars; each column has the same noise."""
+    model = hf_intervene.InterventionModel.from_pretrained(folder)
+    pipe = hf_intervene.InterventionPipeline.from_model(model)
+    contexts = ("obs", *pipe.concepts, "glasses+hat", "hat+smile", "+".join(pipe.concepts))
+
+    def samples(context):
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 10, "output_type": "np"}
+        return to_uint8(pipe(context, 8, generator, **options).images)
+
+    save(grid({name: samples(name) for name in contexts}), "denoiser")
+
+
 def draw_quad() -> None:
     """Images of quad and their edits, and what its weights say of causes."""
     pipe = hf_intervene.InterventionPipeline.from_pretrained(hf_intervene.bundled("quad"))
@@ -108,5 +124,8 @@ def draw_quad() -> None:
 
 
 if __name__ == "__main__":
-    draw_avatars()
-    draw_quad()
+    if len(sys.argv) > 1:
+        draw_denoiser(sys.argv[1])
+    else:
+        draw_avatars()
+        draw_quad()
