@@ -4,6 +4,7 @@ from hf_intervene.training import pretrain, reproduce
 from hf_intervene.training.benchmarks import benchmark
 from hf_intervene.training.studies import (
     ablation,
+    autoencoder,
     baselines,
     effects,
     head_identifiability,
@@ -17,6 +18,7 @@ RECIPES = {
     module.__name__.rpartition(".")[2]: module.main
     for module in (
         ablation,
+        autoencoder,
         baselines,
         benchmark,
         effects,

@@ -132,7 +132,7 @@ def test_files_of_somebodys_are_not_replaced(saved, tmp_path, capsys, name):
     argv = ["--model", str(saved), "--output", str(tmp_path / "m"), "--images", "70"]
     assert evaluation.main(argv) == 1
     said = capsys.readouterr().err
-    assert f"{name} was not written by `hf-intervene evaluate`, and would be replaced" in said
+    assert f"{name} was not written by hf-intervene evaluate, and would be replaced" in said
     assert (tmp_path / "m" / name).read_text() == "mine"
 
 

@@ -2,6 +2,10 @@
 that a head can be added to.
 """
 
+import json
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
@@ -9,6 +13,7 @@ from diffusers import AutoencoderKL, DiTPipeline
 from hf_intervene import InterventionModel, trainer
 from hf_intervene.trainer import TrainArguments, pretraining
 from hf_intervene.training import pretrain
+from hf_intervene.training.studies import autoencoder as study
 
 
 OPTIONS = ["--images", "64", "--resolution", "16", "--batch-size", "16"]
@@ -92,6 +97,37 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     assert InterventionModel.from_pretrained(result.model_dir).sample(
         "quad1", 2, num_inference_steps=2
     ).shape == (2, 3, 16, 16)
+
+
+def test_what_an_autoencoder_keeps(tmp_path, monkeypatch):
+    """Images go through it batch by batch; the shares are of the context's own concept."""
+    folder = tmp_path / "vae"
+    vae = pretraining.new_autoencoder(16)
+    vae.save_pretrained(folder)
+    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(study, "BATCH", 3)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = vae(x).sample.permute(0, 2, 3, 1) / 2 + 0.5
+    found = study.returned(vae.eval(), images)
+    np.testing.assert_allclose(found, expected.clamp(0, 1), atol=1e-5)
+
+    def present(images):  # of the second concept, where the images are real: whole bytes
+        whole = np.abs(images * 255 - np.round(images * 255)).max((1, 2, 3)) < 1e-3
+        return np.stack([whole & False, whole, whole, whole], 1)
+
+    detector = SimpleNamespace(present=present, unusable={"smile": "too few"})
+    monkeypatch.setattr(study, "content_options", lambda *_, **__: {"detector": detector})
+    options = ["--resolution", "16", "--images", "5", "--output", str(tmp_path / "kept.json")]
+    assert study.main(["--autoencoder", str(folder), *options]) == 0
+    rows = json.loads((tmp_path / "kept.json").read_text())["rows"]
+    assert [row[:3] for row in rows] == [
+        ["`glasses`", 0.0, 0.0],
+        ["`beard`", 1.0, 0.0],
+        ["`hat`", 1.0, 0.0],
+        ["`smile`", "not detected", "not detected"],
+    ]
+    assert all(row[3] > 0.1 for row in rows)
 
 
 def test_errors_are_one_sentence(tmp_path, capsys):

@@ -1,7 +1,9 @@
-"""The pictures of the documents, from the pipelines that come with the package: `python
-docs/pictures/make.py` (about half a minute). `python docs/pictures/make.py outputs/dit-0/model` draws
-the one of that model, `denoiser.png`. `ident3d.png` is the last grid of samples that a training on
-ident3d writes.
+"""The pictures of the documents.
+
+    python docs/pictures/make.py                       of the pipelines in the package; 30 s
+    python docs/pictures/make.py outputs/dit-0/model   `denoiser.png`, of that model
+
+`ident3d.png` is the last grid of samples that a training on ident3d writes.
 """
 
 import sys

@@ -71,7 +71,7 @@ def check_own(folder: str | Path) -> None:
         read_metrics(folder)
     except ValueError as error:
         raise ValueError(
-            f"{there[0]} was not written by `hf-intervene evaluate`, and would be replaced: choose"
+            f"{there[0]} was not written by hf-intervene evaluate, and would be replaced: choose"
             " another --output, or move it away."
         ) from error
 
