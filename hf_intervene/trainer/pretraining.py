@@ -97,7 +97,8 @@ def mosaic(images: torch.Tensor) -> torch.Tensor:
         places.view(shape) < torch.randint(0, side, (rows, 1, 1, 1), device=images.device)
         for shape in ((side, 1), (1, side))
     )
-    upper, lower = (torch.where(left, *pair) for pair in (pieces[:2], pieces[2:]))
+    upper = torch.where(left, pieces[0], pieces[1])
+    lower = torch.where(left, pieces[2], pieces[3])
     return torch.where(top, upper, lower)
 
 
