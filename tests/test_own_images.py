@@ -476,3 +476,19 @@ def test_formats_that_need_other_programs_are_not_opened(source, caplog):
     (source / "hat" / "a.eps").rename(source / "hat" / "b.png")
     with pytest.raises(ValueError, match="b.png.*cannot be read as an image"):
         said(caplog, source)
+
+
+def test_a_saved_data_set_with_offsets_outside_its_file_is_refused(tmp_path):
+    """Reading such a row would end the process."""
+    images = [Image.new("RGB", (8, 8), (n, n, n)) for n in range(4)]
+    contexts = ["obs", "obs", "hat", "hat"]
+    Dataset.from_dict({"context": contexts, "image": images}).save_to_disk(tmp_path / "saved")
+    assert load_contexts(tmp_path / "saved")["context"] == contexts
+    file = next((tmp_path / "saved").glob("*.arrow"))
+    right = np.array([0, 3, 6, 9, 12], "<i4").tobytes()  # of the texts of contexts
+    content = file.read_bytes()
+    assert content.count(right) == 1
+    wrong = np.array([0, 3, 6, 9, 2**31 - 8], "<i4").tobytes()
+    file.write_bytes(content.replace(right, wrong))
+    with pytest.raises(OSError, match="cannot be read: it is incomplete or corrupt"):
+        load_contexts(tmp_path / "saved")

@@ -141,6 +141,9 @@ def read_saved(path: Path, split: str) -> Dataset:
     _refuse_pipes(path)
     try:
         dataset = load_from_disk(str(path))
+        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+            # Offsets that point outside a damaged file would end the process when a row is read.
+            part.data.table.validate(full=True)
     except Exception as error:  # readers of JSON and Arrow raise errors of many types
         raise OSError(
             f"the saved data set {path} cannot be read: it is incomplete or corrupt; save it again."
