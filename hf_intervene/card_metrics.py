@@ -1,5 +1,6 @@
 """What a model card shows of `metrics.json`."""
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,24 @@ def code(text: str) -> str:
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " * (text.startswith("`") or text.endswith("`"))
     return f"{ticks}{space}{text}{space}{ticks}".replace("|", r"\|").replace("\n", " ")
+
+
+def head_mark(folder: str | os.PathLike) -> str | None:
+    """The hash of the weights of the head in a saved model's folder, by which measurements know
+    their model; `None` if there is no head.
+    """
+    import torch  # here, so that names and words come at once
+    from safetensors import safe_open
+
+    place = Path(folder, "head" if Path(folder, "model_index.json").exists() else "")
+    digest, found = hashlib.sha256(), False
+    for file in sorted(place.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in sorted(weights.keys()):
+                value, found = weights.get_tensor(name).contiguous(), True
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32] if found else None
 
 
 def read_metrics(source: str | os.PathLike | None) -> dict | None:

@@ -50,7 +50,7 @@ def support(arguments: argparse.Namespace) -> int:
     from . import hub
 
     index = hub.folder(located(arguments.pipeline), ["model_index.json"]) / "model_index.json"
-    if index.is_file() and '"InterventionPipeline"' in index.read_text(encoding="utf-8"):
+    if index.is_file() and hub.read_json(index).get("_class_name") == "InterventionPipeline":
         raise ValueError(
             f"{arguments.pipeline} is an intervention pipeline, and has its head already: see"
             f" hf-intervene concepts {arguments.pipeline}."

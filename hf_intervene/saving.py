@@ -144,7 +144,6 @@ class SavingMixin:
                 f"InterventionModel.from_pretrained takes no {others[0]}, which would reach the"
                 " head alone: leave it out."
             )
-        kwargs = {}
         path = hub.subfolder(hub.folder(not_bundled(name), **options), subfolder, name)
         logger.info("loading the model %s from %s", name, path)
         config = InterventionConfig.from_pretrained(path)
@@ -152,8 +151,9 @@ class SavingMixin:
         found = load_base_of(name, path, config, base, dtype, variant, options)
         head = None
         if config.ablation not in ("base", "base-pooled"):
-            kwargs |= {"config": config, "dtype": dtype, "variant": variant}
-            head = InterventionHead.from_pretrained(path, **kwargs)
+            head = InterventionHead.from_pretrained(
+                path, config=config, dtype=dtype, variant=variant
+            )
             check_finite(head, f"the head of {name}")
         load_lora_of(name, path, config, found)
         made: Any = cls

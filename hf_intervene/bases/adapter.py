@@ -21,9 +21,9 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
     """What is trained beside the head on a denoiser: a light VAE's encoder and decoder of what is
     denoised, and the projections of the embedding and of what is decoded of it.
 
-    The decoder gives z a likelihood: a denoising loss alone gives what is small in an image next to
-    no weight, since the noisy image shows most of it. It also says where in the image things are
-    (as in DiffuseVAE, Pandey et al., arXiv:2201.00308).
+    The decoder gives z a likelihood: the denoising loss alone leaves z little to do, since the
+    noisy image shows most of the clean one. It also says where in the image things are (as in
+    DiffuseVAE, Pandey et al., arXiv:2201.00308).
 
     Args:
         sample_size: side S of the images in pixels.
@@ -91,11 +91,12 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         (B, *embedding_shape)."""
         return self.decoder(embedding.to(self.dtype))
 
-    def entries(self, embedding: torch.Tensor) -> Entries:
-        """What enters the denoiser of embeddings (B, *embedding_shape)."""
-        embedding = embedding.to(self.dtype)
-        decoded = None if self.config.decoded_shape is None else self.decode(embedding)
-        return self.projections(embedding, decoded)
+    def entries(self, embedding: torch.Tensor, decoded: torch.Tensor | None = None) -> Entries:
+        """What enters the denoiser of embeddings (B, *embedding_shape). `decoded`: what `decode`
+        returned of them, if it is known."""
+        if decoded is None and self.config.decoded_shape is not None:
+            decoded = self.decode(embedding)
+        return self.projections(embedding.to(self.dtype), decoded)
 
 
 def light_vae(shape: Sequence[int], hidden_width: int, latent_width: int) -> LightVAE:

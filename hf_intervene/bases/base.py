@@ -164,12 +164,7 @@ class Base(nn.Module):
 
     def estimate(self, embedding: torch.Tensor) -> torch.Tensor:
         """What embeddings (B, *embedding_shape) look like, in one pass and with a gradient: images
-        in [0, 1], or of a denoiser what it denoises, (B, *estimates).
-
-        Args:
-            draws: `residual_noise`, that a denoiser starts from; other families make images of the
-                mean.
-        """
+        in [0, 1], or of a denoiser what it denoises, (B, *estimates)."""
         return self.generate(embedding, {})
 
     def encode_estimate(self, estimate: torch.Tensor) -> Encoded:

@@ -2,15 +2,15 @@
 Diffusion 3's; on pixels or on latents.
 
     pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
-    embedding (B, *embedding_shape) --decoder--> mean of x_0 (B, c, h, h), with a Gaussian likelihood
+    embedding (B, *embedding_shape) --decoder--> mean of x_0 (B, c, h, h); Gaussian likelihood
     embedding and that mean --projections--> hooks of the denoiser (injection.py)
     noise x_T (B, c, h, h) --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
 
 z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
 diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
 first terms of the objective are -log p(x_0 | z) by the decoder, and the denoising loss (METHOD
-section 2), both summed over the entries of x. They are no likelihood of pixels, so there are no bits
-per pixel.
+section 2), both summed over the entries of x. They are no likelihood of pixels, so there are no
+bits per pixel.
 """  # noqa: E501
 
 import math
@@ -313,14 +313,17 @@ class DiffusionBase(Base):
             draws["time"],
             self.min_snr_gamma,
         )
+        terms: dict[str, torch.Tensor] = {}
+        decoded = None
+        if self.adapter.config.decoded_shape is not None:
+            decoded = self.adapter.decode(embedding)
+            x0 = self._arranged(encoded.kept["x0"])
+            terms["bottleneck_loss"] = gaussian_loss(decoded, x0, self.adapter.log_variance)
+        entries = self.adapter.entries(embedding, decoded)
         prompts = encoded.kept.get("prompts")
-        prediction = self.denoise(noisy, timesteps, embedding, prompts)  # (B, *sample_shape)
+        prediction = self.denoise(noisy, timesteps, entries, prompts)  # (B, *sample_shape)
         errors = PRECISION * weight * (prediction - target).square().flatten(1).sum(1)  # (B,)
-        if self.adapter.config.decoded_shape is None:
-            return {"reconstruction_loss": errors}
-        x0 = self._arranged(encoded.kept["x0"])
-        alone = gaussian_loss(self.adapter.decode(embedding), x0, self.adapter.log_variance)
-        return {"bottleneck_loss": alone, "reconstruction_loss": errors}
+        return terms | {"reconstruction_loss": errors}
 
     def generate(
         self,

@@ -27,10 +27,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from .lora_layers import LoraLayers
-from .sites import Sites, find_sites, spread
+from .sites import Sites, find_sites, for_rows, spread
 
 
-_MAPS = ("vector", "map", "input")
+_ADDED = ("vector", "map", "input")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Entries:
 
     def weighted(self, weight: float) -> "Entries":
         scaled: dict[str, Any] = {
-            name: None if (x := getattr(self, name)) is None else weight * x for name in _MAPS
+            name: None if (x := getattr(self, name)) is None else weight * x for name in _ADDED
         }
         return replace(self, values=tuple(weight * v for v in self.values), **scaled)
 
     def rows(self, index: torch.Tensor) -> "Entries":
         """The entries of some rows, an index (n,)."""
         picked: dict[str, Any] = {
-            name: None if (x := getattr(self, name)) is None else x[index] for name in _MAPS
+            name: None if (x := getattr(self, name)) is None else x[index] for name in _ADDED
         }
         return Entries(
             keys=tuple(k[index] for k in self.keys),
@@ -267,9 +267,7 @@ class Injection:
         entries = self.entries
         if entries is None or (entered := getattr(entries, which)) is None:
             return output
-        entered = entered.to(output)
-        if len(output) > len(entered):  # the frames of each clip, one after the other
-            entered = entered.repeat_interleave(len(output) // len(entered), 0)
+        entered = for_rows(entered.to(output), len(output))
         if entered.shape[-2:] != output.shape[-2:]:
             entered = nn.functional.interpolate(entered, output.shape[-2:], mode="bilinear")
         return output + entered

@@ -171,6 +171,13 @@ def _plain(linear: Any) -> Any:
     return getattr(linear, "base_layer", linear)
 
 
+def for_rows(entered: torch.Tensor, rows: int) -> torch.Tensor:
+    """What enters, (B, ...), for so many rows of a denoiser's batch: where each sample has several,
+    such as the frames of a clip, one after the other."""
+    several = rows // len(entered)
+    return entered.repeat_interleave(several, 0) if several > 1 else entered
+
+
 def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """A vector (B, W) in a shape that can be added to the output of a site, and in its dtype and on
     its device.
@@ -190,8 +197,7 @@ def spread(vector: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             f"shape {tuple(output.shape)}: this denoiser is called with another number of samples "
             "than of times."
         )
-    if output.shape[0] > rows:
-        vector = vector.repeat_interleave(output.shape[0] // rows, 0)
+    vector = for_rows(vector, output.shape[0])
     return vector.view(len(vector), *[1] * (output.ndim - 2), width).to(output)
 
 

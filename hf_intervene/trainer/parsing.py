@@ -17,8 +17,8 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser
 
-from ..cards import read_yaml
 from ..errors import printable
+from ..yaml_files import read_yaml
 from .earlier import SETTINGS_VERSION, of_today
 from .settings import KIND_OF, SECTIONS, TrainArguments, as_float, did_you_mean, type_name
 

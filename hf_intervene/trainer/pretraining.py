@@ -140,11 +140,11 @@ def pretrain(
 @torch.no_grad()
 def latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Scaled latents (N, c, h, h), float32, of uint8 images (N, 3, S, S)."""
-    means = [latents_of(vae, _signed(x.to(vae.device)))[0].cpu() for x in pixels.split(256)]
+    means = [latents_of(vae, signed(x.to(vae.device)))[0].cpu() for x in pixels.split(256)]
     return torch.cat(means) * vae.config.scaling_factor
 
 
-def _signed(pixels: torch.Tensor) -> torch.Tensor:
+def signed(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 images in [-1, 1], float32."""
     return pixels.float() / 127.5 - 1
 
@@ -259,7 +259,7 @@ def _fit(
     bar = tqdm(range(steps), desc="pretraining", disable=None)
     for _ in bar:
         x = images[torch.randint(len(images), (batch_size,))].to(accelerator.device)
-        value = loss(_signed(x) if x.dtype == torch.uint8 else x, accelerator.autocast)
+        value = loss(signed(x) if x.dtype == torch.uint8 else x, accelerator.autocast)
         accelerator.backward(value)
         torch.nn.utils.clip_grad_norm_(parameters, 1000.0)
         optimizer.step()

@@ -1,10 +1,10 @@
 """What an autoencoder keeps of each concept: no head on a denoiser of its latents can show more.
 
-    python training/studies/autoencoder.py --autoencoder outputs/vae --dataset avatars --resolution 32 --output outputs/kept.json
+    python training/studies/autoencoder.py --autoencoder outputs/vae --output outputs/kept.json
 
-Held-out real images of each context go through the autoencoder and back. A detector of concepts says
-in how many of them the concept is present, before and after. An autoencoder that was
-trained on the observational images alone may lose what it has never seen. Writes a JSON file."""  # noqa: E501
+Held-out real images of each context go through the autoencoder and back. A detector of concepts
+says in how many of them the concept is present, before and after. An autoencoder that was trained
+on the observational images alone may lose what it has never seen. Writes a JSON file."""
 
 import argparse
 import json
@@ -23,6 +23,7 @@ from hf_intervene.errors import spoken
 from hf_intervene.evaluation.held_out import held_out_images
 from hf_intervene.evaluation.setup import content_options
 from hf_intervene.trainer.checkpoints import write_whole
+from hf_intervene.trainer.pretraining import signed
 from hf_intervene.trainer.simulated import SIMULATED
 
 
@@ -35,7 +36,7 @@ def returned(autoencoder: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """Images (n, S, S, 3), uint8, after the autoencoder: float32 in [0, 1], (n, S, S, 3)."""
     found = []
     for start in range(0, len(images), BATCH):
-        x = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = signed(torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2))
         decoded = images_of(autoencoder, latents_of(autoencoder, x)[0])
         found.append((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return np.concatenate(found)

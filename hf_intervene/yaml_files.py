@@ -1,0 +1,67 @@
+"""Read settings in YAML, which others may have written."""
+
+import os
+
+import yaml
+
+from .files import read_text
+
+
+_MAX_DEPTH = 10
+_MAX_SIZE = 1 << 24  # bytes
+_MAX_PLAIN = 4000  # characters of a value without quotes
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """The `setting: value` lines of a YAML file.
+
+    Raises:
+        OSError, ValueError: one sentence: it cannot be read, is not valid YAML, or holds something
+            else.
+    """
+    try:
+        text, depth = read_text(path, _MAX_SIZE), 0
+        # as far as it is, before anything is made of it
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+                if len(event.value) > _MAX_PLAIN:  # a number of so many digits takes seconds
+                    raise ValueError(f"it has a value of {len(event.value)} characters")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
+            if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it is nested deeply or has aliases")
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _refuse_twice(node)
+        found = None if node is None else loader.construct_document(node)
+    except OSError as error:
+        raise type(error)(
+            f"cannot read the configuration {str(path)!r}: {error.strerror}."
+        ) from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # of a constructor: a date that is none
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{path} must hold `setting: value` lines.")
+    return found or {}
+
+
+def _refuse_twice(node: yaml.Node | None) -> None:
+    """Raise a ValueError if a mapping has a name twice: YAML would take the last, silently."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"{key.value} is given twice")
+                seen.add(key.value)
+            _refuse_twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_twice(value)
