@@ -291,9 +291,11 @@ def children(process):
 
 def preempt(process, to, draw):
     """SIGTERM to a launcher, to all of its process group, or to one of the processes that it
-    started.
+    started; or SIGKILL to the launcher.
     """
-    if to == "group":
+    if to == "killed launcher":
+        process.kill()
+    elif to == "group":
         os.killpg(process.pid, signal.SIGTERM)
     elif to == "child" and children(process):
         os.kill(draw.choice(children(process)), signal.SIGTERM)
@@ -346,10 +348,14 @@ def test_twenty_preemptions_in_turns_each_go_on_by_themselves(tmp_path):
     }
     turns = [
         ("launcher", one),
-        ("group", two),
-        ("child", one),
-        ("launcher", two),
+        ("killed launcher", two),
         ("group", one),
+        ("killed launcher", one),
+        ("launcher", two),
+        ("child", one),
+        ("killed launcher", two),
+        ("group", two),
+        ("killed launcher", one),
         ("child", two),
     ]
     started, late = [], []
