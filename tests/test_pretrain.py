@@ -75,6 +75,19 @@ def test_pieces_of_a_mosaic_are_mirrored_and_turned():
     assert any(torch.equal(x, image[0, 0].T) for x in whole)
 
 
+def test_half_of_the_mosaics_are_mixed_with_another():
+    """The images are black or white, so that a grey pixel says in which shares."""
+    torch.manual_seed(0)
+    images = (torch.arange(512) % 2.0).view(512, 1, 1, 1).expand(512, 3, 8, 8)
+    made = pretraining.blended(images)
+    assert 0 <= made.min() and made.max() <= 1
+    grey = (made > 0) & (made < 1)
+    # A mixed one is grey unless its eight pieces are black and white in the same places.
+    assert 0.4 < grey.flatten(1).any(1).float().mean() < 0.5
+    shares = torch.cat([x[g].unique() for x, g in zip(made, grey)])
+    assert shares.min() < 0.1 and shares.max() > 0.9
+
+
 def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tmp_path):
     vae = AutoencoderKL.from_pretrained(autoencoder)
     x = pretraining.latents(vae, pretraining.observational_images("quad", 64, 16))
