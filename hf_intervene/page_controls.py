@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.utils import get_upload_folder
 
 from .page import STEPS, Page
@@ -91,7 +92,7 @@ def next_number(number: int | None) -> int:
     return (int(number or 0) + 1) % (MAX_SEED + 1)
 
 
-def checked(part: Any, value: Any) -> Any:
+def checked(part: Component, value: Any) -> Any:
     """What a component of the page was set to. Gradio's own checks end in raw errors, for one where
     a number was deleted.
 
@@ -100,13 +101,14 @@ def checked(part: Any, value: Any) -> Any:
     """
     if isinstance(part, (gr.Slider, gr.Number)):
         whole = part.step == 1 or getattr(part, "precision", None) == 0
-        low, high = part.minimum, part.maximum
+        low: Any = part.minimum
+        high: Any = part.maximum
         if not isinstance(value, (int, float)) or not low <= value <= high or whole and value % 1:
             kind = "whole number" if whole else "number"
             raise ValueError(f"{part.label}: give a {kind} from {low} to {high}.")
         return int(value) if whole else float(value)
     if isinstance(part, (gr.CheckboxGroup, gr.Dropdown)):
-        offered = [name for _, name in part.choices]
+        offered: list[Any] = [name for _, name in part.choices]
         if not isinstance(value or [], list) or any(name not in offered for name in value or []):
             raise ValueError(f"{part.label}: choose among {', '.join(offered)}.")
         return value or []
