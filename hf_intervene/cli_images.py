@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from .files import replacing
 from .logging import disable_progress_bars
 from .pretrained import concepts_of, located
 
@@ -242,15 +243,12 @@ def _save_whole(image: "Image.Image", file: Path, options: dict[str, Any]) -> No
     """
     from PIL import Image
 
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        image.save(partial, Image.registered_extensions()[file.suffix.lower()], **options)
-        partial.replace(file)
+        with replacing(file) as partial:
+            image.save(partial, Image.registered_extensions()[file.suffix.lower()], **options)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{file} cannot be written ({reason}): choose another --output.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:
