@@ -175,8 +175,14 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         layers: they are merged into a copy.
 
         Raises:
+            TypeError: it is not a model.
             ValueError: the model is an ablation without a head.
         """
+        if not isinstance(model, InterventionModel):
+            raise TypeError(
+                f"from_model takes an InterventionModel, not a {type(model).__name__}: a saved one"
+                " is read by from_pretrained."
+            )
         if model.head is None:
             raise ValueError(
                 f"a model with ablation={model.config.ablation!r} has no head to intervene with."

@@ -44,8 +44,10 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
     kind = path.suffix.lower().removeprefix(".")
     try:
         metadata = {"Date": None} if kind == "svg" else None
-        same = {"svg.hashsalt": "hf-intervene", "svg.fonttype": "none"}
-        with matplotlib.rc_context(same), replacing(path) as partial:
+        with (
+            matplotlib.rc_context({"svg.hashsalt": "hf-intervene", "svg.fonttype": "none"}),
+            replacing(path) as partial,
+        ):
             figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", metadata=metadata)
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror or error}).") from error
