@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases import DiffusionAdapter, LatentAdapter, LightVAE, PipelineBase
-from .bases.base import base_family, model_class_named
+from .bases.base import base_family, check_compiled, model_class_named
 from .bases.limits import check_finite
 from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
 from .bases.lora import merged
@@ -432,6 +432,7 @@ def _model(
 ) -> InterventionModel:
     family, name = base_family(base, getattr(adapter, "config", None)), type(base).__name__
     if not isinstance(head, InterventionHead):
+        check_compiled(head)
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
     if family.adapter_class is None and adapter is not None:
         raise ValueError(f"a head on {name} needs no adapter: leave it out.")
