@@ -78,6 +78,8 @@ def attach(
         or not math.isfinite(weight)
     ):
         raise TypeError(f"weight must be a finite number, not {weight!r}.")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, not a {type(name).__name__}.")
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {torch_dtype!r}.")
     denoiser = inner(next(iter(denoisers(pipe).values())))
