@@ -87,6 +87,11 @@ def attach(
     if kwargs:
         raise TypeError(f"attach() takes no {', '.join(kwargs)}.")
     if isinstance(head, (str, os.PathLike)):
+        if adapter is not None:
+            raise ValueError(
+                "adapter goes with a head that is loaded already: leave it out, or load the head with"
+                " InterventionHead.from_pretrained."
+            )
         loaded = LoadedHead.from_folder(denoiser, head, subfolder, variant, torch_dtype, options)
     else:
         for option, value in (
