@@ -106,10 +106,8 @@ class Heads:
             return next(iter(self.attached.items()))
         if not isinstance(name, str) or name not in self.attached:
             known = ", ".join(map(repr, self.attached))
-            raise ValueError(
-                f"{'give head=: ' if name is None else f'there is no head {shown(name)}: '}the heads on "
-                f"this pipeline are {known}."
-            )
+            which = "give head=" if name is None else f"there is no head {shown(name)}"
+            raise ValueError(f"{which}: the heads on this pipeline are {known}.")
         return name, self.attached[name]
 
     def hook(self) -> None:

@@ -89,8 +89,8 @@ def attach(
     if isinstance(head, (str, os.PathLike)):
         if adapter is not None:
             raise ValueError(
-                "adapter goes with a head that is loaded already: leave it out, or load the head with"
-                " InterventionHead.from_pretrained."
+                "adapter goes with a head that is loaded already: leave it out, or load the head"
+                " with InterventionHead.from_pretrained."
             )
         loaded = LoadedHead.from_folder(denoiser, head, subfolder, variant, torch_dtype, options)
     else:

@@ -136,7 +136,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
             )
         for part in ("head", "base", *cls._optional_components):
             if part not in kwargs and (
-                part in ("head", "base") or saved.get(part) not in (None, [None, None])
+                part in ("head", "base") or saved.get(part, [None, None]) != [None, None]
             ):
                 _check_part(
                     part,
@@ -392,7 +392,7 @@ def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
     )
 
 
-def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
+def _check_part(part: str, entry: Any, folder: Path, what: str, variant: str | None) -> None:
     """Refuse a saved part of a pipeline that is not what it must be, before diffusers looks for its
     class and loads it.
 
@@ -406,12 +406,13 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
     Raises:
         OSError, ValueError: one sentence.
     """
-    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if part in ("base", "vae", "base_2"):
+    named = isinstance(entry, list) and list(map(type, entry)) == [str, str]
+    library, name = entry if named else ("", "")
+    if named and part in ("base", "vae", "base_2"):
         check_part(model_class_named(name), folder, what, variant)
         return
     # nothing is imported for it
-    found: Any = getattr(sys.modules.get(str(library)), str(name), None)
+    found: Any = getattr(sys.modules.get(library), name, None)
     if not isinstance(found, type) or not issubclass(found, _KINDS[part]):
         raise ValueError(
             f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do"

@@ -65,6 +65,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         decoded_shape: tuple[int, ...] | None = None,
     ):
         super().__init__()
+        if type(sample_size) is not int:
+            raise TypeError(f"sample_size must be a whole number, not {sample_size!r}")
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
         self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:
