@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
@@ -168,8 +169,8 @@ def _label(arguments: argparse.Namespace) -> str:
 def _other_command(arguments: argparse.Namespace, command: str) -> str:
     """A command to try next."""
     image = " photo.png --resize" if command == "edit" else ""
-    words = f"--interventions {arguments.interventions or 'obs'} --output {command}.png"
-    return f"hf-intervene {command} {arguments.pipeline}{image} {words}"
+    words = f"--interventions {quote(arguments.interventions or 'obs')} --output {command}.png"
+    return f"hf-intervene {command} {quote(arguments.pipeline)}{image} {words}"
 
 
 def _make_place(arguments: argparse.Namespace) -> None:

@@ -105,6 +105,7 @@ def originals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     with_head().save_pretrained(folder / "unet", save_base=True)
     with_head("dit").save_pretrained(folder / "dit", save_base=True)
+    InterventionPipeline.from_model(with_head("conditional")).save_pretrained(folder / "text")
     InterventionPipeline.from_model(with_head("dit")).save_pretrained(folder / "pipeline")
     save_vision(folder / "vit")
     return folder
@@ -170,6 +171,10 @@ def refused(load, folder, message):
         ),
         ("pipeline", "model_index.json", {"base": [5, "DiTTransformer2DModel"]}, "cannot be"),
         ("pipeline", "model_index.json", {"image_encoder": None}, "cannot be None"),
+        ("pipeline", "base/config.json", {"norm_elementwise_affine": True}, "is missing"),
+        ("unet", "base/config.json", {"norm_num_groups": -1}, "norm_num_groups -1"),
+        ("unet", "adapter/config.json", {"sample_size": 0}, "sample_size must be a whole number"),
+        ("text", "adapter/config.json", {"text_shape": None}, "the adapter has no text"),
         (
             "dit",
             "vae/config.json",

@@ -55,7 +55,7 @@ for _names, _rule in (
             " max_shift sigma_min sigma_max rescale_factor image_std latents_std"
             " num_train_timesteps init_noise_sigma use_snr_gamma sigma_data rho max_image_seq_len"
             " base_image_seq_len solver_order norm_eps layer_norm_eps batch_norm_eps"
-            " mid_block_scale_factor"
+            " mid_block_scale_factor norm_num_groups attn_norm_num_groups"
         ),
         ("a positive number", _positive),
     ),
@@ -141,8 +141,13 @@ def _entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if a weight of a model is not finite: every image would be black."""
+    """Raise a ValueError if a weight of a model is not finite, or was not there: every image would
+    be black."""
     for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(
+                f"the weights of {what} do not fit its configuration: {name} is missing."
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"the weights of {what} are not finite ({name}): they are corrupt, or a training"
