@@ -22,6 +22,7 @@ from torch import nn
 from .around import Around, HeadsCall, HeadsThread
 from .attached import Attached
 from .calls import unwatch, unwatch_steps, watch, watch_steps
+from .contexts import shown
 from .requested import Requested
 
 
@@ -103,12 +104,10 @@ class Heads:
         """
         if name is None and len(self.attached) == 1:
             return next(iter(self.attached.items()))
-        if name not in self.attached:
+        if not isinstance(name, str) or name not in self.attached:
             known = ", ".join(map(repr, self.attached))
-            raise ValueError(
-                f"{'give head=: ' if name is None else f'there is no head {name!r}: '}the heads on "
-                f"this pipeline are {known}."
-            )
+            which = "give head=" if name is None else f"there is no head {shown(name)}"
+            raise ValueError(f"{which}: the heads on this pipeline are {known}.")
         return name, self.attached[name]
 
     def hook(self) -> None:

@@ -33,7 +33,7 @@ except ImportError as error:
 
 from .page_controls import (  # noqa: E402
     NO_IMAGE,
-    checked_number,
+    checked,
     chosen_strengths,
     concept_controls,
     draw_number,
@@ -106,9 +106,7 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
 
     def sample(*values: Any) -> str:
         strengths, (n, number, shown, *options) = chosen_strengths(page, values)
-        before, after, change, name = page.sample(
-            strengths, int(n), checked_number(number), *options
-        )
+        before, after, change, name = page.sample(strengths, n, number, *options)
         rows = {"as it is": before}
         if name != "obs":
             rows[f"with {words(name)}"] = after
@@ -164,14 +162,12 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         )
     start = gr.Button("Draw some images to edit", size="md", visible=page.denoises)
 
-    def edit(
-        file: dict[str, Any] | None, context: list[str] | None, shown: bool, *values: Any
-    ) -> str:
+    def edit(file: dict[str, Any] | None, context: list[str], shown: bool, *values: Any) -> str:
         if file is None:
             raise ValueError(f"{NO_IMAGE}.")
         strengths, options = chosen_strengths(page, values)
         given, unchanged, edited, change, name = page.edit(
-            uploaded(file), context or [], strengths, *options
+            uploaded(file), context, strengths, *options
         )
         shown_images = {"before": given, f"after: {words(name)}": edited}
         if shown:
@@ -187,15 +183,14 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         return list(zip(images, captions)), images[0]
 
     inputs = [image, came_from, changed, *controls, *denoising]
-    # Without preprocessing, or Gradio would open the file, and fail in its own words.
-    _on([button.click], edit, inputs, result, "edit", preprocess=False)
+    _on([button.click], edit, inputs, result, "edit")
     if not page.denoises:
 
         def live(file: dict[str, Any] | None, *values: Any) -> str:
             return edit(file, *values) if file else ""
 
         triggers = [part.change for part in (image, came_from, changed, *controls)]
-        _on(triggers, live, inputs, result, preprocess=False)
+        _on(triggers, live, inputs, result)
     _on([start.click if page.denoises else tab.select], offer, None, [examples, image])
     _on([examples.select], pick, None, image)
 
@@ -214,8 +209,8 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         button = run_button(page, "Compose")
     result = gr.HTML(elem_id="pairs")
 
-    def compose(names: list[str], number: int | None, *options: int) -> str:
-        images = page.compose(names, checked_number(number), *options)
+    def compose(names: list[str], number: int, *options: int) -> str:
+        images = page.compose(names, number, *options)
         return catalogue({words(name): image for name, image in images.items()})
 
     at_once = [] if page.denoises else [tab.select, draw.change, chosen.change]
@@ -245,18 +240,19 @@ def _on(
     inputs: Sequence[gr.components.Component] | None,
     outputs: gr.components.Component | Sequence[gr.components.Component],
     name: str | None = None,
-    **options: Any,
 ) -> None:
     """Call a function when something happens: of what piled up meanwhile the last only, one call of
     the model at a time. What it raises is shown as a sentence.
     """
+
+    parts = inputs or ()
 
     @wraps(function)
     def spoken(request: gr.Request, *values: Any) -> Any:
         if CLIENTS.left(request):
             raise gr.Error("nobody waits for this any more.", print_exception=False)
         try:
-            return function(*values)
+            return function(*map(checked, parts, values), *values[len(parts) :])
         except Exception as error:
             if not (is_expected(error) or isinstance(error, RuntimeError)):
                 raise
@@ -267,11 +263,12 @@ def _on(
     asks = Parameter("request", Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request)
     spoken.__signature__ = own.replace(parameters=[asks, *own.parameters.values()])  # type: ignore[attr-defined]
     spoken.__annotations__ = {"request": gr.Request} | function.__annotations__
-    options |= {"api_name": name} if name else {"api_visibility": "private"}
+    options: dict[str, Any] = {"api_name": name} if name else {"api_visibility": "private"}
     options |= {
         "trigger_mode": "always_last",
         "concurrency_id": "model",
         "show_progress": "minimal",
+        "preprocess": False,  # or Gradio would open files and check values, and fail in its words
     }
     gr.on(triggers, spoken, inputs, outputs, **options)
 
@@ -279,7 +276,7 @@ def _on(
 def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -> tuple:
     """Start the server in a thread; returns what `Blocks.launch` does."""
     try:
-        return blocks.queue(max_size=MAX_WAITING).launch(
+        return blocks.queue(max_size=MAX_WAITING, api_open=False).launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,

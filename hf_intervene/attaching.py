@@ -78,6 +78,8 @@ def attach(
         or not math.isfinite(weight)
     ):
         raise TypeError(f"weight must be a finite number, not {weight!r}.")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, not a {type(name).__name__}.")
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise TypeError(f"torch_dtype must be a type such as torch.bfloat16, not {torch_dtype!r}.")
     denoiser = inner(next(iter(denoisers(pipe).values())))
@@ -85,6 +87,11 @@ def attach(
     if kwargs:
         raise TypeError(f"attach() takes no {', '.join(kwargs)}.")
     if isinstance(head, (str, os.PathLike)):
+        if adapter is not None:
+            raise ValueError(
+                "adapter goes with a head that is loaded already: leave it out, or load the head"
+                " with InterventionHead.from_pretrained."
+            )
         loaded = LoadedHead.from_folder(denoiser, head, subfolder, variant, torch_dtype, options)
     else:
         for option, value in (

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .cli_images import edit, sample, show
 from .cli_parser import make_parser as _make_parser
 from .errors import spoken
 from .logging import bars_on_terminals_only, disable_progress_bars
-from .options import READING
+from .options import READING, READING_DEFAULTS
 from .pretrained import concepts_of, located
 from .sources import check_source
 
@@ -36,8 +37,8 @@ def concepts(arguments: argparse.Namespace) -> int:
     from .contexts import OBS
 
     result = {"concepts": names, "contexts": [OBS, *names]}
-    words = f"--interventions {'+'.join(names[:2])} --output pair.png"
-    command = f"hf-intervene sample {arguments.pipeline} {words}"
+    words = f"--interventions {quote('+'.join(names[:2]))} --output pair.png"
+    command = f"hf-intervene sample {quote(arguments.pipeline)} {words}"
     return show(arguments, result, "\n".join(names), [command])
 
 
@@ -53,7 +54,7 @@ def support(arguments: argparse.Namespace) -> int:
     if index.is_file() and hub.read_json(index).get("_class_name") == "InterventionPipeline":
         raise ValueError(
             f"{arguments.pipeline} is an intervention pipeline, and has its head already: see"
-            f" hf-intervene concepts {arguments.pipeline}."
+            f" hf-intervene concepts {quote(arguments.pipeline)}."
         )
     from .bases.pretrained import load_pipeline
     from .pipeline_support import support as found_support
@@ -114,13 +115,13 @@ def card(arguments: argparse.Namespace) -> int:
     if name:
         commit = push_folder(folder, name, private=arguments.private, revision=arguments.revision)
         result["commit"] = commit.commit_url
-    share = [] if name else [f"hf-intervene card {arguments.model} --push USER/NAME"]
+    share = [] if name else [f"hf-intervene card {quote(arguments.model)} --push USER/NAME"]
     return show(arguments, result, "\n".join(result.values()), share)
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Say whether a data set's contexts can identify its concepts. Returns 1 if an assumption
-    fails.
+    fails, or training would refuse the data.
     """
     if find_spec("sklearn") is None:  # said before images are read, which may take minutes
         raise ImportError(
@@ -138,6 +139,7 @@ def check(arguments: argparse.Namespace) -> int:
 
     bars_on_terminals_only()
     reading = {name: getattr(arguments, name) for name in READING}
+    lacking = ""  # what it cannot be trained without
     if arguments.dataset in SIMULATED:
         check_reading(arguments.dataset, reading)
         images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(
@@ -148,6 +150,10 @@ def check(arguments: argparse.Namespace) -> int:
             load_contexts(arguments.dataset, **reading), None, arguments.resolution, complete=False
         )
         images = data.by_context()
+        try:
+            data.checked()
+        except ValueError as error:
+            lacking = str(error)
     if not arguments.json:
         count = sum(map(len, images.values()))
         print(f"testing {count:,} images of {len(images)} contexts ...", file=sys.stderr)
@@ -155,15 +161,21 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        words = f"--dataset {arguments.dataset} --resolution {arguments.resolution}"
+        print(result)
+    if lacking and not arguments.json:
+        print(f"It cannot be trained on as it is: {lacking}")
+    elif not arguments.json:
         held = (
             "The data can be trained on."
             if result.passed
             else "You can train all the same; a concept that fails may not be learnt."
         )
-        print(f"{result}\n{held}\ntry next:")
-        print(f"  hf-intervene train {words} --output_dir outputs/mine")
-    return 0 if result.passed else 1
+        words = f"--dataset {quote(arguments.dataset)} --resolution {arguments.resolution}"
+        for name, value in reading.items():
+            if value not in (None, READING_DEFAULTS[name]):
+                words += f" --{name} {quote(value)}"
+        print(f"{held}\ntry next:\n  hf-intervene train {words} --output_dir outputs/mine")
+    return 0 if result.passed and not lacking else 1
 
 
 def app(arguments: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from .files import replacing
 from .logging import disable_progress_bars
 from .pretrained import concepts_of, located
 
@@ -167,8 +169,8 @@ def _label(arguments: argparse.Namespace) -> str:
 def _other_command(arguments: argparse.Namespace, command: str) -> str:
     """A command to try next."""
     image = " photo.png --resize" if command == "edit" else ""
-    words = f"--interventions {arguments.interventions or 'obs'} --output {command}.png"
-    return f"hf-intervene {command} {arguments.pipeline}{image} {words}"
+    words = f"--interventions {quote(arguments.interventions or 'obs')} --output {command}.png"
+    return f"hf-intervene {command} {quote(arguments.pipeline)}{image} {words}"
 
 
 def _make_place(arguments: argparse.Namespace) -> None:
@@ -242,15 +244,12 @@ def _save_whole(image: "Image.Image", file: Path, options: dict[str, Any]) -> No
     """
     from PIL import Image
 
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        image.save(partial, Image.registered_extensions()[file.suffix.lower()], **options)
-        partial.replace(file)
+        with replacing(file) as partial:
+            image.save(partial, Image.registered_extensions()[file.suffix.lower()], **options)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{file} cannot be written ({reason}): choose another --output.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_images(arguments: argparse.Namespace, count: int, command: str) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from math import inf
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -163,6 +164,10 @@ class InterventionConfig(PreTrainedConfig):
         if not 0 < self.initial_posterior_std <= 1:
             raise ValueError(
                 f"initial_posterior_std must lie in (0, 1], not {self.initial_posterior_std}."
+            )
+        if not 0 <= self.initializer_range < inf:
+            raise ValueError(
+                f"initializer_range must be finite and not negative, not {self.initializer_range}."
             )
         if (
             not self.embedding_shape

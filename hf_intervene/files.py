@@ -1,10 +1,13 @@
-"""Open files that others made: only regular ones, since a pipe or a device may never end.
+"""Open files that others made: only regular ones, since a pipe or a device may never end. Write
+files whole.
 
 This file imports no large library.
 """
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,3 +43,20 @@ def read_text(path: str | os.PathLike, most: int) -> str:
     if len(content) > most:
         raise ValueError(f"{Path(path).name} has more than {most} bytes: it is no such file.")
     return content.decode("utf-8")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, which then takes the place of another one: `path` is there whole or as it
+    was before. Where it is a link, the link is replaced, and not what it leads to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link, too
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from .sampling_arguments import (
     ImageInput,
     check_batch_size,
     check_composition,
+    check_generator,
     check_images,
     check_noise,
     check_options,
@@ -144,11 +145,11 @@ class GenerationMixin:
         draws = self._draws_given(residual_noise, len(targets))
         if draws is None:
             draws = self.base.draws(len(targets), generator, self.device)
-        draws = {name: residual_scale * x.to(self.device) for name, x in draws.items()}
+        draws = {name: float(residual_scale) * x.to(self.device) for name, x in draws.items()}
         self._check_guidance(guidance_scale, targets, compose)
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": float(guidance_scale),
             "generator": generator,
             "compose": compose,
         }
@@ -206,7 +207,7 @@ class GenerationMixin:
         noise, draws = self._abducted(pixel_values, before, None, batch_size, num_inference_steps)
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": float(guidance_scale),
             "along_path": True,
             "compose": compose,
         }
@@ -235,7 +236,7 @@ class GenerationMixin:
         self._check_guidance(guidance_scale, after[0], compose)
         options: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": float(guidance_scale),
             "along_path": True,
             "compose": compose,
         }
@@ -263,8 +264,8 @@ class GenerationMixin:
     @torch.no_grad()
     def abduct(
         self,
-        pixel_values: torch.Tensor,
-        targets: torch.Tensor,
+        pixel_values: ImageInput,
+        targets: Interventions,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         num_inference_steps: int = 50,
@@ -273,16 +274,22 @@ class GenerationMixin:
         of residual latents; of a denoiser x_T), or `None` for a base without.
 
         Args:
-            pixel_values: images, (B, C, H, W).
-            targets: of the context they came from, (B, D).
+            pixel_values: images, (B, C, H, W), or in any form that `edit` takes.
+            targets: of the context they came from, (B, D), or in any form of
+                `hf_intervene.contexts`.
             generator: draws from the posteriors; `None`: their means. Only draws are N(0, I) under
                 the model.
             batch_size: images processed at once; `None`: `images_at_once`.
             num_inference_steps: of a denoiser.
+
+        Raises:
+            TypeError, ValueError: one sentence: an argument of another type, shape or value.
         """
-        noise, draws = self._abducted(
-            pixel_values, targets, generator, batch_size, num_inference_steps
-        )
+        x = self.preprocess(pixel_values)
+        check_batch_size(batch_size)
+        check_generator(generator, len(x))
+        s = self.targets(targets, len(x))
+        noise, draws = self._abducted(x, s, generator, batch_size, num_inference_steps)
         return noise, draws.get("residual_noise")
 
     def _abducted(

@@ -105,7 +105,10 @@ def subfolder(path: Path, name: str | None, of: object) -> Path:
 
     Raises:
         OSError: there is no such sub-folder, or its name leads out of the folder.
+        TypeError: the name is of another type.
     """
+    if name is not None and not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"subfolder must be a text, not a {type(name).__name__}.")
     found = path / (name or "")
     if os.path.isabs(name or "") or ".." in Path(name or "").parts or not found.is_dir():
         raise OSError(f"{of} has no sub-folder {name!r}: give the name of one that is in it.")
@@ -236,7 +239,13 @@ def check_weights(path: Path, what: str, stem: str, variant: str | None = None) 
 
     Raises:
         OSError: weights are missing, incomplete, pickled, or in another folder.
+        TypeError: the variant is of another type, or empty.
     """
+    if variant is not None and not (isinstance(variant, str) and variant):
+        raise TypeError(
+            "variant must be a text such as 'fp16': leave it out for weights that are named without"
+            " one."
+        )
     dotted = f".{variant}" if variant else ""
     single = path / f"{stem}{dotted}.safetensors"
     index = path / f"{stem}.safetensors.index{dotted}.json"

@@ -7,7 +7,7 @@ arXiv:2507.04754).
 Sampling enters at z; editing enters at the image and leaves at the image (`generation.py`).
 """  # noqa: E501
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .bases import Base, wrap_base
 from .bases.base import plain
 from .bases.loading import base_reference
 from .configuration_intervention import InterventionConfig
+from .contexts import shown
 from .flow import States
 from .generation import GenerationMixin
 from .modeling_intervention import InterventionHead
@@ -156,8 +157,10 @@ class InterventionModel(SavingMixin, GenerationMixin, CardPushMixin, PreTrainedM
 
         Raises:
             TypeError, ValueError: one sentence: the base is of a class that is not registered, or
-                needs other parts.
+                needs other parts; the concepts are not a list of names.
         """
+        if isinstance(concepts, (str, bytes)) or not isinstance(concepts, Iterable):
+            raise TypeError(f"concepts must be a list of names, not {shown(concepts)}.")
         parts = {"scheduler": scheduler, "vae": vae}
         parts = {name: part for name, part in parts.items() if part is not None}
         base = wrap_base(base, **parts)

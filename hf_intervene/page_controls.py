@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.utils import get_upload_folder
 
 from .page import STEPS, Page
@@ -91,15 +92,27 @@ def next_number(number: int | None) -> int:
     return (int(number or 0) + 1) % (MAX_SEED + 1)
 
 
-def checked_number(number: int | None) -> int:
-    """A draw number as it was given.
+def checked(part: Component, value: Any) -> Any:
+    """What a component of the page was set to. Gradio's own checks end in raw errors, for one where
+    a number was deleted.
 
     Raises:
-        ValueError: one sentence: none was given.
+        ValueError: one sentence: no number, one out of range, or a name that is not offered.
     """
-    if number is None:
-        raise ValueError("give a draw number: a whole number, 0 or larger.")
-    return int(number)
+    if isinstance(part, (gr.Slider, gr.Number)):
+        whole = part.step == 1 or getattr(part, "precision", None) == 0
+        low: Any = part.minimum
+        high: Any = part.maximum
+        if not isinstance(value, (int, float)) or not low <= value <= high or whole and value % 1:
+            kind = "whole number" if whole else "number"
+            raise ValueError(f"{part.label}: give a {kind} from {low} to {high}.")
+        return int(value) if whole else float(value)
+    if isinstance(part, (gr.CheckboxGroup, gr.Dropdown)):
+        offered: list[Any] = [name for _, name in part.choices]
+        if not isinstance(value or [], list) or any(name not in offered for name in value or []):
+            raise ValueError(f"{part.label}: choose among {', '.join(offered)}.")
+        return value or []
+    return value
 
 
 def steps_slider(page: Page) -> list[gr.Slider]:
@@ -116,7 +129,7 @@ def guidance_slider(page: Page) -> list[gr.Slider]:
 
 __all__ = [
     "NO_IMAGE",
-    "checked_number",
+    "checked",
     "chosen_strengths",
     "concept_controls",
     "draw_number",

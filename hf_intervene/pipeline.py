@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases import DiffusionAdapter, LatentAdapter, LightVAE, PipelineBase
-from .bases.base import base_family, model_class_named
+from .bases.base import base_family, check_compiled, model_class_named
 from .bases.limits import check_finite
 from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
 from .bases.lora import merged
@@ -136,7 +136,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
             )
         for part in ("head", "base", *cls._optional_components):
             if part not in kwargs and (
-                part in ("head", "base") or saved.get(part) not in (None, [None, None])
+                part in ("head", "base") or saved.get(part, [None, None]) != [None, None]
             ):
                 _check_part(
                     part,
@@ -175,8 +175,14 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         layers: they are merged into a copy.
 
         Raises:
+            TypeError: it is not a model.
             ValueError: the model is an ablation without a head.
         """
+        if not isinstance(model, InterventionModel):
+            raise TypeError(
+                f"from_model takes an InterventionModel, not a {type(model).__name__}: a saved one"
+                " is read by from_pretrained."
+            )
         if model.head is None:
             raise ValueError(
                 f"a model with ablation={model.config.ablation!r} has no head to intervene with."
@@ -386,7 +392,7 @@ def fit_image(image: Image.Image, model: InterventionModel) -> Image.Image:
     )
 
 
-def _check_part(part: str, entry: object, folder: Path, what: str, variant: str | None) -> None:
+def _check_part(part: str, entry: Any, folder: Path, what: str, variant: str | None) -> None:
     """Refuse a saved part of a pipeline that is not what it must be, before diffusers looks for its
     class and loads it.
 
@@ -400,12 +406,13 @@ def _check_part(part: str, entry: object, folder: Path, what: str, variant: str 
     Raises:
         OSError, ValueError: one sentence.
     """
-    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if part in ("base", "vae", "base_2"):
+    named = isinstance(entry, list) and list(map(type, entry)) == [str, str]
+    library, name = entry if named else ("", "")
+    if named and part in ("base", "vae", "base_2"):
         check_part(model_class_named(name), folder, what, variant)
         return
     # nothing is imported for it
-    found: Any = getattr(sys.modules.get(str(library)), str(name), None)
+    found: Any = getattr(sys.modules.get(library), name, None)
     if not isinstance(found, type) or not issubclass(found, _KINDS[part]):
         raise ValueError(
             f"{what} cannot be {entry!r}, as model_index.json says: it is corrupt, or made to do"
@@ -426,6 +433,7 @@ def _model(
 ) -> InterventionModel:
     family, name = base_family(base, getattr(adapter, "config", None)), type(base).__name__
     if not isinstance(head, InterventionHead):
+        check_compiled(head)
         raise TypeError(f"head must be an InterventionHead, not a {type(head).__name__}.")
     if family.adapter_class is None and adapter is not None:
         raise ValueError(f"a head on {name} needs no adapter: leave it out.")

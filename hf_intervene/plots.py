@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from .card_metrics import shown_protocol
 from .contexts import Interventions, Quantile
+from .files import replacing
 from .generation import GenerationMixin
 from .pixels import difference, to_uint8
 from .sampling_arguments import ImageInput
@@ -41,16 +42,15 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> Path:
         raise ValueError(f"pictures are written as {' or '.join(FORMATS)}, not {path.name!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.lower().removeprefix(".")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with matplotlib.rc_context({"svg.hashsalt": "hf-intervene", "svg.fonttype": "none"}):
-            metadata = {"Date": None} if kind == "svg" else None
+        metadata = {"Date": None} if kind == "svg" else None
+        with (
+            matplotlib.rc_context({"svg.hashsalt": "hf-intervene", "svg.fonttype": "none"}),
+            replacing(path) as partial,
+        ):
             figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", metadata=metadata)
-        os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror or error}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

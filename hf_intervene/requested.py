@@ -70,8 +70,9 @@ class Requested:
             )
         check_generator(generator, len(generator) if isinstance(generator, list) else 1)
         self.values = head_values(head, choices, len(targets), _no_references)
-        self.guidance_scale, self.compose = guidance_scale, compose
-        self.noise, self.generator, self.num_images = noise, generator, num_images
+        self.guidance_scale, self.compose = float(guidance_scale), compose
+        self.noise, self.generator = noise, generator
+        self.num_images = None if num_images is None else int(num_images)
         self.acted = False
 
     @property

@@ -67,7 +67,7 @@ def check_composition(compose: Any) -> None:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raise a ValueError if `batch_size` is neither a whole number of at least 1 nor `None`."""
-    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+    if batch_size is not None and not (type(batch_size) is int and 1 <= batch_size <= sys.maxsize):
         raise ValueError(f"batch_size must be a whole number, 1 at least, not {shown(batch_size)}.")
 
 
@@ -154,10 +154,11 @@ def check_pixels(
             "images must be PIL images, names of files, an array or a tensor, not a"
             f" {type(images).__name__}."
         )
-    if isinstance(images, np.ndarray) and not images.ndim:
-        raise ValueError("images must have three or four dimensions, and this array has none.")
-    if isinstance(images, (np.ndarray, torch.Tensor)) and is_complex(images):
-        raise ValueError("images must hold real numbers, not complex ones.")
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        if not images.ndim:
+            raise ValueError("images must have three or four dimensions, and this array has none.")
+        if is_complex(images):
+            raise ValueError("images must hold real numbers, not complex ones.")
     if not len(images):
         raise ValueError("there are no images: give one at least.")
     images = _flat(images, channels, image_shape[1] if is_clip else None)

@@ -7,6 +7,7 @@ import base64
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -31,11 +32,12 @@ from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, cli
 
 pytest.importorskip("gradio", reason="the page needs the extra `app`")
 
+import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
-from hf_intervene import app, page_clients, page_pictures  # noqa: E402
+from hf_intervene import app, page_clients, page_controls, page_pictures  # noqa: E402
 from hf_intervene.data import avatars  # noqa: E402
 from hf_intervene.page import Page  # noqa: E402
 from hf_intervene.space import export  # noqa: E402
@@ -239,16 +241,45 @@ def test_grey_images_over_the_wire(client, tmp_path):
 def test_what_goes_wrong_is_said_in_a_sentence(client, tmp_path):
     (tmp_path / "photo.png").write_text("no picture")
     for message, call in {
-        "give a draw number: a whole": ((True, False, 1.0, 1.0, 3, None, False), "/sample"),
+        "Draw number: give a whole number from 0 to 9999": (
+            (True, False, 1.0, 1.0, 3, None, False),
+            "/sample",
+        ),
+        "How many images: give a whole number from 1 to 16": (
+            (True, False, 1.0, 1.0, None, 0, False),
+            "/sample",
+        ),
+        "how strong: wide: give a number from 0 to 1": (
+            (True, False, 1.0, "1", 3, 0, False),
+            "/sample",
+        ),
         "give an image first": ((None, [], False, False, True, 1.0, 1.0), "/edit"),
         "photo.png cannot be read as an image": (
             (handle_file(tmp_path / "photo.png"), [], False, True, True, 1.0, 1.0),
             "/edit",
         ),
         "choose two to 8 concepts to compose, not 1": ((["thin"], 0), "/compose"),
+        "Concepts .two to 8.: choose among thin, wide": (("thin", 0), "/compose"),
     }.items():
         with pytest.raises(Exception, match=message):
             client.predict(*call[0], api_name=call[1])
+
+
+@pytest.mark.parametrize(
+    "number, values",
+    [
+        (gr.Slider(1, 100, step=1), (None, 101, 0, 1000, 2.5, "5", [5], math.nan, 10**400)),
+        (gr.Slider(1, 10, step=0.1), (None, -5, 1e300, math.nan, math.inf, {})),
+        (gr.Number(0, precision=0, minimum=0, maximum=9), (None, -1, 10, 1.5, "x")),
+    ],
+    ids=["steps", "guidance", "draw"],
+)
+def test_a_control_takes_what_it_shows_and_nothing_else(number, values):
+    """Also from a program: a thousand steps keep the model from everybody else for an hour."""
+    for value in values:
+        with pytest.raises(ValueError, match="give a (whole )?number from"):
+            page_controls.checked(number, value)
+    assert page_controls.checked(number, number.minimum + 1) == number.minimum + 1
 
 
 def edited(url, file):
@@ -294,6 +325,12 @@ def test_no_file_of_the_servers_is_read(client, tmp_path):
         link.unlink()
         inside.unlink()
     assert len(answers) == 1 and "was not uploaded here" in answers.pop()
+
+
+def test_nobody_passes_the_queue_by(client):
+    for way in ("run", "api"):
+        answer = httpx.post(f"{client.src}gradio_api/{way}/sample", json={"data": []})
+        assert answer.status_code == 404 and "join the queue" in answer.text
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(grey, tmp_path):

@@ -359,6 +359,13 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         intervene(pipe, "a")
     with pytest.raises(ValueError, match="no head is attached"):
         detach(pipe)
+    attach(pipe, model)
+    for refused in (lambda: intervene(pipe, "a", head=["x"]), lambda: detach(pipe, ["x"])):
+        with pytest.raises(ValueError, match=r"there is no head \['x'\]: the heads on this"):
+            refused()
+    with intervene(pipe, "a", num_images=True, guidance_scale=1):  # a whole number, too
+        images(pipe)
+    detach(pipe)
     with pytest.raises(TypeError, match="needs a diffusers pipeline, not a UNet2DConditionModel"):
         attach(pipe.unet, model)
     light = InterventionModel.build(LightVAE(3, 16, block_out_channels=(8, 8)), ["a"])

@@ -221,6 +221,11 @@ def test_subfolder_variant_and_precision(tmp_path):
             ValueError, match="says how to load a head, and this one is loaded already"
         ):
             attach(pipe, model, name="other", **options)
+    for option, value in (("subfolder", 5), ("variant", ""), ("variant", 5), ("name", ["a"])):
+        with pytest.raises(TypeError, match=f"{option} must be a text"):
+            attach(pipe, tmp_path / "half", **{option: value})
+    with pytest.raises(ValueError, match="adapter goes with a head that is loaded already"):
+        attach(pipe, tmp_path / "half", adapter=model.base.adapter)
     with pytest.raises(TypeError, match="torch_dtype must be a type"):
         attach(pipe, tmp_path / "half", torch_dtype="half")
     with pytest.raises(TypeError, match=r"attach\(\) takes no nonsense"):

@@ -1,6 +1,8 @@
 """The command line: words, machines' output, completion; what it says and when it is quiet."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 import hf_intervene
@@ -290,6 +293,40 @@ def test_check_says_at_once_what_is_missing_and_then_what_it_does(tmp_path, monk
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert cli.main(["check", "no-such-folder"]) == 1  # before it looks for images
     assert 'pip install "hf-intervene[eval]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        ({"obs": 9, "hat": 9, "cap": 1}, "context 'cap' has 1 images; at least 8 are needed."),
+        ({"hat": 9, "cap": 9}, "there are no observational images"),
+        ({"obs": 9, "a+b": 9}, "concept 'a' has no context in which it alone"),
+        ({"obs": 9, "hat": 9}, None),
+    ],
+)
+def test_check_advises_a_training_that_is_not_refused(tmp_path, capsys, contexts, message):
+    folder = tmp_path / "my $images"
+    rows = ["file_name,kind"]
+    for context, count in contexts.items():
+        (folder / context).mkdir(parents=True)
+        for number in range(count):
+            shade = (9 * number, 20 * len(rows) % 256, 0)
+            Image.new("RGB", (16, 16), shade).save(folder / context / f"{number}.png")
+            rows.append(f"{context}/{number}.png,{context}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    cli.main(["check", str(folder), "--resolution", "16", "--context-column", "kind"])
+    printed = capsys.readouterr().out
+    advised = re.search("hf-intervene train (.*)", printed)
+    if message is not None:
+        assert f"It cannot be trained on as it is: {message}" in printed and advised is None
+        return
+    words = shlex.split(advised.group(1))
+    words[words.index("--output_dir") + 1] = str(tmp_path / "run")
+    settings = {name: value for name, value in TINY.items() if isinstance(value, (int, str))}
+    del settings["resolution"], settings["images_per_context"], settings["validation_images"]
+    for name, value in (settings | {"max_steps": 1}).items():
+        words += [f"--{name}", str(value)]
+    assert cli.main(["train", *words]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("separator", [",", " ", ";"])

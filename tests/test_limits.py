@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared_models import ALICE, build, frozen_on, outcome, put_folder, put_vae
 
-from hf_intervene import InterventionModel, InterventionPipeline, load_base
+from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, load_base
 from hf_intervene.bases.loading import load_processor, load_scheduler, load_vision
 from hf_intervene.pipeline import load_model
 
@@ -105,6 +105,7 @@ def originals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     with_head().save_pretrained(folder / "unet", save_base=True)
     with_head("dit").save_pretrained(folder / "dit", save_base=True)
+    InterventionPipeline.from_model(with_head("conditional")).save_pretrained(folder / "text")
     InterventionPipeline.from_model(with_head("dit")).save_pretrained(folder / "pipeline")
     save_vision(folder / "vit")
     return folder
@@ -153,7 +154,27 @@ def refused(load, folder, message):
             "scaling_factor 0, which must be a positive number",
         ),
         ("dit", "vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x'"),
-        ("dit", "vae/config.json", {"scaling_factor": [1, "x"]}, "scaling_factor 'x'"),
+        ("dit", "vae/config.json", {"scaling_factor": [1, "x"]}, r"scaling_factor \[1, 'x'\]"),
+        ("dit", "vae/config.json", {"scaling_factor": {}}, "scaling_factor {}"),
+        ("unet", "adapter/config.json", {"sample_size": ""}, "sample_size '', which must be a num"),
+        ("unet", "adapter/config.json", {"sample_size": [None]}, "sample_size"),
+        ("unet", "adapter/config.json", {"sample_size": True}, "sample_size"),
+        ("unet", "adapter/config.json", {"sample_size": [16, 16]}, "sample_size must be a whole"),
+        ("unet", "base/config.json", {"downsample_padding": []}, "downsample_padding"),
+        ("unet", "base/config.json", {"freq_shift": "x"}, "freq_shift 'x', which must be a number"),
+        ("unet", "base/config.json", {"mid_block_scale_factor": None}, "mid_block_scale_factor"),
+        (
+            "unet",
+            "base/config.json",
+            {"norm_eps": {"a": 1}},
+            "norm_eps {'a': 1}, which must be a p",
+        ),
+        ("pipeline", "model_index.json", {"base": [5, "DiTTransformer2DModel"]}, "cannot be"),
+        ("pipeline", "model_index.json", {"image_encoder": None}, "cannot be None"),
+        ("pipeline", "base/config.json", {"norm_elementwise_affine": True}, "is missing"),
+        ("unet", "base/config.json", {"norm_num_groups": -1}, "norm_num_groups -1"),
+        ("unet", "adapter/config.json", {"sample_size": 0}, "sample_size must be a whole number"),
+        ("text", "adapter/config.json", {"text_shape": None}, "the adapter has no text"),
         (
             "dit",
             "vae/config.json",
@@ -330,6 +351,10 @@ NOT_RIGHT = [
     ({"num_images": 10**30}, "the number of samples must be at most 1000000000"),
     ({"batch_size": -1}, "batch_size must be a whole number, 1 at least"),
     ({"batch_size": "x"}, "batch_size must be a whole number"),
+    ({"batch_size": True}, "batch_size must be a whole number"),
+    ({"batch_size": 10**30}, "batch_size must be a whole number"),
+    ({"residual_scale": 10**60}, "images that are not finite numbers"),
+    ({"guidance_scale": 10**60}, "images that are not finite numbers"),
     ({"num_images": "x"}, "the number of samples must be a whole number, not 'x'"),
     ({"num_images": 1.5}, "the number of samples must be a whole number"),
     ({"output_type": "x"}, "output_type must be one of pt, np, pil"),
@@ -349,6 +374,40 @@ def test_arguments_that_nothing_can_be_sampled_with(pipe, entries, message):
 
 
 @pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"pixel_values": None}, "images must be PIL images"),
+        ({"pixel_values": torch.rand(2, 3, 8, 8)}, "images of 3x16x16"),
+        ({"targets": torch.zeros(3, 2)}, "2"),
+        ({"targets": 5}, "cannot read 5 as a context"),
+        ({"generator": 5}, "generator must be a torch.Generator"),
+        ({"generator": []}, "0 generators were given for 2 samples"),
+        ({"batch_size": -1}, "batch_size must be a whole number"),
+    ],
+)
+def test_noise_that_cannot_be_abducted(pipe, entries, message):
+    given = {"pixel_values": torch.rand(2, 3, 16, 16), "targets": "a", "num_inference_steps": 2}
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        pipe.model.abduct(**given | entries)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("concepts", ["hat", b"hat", None, 5])
+def test_concepts_that_are_no_list(concepts):
+    """The letters of a word are no concepts."""
+    with pytest.raises(TypeError, match="concepts must be a list of names, not"):
+        InterventionModel.build(build().base, concepts)
+
+
+def test_what_is_no_model_and_no_range_of_numbers():
+    with pytest.raises(TypeError, match="from_model takes an InterventionModel, not a str"):
+        InterventionPipeline.from_model("folder")
+    for value in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="initializer_range must be finite"):
+            InterventionConfig(initializer_range=value)
+
+
+@pytest.mark.parametrize(
     "images",
     [
         [],
@@ -361,6 +420,7 @@ def test_arguments_that_nothing_can_be_sampled_with(pipe, entries, message):
         torch.rand(1, 3, 16, 16) + 0j,
         np.zeros((1, 16, 16, 3), complex),
         np.array("x"),
+        torch.tensor(1.0),
     ],
 )
 def test_images_that_cannot_be_edited(pipe, images):

@@ -266,3 +266,16 @@ def test_pipelines_are_saved_as_in_diffusers(kind, options, tmp_path):
     pipe.save_pretrained(tmp_path, **options)
     loaded = InterventionPipeline.from_pretrained(tmp_path, variant=options.get("variant"))
     assert torch.equal(sample(loaded), sample(pipe))
+
+
+@pytest.mark.parametrize("part", ["base", "head"])
+def test_a_compiled_copy_is_refused_and_one_in_place_is_not(part):
+    pipe = made("unet")
+    expected, own = sample(pipe), getattr(pipe, part)
+    setattr(pipe, part, torch.compile(own, backend="eager"))
+    name = type(own).__name__
+    with pytest.raises(TypeError, match=f"copy of a {name}, .*: compile it in place"):
+        sample(pipe)
+    setattr(pipe, part, own)
+    own.compile(backend="eager")
+    assert torch.equal(sample(pipe), expected)

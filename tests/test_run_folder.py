@@ -11,6 +11,7 @@ from hf_intervene.cards import MARKER
 from hf_intervene.trainer import run_folder
 from hf_intervene.trainer.checkpoints import atomic_folder, check_writable
 from hf_intervene.trainer.loop import train
+from hf_intervene.trainer.run_folder import remove
 from hf_intervene.trainer.settings import TrainArguments
 
 
@@ -151,3 +152,20 @@ def test_trying_to_write_touches_no_file(tmp_path):
     write(tmp_path / ".writable")
     check_writable(tmp_path)
     assert contents(tmp_path) == {".writable": "mine"}
+
+
+def test_nothing_is_written_through_a_link(tiny, tmp_path):
+    """Links in the folder of somebody else's run, whose next files have known names."""
+    out, thesis = tmp_path / "run", tmp_path / "thesis.txt"
+    train(TrainArguments(**tiny | {"checkpoint_every": 4}))
+    remove(out / "checkpoints" / "step-00000008")
+    thesis.write_text("mine")
+    names = [".curves.png.partial", "samples/step-00000008.png"]
+    names += ["samples/.step-00000008.png.partial", "history.jsonl", "training_arguments.yaml"]
+    names += [".history.jsonl.writing", ".training_arguments.yaml.writing"]
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(thesis)
+    train(TrainArguments(**tiny | {"checkpoint_every": 4, "resume": "auto"}))
+    assert thesis.read_text() == "mine"
+    assert not any(path.is_symlink() for path in out.rglob("*"))

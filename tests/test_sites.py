@@ -1,6 +1,8 @@
 """Where a vector enters a denoiser: the rule, its exceptions, and the shapes of what it is added
 to."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
 import pytest
 import torch
@@ -91,6 +93,19 @@ def test_a_class_that_nobody_knows():
     assert sites == Sites(("time.embedder",), 8)
     check_moves(denoiser, sites, lambda: denoiser(x, t))
     assert not any(module._forward_hooks for module in denoiser.modules())
+
+
+def test_the_check_changes_nothing_for_another_thread():
+    denoiser, x, t = MadeUp(), torch.ones(2, 3), torch.tensor([1.0, 2.0])
+    with ThreadPoolExecutor(1) as elsewhere:
+
+        def call():
+            found.append(elsewhere.submit(denoiser, x, t).result())
+            return denoiser(x, t)
+
+        found = [denoiser(x, t)]
+        check_moves(denoiser, find_sites(denoiser), call)
+    assert len(found) == 3 and all(torch.equal(found[0], other) for other in found)
 
 
 def test_a_site_that_does_not_reach_the_output_is_refused():

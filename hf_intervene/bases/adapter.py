@@ -65,6 +65,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         decoded_shape: tuple[int, ...] | None = None,
     ):
         super().__init__()
+        if type(sample_size) is not int or sample_size < 1:
+            raise ValueError(f"sample_size must be a whole number, 1 at least, not {sample_size!r}")
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
         self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:
@@ -134,6 +136,17 @@ def check_sites(sites: Sites, adapter: DiffusionAdapter, name: str) -> None:
                 f"the head was trained for another denoiser: its {_SITE_NAMES.get(key, key)} is"
                 f" {_short(found)}, that of this {name} is {_short(expected)}: use the kind of"
                 " model that it was trained on."
+            )
+
+
+def check_text(model: ModelMixin, adapter: DiffusionAdapter) -> None:
+    """Raise a ValueError unless an adapter has the text that `DiffusionBase` gives a denoiser."""
+    names = {UNet2DConditionModel: ["text"], SD3Transformer2DModel: ["text", "pooled_text"]}
+    for name in names.get(type(model), []):
+        if getattr(adapter, name, None) is None:
+            raise ValueError(
+                f"the adapter has no {name}, which this {type(model).__name__} is given: it is"
+                " corrupt, or of another denoiser."
             )
 
 

@@ -299,11 +299,22 @@ def base_family(model: ModelMixin, adapter: Mapping[str, Any] | None = None) -> 
     for model_class in type(model).__mro__:
         if model_class in _REGISTRY:
             return _REGISTRY[model_class]
+    check_compiled(model)
     raise TypeError(
         f"no base is registered for {type(model).__name__}; the supported classes are {_names()}."
         " For the denoiser of a pipeline use PipelineBase.from_pipeline(pipe); register another"
         " class with hf_intervene.bases.register_base."
     )
+
+
+def check_compiled(model: Any) -> None:
+    """Raise a TypeError for what `torch.compile` returns, which is of a class of its own."""
+    if hasattr(model, "_orig_mod"):
+        name = type(model._orig_mod).__name__
+        raise TypeError(
+            f"torch.compile has made a compiled copy of a {name}, which is none itself: compile it"
+            " in place, with its method compile()."
+        )
 
 
 def register_recorded(base_class: type[Base]) -> type[Base]:

@@ -33,6 +33,7 @@ from .adapter import (
     DiffusionAdapter,
     check_sites,
     check_supported,
+    check_text,
     new_adapter,
     pixels_of_denoiser,
 )
@@ -154,6 +155,7 @@ class DiffusionBase(Base):
                 prediction_type=prediction_type(scheduler),
                 class_label=class_label,
             )
+        check_text(model, adapter)
         self._enter_by(adapter)
 
     def _take_parts(

@@ -46,8 +46,7 @@ def _share(value: Any) -> bool:
     return _number(value) and 0 < value <= 1
 
 
-# What a value must be, in words and as a test; `None`, which stands for a default, and lists of
-# such values are right too.
+# What a value must be, in words and as a test; `None`, which stands for a default, is right too.
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {}
 for _names, _rule in (
     (
@@ -56,18 +55,24 @@ for _names, _rule in (
             " max_shift sigma_min sigma_max rescale_factor image_std latents_std"
             " num_train_timesteps init_noise_sigma use_snr_gamma sigma_data rho max_image_seq_len"
             " base_image_seq_len solver_order norm_eps layer_norm_eps batch_norm_eps"
+            " mid_block_scale_factor norm_num_groups attn_norm_num_groups"
         ),
         ("a positive number", _positive),
     ),
-    ("shift_factor image_mean latents_mean shift_terminal", ("a number", _number)),
+    ("shift_factor image_mean latents_mean shift_terminal freq_shift", ("a number", _number)),
     # A negative step would be counted from the end.
-    ("steps_offset", ("a number, 0 at least", lambda value: _number(value) and value >= 0)),
+    (
+        "steps_offset downsample_padding",
+        ("a number, 0 at least", lambda value: _number(value) and value >= 0),
+    ),
     (
         "beta_start beta_end trained_betas dynamic_thresholding_ratio",
         ("a number above 0, and 1 at most", _share),
     ),
 ):
     _NUMBERS |= dict.fromkeys(_names.split(), _rule)
+_LISTED = {"image_mean", "image_std", "latents_mean", "latents_std", "trained_betas"}
+_NEEDED = {"clip_sample_range", "freq_shift", "mid_block_scale_factor"}  # have no such default
 # Lists that must have as many entries as another value says, by the names that it may have.
 _LENGTHS = {
     "trained_betas": ("num_train_timesteps",),
@@ -112,13 +117,19 @@ def _wrong(name: str, value: Any) -> str | None:
         return f"at most {MAX_SIDE}"
     if name in _WINDOWS and counted and not 0 <= value <= _MAX_WINDOW:
         return f"at most {_MAX_WINDOW}"
-    if name in _NUMBERS and value is not None and not _NUMBERS[name][1](value):
-        return _NUMBERS[name][0]
+    if name in _SIDES and not counted and value is not None:
+        right = isinstance(value, list) and all(map(_number, value)) or isinstance(value, dict)
+        if not right or not value:
+            return "a number, or some"
+    if name in _NUMBERS and not (name in _LISTED and isinstance(value, list)):
+        if (value is not None or name in _NEEDED) and not _NUMBERS[name][1](value):
+            return _NUMBERS[name][0]
     return None
 
 
 def _entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All values with the names they have; those in lists have the list's."""
+    """All values with the names they have, lists and dictionaries too; those in lists have the
+    list's."""
     pending: list[tuple[str, Any]] = list(found.items())
     while pending:
         name, value = pending.pop()
@@ -126,13 +137,17 @@ def _entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             pending += [(str(key), inner) for key, inner in value.items()]
         elif isinstance(value, list):
             pending += [(name, inner) for inner in value]
-        else:
-            yield name, value
+        yield name, value
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if a weight of a model is not finite: every image would be black."""
+    """Raise a ValueError if a weight of a model is not finite, or was not there: every image would
+    be black."""
     for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(
+                f"the weights of {what} do not fit its configuration: {name} is missing."
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"the weights of {what} are not finite ({name}): they are corrupt, or a training"

@@ -11,6 +11,7 @@ shallowest `TimestepEmbedding` that is not part of a numbered block and does not
 else. `_EXCEPTIONS` names the module of those classes whose time embedding is of another kind.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -218,9 +219,11 @@ def check_moves(denoiser: nn.Module, sites: Sites, call: Callable[[], Any]) -> N
         return
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(1, sites.vector_width, generator=generator)
+    here = threading.get_ident()
 
     def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output + spread(vector, output)
+        # Another thread may be calling the denoiser, for images of its own.
+        return output + spread(vector, output) if threading.get_ident() == here else output
 
     # compiled code does not notice hooks that come and go
     with torch.compiler.set_stance("force_eager"):

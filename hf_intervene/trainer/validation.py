@@ -16,6 +16,7 @@ from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data import ContextImages
+from ..files import replacing
 from ..logging import get_logger
 from ..metrics.reconstruction import Array
 from ..model import InterventionModel
@@ -134,10 +135,9 @@ def bad_images(
     if accelerator.is_main_process:
         images = _stills(data.images(shown).cpu().movedim(1, -1).numpy())
         images = numpy_to_pil(np.stack(images) / 255)
-        with suppress(OSError):
-            make_image_grid([image.convert("RGB") for image in images], 1, len(images)).save(
-                picture
-            )
+        grid = make_image_grid([image.convert("RGB") for image in images], 1, len(images))
+        with suppress(OSError), replacing(picture) as partial:
+            grid.save(partial, "PNG")
     return (
         f"for {len(bad)} of its {len(rows)} images (training images {', '.join(names)}; see"
         f" {picture})"
@@ -193,7 +193,8 @@ def sample_grid(
     path = out / "samples" / f"step-{step:08d}.png"
     try:
         path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        with replacing(path) as partial:
+            grid.save(partial, "PNG")
     except OSError as error:
         logger.warning("cannot write %s: %s. Training goes on.", path, error.strerror)
     for tracker in accelerator.trackers:
