@@ -131,6 +131,93 @@ def _entry(value: object, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
+def _quartiles(found: dict, name: str, digits: int, unit: str = "", scale: float = 1.0) -> str:
+    """A median and its quartiles, as `benchmarks/tools.py` writes them."""
+    low, high = (f"{scale * value:.{digits}f}" for value in found["quartiles"])
+    middle = f"{scale * found[name]:.{digits}f}"
+    return f"{middle}{unit} ({low} to {high})" if low != high else f"{middle}{unit}"
+
+
+def full_pipelines() -> str:
+    """What `benchmarks/full_pipelines.py` measured, a column for each pipeline."""
+    results = read("full-size-pipelines")["results"]["full-size-pipelines"]
+
+    def part(found: dict) -> str:
+        share = found["denoiser_parameters"] / found["whole_denoiser"]["parameters"]
+        return "whole" if share == 1 else f"{100 * share:.0f} % of the weights"
+
+    def of_steps(entry: Callable[[dict], str]) -> Callable[[dict], str]:
+        return lambda found: entry(found["step"]) if "step" in found else "-"
+
+    def of_recording(entry: Callable[[dict], str]) -> Callable[[dict], str]:
+        return lambda found: entry(found["recording"])
+
+    rows: dict[str, Callable[[dict], str]] = {
+        "the denoiser": part,
+        "a step without a head": of_steps(
+            lambda step: _quartiles(step["alone"], "seconds", 1, " s")
+        ),
+        "a step with one over it": of_steps(
+            lambda step: _quartiles(step["with a head over without"], "ratio", 3)
+        ),
+        "time in head and hooks, of a step": of_steps(
+            lambda step: _quartiles(step["hooks over the step"], "ratio", 3, " %", 100)
+        ),
+        "of the first step of an image": of_steps(
+            lambda step: _quartiles(
+                step["head and hooks over the first step"], "ratio", 3, " %", 100
+            )
+        ),
+        "times that they wait for the device in a step": of_steps(
+            lambda step: str(step["host_waits_in_hooks"])
+        ),
+        "recording": of_recording(lambda found: f"{found['all']['seconds']:.0f} s"),
+        "of it in 2 calls of the denoiser": of_recording(
+            lambda found: f"{found['calls of the denoiser']['seconds']:.0f} s"
+        ),
+        "memory of the pipeline": lambda found: f"{found['pipeline_gib']:.1f} GiB",
+        "peak of a recording beyond it": of_recording(
+            lambda found: f"{found['beyond_the_pipeline_peak_gib']:.2f} GiB"
+        ),
+        "peak of a step beyond it": of_steps(
+            lambda step: f"{step['alone_beyond_peak_gib']:.2f} GiB"
+        ),
+    }
+    return markdown(
+        ["", *results],
+        [[label, *(entry(found) for found in results.values())] for label, entry in rows.items()],
+    )
+
+
+def pipeline_memory() -> str:
+    """What denoisers take by their numbers of weights, and what was measured beside them."""
+    results = read("full-size-pipelines")["results"]["full-size-pipelines"]
+
+    def gib(number: float, each: int) -> str:
+        return f"{number * each / 2**30:.1f} GiB"
+
+    rows: dict[str, Callable[[dict, dict], str]] = {
+        "weights of the denoiser": lambda whole, _: f"{whole['parameters'] / 1e9:.1f} billion",
+        "in bfloat16": lambda whole, _: gib(whole["parameters"], 2),
+        "in 8 bits": lambda whole, _: gib(whole["parameters"], 1),
+        "in bfloat16, one block at a time": lambda whole, _: gib(
+            whole["largest_block_parameters"] + whole["parameters_outside_of_blocks"], 2
+        ),
+        "trained beside the head": lambda _, recording: (
+            f"{recording['adapter_parameters'] / 1e6:.0f} million"
+        ),
+        "with gradients and AdamW": lambda _, recording: gib(recording["adapter_parameters"], 16),
+        "kept of the recording": lambda _, recording: f"{recording['kept_mib']:.1f} MiB",
+    }
+    return markdown(
+        ["", *results],
+        [
+            [label, *(entry(f["whole_denoiser"], f["recording"]) for f in results.values())]
+            for label, entry in rows.items()
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "avatars": seeds("avatars"),
@@ -143,6 +230,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "identifiability": columns_of("identifiability"),
     "head-identifiability": columns_of("head-identifiability"),
     "full-size": columns_of("full-size"),
+    "full-size-pipelines": full_pipelines,
+    "pipeline-memory": pipeline_memory,
     "textbook": columns_of("textbook"),
 }
 

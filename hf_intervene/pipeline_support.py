@@ -28,6 +28,8 @@ class Support:
             decoded of a clean sample.
         kept_bytes: of the arguments and maps that are kept with the adapter.
         adapter_parameters: of a new adapter: what is trained beside the head.
+        denoiser_parameters, denoiser_bytes: weights of the denoiser, and what they take as they
+            were loaded.
     """
 
     pipeline: str
@@ -40,11 +42,16 @@ class Support:
     latents: str = ""
     kept_bytes: int = 0
     adapter_parameters: int = 0
+    denoiser_parameters: int = 0
+    denoiser_bytes: int = 0
 
     def __str__(self) -> str:
         rows = {
             "pipeline": self.pipeline,
             "denoiser": self.denoiser,
+            "its weights": (
+                f"{self.denoiser_parameters:,} parameters, {self.denoiser_bytes / 2**30:.1f} GiB"
+            ),
             "the head enters at": self.site,
             "images": shape_text(self.image_shape),
             "noisy sample": shape_text(self.sample_shape),
@@ -69,6 +76,7 @@ def support(
     base = PipelineBase.from_pipeline(pipe, prompt, sample_size, call)
     recording: Recording = base.adapter.recorded
     kept = sum(value.numel() * value.element_size() for value in recording.buffers())
+    weights = list(base.model.parameters())
     return Support(
         pipeline=type(pipe).__name__,
         denoiser=type(base.model).__name__,
@@ -82,6 +90,8 @@ def support(
         ),
         kept_bytes=kept,
         adapter_parameters=sum(parameter.numel() for parameter in base.adapter.parameters()),
+        denoiser_parameters=sum(parameter.numel() for parameter in weights),
+        denoiser_bytes=sum(parameter.numel() * parameter.element_size() for parameter in weights),
     )
 
 

@@ -12,10 +12,10 @@ import pipelines
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
+from hf_intervene.training.benchmarks.tools import HostWaits
 
 
 def generator(seed=0):
@@ -568,20 +568,6 @@ def test_a_head_that_does_not_reach_the_output():
     assert torch.isfinite(generate(pipe, kind="flux")).all()
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for a device: a value of a tensor that is read."""
-
-    NAMES = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name().partition(".")[0] in self.NAMES
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["sd", "flux", "z-image"])
 def test_nothing_waits_for_the_device_in_a_step(kind):
     """The rows of a batch are compared once in a call. Steps add nothing to what the pipeline does."""  # noqa: E501
@@ -590,7 +576,7 @@ def test_nothing_waits_for_the_device_in_a_step(kind):
 
     def waits(steps, act):
         context = intervene(pipe, ["a", "b"], **options) if act else contextlib.nullcontext()
-        with context, Waits() as counted:
+        with context, HostWaits() as counted:
             generate(pipe, kind=kind, num_inference_steps=steps)
         return counted.count
 

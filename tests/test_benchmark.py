@@ -147,7 +147,7 @@ def test_errors_are_one_sentence(capsys, argv, message):
 
 def test_every_benchmark_can_be_found():
     assert benchmark.main(["--list"]) == 0
-    for name in ("bases", "data", "head", "presence", "textbook"):
+    for name in ("bases", "data", "full_pipelines", "head", "presence", "textbook"):
         module = benchmark.import_module(f"hf_intervene.training.benchmarks.{name}")
         for entry in benchmark.BENCHMARKS.values():
             if entry.where.startswith(f"{name}:"):

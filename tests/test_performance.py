@@ -11,40 +11,16 @@ from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
 from runs import assert_same, launch, run, weights
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene import InterventionModel, LightVAE, mechanisms, posterior
 from hf_intervene.data import ContextImages, ContextSchedule, decoding, load_contexts, quad
 from hf_intervene.objective import Objective
 from hf_intervene.trainer.feeding import Feed
 from hf_intervene.trainer.settings import TrainArguments
+from hf_intervene.training.benchmarks.tools import HostWaits
 
 
-# Operators whose result the host must have before it goes on.
-WAITING = (
-    "_local_scalar_dense",
-    "nonzero",
-    "equal",
-    "masked_select",
-    "is_nonzero",
-    "unique",
-    "_unique2",
-)
 METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
-
-
-class Waiting(TorchDispatchMode):
-    """Notes what would make the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in WAITING:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def test_no_step_waits_for_the_device(tiny, monkeypatch):
@@ -53,7 +29,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "synchronize", lambda *_: pytest.fail("a step waits for the device")
         )
-    waiting, active = Waiting(), []
+    waiting, active = HostWaits(), []
     for name in METHODS:
         original = getattr(torch.Tensor, name)
 

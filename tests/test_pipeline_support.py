@@ -24,6 +24,10 @@ def test_support_says_what_was_recorded():
     # three numbers, and three permutations of 4 x 8 x 8
     assert found.kept_bytes == 3 * 4 + 3 * 256 * 4
     assert "1 - t / 1000" in str(found)
+    weights = list(unheard().transformer.parameters())
+    assert found.denoiser_parameters == sum(weight.numel() for weight in weights)
+    assert found.denoiser_bytes == 4 * found.denoiser_parameters  # float32
+    assert f" {found.denoiser_parameters:,} parameters, 0.0 GiB" in str(found)
 
 
 def test_the_command_prints_it_of_a_folder(tmp_path, capsys):

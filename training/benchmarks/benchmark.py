@@ -131,6 +131,12 @@ BENCHMARKS = {
         "the same with head and adapter, end to end, over plain diffusers; sampling",
         long=True,
     ),
+    "full-size-pipelines": Benchmark(
+        "full_pipelines:full_size_pipelines",
+        "Stable Diffusion XL, and as many blocks of Flux.1 and Qwen-Image as fit, 1024x1024, batch"
+        " 1: a step of denoising with a head over one without, and recording the pipeline",
+        long=True,
+    ),
 }
 
 LOWER = ("ratio", "seconds", "milliseconds", "bits_per_pixel", "distance")

@@ -5,17 +5,21 @@ So what slows the machine down for a while slows both sides of a ratio. `alterna
 of this process in turn; `contest` lets processes take turns, each of which does nothing else, so
 that their peak memory can be told and neither profits from what the other sets."""
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_intervene.trainer.sections import fast_bf16
 
@@ -195,10 +199,63 @@ def peak_gib() -> float:
     if Conditions.device.type != "cpu":
         return torch.accelerator.max_memory_allocated() / 2**30
     try:  # not what getrusage says: a process started by a larger one begins with the peak of that
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+        return _status_gib("VmHWM")
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def held_gib() -> float:
+    """Memory that this process holds now, in GiB; `peak_gib` is that of what comes from now on.
+    Where the system cannot count anew, it is the peak so far."""
+    gc.collect()
+    if Conditions.device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.memory_allocated() / 2**30
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_gib("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return peak_gib()
+
+
+def _status_gib(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**20
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values of tensors that it reads.
+
+    Attributes:
+        seen: by what, in the order in which it was done.
+    """
+
+    OPERATORS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "masked_select",
+        "is_nonzero",
+        "unique",
+        "_unique2",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.seen)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.OPERATORS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def machine() -> dict:
