@@ -16,10 +16,12 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    constants,
+    get_session,
     hf_hub_download,
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, hf_raise_for_status
 
 from . import cards
 from .bases.pipelines import PipelineBase
@@ -227,8 +229,16 @@ def _own_card(folder: Path | None) -> str | None:
 
 def _check_metadata(card: Path) -> None:
     """Raise a ValueError of one sentence if the Hub refuses the metadata at the top of a card."""
+    text = card.read_text(encoding="utf-8")
     try:
-        ModelCard(card.read_text(encoding="utf-8")).validate(repo_type="model")
+        ModelCard(text)
+        # Not `ModelCard.validate`: before version 2 of its library it asks the public Hub, and
+        # sends it the card, also where another one is pushed to.
+        asked = {"repoType": "model", "content": text}
+        answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked)
+        if answer.status_code == 400:
+            raise ValueError(answer.text)
+        hf_raise_for_status(answer)
     except HfHubHTTPError:
         raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:
