@@ -27,7 +27,7 @@ EXTRAS = {
         "ipykernel>=7.4",
     ],
     "test": [
-        "pytest>=8",
+        "pytest>=9.1",
         "pytest-xdist>=3.6.1",
         "hypothesis>=6.100",
         "mypy>=2.4.1",
@@ -77,17 +77,17 @@ setup(
     # The lower bounds, of the extras too, are the versions in `.ci/oldest.txt`: the tests pass with
     # exactly those.
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "transformers>=5.5,<6",
         "diffusers>=0.38,<1",
         "accelerate>=1.10,<2",
         "peft>=0.18,<1",
         "datasets>=4.6,<6",
         "huggingface_hub>=1.23,<3",
-        "filelock>=3.16",
+        "filelock>=3.25",
         "jinja2>=3.1.5",
         "numpy>=2.0",
-        "scipy>=1.13",
+        "scipy>=1.15",
         "safetensors>=0.8",
         "pillow>=10.3",
         "matplotlib>=3.8.4",

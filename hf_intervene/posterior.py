@@ -47,6 +47,7 @@ class PosteriorLinear(nn.Linear):
         super().__init__(in_width, out_width)
 
     def reset_parameters(self) -> None:
+        """Draw the weights anew, for posteriors of the standard deviation `std`."""
         super().reset_parameters()
         means = self.out_features // 2
         with torch.no_grad():

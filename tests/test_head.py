@@ -383,7 +383,7 @@ def test_one_compilation_serves_all_contexts(steps, rank):
 @pytest.mark.parametrize(("intervention", "steps", "do"), FORMS)
 def test_exports_with_a_dynamic_batch(intervention, steps, do):
     head = make_head(intervention=intervention, propagation_steps=steps).float()
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim.DYNAMIC
 
     def inputs(size):
         clamp = (torch.randn(size, 4, 3), torch.rand(size, 4) < 0.5) if do else (None, None)
