@@ -5,14 +5,16 @@ caller may ask of sampling.
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import HUB
 from diffusers import AutoencoderTiny
-from diffusion_models import save_pipeline, save_vision, with_head
+from diffusion_models import save_pipeline, save_vision, stable_diffusion, with_head
 from fuzzing import bounds
+from hostile import save_originals
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -66,6 +68,57 @@ def test_what_is_fetched_from_where_is_said_once(private_base, capsys):
     for said in (True, False):  # the second time it is in the cache
         InterventionModel.from_pretrained("bob/model")
         assert ("fetching alice/vae at " in capsys.readouterr().err) == said
+
+
+def test_a_part_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, waits, monkeypatch):
+    """A folder that is named as a repository may be, and lacks a part."""
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    monkeypatch.chdir(tmp_path)
+    save_originals(tmp_path)
+    lora = tmp_path / "lora" / "lora"
+    shard = "adapter_model-00001-of-00001.safetensors"
+    (lora / "adapter_model.safetensors").rename(lora / shard)
+    index = {"weight_map": {"x": shard}}
+    (lora / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    stable_diffusion(with_head("conditional"), tmp_path).save_pretrained(tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "tokenizer")
+    processor = Path("sd", "image_processor")
+    HUB.requests.clear()
+    for load, message in (
+        (lambda: InterventionModel.from_pretrained("lora"), "is in shards"),
+        (lambda: load_base("sd", 16), "the tokenizer of .* is not there"),
+        (lambda: load_base("sd", 16, prompt="a"), "the tokenizer of .* is not there"),
+        (lambda: load_processor(processor), "the image processor is not there"),
+    ):
+        with pytest.raises(OSError, match=message) as error:
+            load()
+        assert "\n" not in str(error.value)
+    assert not [path for _, path, _ in HUB.requests if "/lora" in path or "/sd" in path]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        # with the package `kernels`, compiled code of this repository would be fetched and run
+        ({"attn_implementation": "evil/attention"}, "asks for the attention 'evil/attention'"),
+        ({"_attn_implementation": {"": "evil/attention"}}, "asks for the attention"),
+        ({"text_config": {"attn_implementation": "paged|evil/attention"}}, "asks for the att"),
+        ({"attn_implementation": ["evil/attention"]}, "asks for the attention"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantised"),
+    ],
+)
+def test_a_vision_model_fetches_no_code(copy, entries, message):
+    folder = copy("vit")
+    change(folder / "config.json", **entries)
+    refused(load_vision, folder, message)
+
+
+def test_a_lora_beside_a_vision_model_is_not_loaded(copy):
+    folder = copy("vit")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "alice/vit", "r": 1})
+    )
+    refused(load_vision, folder, "has a LoRA beside it")
 
 
 def test_the_vision_model_beside_a_denoiser_is_the_one_of_training_time(tmp_path, waits):

@@ -97,7 +97,7 @@ def read_part(path: Path) -> dict:
                 f"{path} has {len(found[name])} entries of {name}, which must be {wanted}: it is"
                 " corrupt, or made to do harm."
             )
-    for name, value in _entries(found):
+    for name, value in entries(found):
         reason = _wrong(name, value)
         if reason:
             shown = repr(value)[:80]
@@ -127,7 +127,7 @@ def _wrong(name: str, value: Any) -> str | None:
     return None
 
 
-def _entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All values with the names they have, lists and dictionaries too; those in lists have the
     list's."""
     pending: list[tuple[str, Any]] = list(found.items())
