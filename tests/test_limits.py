@@ -5,13 +5,15 @@ caller may ask of sampling.
 import json
 import math
 import shutil
+from inspect import signature
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import HUB
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, ModelMixin
 from diffusion_models import save_pipeline, save_vision, stable_diffusion, with_head
 from fuzzing import bounds
 from hostile import save_originals
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from shared_models import ALICE, build, frozen_on, outcome, put_folder, put_vae
 
 from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, load_base
+from hf_intervene.bases.limits import check_types
 from hf_intervene.bases.loading import load_processor, load_scheduler, load_vision
 from hf_intervene.pipeline import load_model
 
@@ -226,6 +229,15 @@ def refused(load, folder, message):
         ("pipeline", "model_index.json", {"image_encoder": None}, "cannot be None"),
         ("pipeline", "base/config.json", {"norm_elementwise_affine": True}, "is missing"),
         ("unet", "base/config.json", {"norm_num_groups": -1}, "norm_num_groups -1"),
+        ("unet", "base/config.json", {"attention_head_dim": -1}, "attention_head_dim -1"),
+        ("unet", "base/config.json", {"norm_num_groups": 0.5}, "must be a whole number, not 0.5"),
+        ("unet", "base/config.json", {"attn_norm_num_groups": 0.5}, "attn_norm_num_groups must be"),
+        ("unet", "base/config.json", {"downsample_padding": None}, "downsample_padding must be a"),
+        ("unet", "base/config.json", {"upsample_type": 5}, "upsample_type must be a text, not 5"),
+        ("unet", "base/config.json", {"add_attention": "no"}, "must be true or false, not 'no'"),
+        ("dit", "base/config.json", {"norm_eps": None}, "norm_eps must be a number, not None"),
+        ("dit", "vae/config.json", {"norm_num_groups": 0.5}, "norm_num_groups must be a whole"),
+        ("unet", "adapter/config.json", {"feature_width": True}, "feature_width must be a whole"),
         ("unet", "adapter/config.json", {"sample_size": 0}, "sample_size must be a whole number"),
         ("text", "adapter/config.json", {"text_shape": None}, "the adapter has no text"),
         (
@@ -318,6 +330,21 @@ def test_an_image_processor_that_makes_no_images(copy, entries):
     change(folder / "preprocessor_config.json", **entries)
     refused(load_vision, folder, f"{next(iter(entries))}|height|width|shortest_edge")
     refused(load_processor, folder, "it is corrupt, or made to do harm")
+
+
+def test_the_stride_of_an_adapter_is_a_number(copy):
+    folder = copy("unet")
+    sites = json.loads((folder / "adapter" / "config.json").read_text())["sites"]
+    change(folder / "adapter" / "config.json", sites=sites | {"input_stride": True})
+    refused(load_model, folder, "input_stride must be a whole number, not True")
+
+
+def test_defaults_of_diffusers_are_of_the_types_it_says():
+    for name in dir(diffusers):
+        found = getattr(diffusers, name, None)
+        if isinstance(found, type) and issubclass(found, ModelMixin):
+            arguments = signature(found.__init__).parameters.values()
+            check_types(found, {p.name: p.default for p in arguments if p.default is not p.empty})
 
 
 def test_what_diffusers_itself_saves_is_right(tmp_path):

@@ -23,7 +23,7 @@ from transformers.models.auto.image_processing_auto import (
 from .. import hub
 from ..checks import check_fit, check_loaded
 from .base import running_hash, weight_hash
-from .limits import check_finite, entries, read_part
+from .limits import check_finite, check_types, entries, read_part
 
 
 _MAX_SIDE = 1024  # of the latents of a transformer, which keeps a table of all positions
@@ -168,9 +168,7 @@ def load_transformers(
         check_transformers(auto, path, what)
         options["use_safetensors"] = True
     try:
-        return auto.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True, **options
-        )
+        return auto.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # whatever it says to values that it was not made for
         raise ValueError(f"{what} cannot be loaded: {one_line(error)}") from error
 
@@ -319,7 +317,12 @@ def check_part(
             f"the configuration of {what} cannot be used: a side of {side} is more than"
             f" {_MAX_SIDE}."
         )
-    return check_fit(lambda: model_class.from_config(model_class.load_config(path)), files, what)
+
+    def build() -> nn.Module:
+        check_types(model_class, config)
+        return model_class.from_config(model_class.load_config(path))
+
+    return check_fit(build, files, what)
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:

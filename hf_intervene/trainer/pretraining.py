@@ -121,8 +121,8 @@ def pretrain(
     kl_weight: float = 1e-2,
     seed: int = 0,
 ) -> AutoencoderKL:
-    """Train an autoencoder on blended mosaics of uint8 images (N, 3, S, S); its `scaling_factor` makes the
-    latents' standard deviation 1.
+    """Train an autoencoder on blended mosaics of uint8 images (N, 3, S, S); its `scaling_factor`
+    makes the standard deviation of the latents 1.
     """
     torch.manual_seed(seed)
     device = process_state().device
