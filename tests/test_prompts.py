@@ -164,3 +164,18 @@ def test_training_with_prompts(captioned, tmp_path, tiny):
             train(replace(arguments, resume="auto"))
         file.write_bytes(before)
     assert train(replace(arguments, resume="auto")).step == 4
+    # What was made of the images and prompts is made again where it was damaged.
+    kept = [*(tmp_path / "run" / "prepared").rglob("*.npy")]
+    kept += (tmp_path / "run" / "prepared" / "prompts").iterdir()
+    contents = {file: file.read_bytes() for file in kept}
+    damages = (
+        lambda file, whole: file.write_bytes(b""),
+        lambda file, whole: file.write_bytes(whole[: len(whole) // 2]),
+        lambda file, whole: file.write_bytes(b"x" * len(whole)),
+        lambda file, whole: file.unlink(),
+    )
+    assert len(contents) == len(damages)
+    for damage, (file, whole) in zip(damages, contents.items()):
+        damage(file, whole)
+    assert train(replace(arguments, resume="auto")).step == 4
+    assert {file: file.read_bytes() for file in kept} == contents
