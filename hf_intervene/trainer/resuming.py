@@ -112,23 +112,24 @@ def check_same(
         free = free | STEERING
     if before["mixed_precision"] == "auto" and now["mixed_precision"] == state.get("precision"):
         free = free | {"mixed_precision"}
-    if images and data:
-        different = changes(images, data)
-        if different:
-            raise ValueError(
-                f"{path} was trained on other images:"
-                f" {different.replace('train/', '').replace('validation/', '')}; go on with the"
-                " data as they were, or begin anew in another output_dir."
-            )
-        free = free | {"dataset", "image_cache", *READING}  # the same images, wherever they are
-    changed = [name for name in now if name not in free and now[name] != before[name]]
-    if changed:
+    same_data: set[str] = set()
+    if images and data:  # known by the images, wherever they are
+        same_data = {"dataset", "image_cache", *READING}
+    changed = [name for name in now if name not in free | same_data and now[name] != before[name]]
+    if changed:  # said first: another split has other images
         listing = ", ".join(
             f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3]
         )
         raise ValueError(
             f"{path} belongs to a run with other settings ({listing}): use the same ones, or"
             " another output_dir."
+        )
+    different = changes(images, data) if images and data else None
+    if different:
+        raise ValueError(
+            f"{path} was trained on other images:"
+            f" {different.replace('train/', '').replace('validation/', '')}; go on with the"
+            " data as they were, or begin anew in another output_dir."
         )
 
 
