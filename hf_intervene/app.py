@@ -83,7 +83,7 @@ def build(page: Page) -> gr.Blocks:
                     elem_classes="picture",
                     buttons=["fullscreen"],
                 )
-            gr.Markdown(page.card())
+            gr.Markdown(page.card(), elem_classes="card")
     return blocks
 
 

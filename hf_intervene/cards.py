@@ -105,7 +105,7 @@ def card_text(folder: str | os.PathLike) -> str | None:
     path = Path(folder, CARD_FILE)
     if not path.exists():
         return None
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read(_MAX_CARD)
     # The metadata are not parsed: anybody may have written them.
     front = re.match(r"\s*---[ \t]*\n.*?\n---[ \t]*(\n|$)", text, re.DOTALL)

@@ -133,27 +133,27 @@ def check(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"reading the images of {arguments.dataset} ...", file=sys.stderr, flush=True)
     from .data import ContextImages, load_contexts
+    from .data.images import MIN_IMAGES
     from .metrics import identifiability
-    from .trainer.settings import check_reading
+    from .trainer.building import reason_against
+    from .trainer.settings import TrainArguments, check_reading
     from .trainer.simulated import SIMULATED
 
     bars_on_terminals_only()
     reading = {name: getattr(arguments, name) for name in READING}
-    lacking = ""  # what it cannot be trained without
     if arguments.dataset in SIMULATED:
         check_reading(arguments.dataset, reading)
-        images, _ = SIMULATED[arguments.dataset](arguments.resolution, 3).training(
-            arguments.images, 1, 0.1, arguments.seed
-        )
+        simulated = SIMULATED[arguments.dataset](arguments.resolution, 3)
+        drawn = max(arguments.images, MIN_IMAGES)  # more than that are not tested
+        images, _ = simulated.training(drawn, 1, 0.1, arguments.seed)
+        data = ContextImages.from_arrays(images, simulated.concepts)
     else:
         data = ContextImages.from_dataset(
             load_contexts(arguments.dataset, **reading), None, arguments.resolution, complete=False
         )
         images = data.by_context()
-        try:
-            data.checked()
-        except ValueError as error:
-            lacking = str(error)
+    settings = {"dataset": arguments.dataset, "resolution": arguments.resolution, **reading}
+    lacking = reason_against(TrainArguments(**settings), data)
     if not arguments.json:
         count = sum(map(len, images.values()))
         print(f"testing {count:,} images of {len(images)} contexts ...", file=sys.stderr)

@@ -32,6 +32,8 @@ CSS = """
 .tab-container button.selected { color: #1d4ed8 !important; }
 .dark .tab-container button.selected { color: #93c5fd !important; }
 .prose .token { color: inherit !important; }
+/* Nothing of a card covers the page around it, whatever position it asks for. */
+.card { contain: layout paint; }
 .examples img { image-rendering: pixelated; }
 .examples .image-frame { width: 100%; height: 100%; padding-top: 2rem; }
 .examples .image-frame img { width: 100%; height: 100%; object-fit: contain; }

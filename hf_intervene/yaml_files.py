@@ -8,7 +8,8 @@ from .files import read_text
 
 
 _MAX_DEPTH = 10
-_MAX_SIZE = 1 << 24  # bytes
+_MAX_SIZE = 1 << 20  # bytes
+_MAX_EVENTS = 20_000  # names, values, and ends of lists: a second
 _MAX_PLAIN = 4000  # characters of a value without quotes
 
 
@@ -22,9 +23,15 @@ def read_yaml(path: str | os.PathLike) -> dict:
     try:
         text, depth = read_text(path, _MAX_SIZE), 0
         # as far as it is, before anything is made of it
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
-                if len(event.value) > _MAX_PLAIN:  # a number of so many digits takes seconds
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if number > _MAX_EVENTS:
+                raise ValueError(f"it has more than {_MAX_EVENTS} names and values")
+            if isinstance(event, yaml.ScalarEvent):
+                event.value.encode()  # an escape may stand for what no file can hold
+                # without quotes
+                if (
+                    event.implicit[0] and len(event.value) > _MAX_PLAIN
+                ):  # a number of so many digits takes seconds
                     raise ValueError(f"it has a value of {len(event.value)} characters")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent

@@ -438,6 +438,18 @@ def test_nothing_is_fetched_from_elsewhere(client):
     assert client.config["analytics_enabled"] is False
 
 
+def test_a_card_covers_nothing_of_the_page(client):
+    """Whatever position a link in it asks for, as a browser shows it."""
+    (card,) = (
+        part
+        for part in client.config["components"]
+        if part["type"] == "markdown" and "has no card" in str(part["props"].get("value"))
+    )
+    assert card["props"]["elem_classes"] == ["card"]
+    style = urllib.request.urlopen(f"{client.src}config").read().decode()
+    assert ".card { contain: layout paint; }" in style
+
+
 def test_a_denoiser_has_its_own_controls(tmp_path):
     page = Page(save(with_head(), tmp_path / "pipe"))
     before, after, *_ = page.sample({"a": 1.0}, 2, 0, 2, 3.0)

@@ -108,6 +108,29 @@ def test_a_long_card_is_read_quickly(tmp_path, piece):
     assert time.perf_counter() - began < 3
 
 
+def test_a_mark_of_the_encoding_before_a_card_is_no_text(tmp_path):
+    (tmp_path / "README.md").write_text("---\na: b\n---\n# Title", encoding="utf-8-sig")
+    assert card_text(tmp_path) == "# Title"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("concepts: [" + "1," * 100_000 + "1]", "more than 20000 names and values"),
+        ("".join(f"k{number}: 1\n" for number in range(30_000)), "more than 20000 names"),
+        ('x: "' + "x" * (1 << 21) + '"', "it is no such file"),
+        ('dataset: "\\ud800"', "surrogates not allowed"),
+        ("a: &a [x, x]\nb: [*a, *a]", "nested deeply or has aliases"),
+    ],
+)
+def test_settings_that_nobody_writes(tmp_path, text, message):
+    (tmp_path / "training_arguments.yaml").write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=message) as error:
+        read_settings(tmp_path)
+    assert time.perf_counter() - began < 5 and "\n" not in str(error.value)
+
+
 def test_a_card_that_is_not_text(tmp_path):
     (tmp_path / "README.md").write_bytes(b"# caf\xe9")
     assert card_text(tmp_path).startswith("# caf")

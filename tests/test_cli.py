@@ -329,6 +329,20 @@ def test_check_advises_a_training_that_is_not_refused(tmp_path, capsys, contexts
     assert cli.main(["train", *words]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dataset", ["folder", "quad"])
+def test_check_says_that_images_are_too_small_for_the_base(tmp_path, capsys, dataset):
+    for context in ("obs", "hat"):
+        (tmp_path / context).mkdir()
+        for number in range(24):
+            shade = (9 * number, 99 * (context == "hat"), 0)
+            Image.new("RGB", (16, 16), shade).save(tmp_path / context / f"{number}.png")
+    name = str(tmp_path) if dataset == "folder" else dataset
+    assert cli.main(["check", name, "--resolution", "8", "--images", "24"]) == 1
+    printed = capsys.readouterr().out
+    assert "It cannot be trained on as it is: images of 8 pixels cannot be halved" in printed
+    assert "hf-intervene train" not in printed
+
+
 @pytest.mark.parametrize("separator", [",", " ", ";"])
 def test_several_concepts_are_joined_with_plus(tmp_path, capsys, separator):
     words = ["--interventions", f"glasses{separator}hat", "--output", str(tmp_path / "a.png")]

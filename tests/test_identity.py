@@ -234,6 +234,23 @@ def test_another_way_from_a_checkpoint_that_is_named(settings, tmp_path):
     assert load_checkpoint(folder / "step-00000004")[1]["settings"]["learning_rate"] == 1e-4
 
 
+def test_another_split_is_another_setting_and_no_other_context(settings):
+    trainer.train(TrainArguments(**settings))
+    for changed in ({"data_seed": 5}, {"validation_fraction": 0.5}):
+        (name, value), *_ = changed.items()
+        with pytest.raises(ValueError, match=f"other settings .{name} was .*, is {value}"):
+            go_on(settings, **changed)
+
+
+@pytest.mark.parametrize("name", ["", "best", "model"])
+def test_a_folder_that_is_no_checkpoint_is_not_to_be_removed(settings, tmp_path, name):
+    trainer.train(TrainArguments(**settings))
+    with pytest.raises(OSError, match="is no checkpoint: give auto, or the folder") as error:
+        go_on(settings, resume=str(tmp_path / "run" / name))
+    advised = "checkpoints/step-00000004." if name == "" else "checkpoints/step-00000100."
+    assert str(error.value).endswith(advised) and "remove" not in str(error.value)
+
+
 # Measuring
 
 

@@ -5,20 +5,25 @@ caller may ask of sampling.
 import json
 import math
 import shutil
+from inspect import signature
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import HUB
-from diffusers import AutoencoderTiny
-from diffusion_models import save_pipeline, save_vision, with_head
+from diffusers import AutoencoderTiny, ModelMixin
+from diffusion_models import save_pipeline, save_vision, stable_diffusion, with_head
 from fuzzing import bounds
+from hostile import save_originals
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared_models import ALICE, build, frozen_on, outcome, put_folder, put_vae
 
 from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline, load_base
+from hf_intervene.bases.limits import check_types
 from hf_intervene.bases.loading import load_processor, load_scheduler, load_vision
 from hf_intervene.pipeline import load_model
 
@@ -66,6 +71,57 @@ def test_what_is_fetched_from_where_is_said_once(private_base, capsys):
     for said in (True, False):  # the second time it is in the cache
         InterventionModel.from_pretrained("bob/model")
         assert ("fetching alice/vae at " in capsys.readouterr().err) == said
+
+
+def test_a_part_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, waits, monkeypatch):
+    """A folder that is named as a repository may be, and lacks a part."""
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    monkeypatch.chdir(tmp_path)
+    save_originals(tmp_path)
+    lora = tmp_path / "lora" / "lora"
+    shard = "adapter_model-00001-of-00001.safetensors"
+    (lora / "adapter_model.safetensors").rename(lora / shard)
+    index = {"weight_map": {"x": shard}}
+    (lora / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    stable_diffusion(with_head("conditional"), tmp_path).save_pretrained(tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "tokenizer")
+    processor = Path("sd", "image_processor")
+    HUB.requests.clear()
+    for load, message in (
+        (lambda: InterventionModel.from_pretrained("lora"), "is in shards"),
+        (lambda: load_base("sd", 16), "the tokenizer of .* is not there"),
+        (lambda: load_base("sd", 16, prompt="a"), "the tokenizer of .* is not there"),
+        (lambda: load_processor(processor), "the image processor is not there"),
+    ):
+        with pytest.raises(OSError, match=message) as error:
+            load()
+        assert "\n" not in str(error.value)
+    assert not [path for _, path, _ in HUB.requests if "/lora" in path or "/sd" in path]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        # with the package `kernels`, compiled code of this repository would be fetched and run
+        ({"attn_implementation": "evil/attention"}, "asks for the attention 'evil/attention'"),
+        ({"_attn_implementation": {"": "evil/attention"}}, "asks for the attention"),
+        ({"text_config": {"attn_implementation": "paged|evil/attention"}}, "asks for the att"),
+        ({"attn_implementation": ["evil/attention"]}, "asks for the attention"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantised"),
+    ],
+)
+def test_a_vision_model_fetches_no_code(copy, entries, message):
+    folder = copy("vit")
+    change(folder / "config.json", **entries)
+    refused(load_vision, folder, message)
+
+
+def test_a_lora_beside_a_vision_model_is_not_loaded(copy):
+    folder = copy("vit")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "alice/vit", "r": 1})
+    )
+    refused(load_vision, folder, "has a LoRA beside it")
 
 
 def test_the_vision_model_beside_a_denoiser_is_the_one_of_training_time(tmp_path, waits):
@@ -173,6 +229,15 @@ def refused(load, folder, message):
         ("pipeline", "model_index.json", {"image_encoder": None}, "cannot be None"),
         ("pipeline", "base/config.json", {"norm_elementwise_affine": True}, "is missing"),
         ("unet", "base/config.json", {"norm_num_groups": -1}, "norm_num_groups -1"),
+        ("unet", "base/config.json", {"attention_head_dim": -1}, "attention_head_dim -1"),
+        ("unet", "base/config.json", {"norm_num_groups": 0.5}, "must be a whole number, not 0.5"),
+        ("unet", "base/config.json", {"attn_norm_num_groups": 0.5}, "attn_norm_num_groups must be"),
+        ("unet", "base/config.json", {"downsample_padding": None}, "downsample_padding must be a"),
+        ("unet", "base/config.json", {"upsample_type": 5}, "upsample_type must be a text, not 5"),
+        ("unet", "base/config.json", {"add_attention": "no"}, "must be true or false, not 'no'"),
+        ("dit", "base/config.json", {"norm_eps": None}, "norm_eps must be a number, not None"),
+        ("dit", "vae/config.json", {"norm_num_groups": 0.5}, "norm_num_groups must be a whole"),
+        ("unet", "adapter/config.json", {"feature_width": True}, "feature_width must be a whole"),
         ("unet", "adapter/config.json", {"sample_size": 0}, "sample_size must be a whole number"),
         ("text", "adapter/config.json", {"text_shape": None}, "the adapter has no text"),
         (
@@ -265,6 +330,21 @@ def test_an_image_processor_that_makes_no_images(copy, entries):
     change(folder / "preprocessor_config.json", **entries)
     refused(load_vision, folder, f"{next(iter(entries))}|height|width|shortest_edge")
     refused(load_processor, folder, "it is corrupt, or made to do harm")
+
+
+def test_the_stride_of_an_adapter_is_a_number(copy):
+    folder = copy("unet")
+    sites = json.loads((folder / "adapter" / "config.json").read_text())["sites"]
+    change(folder / "adapter" / "config.json", sites=sites | {"input_stride": True})
+    refused(load_model, folder, "input_stride must be a whole number, not True")
+
+
+def test_defaults_of_diffusers_are_of_the_types_it_says():
+    for name in dir(diffusers):
+        found = getattr(diffusers, name, None)
+        if isinstance(found, type) and issubclass(found, ModelMixin):
+            arguments = signature(found.__init__).parameters.values()
+            check_types(found, {p.name: p.default for p in arguments if p.default is not p.empty})
 
 
 def test_what_diffusers_itself_saves_is_right(tmp_path):

@@ -63,6 +63,32 @@ def test_files_that_are_left_out_are_counted(source, caplog):
     )
 
 
+@pytest.mark.parametrize("other", [" hat ", "hat=1.0"])
+def test_folders_that_are_taken_as_one_context_are_named(source, caplog, other):
+    fill(source / other, 5, seed=2)
+    assert counts(source) == {"obs": 10, "hat": 15}
+    both = " and ".join(sorted([repr(other), repr("hat")]))
+    assert f"the contexts {both} are taken as one, 'hat'" in caplog.text
+
+
+def test_obs_beside_a_concept_is_refused(source):
+    fill(source / "hat+obs")
+    with pytest.raises(ValueError, match="context 'hat.obs' names 'obs' beside a concept"):
+        counts(source)
+
+
+def test_rows_of_a_metadata_file_and_its_images_are_compared_one_by_one(tmp_path, caplog):
+    """Two rows too many for one image do not hide two images without a row."""
+    fill(tmp_path, 20)
+    names = [f"{number}.png,{'obs' if number < 9 else 'hat'}" for number in range(18)]
+    (tmp_path / "metadata.csv").write_text(
+        "\n".join(["file_name,context", *names, *[names[9]] * 2])
+    )
+    assert counts(tmp_path) == {"obs": 9, "hat": 11}
+    assert "2 images that the metadata file does not name are left out" in caplog.text
+    assert "names 1 images more than once, and each counts as often (9.png)" in caplog.text
+
+
 @pytest.mark.parametrize(
     "mode", ["RGBA", "LA", "P", "1-transparent", "L-transparent", "RGB-transparent"]
 )

@@ -2,6 +2,7 @@
 trained with its own.
 """
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import recorded
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 from test_recording import generator, unheard, with_head
 
 from hf_intervene.bases import PipelineBase
@@ -140,3 +142,40 @@ def test_training_with_prompts(captioned, tmp_path, tiny):
             assert torch.allclose(value, constants[index], atol=1e-5)
     assert train(arguments).step == 4
     assert len(list((tmp_path / "run" / "prepared" / "prompts").iterdir())) == 2
+    # What is beside the base is not exchanged meanwhile.
+    table, pipe = captioned / "metadata.csv", tmp_path / "pipe"
+    weights = pipe / "vae" / "diffusion_pytorch_model.safetensors"
+    schedule = pipe / "scheduler" / "scheduler_config.json"
+    scaled = {name: value * 0.9 for name, value in load_file(weights).items()}
+    for file, content, name in (
+        (table, table.read_text().replace("7.png,a,a b", "7.png,a,a").encode(), "prompts"),
+        (weights, save(scaled, metadata={"format": "pt"}), "vae"),
+        (
+            schedule,
+            json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.03}).encode(),
+            "scheduler beta_end",
+        ),
+    ):
+        before = file.read_bytes()
+        assert content != before
+        file.write_bytes(content)
+        message = rf"trained with something else beside the base \(the {name}\): go on with"
+        with pytest.raises(ValueError, match=message):
+            train(replace(arguments, resume="auto"))
+        file.write_bytes(before)
+    assert train(replace(arguments, resume="auto")).step == 4
+    # What was made of the images and prompts is made again where it was damaged.
+    kept = [*(tmp_path / "run" / "prepared").rglob("*.npy")]
+    kept += (tmp_path / "run" / "prepared" / "prompts").iterdir()
+    contents = {file: file.read_bytes() for file in kept}
+    damages = (
+        lambda file, whole: file.write_bytes(b""),
+        lambda file, whole: file.write_bytes(whole[: len(whole) // 2]),
+        lambda file, whole: file.write_bytes(b"x" * len(whole)),
+        lambda file, whole: file.unlink(),
+    )
+    assert len(contents) == len(damages)
+    for damage, (file, whole) in zip(damages, contents.items()):
+        damage(file, whole)
+    assert train(replace(arguments, resume="auto")).step == 4
+    assert {file: file.read_bytes() for file in kept} == contents

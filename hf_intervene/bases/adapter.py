@@ -13,6 +13,7 @@ from torch import nn
 from .base import plain
 from .injection import Entries, Projections
 from .light_vae import LightVAE, convolutional_encoder
+from .limits import check_types
 from .replay import Recording
 from .sites import Sites, find_sites
 
@@ -67,6 +68,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         if type(sample_size) is not int or sample_size < 1:
             raise ValueError(f"sample_size must be a whole number, 1 at least, not {sample_size!r}")
+        check_types(Sites, sites)
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
         self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:

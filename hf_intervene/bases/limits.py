@@ -5,9 +5,10 @@ A side of an image or a padding decides how much memory the first use takes, a s
 makes every image black."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ for _names, _rule in (
             " max_shift sigma_min sigma_max rescale_factor image_std latents_std"
             " num_train_timesteps init_noise_sigma use_snr_gamma sigma_data rho max_image_seq_len"
             " base_image_seq_len solver_order norm_eps layer_norm_eps batch_norm_eps"
-            " mid_block_scale_factor norm_num_groups attn_norm_num_groups"
+            " mid_block_scale_factor norm_num_groups attn_norm_num_groups attention_head_dim"
+            " num_attention_heads"
         ),
         ("a positive number", _positive),
     ),
@@ -72,12 +74,19 @@ for _names, _rule in (
 ):
     _NUMBERS |= dict.fromkeys(_names.split(), _rule)
 _LISTED = {"image_mean", "image_std", "latents_mean", "latents_std", "trained_betas"}
+_LISTED |= {"attention_head_dim", "num_attention_heads"}
 _NEEDED = {"clip_sample_range", "freq_shift", "mid_block_scale_factor"}  # have no such default
 # Lists that must have as many entries as another value says, by the names that it may have.
 _LENGTHS = {
     "trained_betas": ("num_train_timesteps",),
     "latents_mean": ("z_dim", "latent_channels"),
     "latents_std": ("z_dim", "latent_channels"),
+}
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
 }
 _BOUNDLESS = {"lambda_min_clipped"}  # -inf is a default of diffusers
 
@@ -97,7 +106,7 @@ def read_part(path: Path) -> dict:
                 f"{path} has {len(found[name])} entries of {name}, which must be {wanted}: it is"
                 " corrupt, or made to do harm."
             )
-    for name, value in _entries(found):
+    for name, value in entries(found):
         reason = _wrong(name, value)
         if reason:
             shown = repr(value)[:80]
@@ -127,7 +136,51 @@ def _wrong(name: str, value: Any) -> str | None:
     return None
 
 
-def _entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def check_types(made_by: Any, values: Mapping[str, Any]) -> None:
+    """Refuse values of another type than a class says: some are accepted while it is built, and end
+    in an error of torch at the first image.
+
+    Lists are not looked into, nor what the class itself gives another type as default.
+
+    Args:
+        made_by: the class.
+        values: arguments of its constructor, as JSON has them.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    try:
+        hints = get_type_hints(made_by.__init__)
+    except (NameError, TypeError):  # it names types that are not imported
+        return
+    for name, argument in signature(made_by.__init__).parameters.items():
+        if name not in values or name not in hints:
+            continue
+        value, kinds = values[name], {*(get_args(hints[name]) or (hints[name],))}
+        scalars = kinds & _WORDS.keys()
+        # a list, or a hint of other types than scalars
+        if isinstance(value, list) or not scalars or kinds - scalars - {type(None)}:
+            continue
+        if not _of_kinds(value, kinds) and _of_kinds(argument.default, kinds):
+            words = " or ".join(sorted(_WORDS[kind] for kind in scalars))
+            raise ValueError(f"{name} must be {words}, not {value!r:.80}")
+
+
+def _of_kinds(value: Any, kinds: Set[Any]) -> bool:
+    """Whether a value may stand for one of some types, as those who write configurations take it:
+    `null` for a text or a switch that is off, 0 and 1 for a switch, 1.0 for 1.
+    """
+    if value is None or value is False:
+        if not kinds.isdisjoint({type(None), bool, str}):
+            return True
+    if bool in kinds and (isinstance(value, bool) or value in (0, 1)):
+        return True
+    if _number(value):
+        return float in kinds or (int in kinds and value == int(value))
+    return str in kinds and isinstance(value, str)
+
+
+def entries(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All values with the names they have, lists and dictionaries too; those in lists have the
     list's."""
     pending: list[tuple[str, Any]] = list(found.items())

@@ -23,10 +23,11 @@ from transformers.models.auto.image_processing_auto import (
 from .. import hub
 from ..checks import check_fit, check_loaded
 from .base import running_hash, weight_hash
-from .limits import check_finite, read_part
+from .limits import check_finite, check_types, entries, read_part
 
 
 _MAX_SIDE = 1024  # of the latents of a transformer, which keeps a table of all positions
+_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # of transformers and torch themselves
 VISION_FILES = ("*.json", "model*.safetensors")
 
 
@@ -156,19 +157,47 @@ def check_processor(folder: Path) -> None:
 def load_transformers(
     auto: Any, path: Path, what: str, weights: bool = True, **options: Any
 ) -> Any:
-    """Something of transformers from a folder; no code that came with it is run, whatever its
-    configuration asks for.
+    """Something of transformers from a folder; no code that came with it is run, and nothing else
+    is fetched or loaded, whatever its configuration asks for.
 
     Raises:
         OSError, ValueError: one sentence.
     """
+    _refuse_elsewhere(path, what)
     if weights:
         check_transformers(auto, path, what)
         options["use_safetensors"] = True
     try:
-        return auto.from_pretrained(path, trust_remote_code=False, **options)
+        return auto.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # whatever it says to values that it was not made for
         raise ValueError(f"{what} cannot be loaded: {one_line(error)}") from error
+
+
+def _refuse_elsewhere(path: Path, what: str) -> None:
+    """Refuse a folder by which transformers would fetch or load something else: the repository on
+    the Hub that is called as a folder that is not there, a LoRA and its base, kernels that compute
+    attention or quantised weights.
+
+    Raises:
+        OSError, ValueError: one sentence.
+    """
+    if not path.is_dir():
+        raise OSError(f"{what} is not there: {path} is missing; fetch it again.")
+    if (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{what} has a LoRA beside it (adapter_config.json), which is not loaded: merge it into"
+            " the weights, or remove its files."
+        )
+    if not (path / "config.json").exists():  # nothing here makes layers
+        return
+    for name, value in entries(read_part(path / "config.json")):
+        if name == "quantization_config" and value is not None:
+            raise ValueError(f"{what} is quantised: load the weights that it was made of.")
+        if name.strip("_") == "attn_implementation" and value not in _ATTENTION:
+            raise ValueError(
+                f"the configuration of {what} asks for the attention {str(value)[:80]!r}, which is"
+                " code from elsewhere: remove that entry."
+            )
 
 
 def check_transformers(model_class: Any, path: Path, what: str) -> None:
@@ -288,7 +317,12 @@ def check_part(
             f"the configuration of {what} cannot be used: a side of {side} is more than"
             f" {_MAX_SIDE}."
         )
-    return check_fit(lambda: model_class.from_config(model_class.load_config(path)), files, what)
+
+    def build() -> nn.Module:
+        check_types(model_class, config)
+        return model_class.from_config(model_class.load_config(path))
+
+    return check_fit(build, files, what)
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None) -> None:

@@ -10,9 +10,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..hub import check_weights, read_config
@@ -115,10 +114,12 @@ def load_lora(model: ModelMixin, folder: Path, what: str) -> None:
 
 def read_lora(folder: Path, what: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and weights of saved LoRA layers. Errors as of `load_lora`."""
-    check_weights(folder, what, "adapter_model")  # or PEFT would go on to a pickle file
+    check_weights(folder, what, "adapter_model")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():  # PEFT would go on to a pickle file, then to the Hub, with a token
+        raise OSError(f"{what} is in shards, which PEFT does not read: {file} is missing.")
     try:
-        # PEFT reads them after it has changed the model
-        saved = load_peft_weights(str(folder), device="cpu")
+        saved = load_file(file)  # PEFT reads them after it has changed the model
     except SafetensorError as error:
         raise OSError(
             f"{what} cannot be read: its weights are truncated or corrupt; fetch it again."

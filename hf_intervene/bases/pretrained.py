@@ -270,7 +270,7 @@ def _load_component(entry: list, folder: Path, what: str) -> Any:
             return load_part(model_class_named(name), folder, what).eval()
         guider: Any = found
         if isinstance(found, type) and found.__module__.startswith("diffusers.guiders."):
-            return guider.from_pretrained(folder)
+            return load_transformers(guider, folder, what, weights=False)
     raise ValueError(
         f"{what} cannot be {entry!r}, as model_index.json says: only parts of diffusers and"
         " transformers are loaded."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .recording import NotRecordable, Recorder
@@ -83,7 +84,7 @@ def record_prompts(
         digest = known.copy()
         digest.update(prompt.encode())
         files.append(folder / f"{digest.hexdigest()}.safetensors")
-        if not files[-1].exists():
+        if not _is_whole(files[-1]):
             found = text_of(recorder, recording, prompt)
             temporary = files[-1].with_suffix(f".{os.getpid()}")
             save_file(
@@ -91,6 +92,14 @@ def record_prompts(
             )
             temporary.replace(files[-1])
     return Prompts(recording, files)
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):  # it is not there, or was damaged
+        return False
 
 
 def text_of(recorder: Recorder, recording: Recording, prompt: str) -> dict[int, torch.Tensor]:

@@ -9,7 +9,14 @@ import torch
 from datasets import ClassLabel, Dataset, List
 from datasets import Image as ImageFeature
 
-from ..contexts import OBS, context_name, named_concepts, parse_context, validate_concepts
+from ..contexts import (
+    OBS,
+    context_name,
+    named_concepts,
+    parse_context,
+    shown,
+    validate_concepts,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,14 @@ def read_contexts(
         _as_context(row, value, dataset.features["context"])
         for row, value in enumerate(dataset["context"])
     ]
-    named = [set(named_concepts(context)) - {OBS} for context in contexts]
+    listed = [named_concepts(context) for context in contexts]
+    for context, found_in in zip(contexts, listed):
+        if OBS in found_in and len(found_in) > 1:
+            raise ValueError(
+                f"the context {shown(context)} names {OBS!r} beside a concept: it stands for no"
+                " intervention, and stands alone; rename that folder or cell."
+            )
+    named = [set(names) - {OBS} for names in listed]
     found = sorted(set().union(*named))
     if concepts is None and not found:
         raise ValueError(
@@ -73,7 +87,9 @@ def read_contexts(
         key = repr(context)
         if key not in known:
             known[key] = context_name(context, concepts)
-    return dataset, [known[repr(context)] for context in contexts], concepts
+    names = [known[repr(context)] for context in contexts]
+    _warn_of_joined(names, contexts)
+    return dataset, names, concepts
 
 
 def _warn_of_alike(concepts: Sequence[str]) -> None:
@@ -89,6 +105,26 @@ def _warn_of_alike(concepts: Sequence[str]) -> None:
                 name,
             )
         seen.setdefault(key, name)
+
+
+def _warn_of_joined(names: Iterable[str], contexts: Iterable[str | list[str]]) -> None:
+    """Warn of contexts that are written in several ways, as two folders `hat` and ` hat ` are.
+
+    Args:
+        names: the canonical names.
+        contexts: what they were read from. In a list the order means nothing.
+    """
+    ways: dict[str, set[str]] = {}
+    for name, context in zip(names, contexts):
+        if isinstance(context, str):
+            ways.setdefault(name, set()).add(context)
+    for name, texts in ways.items():
+        if len(texts) > 1:
+            logger.warning(
+                "the contexts %s are taken as one, %r: rename a folder or cell if two are meant.",
+                " and ".join(sorted(map(repr, texts))),
+                name,
+            )
 
 
 def in_order(names: Iterable[str], concepts: Sequence[str]) -> list[str]:

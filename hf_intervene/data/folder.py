@@ -92,13 +92,7 @@ def load_contexts(
             return _folder_of_contexts(folder, frames is not None)
         _refuse_pipes(folder)
         dataset = _folder_with_metadata(folder)
-        images = sum(_is_image(file) for file in folder.rglob("*"))
-        if images > len(dataset):
-            logger.warning(
-                "%s: %d images that the metadata file does not name are left out.",
-                printable(folder),
-                images - len(dataset),
-            )
+        _warn_of_rows(folder, dataset)
     for column, name in ((image_column, "image"), (context_column, "context")):
         if column not in dataset.column_names:
             raise ValueError(
@@ -204,6 +198,32 @@ def _folder_with_metadata(folder: Path) -> Dataset:
                 ) from error
             reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ValueError(f"the metadata file of {folder} cannot be used: {reason}.") from error
+
+
+def _warn_of_rows(folder: Path, dataset: Dataset) -> None:
+    """Warn of images that no row of a metadata file names, and of those that several name."""
+    columns = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
+    named: Counter[str] = Counter()
+    for column in columns:
+        cells = dataset.cast_column(column, Image(decode=False))[column]
+        named.update(os.path.realpath(cell["path"]) for cell in cells if cell and cell["path"])
+    left_out = sum(
+        _is_image(file) and os.path.realpath(file) not in named for file in folder.rglob("*")
+    )
+    if left_out:
+        logger.warning(
+            "%s: %d images that the metadata file does not name are left out.",
+            printable(folder),
+            left_out,
+        )
+    again = [path for path, count in named.items() if count > 1]
+    if again:
+        logger.warning(
+            "%s: the metadata file names %d images more than once, and each counts as often (%s).",
+            printable(folder),
+            len(again),
+            printable(Path(again[0]).name),
+        )
 
 
 def _warn_of_others(path: Path, read: Path, split: str) -> None:

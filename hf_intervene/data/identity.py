@@ -80,7 +80,8 @@ def changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor])
     for name in different:
         for other in sorted(marks[0]):
             here = marks[1].get(name, none)
-            if other != name and len(here) and np.isin(here, marks[0][other]).mean() > 0.5:
+            alike = other.rpartition("/")[2] == name.rpartition("/")[2]  # of another part
+            if not alike and len(here) and np.isin(here, marks[0][other]).mean() > 0.5:
                 return f"context {name!r} now has the images that {other!r} had"
     for name in different:
         then, here = (of.get(name, none) for of in marks)

@@ -80,6 +80,20 @@ def load_data(
     return train, validation
 
 
+def reason_against(arguments: TrainArguments, data: ContextImages) -> str:
+    """Why a run with these settings would refuse these images of all parts; empty if it would not.
+
+    Of data that are drawn, a run draws as many images as it needs."""
+    try:
+        if arguments.data.dataset not in SIMULATED:
+            a = arguments.data
+            data.checked().split(a.validation_fraction, a.data_seed, a.split_by)
+        build_model(arguments, data)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def build_model(arguments: TrainArguments, data: ContextImages) -> InterventionModel:
     """A new head on a new or a saved base."""
     a = arguments

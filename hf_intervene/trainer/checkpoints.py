@@ -218,6 +218,13 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, dict[str, torch.
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
+    if "step-" not in path.name and not (path / STATE_FILE).exists():  # nothing to remove
+        inside = checkpoints(path / "checkpoints") or [
+            Path("outputs/mine/checkpoints/step-00000100")
+        ]
+        raise OSError(
+            f"{path} is no checkpoint: give auto, or the folder of one, such as {inside[-1]}."
+        )
     try:
         state = read_json(path / STATE_FILE)
         names = state["files"]

@@ -65,7 +65,7 @@ class PreparedImages:
 
         def write(check: Callable[[], None]) -> None:
             found = _read_key(folder)
-            if not isinstance(found, dict) or found.get("key") != key:
+            if not (found and found.get("key") == key and _is_whole(folder, found, len(images))):
                 partial = folder.with_name(f"{folder.name}.partial")
                 self._write(partial, key, base, images, batch_size, check)
                 remove_whole(folder)
@@ -152,9 +152,36 @@ class PreparedImages:
 
 def _read_key(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / KEY).read_text())
+        found = json.loads((folder / KEY).read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_whole(folder: Path, found: dict, count: int) -> bool:
+    """Whether all files of a folder are there, and as long as their headers say."""
+    try:
+        for name in found["files"]:
+            with open(folder / f"{name}.npy", "rb") as file:
+                shape, row = _read_header(file)
+                size = file.tell() + shape[0] * row
+                if shape[0] != count or os.fstat(file.fileno()).st_size != size:
+                    return False
+        return bool(found["files"]) and found["rows"] == count
+    except (OSError, ValueError, LookupError, TypeError, SyntaxError):
+        return False
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
+    """The shape of a file's array, and the bytes of a row of it.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, math.prod(shape[1:]) * dtype.itemsize
 
 
 def _begun(folder: Path, key: dict, count: int) -> tuple[int, dict[str, BinaryIO]]:
@@ -162,7 +189,7 @@ def _begun(folder: Path, key: dict, count: int) -> tuple[int, dict[str, BinaryIO
     next one is to be written; the folder is emptied where that cannot be used."""
     found = _read_key(folder)
     try:
-        if isinstance(found, dict) and found["key"] == key and 0 < found["rows"] <= count:
+        if found is not None and found["key"] == key and 0 < found["rows"] <= count:
             names = found["files"]
             files = {name: _continued(folder / f"{name}.npy", found["rows"]) for name in names}
             if files:
@@ -181,10 +208,8 @@ def _continued(path: Path, rows: int) -> BinaryIO:
         OSError, ValueError: it is not such a file, or is shorter.
     """
     file = open(path, "r+b")
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("of another version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    end = file.tell() + rows * math.prod(shape[1:]) * dtype.itemsize
+    _, row = _read_header(file)
+    end = file.tell() + rows * row
     if os.fstat(file.fileno()).st_size < end:
         raise ValueError("it was cut")
     file.truncate(end)

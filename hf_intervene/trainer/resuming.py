@@ -1,7 +1,10 @@
 """What a run goes on from: which checkpoint, with which settings, and on which images."""
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +12,7 @@ from ..data import ContextImages
 from ..data.identity import changes
 from ..hub import read_json
 from ..logging import get_logger
+from ..model import InterventionModel
 from ..options import READING
 from .checkpoints import (
     STATE_FILE,
@@ -108,23 +112,70 @@ def check_same(
         free = free | STEERING
     if before["mixed_precision"] == "auto" and now["mixed_precision"] == state.get("precision"):
         free = free | {"mixed_precision"}
-    if images and data:
-        different = changes(images, data)
-        if different:
-            raise ValueError(
-                f"{path} was trained on other images:"
-                f" {different.replace('train/', '').replace('validation/', '')}; go on with the"
-                " data as they were, or begin anew in another output_dir."
-            )
-        free = free | {"dataset", "image_cache", *READING}  # the same images, wherever they are
-    changed = [name for name in now if name not in free and now[name] != before[name]]
-    if changed:
+    same_data: set[str] = set()
+    if images and data:  # known by the images, wherever they are
+        same_data = {"dataset", "image_cache", *READING}
+    changed = [name for name in now if name not in free | same_data and now[name] != before[name]]
+    if changed:  # said first: another split has other images
         listing = ", ".join(
             f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3]
         )
         raise ValueError(
             f"{path} belongs to a run with other settings ({listing}): use the same ones, or"
             " another output_dir."
+        )
+    different = changes(images, data) if images and data else None
+    if different:
+        raise ValueError(
+            f"{path} was trained on other images:"
+            f" {different.replace('train/', '').replace('validation/', '')}; go on with the"
+            " data as they were, or begin anew in another output_dir."
+        )
+
+
+def beside(model: InterventionModel, *parts: ContextImages) -> dict[str, Any]:
+    """What else of a run comes from files that may change meanwhile, as JSON has it: hashes of the
+    frozen models beside a denoiser and of the images' prompts, and settings of the scheduler.
+
+    Args:
+        model: of the run.
+        *parts: training and validation images.
+    """
+    references = model.config.companion_references or {}
+    found: dict[str, Any] = {name: known["sha256"] for name, known in references.items()}
+    scheduler = model.base.companions().get("scheduler")
+    if scheduler is not None:
+        values = json.loads(scheduler.to_json_string())
+        found |= {
+            f"scheduler {name}": value for name, value in values.items() if not name.startswith("_")
+        }
+    if getattr(model.base, "prompts", None) is not None:
+        told = [
+            (mark, part.prompts[number])
+            for part in parts
+            if part.prompts is not None and part.prompt_ids is not None
+            for mark, number in zip(part.fingerprints().tolist(), part.prompt_ids.tolist())
+        ]
+        found["prompts"] = sha256(json.dumps(sorted(told)).encode()).hexdigest()
+    return found
+
+
+def check_beside(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with other models, prompts or schedules beside the base.
+
+    Args:
+        before, now: of `beside`. What either lacks is not compared: versions have other settings.
+        path: of the checkpoint.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    if changed:
+        listing = ", ".join(f"the {name}" for name in sorted(changed)[:3])
+        raise ValueError(
+            f"{path} was trained with something else beside the base ({listing}): go on with the"
+            " files as they were, or begin anew in another output_dir."
         )
 
 

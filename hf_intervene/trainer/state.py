@@ -32,7 +32,7 @@ from .feeding import Feed, kept_at_hand
 from .optimizer import build_optimizer
 from .parsing import saved_settings
 from .prepared import PreparedImages
-from .resuming import check_same, image_marks, leave_line, resumed
+from .resuming import beside, check_beside, check_same, image_marks, leave_line, resumed
 from .run_folder import Lock
 from .settings import TrainArguments
 from .stopping import Stop
@@ -66,6 +66,7 @@ class TrainState:
         optimizer: of `learnt`.
         ema: averages of `parameters`.
         marks: fingerprints of the images.
+        beside: what else comes from files; see `resuming.beside`.
         total: steps of the whole run.
         eval_every, sample_every, checkpoint_every: steps between them.
         frozen_steps: for so many the base is not trained.
@@ -101,6 +102,7 @@ class TrainState:
     optimizer: Any
     ema: EMAModel | None
     marks: dict[str, torch.Tensor]
+    beside: dict[str, Any]
     total: int
     eval_every: int
     sample_every: int
@@ -229,6 +231,7 @@ def new_state(
         optimizer,
         _averages(a, weights, parameters, device),
         image_marks(a, data, validation),
+        beside(model, data, validation),
         total,
         eval_every,
         sample_every=a.run.sample_every or eval_every,
@@ -296,6 +299,7 @@ def save(state: TrainState, may_fail: bool = True) -> Path | None:
         "settings": state.arguments.flat(),
         "settings_version": SETTINGS_VERSION,
         "precision": state.arguments.run.precision,
+        "beside": state.beside,
     }
     try:
         folder, keep = state.out / "checkpoints", state.arguments.run.keep_checkpoints
@@ -320,6 +324,7 @@ def restore(state: TrainState) -> None:
         path, tensors, saved = found
         try:
             check_same(a, saved, tensors.get("images"), state.marks, path)
+            check_beside(saved.get("beside", {}), state.beside, path)
             _take(state, tensors, saved)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise broken(path) from error  # it is whole, but not of this model
