@@ -11,7 +11,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from diffusion_models import (
@@ -37,6 +41,7 @@ from hf_intervene import (
     wrap_base,
 )
 from hf_intervene.bases import denoising
+from hf_intervene.bases.adapter import DiffusionAdapter
 from hf_intervene.bases.diffusion import PRECISION
 from hf_intervene.bases.injection import Entries, Injection, find_sites
 from hf_intervene.bases.loading import load_scheduler
@@ -497,6 +502,88 @@ def test_the_path_is_inverted(scheduler):
     }
     errors = {n: float((x - x0).abs().max()) for n, x in back.items()}
     assert errors[8] < errors[3] < errors[1] and errors[8] < 1e-3
+
+
+SOLVERS = [
+    *SCHEDULES,
+    DDPMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    EulerDiscreteScheduler(timestep_spacing="trailing"),
+    HeunDiscreteScheduler(timestep_spacing="trailing"),
+    DPMSolverMultistepScheduler(timestep_spacing="trailing"),
+    UniPCMultistepScheduler(timestep_spacing="trailing"),
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    FlowMatchHeunDiscreteScheduler(),
+]
+
+
+@pytest.mark.parametrize("start", [0.3, 0.6, 1e-9])
+@pytest.mark.parametrize("scheduler", SOLVERS, ids=lambda s: type(s).__name__)
+def test_samples_start_from_a_mean_with_a_share_of_noise(scheduler, start):
+    """The denoiser is the exact one of a point x_0, so that every solver must end there; what it is
+    given shows where it started."""
+    x0, mean, noise = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
+    kind, seen = denoising.prediction_type(scheduler), []
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+
+    def predict(x, t):
+        if kind == "flow":
+            a, s = 1 - float(t) / 1000, float(t) / 1000
+        else:
+            a, s = float(alphas[int(t)].sqrt()), float((1 - alphas[int(t)]).sqrt())
+        seen.append((x, a, s))
+        e = (x - a * x0) / s
+        return {"epsilon": e, "v_prediction": a * e - s * x0, "flow": e - x0}[kind]
+
+    found = denoising.generate(predict, scheduler, noise, 20, mean=mean, start=start)
+    x, a, s = seen[0]
+    torch.testing.assert_close(x, a * mean + s * noise, rtol=5e-3, atol=5e-3)
+    assert s / (a + s) <= start or len(seen) <= 2
+    if start > 0.1:
+        assert s / (a + s) > start - 0.12
+        assert len(seen) < 20 * getattr(scheduler, "order", 1)
+    torch.testing.assert_close(found, x0, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS)
+def test_the_path_from_a_mean_is_inverted(scheduler):
+    def predict(x, t):
+        return torch.tanh(x) * (0.5 + t / 2000)
+
+    x0, options = randn(2, 3, 4, 4), {"mean": randn(2, 3, 4, 4, seed=1), "start": 0.4}
+    noise = denoising.invert(predict, scheduler, x0, 20, 8, **options)
+    assert not torch.allclose(noise, denoising.invert(predict, scheduler, x0, 20, 8))
+    found = denoising.follow(predict, scheduler, noise, 20, **options)
+    torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        found, denoising.generate(predict, scheduler, noise, 20, **options), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_head_starts_from_what_it_decodes():
+    model = with_head("unet")
+    base, e = model.base, randn(3, *model.base.embedding_shape)
+    assert 0 < base.adapter.config.start < 1
+    draws = base.draws(3, generator())
+    with torch.no_grad():
+        x0 = 2 * base.generate(e, draws, num_inference_steps=10, along_path=True) - 1
+        entries = base.adapter.entries(e)
+        mean, x = base.adapter.decode(e), None
+        points = [*denoising.path(base.scheduler, 10, e.device), (None, 1.0, 0.0)]
+        for (t, a, s), (_, a_next, s_next) in zip(points[:-1], points[1:]):
+            if s / (a + s) > base.adapter.config.start:
+                continue
+            x = a * mean + s * draws["residual_noise"] if x is None else x
+            kind = base.adapter.config.prediction_type
+            scale, shift = denoising.step_coefficients(kind, a, s, a_next, s_next)
+            x = scale * x + shift * base.denoise(x, t, entries)
+    torch.testing.assert_close(x0, x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.5, -1.0, float("nan")])
+def test_a_start_that_cannot_be_is_refused(start):
+    config = dict(with_head("unet").base.adapter.config)
+    with pytest.raises(ValueError, match=r"start must lie in \(0, 1\]"):
+        DiffusionAdapter(**{k: v for k, v in config.items() if k[0] != "_"} | {"start": start})
 
 
 @pytest.mark.parametrize("kind", KINDS)

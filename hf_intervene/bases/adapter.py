@@ -18,6 +18,11 @@ from .replay import Recording
 from .sites import Sites, find_sites
 
 
+# From pure noise a denoiser leaves out of combinations that it never saw what the decoder shows of
+# them. With little noise on what is decoded, it adds detail alone.
+START = 0.3
+
+
 class DiffusionAdapter(ModelMixin, ConfigMixin):
     """What is trained beside the head on a denoiser: a light VAE's encoder and decoder of what is
     denoised, and the projections of the embedding and of what is decoded of it.
@@ -45,6 +50,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         num_frames: of a clip; `None`: it makes images.
         boundary: of two denoisers: the time from which on the first one denoises, as the scheduler
             counts it.
+        start: samples start from what is decoded, with this share of noise, in (0, 1]; 1: from
+            noise alone.
     """
 
     @register_to_config
@@ -64,11 +71,16 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         num_frames: int | None = None,
         boundary: float | None = None,
         decoded_shape: tuple[int, ...] | None = None,
+        start: float = 1.0,
     ):
         super().__init__()
         if type(sample_size) is not int or sample_size < 1:
             raise ValueError(f"sample_size must be a whole number, 1 at least, not {sample_size!r}")
         check_types(Sites, sites)
+        if not 0 < start <= 1 or (start < 1 and decoded_shape is None):
+            raise ValueError(
+                f"start must lie in (0, 1], and be 1 where nothing is decoded, not {start!r}"
+            )
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
         self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:
@@ -198,6 +210,7 @@ def new_adapter(
         map_size=sample_shape[-1] >> (len(config.block_out_channels) - 1) if sites.map else 0,
         encoder_shape=None if vision_width is not None else sample_shape,
         decoded_shape=sample_shape,
+        start=START,
         feature_width=128 if vision_width is None else vision_width,
         text_shape=None if text is None else tuple(text.shape[1:]),
         pooled_width=None if pooled_text is None else pooled_text.shape[-1],

@@ -184,8 +184,20 @@ def generate(
     noise: torch.Tensor,
     steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    mean: torch.Tensor | None = None,
+    start: float = 1.0,
 ) -> torch.Tensor:
     """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
+
+    Args:
+        predict: the denoiser.
+        scheduler, noise: see above.
+        steps: from noise to a sample.
+        generator: for schedulers that draw noise as they go.
+        mean: what is noised to start from, (B, ...) (as in SDEdit, Meng et al., arXiv:2108.01073);
+            `None`: noise alone.
+        start: the share of noise, s / (a + s), to start at. As in image-to-image pipelines, only
+            the steps from there on are made.
 
     Raises:
         ValueError: no such number of steps.
@@ -195,18 +207,46 @@ def generate(
     scheduler.set_timesteps(steps, device=noise.device)
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in accepts else {}
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for t in tqdm(scheduler.timesteps, "denoising", **_BAR):
+    x, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
+    if mean is not None:
+        x, timesteps = _started(scheduler, mean, noise, start)
+    for t in tqdm(timesteps, "denoising", **_BAR):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(predict(scaled, t), t, x, **options).prev_sample
     return x
 
 
+def _started(
+    scheduler: SchedulerMixin, mean: torch.Tensor, noise: torch.Tensor, start: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noised mean that a scheduler starts from, as its steps have it, and the timesteps left:
+    those whose share of noise is at most `start`, and the last one at least."""
+    if prediction_type(scheduler) == "flow":
+        shares = scheduler.sigmas.tolist()
+    else:
+        alphas = training_scheduler(scheduler).alphas_cumprod[scheduler.timesteps.long().cpu()]
+        shares = _share(alphas.sqrt(), (1 - alphas).sqrt()).tolist()
+    # A solver that calls the denoiser twice in a step begins with the first of the two.
+    begins = range(0, len(scheduler.timesteps), getattr(scheduler, "order", 1))
+    begin = next((n for n in begins if shares[n] <= start), begins[-1])
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    timesteps = scheduler.timesteps[begin:]
+    if prediction_type(scheduler) == "flow":
+        return (1 - shares[begin]) * mean + shares[begin] * noise, timesteps
+    return scheduler.add_noise(mean, noise, timesteps[:1].expand(len(mean))), timesteps
+
+
+def _share(a: Any, s: Any) -> Any:
+    """The share of noise in a x_0 + s noise."""
+    return s / (a + s)
+
+
 def path(
-    scheduler: SchedulerMixin, steps: int, device: torch.device
+    scheduler: SchedulerMixin, steps: int, device: torch.device, start: float = 1.0
 ) -> list[tuple[torch.Tensor, float, float]]:
     """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean
-    sample, whose (a, s) is (1, 0).
+    sample, whose (a, s) is (1, 0). `start`: as in `generate`, only those from there on.
 
     Raises:
         ValueError: no such number of steps.
@@ -215,15 +255,23 @@ def path(
     if prediction_type(scheduler) == "flow":
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
-        return [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
+        points = [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
+        return _from(points, start)
     alphas = training_scheduler(scheduler).alphas_cumprod.double()
     last = len(alphas)
     # trailing: the first is the noisiest there is
     timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]
-    return [
+    points = [
         (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt()))
         for t in timesteps
     ]
+    return _from(points, start)
+
+
+def _from(
+    points: list[tuple[torch.Tensor, float, float]], start: float
+) -> list[tuple[torch.Tensor, float, float]]:
+    return [point for point in points if _share(*point[1:]) <= start] or points[-1:]
 
 
 def _check_steps(scheduler: SchedulerMixin, steps: int) -> None:
@@ -251,14 +299,23 @@ def step_coefficients(
 
 
 def follow(
-    predict: Predict, scheduler: SchedulerMixin, noise: torch.Tensor, steps: int
+    predict: Predict,
+    scheduler: SchedulerMixin,
+    noise: torch.Tensor,
+    steps: int,
+    mean: torch.Tensor | None = None,
+    start: float = 1.0,
 ) -> torch.Tensor:
-    """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...)."""
+    """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...); `mean`
+    and `start` as in `generate`."""
     kind, x = prediction_type(scheduler), noise
     points: list[tuple[Any, float, float]] = [
-        *path(scheduler, steps, noise.device),
+        *path(scheduler, steps, noise.device, start),
         (None, 1.0, 0.0),
     ]
+    if mean is not None:
+        _, a, s = points[0]
+        x = a * mean + s * noise
     for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
@@ -266,7 +323,13 @@ def follow(
 
 
 def invert(
-    predict: Predict, scheduler: SchedulerMixin, x0: torch.Tensor, steps: int, iterations: int = 3
+    predict: Predict,
+    scheduler: SchedulerMixin,
+    x0: torch.Tensor,
+    steps: int,
+    iterations: int = 3,
+    mean: torch.Tensor | None = None,
+    start: float = 1.0,
 ) -> torch.Tensor:
     """The noise (B, ...) from which `follow` leads to x0 (B, ...).
 
@@ -274,7 +337,10 @@ def invert(
     predict(x_t, t)) / A; with a single one it would be the usual DDIM inversion, which takes the
     prediction at the wrong point and does not come back to the image."""
     kind, x = prediction_type(scheduler), x0
-    points: list[tuple[Any, float, float]] = [*path(scheduler, steps, x0.device), (None, 1.0, 0.0)]
+    points: list[tuple[Any, float, float]] = [
+        *path(scheduler, steps, x0.device, start),
+        (None, 1.0, 0.0),
+    ]
     for (t, a, s), (_, a_next, s_next) in tqdm(
         list(zip(points[:-1], points[1:]))[::-1], "noising", **_BAR
     ):
@@ -283,4 +349,7 @@ def invert(
         for _ in range(iterations):
             guess = (x - shift * predict(guess, t)) / scale
         x = guess
-    return x
+    if mean is None:
+        return x
+    _, a, s = points[0]
+    return (x - a * mean) / s

@@ -4,9 +4,9 @@ Diffusion 3's; on pixels or on latents.
     pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
     embedding (B, *embedding_shape) --decoder--> mean of x_0 (B, c, h, h); Gaussian likelihood
     embedding and that mean --projections--> hooks of the denoiser (injection.py)
-    noise x_T (B, c, h, h) --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
+    that mean, noised --denoiser and scheduler (denoising.py)--> x_0 --vae--> pixels
 
-z says what the concepts decide, x_T carries the detail: the residual noise of this family (a
+z says what the concepts decide, the noise carries the detail: the residual noise of this family (a
 diffusion autoencoder, Preechakul et al., arXiv:2111.15640, whose semantic code is the head's). The
 first terms of the objective are -log p(x_0 | z) by the decoder, and the denoising loss (METHOD
 section 2), both summed over the entries of x. They are no likelihood of pixels, so there are no
@@ -14,7 +14,8 @@ bits per pixel.
 """  # noqa: E501
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ from .sites import find_sites
 # Factor of the squared error. With 1 nothing of the concepts was learnt: the noisy image shows most
 # of the clean one, so the concepts lowered the error by less than their KL.
 PRECISION = 10.0
+
+
+@dataclass
+class _Entered:
+    """
+    Args:
+        entries: what enters the denoiser of an embedding.
+        mean: what denoising starts from, (B, *sample_shape); `None`: noise alone.
+    """
+
+    entries: Entries
+    mean: torch.Tensor | None = None
 
 
 @register_base(UNet2DModel)
@@ -198,7 +211,7 @@ class DiffusionBase(Base):
 
     @property
     def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
-        """x_T, or the noise that the denoiser is to tell from an image."""
+        """The noise that a sample starts from, or that the denoiser is to tell from an image."""
         return {"residual_noise": self.sample_shape}
 
     # From images to features
@@ -339,7 +352,7 @@ class DiffusionBase(Base):
         alone: Sequence[torch.Tensor] = (),
         **options: Any,
     ) -> torch.Tensor:
-        """Images of embeddings (B, *embedding_shape), from noise x_T (B, *sample_shape).
+        """Images of embeddings (B, *embedding_shape), from noise (B, *sample_shape).
 
         Args:
             embedding, draws: see above.
@@ -356,26 +369,31 @@ class DiffusionBase(Base):
         """
 
         # Decoded once, not in every step.
-        entered = self._entries(embedding)
-        without = None if observational is None else self._entries(observational)
-        single = [self._entries(one) for one in alone]
+        entered = self._entered(embedding)
+        without = None if observational is None else self._entered(observational)
+        single = [self._entered(one) for one in alone]
 
-        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def combined(of: Callable[[_Entered], Any]) -> torch.Tensor:
             if without is not None and single:
-                plain = self.denoise(x, t, without)
-                changes = [self.denoise(x, t, one) - plain for one in single]
+                plain = of(without)
+                changes = [of(one) - plain for one in single]
                 return plain + guidance_scale * torch.stack(changes).sum(0)
-            guided = self.denoise(x, t, entered)
+            guided = of(entered)
             if without is None or guidance_scale == 1.0:
                 return guided
-            plain = self.denoise(x, t, without)
+            plain = of(without)
             return plain + guidance_scale * (guided - plain)
 
-        noise = draws["residual_noise"]
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return combined(lambda one: self.denoise(x, t, one.entries))
+
+        noise, start = draws["residual_noise"], self.adapter.config.start
+        mean = None if start == 1 else combined(lambda one: one.mean)
+        begin: dict[str, Any] = {"mean": mean, "start": start}
         if along_path:
-            x0 = follow(predict, self.scheduler, noise, num_inference_steps)
+            x0 = follow(predict, self.scheduler, noise, num_inference_steps, **begin)
         else:
-            x0 = generate(predict, self.scheduler, noise, num_inference_steps, generator)
+            x0 = generate(predict, self.scheduler, noise, num_inference_steps, generator, **begin)
         return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -403,11 +421,19 @@ class DiffusionBase(Base):
         num_inference_steps: int = 50,
         **options: Any,
     ) -> dict[str, torch.Tensor]:
-        """The noise x_T (B, *sample_shape) that the deterministic path leads to the images from."""
-        entered = self._entries(embedding)
-        predict: Predict = lambda x, t: self.denoise(x, t, entered)  # noqa: E731
-        noise = invert(predict, self.scheduler, encoded.kept["x0"], num_inference_steps)
+        """The noise (B, *sample_shape) that the deterministic path leads to the images from."""
+        entered, start = self._entered(embedding), self.adapter.config.start
+        predict: Predict = lambda x, t: self.denoise(x, t, entered.entries)  # noqa: E731
+        x0, mean = encoded.kept["x0"], None if start == 1 else entered.mean
+        begin: dict[str, Any] = {"mean": mean, "start": start}
+        noise = invert(predict, self.scheduler, x0, num_inference_steps, **begin)
         return {"residual_noise": noise}
+
+    def _entered(self, embedding: torch.Tensor) -> "_Entered":
+        if self.adapter.config.start == 1:
+            return _Entered(self._entries(embedding))
+        mean = self.adapter.decode(embedding)
+        return _Entered(self.adapter.entries(embedding, mean), mean.float())
 
     def check_alone(self, ablation: str) -> None:
         raise ValueError(
