@@ -156,9 +156,10 @@ def test_each_image_has_its_own_interventions(kind, tmp_path):
 @pytest.mark.parametrize("interventions", [["a"], {"a": Quantile(0.9)}, [["a@0.1", "b"], "obs"]])
 def test_the_pipeline_generates_what_the_model_does(interventions, tmp_path):
     """DDIM by the library's pipeline, with a head attached, and by `InterventionModel`: the same
-    images of the same noise.
+    images of the same noise, where the model starts from noise alone too.
     """
     pipe, model = pipeline("ddim", tmp_path)
+    model.base.adapter.register_to_config(start=1.0)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     noise, x = (
         torch.randn(2, 3, 4, generator=generator()),

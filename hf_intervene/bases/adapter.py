@@ -18,9 +18,9 @@ from .replay import Recording
 from .sites import Sites, find_sites
 
 
-# From pure noise a denoiser leaves out of combinations that it never saw what the decoder shows of
-# them. With little noise on what is decoded, it adds detail alone.
-START = 0.3
+# From noise alone a denoiser leaves out of combinations that it never saw part of what the decoder
+# shows of them. The less noise it starts with, the more it keeps, and the duller are the images.
+START = 0.5
 
 
 class DiffusionAdapter(ModelMixin, ConfigMixin):

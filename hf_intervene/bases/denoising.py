@@ -8,6 +8,7 @@ the coefficients of `step_coefficients`."""
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,29 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 Predict = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Denoising that starts from a draw of p(x_t | z), where p(x_0 | z) = N(mean, spread^2), and
+    not from noise alone (as SDEdit does from an image, Meng et al., arXiv:2108.01073).
+
+    Args:
+        mean: (B, ...).
+        share: the share of noise in x_t to start at, s_t / (a_t + s_t).
+        spread: a number, or a tensor ().
+    """
+
+    mean: torch.Tensor
+    share: float
+    spread: torch.Tensor | float
+
+    def is_reached(self, a: Any, s: Any) -> bool:
+        return bool(s <= self.share * (a + s))
+
+    def noise_scale(self, a: float, s: float) -> torch.Tensor | float:
+        """Of what is added to a mean, so that x_t has the variance a^2 spread^2 + s^2."""
+        return (1 + (self.spread * a / s) ** 2) ** 0.5
 
 
 # Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
@@ -184,8 +208,7 @@ def generate(
     noise: torch.Tensor,
     steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    mean: torch.Tensor | None = None,
-    start: float = 1.0,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """Samples (B, ...) from noise (B, ...), standard normal, by any scheduler of diffusers.
 
@@ -194,10 +217,8 @@ def generate(
         scheduler, noise: see above.
         steps: from noise to a sample.
         generator: for schedulers that draw noise as they go.
-        mean: what is noised to start from, (B, ...) (as in SDEdit, Meng et al., arXiv:2108.01073);
-            `None`: noise alone.
-        start: the share of noise, s / (a + s), to start at. As in image-to-image pipelines, only
-            the steps from there on are made.
+        start: where denoising starts; `None`: from noise alone. As in image-to-image pipelines,
+            only the steps from there on are made.
 
     Raises:
         ValueError: no such number of steps.
@@ -208,8 +229,8 @@ def generate(
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in accepts else {}
     x, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
-    if mean is not None:
-        x, timesteps = _started(scheduler, mean, noise, start)
+    if start is not None:
+        x, timesteps = _started(scheduler, noise, start)
     for t in tqdm(timesteps, "denoising", **_BAR):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(predict(scaled, t), t, x, **options).prev_sample
@@ -217,33 +238,32 @@ def generate(
 
 
 def _started(
-    scheduler: SchedulerMixin, mean: torch.Tensor, noise: torch.Tensor, start: float
+    scheduler: SchedulerMixin, noise: torch.Tensor, start: Start
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noised mean that a scheduler starts from, as its steps have it, and the timesteps left:
-    those whose share of noise is at most `start`, and the last one at least."""
-    if prediction_type(scheduler) == "flow":
-        shares = scheduler.sigmas.tolist()
+    """What a scheduler starts from, as its steps have it, and the timesteps left: those whose share
+    of noise is at most that of `start`, and the last one at least."""
+    is_flow = prediction_type(scheduler) == "flow"
+    if is_flow:
+        s = scheduler.sigmas[: len(scheduler.timesteps)].double().cpu()
+        a = 1 - s
     else:
-        alphas = training_scheduler(scheduler).alphas_cumprod[scheduler.timesteps.long().cpu()]
-        shares = _share(alphas.sqrt(), (1 - alphas).sqrt()).tolist()
+        alphas = training_scheduler(scheduler).alphas_cumprod.double()
+        alphas = alphas[scheduler.timesteps.long().cpu()]
+        a, s = alphas.sqrt(), (1 - alphas).sqrt()
     # A solver that calls the denoiser twice in a step begins with the first of the two.
-    begins = range(0, len(scheduler.timesteps), getattr(scheduler, "order", 1))
-    begin = next((n for n in begins if shares[n] <= start), begins[-1])
+    begins = range(0, len(s), getattr(scheduler, "order", 1))
+    begin = next((n for n in begins if start.is_reached(a[n], s[n])), begins[-1])
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     timesteps = scheduler.timesteps[begin:]
-    if prediction_type(scheduler) == "flow":
-        return (1 - shares[begin]) * mean + shares[begin] * noise, timesteps
-    return scheduler.add_noise(mean, noise, timesteps[:1].expand(len(mean))), timesteps
-
-
-def _share(a: Any, s: Any) -> Any:
-    """The share of noise in a x_0 + s noise."""
-    return s / (a + s)
+    noise = noise * start.noise_scale(float(a[begin]), float(s[begin]))
+    if is_flow:
+        return float(a[begin]) * start.mean + float(s[begin]) * noise, timesteps
+    return scheduler.add_noise(start.mean, noise, timesteps[:1].expand(len(noise))), timesteps
 
 
 def path(
-    scheduler: SchedulerMixin, steps: int, device: torch.device, start: float = 1.0
+    scheduler: SchedulerMixin, steps: int, device: torch.device, start: Start | None = None
 ) -> list[tuple[torch.Tensor, float, float]]:
     """Timestep, a_t and s_t of the deterministic path with `steps` steps, from noise to the clean
     sample, whose (a, s) is (1, 0). `start`: as in `generate`, only those from there on.
@@ -269,9 +289,11 @@ def path(
 
 
 def _from(
-    points: list[tuple[torch.Tensor, float, float]], start: float
+    points: list[tuple[torch.Tensor, float, float]], start: Start | None
 ) -> list[tuple[torch.Tensor, float, float]]:
-    return [point for point in points if _share(*point[1:]) <= start] or points[-1:]
+    if start is None:
+        return points
+    return [point for point in points if start.is_reached(*point[1:])] or points[-1:]
 
 
 def _check_steps(scheduler: SchedulerMixin, steps: int) -> None:
@@ -303,19 +325,18 @@ def follow(
     scheduler: SchedulerMixin,
     noise: torch.Tensor,
     steps: int,
-    mean: torch.Tensor | None = None,
-    start: float = 1.0,
+    start: Start | None = None,
 ) -> torch.Tensor:
-    """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...); `mean`
-    and `start` as in `generate`."""
+    """The clean sample (B, ...) that the deterministic path leads to from noise (B, ...); `start`
+    as in `generate`."""
     kind, x = prediction_type(scheduler), noise
     points: list[tuple[Any, float, float]] = [
         *path(scheduler, steps, noise.device, start),
         (None, 1.0, 0.0),
     ]
-    if mean is not None:
+    if start is not None:
         _, a, s = points[0]
-        x = a * mean + s * noise
+        x = a * start.mean + s * start.noise_scale(a, s) * noise
     for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
@@ -328,8 +349,7 @@ def invert(
     x0: torch.Tensor,
     steps: int,
     iterations: int = 3,
-    mean: torch.Tensor | None = None,
-    start: float = 1.0,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """The noise (B, ...) from which `follow` leads to x0 (B, ...).
 
@@ -349,7 +369,7 @@ def invert(
         for _ in range(iterations):
             guess = (x - shift * predict(guess, t)) / scale
         x = guess
-    if mean is None:
+    if start is None:
         return x
     _, a, s = points[0]
-    return (x - a * mean) / s
+    return (x - a * start.mean) / (s * start.noise_scale(a, s))

@@ -42,6 +42,7 @@ from .autoencoder import latent_shape, latents_of, scale_and_shift
 from .base import Base, Encoded, register_base
 from .denoising import (
     Predict,
+    Start,
     check_prediction,
     deterministic,
     follow,
@@ -387,13 +388,9 @@ class DiffusionBase(Base):
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return combined(lambda one: self.denoise(x, t, one.entries))
 
-        noise, start = draws["residual_noise"], self.adapter.config.start
-        mean = None if start == 1 else combined(lambda one: one.mean)
-        begin: dict[str, Any] = {"mean": mean, "start": start}
-        if along_path:
-            x0 = follow(predict, self.scheduler, noise, num_inference_steps, **begin)
-        else:
-            x0 = generate(predict, self.scheduler, noise, num_inference_steps, generator, **begin)
+        start = None if entered.mean is None else self._start(combined(lambda one: one.mean))
+        path = predict, self.scheduler, draws["residual_noise"], num_inference_steps
+        x0 = follow(*path, start) if along_path else generate(*path, generator, start)
         return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -422,12 +419,16 @@ class DiffusionBase(Base):
         **options: Any,
     ) -> dict[str, torch.Tensor]:
         """The noise (B, *sample_shape) that the deterministic path leads to the images from."""
-        entered, start = self._entered(embedding), self.adapter.config.start
+        entered = self._entered(embedding)
+        start = None if entered.mean is None else self._start(entered.mean)
         predict: Predict = lambda x, t: self.denoise(x, t, entered.entries)  # noqa: E731
-        x0, mean = encoded.kept["x0"], None if start == 1 else entered.mean
-        begin: dict[str, Any] = {"mean": mean, "start": start}
-        noise = invert(predict, self.scheduler, x0, num_inference_steps, **begin)
+        x0 = encoded.kept["x0"]
+        noise = invert(predict, self.scheduler, x0, num_inference_steps, start=start)
         return {"residual_noise": noise}
+
+    def _start(self, mean: torch.Tensor) -> Start:
+        spread = self.adapter.log_variance.detach().float().exp().sqrt()
+        return Start(mean, self.adapter.config.start, spread)
 
     def _entered(self, embedding: torch.Tensor) -> "_Entered":
         if self.adapter.config.start == 1:
