@@ -78,13 +78,13 @@ setup(
     # exactly those.
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.5,<6",
+        "transformers>=5.12,<6",
         "diffusers>=0.38,<1",
         "accelerate>=1.10,<2",
         "peft>=0.18,<1",
         "datasets>=4.6,<6",
         "huggingface_hub>=1.23,<3",
-        "filelock>=3.25",
+        "filelock>=4",
         "jinja2>=3.1.5",
         "numpy>=2.0",
         "scipy>=1.15",

@@ -357,7 +357,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 1e30, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
+        ({"learning_rate": 1000.0, "max_steps": 6, "max_grad_norm": 1e30}, "is not finite"),
         ({"batch_size": 15, "gradient_accumulation_steps": 2}, "does not divide"),
         ({"batch_size": 2**20}, "more than 100 times the 224 training images: lower it"),
         ({"concepts": ["quad1", "sise"]}, "orientation, all of them: leave concepts out"),
@@ -365,6 +365,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_130(tiny, tmp_pat
         ({"regime": "lora2"}, "regime must be one of"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"ema_decay": 1.5}, "ema_decay must lie in"),
+        ({"learning_rate": 4e38}, "learning_rate must lie in (0, 1000]"),
+        ({"base_learning_rate": 4e38}, "learning_rate must lie in (0, 1000]"),
         ({"beta": -1.0}, "beta must not be negative"),
         ({"base": "nowhere"}, "no pretrained base 'nowhere'"),
         ({"dataset": "./nowhere"}, "no folder ./nowhere"),

@@ -61,6 +61,11 @@ def positive(value: Any) -> None:
         raise ValueError(f"must be positive, not {value}.")
 
 
+def rate(value: Any) -> None:
+    if value is not None and not 0 < value <= 1000:  # the largest floats overflow in an optimiser
+        raise ValueError(f"must lie in (0, 1000], not {value}.")
+
+
 def decay(value: Any) -> None:
     if value is not None and not 0 <= value < 1:
         raise ValueError(f"must lie in [0, 1), not {value}.")
@@ -321,11 +326,11 @@ class OptimizationSettings:
         "`adamw`, `muon`, or `auto`: muon for the matrices of a new light VAE.",
         one_of(OPTIMIZERS),
     )
-    learning_rate: float = setting(1e-3, "Peak learning rate.", positive)
+    learning_rate: float = setting(1e-3, "Peak learning rate.", rate)
     base_learning_rate: float | None = setting(
         None,
         "That of the base's own weights; default: the same. Less spares a pretrained base.",
-        positive,
+        rate,
     )
     warmup_steps: int = setting(200, "Steps over which the learning rate rises.", between(0))
     final_learning_rate: float = setting(0.01, "Share of the peak at the end of the cosine.", share)
