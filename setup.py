@@ -35,7 +35,7 @@ EXTRAS = {
         "POT>=0.9.4",
         "scikit-learn>=1.4.2",
         "gradio>=6.31,<7",
-        "playwright>=1.65.2",  # drives a Chromium that is there; without one those tests are skipped
+        "playwright>=1.65.2",  # drives a Chromium; where there is none its tests are skipped
     ],
 }
 
