@@ -107,7 +107,7 @@ class GenerationMixin:
             residual_scale: standard deviation of the residual noise, for a base with residual
                 latents: 1 is the model's own, 0 leaves the residual out (what the concepts decide,
                 alone).
-            residual_noise: residual noise to use, of those latents or of a denoiser (x_T), of the
+            residual_noise: residual noise to use, of those latents or of denoising, of the
                 shape in `base.noise_shapes`.
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: for a denoiser: above 1, further away from what it makes of the same
@@ -184,7 +184,7 @@ class GenerationMixin:
         compose: str = "head",
     ) -> Images:
         """Counterfactual: abduct, act, predict. The exogenous noise of an image is kept (that of
-        its residual latents too, where the base has them; of a denoiser the noise x_T that leads to
+        its residual latents too, where the base has them; of a denoiser the noise that leads to
         the image), the targets are replaced.
 
         Args:
@@ -271,7 +271,7 @@ class GenerationMixin:
         num_inference_steps: int = 50,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The noise of images, float32: z, (B, *noise_shape), and the base's noise beside it (that
-        of residual latents; of a denoiser x_T), or `None` for a base without.
+        of residual latents or of denoising), or `None` for a base without.
 
         Args:
             pixel_values: images, (B, C, H, W), or in any form that `edit` takes.

@@ -288,7 +288,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
             output_type: `"pil"`, `"np"` or `"pt"`.
             residual_scale: standard deviation of the residual noise, for a base with residual
                 latents.
-            residual_noise: residual noise, or the noise x_T of a denoiser, to use, (num_images,
+            residual_noise: residual noise, or the noise of denoising, to use, (num_images,
                 *shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without

@@ -2,7 +2,7 @@
 registry that finds the family.
 
     encode(images) -> Encoded: features (B, feature_width), and what the family keeps beside them
-    draws(n, generator) -> noise beside z, such as that of residual latents, or x_T of a denoiser
+    draws(n, generator) -> noise beside z, of residual latents or of denoising
     loss(embedding, encoded, draws) -> terms of the objective, each (B,)
     generate(embedding, draws, **options) -> images (B, C, H, W) in [0, 1]
     invert(encoded, embedding) -> draws
