@@ -53,10 +53,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    partial.unlink(missing_ok=True)  # it may be a link, too
+    temporary = Path(path).with_name(f".{Path(path).name}.writing")
+    temporary.unlink(missing_ok=True)  # it may be a link, too
     try:
-        yield partial
-        os.replace(partial, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

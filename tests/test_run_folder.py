@@ -160,8 +160,8 @@ def test_nothing_is_written_through_a_link(tiny, tmp_path):
     train(TrainArguments(**tiny | {"checkpoint_every": 4}))
     remove(out / "checkpoints" / "step-00000008")
     thesis.write_text("mine")
-    names = [".curves.png.partial", "samples/step-00000008.png"]
-    names += ["samples/.step-00000008.png.partial", "history.jsonl", "training_arguments.yaml"]
+    names = [".curves.png.writing", "samples/step-00000008.png"]
+    names += ["samples/.step-00000008.png.writing", "history.jsonl", "training_arguments.yaml"]
     names += [".history.jsonl.writing", ".training_arguments.yaml.writing"]
     for name in names:
         (out / name).unlink(missing_ok=True)

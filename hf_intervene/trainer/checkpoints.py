@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..files import replacing
 from ..hub import read_json
 from ..logging import get_logger
 from .run_folder import keep_foreign, named_folder, remove
@@ -97,13 +98,11 @@ def write_whole(path: Path, text: str) -> None:
         OSError: one sentence: it cannot be written or the disk is full. What was there before is
             still there.
     """
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text(text)
-        _sync(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            _sync(temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {_reason(error)}.") from error
 
 
