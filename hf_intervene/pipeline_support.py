@@ -76,7 +76,6 @@ def support(
     base = PipelineBase.from_pipeline(pipe, prompt, sample_size, call)
     recording: Recording = base.adapter.recorded
     kept = sum(value.numel() * value.element_size() for value in recording.buffers())
-    weights = list(base.model.parameters())
     return Support(
         pipeline=type(pipe).__name__,
         denoiser=type(base.model).__name__,
@@ -89,9 +88,9 @@ def support(
             f"{placement_text(recording.tail, 'the sample')}, {shape_text(recording.latent_shape)}"
         ),
         kept_bytes=kept,
-        adapter_parameters=sum(parameter.numel() for parameter in base.adapter.parameters()),
-        denoiser_parameters=sum(parameter.numel() for parameter in weights),
-        denoiser_bytes=sum(parameter.numel() * parameter.element_size() for parameter in weights),
+        adapter_parameters=base.adapter.num_parameters(),
+        denoiser_parameters=base.model.num_parameters(),
+        denoiser_bytes=base.model.get_memory_footprint(return_buffers=False),
     )
 
 

@@ -22,16 +22,14 @@ def read_yaml(path: str | os.PathLike) -> dict:
     """
     try:
         text, depth = read_text(path, _MAX_SIZE), 0
-        # as far as it is, before anything is made of it
+        # Checked event by event, before any object is made.
         for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             if number > _MAX_EVENTS:
                 raise ValueError(f"it has more than {_MAX_EVENTS} names and values")
             if isinstance(event, yaml.ScalarEvent):
                 event.value.encode()  # an escape may stand for what no file can hold
-                # without quotes
-                if (
-                    event.implicit[0] and len(event.value) > _MAX_PLAIN
-                ):  # a number of so many digits takes seconds
+                # Without quotes it may be a number, and one of so many digits takes seconds.
+                if event.implicit[0] and len(event.value) > _MAX_PLAIN:
                     raise ValueError(f"it has a value of {len(event.value)} characters")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent

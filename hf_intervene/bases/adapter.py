@@ -18,8 +18,8 @@ from .replay import Recording
 from .sites import Sites, find_sites
 
 
-# From noise alone a denoiser leaves out of combinations that it never saw part of what the decoder
-# shows of them. The less noise it starts with, the more it keeps, and the duller are the images.
+# A denoiser that starts from noise alone loses part of what the decoder shows of combinations that
+# it never saw. With less noise it keeps more of it, and the images are duller.
 START = 0.5
 
 

@@ -50,8 +50,16 @@ class Start:
         return bool(s <= self.share * (a + s))
 
     def noise_scale(self, a: float, s: float) -> torch.Tensor | float:
-        """Of what is added to a mean, so that x_t has the variance a^2 spread^2 + s^2."""
+        """The factor of s noise that gives x_t the variance a^2 spread^2 + s^2."""
         return (1 + (self.spread * a / s) ** 2) ** 0.5
+
+    def noisy(self, a: float, s: float, noise: torch.Tensor) -> torch.Tensor:
+        """x_t (B, ...) of standard normal noise (B, ...)."""
+        return a * self.mean + s * self.noise_scale(a, s) * noise
+
+    def noise_in(self, a: float, s: float, x: torch.Tensor) -> torch.Tensor:
+        """The noise of which `noisy` makes x."""
+        return (x - a * self.mean) / (s * self.noise_scale(a, s))
 
 
 # Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
@@ -228,8 +236,9 @@ def generate(
     scheduler.set_timesteps(steps, device=noise.device)
     accepts = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in accepts else {}
-    x, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
-    if start is not None:
+    if start is None:
+        x, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
+    else:
         x, timesteps = _started(scheduler, noise, start)
     for t in tqdm(timesteps, "denoising", **_BAR):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -255,11 +264,12 @@ def _started(
     begin = next((n for n in begins if start.is_reached(a[n], s[n])), begins[-1])
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    timesteps = scheduler.timesteps[begin:]
-    noise = noise * start.noise_scale(float(a[begin]), float(s[begin]))
+    timesteps, point = scheduler.timesteps[begin:], (float(a[begin]), float(s[begin]))
     if is_flow:
-        return float(a[begin]) * start.mean + float(s[begin]) * noise, timesteps
-    return scheduler.add_noise(start.mean, noise, timesteps[:1].expand(len(noise))), timesteps
+        return start.noisy(*point, noise), timesteps
+    # Some schedulers scale x_t: their own function does so.
+    noise, t = noise * start.noise_scale(*point), timesteps[:1].expand(len(noise))
+    return scheduler.add_noise(start.mean, noise, t), timesteps
 
 
 def path(
@@ -276,21 +286,15 @@ def path(
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
         points = [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
-        return _from(points, start)
-    alphas = training_scheduler(scheduler).alphas_cumprod.double()
-    last = len(alphas)
-    # trailing: the first is the noisiest there is
-    timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]
-    points = [
-        (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt()))
-        for t in timesteps
-    ]
-    return _from(points, start)
-
-
-def _from(
-    points: list[tuple[torch.Tensor, float, float]], start: Start | None
-) -> list[tuple[torch.Tensor, float, float]]:
+    else:
+        alphas = training_scheduler(scheduler).alphas_cumprod.double()
+        last = len(alphas)
+        # trailing: the first is the noisiest there is
+        timesteps = [round(last * (steps - k) / steps) - 1 for k in range(steps)]
+        points = [
+            (torch.tensor(t, device=device), float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt()))
+            for t in timesteps
+        ]
     if start is None:
         return points
     return [point for point in points if start.is_reached(*point[1:])] or points[-1:]
@@ -336,7 +340,7 @@ def follow(
     ]
     if start is not None:
         _, a, s = points[0]
-        x = a * start.mean + s * start.noise_scale(a, s) * noise
+        x = start.noisy(a, s, noise)
     for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         x = scale * x + shift * predict(x, t)
@@ -372,4 +376,4 @@ def invert(
     if start is None:
         return x
     _, a, s = points[0]
-    return (x - a * start.mean) / (s * start.noise_scale(a, s))
+    return start.noise_in(a, s, x)

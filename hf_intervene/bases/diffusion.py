@@ -430,7 +430,7 @@ class DiffusionBase(Base):
         spread = self.adapter.log_variance.detach().float().exp().sqrt()
         return Start(mean, self.adapter.config.start, spread)
 
-    def _entered(self, embedding: torch.Tensor) -> "_Entered":
+    def _entered(self, embedding: torch.Tensor) -> _Entered:
         if self.adapter.config.start == 1:
             return _Entered(self._entries(embedding))
         mean = self.adapter.decode(embedding)

@@ -32,8 +32,8 @@ from .replay import Recording, on_device
 from .sites import find_sites
 
 
-# Of an embedding's tokens at most: the text's of Stable Diffusion 1. With those of XL, 2,048, an
-# adapter has 344 million weights and no more to say.
+# The most that a token of an embedding is wide: as wide as the text's tokens of Stable Diffusion 1.
+# With the 2,048 of XL an adapter would have 344 million weights.
 _TOKEN_WIDTH = 768
 
 
@@ -175,8 +175,9 @@ class PipelineBase(DiffusionBase):
                 f"a {type(pipe).__name__} makes images of {size} pixels where {sample_size} were"
                 " asked for."
             )
-        width = min(sites.cross_width, _TOKEN_WIDTH)
-        shape = (num_tokens, width) if sites.tokens else (embedding_width,)
+        shape: tuple[int, ...] = (embedding_width,)
+        if sites.tokens:
+            shape = (num_tokens, min(sites.cross_width, _TOKEN_WIDTH))
         *channels, height, width = _without_frame(recording.latent_shape)
         if sites.map:
             raise NotRecordable(
