@@ -11,12 +11,12 @@ from torch import nn
 
 from . import hub
 from .bases.adapter import DiffusionAdapter
-from .bases.base import model_class_named
 from .bases.limits import check_finite
 from .bases.loading import load_model_config, load_part
 from .bases.lora import has_lora
 from .bases.lora_layers import LoraLayers
 from .bases.recognition import is_base, same_weights
+from .bases.registry import model_class_named
 from .bases.saved import BASE_FOLDER, LORA_FOLDER
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead

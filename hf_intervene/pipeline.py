@@ -23,10 +23,10 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from . import hub
 from .bases import DiffusionAdapter, LatentAdapter, LightVAE, PipelineBase
-from .bases.base import base_family, check_compiled, model_class_named
 from .bases.limits import check_finite
 from .bases.loading import check_part, check_processor, check_transformers, load_scheduler
 from .bases.lora import merged
+from .bases.registry import base_family, check_compiled, model_class_named
 from .contexts import Interventions
 from .image_files import flat_image, upright
 from .logging import get_logger

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_intervene import InterventionModel, InterventionPipeline, trainer, wrap_base
 from hf_intervene.bases import AutoencoderBase
-from hf_intervene.bases.base import weight_hash
+from hf_intervene.bases.hashes import weight_hash
 from hf_intervene.bases.lora import add_lora
 from hf_intervene.trainer import TrainArguments
 from hf_intervene.trainer.command import main

@@ -23,8 +23,8 @@ from hf_intervene import (
     wrap_base,
 )
 from hf_intervene.bases.autoencoder import AutoencoderBase
-from hf_intervene.bases.base import weight_hash
 from hf_intervene.bases.frozen import LeanConvolutions
+from hf_intervene.bases.hashes import weight_hash
 from hf_intervene.bases.loading import is_referenced
 from hf_intervene.bases.lora import add_lora, has_lora
 from hf_intervene.trainer.sections import fast_bf16

@@ -2,11 +2,12 @@
 
 from .adapter import DiffusionAdapter
 from .autoencoder import AutoencoderBase, LatentAdapter
-from .base import Base, Encoded, register_base, wrap_base
+from .base import Base, Encoded
 from .diffusion import DiffusionBase
 from .light_vae import LightVAE, LightVAEBase
 from .pipelines import PipelineBase
 from .pretrained import load_base
+from .registry import register_base, wrap_base
 
 
 __all__ = [

@@ -30,10 +30,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .base import Base, Encoded, register_base
+from .base import Base, Encoded
 from .frozen import LeanConvolutions
 from .light_vae import LightVAE
 from .likelihoods import gaussian_code_length, gaussian_loss
+from .registry import register_base
 from .residual import ResidualPrior
 
 

@@ -39,7 +39,7 @@ from .adapter import (
     pixels_of_denoiser,
 )
 from .autoencoder import latent_shape, latents_of, scale_and_shift
-from .base import Base, Encoded, register_base
+from .base import Base, Encoded
 from .denoising import (
     Predict,
     Start,
@@ -56,6 +56,7 @@ from .denoising import (
 from .encoders import VisionEncoder
 from .injection import Entries, Injection
 from .likelihoods import gaussian_loss
+from .registry import register_base
 from .sites import find_sites
 
 

@@ -19,13 +19,14 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .base import Base, Encoded, register_base
+from .base import Base, Encoded
 from .likelihoods import (
     bernoulli_code_length,
     bernoulli_loss,
     gaussian_code_length,
     gaussian_loss,
 )
+from .registry import register_base
 
 
 LIKELIHOODS = ("bernoulli", "gaussian")

@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import (
 
 from .. import hub
 from ..checks import check_fit, check_loaded
-from .base import running_hash, weight_hash
+from .hashes import running_hash, weight_hash
 from .limits import check_finite, check_types, entries, read_part
 
 

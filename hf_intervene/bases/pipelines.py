@@ -22,12 +22,12 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .adapter import DiffusionAdapter, check_sites
 from .autoencoder import images_of, latent_shape, latents_of
-from .base import register_recorded
 from .denoising import prediction_type
 from .diffusion import DiffusionBase
 from .injection import Entries, Injection
 from .prompts import Prompts, record_prompts
 from .recording import NotRecordable, Recorder, record, training_time
+from .registry import register_recorded
 from .replay import Recording, on_device
 from .sites import find_sites
 

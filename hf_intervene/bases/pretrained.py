@@ -25,7 +25,7 @@ from transformers.models.clip import CLIPTextModel
 
 from .. import hub
 from .autoencoder import AutoencoderBase
-from .base import Base, base_family, model_class_named, registered_family
+from .base import Base
 from .diffusion import DiffusionBase
 from .limits import read_part
 from .loading import (
@@ -38,6 +38,7 @@ from .loading import (
     one_line,
 )
 from .pipelines import PipelineBase
+from .registry import base_family, model_class_named, registered_family
 
 
 def load_base(

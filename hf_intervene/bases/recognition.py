@@ -12,7 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .base import base_weights
+from .hashes import base_weights
 from .loading import is_referenced
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..configuration_intervention import InterventionConfig
 from ..logging import get_logger
-from .base import Base, base_family, model_class_named
+from .base import Base
 from .limits import check_finite
 from .loading import (
     base_folder,
@@ -33,6 +33,7 @@ from .loading import (
     type_key,
 )
 from .lora import has_lora, load_lora, merged, save_lora
+from .registry import base_family, model_class_named
 
 
 logger = get_logger(__name__)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..bases import DiffusionBase
-from ..bases.base import weight_hash
+from ..bases.hashes import weight_hash
 from ..data import ContextImages
 from ..data.mapped import open_array
 from .checkpoints import remove_whole, write_whole

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
-from ..bases.base import weight_hash
+from ..bases.hashes import weight_hash
 from ..data import ContextImages
 from ..logging import get_logger
 from ..metrics.transport import sliced_w2
