@@ -1,12 +1,12 @@
-"""The sections of the settings of a training run: what can be set, its default and its checks."""
+"""The sections of the settings of a training run: what can be set, its default and its
+checks (see `setting_checks.py`)."""
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.dataclasses import strict
 
 from ..configuration_intervention import InterventionConfig
 from ..data.digits import BUNDLED
@@ -14,6 +14,7 @@ from ..data.identity import SPLITS
 from ..data.schedule import SCHEDULES
 from ..hub import MAX_SIZE
 from ..options import READING
+from .setting_checks import between, decay, finite, one_of, positive, rate, setting, share, weight
 
 
 REGIMES = ("end-to-end", "fine-tune", "frozen", "lora")
@@ -21,69 +22,6 @@ ABLATIONS = ("none", "base", "base-pooled", "head-pooled")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 OPTIMIZERS = ("auto", "adamw", "muon")
 LIGHT_VAE = "light-vae"  # the base that is made anew
-_LARGE = 1e30  # of a weight in the loss, which is computed in float32
-_MANY = 2**40  # more than any run needs, and torch can still count them
-
-
-# Checks of a value, or of each entry of a list. What is `None` is left to a default.
-def between(least: int, most: int = _MANY) -> Callable[[Any], None]:
-    def check(value: Any) -> None:
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not least <= number <= most:
-                bound = f"at least {least}" if number < least else f"at most {most}"
-                raise ValueError(f"must be {bound}, not {number}.")
-
-    return check
-
-
-def one_of(choices: tuple[str, ...]) -> Callable[[Any], None]:
-    def check(value: Any) -> None:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}.")
-
-    return check
-
-
-def share(value: Any) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"must lie in [0, 1], not {value}.")
-
-
-def weight(value: Any) -> None:
-    if not value >= 0:
-        raise ValueError(f"must not be negative: {value}.")
-    if value > _LARGE:
-        raise ValueError(f"must be at most {_LARGE:g}, not {value}.")
-
-
-def positive(value: Any) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"must be positive, not {value}.")
-
-
-def rate(value: Any) -> None:
-    if value is not None and not 0 < value <= 1000:  # the largest floats overflow in an optimiser
-        raise ValueError(f"must lie in (0, 1000], not {value}.")
-
-
-def decay(value: Any) -> None:
-    if value is not None and not 0 <= value < 1:
-        raise ValueError(f"must lie in [0, 1), not {value}.")
-
-
-def finite(value: Any) -> None:
-    if value == float("inf"):
-        raise ValueError("must be finite: patience or Ctrl-C ends a run before.")
-
-
-def setting(default: Any, help: str, *checks: Callable[[Any], None]) -> Any:
-    """A setting: its default, a word about it for `train --help`, and what must hold for it."""
-    given = (
-        {"default_factory": lambda: list(default)}
-        if isinstance(default, list)
-        else {"default": default}
-    )
-    return validated_field(list(checks), metadata={"help": help}, **given)
 
 
 @strict
