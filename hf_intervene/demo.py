@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from . import evaluation, trainer
-from .cards import SETTINGS_FILE
 from .model import InterventionModel
 from .pipeline import InterventionPipeline
 from .pixels import to_uint8
@@ -24,6 +23,7 @@ from .plots import contexts_grid, edit_strips, save
 from .trainer import pretraining
 from .trainer.checkpoints import check_empty
 from .trainer.simulated import SIMULATED
+from .yaml_files import SETTINGS_FILE
 
 
 # As in training/configs/reproduce/quad.yaml.

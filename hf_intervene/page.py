@@ -15,6 +15,7 @@ from . import cards, hub
 from .image_files import check_size, open_image
 from .pixels import difference, to_uint8
 from .pretrained import concepts_of, located
+from .yaml_files import SETTINGS_FILE, read_settings
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .model import InterventionModel
 
 # Of a repository on the Hub, what the page shows.
-FILES = (*hub.SAVED_FILES, cards.CARD_FILE, cards.SETTINGS_FILE, "*.png")
+FILES = (*hub.SAVED_FILES, cards.CARD_FILE, SETTINGS_FILE, "*.png")
 MAX_PIXELS = 32 * 10**6  # of an image to edit: a few seconds
 MAX_COMPOSED = 8  # concepts in the grid of pairs
 NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
@@ -152,7 +153,7 @@ class Page:
         """Images to edit, uint8 (EXAMPLES, H, W, C): held-out faces for a model of avatars,
         otherwise observational samples.
         """
-        if cards.read_settings(self.folder).get("dataset") == "avatars":
+        if read_settings(self.folder).get("dataset") == "avatars":
             from .data import avatars
 
             side = self.model.base.image_shape[-1]

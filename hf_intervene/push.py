@@ -25,8 +25,10 @@ from huggingface_hub.utils import filter_repo_objects, hf_raise_for_status
 
 from . import cards
 from .bases.pipelines import PipelineBase
+from .card_metrics import read_metrics
 from .contexts import OBS
 from .hub import clear_errors, without_folders
+from .yaml_files import SETTINGS_FILE
 
 
 MOST_PAIRS = 6  # in the picture of samples
@@ -56,7 +58,7 @@ MODEL_FILES += [
     "structural.py",
 ]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]
-CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, cards.SETTINGS_FILE]
+CARD_FILES = [cards.CARD_FILE, cards.SAMPLES_FILE, cards.FLOORS_FILE, SETTINGS_FILE]
 
 
 class CardPushMixin:
@@ -288,7 +290,7 @@ def draw_floors(metrics: str | os.PathLike | None, folder: str | os.PathLike) ->
     from .plots import floor_chart, save
 
     path = Path(folder, cards.FLOORS_FILE)
-    measured = cards.read_metrics(metrics)
+    measured = read_metrics(metrics)
     if measured is not None:
         save(floor_chart(measured), path)
 

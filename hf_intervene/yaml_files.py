@@ -1,12 +1,15 @@
 """Read settings in YAML, which others may have written."""
 
 import os
+from pathlib import Path
 
 import yaml
 
 from .files import read_text
+from .hub import check_links
 
 
+SETTINGS_FILE = "training_arguments.yaml"  # of the run, in a saved model's folder
 _MAX_DEPTH = 10
 _MAX_SIZE = 1 << 20  # bytes
 _MAX_EVENTS = 20_000  # names, values, and ends of lists: a second
@@ -55,6 +58,18 @@ def read_yaml(path: str | os.PathLike) -> dict:
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{path} must hold `setting: value` lines.")
     return found or {}
+
+
+def read_settings(folder: str | os.PathLike) -> dict:
+    """The settings in `training_arguments.yaml` of a saved model's folder; none if it is not there.
+
+    Raises:
+        OSError, ValueError: one sentence: it is a link that leads out of the folder, is not valid
+            YAML, or holds something else.
+    """
+    check_links(Path(folder), [SETTINGS_FILE])
+    path = Path(folder, SETTINGS_FILE)
+    return read_yaml(path) if path.exists() else {}
 
 
 def _refuse_twice(node: yaml.Node | None) -> None:

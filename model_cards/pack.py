@@ -23,11 +23,11 @@ from hf_intervene.cards import (
     FLOORS_FILE,
     MARKER,
     SAMPLES_FILE,
-    SETTINGS_FILE,
     write_card,
 )
 from hf_intervene.errors import spoken
 from hf_intervene.push import draw_floors, draw_samples
+from hf_intervene.yaml_files import SETTINGS_FILE
 
 
 HERE = Path(__file__).resolve().parent

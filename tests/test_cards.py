@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from shared_models import ALICE, build, frozen_on, of_kind, outcome, put_vae
 
 from hf_intervene import InterventionModel, InterventionPipeline, cli, trainer
-from hf_intervene.cards import MARKER, head_mark, write_card
+from hf_intervene.card_metrics import head_mark
+from hf_intervene.cards import MARKER, write_card
 from hf_intervene.push import draw_samples, push_folder
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
 from hf_intervene.trainer.parsing import parse_arguments, shared_settings

@@ -10,10 +10,12 @@ from huggingface_hub import ModelCard
 from shared_models import ALICE
 
 from hf_intervene import InterventionConfig, InterventionModel, InterventionPipeline
-from hf_intervene.cards import card_path, card_text, code, read_settings, write_card
+from hf_intervene.card_metrics import code
+from hf_intervene.cards import card_path, card_text, write_card
 from hf_intervene.page import Page
 from hf_intervene.push import push_folder
 from hf_intervene.space import export
+from hf_intervene.yaml_files import read_settings
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from hf_intervene import (
     InterventionHead,
     InterventionModel,
-    cards,
     hub,
     image_files,
     load_base,
+    yaml_files,
 )
 from hf_intervene.bases import DiffusionBase
 from hf_intervene.bases.loading import load_scheduler, load_vision
@@ -377,7 +377,7 @@ def test_settings_that_never_end_are_refused(tmp_path, kind, name):
     """They would be waited for, or read until the memory is full."""
     path = tmp_path / name
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    read = hub.read_json if name.endswith("json") else cards.read_yaml
+    read = hub.read_json if name.endswith("json") else yaml_files.read_yaml
     with bounds(memory=1 << 28, seconds=10), pytest.raises((OSError, ValueError)) as error:
         read(path)
     assert "not a valid JSON object" in str(error.value) or "a pipe or a device" in str(error.value)

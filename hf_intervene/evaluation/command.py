@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cards import FLOORS_FILE, head_mark, read_metrics, read_settings
+from ..card_metrics import head_mark, read_metrics
+from ..cards import FLOORS_FILE
 from ..data import quad
 from ..data.identity import load_images
 from ..errors import spoken
@@ -28,6 +29,7 @@ from ..trainer.distributed import process_state
 from ..trainer.parsing import RecipeParser
 from ..trainer.simulated import SIMULATED
 from ..trainer.stopping import stops_at_once
+from ..yaml_files import read_settings
 from .codes import CODE_IMAGES, code_scores
 from .content import factor_effects
 from .held_out import held_out_images, load_model, reading_of, trained_with, training_split

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from .. import pipeline
-from ..cards import read_settings
 from ..data import ContextImages, load_contexts
 from ..data.digits import BUNDLED
 from ..logging import get_logger
@@ -21,6 +20,7 @@ from ..trainer.distributed import process_state
 from ..trainer.earlier import earlier_defaults
 from ..trainer.settings import TrainArguments, check_reading
 from ..trainer.simulated import SIMULATED, held_out_on_demand
+from ..yaml_files import read_settings
 
 
 logger = get_logger(__name__)

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..cards import loss_in
+from ..card_metrics import loss_in
 from ..contexts import OBS
 from ..metrics import context_leakage, entropy_bits, mean_interval
 from ..metrics.detector import Detector

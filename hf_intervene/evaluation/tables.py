@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..cards import LOSSES, loss_in
+from ..card_metrics import LOSSES, loss_in
 from ..metrics.transport import MIN_IMAGES, PROTOCOLS
 from .cells import interval_cell, number_cell, share_cell
 from .factor_tables import code_table, factor_match_table, factor_table

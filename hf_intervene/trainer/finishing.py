@@ -4,9 +4,9 @@ model is saved."""
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cards import SETTINGS_FILE
 from ..data.identity import save_images
 from ..model import InterventionModel
+from ..yaml_files import SETTINGS_FILE
 from .checkpoints import atomic_folder, remove_whole
 from .parsing import shared_settings
 from .prior import fit_prior

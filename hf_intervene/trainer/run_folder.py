@@ -11,13 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, SETTINGS_FILE, is_generated
+from ..cards import CARD_FILE, FLOORS_FILE, SAMPLES_FILE, is_generated
 from ..contexts import shown
 from ..data.identity import IMAGES_FILE
 from ..errors import NO_LOCKS
 from ..logging import get_logger
 from ..push import MODEL_FILES
-from ..yaml_files import read_yaml
+from ..yaml_files import SETTINGS_FILE, read_yaml
 
 
 logger = get_logger(__name__)

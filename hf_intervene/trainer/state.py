@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from ..cards import SETTINGS_FILE
 from ..data import ContextImages, ContextSchedule
 from ..logging import get_logger
 from ..model import InterventionModel
 from ..objective import Objective
+from ..yaml_files import SETTINGS_FILE
 from .building import build_model, build_objective, lay_out, load_data
 from .checkpoints import (
     broken,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_intervene.cards import read_settings
 from hf_intervene.contexts import OBS, Interventions
 from hf_intervene.data import quad
 from hf_intervene.errors import spoken
@@ -53,6 +52,7 @@ from hf_intervene.training.studies.effects_report import (
     table,
 )
 from hf_intervene.values import influence
+from hf_intervene.yaml_files import read_settings
 
 
 _DRAWS = 4096  # of the concepts under the prior
