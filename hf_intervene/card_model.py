@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card_metrics import code
-from .hub import check_links, is_on_hub
+from .hub import check_links
+from .origins import is_on_hub
 from .yaml_files import SETTINGS_FILE, read_settings
 
 

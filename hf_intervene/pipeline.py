@@ -32,6 +32,7 @@ from .image_files import flat_image, upright
 from .logging import get_logger
 from .model import InterventionModel
 from .modeling_intervention import InterventionHead
+from .origins import forget_paths
 from .pretrained import not_bundled
 from .push import CardPushMixin
 from .sampling_arguments import ImageInput, renamed
@@ -167,7 +168,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self.head, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        hub.forget_paths(save_directory, ("", *self.components))
+        forget_paths(save_directory, ("", *self.components))
 
     @classmethod
     def from_model(cls, model: InterventionModel) -> "InterventionPipeline":

@@ -27,7 +27,8 @@ from . import cards
 from .bases.pipelines import PipelineBase
 from .card_metrics import read_metrics
 from .contexts import OBS
-from .hub import clear_errors, without_folders
+from .hub import clear_errors
+from .origins import without_folders
 from .yaml_files import SETTINGS_FILE
 
 

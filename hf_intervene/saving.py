@@ -18,6 +18,7 @@ from .bases.saved import PART_FOLDERS, load_base_of, load_lora_of, save_base_of
 from .configuration_intervention import InterventionConfig
 from .logging import get_logger
 from .modeling_intervention import InterventionHead
+from .origins import forget_paths
 from .pretrained import not_bundled
 
 
@@ -86,7 +87,7 @@ class SavingMixin:
             self.head.save_pretrained(
                 save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs
             )
-        hub.forget_paths(save_directory, ("", *PART_FOLDERS, *self.base.companion_names))
+        forget_paths(save_directory, ("", *PART_FOLDERS, *self.base.companion_names))
 
     @classmethod
     def from_pretrained(

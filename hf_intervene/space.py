@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from . import hub
 from .image_files import printable
+from .origins import forget_paths
 from .page import FILES, NO_GRADIO
 from .pipeline import InterventionPipeline
 from .pretrained import located
@@ -114,7 +115,7 @@ def _write(name: str, source: Path, folder: Path, gradio: str) -> None:
         ]
         target = folder / "pipelines" / title
         _copy(source, filter_repo_objects(files, allow_patterns=MODEL_FILES + CARD_FILES), target)
-        hub.forget_paths(target, ("", *PARTS), shared=True)
+        forget_paths(target, ("", *PARTS), shared=True)
     package = Path(__file__).parent
     _copy(
         package,

@@ -22,6 +22,7 @@ from transformers.models.auto.image_processing_auto import (
 
 from .. import hub
 from ..checks import check_fit, check_loaded
+from ..origins import origin
 from .hashes import running_hash, weight_hash
 from .limits import check_finite, check_types, entries, read_part
 
@@ -238,7 +239,7 @@ def base_reference(
     name = getattr(model.config, "_name_or_path", None)
     if not name:
         return None
-    found = {"class_name": type(model).__name__} | hub.origin(str(name), revision, subfolder)
+    found = {"class_name": type(model).__name__} | origin(str(name), revision, subfolder)
     dtype = _precision(model)
     found |= {"variant": variant, "dtype": _name(dtype), "sha256": weight_hash(model)}
     return found | {
