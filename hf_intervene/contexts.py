@@ -17,8 +17,8 @@ is parsed here and nowhere else:
 This file does not look into chosen values or reference images. `values.py` turns them into input
 of the head.
 
-This file imports only torch, so that it can travel with a checkpoint. It has more than 400 lines
-because every form is read here.
+This file travels with a checkpoint, so it imports only torch. It has more than 400 lines because
+every form is read here, and each file more would travel too.
 """
 
 from __future__ import annotations

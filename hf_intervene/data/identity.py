@@ -59,6 +59,20 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def between_copies(order: np.ndarray, count: int) -> int | None:
+    """Return the number of images nearest to `count` after which no copies are parted.
+
+    Args:
+        order: the places of the images (see `places`), sorted; copies have the same.
+        count: how many of the first are wanted.
+
+    Returns:
+        The number, at least 1 and less than all; `None` if all images are copies of one.
+    """
+    ends = np.flatnonzero(np.diff(order)) + 1
+    return int(ends[np.abs(ends - count).argmin()]) if len(ends) else None
+
+
 def changes(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> str | None:
     """Describe a difference between two sets of images.
 

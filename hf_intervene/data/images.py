@@ -24,7 +24,7 @@ from ..contexts import (
 )
 from .columns import in_order, read_contexts, read_prompts, undecoded
 from .decoding import decode, in_memory, on_disk
-from .identity import SPLITS, fingerprints, places
+from .identity import SPLITS, between_copies, fingerprints, places
 from .mapped import MappedFile
 from .requests import whole_numbers
 
@@ -206,7 +206,7 @@ class ContextImages:
                 held_out = min(
                     max(least, int((order[rows] < validation_fraction).sum())), len(rows) - 1
                 )
-                apart = _between_copies(order[rows], held_out)
+                apart = between_copies(order[rows], held_out)
                 if apart is None and held_out:
                     logger.warning(
                         "all %d images of context %r are copies of one, so that what is held out is"
@@ -294,9 +294,9 @@ class ContextImages:
 
         Args:
             dataset: `image` holds images (PIL, a path, or an `Image` feature), or clips: files with
-                several frames, or lists of images. `context` holds
-                names (`"obs"`, `"quad1"`, `"quad1+size"`), lists of concept names, or class labels.
-                A column `prompt` is optional and holds the text of each image.
+                several frames, or lists of images. `context` holds names (`"obs"`, `"quad1"`,
+                `"quad1+size"`), lists of concept names, or class labels. A column `prompt` is
+                optional and holds the text of each image.
             concepts: the concepts. Images whose context names other concepts are left out. `None`
                 means all concepts that the contexts name, in alphabetical order.
             resolution: crop images at the centre to a square and resize it to this many pixels a
@@ -330,13 +330,12 @@ class ContextImages:
         contexts = in_order(names, concepts)
         ids = torch.tensor([contexts.index(name) for name in names])
         prompts, prompt_ids = read_prompts(dataset)
-        mapped = cache_dir is not None
         images = cls(
             pixels,
             ids,
             contexts,
             concepts,
-            mapped=mapped,
+            mapped=cache_dir is not None,
             marks=marks,
             file=file,
             prompts=prompts,
@@ -384,20 +383,6 @@ class ContextImages:
                     f"context {name!r} has {count} images; at least {MIN_IMAGES} are needed."
                 )
         return self
-
-
-def _between_copies(order: np.ndarray, count: int) -> int | None:
-    """Return the number of images nearest to `count` after which no copies are parted.
-
-    Args:
-        order: the places of the images (see `identity.places`), sorted; copies have the same.
-        count: how many of the first are wanted.
-
-    Returns:
-        The number, at least 1 and less than all; `None` if all images are copies of one.
-    """
-    ends = np.flatnonzero(np.diff(order)) + 1
-    return int(ends[np.abs(ends - count).argmin()]) if len(ends) else None
 
 
 __all__ = ["MIN_IMAGES", "ContextImages"]
