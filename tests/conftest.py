@@ -66,6 +66,14 @@ def tiny(tmp_path):
     return TINY | {"output_dir": str(tmp_path / "run")}
 
 
+@pytest.fixture(scope="session")
+def grey(tmp_path_factory):
+    """The page of a tiny model of grey images."""
+    from pages import grey_page  # the package is imported where it is used
+
+    return grey_page(tmp_path_factory.mktemp("saved") / "digits")
+
+
 @pytest.fixture
 def waits(tmp_path, monkeypatch):
     """An empty Hub and an empty cache, nobody logged in; the client's waits before it tries again,
