@@ -53,6 +53,10 @@ TINY = {
 }
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate keeps the precision of a process's first run; every test is a first run."""

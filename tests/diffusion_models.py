@@ -3,6 +3,7 @@
 import json
 
 import torch
+from conftest import generator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -36,6 +37,10 @@ BLOCKS = {
     "attention_head_dim": 8,
 }
 KINDS = ("unet", "conditional", "dit", "sd3")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed))
 
 
 def unet(**options):

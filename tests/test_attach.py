@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
+from conftest import generator
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -43,10 +44,6 @@ from hf_intervene import (
     intervene,
     load_base,
 )
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def quiet(pipe):

@@ -11,15 +11,12 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from conftest import generator
 from PIL import Image
 
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
 from hf_intervene.training.benchmarks.tools import HostWaits
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 NOISE = torch.randn(2, 3, 4, generator=generator(5))

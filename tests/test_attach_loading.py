@@ -6,6 +6,7 @@ import pipelines
 import pytest
 import recorded
 import torch
+from conftest import generator
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DConditionModel
 from diffusion_models import make, stable_diffusion, with_head
 from peft import LoraConfig
@@ -24,10 +25,6 @@ from hf_intervene.acting import Heads, denoisers
 from hf_intervene.attached import Attached
 from hf_intervene.bases.lora import add_lora, merged
 from hf_intervene.bases.lora_layers import LoraLayers
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 NOISE = torch.randn(1, 3, 4, generator=generator(5))

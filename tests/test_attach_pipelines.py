@@ -8,6 +8,7 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from conftest import generator
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,10 +16,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
 from hf_intervene.bases.denoising import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def generate(kind, pipe, num_images=2, **options):

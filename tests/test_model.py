@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import generator
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
@@ -24,10 +25,6 @@ def tiny_model(ablation=None, norm="group", seed=0, **head):
     base = tiny_vae(norm=norm, seed=seed)
     head = {"noise_width": 4, "concept_width": 3, "initializer_range": 0.5} | head
     return InterventionModel.build(base, CONCEPTS, ablation=ablation, **head)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3), (30, 3)])

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import generator
 from diffusers import DiffusionPipeline
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE
@@ -16,10 +17,6 @@ def pipe():
     base = LightVAE(3, 16, block_out_channels=(8, 8), hidden_width=16, latent_width=12)
     model = InterventionModel.build(base, ["quad1", "size"], noise_width=4, initializer_range=0.5)
     return InterventionPipeline.from_model(model)
-
-
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("pipeline_class", [InterventionPipeline, DiffusionPipeline])

@@ -7,6 +7,7 @@ import pickle
 import diffusers
 import pytest
 import torch
+from conftest import generator
 from diffusion_models import with_head
 
 from hf_intervene import InterventionModel, InterventionPipeline, LightVAE, wrap_base
@@ -14,10 +15,6 @@ from hf_intervene.bases.denoising import Start, follow
 
 
 KINDS = ("unet", "conditional", "sd3", "light")
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def made(kind):

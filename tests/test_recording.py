@@ -12,6 +12,7 @@ import pipelines
 import pytest
 import recorded
 import torch
+from conftest import generator
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -33,10 +34,6 @@ FEW = (
     "kandinsky",
 )
 OPTIONS = {"noise_width": 4, "initializer_range": 0.5}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def with_head(base, awake=True):
