@@ -45,10 +45,14 @@ _REFERENCE = {
 # The version of saved configurations. It goes up by one when a package that knows only the former
 # version would misread a new configuration: a field changes what is computed, the weights differ,
 # or an entry has another meaning. A configuration without a version counts as 0.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # EARLIER[v] holds the values of fields that a configuration of version v does not have, if today's
 # default differs from what the package computed then.
-EARLIER: tuple[dict[str, Any], ...] = ({"initial_posterior_std": 1.0}, {"mechanism": "mlp"})
+EARLIER: tuple[dict[str, Any], ...] = (
+    {"initial_posterior_std": 1.0},
+    {"mechanism": "mlp"},
+    {},
+)
 
 
 @strict
@@ -65,9 +69,9 @@ class InterventionConfig(PreTrainedConfig):
         mechanism: how each concept is computed from its noise (see `modeling_intervention.py`).
             `"flow"` is invertible, with one posterior q(c | x) for all contexts. `"mlp"` is the
             paper's. The fields below that name `"mlp"` have no effect with flows.
-        flow_depth: number of couplings of each flow (see `flow.py`).
-        flow_width: width of the networks of each coupling, and of the message from a block's
-            causes.
+        flow_depth: hidden layers of the network of each entry of a concept (see `flow.py`).
+        flow_width: width of these layers, and of the message from a block's causes.
+        flow_components: components of the mixture of each entry.
         concept_edges: for `"flow"`: whether concepts may depend on free blocks and on the concepts
             before them in `OrderedInterventionLayer.order`. Set it if concepts cause each other. If
             they do not, leave it off: an intervention cuts the learnt edges, and the decoder can
@@ -118,8 +122,9 @@ class InterventionConfig(PreTrainedConfig):
     noise_width: int = 32
     concept_width: int = 8
     mechanism: str = "mlp"
-    flow_depth: int = 4
-    flow_width: int = 32
+    flow_depth: int = 2
+    flow_width: int = 64
+    flow_components: int = 8
     concept_edges: bool = False
     depth: int = 2
     norm: str = "layer"
@@ -145,8 +150,9 @@ class InterventionConfig(PreTrainedConfig):
             ("noise_width", 1, MAX_SIZE),
             ("concept_width", 1, MAX_SIZE),
             ("depth", 1, MAX_DEPTH),
-            ("flow_depth", 0, MAX_DEPTH),
+            ("flow_depth", 1, MAX_DEPTH),
             ("flow_width", 1, MAX_SIZE),
+            ("flow_components", 1, MAX_SIZE),
             ("propagation_steps", 1, MAX_DEPTH),
             ("feature_width", 1, MAX_SIZE),
             ("lora_rank", 0, MAX_SIZE),
@@ -282,6 +288,11 @@ def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
         )
     then = {name: value for fields in reversed(EARLIER[version:]) for name, value in fields.items()}
     found = then | saved | {"format_version": FORMAT_VERSION}
+    if version == 2 and found.get("mechanism") == "flow":
+        raise ValueError(
+            "the head has flows of format 2, affine couplings, which this hf-intervene no longer"
+            " computes: train it anew, or install the commit that saved it."
+        )
     reference = found.get("base_reference")
     # The first references had no dtype: their models were all in float32.
     if isinstance(reference, dict) and "dtype" not in reference:

@@ -4,17 +4,20 @@ where they are MLPs).
 Block j of the concepts is made of noise and of a message from its causes
 (`OrderedInterventionLayer`),
 
-    c_j = F_j(z_j; s_j, h_j),    z_j ~ N(0, I),    h_j = (1 - s_j) sum_{i before j} W[j, i] c_i.
+    c_j = F_j(z_j; s_j, h_j),    z_j ~ N(0, I),    h_j = (1 - s_j) sum_{i before j} W[j, i] c_i,
 
-F_j(.; 0, h) and F_j(.; 1, 0), without and with an intervention, are two stacks of affine couplings
-(Dinh et al., arXiv:1605.08803) whose networks read h too, so that both directions and the density
-are exact:
+one entry after the other. Given the entries before it, entry i is a mixture of K logistic
+distributions, whose parameters a small network gives (see `mixtures.py`):
 
-    log f_j(c; s, h) = log N(z; 0, I) - log |det dF_j/dz|    at z = F_j^{-1}(c; s, h).
+    Phi(z_ji) = sum_k p_k sigmoid((c_ji - m_k) / v_k),    (p, m, v) = N_ji(c_j<i; s_j, h_j).
 
-Without an intervention a concept may be there all the same: 5 of 100 people wear glasses. One map
-is too smooth for that, and puts half glasses on many. So without an intervention c_j is a mixture;
-with a share pi_j, learnt, it is that of one,
+So both directions and the density are exact, and codes may lie in clusters: a hat is one of ten,
+and half a hat between two of them is none. (Affine couplings, which stretch N(0, I) smoothly, put
+much of it between clusters.) F_j(.; 0, h) and F_j(.; 1, 0), without and with an intervention, have
+networks of their own.
+
+Without an intervention a concept may be there all the same: 5 of 100 people wear glasses. So
+without an intervention c_j is with a share pi_j, learnt, that of one,
 
     p(c_j | s_j, h_j) = (1 - pi_j) f_j(c_j; s_j, h_j) + pi_j f_j(c_j; 1, 0).
 
@@ -34,6 +37,7 @@ from torch import nn
 from torch.nn.functional import gelu, logsigmoid
 
 from .blocks import BlockLinear, SmallBlockLinear
+from .mixtures import Mixture
 
 
 SHARE = 0.05  # pi_j before training
@@ -68,45 +72,48 @@ class ConceptFlow(nn.Module):
 
     Shapes, for n blocks: z (n, B, w + 1); c (n, B, w); s (n, B, 1), entries in [0, 1]; h (n, B, m).
     Maps are numbered: the first D are those without an intervention, the last d those with one,
-    which have no message.
+    which have no message. Networks are numbered map by map, w to a map.
 
     Args:
         concepts: d.
         blocks: D, concepts first.
-        width: w; with w = 1 there is nothing to couple, and each map is affine.
-        depth: couplings of each map.
-        hidden_width: m, of h and of the network in a coupling, which has one hidden layer.
+        width: w.
+        depth: hidden layers of a network.
+        hidden_width: m, of h and of these layers.
+        components: K.
     """
 
     def __init__(
-        self, concepts: int, blocks: int, width: int, depth: int = 4, hidden_width: int = 32
+        self,
+        concepts: int,
+        blocks: int,
+        width: int,
+        depth: int = 2,
+        hidden_width: int = 64,
+        components: int = 8,
     ):
         super().__init__()
         self.concepts, self.blocks, self.width = concepts, blocks, width
-        maps = blocks + concepts
-        # Even couplings read the first part of a block and move the rest; odd ones the other way
-        # round.
-        self.split = [width // 2, width - width // 2]
-        self.hidden, self.message, self.move = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for layer in range(depth if width > 1 else 0):
-            read, moved = self.split if layer % 2 == 0 else self.split[::-1]
-            self.hidden.append(BlockLinear(maps, read, hidden_width))
-            self.message.append(BlockLinear(blocks, hidden_width, hidden_width))
-            self.move.append(SmallBlockLinear(maps, hidden_width, 2 * moved))
-        self.shift = BlockLinear(blocks, hidden_width, width)  # of the mean, by h
-        self.mean = nn.Parameter(torch.empty(maps, 1, width))
-        self.log_scale = nn.Parameter(torch.empty(maps, 1, width))
+        networks = (blocks + concepts) * width
+        self.first = BlockLinear(networks, width, hidden_width)
+        self.hidden = nn.ModuleList(
+            BlockLinear(networks, hidden_width, hidden_width) for _ in range(depth - 1)
+        )
+        self.last = SmallBlockLinear(networks, hidden_width, 3 * components)
         self.share_logit = nn.Parameter(torch.empty(concepts))  # of pi
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start near the identity, interventions elsewhere."""
-        nn.init.zeros_(self.log_scale)
+        """Start near N(0, I), interventions elsewhere. The layers have their own."""
         nn.init.constant_(self.share_logit, math.log(SHARE / (1 - SHARE)))
+        of_maps = self.last.bias.view(-1, self.width, self.last.bias.shape[-1])
+        _, means, log_scales = of_maps.chunk(3, dim=-1)
+        k = torch.arange(means.shape[-1], dtype=torch.float64)
+        means.copy_(torch.special.ndtri((k + 0.5) / len(k)))
+        log_scales.fill_(-1.2)  # about half the standard deviation of N(0, 1)
         # Interventions start somewhere else, so that encoder and flow need not find out which way
         # to part.
-        with torch.no_grad():
-            self.mean[: self.blocks].zero_()
-            self.mean[self.blocks :].normal_(std=0.5)
+        means[self.blocks :] += 0.5 * torch.randn_like(means[self.blocks :, :, :1])
 
     @property
     def shares(self) -> torch.Tensor:
@@ -116,18 +123,18 @@ class ConceptFlow(nn.Module):
     def forward(
         self, z: torch.Tensor, s: torch.Tensor, h: torch.Tensor, blocks: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """c = F(z; s, h) of these blocks, sorted, all by default. Between s = 0 and 1 shifts and
-        log-scales of every layer are interpolated."""
+        """c = F(z; s, h) of these blocks, sorted, all by default. Between s = 0 and 1 what the
+        networks say is interpolated."""
         maps = self._maps(blocks)
         x, which = z.split([self.width, 1], dim=-1)
         there = which[: maps.number] > self._threshold()[maps.concepts]
         s = torch.cat([torch.where(there, 1.0, s[: maps.number]), s[maps.number :]])
-        for layer in range(len(self.hidden)):
-            read, moved = self._halves(x, layer)
-            shift, log_scale = self._coupling(layer, read, h, s, maps)
-            x = self._whole(read, moved * log_scale.exp() + shift, layer)
-        mean, log_scale = self._affine(h, s, maps)
-        return x * log_scale.exp() + mean
+        c = torch.zeros_like(x)
+        for i in range(self.width):
+            of_entry = self._mixtures(c, h, s, maps, [i])
+            value = of_entry.quantile(x[..., i][:, None])[:, 0].to(x.dtype)  # (n, B)
+            c = torch.cat([c[..., :i], value[..., None], c[..., i + 1 :]], dim=-1)
+        return c
 
     def states(self, c: torch.Tensor, s: torch.Tensor, h: torch.Tensor, whole: bool) -> States:
         """What all maps say of c.
@@ -191,16 +198,9 @@ class ConceptFlow(nn.Module):
         """The inverse of the maps of all blocks at strengths s; `None`: of all maps, each with a c
         of its own.
         """
-        maps = self._maps(None)
-        mean, log_scale = self._affine(h, s, maps)
-        x = (c - mean) * (-log_scale).exp()
-        log_det = -log_scale.sum(-1).expand(x.shape[:2])
-        for layer in reversed(range(len(self.hidden))):
-            read, moved = self._halves(x, layer)
-            shift, log_scale = self._coupling(layer, read, h, s, maps)
-            x = self._whole(read, (moved - shift) * (-log_scale).exp(), layer)
-            log_det = log_det - log_scale.sum(-1)
-        return Part(x, log_det - 0.5 * (x.square() + math.log(2 * math.pi)).sum(-1))
+        found = self._mixtures(c, h, s, self._maps(None), list(range(self.width)))
+        values = c.mT  # (n, w, B)
+        return Part(found.noise(values).mT.to(c.dtype), found.log_density(values).sum(1))
 
     def _maps(self, blocks: Sequence[int] | None) -> _Maps:
         d, all_blocks = self.concepts, self.blocks
@@ -210,51 +210,39 @@ class ConceptFlow(nn.Module):
         both = [*blocks, *(all_blocks + j for j in concepts)]
         return _Maps(list(blocks), both, concepts, len(concepts))
 
-    def _coupling(
+    def _mixtures(
         self,
-        layer: int,
-        read: torch.Tensor,
+        c: torch.Tensor,
         h: torch.Tensor,
         s: torch.Tensor | None,
         maps: _Maps,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shift and log-scale of a layer, at strengths s; `None`: of all maps, which read each
-        their own.
+        entries: list[int],
+    ) -> Mixture:
+        """Those of these entries of c, (n, entries, B, K), at strengths s; `None`: of all maps,
+        each with a c of its own.
         """
         if s is not None:
-            read = torch.cat([read, read[: maps.number]])
-        x = _heard(self.hidden[layer](read, maps.both), self.message[layer](h, maps.obs))
-        x = self.move[layer](gelu(x), maps.both)
-        shift, log_scale = (x if s is None else _mixed(x, s)).chunk(2, dim=-1)
-        return shift, 2 * torch.tanh(log_scale / 2)  # a scale between exp(-2) and exp(2)
-
-    def _affine(
-        self, h: torch.Tensor, s: torch.Tensor | None, maps: _Maps
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-scale of the last layer, likewise."""
-        heard = self.shift(h, maps.obs)
-        mean = self.mean[maps.both].expand(-1, heard.shape[1], -1)
-        mean, log_scale = _heard(mean, heard), self.log_scale[maps.both]
-        return (mean, log_scale) if s is None else (_mixed(mean, s), _mixed(log_scale, s))
+            c = torch.cat([c, c[: maps.number]])
+        w, count = self.width, len(entries)
+        if maps.both == slice(None) and count == w:
+            networks: slice | list[int] = slice(None)
+        else:
+            of_all = range(self.blocks + self.concepts)
+            numbers = of_all[maps.both] if isinstance(maps.both, slice) else maps.both
+            networks = [w * j + i for j in numbers for i in entries]
+        before = torch.tensor(entries, device=c.device)[:, None] > torch.arange(w, device=c.device)
+        read = c[:, None] * before[:, None]  # (n, entries, B, w): each reads those before it
+        x = self.first(read.flatten(0, 1), networks).unflatten(0, (-1, count))
+        n = len(h)
+        x = gelu(torch.cat([x[:n] + h[:, None], x[n:]])).flatten(0, 1)
+        for layer in self.hidden:
+            x = x + gelu(layer(x, networks))
+        x = self.last(x, networks).unflatten(0, (-1, count))
+        return Mixture.of(x if s is None else _mixed(x, s[:, None]))
 
     def _threshold(self) -> torch.Tensor:
         """The quantile 1 - pi of N(0, 1), (d, 1, 1)."""
         return math.sqrt(2) * torch.erfinv(1 - 2 * self.shares.float())[:, None, None]
-
-    def _halves(self, x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = x.split(self.split, dim=-1)
-        return (first, second) if layer % 2 == 0 else (second, first)
-
-    def _whole(self, read: torch.Tensor, moved: torch.Tensor, layer: int) -> torch.Tensor:
-        return torch.cat((read, moved) if layer % 2 == 0 else (moved, read), dim=-1)
-
-
-def _heard(x: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
-    """x of both kinds of maps, (n + k, B, m), with the message to those without an intervention,
-    (n, B, m), added.
-    """
-    n = len(message)
-    return torch.cat([x[:n] + message, x[n:]])
 
 
 def _mixed(both: torch.Tensor, s: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,12 @@ class InterventionHead(FlowMixin, PreTrainedModel):
         blocks, noise_width, width = config.num_blocks, config.noise_width, config.concept_width
         if config.mechanism == "flow":
             self.flow = ConceptFlow(
-                len(config.concepts), blocks, width, config.flow_depth, config.flow_width
+                len(config.concepts),
+                blocks,
+                width,
+                config.flow_depth,
+                config.flow_width,
+                config.flow_components,
             )
             self.intervention = OrderedInterventionLayer(
                 len(config.concepts), blocks, width, config.flow_width, config.concept_edges

@@ -1,4 +1,4 @@
-"""Invertible mechanisms: both directions, the density, the mixture and the exact SEM."""
+"""Invertible mechanisms: both directions, the density, the mixtures and the exact SEM."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 from hf_intervene import InterventionConfig, InterventionHead
 from hf_intervene.flow import ConceptFlow
+from hf_intervene.mixtures import Mixture
 from hf_intervene.structural import OrderedInterventionLayer
 
 
@@ -49,6 +50,42 @@ def test_noise_of_concepts_is_the_noise_that_made_them(width):
     assert same[:, 2].all() and same[:10, 0].all() and same.float().mean() > 0.8
 
 
+def test_mixtures_are_maps_between_noise_and_values():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3 * 4, generator=generator, dtype=torch.float64)
+    x[:, 4:8] *= 20  # clusters far apart, with next to nothing between them
+    mixture = Mixture.of(x)
+    z = torch.linspace(-6, 6, 50, dtype=torch.float64)
+    c = mixture.quantile(z)
+    torch.testing.assert_close(mixture.noise(c), z, rtol=1e-6, atol=1e-6)
+    # dz/dc = f(c) / N(z; 0, 1)
+    nearby = c.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mixture.noise(nearby).sum(), nearby)
+    log_normal = -0.5 * (z.square() + math.log(2 * math.pi))
+    torch.testing.assert_close(slope.log() + log_normal, mixture.log_density(c))
+    step = 1e-3
+    grid = torch.arange(-120, 120, step, dtype=torch.float64)
+    one = Mixture(*(part[:1] for part in mixture))
+    assert one.log_density(grid).exp().sum().item() * step == pytest.approx(1, abs=1e-6)
+
+
+def test_values_have_the_gradient_of_the_exact_inverse():
+    x = torch.randn(5, 3 * 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.5], dtype=torch.float64, requires_grad=True)
+
+    def value(x, z):
+        return Mixture.of(x).quantile(z)
+
+    assert torch.autograd.gradcheck(value, (x.requires_grad_(), z), eps=1e-5, atol=1e-4)
+
+
+def test_mixtures_in_half_precision_are_computed_in_single():
+    x = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    half, single = (Mixture.of(y) for y in (x.bfloat16(), x.bfloat16().float()))
+    torch.testing.assert_close(half.quantile(z), single.quantile(z))
+
+
 @pytest.mark.parametrize("context", [(1.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
 def test_the_density_is_that_of_a_change_of_variables(context):
     h = head(concept_edges=True)
@@ -70,13 +107,16 @@ def test_the_density_is_that_of_a_change_of_variables(context):
 
 def test_the_mixture_is_a_density_and_draws_follow_it():
     torch.manual_seed(0)
-    flow = ConceptFlow(1, 1, 1)
+    flow = ConceptFlow(1, 1, 1, hidden_width=32)
+    for module in flow.children():
+        for layer in module if isinstance(module, torch.nn.ModuleList) else [module]:
+            layer.reset_parameters()
     flow.reset_parameters()
-    flow.shift.reset_parameters()
     with torch.no_grad():
         flow.share_logit.fill_(math.log(0.3 / 0.7))
-        flow.mean[1] = 6.0
-        flow.log_scale[1] = -1.0
+        _, means, log_scales = flow.last.bias[1, 0].chunk(3)  # under an intervention
+        means += 6
+        log_scales -= 1
     grid = torch.linspace(-12, 18, 60001)
     nothing = torch.zeros(1, 200_000, 32)  # it has a message
     s, h = nothing[:, : len(grid), :1], nothing[:, : len(grid)]

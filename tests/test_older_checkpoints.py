@@ -142,9 +142,14 @@ def test_settings_of_an_older_run_keep_the_defaults_of_then(tmp_path):
 
 
 def test_settings_that_there_are_no_more_are_dropped_from_what_runs_saved(tmp_path):
-    settings = read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")  # names every setting
+    saved = (
+        FIXTURES / "run-a2902fc" / "training_arguments.yaml"
+    ).read_text()  # names every setting
+    (tmp_path / "run.yaml").write_text(saved.replace("mechanism: flow", "mechanism: mlp"))
+    settings = read(tmp_path / "run.yaml")
     assert settings["max_steps"] == 8 and not {"compile", "channels_last"} & set(settings)
-    assert set(TrainArguments(**settings).flat()) == set(settings) | {"frames"}  # which came later
+    later = {"frames", "flow_components"}
+    assert set(TrainArguments(**settings).flat()) == set(settings) | later
     (tmp_path / "mine.yaml").write_text("compile: true\n")
     with pytest.raises(ValueError, match="unknown setting 'compile': versions before 0.2 had it"):
         read(tmp_path / "mine.yaml")
@@ -172,7 +177,10 @@ def test_settings_that_there_are_no_more_are_dropped_from_what_runs_saved(tmp_pa
             | {"context_prediction": 0.1},
             "context_prediction 0.1, which",
         ),
-        ({"settings_version": 5, "schedule": "adaptive"}, "the schedule adaptive, which"),
+        (
+            {"settings_version": 5, "mechanism": "mlp", "schedule": "adaptive"},
+            "the schedule adaptive, which",
+        ),
     ],
 )
 def test_settings_with_terms_that_there_are_no_more(saved, words, tmp_path):
@@ -194,37 +202,16 @@ def test_settings_of_today_and_of_later_ones(tmp_path):
             read(tmp_path / "s.yaml")
 
 
-def resumed(tmp_path, **options):
-    """The run of the fixture, which goes on where it was stopped."""
-    shutil.copytree(FIXTURES / "run-a2902fc", tmp_path / "run")
-    settings = read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")
-    settings |= {"output_dir": str(tmp_path / "run"), "resume": "auto"}
-    return trainer.train(TrainArguments(**settings | options))
+def test_a_run_with_flows_of_couplings_does_not_go_on(tmp_path):
+    with pytest.raises(ValueError, match="flows of affine couplings, which .* start anew"):
+        read(FIXTURES / "run-a2902fc" / "training_arguments.yaml")
 
 
-def test_an_older_run_goes_on(tmp_path, capsys):
-    # of a start it does not matter any more
-    result = resumed(tmp_path, initial_posterior_std=0.5)
-    assert result.step == 8 and "step 4" in capsys.readouterr().out
-    history = [
-        json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()
-    ]
-    assert [row["step"] for row in history if "kl" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
-    saved = yaml.safe_load((tmp_path / "run" / "training_arguments.yaml").read_text())
-    assert saved["settings_version"] == SETTINGS_VERSION
-    found, expected = (
-        load_file(tmp_path / "run" / name)
-        for name in ("checkpoints/step-00000008/model.safetensors", "finished.safetensors")
-    )
-    assert found.keys() == expected.keys()
-    # About as the commit went on itself: edit consistency has another loss since.
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=5e-3)
-
-
-def test_an_older_run_does_not_go_on_with_other_settings(tmp_path):
-    with pytest.raises(ValueError, match="beta was 1.0, is 4.0"):
-        resumed(tmp_path, beta=4.0)
+def test_a_head_with_flows_of_couplings_says_what_to_do():
+    saved = InterventionConfig(mechanism="flow").to_dict() | {"format_version": 2}
+    with pytest.raises(ValueError, match="flows of format 2, affine couplings, .* train it anew"):
+        InterventionConfig.from_dict(saved)
+    assert InterventionConfig.from_dict(saved | {"mechanism": "mlp"}).mechanism == "mlp"
 
 
 def test_a_run_with_terms_that_there_are_no_more_does_not_go_on(tmp_path):
@@ -258,4 +245,6 @@ def test_a_run_of_a_later_version(tmp_path):
     later = json.loads(state.read_text()) | {"settings_version": SETTINGS_VERSION + 1}
     (tmp_path / "later/checkpoints/step-00000004/state.json").write_text(json.dumps(later))
     with pytest.raises(ValueError, match="written by a later version of hf-intervene"):
-        resumed(tmp_path, resume=str(tmp_path / "later/checkpoints/step-00000004"))
+        settings = {"output_dir": str(tmp_path / "later"), "tracker": "none"}
+        resume = str(tmp_path / "later/checkpoints/step-00000004")
+        trainer.train(TrainArguments(**settings, resume=resume))

@@ -62,7 +62,7 @@ REGIMES = {
     "head pooled": {"ablation": "head-pooled"},
 }
 SWEEPS = {HEADED: {}}
-SWEEPS |= {f"couplings {depth}": {"flow_depth": depth} for depth in (2, 8)}
+SWEEPS |= {f"hidden layers {depth}": {"flow_depth": depth} for depth in (1, 3)}
 SWEEPS |= {f"concept width {width}": {"concept_width": width} for width in (4, 8, 32)}
 SWEEPS |= {f"beta {beta:g}": {"beta": beta} for beta in (0.25, 0.5, 2, 4)}
 SWEEPS |= {f"group lasso {weight:g}": {"group_lasso": weight} for weight in (0.01, 0.1, 1)}

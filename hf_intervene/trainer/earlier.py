@@ -8,7 +8,7 @@ from .settings import FORMER, flat
 
 # Of saved settings, which may leave out what is a default. It is raised when a default changes, or
 # a setting goes. Files before the first one that was written down count as 0.
-SETTINGS_VERSION = 6
+SETTINGS_VERSION = 7
 # EARLIER[v]: defaults of version v, and what settings stood for that it did not have, where that is
 # not today's default.
 EARLIER: tuple[dict[str, object], ...] = (
@@ -31,6 +31,7 @@ EARLIER: tuple[dict[str, object], ...] = (
         "edit_consistency": 0.0,
     },
     {"free_invariance": 0.0, "prior_steps": 0, "optimizer": "adamw"},
+    {},
     {},
 )
 # Weights of terms that only versions before 4 trained with. The context prediction of then was
@@ -66,6 +67,11 @@ def of_today(saved: Mapping[str, Any], version: int, source: str) -> dict[str, A
     settings = earlier_defaults(version, source) | dict(saved)
     if version == SETTINGS_VERSION:
         return flat(settings, source)
+    if settings.get("mechanism", "flow") == "flow":
+        raise ValueError(
+            f"{source} is of a run with flows of affine couplings, which this version of"
+            " hf-intervene no longer has: start anew in another output_dir with settings of today."
+        )
     gone = []
     if version < 4:
         gone = [f"{name} {settings[name]}" for name in TERMS_OF_THEN if settings[name]]

@@ -40,7 +40,7 @@ from .validation import model_inputs
 
 
 logger = get_logger(__name__)
-BATCH = 512  # codes
+BATCH = 256  # codes
 LEARNING_RATE = 3e-3
 MOST = 65_536  # images that are encoded
 LARGEST = 50.0  # norm of a gradient
