@@ -123,7 +123,7 @@ class InterventionConfig(PreTrainedConfig):
     concept_width: int = 8
     mechanism: str = "mlp"
     flow_depth: int = 2
-    flow_width: int = 64
+    flow_width: int = 128
     flow_components: int = 8
     concept_edges: bool = False
     depth: int = 2

@@ -89,7 +89,7 @@ class ConceptFlow(nn.Module):
         blocks: int,
         width: int,
         depth: int = 2,
-        hidden_width: int = 64,
+        hidden_width: int = 128,
         components: int = 8,
     ):
         super().__init__()

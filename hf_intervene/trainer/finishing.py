@@ -31,7 +31,7 @@ def save_trained(
     best, kept = out / "best", out / "checkpoints" / "prior"
     trained = InterventionModel.from_pretrained(best) if best.exists() else last
     steps = a.optimization.prior_steps
-    steps = round(4 / 3 * state.total) if steps is None else steps
+    steps = round(2 / 3 * state.total) if steps is None else steps
     fitted = bool(steps) and trained.head is not None and trained.head.is_flow
     if fitted:
         trained.to(accelerator.device)

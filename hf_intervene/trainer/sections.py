@@ -175,7 +175,7 @@ class HeadSettings:
     free_blocks: int = setting(8, "Blocks that are never intervened on.")
     concept_width: int = setting(4, "Width of each block of the concepts.")
     flow_depth: int = setting(2, "Mechanism `flow`: hidden layers of its networks.")
-    flow_width: int = setting(64, "Mechanism `flow`: width of these layers.")
+    flow_width: int = setting(128, "Mechanism `flow`: width of these layers.")
     flow_components: int = setting(8, "Mechanism `flow`: components of each entry's mixture.")
     concept_edges: bool = setting(False, "Mechanism `flow`: whether concepts may cause each other.")
     noise_width: int = setting(32, "Mechanism `mlp`: width of each block of the noise.")
@@ -283,7 +283,7 @@ class OptimizationSettings:
     prior_steps: int | None = setting(
         None,
         "Mechanism `flow`: steps that fit the prior of the finished model, see prior.py; default:"
-        " 4/3 of all.",
+        " 2/3 of all.",
         between(0),
     )
     seed: int = setting(0, "Seed of the weights and of all draws.", between(0))
