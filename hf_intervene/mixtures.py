@@ -6,22 +6,28 @@ A value c and its noise z are the same quantile, of the mixture and of N(0, 1):
     Phi(z) = sum_k p_k sigmoid((c - m_k) / v_k)
 
 Logistic, not Gaussian, as in PixelCNN++ (Salimans et al., arXiv:1701.05517): far from a narrow
-component the log-density falls linearly, so that one far value does not throw training off.
+component the log-density falls linearly.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 from torch.special import log_ndtr, ndtr, ndtri
 
 
-_LARGEST = 5.0  # of a log-scale, and of its negative
+# Bound of a log-scale and of its negative. Narrower components than codes have use for make the
+# gradient of context prediction large, and training at 64x64 unstable.
+_LARGEST = 2.5
+# The log-weight, mean and log-scale of one more component, which is broad. It bounds what a value
+# far from all others costs: without it a few such values threw training off.
+_BROAD = (math.log(1e-4), 0.0, math.log(3.0))
 
 
 class Mixture(NamedTuple):
-    """Mixtures of K logistic distributions, one for each value: (..., K) each, float32 or float64."""
+    """Mixtures of logistic distributions, one for each value: (..., K + 1) each, float32 or
+    float64."""
 
     log_weight: torch.Tensor
     mean: torch.Tensor
@@ -29,10 +35,13 @@ class Mixture(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Mixture":
-        """Those that a network's output x, (..., 3 K), stands for."""
+        """Those of K components that a network's output x, (..., 3 K), stands for, and a broad one.
+        """
         x = x if x.dtype == torch.float64 else x.float()
         logits, mean, log_scale = x.chunk(3, dim=-1)
-        return cls(logits.log_softmax(-1), mean, _LARGEST * torch.tanh(log_scale / _LARGEST))
+        log_weight = logits.log_softmax(-1) + math.log1p(-math.exp(_BROAD[0]))
+        found = log_weight, mean, _LARGEST * torch.tanh(log_scale / _LARGEST)
+        return cls(*(pad(part, (0, 1), value=value) for part, value in zip(found, _BROAD)))
 
     def log_density(self, c: torch.Tensor) -> torch.Tensor:
         """Log-density of values c, (...)."""

@@ -56,6 +56,7 @@ MODEL_FILES += [
     "flow.py",
     "flow_head.py",
     "mechanisms.py",
+    "mixtures.py",
     "structural.py",
 ]
 MODEL_FILES += [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "py")]

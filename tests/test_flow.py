@@ -69,6 +69,17 @@ def test_mixtures_are_maps_between_noise_and_values():
     assert one.log_density(grid).exp().sum().item() * step == pytest.approx(1, abs=1e-6)
 
 
+def test_a_value_far_from_all_components_costs_a_bounded_number_of_nats():
+    x = torch.zeros(1, 3 * 4, dtype=torch.float64)
+    x[:, 8:] = -50.0  # as narrow as they can be, all at 0
+    mixture = Mixture.of(x)
+    c = torch.tensor([1.0, 10.0], dtype=torch.float64, requires_grad=True)
+    density = mixture.log_density(c)
+    (slope,) = torch.autograd.grad(density.sum(), c)
+    assert density.min() > -15 and slope.abs().max() < 0.5
+    assert mixture.log_density(torch.zeros(1, dtype=torch.float64)) > 1
+
+
 def test_values_have_the_gradient_of_the_exact_inverse():
     x = torch.randn(5, 3 * 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.5], dtype=torch.float64, requires_grad=True)
@@ -234,12 +245,12 @@ def test_a_chosen_value_is_reached_and_moves_only_what_depends_on_it():
 
 def test_strengths_lead_from_one_map_to_the_other_without_a_jump():
     h = head()
-    z = torch.zeros(21, 3, 5, dtype=torch.float64)
-    s = torch.zeros(21, 3, dtype=torch.float64)
-    s[:, 0] = torch.linspace(0, 1, 21)
+    z = torch.zeros(2001, 3, 5, dtype=torch.float64)
+    s = torch.zeros(2001, 3, dtype=torch.float64)
+    s[:, 0] = torch.linspace(0, 1, 2001)
     c = h(z, s).concepts[:, 0]
-    steps = (c[1:] - c[:-1]).norm(dim=-1)
-    assert steps.max() < 4 * steps.mean() and (c[-1] - c[0]).norm() > steps.max()
+    steps = (c[1:] - c[:-1]).norm(dim=-1)  # quick between two clusters, but no jump
+    assert steps.max() < 0.02 * steps.sum() and (c[-1] - c[0]).norm() > 0.5
 
 
 def test_the_kl_is_that_of_draws():

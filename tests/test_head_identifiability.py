@@ -75,7 +75,7 @@ def test_a_step_of_training_changes_head_and_base():
     contexts = [torch.randn(40, 1, 1, 8, generator=g) for _ in range(3)]
     study.train(model, contexts, TINY, seed=0)
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
-    assert {"base.model.log_variance", "head.flow.mean", "head.intervention.weight"} <= changed
+    assert {"base.model.log_variance", "head.flow.last.bias", "head.intervention.weight"} <= changed
     assert sorted(model.head.intervention.order.tolist()) == [0, 1]
 
 
