@@ -193,7 +193,7 @@ def test_data_that_were_moved_are_recognised(settings, data, tmp_path):
 
 
 def test_an_older_checkpoint_keeps_the_older_split(settings, tmp_path):
-    settings |= {"context_prediction": 0.0}
+    settings |= {"context_prediction": 0.0, "mechanism": "mlp"}
     trainer.train(TrainArguments(**settings | {"split_by": "position"}))
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     state = json.loads((path / "state.json").read_text())

@@ -174,7 +174,7 @@ def test_the_section_of_the_head_is_its_configuration():
     config = InterventionConfig(**section.configuration())
     assert set(section.configuration()) <= {field.name for field in fields(InterventionConfig)}
     assert (config.free_blocks, config.mechanism, config.ablation) == (2, "flow", "head-pooled")
-    with pytest.raises(ValueError, match="flow_depth must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="flow_depth must be at least 1, not -1"):
         TrainArguments(flow_depth=-1)  # which the configuration checks
 
 
