@@ -35,8 +35,7 @@ class Mixture(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Mixture":
-        """Those of K components that a network's output x, (..., 3 K), stands for, and a broad one.
-        """
+        """Of a network's output x, (..., 3 K): K components, and a broad one."""
         x = x if x.dtype == torch.float64 else x.float()
         logits, mean, log_scale = x.chunk(3, dim=-1)
         log_weight = logits.log_softmax(-1) + math.log1p(-math.exp(_BROAD[0]))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 
 from hf_intervene import InterventionModel, trainer
 from hf_intervene.trainer import TrainArguments, pretraining
@@ -112,6 +112,18 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     ).shape == (2, 3, 16, 16)
 
 
+def test_pretrain_a_transformer_on_pixels_then_add_a_head(tiny, tmp_path):
+    options = ["--model", "dit", "--steps", "4"]
+    assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
+    dit = DiTTransformer2DModel.from_pretrained(tmp_path / "dit", subfolder="transformer")
+    assert dit.config.sample_size == 16 and dit.config.patch_size == 2  # 8 x 8 tokens
+    arguments = tiny | {"base": str(tmp_path / "dit"), "mixed_precision": "no"}
+    result = trainer.train(TrainArguments(**arguments))
+    model = InterventionModel.from_pretrained(result.model_dir)
+    assert model.base.vae is None and model.base.estimates == (3, 16, 16)
+    assert model.sample("quad1", 2, num_inference_steps=2).shape == (2, 3, 16, 16)
+
+
 def test_what_an_autoencoder_keeps(tmp_path, monkeypatch):
     """Images go through it batch by batch; the shares are of the context's own concept."""
     folder = tmp_path / "vae"
@@ -154,13 +166,13 @@ def test_errors_are_one_sentence(tmp_path, capsys):
         (["--resolution", "31"], "multiple of 2, not 31"),
         (["--resolution", "66"], "multiple of 4, not 66"),
         (["--resolution", "30", "--model", "unet"], "multiple of 8, not 30"),
+        (["--resolution", "30", "--model", "dit"], "multiple of 8, not 30"),
         (["--batch-size", "0"], "must be at least 1"),
     ):
         assert pretrain.main(["--output", str(tmp_path / "vae"), *wrong]) == 1
         assert message in capsys.readouterr().err
-    for wrong in (["--model", "dit"], ["--autoencoder", str(tmp_path)]):
-        assert pretrain.main(["--output", str(tmp_path / "dit"), *wrong]) == 1
-        assert "--autoencoder FOLDER is for --model dit" in capsys.readouterr().err
+    assert pretrain.main(["--output", str(tmp_path / "x"), "--autoencoder", str(tmp_path)]) == 1
+    assert "--autoencoder FOLDER is for --model dit" in capsys.readouterr().err
     nowhere = ["--model", "dit", "--autoencoder", str(tmp_path / "none"), "--images", "8"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *nowhere]) == 1
     assert capsys.readouterr().err.count("\n") == 1

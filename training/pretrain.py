@@ -7,8 +7,9 @@ be downloaded.
 
 `autoencoder`: an AutoencoderKL, with the loss of latent diffusion's (Gaussian pixels with a learnt
 variance, a small KL). `unet`: a DDPMPipeline of a UNet2DModel and its scheduler. `dit`: a
-DiTPipeline of a DiTTransformer2DModel on the latents of that autoencoder. Models, losses and saved
-folders are diffusers'; of this package only the images. Nothing of the contexts is seen."""  # noqa: E501
+DiTPipeline of a DiTTransformer2DModel, on pixels, or on the latents of an `--autoencoder`. Models,
+losses and saved folders are diffusers'; of this package only the images. Nothing of the contexts is
+seen."""  # noqa: E501
 
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--model", choices=["autoencoder", "unet", "dit"], default="autoencoder")
     parser.add_argument(
-        "--autoencoder", help="dit: folder of the AutoencoderKL whose latents it is to denoise"
+        "--autoencoder",
+        help="dit: folder of the AutoencoderKL whose latents it is to denoise; without one, pixels",
     )
     parser.add_argument(
         "--dataset",
@@ -64,16 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     out = Path(arguments.output).resolve()
     check_empty(out)
-    if (arguments.model == "dit") != (arguments.autoencoder is not None):
-        raise ValueError(
-            "--autoencoder FOLDER is for --model dit, which needs it: train one with --model"
-            " autoencoder."
-        )
+    if arguments.autoencoder is not None and arguments.model != "dit":
+        raise ValueError("--autoencoder FOLDER is for --model dit: leave it out.")
     if min(arguments.resolution, arguments.batch_size, arguments.steps) < 1:
         raise ValueError("resolution, batch size and steps must be at least 1.")
-    # A token of the DiT has 2 x 2 latents at least; the UNet halves three times.
+    # The UNet halves three times; a DiT on pixels has 8 x 8 tokens, one on latents tokens of 2 x 2
+    # latents at least.
     multiple = 8
-    if arguments.model != "unet":
+    if arguments.model == "autoencoder" or arguments.autoencoder is not None:
         multiple = 2 ** (halvings(arguments.resolution) + (arguments.model == "dit"))
     if arguments.resolution % multiple:
         raise ValueError(
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if folder is None
             else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
         )
-        model = pretrain_diffusion(*options, seed=arguments.seed, autoencoder=vae)
+        is_dit = arguments.model == "dit"
+        model = pretrain_diffusion(*options, arguments.seed, is_dit=is_dit, autoencoder=vae)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
     print(f"{arguments.model} in {arguments.output}")

@@ -179,9 +179,9 @@ def new_unet(resolution: int) -> UNet2DModel:
 NOBODY = 1000  # the number of no class among those of ImageNet
 
 
-def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
-    """A DiT of four blocks on latents (channels, size, size) in 4 x 4 tokens where that fits, for
-    the images of no class. It has rows for ImageNet's classes, which a DiTPipeline counts on."""
+def new_dit(channels: int, size: int, patch_size: int) -> DiTTransformer2DModel:
+    """A DiT of four blocks on what is denoised, (channels, size, size), for the images of no class.
+    It has rows for ImageNet's classes, which a DiTPipeline counts on."""
     return DiTTransformer2DModel(
         num_attention_heads=7,
         attention_head_dim=32,
@@ -189,7 +189,7 @@ def new_dit(channels: int, size: int) -> DiTTransformer2DModel:
         out_channels=channels,
         num_layers=4,
         sample_size=size,
-        patch_size=size // 4 if size % 4 == 0 else 2,
+        patch_size=patch_size,
     )
 
 
@@ -197,22 +197,26 @@ def pretrain_diffusion(
     pixels: torch.Tensor,
     steps: int,
     batch_size: int = 64,
-    learning_rate: float = 5e-4,
     seed: int = 0,
+    learning_rate: float = 5e-4,
+    is_dit: bool = False,
     autoencoder: AutoencoderKL | None = None,
 ) -> DiffusionPipeline:
-    """Train a denoiser on uint8 images (N, 3, S, S), a UNet that predicts v, or on what an
-    autoencoder makes of them, a DiT that predicts the velocity of a flow (Lipman et al.,
-    arXiv:2210.02747); the pipeline has the averaged weights."""
+    """Train a denoiser on uint8 images (N, 3, S, S): a UNet that predicts v, or a DiT that predicts
+    the velocity of a flow (Lipman et al., arXiv:2210.02747), on pixels in 8 x 8 tokens, or on what
+    an autoencoder makes of them, in 4 x 4 where that fits. The pipeline has the averaged
+    weights."""
     torch.manual_seed(seed)
-    if autoencoder is None:
-        images, denoiser = pixels, new_unet(pixels.shape[-1])
+    images = pixels if autoencoder is None else latents(autoencoder, pixels)
+    channels, size = images.shape[1:3]
+    if not is_dit:
+        denoiser = new_unet(size)
         # v rather than the noise itself: what decides a flat region's colour are the noisiest
         # steps, where the noise says little of it. Pixels end at 1.
         scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     else:
-        images = latents(autoencoder, pixels)
-        denoiser = new_dit(*images.shape[1:3])
+        tokens = 8 if autoencoder is None else 4
+        denoiser = new_dit(channels, size, size // tokens if size % tokens == 0 else 2)
         # A solver of order two: ten steps are enough.
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
@@ -224,11 +228,7 @@ def pretrain_diffusion(
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
         noise, time = torch.randn_like(x), torch.rand(len(x), device=x.device)
         noisy, t, target, _ = noised(noising, x, noise, time)
-        no_class = (
-            {}
-            if autoencoder is None
-            else {"class_labels": torch.full_like(t, NOBODY, dtype=torch.long)}
-        )
+        no_class = {"class_labels": torch.full_like(t, NOBODY, dtype=torch.long)} if is_dit else {}
         with autocast():
             found = denoiser(noisy, t, **no_class).sample
         return (found.float() - target).square().mean()
@@ -236,9 +236,9 @@ def pretrain_diffusion(
     _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, learning_rate, ema)
     ema.copy_to(denoiser.parameters())
     return (
-        DDPMPipeline(denoiser, scheduler)
-        if autoencoder is None
-        else DiTPipeline(denoiser, autoencoder, scheduler)
+        DiTPipeline(denoiser, autoencoder, scheduler)
+        if is_dit
+        else DDPMPipeline(denoiser, scheduler)
     )
 
 

@@ -23,6 +23,7 @@ COLUMNS = {
     "real, something else": ("presence", "real", "unwanted", "value"),
     "error of edits": ("counterfactual", "edited"),
     "unedited": ("counterfactual", "unedited"),
+    "another's change": ("counterfactual", "another"),
     "slope of correlations": ("factors", "generated", "slope"),
     "shapes": ("factors", "generated", "shape_distance"),
     "size": ("factors", "generated", "size_distance"),
