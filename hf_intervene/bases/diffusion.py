@@ -396,8 +396,9 @@ class DiffusionBase(Base):
 
     @property
     def estimates(self) -> tuple[int, ...] | None:
+        shape = self.adapter.config.decoded_shape
         # A vision model reads images, not what is decoded.
-        return self.adapter.config.decoded_shape if self.image_encoder is None else None
+        return None if shape is None or self.image_encoder is not None else tuple(shape)
 
     def estimate(self, embedding: torch.Tensor) -> torch.Tensor:
         """E[x_0 | embedding], (B, *estimates), by the decoder."""
