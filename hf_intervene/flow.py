@@ -131,7 +131,7 @@ class ConceptFlow(nn.Module):
         s = torch.cat([torch.where(there, 1.0, s[: maps.number]), s[maps.number :]])
         c = torch.zeros_like(x)
         for i in range(self.width):
-            of_entry = self._mixtures(c, h, s, maps, [i])
+            of_entry = self._mixtures(c, h, s, maps, range(i, i + 1))
             value = of_entry.quantile(x[..., i][:, None])[:, 0].to(x.dtype)  # (n, B)
             c = torch.cat([c[..., :i], value[..., None], c[..., i + 1 :]], dim=-1)
         return c
@@ -198,7 +198,7 @@ class ConceptFlow(nn.Module):
         """The inverse of the maps of all blocks at strengths s; `None`: of all maps, each with a c
         of its own.
         """
-        found = self._mixtures(c, h, s, self._maps(None), list(range(self.width)))
+        found = self._mixtures(c, h, s, self._maps(None), range(self.width))
         values = c.mT  # (n, w, B)
         return Part(found.noise(values).mT.to(c.dtype), found.log_density(values).sum(1))
 
@@ -216,7 +216,7 @@ class ConceptFlow(nn.Module):
         h: torch.Tensor,
         s: torch.Tensor | None,
         maps: _Maps,
-        entries: list[int],
+        entries: range,
     ) -> Mixture:
         """Those of these entries of c, (n, entries, B, K), at strengths s; `None`: of all maps,
         each with a c of its own.
@@ -230,7 +230,8 @@ class ConceptFlow(nn.Module):
             of_all = range(self.blocks + self.concepts)
             numbers = of_all[maps.both] if isinstance(maps.both, slice) else maps.both
             networks = [w * j + i for j in numbers for i in entries]
-        before = torch.tensor(entries, device=c.device)[:, None] > torch.arange(w, device=c.device)
+        own = torch.arange(entries.start, entries.stop, device=c.device)
+        before = own[:, None] > torch.arange(w, device=c.device)  # (entries, w)
         read = c[:, None] * before[:, None]  # (n, entries, B, w): each reads those before it
         x = self.first(read.flatten(0, 1), networks).unflatten(0, (-1, count))
         n = len(h)

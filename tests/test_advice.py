@@ -506,8 +506,11 @@ def test_pretraining(work):
     assert "choose another folder with --output, or remove it" in error
     work.command(pretrain.main, *words, "--output", work.folder / "other")
     shutil.rmtree(out)
-    error = work.command(pretrain.main, *words, "--output", out, "--model", "dit", expect=1)
-    assert "which needs it: train one with --model autoencoder" in error
+    other = ("--autoencoder", work.folder / "other")
+    error = work.command(pretrain.main, *words, "--output", out, *other, expect=1)
+    assert "--autoencoder FOLDER is for --model dit: leave it out" in error
+    work.command(pretrain.main, *words, "--output", out)
+    shutil.rmtree(out)
     work.command(
         pretrain.main,
         *words,
@@ -515,8 +518,7 @@ def test_pretraining(work):
         out / "dit",
         "--model",
         "dit",
-        "--autoencoder",
-        work.folder / "other",
+        *other,
     )
     shutil.rmtree(work.out, ignore_errors=True)
     error = work.train(regime="frozen", expect=1)

@@ -220,7 +220,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_stand_in_
     assert json.loads(history.read_text().splitlines()[-1])["step"] > 2
 
 
-@pytest.mark.parametrize(("free", "status"), [(10_000, 1), (80_000, 0)])
+@pytest.mark.parametrize(("free", "status"), [(10_000, 1), (130_000, 0)])
 def test_files_that_cannot_grow_leave_the_last_checkpoint(tiny, tmp_path, free, status):
     """Nothing can be written any more, or the model can and checkpoints cannot."""
     argv = arguments_of(tiny | {"max_steps": 4})
