@@ -92,6 +92,7 @@ class Saved:
 
 
 def summary_of(saved: Saved) -> str:
+    """What it is and what it intervenes on, in a sentence or two."""
     names = ", ".join(map(code, saved.config.concepts))
     if saved.kind == HEAD:
         return (
@@ -112,6 +113,7 @@ def summary_of(saved: Saved) -> str:
 
 
 def blocks_of(config: "InterventionConfig") -> str:
+    """The blocks of the latent space, and the kind of interventions."""
     free = (
         f" and {config.free_blocks} free block{'s' * (config.free_blocks != 1)} for everything else"
         if config.free_blocks
@@ -128,6 +130,7 @@ def blocks_of(config: "InterventionConfig") -> str:
 
 
 def base_of(saved: Saved) -> str | None:
+    """Which pretrained model the head was added to; `None`: there was none."""
     reference, regime = saved.config.base_reference, saved.regime
     if reference is None:
         return None
@@ -166,6 +169,7 @@ def base_of(saved: Saved) -> str | None:
 
 
 def usage_of(saved: Saved, name: str, bundled: bool) -> str:
+    """Code that loads it, samples and edits."""
     concepts, base_class = (
         saved.config.concepts,
         (saved.config.base_reference or {}).get("class_name"),
@@ -209,6 +213,7 @@ def _head_call(targets: str) -> list[str]:
 
 
 def remote_code_of(saved: Saved, name: str) -> str | None:
+    """Code that loads the head without this package; `None`: there is no head."""
     if saved.config.ablation in ("base", "base-pooled"):
         return None
     subfolder = ', subfolder="head"' if saved.kind == PIPELINE else ""
@@ -222,6 +227,7 @@ def remote_code_of(saved: Saved, name: str) -> str | None:
 
 
 def limits_of(saved: Saved) -> list[str]:
+    """What a user should not expect of it."""
     limits = [
         (
             "It knows no other concepts than these. A concept is what its training images show: if"

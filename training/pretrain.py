@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else load_part(AutoencoderKL, Path(folder), f"the autoencoder {folder}").eval()
         )
         is_dit = arguments.model == "dit"
-        model = pretrain_diffusion(*options, arguments.seed, is_dit=is_dit, autoencoder=vae)
+        model = pretrain_diffusion(*options, seed=arguments.seed, is_dit=is_dit, autoencoder=vae)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
     print(f"{arguments.model} in {arguments.output}")

@@ -197,8 +197,8 @@ def pretrain_diffusion(
     pixels: torch.Tensor,
     steps: int,
     batch_size: int = 64,
-    seed: int = 0,
     learning_rate: float = 5e-4,
+    seed: int = 0,
     is_dit: bool = False,
     autoencoder: AutoencoderKL | None = None,
 ) -> DiffusionPipeline:
@@ -209,18 +209,18 @@ def pretrain_diffusion(
     torch.manual_seed(seed)
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     channels, size = images.shape[1:3]
-    if not is_dit:
-        denoiser = new_unet(size)
-        # v rather than the noise itself: what decides a flat region's colour are the noisiest
-        # steps, where the noise says little of it. Pixels end at 1.
-        scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
-    else:
+    if is_dit:
         tokens = 8 if autoencoder is None else 4
         denoiser = new_dit(channels, size, size // tokens if size % tokens == 0 else 2)
         # A solver of order two: ten steps are enough.
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
+    else:
+        denoiser = new_unet(size)
+        # v rather than the noise itself: what decides a flat region's colour are the noisiest
+        # steps, where the noise says little of it. Pixels end at 1.
+        scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     denoiser.to(process_state().device)  # before its weights are copied to be averaged
     noising = training_scheduler(scheduler)
     ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
