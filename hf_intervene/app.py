@@ -315,9 +315,10 @@ def launch(
     Raises:
         OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
     """
+    previous = {}  # handlers of signals
     with suppress(ValueError):  # not in the main thread: the caller handles signals
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            previous[number] = signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     disable_progress_bars()
     blocks = None
     try:
@@ -335,3 +336,5 @@ def launch(
     finally:
         if blocks is not None:
             blocks.close(verbose=False)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

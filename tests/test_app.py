@@ -299,7 +299,10 @@ def test_no_such_pipeline(tmp_path, capsys):
 
 def test_a_port_that_is_taken(client, grey, capsys):
     port = client.src.rstrip("/").rpartition(":")[2]
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     assert cli.main(["app", str(grey.folder), "--port", port]) == 1
+    assert [signal.getsignal(number) for number in numbers] == before
     assert (
         capsys.readouterr().err
         == f"error: cannot listen at port {port}: it is taken, or not allowed; choose another"
