@@ -46,8 +46,18 @@ SHARE = 0.05  # pi_j before training
 class Part(NamedTuple):
     """What one map of each of n blocks says of concepts c, (n, B, w)."""
 
-    noise: torch.Tensor  # F^{-1}(c), (n, B, w)
+    c: torch.Tensor
+    mixtures: Mixture  # of its entries, (n, w, B)
     density: torch.Tensor  # log f(c), (n, B), in nats
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """F^{-1}(c), (n, B, w). Only edits need it."""
+        return self.mixtures.noise(self.c.mT).mT.to(self.c.dtype)
+
+    def of(self, maps: slice) -> "Part":
+        """The part of some maps."""
+        return Part(self.c[maps], self.mixtures.of_blocks(maps), self.density[maps])
 
 
 class States(NamedTuple):
@@ -145,9 +155,8 @@ class ConceptFlow(nn.Module):
             h: of s = 0, (D, B, m).
             whole: whether all s are 0 or 1; others need maps of their own.
         """
-        noise, density = self._part(torch.cat([c, c[: self.concepts]]), h, None)
-        obs = Part(noise[: self.blocks], density[: self.blocks])
-        there = Part(noise[self.blocks :], density[self.blocks :])
+        both = self._part(torch.cat([c, c[: self.concepts]]), h, None)
+        obs, there = both.of(slice(self.blocks)), both.of(slice(self.blocks, None))
         return States(obs, there, obs if whole else self._part(c, (1 - s) * h, s))
 
     def inverse(self, states: States, s: torch.Tensor) -> torch.Tensor:
@@ -158,7 +167,7 @@ class ConceptFlow(nn.Module):
             states: of c.
             s: (D, B, 1).
         """
-        (z, density), there, d = states.own, states.there, self.concepts
+        z, density, there, d = states.own.noise, states.own.density, states.there, self.concepts
         s = s[:d]  # of the concepts, the only ones that have a mixture
         without, within = (
             x[:, None] for x in (logsigmoid(-self.share_logit), logsigmoid(self.share_logit))
@@ -199,8 +208,7 @@ class ConceptFlow(nn.Module):
         of its own.
         """
         found = self._mixtures(c, h, s, self._maps(None), range(self.width))
-        values = c.mT  # (n, w, B)
-        return Part(found.noise(values).mT.to(c.dtype), found.log_density(values).sum(1))
+        return Part(c, found, found.log_density(c.mT).sum(1))
 
     def _maps(self, blocks: Sequence[int] | None) -> _Maps:
         d, all_blocks = self.concepts, self.blocks

@@ -42,6 +42,10 @@ class Mixture(NamedTuple):
         found = log_weight, mean, _LARGEST * torch.tanh(log_scale / _LARGEST)
         return cls(*(pad(part, (0, 1), value=value) for part, value in zip(found, _BROAD)))
 
+    def of_blocks(self, blocks: slice) -> "Mixture":
+        """Those of a part of the first dimension."""
+        return Mixture(*(x[blocks] for x in self))
+
     def log_density(self, c: torch.Tensor) -> torch.Tensor:
         """Log-density of values c, (...)."""
         u = self._standard(c)
