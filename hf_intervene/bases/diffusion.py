@@ -1,6 +1,8 @@
 """Diffusion denoisers of diffusers under a head: UNet2DModel, UNet2DConditionModel, DiT, Stable
 Diffusion 3's; on pixels or on latents.
 
+The file is longer than most: the verbs of one family belong together.
+
     pixels (B, C, S, S) --vae--> x_0 (B, c, h, h);  pixels or x_0 --encoder--> features (B, feature_width)
     embedding (B, *embedding_shape) --decoder--> mean of x_0 (B, c, h, h); Gaussian likelihood
     embedding and that mean --projections--> hooks of the denoiser (injection.py)
