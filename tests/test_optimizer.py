@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from hf_intervene.trainer.distributed import Weights
 from hf_intervene.trainer.optimizer import (
     COEFFICIENTS,
     MOMENTUM,
     SIZE,
     STEPS,
     MuonAdamW,
+    build_optimizer,
     orthogonal,
 )
+from hf_intervene.trainer.settings import TrainArguments
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (20, 20)])
@@ -79,3 +83,40 @@ def test_its_state_is_saved_and_restored():
         runs.append((weight, bias))
     for a, b in zip(*runs):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "optimizer", "expected"),
+    [
+        ("light-vae", "auto", {"base": 0.001}),
+        ("a-folder", "auto", {"adapter": 0.1}),
+        ("a-folder", "muon", {"base": 0.001, "adapter": 0.1}),
+        ("a-folder", "adamw", {}),
+    ],
+)
+def test_muon_takes_the_matrices_of_networks_that_are_trained_from_scratch(
+    base, optimizer, expected
+):
+    networks = {name: torch.nn.Linear(3, 3) for name in ("base", "adapter", "head")}
+    if base == "light-vae":  # it has no adapter
+        del networks["adapter"]
+    of = {name: list(network.parameters()) for name, network in networks.items()}
+    arguments = TrainArguments(
+        base=base, optimizer=optimizer, learning_rate=0.1, base_learning_rate=0.001
+    )
+    weights = Weights(Accelerator(), torch.nn.Linear(1, 1))
+    every = [p for parameters in of.values() for p in parameters]
+    built = build_optimizer(arguments, weights, every, set(of["base"]), of.get("adapter", ()))
+    rates, found = {}, {}
+    for group in built.param_groups:
+        for p in group["params"]:
+            assert p not in rates
+            rates[p] = group["peak"]
+            if group.get("muon"):
+                (name,) = (
+                    name for name, parameters in of.items() if any(p is q for q in parameters)
+                )
+                assert p.ndim == 2 and name not in found
+                found[name] = group["peak"]
+    assert found == expected and set(rates) == set(every)
+    assert all(rates[p] == (0.001 if name == "base" else 0.1) for name in of for p in of[name])

@@ -29,6 +29,7 @@ def build_optimizer(
     weights: Weights,
     parameters: list[torch.nn.Parameter],
     of_base: Collection[torch.nn.Parameter],
+    of_adapter: Collection[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimiser of a run, with a learning rate `peak` for each group.
 
@@ -37,6 +38,7 @@ def build_optimizer(
         weights: of the model, maybe sharded.
         parameters: what is trained.
         of_base: those of them that are the base's.
+        of_adapter: those of them that are the adapter's, which is new where the base is pretrained.
 
     Raises:
         ValueError: muon for weights that processes share.
@@ -46,10 +48,11 @@ def build_optimizer(
         raise ValueError(
             "optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP."
         )
-    muon = a.optimization.optimizer == "muon" or (
-        a.optimization.optimizer == "auto" and a.base.is_new and not weights.partitioned
-    )
-    matrices = {p for p in parameters if muon and p in of_base and p.ndim > 1}
+    turned: set[torch.nn.Parameter] = set()
+    if a.optimization.optimizer != "adamw" and not weights.partitioned:
+        turned |= set(of_adapter)
+        turned |= set(of_base) if a.base.is_new or a.optimization.optimizer == "muon" else set()
+    matrices = {p for p in parameters if p in turned and p.ndim > 1}
     rest = [p for p in parameters if p not in matrices]
     rate, base_rate = (
         a.optimization.learning_rate,
@@ -65,9 +68,10 @@ def build_optimizer(
     }
     if not matrices:
         return torch.optim.AdamW(groups, **options)
-    in_turn = [p for p in parameters if p in matrices]  # a set has no order
-    muon_group = {"params": in_turn, "peak": base_rate, "muon": True}
-    return MuonAdamW([*groups, muon_group], **options)
+    for of_it, peak in ((True, base_rate), (False, rate)):  # a set has no order
+        in_turn = [p for p in parameters if p in matrices and (p in of_base) == of_it]
+        groups += [{"params": in_turn, "peak": peak, "muon": True}] if in_turn else []
+    return MuonAdamW(groups, **options)
 
 
 class MuonAdamW(torch.optim.AdamW):

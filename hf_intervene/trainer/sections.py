@@ -262,7 +262,8 @@ class OptimizationSettings:
     )
     optimizer: str = setting(
         "auto",
-        "`adamw`, `muon`, or `auto`: muon for the matrices of a new light VAE.",
+        "`adamw`, `muon`, or `auto`: muon for the matrices of networks that are trained from"
+        " scratch, a light VAE or the adapter of a pretrained base.",
         one_of(OPTIMIZERS),
     )
     learning_rate: float = setting(1e-3, "Peak learning rate.", rate)

@@ -207,7 +207,9 @@ def new_state(
     held = of_base if a.base.regime == "frozen" else set()
     parameters = [p for p in model.parameters() if p.requires_grad and p not in held]
     learnt = [*parameters, *objective.terms.parameters()]
-    optimizer = accelerator.prepare_optimizer(build_optimizer(a, weights, learnt, of_base))
+    of_adapter = set() if base.adapter is None else set(base.adapter.parameters())
+    optimizer = build_optimizer(a, weights, learnt, of_base, of_adapter)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     total = a.optimization.total_steps(len(data))
     eval_every = a.run.eval_every or len(schedule)
     frozen_steps = {"fine-tune": round(FROZEN_SHARE * total), "frozen": total}
