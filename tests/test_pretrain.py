@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UniPCMultistepScheduler,
+)
 
 from hf_intervene import InterventionModel, trainer
+from hf_intervene.bases import DiffusionBase
 from hf_intervene.trainer import TrainArguments, pretraining
 from hf_intervene.training import pretrain
 from hf_intervene.training.studies import autoencoder as study
+from hf_intervene.training.studies import denoiser_alone
 
 
 OPTIONS = ["--images", "64", "--resolution", "16", "--batch-size", "16"]
@@ -176,3 +183,34 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     nowhere = ["--model", "dit", "--autoencoder", str(tmp_path / "none"), "--images", "8"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *nowhere]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_denoiser_alone_is_measured_as_diffusers_samples_it(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    denoiser = pretraining.new_dit(3, 16, 4)
+    torch.nn.init.normal_(denoiser.proj_out_2.weight, std=0.1)  # zero in a new one
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    base = DiffusionBase(denoiser, scheduler, sample_size=16).eval()
+    x = base.draws(3, torch.Generator().manual_seed(4))["residual_noise"]
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            labels = torch.full((3,), pretraining.NOBODY)
+            velocity = denoiser(x, timestep=t.expand(3), class_labels=labels).sample
+            x = scheduler.step(velocity, t, x).prev_sample
+    expected = (x / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).numpy()
+    found = denoiser_alone.samples(base, 3, 4, 4).astype(float)
+    assert expected.std() > 10 and np.abs(found - expected).max() <= 1
+
+    DiTPipeline(denoiser, None, scheduler).save_pretrained(tmp_path / "dit")
+    monkeypatch.setattr(denoiser_alone, "samples", lambda base, n, steps, seed: real[:n])
+    real = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
+    out, options = tmp_path / "alone.json", ["--base", str(tmp_path / "dit"), "--images", "100"]
+    options += ["--resolution", "16", "--seeds", "0", "1", "--output", str(out)]
+    assert denoiser_alone.main(options) == 0
+    found = json.loads(out.read_text())
+    assert [row[0] for row in found["rows"]] == ["seed 0", "seed 1"]
+    for _, told, floor, distance, same in found["rows"]:
+        assert told > 0.9 > floor and distance > 3 * same > 0  # noise is no face
