@@ -226,6 +226,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quad-means": means("quad-flow"),
     "autoencoder": columns_of("autoencoder"),
     "avatars-dit": seeds("avatars-dit"),
+    "denoiser-alone": columns_of("denoiser-alone"),
     "protocol": protocol,
     "identifiability": columns_of("identifiability"),
     "head-identifiability": columns_of("head-identifiability"),
