@@ -181,6 +181,7 @@ def test_a_sharded_pretrained_base(tiny, tmp_path, regime, name):
         "lora_rank": 2,
         "residual_layers": 1,
         "max_steps": 5,
+        "optimizer": "adamw",  # muon wants whole matrices
     }
     settings |= {"learning_rate": 1e-4, "context_prediction": 1.0, "free_invariance": 1.0}
     if name == "fsdp":
