@@ -9,14 +9,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 
-from .errors import is_expected, sentence
+from .errors import as_ctrl_c, is_expected, sentence
 from .logging import disable_progress_bars
 from .page import MAX_COMPOSED, NO_GRADIO, STRANGE, Page
 from .page_clients import Clients
@@ -299,6 +298,7 @@ def serve(blocks: gr.Blocks, host: str | None = None, port: int | None = None) -
         ) from error
 
 
+@as_ctrl_c(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 def launch(
     name: str | os.PathLike,
     host: str | None = None,
@@ -315,10 +315,6 @@ def launch(
     Raises:
         OSError, ValueError, TypeError: one sentence: no such pipeline, the port is taken.
     """
-    previous = {}  # handlers of signals
-    with suppress(ValueError):  # not in the main thread: the caller handles signals
-        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            previous[number] = signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     disable_progress_bars()
     blocks = None
     try:
@@ -336,5 +332,3 @@ def launch(
     finally:
         if blocks is not None:
             blocks.close(verbose=False)
-        for number, handler in previous.items():
-            signal.signal(number, handler)

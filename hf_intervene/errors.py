@@ -6,8 +6,11 @@ this package and is shown with its traceback.
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from unicodedata import category
 
@@ -39,6 +42,21 @@ NO_MEMORY = (
     "can't start new thread",
     "failed to map segment",  # while a library is imported
 )
+
+
+@contextmanager
+def as_ctrl_c(*numbers: int) -> Iterator[None]:
+    """Inside, signals of these numbers raise KeyboardInterrupt, as Ctrl-C does. Only the main
+    thread can receive signals; in others nothing changes.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.default_int_handler
+    previous = {n: signal.signal(n, handler) for n in set(numbers)} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 def is_expected(error: BaseException) -> bool:

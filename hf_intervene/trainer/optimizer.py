@@ -48,18 +48,23 @@ def build_optimizer(
         raise ValueError(
             "optimizer muon needs whole matrices, which FSDP and ZeRO cut: choose adamw, or DDP."
         )
-    turned: set[torch.nn.Parameter] = set()
+    of_networks: set[torch.nn.Parameter] = set()  # whose matrices are Muon's
     if a.optimization.optimizer != "adamw" and not weights.partitioned:
-        turned |= set(of_adapter)
-        turned |= set(of_base) if a.base.is_new or a.optimization.optimizer == "muon" else set()
-    matrices = {p for p in parameters if p in turned and p.ndim > 1}
-    rest = [p for p in parameters if p not in matrices]
+        of_networks.update(of_adapter)
+        if a.base.is_new or a.optimization.optimizer == "muon":
+            of_networks.update(of_base)
+    matrices = {p for p in parameters if p in of_networks and p.ndim > 1}
     rate, base_rate = (
         a.optimization.learning_rate,
         a.optimization.base_learning_rate or a.optimization.learning_rate,
     )
-    groups = [g | {"peak": rate} for g in weights.groups([p for p in rest if p not in of_base])]
-    groups += [g | {"peak": base_rate} for g in weights.groups([p for p in rest if p in of_base])]
+    groups: list[dict[str, Any]] = []
+    for in_base, peak in ((False, rate), (True, base_rate)):
+        own = [p for p in parameters if (p in of_base) == in_base]  # in order, which a set has not
+        rest = weights.groups([p for p in own if p not in matrices])
+        groups += [group | {"peak": peak} for group in rest]
+        if by_muon := [p for p in own if p in matrices]:
+            groups.append({"params": by_muon, "peak": peak, "muon": True})
     # Fused updates skip steps that fp16 had to throw away by themselves; Muon leaves that to the
     # gradient scaler.
     options: dict[str, Any] = {
@@ -68,9 +73,6 @@ def build_optimizer(
     }
     if not matrices:
         return torch.optim.AdamW(groups, **options)
-    for of_it, peak in ((True, base_rate), (False, rate)):  # a set has no order
-        in_turn = [p for p in parameters if p in matrices and (p in of_base) == of_it]
-        groups += [{"params": in_turn, "peak": peak, "muon": True}] if in_turn else []
     return MuonAdamW(groups, **options)
 
 

@@ -19,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
 
+from ..errors import as_ctrl_c
+
 
 AGREE_EVERY = (
     1.0  # seconds after which several processes agree on stopping, or a step, whichever is longer
@@ -57,7 +59,6 @@ def stops_at_once() -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def look() -> None:
         while not ended.wait(_LOOK_EVERY):
@@ -66,12 +67,12 @@ def stops_at_once() -> Iterator[None]:
                 return
 
     watch = threading.Thread(target=look, daemon=True)
-    try:
-        watch.start()
-        yield
-    finally:
-        ended.set()
-        signal.signal(signal.SIGTERM, previous)
+    with as_ctrl_c(signal.SIGTERM):
+        try:
+            watch.start()
+            yield
+        finally:
+            ended.set()
 
 
 class Interrupted(Exception):

@@ -6,8 +6,6 @@ Held-out real images of each context go through the autoencoder and back. A dete
 says in how many of them the concept is present, before and after. An autoencoder that was trained
 on the observational images alone may lose what it has never seen. Writes a JSON file."""
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +20,9 @@ from hf_intervene.data.digits import BUNDLED
 from hf_intervene.errors import spoken
 from hf_intervene.evaluation.held_out import held_out_images
 from hf_intervene.evaluation.setup import content_options
-from hf_intervene.trainer.checkpoints import write_whole
 from hf_intervene.trainer.pretraining import signed
 from hf_intervene.trainer.simulated import SIMULATED
+from hf_intervene.training.studies.columns import study_parser, write_columns
 
 
 BATCH = 100
@@ -44,13 +42,9 @@ def returned(autoencoder: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__.splitlines()[0])
     parser.add_argument("--autoencoder", required=True, help="folder of an AutoencoderKL")
-    parser.add_argument("--dataset", default="avatars", choices=SIMULATED)
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--images", type=int, default=700, help="held-out images of each context")
     parser.add_argument("--seed", type=int, default=0, help="of held-out images and the detector")
-    parser.add_argument("--output", required=True, help="JSON file to write")
     a = parser.parse_args(argv)
     autoencoder = load_part(AutoencoderKL, Path(a.autoencoder), f"the autoencoder {a.autoencoder}")
     concepts = SIMULATED[a.dataset](a.resolution, 3, "independent", BUNDLED).concepts
@@ -69,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shares = [float(detector.present(x)[:, at].mean()) for x in (before, after)]
         rows.append([f"`{context}`", *shares, error])
         print(*rows[-1])
-    result = {"columns": COLUMNS, "digits": 3, "rows": rows}
-    write_whole(Path(a.output), json.dumps(result, indent=1))
+    write_columns(a.output, COLUMNS, rows)
     return 0
 
 

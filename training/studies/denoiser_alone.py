@@ -1,15 +1,12 @@
-"""How near a pretrained denoiser comes to its own training data: what a head on it starts from.
+"""How near samples of a pretrained denoiser without a head come to real images.
 
     python training/studies/denoiser_alone.py --base outputs/dit --output outputs/alone.json
 
 Samples of the denoiser without a head are compared with held-out observational images, as
 `evaluate.py` compares those of a head. Writes a JSON file."""
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +18,8 @@ from hf_intervene.errors import spoken
 from hf_intervene.evaluation.held_out import held_out_images
 from hf_intervene.metrics.transport import sliced_wasserstein
 from hf_intervene.metrics.two_sample import image_two_sample_test
-from hf_intervene.plots import to_uint8
-from hf_intervene.trainer.checkpoints import write_whole
-from hf_intervene.trainer.simulated import SIMULATED
+from hf_intervene.pixels import to_uint8
+from hf_intervene.training.studies.columns import study_parser, write_columns
 
 
 BATCH = 100
@@ -52,14 +48,10 @@ def samples(base: Base, images: int, steps: int, seed: int) -> np.ndarray:
 
 @spoken
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="folder of the denoiser's pipeline")
-    parser.add_argument("--dataset", default="avatars", choices=SIMULATED)
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--images", type=int, default=700, help="on each side")
     parser.add_argument("--num-inference-steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of held-out images too")
-    parser.add_argument("--output", required=True, help="JSON file to write")
     a = parser.parse_args(argv)
     base = load_base(a.base, a.resolution)
     if base.passes < 2:
@@ -73,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         distances = [sliced_wasserstein(real, x) for x in (generated, other)]
         rows.append([f"seed {seed}", *map(float, (*told, *distances))])
         print(*rows[-1])
-    result = {"columns": COLUMNS, "digits": 3, "rows": rows}
-    write_whole(Path(a.output), json.dumps(result, indent=1))
+    write_columns(a.output, COLUMNS, rows)
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hf_intervene.errors import INTERRUPTED
+from hf_intervene.errors import INTERRUPTED, as_ctrl_c
 from hf_intervene.trainer.checkpoints import write_whole
 
 
@@ -111,19 +111,18 @@ def run_jobs(
     # First in, first out: what a job waits for has begun before it, so that no worker waits for
     # ever.
     pool = ThreadPoolExecutor(workers)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for job in jobs:
-            futures[job] = pool.submit(run, job)
-        for future in as_completed(futures.values()):
-            if not isinstance(future.exception(), (RuntimeError, type(None))):
-                raise future.exception()
-    except BaseException:
-        processes.stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, previous)
+    with as_ctrl_c(signal.SIGTERM):
+        try:
+            for job in jobs:
+                futures[job] = pool.submit(run, job)
+            for future in as_completed(futures.values()):
+                if not isinstance(future.exception(), (RuntimeError, type(None))):
+                    raise future.exception()
+        except BaseException:
+            processes.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     return {
         job: str(future.exception())
         for job, future in futures.items()
