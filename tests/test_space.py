@@ -230,8 +230,8 @@ def test_two_concepts_are_switched_on(page):
     assert page.locator(".pictures img").count() == 8
     page.get_by_label("Show what changed").first.check()
     assert pixels(page, "Image 1, what changed (dark)").min() < 128
+    source = page.get_by_alt_text("Image 1, as it is").get_attribute("src")  # before the click
     page.get_by_role("button", name="Other images").click()
-    source = page.get_by_alt_text("Image 1, as it is").get_attribute("src")
     page.wait_for_function("src => document.querySelector('.pictures img').src !== src", arg=source)
     assert abs(pixels(page, "Image 1, as it is") - first).mean() > 2
 
@@ -239,11 +239,9 @@ def test_two_concepts_are_switched_on(page):
 def test_an_image_is_picked_and_edited(page):
     page.get_by_role("tab", name="Edit").click()
     start = pixels(page, "before")  # there is one from the start
+    source = page.locator("#edited img").first.get_attribute("src")
     page.locator(".examples button.thumbnail-item").nth(2).click()
-    page.wait_for_function(
-        "src => document.querySelector('#edited img').src !== src",
-        arg=page.locator("#edited img").first.get_attribute("src"),
-    )
+    page.wait_for_function("src => document.querySelector('#edited img').src !== src", arg=source)
     assert abs(pixels(page, "before") - start).mean() > 2
     page.get_by_label("quad1", exact=True).nth(1).uncheck()
     unchanged = pixels(page, "after: as it is")
