@@ -28,7 +28,7 @@ from hf_intervene.terms import EditConsistency
 # The objective
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_targets_and_weights_of_a_diffusion(kind, gamma):
     scheduler = DDPMScheduler(prediction_type=kind)
@@ -37,19 +37,22 @@ def test_targets_and_weights_of_a_diffusion(kind, gamma):
         randn(4, 1, 2, 2, seed=1),
         torch.tensor([0.0, 0.1, 0.5, 0.9999]),
     )
-    noisy, timesteps, target, weight = denoising.noised(scheduler, x0, noise, time, gamma)
+    noisy, timesteps, target, weight = denoising.noised(scheduler, kind, x0, noise, time, gamma)
     for i in range(4):
         t = int(time[i] * 1000)
         a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
         assert timesteps[i] == t
         torch.testing.assert_close(noisy[i], a * x0[i] + s * noise[i])
-        torch.testing.assert_close(
-            target[i], noise[i] if kind == "epsilon" else a * noise[i] - s * x0[i]
-        )
+        velocity = a * noise[i] - s * x0[i]
+        targets = {"epsilon": noise[i], "v_prediction": velocity, "sample": x0[i]}
+        torch.testing.assert_close(target[i], targets[kind])
         snr = (a / s) ** 2
-        expected = (
-            1.0 if gamma is None else min(snr, gamma) / (snr if kind == "epsilon" else snr + 1)
-        )
+        if gamma is not None:
+            expected = (
+                min(snr, gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+            )
+        else:
+            expected = min(1 / s**2, 400) if kind == "sample" else 1.0
         torch.testing.assert_close(
             weight[i], torch.as_tensor(expected), rtol=1e-3, atol=1e-6, check_dtype=False
         )
@@ -62,7 +65,7 @@ def test_targets_of_a_flow():
         randn(3, 1, 2, 2, seed=1),
         torch.tensor([0.0, 0.5, 0.9999999]),
     )
-    noisy, timesteps, target, weight = denoising.noised(scheduler, x0, noise, time)
+    noisy, timesteps, target, weight = denoising.noised(scheduler, "flow", x0, noise, time)
     sigma = timesteps / 1000
     torch.testing.assert_close(
         noisy, (1 - sigma)[:, None, None, None] * x0 + sigma[:, None, None, None] * noise
@@ -71,16 +74,20 @@ def test_targets_of_a_flow():
     # 3 u / (1 + 2 u), u = 1/2
     assert sigma[0] > sigma[1] > sigma[2] > 0 and abs(float(sigma[1]) - 0.75) < 0.01
     with pytest.raises(ValueError, match="a flow has no such weights"):
-        denoising.noised(scheduler, x0, noise, time, 5.0)
+        denoising.noised(scheduler, "flow", x0, noise, time, 5.0)
     # A solver of other kinds too, whose sigmas are not the flow's before it samples.
     solver = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    found = denoising.noised(denoising.training_scheduler(solver), x0, noise, time)
+    found = denoising.noised(denoising.training_scheduler(solver), "flow", x0, noise, time)
     for one, other in zip(found, (noisy, timesteps, target, weight)):
         torch.testing.assert_close(one, other)
     solver.set_timesteps(7)
     torch.testing.assert_close(solver.sigmas[:-1], solver.timesteps / 1000, atol=2e-3, rtol=0)
+    # The clean sample, with errors that weigh as much as the velocity's.
+    x, t, target, weight = denoising.noised(scheduler, "flow_sample", x0, noise, time)
+    assert torch.equal(x, noisy) and torch.equal(t, timesteps) and torch.equal(target, x0)
+    torch.testing.assert_close(weight, 1 / sigma.clamp(min=0.05) ** 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +103,7 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     e = model.embed(mean + (0.5 * logvar).exp() * draws["noise"], s)
     noisy, t, target, _ = denoising.noised(
         model.base._training_scheduler,
+        denoising.prediction_type(model.base.scheduler),
         model.base.prepare(x)["x0"],
         draws["residual_noise"],
         draws["time"],
@@ -184,7 +192,16 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS)
+SAMPLE = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "sample"}
+OF_SAMPLES = [
+    DDIMScheduler(**SAMPLE),
+    DPMSolverMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
+    ),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES + OF_SAMPLES, ids=denoising.PREDICTIONS)
 def test_the_path_is_that_of_the_scheduler(scheduler):
     def predict(x, t):
         return torch.tanh(x + t / 1000)
@@ -197,7 +214,7 @@ def test_the_path_is_that_of_the_scheduler(scheduler):
     )
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS)
+@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS[:3])
 def test_the_path_is_inverted(scheduler):
     def predict(x, t):
         return torch.tanh(x) * (0.5 + t / 2000)
@@ -211,8 +228,36 @@ def test_the_path_is_inverted(scheduler):
     assert errors[8] < errors[3] < errors[1] and errors[8] < 1e-3
 
 
+@pytest.mark.parametrize("of_sample", OF_SAMPLES, ids=["diffusion", "flow"])
+def test_a_clean_sample_stands_for_a_velocity(of_sample):
+    """The path of a denoiser that predicts samples is that of the one that predicts the velocities
+    that they stand for, there and back.
+    """
+    kind = denoising.prediction_type(of_sample)
+    other = {"sample": "v_prediction", "flow_sample": "flow_prediction"}[kind]
+    of_velocity = type(of_sample).from_config(of_sample.config, prediction_type=other)
+    points = {float(t): (a, s) for t, a, s in denoising.path(of_sample, 20, torch.device("cpu"))}
+
+    def velocity(x, t):
+        return torch.tanh(x) * (0.5 + t / 2000)
+
+    def sample(x, t):
+        a, s = points[float(t)]
+        return (a if kind == "sample" else 1) * x - s * velocity(x, t)
+
+    x0 = randn(2, 3, 4, 4)
+    for start in (None, denoising.Start(randn(2, 3, 4, 4, seed=1), 0.4, 0.5)):
+        noise = denoising.invert(velocity, of_velocity, x0, 20, 8, start)
+        found = denoising.invert(sample, of_sample, x0, 20, 8, start)
+        torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
+        again = denoising.follow(sample, of_sample, found, 20, start)
+        torch.testing.assert_close(again, x0, rtol=1e-3, atol=1e-3)
+
+
 SOLVERS = [
     *SCHEDULES,
+    *OF_SAMPLES,
+    UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=1.0),
     DDPMScheduler(clip_sample=False, timestep_spacing="trailing"),
     EulerDiscreteScheduler(timestep_spacing="trailing"),
     HeunDiscreteScheduler(timestep_spacing="trailing"),
@@ -233,13 +278,14 @@ def test_samples_start_from_a_mean_with_a_share_of_noise(scheduler, start):
     alphas = getattr(scheduler, "alphas_cumprod", None)
 
     def predict(x, t):
-        if kind == "flow":
+        if denoising.is_flow(kind):
             a, s = 1 - float(t) / 1000, float(t) / 1000
         else:
             a, s = float(alphas[int(t)].sqrt()), float((1 - alphas[int(t)]).sqrt())
         seen.append((x, a, s))
         e = (x - a * x0) / s
-        return {"epsilon": e, "v_prediction": a * e - s * x0, "flow": e - x0}[kind]
+        velocities = {"v_prediction": a * e - s * x0, "flow": e - x0}
+        return {"epsilon": e, "sample": x0, "flow_sample": x0, **velocities}[kind]
 
     start_from = denoising.Start(mean, start, 0.5)
     found = denoising.generate(predict, scheduler, noise, 20, start=start_from)
@@ -253,7 +299,7 @@ def test_samples_start_from_a_mean_with_a_share_of_noise(scheduler, start):
     torch.testing.assert_close(found, x0, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS)
+@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS[:3])
 def test_the_path_from_a_mean_is_inverted(scheduler):
     def predict(x, t):
         return torch.tanh(x) * (0.5 + t / 2000)

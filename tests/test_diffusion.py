@@ -3,7 +3,12 @@
 import pytest
 import torch
 from conftest import generator
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusion_models import (
     KINDS,
     conditional,
@@ -165,8 +170,11 @@ def test_one_sentence_for_what_does_not_fit(tmp_path):
         wrap_base(model)
     with pytest.raises(TypeError, match="must be a scheduler of diffusers"):
         wrap_base(model, scheduler=model)
-    with pytest.raises(ValueError, match="predicts 'sample' is not supported"):
-        wrap_base(model, scheduler=DDPMScheduler(prediction_type="sample"))
+    with pytest.raises(ValueError, match="predicts 'x' is not supported.* are epsilon, v_pred"):
+        wrap_base(model, scheduler=DDPMScheduler(prediction_type="x"))
+    solver = UniPCMultistepScheduler(prediction_type="epsilon", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="predicts 'epsilon' .* are flow_prediction, sample"):
+        wrap_base(model, scheduler=solver)
     with pytest.raises(ValueError, match="conditioned on classes"):
         wrap_base(unet(num_class_embeds=3), **parts)
     text = make("conditional")[1]

@@ -102,16 +102,16 @@ def test_pretrain_a_transformer_on_latents_then_add_a_head(tiny, autoencoder, tm
     options = ["--model", "dit", "--autoencoder", str(autoencoder), "--steps", "120"]
     assert pretrain.main(["--output", str(tmp_path / "dit"), *options, *OPTIONS]) == 0
     pipe = DiTPipeline.from_pretrained(tmp_path / "dit")
-    assert pipe.scheduler.config.prediction_type == "flow_prediction"
-    assert pipe([1000], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    assert pipe.scheduler.config.prediction_type == "sample"
+    images = pipe([1], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(value, vae.state_dict()[name]), name
-    # Of noise alone the velocity is the noise less the mean image, as far as can be known.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    t, nobody = torch.full((64,), 1000), torch.full((64,), 1000)
+    t, nobody = torch.full((64,), 500), torch.full((64,), pretraining.NOBODY)
     with torch.no_grad():
-        velocity = pipe.transformer(noise, t, class_labels=nobody).sample
-    assert (velocity - noise + x).square().mean() < 0.95 * (noise - x).square().mean()
+        found = pipe.transformer((x + noise) / 2, t, class_labels=nobody).sample
+    assert (found - x).square().mean() < 0.25  # the best linear estimate leaves 0.5
     arguments = tiny | {"base": str(tmp_path / "dit"), "regime": "frozen", "mixed_precision": "no"}
     result = trainer.train(TrainArguments(**arguments))
     assert InterventionModel.from_pretrained(result.model_dir).sample(
@@ -190,7 +190,7 @@ def test_a_denoiser_alone_is_measured_as_diffusers_samples_it(tmp_path, monkeypa
     denoiser = pretraining.new_dit(3, 16, 4)
     torch.nn.init.normal_(denoiser.proj_out_2.weight, std=0.1)  # zero in a new one
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=1.0
     )
     base = DiffusionBase(denoiser, scheduler, sample_size=16).eval()
     x = base.draws(3, torch.Generator().manual_seed(4))["residual_noise"]
@@ -198,8 +198,8 @@ def test_a_denoiser_alone_is_measured_as_diffusers_samples_it(tmp_path, monkeypa
     with torch.no_grad():
         for t in scheduler.timesteps:
             labels = torch.full((3,), pretraining.NOBODY)
-            velocity = denoiser(x, timestep=t.expand(3), class_labels=labels).sample
-            x = scheduler.step(velocity, t, x).prev_sample
+            clean = denoiser(x, timestep=t.expand(3), class_labels=labels).sample
+            x = scheduler.step(clean, t, x).prev_sample
     expected = (x / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).numpy()
     found = denoiser_alone.samples(base, 3, 4, 4).astype(float)
     assert expected.std() > 10 and np.abs(found - expected).max() <= 1

@@ -1,10 +1,11 @@
 """Noise and denoising as the schedulers of diffusers define them: training targets, sampling, and
 the deterministic path and its inverse.
 
-A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, or the velocity
-of a flow (`flow`). In all three x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et
-al., arXiv:2010.02502; Euler's for a flow) from t to t' is linear in x_t and the prediction, with
-the coefficients of `step_coefficients`."""
+A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, the clean sample
+(`sample`), or, of a flow, the velocity (`flow`) or the clean sample (`flow_sample`). In all of them
+x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et al., arXiv:2010.02502; Euler's
+for a flow) from t to t' is linear in x_t and the prediction, with the coefficients of
+`step_coefficients`."""
 
 import inspect
 from collections.abc import Callable
@@ -25,7 +26,12 @@ logger = get_logger(__name__)
 
 # Of steps that take longer than two seconds, on a terminal.
 _BAR = {"disable": None, "delay": 2, "leave": False}
-PREDICTIONS = ("epsilon", "v_prediction", "flow")
+PREDICTIONS = ("epsilon", "v_prediction", "flow", "sample", "flow_sample")
+# A clean sample stands for a velocity, (a x_t - x_0) / s_t, of this kind.
+_VELOCITY_OF = {"sample": "v_prediction", "flow_sample": "flow"}
+# The least s_t of the weight 1 / s_t^2 of a clean sample's squared error (Li and He,
+# arXiv:2511.13720).
+LEAST_NOISE = 0.05
 Predict = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
@@ -97,14 +103,21 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
             " or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
         )
     found = config.get("prediction_type", "epsilon")
-    if found == "flow_prediction":
-        return "flow"
-    if found not in PREDICTIONS:
+    if config.get("use_flow_sigmas") or found == "flow_prediction":
+        predictions = {"flow_prediction": "flow", "sample": "flow_sample"}
+    else:
+        predictions = {name: name for name in ("epsilon", "v_prediction", "sample")}
+    if found not in predictions:
         raise ValueError(
-            f"a {kind} whose denoiser predicts {found!r} is not supported; the supported ones are "
-            f"{', '.join(PREDICTIONS)} (flow: a flow-matching scheduler)."
+            f"a {kind} of this noise whose denoiser predicts {found!r} is not supported; the"
+            f" supported predictions are {', '.join(predictions)}."
         )
-    return found
+    return predictions[found]
+
+
+def is_flow(kind: str) -> bool:
+    """Whether a prediction is one of a flow, whose a_t = 1 - s_t."""
+    return kind.startswith("flow")
 
 
 def _is_flow_match(scheduler: SchedulerMixin) -> bool:
@@ -149,7 +162,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before
     sampling.
     """
-    if prediction_type(scheduler) != "flow":
+    if not is_flow(prediction_type(scheduler)):
         made = DDPMScheduler.from_config(scheduler.config)
         # Some schedulers shift or rescale the noise of their configuration.
         made.alphas_cumprod = scheduler.alphas_cumprod.clone()
@@ -163,6 +176,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def noised(
     scheduler: SchedulerMixin,
+    kind: str,
     x0: torch.Tensor,
     noise: torch.Tensor,
     time: torch.Tensor,
@@ -172,12 +186,14 @@ def noised(
 
     Args:
         scheduler: of `training_scheduler`.
+        kind: what the denoiser predicts, `prediction_type` of the scheduler that it samples with.
         x0: clean samples, (B, ...).
         noise: standard normal, (B, ...).
         time: uniform draws in [0, 1), (B,): where on the schedule; of a flow, with a logit-normal
             density as for Stable Diffusion 3.
         min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al.,
-            arXiv:2303.09556); `None`: all weights are 1.
+            arXiv:2303.09556); `None`: all weights are 1, but those of a clean sample, whose errors
+            then count as much as those of the velocity that it stands for, 1 / max(s_t, 0.05)^2.
 
     Returns:
         x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each
@@ -186,12 +202,12 @@ def noised(
     Raises:
         ValueError: `min_snr_gamma` for a flow.
     """
-    kind, weight = prediction_type(scheduler), torch.ones(len(x0), device=x0.device)
-    if kind == "flow":
+    weight = torch.ones(len(x0), device=x0.device)
+    if is_flow(kind):
         if min_snr_gamma is not None:
             raise ValueError(
-                "min_snr_gamma weighs epsilon and v_prediction; a flow has no such weights: leave"
-                " it out."
+                "min_snr_gamma weighs epsilon, v_prediction and sample; a flow has no such weights:"
+                " leave it out."
             )
         density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
         index = (density * len(scheduler.timesteps)).long()
@@ -199,14 +215,24 @@ def noised(
         scheduler.timesteps = scheduler.timesteps.to(x0.device)
         scheduler.sigmas = scheduler.sigmas.to(x0.device)
         timesteps, sigma = scheduler.timesteps[index], scheduler.sigmas.to(x0.dtype)[index]
+        if kind == "flow_sample":
+            weight = sigma.clamp(min=LEAST_NOISE) ** -2
         sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
-        return (1 - sigma) * x0 + sigma * noise, timesteps, noise - x0, weight
+        target = noise - x0 if kind == "flow" else x0
+        return (1 - sigma) * x0 + sigma * noise, timesteps, target, weight
     timesteps = (time.double() * scheduler.config.num_train_timesteps).long()
     noisy = scheduler.add_noise(x0, noise, timesteps)
-    target = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, timesteps)
+    snr = compute_snr(scheduler, timesteps).clamp(min=1e-8)  # a_t^2 / s_t^2 = 1 / s_t^2 - 1
+    # By kind: the target, and the weight of its squared error that is one of x_0's.
+    target, of_sample = {
+        "epsilon": (noise, 1 / snr),
+        "v_prediction": (scheduler.get_velocity(x0, noise, timesteps), 1 / (snr + 1)),
+        "sample": (x0, 1.0),
+    }[kind]
     if min_snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps).clamp(min=1e-8)
-        weight = snr.clamp(max=min_snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+        weight = snr.clamp(max=min_snr_gamma) * of_sample
+    elif kind == "sample":
+        weight = (snr + 1).clamp(max=LEAST_NOISE**-2)
     return noisy, timesteps, target, weight
 
 
@@ -251,8 +277,8 @@ def _started(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a scheduler starts from, as its steps have it, and the timesteps left: those whose share
     of noise is at most that of `start`, and the last one at least."""
-    is_flow = prediction_type(scheduler) == "flow"
-    if is_flow:
+    of_flow = is_flow(prediction_type(scheduler))
+    if of_flow:
         s = scheduler.sigmas[: len(scheduler.timesteps)].double().cpu()
         a = 1 - s
     else:
@@ -265,7 +291,7 @@ def _started(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     timesteps, point = scheduler.timesteps[begin:], (float(a[begin]), float(s[begin]))
-    if is_flow:
+    if of_flow:
         return start.noisy(*point, noise), timesteps
     # Some schedulers scale x_t: their own function does so.
     noise, t = noise * start.noise_scale(*point), timesteps[:1].expand(len(noise))
@@ -282,7 +308,7 @@ def path(
         ValueError: no such number of steps.
     """
     _check_steps(scheduler, steps)
-    if prediction_type(scheduler) == "flow":
+    if is_flow(prediction_type(scheduler)):
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(steps, device=device)
         points = [(t, 1 - s, s) for t, s in zip(fresh.timesteps, fresh.sigmas[:-1].tolist())]
@@ -316,12 +342,23 @@ def step_coefficients(
     the prediction stands for:
 
     epsilon: x_0 = (x - s e) / a,  noise = e;   v: x_0 = a x - s v,  noise = s x + a v;   flow: x_0 = x - s v,  noise = x + a v.
+
+    A clean sample is taken as the velocity that it stands for, see `_velocity`: from a step that
+    ends at that sample, as the last one does, nobody could go back.
     """  # noqa: E501
+    kind = _VELOCITY_OF.get(kind, kind)
     if kind == "epsilon":
         return a_next / a, s_next - a_next * s / a
     if kind == "v_prediction":
         return a_next * a + s_next * s, s_next * a - a_next * s
     return a_next + s_next, s_next * a - a_next * s
+
+
+def _velocity(kind: str, prediction: torch.Tensor, x: torch.Tensor, a: float, s: float) -> Any:
+    """A prediction as `step_coefficients` takes it: of a clean sample x_0 the velocity of x_t."""
+    if kind == "flow_sample":
+        return (x - prediction) / s
+    return (a * x - prediction) / s if kind == "sample" else prediction
 
 
 def follow(
@@ -343,7 +380,7 @@ def follow(
         x = start.noisy(a, s, noise)
     for (t, a, s), (_, a_next, s_next) in zip(tqdm(points[:-1], "denoising", **_BAR), points[1:]):
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
-        x = scale * x + shift * predict(x, t)
+        x = scale * x + shift * _velocity(kind, predict(x, t), x, a, s)
     return x
 
 
@@ -371,7 +408,7 @@ def invert(
         scale, shift = step_coefficients(kind, a, s, a_next, s_next)
         guess = x
         for _ in range(iterations):
-            guess = (x - shift * predict(guess, t)) / scale
+            guess = (x - shift * _velocity(kind, predict(guess, t), guess, a, s)) / scale
         x = guess
     if start is None:
         return x

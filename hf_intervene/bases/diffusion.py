@@ -327,6 +327,7 @@ class DiffusionBase(Base):
         -log p(x_0 | embedding) of the decoder."""
         noisy, timesteps, target, weight = noised(
             self._training_scheduler,
+            prediction_type(self.scheduler),
             encoded.kept["x0"],
             draws["residual_noise"],
             draws["time"],

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from .denoising import prediction_type
+from .denoising import is_flow, prediction_type
 
 
 STEPS = 3  # of each run
@@ -254,7 +254,7 @@ def _observed_scheduler(
     """A scheduler like a pipeline's, whose step is seen and returns what it is told; DDIM where
     others scale their samples.
     """
-    kind = type(scheduler) if prediction_type(scheduler) == "flow" else DDIMScheduler
+    kind = type(scheduler) if is_flow(prediction_type(scheduler)) else DDIMScheduler
     found = kind.from_config(scheduler.config)
 
     def observed(

@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..bases.autoencoder import latents_of
-from ..bases.denoising import noised, training_scheduler
+from ..bases.denoising import noised, prediction_type, training_scheduler
 from ..contexts import OBS
 from ..data import ContextImages, load_contexts
 from ..data.digits import BUNDLED
@@ -176,20 +176,21 @@ def new_unet(resolution: int) -> UNet2DModel:
     )
 
 
-NOBODY = 1000  # the number of no class among those of ImageNet
+NOBODY = 1  # the number of no class, of a denoiser with one class
 
 
 def new_dit(channels: int, size: int, patch_size: int) -> DiTTransformer2DModel:
-    """A DiT of four blocks on what is denoised, (channels, size, size), for the images of no class.
-    It has rows for ImageNet's classes, which a DiTPipeline counts on."""
+    """A DiT of four blocks on what is denoised, (channels, size, size), for the images of no class:
+    2.2 M parameters."""
     return DiTTransformer2DModel(
-        num_attention_heads=7,
+        num_attention_heads=5,
         attention_head_dim=32,
         in_channels=channels,
         out_channels=channels,
         num_layers=4,
         sample_size=size,
         patch_size=patch_size,
+        num_embeds_ada_norm=NOBODY,
     )
 
 
@@ -197,43 +198,44 @@ def pretrain_diffusion(
     pixels: torch.Tensor,
     steps: int,
     batch_size: int = 64,
-    learning_rate: float = 5e-4,
     seed: int = 0,
     is_dit: bool = False,
     autoencoder: AutoencoderKL | None = None,
 ) -> DiffusionPipeline:
-    """Train a denoiser on uint8 images (N, 3, S, S): a UNet that predicts v, or a DiT that predicts
-    the velocity of a flow (Lipman et al., arXiv:2210.02747), on pixels in 8 x 8 tokens, or on what
-    an autoencoder makes of them, in 4 x 4 where that fits. The pipeline has the averaged
-    weights."""
+    """Train a denoiser on uint8 images (N, 3, S, S): a UNet that predicts v, or a DiT of a flow
+    (Lipman et al., arXiv:2210.02747), on pixels in 8 x 8 tokens, or on what an autoencoder makes of
+    them, in 4 x 4 where that fits. The DiT predicts the clean image: a token has more pixels than
+    the DiT has channels, which the image needs less than its noise (Li and He, arXiv:2511.13720).
+    The pipeline has the averaged weights."""
     torch.manual_seed(seed)
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     channels, size = images.shape[1:3]
     if is_dit:
         tokens = 8 if autoencoder is None else 4
         denoiser = new_dit(channels, size, size // tokens if size % tokens == 0 else 2)
+        rate = 5e-3  # Muon's
         # A solver of order two: ten steps are enough.
         scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+            prediction_type="sample", use_flow_sigmas=True, flow_shift=1.0
         )
     else:
-        denoiser = new_unet(size)
+        denoiser, rate = new_unet(size), 5e-4
         # v rather than the noise itself: what decides a flat region's colour are the noisiest
         # steps, where the noise says little of it. Pixels end at 1.
         scheduler = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     denoiser.to(process_state().device)  # before its weights are copied to be averaged
-    noising = training_scheduler(scheduler)
+    noising, kind = training_scheduler(scheduler), prediction_type(scheduler)
     ema = EMAModel(denoiser.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 
     def loss(x: torch.Tensor, autocast: Callable) -> torch.Tensor:
         noise, time = torch.randn_like(x), torch.rand(len(x), device=x.device)
-        noisy, t, target, _ = noised(noising, x, noise, time)
+        noisy, t, target, weight = noised(noising, kind, x, noise, time)
         no_class = {"class_labels": torch.full_like(t, NOBODY, dtype=torch.long)} if is_dit else {}
         with autocast():
             found = denoiser(noisy, t, **no_class).sample
-        return (found.float() - target).square().mean()
+        return (weight * (found.float() - target).square().flatten(1).mean(1)).mean()
 
-    _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, learning_rate, ema)
+    _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, rate, ema, is_dit)
     ema.copy_to(denoiser.parameters())
     return (
         DiTPipeline(denoiser, autoencoder, scheduler)
