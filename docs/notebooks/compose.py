@@ -35,15 +35,22 @@ print(pipe.concepts)
 # %% [markdown]
 # ## Under the same noise
 #
-# `noise` decides everything about an image except the interventions. Each column below has the same
+# Noise decides everything about an image except the interventions: `noise`, which the head reads,
+# and that of the ten denoising steps, which the generator draws. Each column below has the same
 # noise, so it is the same person.
 
 # %%
 noise = torch.randn(6, *pipe.model.noise_shape, generator=torch.Generator().manual_seed(0))
 
 
+def images(interventions, noise):
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 10, "output_type": "np"}
+    return pipe(interventions, noise=noise, generator=generator, **options).images
+
+
 def samples(interventions):
-    return to_uint8(pipe(interventions, noise=noise, output_type="np").images)
+    return to_uint8(images(interventions, noise))
 
 
 strips({name: samples(name) for name in ("obs", "glasses", "hat", "glasses+hat")})
@@ -58,12 +65,11 @@ strips({name: samples(name) for name in ("obs", "glasses", "hat", "glasses+hat")
 
 # %%
 many = torch.randn(128, *pipe.model.noise_shape, generator=torch.Generator().manual_seed(1))
-obs = pipe("obs", noise=many, output_type="np").images
+obs = images("obs", many)
 
 
 def change(interventions):
-    after = pipe(interventions, noise=many, output_type="np").images
-    difference = np.abs(after - obs).mean(axis=(0, 3))  # (64, 64)
+    difference = np.abs(images(interventions, many) - obs).mean(axis=(0, 3))  # (64, 64)
     return to_uint8(np.repeat(np.clip(2 * difference, 0, 1)[None, ..., None], 3, axis=-1))
 
 
@@ -89,10 +95,9 @@ strips({f"hat={strength:g}": samples({"hat": strength}) for strength in (0.25, 0
 pair = "glasses+hat"
 faces = avatars.twins([pair], 64)[pair]
 real, other = faces[:700], faces[700:]
+others = torch.randn(700, *pipe.model.noise_shape, generator=torch.Generator().manual_seed(2))
 for context in (pair, "glasses", "hat", "obs"):
-    generated = pipe(
-        context, num_images=700, generator=torch.Generator().manual_seed(0), output_type="np"
-    ).images
+    generated = images(context, others)
     result = compare(real, other, generated, num_projections=200)
     print(
         f"{context:12} distance {result.distance:.3f}  floor {result.floor:.3f}  ratio"
@@ -108,13 +113,13 @@ for context in (pair, "glasses", "hat", "obs"):
 # again.
 
 # %%
-images = avatars.twins(["obs"], 64)["obs"][:6]
-rows = {
-    "real": images,
-    "nothing changed": to_uint8(pipe.edit(images, "obs", output_type="np").images),
-}
-rows |= {
-    name: to_uint8(pipe.edit(images, name, output_type="np").images)
-    for name in ("glasses", "glasses+hat")
-}
-strips(rows)
+given = avatars.twins(["obs"], 64)["obs"][:6]
+
+
+def edited(interventions):
+    options = {"num_inference_steps": 10, "output_type": "np"}
+    return to_uint8(pipe.edit(given, interventions, **options).images)
+
+
+contexts = {"nothing changed": "obs", "glasses": "glasses", "glasses+hat": "glasses+hat"}
+strips({"real": given} | {label: edited(context) for label, context in contexts.items()})

@@ -99,11 +99,13 @@ class Projections(nn.Module):
             )
         if sites.input_channels and decoded_channels:
             stride = sites.input_stride
-            self.input = nn.Sequential(
-                nn.Conv2d(decoded_channels, _WIDTH, 3, padding=1),
-                nn.SiLU(),
-                _zero(nn.Conv2d(_WIDTH, sites.input_channels, stride, stride)),
+            first = (
+                nn.Conv2d(decoded_channels, _WIDTH, 3, padding=1)
+                if stride == 1
+                else nn.Conv2d(decoded_channels, 2 * _WIDTH, stride, stride)  # a token each
             )
+            last = nn.Conv2d(first.out_channels, sites.input_channels, 1)
+            self.input = nn.Sequential(first, nn.SiLU(), _zero(last))
         self.keys = nn.ModuleList(
             nn.Linear(width, inner, bias=False) for inner in sites.token_widths
         )
