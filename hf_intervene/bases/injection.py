@@ -104,8 +104,8 @@ class Projections(nn.Module):
                 if stride == 1
                 else nn.Conv2d(decoded_channels, 2 * _WIDTH, stride, stride)  # a token each
             )
-            last = nn.Conv2d(first.out_channels, sites.input_channels, 1)
-            self.input = nn.Sequential(first, nn.SiLU(), _zero(last))
+            enters = nn.Conv2d(first.out_channels, sites.input_channels, 1)
+            self.input = nn.Sequential(first, nn.SiLU(), _zero(enters))
         self.keys = nn.ModuleList(
             nn.Linear(width, inner, bias=False) for inner in sites.token_widths
         )
