@@ -48,6 +48,9 @@ def pack(run: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
         model = InterventionModel.from_pretrained(run / "model").eval()
+        if origin := model.head.config.base_reference:  # a folder, which nobody else has
+            place = Path(origin["name_or_path"])
+            model.head.config.base_reference = origin | {"name_or_path": "/".join(place.parts[-2:])}
         InterventionPipeline.from_model(model).save_pretrained(folder)
         for file in folder.rglob("*.py"):  # the head's code, which the package has
             file.unlink()

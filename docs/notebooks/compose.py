@@ -105,7 +105,7 @@ for context in (pair, "glasses", "hat", "obs"):
     )
 
 # %% [markdown]
-# The samples of the pair are nearest. They are not at the floor: they are softer than real images.
+# The samples of the pair are nearest. They are not at the floor.
 #
 # ## Editing a real image
 #

@@ -86,7 +86,9 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         if decoded_shape is not None:
             network = light_vae(decoded_shape, feature_width, math.prod(embedding_shape))
             self.decoder = network.decoder
-            self.log_variance = nn.Parameter(torch.zeros(()))  # of an entry of what is decoded
+            # Of an entry of what is decoded, of standard deviation about 1. It starts where a light
+            # VAE's does: from 1 it falls slowly, and until it is small z has little to do.
+            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.4)))
             if encoder_shape is not None:
                 self.encoder = network.encoder
         elif encoder_shape is not None:

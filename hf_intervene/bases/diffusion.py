@@ -324,7 +324,8 @@ class DiffusionBase(Base):
     ) -> dict[str, torch.Tensor]:
         """`reconstruction_loss`: squared error of the prediction, summed over the entries of x and
         weighted, times `PRECISION`; see `denoising.noised` for noise and time. `bottleneck_loss`:
-        -log p(x_0 | embedding) of the decoder."""
+        -log p(x_0 | embedding) of the decoder. Where there is one, the embedding has no gradient of
+        the denoising loss (DiffuseVAE, Pandey et al., arXiv:2201.00308)."""
         noisy, timesteps, target, weight = noised(
             self._training_scheduler,
             prediction_type(self.scheduler),
@@ -339,6 +340,8 @@ class DiffusionBase(Base):
             decoded = self.adapter.decode(embedding)
             x0 = self._arranged(encoded.kept["x0"])
             terms["bottleneck_loss"] = gaussian_loss(decoded, x0, self.adapter.log_variance)
+            # Combinations keep more of their concepts if z learns from the decoder alone.
+            embedding, decoded = embedding.detach(), decoded.detach()
         entries = self.adapter.entries(embedding, decoded)
         prompts = encoded.kept.get("prompts")
         prediction = self.denoise(noisy, timesteps, entries, prompts)  # (B, *sample_shape)
