@@ -94,7 +94,7 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
                 other = gr.Button("Other images", size="md", min_width=120)
                 button = run_button(page, "Generate")
             changed = gr.Checkbox(False, label="Show what changed")
-            with gr.Accordion("More", open=page.denoises):
+            with gr.Accordion("More", open=page.slow):
                 num_images = gr.Slider(
                     1, MAX_IMAGES, page.few, step=1, label="How many images", buttons=[]
                 )
@@ -115,8 +115,11 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
     inputs = [*controls, num_images, draw, changed, *denoising]
     at_once = (
         []
-        if page.denoises
-        else [blocks.load, *(part.change for part in (*controls, num_images, draw, changed))]
+        if page.slow
+        else [
+            blocks.load,
+            *(part.change for part in (*controls, num_images, draw, changed, *denoising)),
+        ]
     )
     _on([button.click, *at_once], sample, inputs, result, "sample")
     other.click(next_number, draw, draw, api_visibility="private")
@@ -159,7 +162,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
             scale=1,
             min_width=240,
         )
-    start = gr.Button("Draw some images to edit", size="md", visible=page.denoises)
+    start = gr.Button("Draw some images to edit", size="md", visible=page.slow)
 
     def edit(file: dict[str, Any] | None, context: list[str], shown: bool, *values: Any) -> str:
         if file is None:
@@ -183,14 +186,14 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
 
     inputs = [image, came_from, changed, *controls, *denoising]
     _on([button.click], edit, inputs, result, "edit")
-    if not page.denoises:
+    if not page.slow:
 
         def live(file: dict[str, Any] | None, *values: Any) -> str:
             return edit(file, *values) if file else ""
 
-        triggers = [part.change for part in (image, came_from, changed, *controls)]
+        triggers = [part.change for part in (image, came_from, changed, *controls, *denoising)]
         _on(triggers, live, inputs, result)
-    _on([start.click if page.denoises else tab.select], offer, None, [examples, image])
+    _on([start.click if page.slow else tab.select], offer, None, [examples, image])
     _on([examples.select], pick, None, image)
 
 
@@ -212,7 +215,8 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         images = page.compose(names, number, *options)
         return catalogue({words(name): image for name, image in images.items()})
 
-    at_once = [] if page.denoises else [tab.select, draw.change, chosen.change]
+    changes = [draw.change, chosen.change, *(slider.change for slider in steps)]
+    at_once = [] if page.slow else [tab.select, *changes]
     _on([button.click, *at_once], compose, [chosen, draw, *steps], result, "compose")
     other.click(next_number, draw, draw, api_visibility="private")
 

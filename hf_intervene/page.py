@@ -27,6 +27,9 @@ FILES = (*hub.SAVED_FILES, cards.CARD_FILE, SETTINGS_FILE, "*.png")
 MAX_PIXELS = 32 * 10**6  # of an image to edit: a few seconds
 MAX_COMPOSED = 8  # concepts in the grid of pairs
 NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-intervene[app]".'
+# Weights of a denoiser that draws as soon as anything changes: eight images of one of 5 MB take a
+# tenth of a second in ten steps on two cores.
+MOST_BYTES_AT_ONCE = 20_000_000
 STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
 EXAMPLES = 6  # images to edit that the page offers
 STRANGE = 0.12  # root mean square change of an image by an edit to nothing; above, it is unlike
@@ -50,6 +53,9 @@ class Page:
         self.name, self.folder = name, hub.folder(located(name), FILES, revision=revision)
         self.concepts = concepts_of(self.folder)
         self.denoises = (self.folder / "scheduler").is_dir()
+        weights = sum(file.stat().st_size for file in (self.folder / "base").glob("*.safetensors"))
+        # Of a denoiser that is elsewhere nothing is known.
+        self.slow = self.denoises and not 0 < weights <= MOST_BYTES_AT_ONCE
         # Of a denoiser the observational images take as long as the rest.
         self._observational = lru_cache(maxsize=4)(self._draw_observational)
 
@@ -145,8 +151,8 @@ class Page:
 
     @property
     def few(self) -> int:
-        """Images at once, unless more are asked for: of a denoiser each takes a while."""
-        return 2 if self.denoises else 4
+        """Images at once, unless more are asked for: of a large denoiser each takes a while."""
+        return 2 if self.slow else 4
 
     @cached_property
     def examples(self) -> np.ndarray:

@@ -70,8 +70,8 @@ def chosen_strengths(page: Page, values: tuple) -> tuple[dict[str, float], tuple
 
 
 def run_button(page: Page, label: str) -> gr.Button:
-    """What draws, for a denoiser, which takes a while; others draw when anything changes."""
-    return gr.Button(label, variant="primary", size="md", min_width=120, visible=page.denoises)
+    """What draws, for a large denoiser, which takes a while; others draw when anything changes."""
+    return gr.Button(label, variant="primary", size="md", min_width=120, visible=page.slow)
 
 
 def draw_number() -> gr.Number:

@@ -280,6 +280,9 @@ def test_a_denoiser_has_its_own_controls(tmp_path):
     assert not np.array_equal(before, after)
     assert page.denoises and len(page.edit(Image.fromarray(before[0]), [], {"a": 1.0}, 2, 1.5)) == 5
     functions = {function.api_name: function for function in app.build(page).fns.values()}
+    assert not page.slow  # this one is small; of a base that is not there nobody knows
+    (tmp_path / "pipe" / "base" / "diffusion_pytorch_model.safetensors").unlink()
+    assert Page(str(tmp_path / "pipe")).slow
     for name in ("sample", "edit", "compose"):
         labels = [part.label or "" for part in functions[name].inputs]
         assert any(label.startswith("Denoising steps") for label in labels)
