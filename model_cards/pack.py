@@ -26,7 +26,8 @@ from hf_intervene.cards import (
     write_card,
 )
 from hf_intervene.errors import spoken
-from hf_intervene.push import draw_floors, draw_samples
+from hf_intervene.origins import forget_paths
+from hf_intervene.push import PARTS, draw_floors, draw_samples
 from hf_intervene.yaml_files import SETTINGS_FILE
 
 
@@ -48,10 +49,8 @@ def pack(run: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
         model = InterventionModel.from_pretrained(run / "model").eval()
-        if origin := model.head.config.base_reference:  # a folder, which nobody else has
-            place = Path(origin["name_or_path"])
-            model.head.config.base_reference = origin | {"name_or_path": "/".join(place.parts[-2:])}
         InterventionPipeline.from_model(model).save_pretrained(folder)
+        forget_paths(folder, PARTS, shared=True)
         for file in folder.rglob("*.py"):  # the head's code, which the package has
             file.unlink()
         for file in folder.rglob("*.safetensors"):

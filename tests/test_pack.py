@@ -1,5 +1,6 @@
 """A finished run becomes a pipeline that comes with the package, by one command."""
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from shared_models import build
 
 from hf_intervene import InterventionPipeline
+from hf_intervene.bases.loading import base_reference
 from hf_intervene.model_cards import pack
 
 
@@ -17,7 +19,11 @@ def places(tmp_path, monkeypatch):
     for folder in (run, pretrained, cards):
         folder.mkdir()
     model = build()
-    model.save_pretrained(run / "model")
+    base = model.base.model  # of a run whose base was loaded from a folder
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    model.head.config.base_reference = base_reference(loaded)
+    model.save_pretrained(run / "model", save_base=True)
     (run / "model" / "training_arguments.yaml").write_text("dataset: avatars\n")
     monkeypatch.setattr(pack, "PRETRAINED", pretrained)
     monkeypatch.setattr(pack, "HERE", cards)
@@ -43,6 +49,11 @@ def test_a_run_is_packed(places, capsys):
     assert 'from_pretrained(hf_intervene.bundled("faces"))' in card
     assert card == (cards / "faces.md").read_text() and "<!--" not in card
     assert not re.search(r"/tmp|/home|/root", card)
+    assert "loaded from a folder, not from the Hub" in card
+    head = json.loads((folder / "head" / "config.json").read_text())
+    assert head["base_reference"]["name_or_path"] == "./base"
+    texts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(str(run.parent).encode() in text for text in texts)
     assert pack.main([str(run), "faces"]) == 0  # once more: it is replaced
 
 
