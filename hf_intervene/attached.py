@@ -10,9 +10,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .bases.adapter import DiffusionAdapter, check_sites
-from .bases.denoising import check_prediction
 from .bases.injection import Entries, Injection
 from .bases.lora_layers import LoraLayers
+from .bases.schedulers import check_prediction
 from .bases.sites import find_sites
 from .modeling_intervention import InterventionHead
 from .requested import Requested

@@ -10,7 +10,7 @@ import torch
 
 from hf_intervene import InterventionConfig, InterventionHead
 from hf_intervene.bases import DiffusionAdapter
-from hf_intervene.bases.denoising import prediction_type
+from hf_intervene.bases.schedulers import prediction_type
 from hf_intervene.bases.sites import find_sites
 
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from hf_intervene import attach, detach, intervene
 from hf_intervene.acting import denoisers
-from hf_intervene.bases.denoising import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
+from hf_intervene.bases.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 
 
 def generate(kind, pipe, num_images=2, **options):

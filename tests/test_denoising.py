@@ -19,7 +19,7 @@ from diffusers import (
 from diffusion_models import KINDS, randn, save_pipeline, save_vision, with_head
 
 from hf_intervene import InterventionModel, InterventionPipeline, load_base, wrap_base
-from hf_intervene.bases import denoising
+from hf_intervene.bases import denoising, schedulers
 from hf_intervene.bases.adapter import DiffusionAdapter
 from hf_intervene.bases.diffusion import PRECISION
 from hf_intervene.terms import EditConsistency
@@ -79,7 +79,7 @@ def test_targets_of_a_flow():
     solver = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    found = denoising.noised(denoising.training_scheduler(solver), "flow", x0, noise, time)
+    found = denoising.noised(schedulers.training_scheduler(solver), "flow", x0, noise, time)
     for one, other in zip(found, (noisy, timesteps, target, weight)):
         torch.testing.assert_close(one, other)
     solver.set_timesteps(7)
@@ -103,7 +103,7 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     e = model.embed(mean + (0.5 * logvar).exp() * draws["noise"], s)
     noisy, t, target, _ = denoising.noised(
         model.base._training_scheduler,
-        denoising.prediction_type(model.base.scheduler),
+        schedulers.prediction_type(model.base.scheduler),
         model.base.prepare(x)["x0"],
         draws["residual_noise"],
         draws["time"],
@@ -201,7 +201,7 @@ OF_SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES + OF_SAMPLES, ids=denoising.PREDICTIONS)
+@pytest.mark.parametrize("scheduler", SCHEDULES + OF_SAMPLES, ids=schedulers.prediction_type)
 def test_the_path_is_that_of_the_scheduler(scheduler):
     def predict(x, t):
         return torch.tanh(x + t / 1000)
@@ -214,7 +214,7 @@ def test_the_path_is_that_of_the_scheduler(scheduler):
     )
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS[:3])
+@pytest.mark.parametrize("scheduler", SCHEDULES, ids=schedulers.prediction_type)
 def test_the_path_is_inverted(scheduler):
     def predict(x, t):
         return torch.tanh(x) * (0.5 + t / 2000)
@@ -233,7 +233,7 @@ def test_a_clean_sample_stands_for_a_velocity(of_sample):
     """The path of a denoiser that predicts samples is that of the one that predicts the velocities
     that they stand for, there and back.
     """
-    kind = denoising.prediction_type(of_sample)
+    kind = schedulers.prediction_type(of_sample)
     other = {"sample": "v_prediction", "flow_sample": "flow_prediction"}[kind]
     of_velocity = type(of_sample).from_config(of_sample.config, prediction_type=other)
     points = {float(t): (a, s) for t, a, s in denoising.path(of_sample, 20, torch.device("cpu"))}
@@ -274,11 +274,11 @@ def test_samples_start_from_a_mean_with_a_share_of_noise(scheduler, start):
     """The denoiser is the exact one of a point x_0, so that every solver must end there; what it is
     given shows where it started."""
     x0, mean, noise = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
-    kind, seen = denoising.prediction_type(scheduler), []
+    kind, seen = schedulers.prediction_type(scheduler), []
     alphas = getattr(scheduler, "alphas_cumprod", None)
 
     def predict(x, t):
-        if denoising.is_flow(kind):
+        if schedulers.is_flow(kind):
             a, s = 1 - float(t) / 1000, float(t) / 1000
         else:
             a, s = float(alphas[int(t)].sqrt()), float((1 - alphas[int(t)]).sqrt())
@@ -299,7 +299,7 @@ def test_samples_start_from_a_mean_with_a_share_of_noise(scheduler, start):
     torch.testing.assert_close(found, x0, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES, ids=denoising.PREDICTIONS[:3])
+@pytest.mark.parametrize("scheduler", SCHEDULES, ids=schedulers.prediction_type)
 def test_the_path_from_a_mean_is_inverted(scheduler):
     def predict(x, t):
         return torch.tanh(x) * (0.5 + t / 2000)

@@ -13,6 +13,7 @@ from torch import nn
 from .base import plain
 from .injection import Entries, Projections
 from .light_vae import LightVAE, convolutional_encoder
+from .likelihoods import FIRST_SPREAD
 from .limits import check_types
 from .replay import Recording
 from .sites import Sites, find_sites
@@ -43,7 +44,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         feature_width: width of the features.
         text_shape, pooled_width: of the text's embeddings that a text-conditioned denoiser is
             given; they are kept with the weights.
-        prediction_type: what the denoiser predicts (see `denoising.py`).
+        prediction_type: what the denoiser predicts (see `schedulers.py`).
         recording: how a pipeline calls the denoiser (see `replay.Recording`); `None`: of one that
             the package calls itself.
         class_label: the class that a denoiser of classes is given.
@@ -86,9 +87,9 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         if decoded_shape is not None:
             network = light_vae(decoded_shape, feature_width, math.prod(embedding_shape))
             self.decoder = network.decoder
-            # Of an entry of what is decoded, of standard deviation about 1. It starts where a light
-            # VAE's does: from 1 it falls slowly, and until it is small z has little to do.
-            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.4)))
+            # Of an entry of what is decoded: pixels in [-1, 1], or latents of deviation 1. From a
+            # variance of 1 it falls slowly, and until it is small z has little to do.
+            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(2 * FIRST_SPREAD)))
             if encoder_shape is not None:
                 self.encoder = network.encoder
         elif encoder_shape is not None:

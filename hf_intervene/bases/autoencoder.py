@@ -33,7 +33,7 @@ from torch import nn
 from .base import Base, Encoded
 from .frozen import LeanConvolutions
 from .light_vae import LightVAE
-from .likelihoods import gaussian_code_length, gaussian_loss
+from .likelihoods import FIRST_SPREAD, gaussian_code_length, gaussian_loss
 from .registry import register_base
 from .residual import ResidualPrior
 
@@ -72,7 +72,8 @@ class LatentAdapter(ModelMixin, ConfigMixin):
         self.network = LightVAE(
             in_channels, latent_size, tuple(channels), hidden_width, latent_width
         )
-        self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))  # of a pixel in [0, 1]
+        # of a pixel in [0, 1]
+        self.log_variance = nn.Parameter(torch.tensor(2 * math.log(FIRST_SPREAD)))
         if residual_layers:
             self.residual_prior = ResidualPrior(in_channels, residual_layers)
             # of a pixel given the residual too

@@ -1,11 +1,9 @@
 """Noise and denoising as the schedulers of diffusers define them: training targets, sampling, and
 the deterministic path and its inverse.
 
-A scheduler says what its denoiser predicts: the noise (`epsilon`), `v_prediction`, the clean sample
-(`sample`), or, of a flow, the velocity (`flow`) or the clean sample (`flow_sample`). In all of them
-x_t = a_t x_0 + s_t noise, and a deterministic step (DDIM, Song et al., arXiv:2010.02502; Euler's
-for a flow) from t to t' is linear in x_t and the prediction, with the coefficients of
-`step_coefficients`."""
+x_t = a_t x_0 + s_t noise; what denoisers predict is in `schedulers.py`. A deterministic step (DDIM,
+Song et al., arXiv:2010.02502; Euler's for a flow) from t to t' is linear in x_t and the prediction,
+with the coefficients of `step_coefficients`."""
 
 import inspect
 from collections.abc import Callable
@@ -13,22 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
 from ..contexts import shown
-from ..logging import get_logger
+from .schedulers import is_flow, prediction_type, training_scheduler
 
-
-logger = get_logger(__name__)
 
 # Of steps that take longer than two seconds, on a terminal.
 _BAR = {"disable": None, "delay": 2, "leave": False}
-PREDICTIONS = ("epsilon", "v_prediction", "flow", "sample", "flow_sample")
-# A clean sample stands for a velocity, (a x_t - x_0) / s_t, of this kind.
-_VELOCITY_OF = {"sample": "v_prediction", "flow_sample": "flow"}
 # The least s_t of the weight 1 / s_t^2 of a clean sample's squared error (Li and He,
 # arXiv:2511.13720).
 LEAST_NOISE = 0.05
@@ -66,112 +58,6 @@ class Start:
     def noise_in(self, a: float, s: float, x: torch.Tensor) -> torch.Tensor:
         """The noise of which `noisy` makes x."""
         return (x - a * self.mean) / (s * self.noise_scale(a, s))
-
-
-# Schedulers whose noise is known: x_t = a_t x_0 + s_t noise by `alphas_cumprod`, and what the
-# denoiser predicts by the configuration's `prediction_type`.
-DIFFUSION_SCHEDULERS = (
-    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMInverseScheduler", "DDIMScheduler"),
-    *("DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
-    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
-    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
-    *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler"),
-    *("UnCLIPScheduler", "UniPCMultistepScheduler"),
-)
-# Of a flow, always.
-FLOW_SCHEDULERS = (
-    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
-)
-
-
-def prediction_type(scheduler: SchedulerMixin) -> str:
-    """What the denoiser of a scheduler predicts: one of `PREDICTIONS`.
-
-    Raises:
-        ValueError: one sentence: a scheduler whose noise is not known, or another prediction.
-    """
-    names = {class_.__name__ for class_ in type(scheduler).__mro__}  # of a sub-class too
-    if names & set(FLOW_SCHEDULERS):
-        return "flow"
-    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if not names & set(DIFFUSION_SCHEDULERS) or config.get("timestep_type") == "continuous":
-        continuous = bool(names & set(DIFFUSION_SCHEDULERS))
-        why = "has continuous times" if continuous else "has a noise that is not known here"
-        raise ValueError(
-            f"a {kind} {why}: use one that is in the documentation's list, such as a DDIMScheduler"
-            " or a FlowMatchEulerDiscreteScheduler, if the denoiser was trained for it."
-        )
-    found = config.get("prediction_type", "epsilon")
-    if config.get("use_flow_sigmas") or found == "flow_prediction":
-        predictions = {"flow_prediction": "flow", "sample": "flow_sample"}
-    else:
-        predictions = {name: name for name in ("epsilon", "v_prediction", "sample")}
-    if found not in predictions:
-        raise ValueError(
-            f"a {kind} of this noise whose denoiser predicts {found!r} is not supported; the"
-            f" supported predictions are {', '.join(predictions)}."
-        )
-    return predictions[found]
-
-
-def is_flow(kind: str) -> bool:
-    """Whether a prediction is one of a flow, whose a_t = 1 - s_t."""
-    return kind.startswith("flow")
-
-
-def _is_flow_match(scheduler: SchedulerMixin) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
-def check_prediction(scheduler: SchedulerMixin, expected: str, what: str) -> None:
-    """Raise a ValueError unless a scheduler's prediction type is the one that something was trained
-    with.
-    """
-    found = prediction_type(scheduler)
-    if found != expected:
-        raise ValueError(
-            f"{what} was trained with {expected!r} predictions, but this {type(scheduler).__name__}"
-            f" takes the denoiser's for {found!r}: make the scheduler with from_config(...) of the"
-            " one it was trained with."
-        )
-
-
-def warn_of_clipping(scheduler: SchedulerMixin, vae: str) -> None:
-    """Warn of a scheduler that keeps samples in the range of pixels, where latents are denoised."""
-    if scheduler.config.get("clip_sample") and scheduler.config.get("clip_sample_range", 1.0) <= 1:
-        logger.warning(
-            "the scheduler clips samples at 1, where pixels end, but the latents of a %s go"
-            " beyond: make it with clip_sample=False.",
-            vae,
-        )
-
-
-def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A DDPM's ancestral scheduler is for training and a thousand steps: DDIM in its place, which
-    keeps its noise; others as they are.
-    """
-    if isinstance(scheduler, DDPMScheduler):
-        return DDIMScheduler.from_config(
-            scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
-        )
-    return scheduler
-
-
-def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The same schedule as a scheduler for training: a DDPM's, or the flow's own, as it is before
-    sampling.
-    """
-    if not is_flow(prediction_type(scheduler)):
-        made = DDPMScheduler.from_config(scheduler.config)
-        # Some schedulers shift or rescale the noise of their configuration.
-        made.alphas_cumprod = scheduler.alphas_cumprod.clone()
-        return made
-    if not _is_flow_match(scheduler):
-        # A solver that takes flows too: its sigmas are those of other kinds until it samples.
-        steps, shift = scheduler.config.num_train_timesteps, scheduler.config.get("flow_shift")
-        return FlowMatchEulerDiscreteScheduler(steps, shift=1.0 if shift is None else shift)
-    return type(scheduler).from_config(scheduler.config)
 
 
 def noised(
@@ -222,18 +108,17 @@ def noised(
         return (1 - sigma) * x0 + sigma * noise, timesteps, target, weight
     timesteps = (time.double() * scheduler.config.num_train_timesteps).long()
     noisy = scheduler.add_noise(x0, noise, timesteps)
+    if kind == "v_prediction":
+        target = scheduler.get_velocity(x0, noise, timesteps)
+    else:
+        target = noise if kind == "epsilon" else x0
+    if min_snr_gamma is None and kind != "sample":
+        return noisy, timesteps, target, weight
     snr = compute_snr(scheduler, timesteps).clamp(min=1e-8)  # a_t^2 / s_t^2 = 1 / s_t^2 - 1
-    # By kind: the target, and the weight of its squared error that is one of x_0's.
-    target, of_sample = {
-        "epsilon": (noise, 1 / snr),
-        "v_prediction": (scheduler.get_velocity(x0, noise, timesteps), 1 / (snr + 1)),
-        "sample": (x0, 1.0),
-    }[kind]
-    if min_snr_gamma is not None:
-        weight = snr.clamp(max=min_snr_gamma) * of_sample
-    elif kind == "sample":
-        weight = (snr + 1).clamp(max=LEAST_NOISE**-2)
-    return noisy, timesteps, target, weight
+    if min_snr_gamma is None:
+        return noisy, timesteps, target, (snr + 1).clamp(max=LEAST_NOISE**-2)
+    of_sample = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind]
+    return noisy, timesteps, target, snr.clamp(max=min_snr_gamma) / of_sample
 
 
 def generate(
@@ -346,19 +231,17 @@ def step_coefficients(
     A clean sample is taken as the velocity that it stands for, see `_velocity`: from a step that
     ends at that sample, as the last one does, nobody could go back.
     """  # noqa: E501
-    kind = _VELOCITY_OF.get(kind, kind)
     if kind == "epsilon":
         return a_next / a, s_next - a_next * s / a
-    if kind == "v_prediction":
-        return a_next * a + s_next * s, s_next * a - a_next * s
-    return a_next + s_next, s_next * a - a_next * s
+    scale = a_next + s_next if is_flow(kind) else a_next * a + s_next * s
+    return scale, s_next * a - a_next * s
 
 
 def _velocity(kind: str, prediction: torch.Tensor, x: torch.Tensor, a: float, s: float) -> Any:
-    """A prediction as `step_coefficients` takes it: of a clean sample x_0 the velocity of x_t."""
-    if kind == "flow_sample":
-        return (x - prediction) / s
-    return (a * x - prediction) / s if kind == "sample" else prediction
+    """A prediction as `step_coefficients` takes it: its v or velocity where it is x_0."""
+    if kind not in ("sample", "flow_sample"):
+        return prediction
+    return ((x if is_flow(kind) else a * x) - prediction) / s
 
 
 def follow(

@@ -42,23 +42,18 @@ from .adapter import (
 )
 from .autoencoder import latent_shape, latents_of, scale_and_shift
 from .base import Base, Encoded
-from .denoising import (
-    Predict,
-    Start,
-    check_prediction,
-    deterministic,
-    follow,
-    generate,
-    invert,
-    noised,
-    prediction_type,
-    training_scheduler,
-    warn_of_clipping,
-)
+from .denoising import Predict, Start, follow, generate, invert, noised
 from .encoders import VisionEncoder
 from .injection import Entries, Injection
 from .likelihoods import gaussian_loss
 from .registry import register_base
+from .schedulers import (
+    check_prediction,
+    deterministic,
+    prediction_type,
+    training_scheduler,
+    warn_of_clipping,
+)
 from .sites import find_sites
 
 
@@ -328,7 +323,7 @@ class DiffusionBase(Base):
         the denoising loss (DiffuseVAE, Pandey et al., arXiv:2201.00308)."""
         noisy, timesteps, target, weight = noised(
             self._training_scheduler,
-            prediction_type(self.scheduler),
+            self.adapter.config.prediction_type,
             encoded.kept["x0"],
             draws["residual_noise"],
             draws["time"],

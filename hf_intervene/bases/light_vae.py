@@ -21,6 +21,7 @@ from torch import nn
 
 from .base import Base, Encoded
 from .likelihoods import (
+    FIRST_SPREAD,
     bernoulli_code_length,
     bernoulli_loss,
     gaussian_code_length,
@@ -86,7 +87,7 @@ class LightVAE(ModelMixin, ConfigMixin):
 
         if likelihood == "gaussian":
             # of a pixel in [0, 1]
-            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(0.2)))
+            self.log_variance = nn.Parameter(torch.tensor(2 * math.log(FIRST_SPREAD)))
 
         up: list[nn.Module] = []
         for level in range(len(block_out_channels), 0, -1):

@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 STEPS = 255  # between the bytes of a pixel
+FIRST_SPREAD = 0.2  # sqrt(v) of a pixel in [0, 1] before training
 
 
 def gaussian_loss(

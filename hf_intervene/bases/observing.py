@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from .denoising import is_flow, prediction_type
+from .schedulers import is_flow, prediction_type
 
 
 STEPS = 3  # of each run

@@ -22,13 +22,13 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .adapter import DiffusionAdapter, check_sites
 from .autoencoder import images_of, latent_shape, latents_of
-from .denoising import prediction_type
 from .diffusion import DiffusionBase
 from .injection import Entries, Injection
 from .prompts import Prompts, record_prompts
 from .recording import NotRecordable, Recorder, record, training_time
 from .registry import register_recorded
 from .replay import Recording, on_device
+from .schedulers import prediction_type
 from .sites import find_sites
 
 

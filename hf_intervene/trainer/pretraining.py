@@ -24,7 +24,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..bases.autoencoder import latents_of
-from ..bases.denoising import noised, prediction_type, training_scheduler
+from ..bases.denoising import noised
+from ..bases.schedulers import prediction_type, training_scheduler
 from ..contexts import OBS
 from ..data import ContextImages, load_contexts
 from ..data.digits import BUNDLED
@@ -204,9 +205,9 @@ def pretrain_diffusion(
 ) -> DiffusionPipeline:
     """Train a denoiser on uint8 images (N, 3, S, S): a UNet that predicts v, or a DiT of a flow
     (Lipman et al., arXiv:2210.02747), on pixels in 8 x 8 tokens, or on what an autoencoder makes of
-    them, in 4 x 4 where that fits. The DiT predicts the clean image: a token has more pixels than
-    the DiT has channels, which the image needs less than its noise (Li and He, arXiv:2511.13720).
-    The pipeline has the averaged weights."""
+    them, in 4 x 4 where that fits. The DiT predicts the clean image: a token can have more
+    entries than the DiT has channels, too few to pass noise on (Li and He, arXiv:2511.13720). The
+    pipeline has the averaged weights."""
     torch.manual_seed(seed)
     images = pixels if autoencoder is None else latents(autoencoder, pixels)
     channels, size = images.shape[1:3]
@@ -235,7 +236,8 @@ def pretrain_diffusion(
             found = denoiser(noisy, t, **no_class).sample
         return (weight * (found.float() - target).square().flatten(1).mean(1)).mean()
 
-    _fit(denoiser, list(denoiser.parameters()), loss, images, steps, batch_size, rate, ema, is_dit)
+    weights = list(denoiser.parameters())
+    _fit(denoiser, weights, loss, images, steps, batch_size, rate, ema, muon=is_dit)
     ema.copy_to(denoiser.parameters())
     return (
         DiTPipeline(denoiser, autoencoder, scheduler)
