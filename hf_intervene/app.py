@@ -113,14 +113,7 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
         return people(rows)
 
     inputs = [*controls, num_images, draw, changed, *denoising]
-    at_once = (
-        []
-        if page.slow
-        else [
-            blocks.load,
-            *(part.change for part in (*controls, num_images, draw, changed, *denoising)),
-        ]
-    )
+    at_once = [] if page.slow else [blocks.load, *(part.change for part in inputs)]
     _on([button.click, *at_once], sample, inputs, result, "sample")
     other.click(next_number, draw, draw, api_visibility="private")
 
@@ -191,8 +184,7 @@ def _edit_tab(page: Page, tab: gr.Tab) -> None:
         def live(file: dict[str, Any] | None, *values: Any) -> str:
             return edit(file, *values) if file else ""
 
-        triggers = [part.change for part in (image, came_from, changed, *controls, *denoising)]
-        _on(triggers, live, inputs, result)
+        _on([part.change for part in inputs], live, inputs, result)
     _on([start.click if page.slow else tab.select], offer, None, [examples, image])
     _on([examples.select], pick, None, image)
 
@@ -215,9 +207,9 @@ def _compose_tab(page: Page, tab: gr.Tab) -> None:
         images = page.compose(names, number, *options)
         return catalogue({words(name): image for name, image in images.items()})
 
-    changes = [draw.change, chosen.change, *(slider.change for slider in steps)]
-    at_once = [] if page.slow else [tab.select, *changes]
-    _on([button.click, *at_once], compose, [chosen, draw, *steps], result, "compose")
+    inputs: list[Any] = [chosen, draw, *steps]
+    at_once = [] if page.slow else [tab.select, *(part.change for part in inputs)]
+    _on([button.click, *at_once], compose, inputs, result, "compose")
     other.click(next_number, draw, draw, api_visibility="private")
 
 

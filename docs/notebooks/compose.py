@@ -40,13 +40,13 @@ print(pipe.concepts)
 # noise, so it is the same person.
 
 # %%
+OPTIONS = {"num_inference_steps": 10, "output_type": "np"}
 noise = torch.randn(6, *pipe.model.noise_shape, generator=torch.Generator().manual_seed(0))
 
 
 def images(interventions, noise):
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 10, "output_type": "np"}
-    return pipe(interventions, noise=noise, generator=generator, **options).images
+    return pipe(interventions, noise=noise, generator=generator, **OPTIONS).images
 
 
 def samples(interventions):
@@ -117,8 +117,7 @@ given = avatars.twins(["obs"], 64)["obs"][:6]
 
 
 def edited(interventions):
-    options = {"num_inference_steps": 10, "output_type": "np"}
-    return to_uint8(pipe.edit(given, interventions, **options).images)
+    return to_uint8(pipe.edit(given, interventions, **OPTIONS).images)
 
 
 contexts = {"nothing changed": "obs", "glasses": "glasses", "glasses+hat": "glasses+hat"}
