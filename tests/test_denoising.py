@@ -90,6 +90,31 @@ def test_targets_of_a_flow():
     torch.testing.assert_close(weight, 1 / sigma.clamp(min=0.05) ** 2)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "flow", "flow_sample"])
+@pytest.mark.parametrize("start", [0.3, 0.5, 1.0])
+def test_no_draw_is_noisier_than_the_start_of_samples(kind, start):
+    flow = kind.startswith("flow")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0) if flow else DDPMScheduler()
+    n = 4001
+    time = torch.linspace(0, 1 - 1e-7, n)
+    x0, noise = torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)
+    x, t, *_ = denoising.noised(scheduler, kind, x0, noise, time, start=start)
+    s = x.flatten()
+    share = s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt())
+    assert share.max() <= start + 1e-6
+    # As densely as before, below it.
+    x, t_all, *_ = denoising.noised(scheduler, kind, x0, noise, time)
+    s = x.flatten()
+    share = s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt())
+    below = t_all[share <= start].double()
+    levels = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
+    expected, found = below.quantile(levels), t.double().quantile(levels)
+    torch.testing.assert_close(found, expected, atol=4, rtol=0.05)
+    # Below all of the schedule its least noisy step is left.
+    t_least = denoising.noised(scheduler, kind, x0, noise, time, start=1e-5)[1]
+    assert t_least.unique().tolist() == [float(scheduler.timesteps.min())]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     model = with_head(kind)
@@ -107,6 +132,7 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
         model.base.prepare(x)["x0"],
         draws["residual_noise"],
         draws["time"],
+        start=model.base.adapter.config.start,
     )
     errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     expected = PRECISION * errors

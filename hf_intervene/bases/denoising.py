@@ -67,6 +67,7 @@ def noised(
     noise: torch.Tensor,
     time: torch.Tensor,
     min_snr_gamma: float | None = None,
+    start: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a denoiser is trained on.
 
@@ -80,6 +81,8 @@ def noised(
         min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al.,
             arXiv:2303.09556); `None`: all weights are 1, but those of a clean sample, whose errors
             then count as much as those of the velocity that it stands for, 1 / max(s_t, 0.05)^2.
+        start: the share of noise that samples start from, s_t / (a_t + s_t): what is noisier is
+            not drawn, since no sample is ever there.
 
     Returns:
         x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each
@@ -95,18 +98,25 @@ def noised(
                 "min_snr_gamma weighs epsilon, v_prediction and sample; a flow has no such weights:"
                 " leave it out."
             )
-        density = torch.special.ndtri(time.double().clamp(1e-9, 1 - 1e-9)).sigmoid()
-        index = (density * len(scheduler.timesteps)).long()
         # The tables stay where they are needed: moving them would wait for the device each time.
         scheduler.timesteps = scheduler.timesteps.to(x0.device)
         scheduler.sigmas = scheduler.sigmas.to(x0.device)
+        steps = len(scheduler.timesteps)
+        # The noisier ones come before it.
+        first = (scheduler.sigmas[:steps] > start).sum().clamp(max=steps - 1)
+        least = torch.special.ndtr(torch.logit(first.double() / steps))
+        time = (least + (1 - least) * time.double()).clamp(1e-9, 1 - 1e-9)
+        index = (torch.special.ndtri(time).sigmoid() * steps).long().clamp(min=first)
         timesteps, sigma = scheduler.timesteps[index], scheduler.sigmas.to(x0.dtype)[index]
         if kind == "flow_sample":
             weight = sigma.clamp(min=LEAST_NOISE) ** -2
         sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
         target = noise - x0 if kind == "flow" else x0
         return (1 - sigma) * x0 + sigma * noise, timesteps, target, weight
-    timesteps = (time.double() * scheduler.config.num_train_timesteps).long()
+    cumulative = scheduler.alphas_cumprod.to(x0.device)
+    signal, spread = cumulative.sqrt(), (1 - cumulative).sqrt()
+    steps = (spread <= start * (signal + spread)).sum().clamp(min=1)
+    timesteps = (time.double() * steps).long()
     noisy = scheduler.add_noise(x0, noise, timesteps)
     if kind == "v_prediction":
         target = scheduler.get_velocity(x0, noise, timesteps)

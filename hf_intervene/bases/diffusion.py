@@ -306,9 +306,9 @@ class DiffusionBase(Base):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Noise, and `time`, (num_images,): where on the schedule, uniform in [0, 1). The times of
-        a batch are spread evenly over the schedule, in random order: its loss then depends less on
-        which times it drew."""
+        """Noise, and `time`, (num_images,): where on the part of the schedule that samples pass
+        through, uniform in [0, 1). The times of a batch are spread evenly over it, in random order:
+        its loss then depends less on which times it drew."""
         draws = self.draws(num_images, generator, device)
         order = torch.randperm(num_images, generator=generator, device=device)
         spread = torch.rand(num_images, generator=generator, device=device)
@@ -328,6 +328,7 @@ class DiffusionBase(Base):
             draws["residual_noise"],
             draws["time"],
             self.min_snr_gamma,
+            self.adapter.config.start,
         )
         terms: dict[str, torch.Tensor] = {}
         decoded = None
