@@ -99,7 +99,7 @@ def _sample_tab(page: Page, blocks: gr.Blocks) -> None:
                     1, MAX_IMAGES, page.few, step=1, label="How many images", buttons=[]
                 )
                 draw = draw_number()
-                denoising = [*steps_slider(page), *guidance_slider(page)]
+                denoising = [*steps_slider(page), *guidance_slider(page, page.guidance)]
         with gr.Column(scale=3, min_width=280):
             result = gr.HTML(elem_id="samples")
 

@@ -41,6 +41,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
         noise = torch.Generator().manual_seed(arguments.seed)
         options = _options(arguments)
+        if context == "obs":  # nothing leads away from itself
+            options.pop("guidance_scale", None)
         return model.sample(context, arguments.num_images, noise, output_type="pil", **options)
 
     images, label = draw(interventions), _label(arguments)
@@ -156,8 +158,9 @@ def _given(
 
 def _options(arguments: argparse.Namespace) -> dict:
     return {
-        name: getattr(arguments, name)
+        name: value
         for name in ("num_inference_steps", "guidance_scale", "reference_context")
+        if (value := getattr(arguments, name)) is not None
     }
 
 

@@ -103,8 +103,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--guidance-scale",
         type=float,
-        default=1.0,
-        help="diffusion models: above 1, a stronger effect (default 1)",
+        help="diffusion models: above 1, a stronger effect (default: the model's own for samples, 1"
+        " for edits)",
     )
     command.add_argument(
         "--resize", action="store_true", help="crop and resize given images to the model's size"

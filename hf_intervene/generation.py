@@ -87,7 +87,7 @@ class GenerationMixin:
         residual_scale: float = 1.0,
         residual_noise: torch.Tensor | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         reference_context: Interventions = None,
         compose: str = "head",
     ) -> Images:
@@ -111,7 +111,8 @@ class GenerationMixin:
                 shape in `base.noise_shapes`.
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: for a denoiser: above 1, further away from what it makes of the same
-                noise without interventions.
+                noise without interventions, at the price of a second call in each step; `None`: the
+                model's own, `base.guidance`.
             reference_context: the context that reference images in `interventions` came from, or
                 one for each sample: observational unless said otherwise.
             compose: how several concepts are put together. `"head"`: the head is given all of them
@@ -129,6 +130,8 @@ class GenerationMixin:
             num_images = noise.shape[0] if num_images is None else num_images
         check_batch_size(batch_size)  # references are encoded with it
         targets, values = self._chosen(interventions, num_images, reference_context, batch_size)
+        if guidance_scale is None:  # nothing leads away from itself
+            guidance_scale = self.base.guidance if bool((targets != 0).any()) else 1.0
         numbers = {"guidance_scale": guidance_scale, "residual_scale": residual_scale}
         check_options(generator, len(targets), batch_size, output_type, **numbers)
         if noise is None:
@@ -197,7 +200,8 @@ class GenerationMixin:
             output_type: see `sample`.
             batch_size: images processed at once; `None`: `images_at_once`.
             num_inference_steps: of a denoiser, each way.
-            guidance_scale, reference_context, compose: see `sample`.
+            guidance_scale: see `sample`; the model's own is of samples only.
+            reference_context, compose: see `sample`.
         """
         check_options(None, 1, batch_size, output_type, guidance_scale=guidance_scale)
         pixel_values = self.preprocess(image)

@@ -63,6 +63,12 @@ class Page:
     def title(self) -> str:
         return Path(self.name).resolve().name
 
+    @property
+    def guidance(self) -> float:
+        """How strongly concepts act in samples, unless asked otherwise."""
+        adapter = self.folder / "adapter" / "config.json"
+        return hub.read_config(adapter).get("guidance", 1.0) if adapter.is_file() else 1.0
+
     @cached_property
     def model(self) -> "InterventionModel":
         from . import pipeline
@@ -86,7 +92,7 @@ class Page:
         num_images: int,
         seed: int,
         steps: int = STEPS,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """Observational samples; of the same noise, samples under interventions; how they differ,
         see `pixels.difference`, each uint8 (n, H, W, channels); and the name of the context.

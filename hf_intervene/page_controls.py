@@ -121,10 +121,10 @@ def steps_slider(page: Page) -> list[gr.Slider]:
     return [gr.Slider(1, 100, STEPS, step=1, label=label, buttons=[])] if page.denoises else []
 
 
-def guidance_slider(page: Page) -> list[gr.Slider]:
+def guidance_slider(page: Page, value: float = 1) -> list[gr.Slider]:
     """Of a denoiser how strongly concepts act; otherwise nothing."""
     label = "Effect of the concepts (1 is as trained)"
-    return [gr.Slider(1, 10, 1, step=0.1, label=label, buttons=[])] if page.denoises else []
+    return [gr.Slider(1, 10, value, step=0.1, label=label, buttons=[])] if page.denoises else []
 
 
 __all__ = [

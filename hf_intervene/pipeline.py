@@ -271,7 +271,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
         residual_scale: float = 1.0,
         residual_noise: torch.Tensor | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         batch_size: int | None = None,
         return_dict: bool = True,
         reference_context: Interventions = None,
@@ -293,7 +293,7 @@ class InterventionPipeline(CardPushMixin, DiffusionPipeline):
                 *shape).
             num_inference_steps: of a denoiser's scheduler.
             guidance_scale: of a denoiser: above 1, further away from what it makes without
-                interventions.
+                interventions; `None`: the model's own.
             batch_size: images at once; `None`: 256 of up to 64x64 pixels, and fewer of larger ones.
             return_dict: `False` returns a tuple instead of an `ImagePipelineOutput`, whatever the
                 annotation says.

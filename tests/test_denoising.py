@@ -132,11 +132,23 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
         model.base.prepare(x)["x0"],
         draws["residual_noise"],
         draws["time"],
-        start=model.base.adapter.config.start,
     )
     errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     expected = PRECISION * errors
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
+    model.base.attachable = False
+    less_noise = model(x, s, beta=2.0, **draws).reconstruction_loss
+    noisy, t, target, _ = denoising.noised(
+        model.base._training_scheduler,
+        schedulers.prediction_type(model.base.scheduler),
+        model.base.prepare(x)["x0"],
+        draws["residual_noise"],
+        draws["time"],
+        start=model.base.adapter.config.start,
+    )
+    errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
+    torch.testing.assert_close(less_noise, PRECISION * errors, rtol=1e-4, atol=1e-3)
+    model.base.attachable = True
     model.base.adapter.log_variance.data.fill_(math.log(0.3))
     output = model(x, s, beta=2.0, **draws)
     likelihood = torch.distributions.Normal(model.base.adapter.decode(e), math.sqrt(0.3))
@@ -430,3 +442,27 @@ def test_guidance_leads_away_from_the_observational_pass():
     torch.testing.assert_close(guided[inside], (2 * plain - obs)[inside], rtol=1e-3, atol=2e-3)
     with pytest.raises(ValueError, match="nothing is intervened on"):
         model.sample("obs", 1, guidance_scale=2.0)
+    # What the model has of its own.
+    assert torch.equal(model.sample(["a"], **draws), guided)
+    assert torch.equal(model.sample("obs", **draws), obs)
+    model.base.adapter.register_to_config(guidance=1.0)
+    assert torch.equal(model.sample(["a"], **draws), plain)
+
+
+def test_what_samples_start_from_is_not_guided(monkeypatch):
+    model = with_head().eval()
+    started = []
+    start = model.base._start
+    monkeypatch.setattr(model.base, "_start", lambda mean: started.append(mean) or start(mean))
+    noise = randn(2, 3, 4)
+    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 3.0}):
+        model.sample(["a", "b"], noise=noise, num_inference_steps=2, **options)
+    expected = model.base.adapter.decode(model.embed(noise, model.targets(["a", "b"], 2)))
+    for mean in started:
+        torch.testing.assert_close(mean, expected)
+    model.sample("a+b", noise=noise, num_inference_steps=2, guidance_scale=3.0, compose="scores")
+    a, b, obs = (
+        model.base.adapter.decode(model.embed(noise, model.targets(name, 2)))
+        for name in ("a", "b", "obs")
+    )
+    torch.testing.assert_close(started[-1], a + b - obs)

@@ -44,6 +44,8 @@ def test_the_commands_take_what_a_denoiser_does(tmp_path):
     expected = pipe("a", 1, generator(), num_inference_steps=3, guidance_scale=2.0).images[0]
     image = Image.open(tmp_path / "a" / "0000.png")
     assert image.tobytes() == expected.tobytes()
+    # A grid has a row of images as they are, which nothing leads away from.
+    assert cli.main(["sample", source, "--num-images", "1", *options, "--output", f"{a}.png"]) == 0
     assert cli.main(["edit", source, f"{a}/0000.png", *options, "--output", b]) == 0
     edited = pipe.edit(image, "a", num_inference_steps=3, guidance_scale=2.0).images[0]
     assert Image.open(tmp_path / "b" / "0000.png").tobytes() == edited.tobytes()

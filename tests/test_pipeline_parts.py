@@ -160,7 +160,7 @@ def test_composed_scores_are_the_sum_of_what_each_concept_changes(kind, w):
 
     with torch.no_grad():
         o_mean, a_mean, b_mean = (base.adapter.decode(e) for e in (o, a, b))
-        mean = o_mean + w * (a_mean - o_mean) + w * (b_mean - o_mean)
+        mean = a_mean + b_mean - o_mean
         spread = base.adapter.log_variance.exp().sqrt()
         start = Start(mean, base.adapter.config.start, spread)
         x0 = follow(predict, base.scheduler, x, 6, start)

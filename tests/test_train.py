@@ -27,6 +27,7 @@ from runs import (
 )
 
 from hf_intervene import InterventionConfig, InterventionModel, LightVAE, trainer
+from hf_intervene.bases import diffusion
 from hf_intervene.trainer import TrainArguments, checkpoints, loop, parse_arguments
 from hf_intervene.trainer.building import lay_out
 from hf_intervene.trainer.earlier import SETTINGS_VERSION
@@ -491,3 +492,19 @@ def test_a_denoiser_is_resumed_and_its_latents_are_kept(tiny, tmp_path, monkeypa
         .shape[0]
         == 1
     )
+
+
+@pytest.mark.parametrize(("regime", "share"), [("frozen", 1.0), ("lora", 1.0), ("fine-tune", 0.5)])
+def test_only_a_base_that_stays_is_trained_at_all_noise_levels(
+    tiny, tmp_path, monkeypatch, regime, share
+):
+    original, shares = diffusion.noised, set()
+
+    def noised(*args):
+        shares.add(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(diffusion, "noised", noised)
+    source = save_pipeline("unet", tmp_path / "ddpm")
+    run(tiny, base=str(source), regime=regime, max_steps=2)
+    assert shares == {share}

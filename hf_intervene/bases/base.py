@@ -60,6 +60,9 @@ class Base(nn.Module):
     unnormalised: str | None = None
     passes = 1  # of the model, for one image, unless the user asks for another number
     resident: tuple[str, ...] = ("base",)  # parts that offloading must leave on the device
+    # Whether the head is trained for pipelines that it is attached to as well. They pass through
+    # all noise levels, samples of the model through those from their start on.
+    attachable = True
     # A network of the family's own between head and model, trained and saved with the head.
     adapter: ModelMixin | None
     # Its class; the constructor then takes it as `adapter=`.
@@ -195,6 +198,11 @@ class Base(nn.Module):
 
     def check_alone(self, ablation: str) -> None:
         """Raise a ValueError where an ablation without a head makes no sense."""
+
+    @property
+    def guidance(self) -> float:
+        """The `guidance_scale` of samples for which none is given."""
+        return 1.0
 
     def check_guidance(self, guidance_scale: float, compose: str) -> None:
         """Refuse what no image of this family can be made with.

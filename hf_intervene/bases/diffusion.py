@@ -306,9 +306,9 @@ class DiffusionBase(Base):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Noise, and `time`, (num_images,): where on the part of the schedule that samples pass
-        through, uniform in [0, 1). The times of a batch are spread evenly over it, in random order:
-        its loss then depends less on which times it drew."""
+        """Noise, and `time`, (num_images,): where on the part of the schedule that is trained,
+        uniform in [0, 1). The times of a batch are spread evenly over it, in random order: its loss
+        then depends less on which times it drew."""
         draws = self.draws(num_images, generator, device)
         order = torch.randperm(num_images, generator=generator, device=device)
         spread = torch.rand(num_images, generator=generator, device=device)
@@ -328,7 +328,7 @@ class DiffusionBase(Base):
             draws["residual_noise"],
             draws["time"],
             self.min_snr_gamma,
-            self.adapter.config.start,
+            1.0 if self.attachable else self.adapter.config.start,
         )
         terms: dict[str, torch.Tensor] = {}
         decoded = None
@@ -377,24 +377,30 @@ class DiffusionBase(Base):
         without = None if observational is None else self._entered(observational)
         single = [self._entered(one) for one in alone]
 
-        def combined(of: Callable[[_Entered], Any]) -> torch.Tensor:
+        def combined(of: Callable[[_Entered], Any], scale: float) -> torch.Tensor:
             if without is not None and single:
                 plain = of(without)
                 changes = [of(one) - plain for one in single]
-                return plain + guidance_scale * torch.stack(changes).sum(0)
+                return plain + scale * torch.stack(changes).sum(0)
             guided = of(entered)
-            if without is None or guidance_scale == 1.0:
+            if without is None or scale == 1.0:
                 return guided
             plain = of(without)
-            return plain + guidance_scale * (guided - plain)
+            return plain + scale * (guided - plain)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return combined(lambda one: self.denoise(x, t, one.entries))
+            return combined(lambda one: self.denoise(x, t, one.entries), guidance_scale)
 
-        start = None if entered.mean is None else self._start(combined(lambda one: one.mean))
+        # The start is not guided: what is decoded shows the concepts as they are, and images that
+        # start from more of them are told from real ones far more often.
+        start = None if entered.mean is None else self._start(combined(lambda one: one.mean, 1.0))
         path = predict, self.scheduler, draws["residual_noise"], num_inference_steps
         x0 = follow(*path, start) if along_path else generate(*path, generator, start)
         return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def guidance(self) -> float:
+        return self.adapter.config.guidance
 
     @property
     def estimates(self) -> tuple[int, ...] | None:

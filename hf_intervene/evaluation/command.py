@@ -137,6 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of a denoiser: how several concepts are put together, see InterventionModel.sample"
         " (default head)",
     )
+    parser.add_argument(
+        "--guidance-scale", type=float, help="of samples of a denoiser (default: the model's own)"
+    )
     parser.add_argument("--protocol", default="independent", choices=[*PROTOCOLS, "both"])
     parser.add_argument(
         "--singles",
@@ -269,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "edits": arguments.edits,
         "num_inference_steps": arguments.num_inference_steps,
         "compose": arguments.compose,
+        "guidance_scale": arguments.guidance_scale,
     }
     metrics = evaluate(
         model, real, other_real, protocols, arguments.projections, arguments.seed, **options

@@ -56,6 +56,7 @@ def evaluate(
     tests: bool = False,
     twins: Mapping[str, np.ndarray] | None = None,
     quad_variant: str | None = None,
+    guidance_scale: float | None = None,
 ) -> dict:
     """Measure a model on held-out images. Several processes call this together, with the same
     arguments, and get the same result.
@@ -79,6 +80,7 @@ def evaluate(
         twins: the same individuals in every context, for the error of edits (of a denoiser with
             `edits` only).
         quad_variant: of images of quad, the variant, for the measures of its factors.
+        guidance_scale: of `InterventionModel.sample`, of samples under interventions.
 
     Returns:
         `detector`: its kind and error, and `verdicts`: by concept, in words; both with a detector
@@ -129,6 +131,7 @@ def evaluate(
             generator=generator,
             batch_size=batch_size,
             compose=compose,
+            guidance_scale=None if name == OBS else guidance_scale,
             **steps,
         )
         generated = samples.permute(0, 2, 3, 1).float().cpu().numpy()  # (n, H, W, C)

@@ -193,6 +193,7 @@ def new_state(
         lay_out(model.base.model, accelerator.device, a.run.precision)
     prepared = prepared_validation = None
     base: Any = model.base
+    base.attachable = a.base.regime in ("frozen", "lora")
     if base.companion_models():  # frozen: what they make of the images is computed once
         folder = out / "prepared"
         prepared = PreparedImages(folder / "train", base, data, accelerator)
