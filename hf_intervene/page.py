@@ -30,6 +30,7 @@ NO_GRADIO = 'the page needs Gradio, which is not installed: pip install "hf-inte
 # Weights of a denoiser that draws as soon as anything changes: eight images of one of 5 MB take a
 # tenth of a second in ten steps on two cores.
 MOST_BYTES_AT_ONCE = 20_000_000
+MAX_GUIDANCE = 10  # that the page offers
 STEPS = 20  # of a denoiser: fewer than the pipeline's own, or a processor takes minutes
 EXAMPLES = 6  # images to edit that the page offers
 STRANGE = 0.12  # root mean square change of an image by an edit to nothing; above, it is unlike
@@ -67,7 +68,8 @@ class Page:
     def guidance(self) -> float:
         """How strongly concepts act in samples, unless asked otherwise."""
         adapter = self.folder / "adapter" / "config.json"
-        return hub.read_config(adapter).get("guidance", 1.0) if adapter.is_file() else 1.0
+        value = hub.read_config(adapter).get("guidance") if adapter.is_file() else None
+        return value if isinstance(value, float | int) and 1 <= value <= MAX_GUIDANCE else 1.0
 
     @cached_property
     def model(self) -> "InterventionModel":

@@ -7,7 +7,7 @@ import gradio as gr
 from gradio.components import Component
 from gradio.utils import get_upload_folder
 
-from .page import STEPS, Page
+from .page import MAX_GUIDANCE, STEPS, Page
 
 
 MAX_SEED = 9999
@@ -124,7 +124,11 @@ def steps_slider(page: Page) -> list[gr.Slider]:
 def guidance_slider(page: Page, value: float = 1) -> list[gr.Slider]:
     """Of a denoiser how strongly concepts act; otherwise nothing."""
     label = "Effect of the concepts (1 is as trained)"
-    return [gr.Slider(1, 10, value, step=0.1, label=label, buttons=[])] if page.denoises else []
+    return (
+        [gr.Slider(1, MAX_GUIDANCE, value, step=0.1, label=label, buttons=[])]
+        if page.denoises
+        else []
+    )
 
 
 __all__ = [
