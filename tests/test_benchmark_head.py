@@ -20,3 +20,10 @@ def test_benchmarks_return_figures():
         and found["difference_of_float64"] < 1e-6
         and found["over POT"]["rounds"] == 1
     )
+
+
+def test_the_pipeline_in_the_package_is_timed():
+    found = benchmark_head.few_steps(1, num_images=1, steps=4)
+    assert found["as they come"]["seconds"] > 0 and found["guided over unguided"]["rounds"] == 1
+    # 25 steps are made of 50, and 2 of 4.
+    assert found["50 steps over these"]["ratio"] > 3

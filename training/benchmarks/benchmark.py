@@ -108,6 +108,10 @@ BENCHMARKS = {
         "one pass for a batch that mixes 7 or 64 contexts, over a pass for each; head, light VAE"
         " with head",
     ),
+    "few-steps": Benchmark(
+        "head:few_steps",
+        "eight images of the pipeline avatars in ten steps; guided over unguided",
+    ),
     "evaluation": Benchmark(
         "head:evaluation", "sliced Wasserstein distances, POT over ours", long=True
     ),

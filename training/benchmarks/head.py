@@ -1,4 +1,5 @@
-"""Benchmarks of the head alone, of mixtures of contexts, and of the distances of an evaluation."""
+"""Benchmarks of the head alone, of mixtures of contexts, of the distances of an evaluation, and of
+samples from the pipeline in the package."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +8,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from hf_intervene import InterventionConfig, InterventionHead, InterventionModel, LightVAE
+from hf_intervene import (
+    InterventionConfig,
+    InterventionHead,
+    InterventionModel,
+    InterventionPipeline,
+    LightVAE,
+    bundled,
+)
 from hf_intervene.metrics.transport import directions, project, sliced_w2
 from hf_intervene.trainer.sections import HeadSettings, fast_bf16
 from hf_intervene.training.benchmarks.bases import head_on
@@ -184,4 +192,26 @@ def evaluation(rounds: int, number: int = 10_000, num_projections: int = 500) ->
         "over POT": summary(seconds[1], seconds[0], "speedup"),
         "over POT with torch": summary(seconds[2], seconds[0], "speedup"),
         "projected, over POT": summary(seconds[4], seconds[3], "speedup"),
+    }
+
+
+def few_steps(rounds: int, num_images: int = 8, steps: int = 10) -> dict:
+    """Images of `bundled("avatars")` under two concepts, from the call to PIL images: as they come,
+    without guidance, and in 50 steps."""
+    pipe = InterventionPipeline.from_pretrained(bundled("avatars")).to(Conditions.device)
+    draw = partial(pipe, ["glasses", "hat"], num_images)
+    guided, plain, many = alternate(
+        [
+            partial(draw, num_inference_steps=steps),
+            partial(draw, num_inference_steps=steps, guidance_scale=1.0),
+            partial(draw, num_inference_steps=50),
+        ],
+        rounds,
+    )
+    return {
+        "images": num_images,
+        "steps": steps,
+        "as they come": figure("seconds", guided),
+        "guided over unguided": summary(guided, plain),
+        "50 steps over these": summary(many, guided),
     }
