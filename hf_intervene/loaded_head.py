@@ -118,7 +118,14 @@ class LoadedHead:
 
     def warn_unless_known(self, denoiser: nn.Module) -> None:
         """Say it if a denoiser is not the one that the head was trained on, or if that cannot be
-        told."""
+        told, or if it was not trained at all noise levels."""
+        if self.adapter.config.noisiest < 1:
+            warnings.warn(
+                "this head and its base were trained at the noise that samples of their own model "
+                "pass through. A pipeline starts from more, and its images may be muddy: train a "
+                "head to attach with --regime frozen or lora.",
+                stacklevel=3,
+            )
         known: bool | None = True
         if self.unreadable:
             known = None

@@ -156,7 +156,7 @@ def test_the_pipeline_generates_what_the_model_does(interventions, tmp_path):
     images of the same noise, where the model starts from noise alone too.
     """
     pipe, model = pipeline("ddim", tmp_path)
-    model.base.adapter.register_to_config(start=1.0)
+    model.base.adapter.register_to_config(start=1.0, guidance=1.0)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     noise, x = (
         torch.randn(2, 3, 4, generator=generator()),
@@ -344,6 +344,10 @@ def test_from_a_saved_model_or_pipeline(tmp_path):
     ):
         attach(pipe, tmp_path / "trained", name="trained")
     attach(quiet(DDPMPipeline(model.base.model, pipe.scheduler)), tmp_path / "trained")
+    model.base.train_for_samples()
+    model.save_pretrained(tmp_path / "samples")
+    with pytest.warns(UserWarning, match="at the noise that samples of their own model"):
+        attach(quiet(DDPMPipeline(model.base.model, pipe.scheduler)), tmp_path / "samples")
     # Another denoiser of the same shape fits, with a warning.
     other = DDPMPipeline.from_pretrained(save_pipeline("unet", tmp_path / "other", seed=1))
     with pytest.warns(UserWarning, match="not the one that the head was trained on"):

@@ -98,7 +98,7 @@ def test_no_draw_is_noisier_than_the_start_of_samples(kind, start):
     n = 4001
     time = torch.linspace(0, 1 - 1e-7, n)
     x0, noise = torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)
-    x, t, *_ = denoising.noised(scheduler, kind, x0, noise, time, start=start)
+    x, t, *_ = denoising.noised(scheduler, kind, x0, noise, time, noisiest=start)
     s = x.flatten()
     share = s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt())
     assert share.max() <= start + 1e-6
@@ -111,7 +111,7 @@ def test_no_draw_is_noisier_than_the_start_of_samples(kind, start):
     expected, found = below.quantile(levels), t.double().quantile(levels)
     torch.testing.assert_close(found, expected, atol=4, rtol=0.05)
     # Below all of the schedule its least noisy step is left.
-    t_least = denoising.noised(scheduler, kind, x0, noise, time, start=1e-5)[1]
+    t_least = denoising.noised(scheduler, kind, x0, noise, time, noisiest=1e-5)[1]
     assert t_least.unique().tolist() == [float(scheduler.timesteps.min())]
 
 
@@ -136,7 +136,7 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     expected = PRECISION * errors
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
-    model.base.attachable = False
+    model.base.train_for_samples()
     less_noise = model(x, s, beta=2.0, **draws).reconstruction_loss
     noisy, t, target, _ = denoising.noised(
         model.base._training_scheduler,
@@ -144,11 +144,11 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
         model.base.prepare(x)["x0"],
         draws["residual_noise"],
         draws["time"],
-        start=model.base.adapter.config.start,
+        noisiest=0.5,
     )
     errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
     torch.testing.assert_close(less_noise, PRECISION * errors, rtol=1e-4, atol=1e-3)
-    model.base.attachable = True
+    model.base.adapter.register_to_config(noisiest=1.0)
     model.base.adapter.log_variance.data.fill_(math.log(0.3))
     output = model(x, s, beta=2.0, **draws)
     likelihood = torch.distributions.Normal(model.base.adapter.decode(e), math.sqrt(0.3))

@@ -57,6 +57,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         start: samples start from what is decoded, with this share of noise, in (0, 1]; 1: from
             noise alone.
         guidance: the `guidance_scale` of samples for which none is given.
+        noisiest: the largest share of noise that is trained: 1, or `start` if the head is trained
+            for samples of its own model alone.
     """
 
     @register_to_config
@@ -78,6 +80,7 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
         decoded_shape: tuple[int, ...] | None = None,
         start: float = 1.0,
         guidance: float = 1.0,
+        noisiest: float = 1.0,
     ):
         super().__init__()
         if type(sample_size) is not int or sample_size < 1:
@@ -89,6 +92,8 @@ class DiffusionAdapter(ModelMixin, ConfigMixin):
             )
         if type(guidance) not in (int, float) or not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number, not {guidance!r}")
+        if not 0 < noisiest <= 1:
+            raise ValueError(f"noisiest must lie in (0, 1], not {noisiest!r}")
         decoded_channels = 0 if decoded_shape is None else decoded_shape[0]
         self.projections = Projections(Sites(**sites), embedding_shape, map_size, decoded_channels)
         if decoded_shape is not None:

@@ -60,9 +60,6 @@ class Base(nn.Module):
     unnormalised: str | None = None
     passes = 1  # of the model, for one image, unless the user asks for another number
     resident: tuple[str, ...] = ("base",)  # parts that offloading must leave on the device
-    # Whether the head is trained for pipelines that it is attached to as well. They pass through
-    # all noise levels, samples of the model through those from their start on.
-    attachable = True
     # A network of the family's own between head and model, trained and saved with the head.
     adapter: ModelMixin | None
     # Its class; the constructor then takes it as `adapter=`.
@@ -195,6 +192,10 @@ class Base(nn.Module):
         (B, *embedding_shape).
         """
         raise NotImplementedError
+
+    def train_for_samples(self) -> None:
+        """From now on train for this model's own samples alone, and no longer for pipelines that
+        the head is attached to."""
 
     def check_alone(self, ablation: str) -> None:
         """Raise a ValueError where an ablation without a head makes no sense."""

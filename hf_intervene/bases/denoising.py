@@ -67,7 +67,7 @@ def noised(
     noise: torch.Tensor,
     time: torch.Tensor,
     min_snr_gamma: float | None = None,
-    start: float = 1.0,
+    noisiest: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a denoiser is trained on.
 
@@ -81,8 +81,7 @@ def noised(
         min_snr_gamma: bound of the weights by signal-to-noise ratio (Hang et al.,
             arXiv:2303.09556); `None`: all weights are 1, but those of a clean sample, whose errors
             then count as much as those of the velocity that it stands for, 1 / max(s_t, 0.05)^2.
-        start: the share of noise that samples start from, s_t / (a_t + s_t): what is noisier is
-            not drawn, since no sample is ever there.
+        noisiest: the largest share of noise that is drawn, s_t / (a_t + s_t).
 
     Returns:
         x_t (B, ...), timesteps (B,), the target of the prediction (B, ...), the weight of each
@@ -103,7 +102,7 @@ def noised(
         scheduler.sigmas = scheduler.sigmas.to(x0.device)
         steps = len(scheduler.timesteps)
         # The noisier ones come before it.
-        first = (scheduler.sigmas[:steps] > start).sum().clamp(max=steps - 1)
+        first = (scheduler.sigmas[:steps] > noisiest).sum().clamp(max=steps - 1)
         least = torch.special.ndtr(torch.logit(first.double() / steps))
         time = (least + (1 - least) * time.double()).clamp(1e-9, 1 - 1e-9)
         index = (torch.special.ndtri(time).sigmoid() * steps).long().clamp(min=first)
@@ -115,7 +114,7 @@ def noised(
         return (1 - sigma) * x0 + sigma * noise, timesteps, target, weight
     cumulative = scheduler.alphas_cumprod.to(x0.device)
     signal, spread = cumulative.sqrt(), (1 - cumulative).sqrt()
-    steps = (spread <= start * (signal + spread)).sum().clamp(min=1)
+    steps = (spread <= noisiest * (signal + spread)).sum().clamp(min=1)
     timesteps = (time.double() * steps).long()
     noisy = scheduler.add_noise(x0, noise, timesteps)
     if kind == "v_prediction":

@@ -328,7 +328,7 @@ class DiffusionBase(Base):
             draws["residual_noise"],
             draws["time"],
             self.min_snr_gamma,
-            1.0 if self.attachable else self.adapter.config.start,
+            self.adapter.config.noisiest,
         )
         terms: dict[str, torch.Tensor] = {}
         decoded = None
@@ -397,6 +397,10 @@ class DiffusionBase(Base):
         path = predict, self.scheduler, draws["residual_noise"], num_inference_steps
         x0 = follow(*path, start) if along_path else generate(*path, generator, start)
         return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
+
+    def train_for_samples(self) -> None:
+        """Samples pass through less noise than pipelines that start from noise alone."""
+        self.adapter.register_to_config(noisiest=self.adapter.config.start)
 
     @property
     def guidance(self) -> float:

@@ -193,7 +193,8 @@ def new_state(
         lay_out(model.base.model, accelerator.device, a.run.precision)
     prepared = prepared_validation = None
     base: Any = model.base
-    base.attachable = a.base.regime in ("frozen", "lora")
+    if a.base.regime not in ("frozen", "lora"):  # a base that is trained is no pipeline's
+        base.train_for_samples()
     if base.companion_models():  # frozen: what they make of the images is computed once
         folder = out / "prepared"
         prepared = PreparedImages(folder / "train", base, data, accelerator)
