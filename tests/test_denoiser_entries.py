@@ -93,10 +93,12 @@ def test_what_is_decoded_is_added_to_the_features_of_the_sample(kind, layer, mon
 def test_a_sample_is_decoded_once_for_all_steps():
     model, calls = with_head("dit"), []
     model.base.adapter.decoder.register_forward_hook(lambda *_: calls.append(1))
-    model.sample("a", 2, num_inference_steps=4)
+    model.sample("a", 2, num_inference_steps=4, guidance_scale=1.0)
     assert len(calls) == 1
+    model.sample("a", 2, num_inference_steps=4)
+    assert len(calls) == 1 + 2  # for guidance, that of nothing too
     model.sample(["a", "b"], 2, num_inference_steps=4, compose="scores")
-    assert len(calls) == 1 + 4  # a and b together, nothing, each of the two
+    assert len(calls) == 3 + 4  # a and b together, nothing, each of the two
 
 
 def test_features_of_what_is_decoded_are_resized_with_the_sample():
