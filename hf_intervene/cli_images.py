@@ -36,17 +36,17 @@ def sample(arguments: argparse.Namespace) -> int:
     _check_clip(arguments, model)
     interventions = _values(named, arguments, model)
 
-    def draw(context: Any) -> Any:
+    def draw(context: Any, **options: Any) -> Any:
         import torch
 
         noise = torch.Generator().manual_seed(arguments.seed)
-        options = _options(arguments)
-        if context == "obs":  # nothing leads away from itself
-            options.pop("guidance_scale", None)
         return model.sample(context, arguments.num_images, noise, output_type="pil", **options)
 
-    images, label = draw(interventions), _label(arguments)
-    rows = {"obs": draw("obs")} if interventions and Path(arguments.output).suffix else {}
+    images, label = draw(interventions, **_options(arguments)), _label(arguments)
+    rows = {}
+    if interventions and Path(arguments.output).suffix:
+        # The other options are of interventions.
+        rows = {"obs": draw("obs", num_inference_steps=arguments.num_inference_steps)}
     _save_images(images, rows | {label: images}, arguments)
     return _print_images(arguments, len(images), _other_command(arguments, "edit"))
 

@@ -263,6 +263,8 @@ def test_command_line(tmp_path, capsys):
         str(tmp_path / "s.png"),
     ]
     assert cli.main([*sample, *reference, "--interventions", "b"]) == 0
+    # The row of images as they are has no reference, so no context of one.
+    assert cli.main([*sample, *reference, "--reference-context", "b"]) == 0
     for bad, message in (
         (edit, "nothing is intervened on: give --interventions or --reference"),
         ([*edit, "--reference", "a"], "--reference takes CONCEPT=IMAGE, not 'a'"),
