@@ -117,8 +117,8 @@ class LoadedHead:
         return cls(head, adapter, lora, head.config.base_reference)
 
     def warn_unless_known(self, denoiser: nn.Module) -> None:
-        """Say it if a denoiser is not the one that the head was trained on, or if that cannot be
-        told, or if it was not trained at all noise levels."""
+        """Warn if a denoiser is not the one that the head was trained on, or if that cannot be
+        told. Warn, too, if the head was not trained at all noise levels."""
         if self.adapter.config.noisiest < 1:
             warnings.warn(
                 "this head and its base were trained at the noise that samples of their own model "

@@ -91,28 +91,29 @@ def test_targets_of_a_flow():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "flow", "flow_sample"])
-@pytest.mark.parametrize("start", [0.3, 0.5, 1.0])
-def test_no_draw_is_noisier_than_the_start_of_samples(kind, start):
+@pytest.mark.parametrize("noisiest", [0.3, 0.5, 1.0])
+def test_no_draw_is_noisier_than_asked(kind, noisiest):
     flow = kind.startswith("flow")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0) if flow else DDPMScheduler()
     n = 4001
     time = torch.linspace(0, 1 - 1e-7, n)
     x0, noise = torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)
-    x, t, *_ = denoising.noised(scheduler, kind, x0, noise, time, noisiest=start)
-    s = x.flatten()
-    share = s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt())
-    assert share.max() <= start + 1e-6
-    # As densely as before, below it.
-    x, t_all, *_ = denoising.noised(scheduler, kind, x0, noise, time)
-    s = x.flatten()
-    share = s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt())
-    below = t_all[share <= start].double()
+
+    def drawn(noisiest):
+        """Shares of noise, and timesteps."""
+        x, t, *_ = denoising.noised(scheduler, kind, x0, noise, time, noisiest=noisiest)
+        s = x.flatten()
+        return s if flow else s / (s + (1 - s**2).clamp(min=0).sqrt()), t
+
+    (share, t), (share_of_all, t_of_all) = drawn(noisiest), drawn(1.0)
+    assert share.max() <= noisiest + 1e-6
+    # As densely as in the whole schedule, below it.
+    below = t_of_all[share_of_all <= noisiest].double()
     levels = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
     expected, found = below.quantile(levels), t.double().quantile(levels)
     torch.testing.assert_close(found, expected, atol=4, rtol=0.05)
     # Below all of the schedule its least noisy step is left.
-    t_least = denoising.noised(scheduler, kind, x0, noise, time, noisiest=1e-5)[1]
-    assert t_least.unique().tolist() == [float(scheduler.timesteps.min())]
+    assert drawn(1e-5)[1].unique().tolist() == [float(scheduler.timesteps.min())]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,28 +127,23 @@ def test_the_loss_is_the_denoising_loss_and_the_kl(kind):
     output = model(x, s, beta=2.0, **draws)
     mean, logvar = model.posterior(x, s)
     e = model.embed(mean + (0.5 * logvar).exp() * draws["noise"], s)
-    noisy, t, target, _ = denoising.noised(
-        model.base._training_scheduler,
-        schedulers.prediction_type(model.base.scheduler),
-        model.base.prepare(x)["x0"],
-        draws["residual_noise"],
-        draws["time"],
-    )
-    errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
-    expected = PRECISION * errors
+
+    def denoising_loss(**options):
+        noisy, t, target, _ = denoising.noised(
+            model.base._training_scheduler,
+            schedulers.prediction_type(model.base.scheduler),
+            model.base.prepare(x)["x0"],
+            draws["residual_noise"],
+            draws["time"],
+            **options,
+        )
+        return PRECISION * (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
+
+    expected = denoising_loss()
     torch.testing.assert_close(output.reconstruction_loss, expected, rtol=1e-4, atol=1e-3)
     model.base.train_for_samples()
     less_noise = model(x, s, beta=2.0, **draws).reconstruction_loss
-    noisy, t, target, _ = denoising.noised(
-        model.base._training_scheduler,
-        schedulers.prediction_type(model.base.scheduler),
-        model.base.prepare(x)["x0"],
-        draws["residual_noise"],
-        draws["time"],
-        noisiest=0.5,
-    )
-    errors = (model.base.denoise(noisy, t, e) - target).square().sum((1, 2, 3))
-    torch.testing.assert_close(less_noise, PRECISION * errors, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(less_noise, denoising_loss(noisiest=0.5), rtol=1e-4, atol=1e-3)
     model.base.adapter.register_to_config(noisiest=1.0)
     model.base.adapter.log_variance.data.fill_(math.log(0.3))
     output = model(x, s, beta=2.0, **draws)

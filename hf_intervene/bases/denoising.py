@@ -29,6 +29,12 @@ Predict = Callable[
 ]  # (x_t (B, ...), timestep ()) -> the denoiser's prediction (B, ...)
 
 
+def _within(share: float, a: Any, s: Any) -> Any:
+    """Whether the share of noise in x_t, s_t / (a_t + s_t), is at most `share`; of numbers or
+    tensors."""
+    return s <= share * (a + s)
+
+
 @dataclass(frozen=True)
 class Start:
     """Denoising that starts from a draw of p(x_t | z), where p(x_0 | z) = N(mean, spread^2), and
@@ -45,7 +51,7 @@ class Start:
     spread: torch.Tensor | float
 
     def is_reached(self, a: Any, s: Any) -> bool:
-        return bool(s <= self.share * (a + s))
+        return bool(_within(self.share, a, s))
 
     def noise_scale(self, a: float, s: float) -> torch.Tensor | float:
         """The factor of s noise that gives x_t the variance a^2 spread^2 + s^2."""
@@ -101,8 +107,9 @@ def noised(
         scheduler.timesteps = scheduler.timesteps.to(x0.device)
         scheduler.sigmas = scheduler.sigmas.to(x0.device)
         steps = len(scheduler.timesteps)
+        sigmas = scheduler.sigmas[:steps]
         # The noisier ones come before it.
-        first = (scheduler.sigmas[:steps] > noisiest).sum().clamp(max=steps - 1)
+        first = (~_within(noisiest, 1 - sigmas, sigmas)).sum().clamp(max=steps - 1)
         least = torch.special.ndtr(torch.logit(first.double() / steps))
         time = (least + (1 - least) * time.double()).clamp(1e-9, 1 - 1e-9)
         index = (torch.special.ndtri(time).sigmoid() * steps).long().clamp(min=first)
@@ -113,8 +120,8 @@ def noised(
         target = noise - x0 if kind == "flow" else x0
         return (1 - sigma) * x0 + sigma * noise, timesteps, target, weight
     cumulative = scheduler.alphas_cumprod.to(x0.device)
-    signal, spread = cumulative.sqrt(), (1 - cumulative).sqrt()
-    steps = (spread <= noisiest * (signal + spread)).sum().clamp(min=1)
+    within = _within(noisiest, cumulative.sqrt(), (1 - cumulative).sqrt())
+    steps = within.sum().clamp(min=1)  # the least noisy ones come first
     timesteps = (time.double() * steps).long()
     noisy = scheduler.add_noise(x0, noise, timesteps)
     if kind == "v_prediction":

@@ -399,7 +399,8 @@ class DiffusionBase(Base):
         return (self._to_images(x0).float() / 2 + 0.5).clamp(0, 1)
 
     def train_for_samples(self) -> None:
-        """Samples pass through less noise than pipelines that start from noise alone."""
+        """From now on train at the noise that samples pass through alone. Pipelines that the head
+        is attached to start from noise alone, and pass through more."""
         self.adapter.register_to_config(noisiest=self.adapter.config.start)
 
     @property
